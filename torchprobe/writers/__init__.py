@@ -1,0 +1,1 @@
+"""Where records go: an event file, the user's SummaryWriter, JSON lines, memory."""

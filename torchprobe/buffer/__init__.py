@@ -1,0 +1,1 @@
+"""From device values to host records: step buffers, transfers, the drain thread."""

@@ -1,0 +1,1 @@
+"""The only code that touches the user's model: hooks on modules, passes and optimizers."""

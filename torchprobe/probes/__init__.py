@@ -1,0 +1,1 @@
+"""One concept a file: what a probe captures, its statistic, its tags."""

@@ -1,0 +1,56 @@
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import (
+    STORE_EVERYTHING_SIZE_GUIDANCE,
+    EventAccumulator,
+)
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+from torchprobe.records import Record
+
+
+@pytest.fixture
+def scalar_record():
+    """A record at a step, with one or more scalars."""
+
+    def make(step, **values):
+        return Record(step=step, wall_time=1.7e9 + step, values=values or {"loss": step / 2})
+
+    return make
+
+
+@pytest.fixture
+def event_files():
+    """The event files of a directory, in the order in which TensorBoard reads them."""
+    return lambda directory: sorted(Path(directory).glob("*tfevents*"))
+
+
+@pytest.fixture
+def load_events():
+    """Every event of a file, as TensorBoard's Python loader reads it."""
+    return lambda path: list(LegacyEventFileLoader(str(path)).Load())
+
+
+@pytest.fixture
+def accumulate():
+    """A directory as TensorBoard's EventAccumulator sees it."""
+    return lambda directory: EventAccumulator(str(directory), STORE_EVERYTHING_SIZE_GUIDANCE).Reload()
+
+
+@pytest.fixture
+def full_disk():
+    """While entered, no file of this process grows beyond `limit` bytes: a write fails half-way."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(limit):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

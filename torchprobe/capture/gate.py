@@ -1,0 +1,50 @@
+"""The boundary around a probe: whether it samples now, what it costs, and what happens when it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import perf_counter
+
+import torch
+
+_log = logging.getLogger("torchprobe")
+
+
+class Meter:
+    """Host seconds spent in torchprobe on the training thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class Gate:
+    """One probe's switch. `train` and `val` are plain flags that a compiled graph can guard on."""
+
+    def __init__(self, name: str, meter: Meter) -> None:
+        self.name = name
+        self.train = False
+        self.val = False
+        self.failed = False
+        self._meter = meter
+
+    @contextmanager
+    def boundary(self) -> Iterator[None]:
+        """Run probe code: an exception switches the probe off, with one logged traceback."""
+        start = perf_counter()
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            self.train = self.val = False
+            _log.exception("probe %s failed and is switched off; training goes on", self.name)
+        finally:
+            self._meter.seconds += perf_counter() - start
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Statistics keep their own types inside the user's autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

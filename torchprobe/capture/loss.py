@@ -1,0 +1,141 @@
+"""Finds the training loss where it can be seen, without a line in the user's code."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.gate import Gate
+from torchprobe.capture.outputs import loss_in, tensors_in
+
+_REACH = 64  # autograd nodes between the model's output and a loss, at most
+
+
+class LossCapture:
+    """The loss of a step, mean over its micro-batches. In this order, per micro-batch:
+
+    a `loss` field that the model returns; the value of the one loss module that ran on its output; what
+    `backward()` was called on, divided by GradScaler's scale, added up over micro-batches.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._handle: RemovableHandle | None = None
+        self._nodes: list[Any] = []  # autograd nodes of the running micro-batch's outputs
+        self._of_modules: list[Tensor] = []
+        self._means: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    def arm(self) -> None:
+        """Watch loss modules. The hook is process-wide, so it is there on sampled steps only."""
+        if self._handle is None:
+            self._handle = register_module_forward_hook(self._after_module)
+
+    def disarm(self) -> None:
+        """Stop watching loss modules."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def begin_batch(self, output: Any) -> None:
+        """A training pass has returned: a new micro-batch, with or without a loss of its own."""
+        self._end_batch()
+        loss = loss_in(output)
+        if loss is not None:
+            self._means.append(_snapshot(loss))
+        elif self._gate.train:
+            self._nodes = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+
+    def on_backward(self) -> None:
+        """Backward runs through the output: when no loss module told, see what it was called on."""
+        if self._nodes and len(self._of_modules) != 1:
+            root = backward_root()
+            if root is not None:
+                self._sums.append(_snapshot(root))
+        self._end_batch()
+
+    def take(self, scale: Tensor | None = None) -> Tensor | None:
+        """The step's loss, when one was seen; starts anew. scale: what GradScaler multiplied it with."""
+        self._end_batch()
+        means, sums = self._means, self._sums
+        self._means, self._sums = [], []
+        if means:
+            return torch.stack(means).mean()
+        if sums:
+            return torch.stack(sums).sum() / (1.0 if scale is None else scale)
+        return None
+
+    def _end_batch(self) -> None:
+        if len(self._of_modules) == 1:
+            self._means += self._of_modules
+        self._of_modules, self._nodes = [], []
+
+    def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(module, _Loss) or not self._nodes or torch.compiler.is_compiling():
+            return
+        with self._gate.boundary():
+            if isinstance(output, Tensor) and output.numel() == 1 and _descends(output, self._nodes):
+                self._of_modules.append(_snapshot(output))
+
+
+def _snapshot(loss: Tensor) -> Tensor:
+    """A copy: the user may change the loss in place."""
+    return loss.detach().to(torch.float32, copy=True).reshape(())
+
+
+def _descends(tensor: Tensor, nodes: list[Any]) -> bool:
+    """Whether a tensor was computed from one of the autograd nodes, a few operations away."""
+    queue, seen = deque([tensor.grad_fn]), 0
+    while queue and seen < _REACH:
+        node = queue.popleft()
+        seen += 1
+        if node is None:
+            continue
+        if any(node is other for other in nodes):
+            return True
+        queue.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def backward_root() -> Tensor | None:
+    """The scalar on which the running `backward()` was called, found in the callers' frames.
+
+    On CUDA the engine runs hooks on a thread of its own; the caller waits in another one.
+    """
+    frames = [sys._getframe(), *sys._current_frames().values()]
+    for frame in frames:
+        tensors = _backward_argument(frame)
+        if tensors is not None:
+            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            return roots[0] if len(roots) == 1 and roots[0].numel() == 1 else None
+    return None
+
+
+def _backward_argument(frame: FrameType | None) -> Any:
+    while frame is not None:
+        if frame.f_code is torch.autograd.backward.__code__:
+            return frame.f_locals.get("tensors")
+        frame = frame.f_back
+    return None
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The scale of the GradScaler whose `step` is calling this optimizer, or None."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if isinstance(scale, Tensor):
+        return scale
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        scaler = frame.f_locals.get("self") if frame.f_code is torch.amp.GradScaler.step.__code__ else None
+        if scaler is not None:
+            return scaler._scale if isinstance(scaler._scale, Tensor) else None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,138 @@
+"""Chooses the modules whose outputs are captured, and puts the shared hook on them and off."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.gate import Gate
+from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
+from torchprobe.naming import named_modules
+from torchprobe.probes.base import Probe
+
+# A hook below one of these turns off its fused inference path, which changes padded outputs.
+_FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class Chosen(NamedTuple):
+    """A module to capture. in_eval is False where a hook would change what the model computes."""
+
+    name: str
+    module: nn.Module
+    in_eval: bool
+
+
+def chosen_modules(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> Iterator[Chosen]:
+    """The modules that `wanted` picks, in the order of `named_modules()`."""
+    fast: set[nn.Module] = set()
+    for name, module in named_modules(model):
+        if module in fast or isinstance(module, _FAST_IN_EVAL):
+            fast.update(module.modules())
+        if wanted(name, module):
+            yield Chosen(name, module, module not in fast)
+
+
+def interesting(module: nn.Module) -> bool:
+    """The default choice: leaves that have parameters, and attention and normalisation blocks."""
+    kind = type(module).__name__.lower()
+    if "attention" in kind or "attn" in kind or "norm" in kind:
+        return True
+    leaf = next(module.children(), None) is None
+    return leaf and next(module.parameters(recurse=False), None) is not None
+
+
+class ModuleCapture:
+    """The hooks on modules: on for sampled steps, off for all others.
+
+    Where a hook found itself being traced by `torch.compile` (`current.compiled`), hooks stay on,
+    since a compiled graph never sees a later one, and only the gates' flags change.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        gates: Mapping[Probe, Gate],
+        wanted: Callable[[str, nn.Module], bool],
+    ) -> None:
+        self._model = model
+        self._gates = {probe: gate for probe, gate in gates.items() if probe.source.startswith("output")}
+        self._wanted = wanted
+        self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+        self._handles: list[RemovableHandle] = []
+        self._armed: str | None = None
+        self.current = Pass()
+
+    def arm(self, training: bool) -> None:
+        """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
+        mode = "train" if training else "val"
+        model = self._model()
+        if self._armed == mode or model is None or not self._gates:
+            return
+        if self.current.compiled and self._handles:
+            return
+        self._remove()
+        for name, module, in_eval in chosen_modules(model, self._wanted):
+            if training or in_eval:
+                self._hook(name, module, model)
+        self._armed = mode
+
+    def disarm(self) -> None:
+        """Take the hooks off, unless a compiled graph holds them."""
+        if not self.current.compiled:
+            self._remove()
+
+    def detach(self) -> None:
+        """Take everything off: hooks and the sites' state."""
+        self._remove()
+        for module in list(self._sites):
+            module.__dict__.pop(SITE, None)
+        self._sites.clear()
+
+    def collect(self, due: Container[Probe], training: bool) -> list[Piece]:
+        """The merged rows of the step or of the validation pass, for the probes due; the rows start anew."""
+        groups: defaultdict[tuple[Probe, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+        for site in self._sites.values():
+            for tap in (*site.outputs, *site.gradients):
+                if tap.probe not in due:
+                    continue
+                row = tap.train if training else tap.val
+                groups[tap.probe, row.device].append((site.name, row))
+        prefix = "" if training else "val/"
+        return [_piece(probe, rows, prefix) for (probe, _), rows in groups.items()]
+
+    def _hook(self, name: str, module: nn.Module, model: nn.Module) -> None:
+        if module not in self._sites:
+            self._sites[module] = self._site(name, module, model)
+        module.__dict__[SITE] = self._sites[module]
+        self._handles.append(module.register_forward_hook(observe_output))
+
+    def _site(self, name: str, module: nn.Module, model: nn.Module) -> Site:
+        device = _device_of(module) or _device_of(model) or torch.device("cpu")
+        taps = [Tap(probe, gate, device) for probe, gate in self._gates.items()]
+        outputs = tuple(tap for tap in taps if tap.probe.source == "outputs")
+        gradients = tuple(tap for tap in taps if tap.probe.source == "output_gradients")
+        return Site(name, self.current, outputs, gradients)
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._armed = None
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    parameter = next(module.parameters(), None)
+    return None if parameter is None or parameter.device.type == "meta" else parameter.device
+
+
+def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str) -> Piece:
+    names, rows = zip(*named_rows, strict=True)
+    piece = Piece(probe, names, torch.stack(rows), prefix, counted=True)
+    torch._foreach_zero_(list(rows))
+    return piece

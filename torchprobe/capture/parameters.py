@@ -1,0 +1,113 @@
+"""Gradients, parameters and updates, as one optimizer's step sees them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.gate import Gate
+from torchprobe.naming import named_parameters
+from torchprobe.probes.base import Probe
+
+
+class Named(NamedTuple):
+    """A tensor under its parameter's name."""
+
+    name: str
+    tensor: Tensor
+
+
+class ParameterCapture:
+    """Feeds the probes of gradients, parameters and updates with the tensors of an optimizer's step.
+
+    Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels.
+    """
+
+    def __init__(
+        self, model: ReferenceType[nn.Module], gates: Mapping[Probe, Gate], wanted: Callable[[str], bool]
+    ) -> None:
+        self._model = model
+        self._gates = gates
+        self._wanted = wanted
+        self._before: dict[str, Tensor] = {}
+
+    def gradients(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
+        """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
+        probes = [probe for probe in due if probe.source == "gradients"]
+        if probes:
+            found = [Named(name, _dense(p.grad)) for name, p in self._parameters(optimizer) if p.grad is not None]
+            yield from self._pieces(probes, _unscaled(found, optimizer))
+
+    def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
+        """Copy the parameters before the step, when an update is to be measured."""
+        self._before = {}
+        if any(probe.source == "updates" for probe in due):
+            with torch.no_grad():
+                self._before = {name: p.detach().clone() for name, p in self._parameters(optimizer)}
+
+    def after_step(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
+        """Rows of the parameters after the step, and of what the step changed."""
+        now = [Named(name, p.detach()) for name, p in self._parameters(optimizer)]
+        yield from self._pieces([probe for probe in due if probe.source == "parameters"], now)
+        moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
+        for probe in [probe for probe in due if probe.source == "updates"]:
+            yield from self._pieces([probe], moved, {name: t.clone() for name, t in self._before.items()})
+        self._before.clear()
+
+    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+        model = self._model()
+        if model is None:
+            return []
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [(n, p) for n, p in named_parameters(model) if id(p) in held and self._wanted(n)]
+
+    def _pieces(
+        self, probes: Sequence[Probe], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Piece]:
+        for probe in probes:
+            for group in _by_device(tensors):
+                names = [named.name for named in group]
+                piece = self._measure(probe, group, [] if before is None else [before[name] for name in names])
+                if piece is not None:
+                    yield piece
+
+    def _measure(self, probe: Probe, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:
+        gate = self._gates[probe]
+        if gate.failed:
+            return None
+        with gate.boundary(), torch.no_grad():
+            rows = probe.compute_all([named.tensor for named in group], before)
+            return Piece(probe, [named.name for named in group], rows)
+        return None  # the boundary took an exception
+
+
+def _by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:
+    groups: defaultdict[torch.device, list[Named]] = defaultdict(list)
+    for named in tensors:
+        groups[named.tensor.device].append(named)
+    return groups.values()
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """The stored values of a sparse gradient, duplicates summed as the optimizer will; else itself."""
+    gradient = gradient.detach()
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
+    """A fused optimizer gets gradients that GradScaler has not divided yet, and the scale beside them."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if not isinstance(scale, Tensor):
+        return tensors
+    return [Named(name, tensor / scale.to(tensor.device)) for name, tensor in tensors]
+
+
+def _same_kind(before: Tensor | None, now: Tensor) -> bool:
+    return before is not None and before.shape == now.shape and before.device == now.device

@@ -1,0 +1,105 @@
+"""Forward passes of the whole model: two hooks at its root, the only ones on an idle step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.sites import Pass
+
+ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
+
+
+class PassObserver(Protocol):
+    """Hears of each forward pass that is not traced into a compiled graph."""
+
+    def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
+        """A forward pass of the model begins."""
+
+    def leave_pass(self, module: nn.Module, output: Any) -> None:
+        """It ended without an exception."""
+
+
+class Root:
+    """What the root hooks find on the model. Copies and pickles become None, so that they are inert."""
+
+    def __init__(self, observer: PassObserver, current: Pass) -> None:
+        self.observer = observer
+        self.current = current
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(None), ())
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)
+    if root is None:
+        return
+    if torch.compiler.is_compiling():  # only plain flags: a call out of the graph would break it
+        root.current.compiled = True
+        root.current.seen = True
+        root.current.training = module.training and torch.is_grad_enabled()
+        if root.current.training:
+            root.current.began = True
+    elif not under_transform() and not in_backward():
+        root.observer.enter_pass(module, torch.is_grad_enabled())
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)
+    if root is None or torch.compiler.is_compiling() or under_transform() or in_backward():
+        return
+    root.observer.leave_pass(module, output)
+
+
+class PassHooks:
+    """The root hooks: on the model, or on its parts when only these are ever called."""
+
+    def __init__(self, model: nn.Module, observer: PassObserver, current: Pass) -> None:
+        self._observer = observer
+        self._current = current
+        self._handles: list[RemovableHandle] = []
+        self._modules: list[nn.Module] = []
+        self._put_on([model] if _has_forward(model) else list(_entries(model)))
+        model.__dict__[ROOT_KEY] = Root(observer, current)
+        self._modules.append(model)
+
+    def move_to_parts(self, model: nn.Module) -> None:
+        """The model itself is never called: follow the outermost parts that can be."""
+        self.remove()
+        self._put_on(list(_entries(model)))
+        model.__dict__[ROOT_KEY] = Root(self._observer, self._current)
+        self._modules.append(model)
+
+    def remove(self) -> None:
+        """Take hooks and state off. Safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._modules:
+            self._modules.pop().__dict__.pop(ROOT_KEY, None)
+
+    def _put_on(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            module.__dict__[ROOT_KEY] = Root(self._observer, self._current)
+            self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
+        self._modules += modules
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if _has_forward(child):
+            yield child
+        else:
+            yield from _entries(child)

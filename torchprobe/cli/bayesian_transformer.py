@@ -1,0 +1,107 @@
+"""A small transformer that classifies rows of word numbers, and can say how sure it is by Monte-Carlo dropout.
+
+Plain PyTorch, with nothing in it that knows of instrumentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from torchprobe.cli.words import PADDING
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every position to the positions that `visible` allows."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x: (batch, length, width). visible: bool, (batch, 1, 1, length). Returns the shape of x."""
+        batch, length, width = x.shape
+        projected = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        output: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+        return output
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a feed-forward network, each added to its input."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x: (batch, length, width). visible: bool, (batch, 1, 1, length). Returns the shape of x."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), visible))
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
+
+
+class BayesianTransformer(nn.Module):
+    """Word numbers in, class logits out; dropout stands for the doubt about the weights (Gal & Ghahramani 2016)."""
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        vocabulary: int = 8192,
+        length: int = 128,
+        width: int = 64,
+        heads: int = 4,
+        depth: int = 2,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.word_embedding = nn.Embedding(vocabulary, width, padding_idx=PADDING)
+        self.position_embedding = nn.Embedding(length, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, classes)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """words: int64, (batch, length up to the longest), at least one a row not padding. Returns (batch, classes)."""
+        visible = words != PADDING
+        positions = torch.arange(words.shape[1], device=words.device)
+        x = self.dropout(self.word_embedding(words) + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x, visible[:, None, None, :])
+        logits: Tensor = self.classifier(self.dropout(_mean_over(self.norm(x), visible)))
+        return logits
+
+
+def _mean_over(x: Tensor, visible: Tensor) -> Tensor:
+    """Mean of x (batch, length, width) over its visible positions: (batch, width)."""
+    weights = visible.unsqueeze(-1).to(x.dtype)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+@contextmanager
+def monte_carlo_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for everything but dropout, which stays on; afterwards every module is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,62 @@
+"""One name for a module or parameter, whatever wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+ROOT = "root"  # what the model itself is called, whose name in `named_modules()` is empty
+
+# Attribute names that only wrappers use.
+_ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# `module` is also an ordinary attribute name, so the parent's class decides.
+_MODULE_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "AveragedModel"})
+
+
+def _is_wrapper(parent: nn.Module, child: str) -> bool:
+    if child in _ALWAYS_WRAPPERS:
+        return True
+    return child == "module" and any(c.__name__ in _MODULE_WRAPPERS for c in type(parent).__mro__)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, DDP, FSDP and checkpoint wrappers."""
+    for name, child in model.named_children():
+        if _is_wrapper(model, name):
+            return unwrapped(child)
+    return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` with wrapper prefixes removed; the wrappers themselves are left out.
+
+    The model itself is called `ROOT`. A shared module appears once, under its first name.
+    """
+    for name, module in _walk(unwrapped(model), "", set()):
+        yield name or ROOT, module
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        yield from _walk(unwrapped(child), full, seen)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters()` with wrapper prefixes removed; a shared parameter has its first name."""
+    seen: set[Tensor] = set()
+    for module_name, module in _walk(unwrapped(model), "", set()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield (f"{module_name}.{name}" if module_name else name), parameter
+
+
+def owner_of(parameter_name: str) -> str:
+    """The module that owns a parameter: `blocks.0.fc.weight` -> `blocks.0.fc`."""
+    return parameter_name.rpartition(".")[0] or ROOT

@@ -1,0 +1,91 @@
+"""Which probes sample which step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from time import monotonic
+from typing import TypeAlias
+
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.probes.activations import Activations
+from torchprobe.probes.base import Probe
+from torchprobe.probes.gradients import Gradients
+from torchprobe.probes.histograms import Histograms
+from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.loss import Loss
+from torchprobe.probes.parameters import Parameters, Updates
+from torchprobe.schedule import Schedule, as_schedule
+
+AnyProbe: TypeAlias = "Probe | LearningRates"
+
+
+def default_probes() -> list[AnyProbe]:
+    """What `instrument` watches when no probes are named."""
+    return [Gradients(), Parameters(), Updates(), Activations(), Histograms(), LearningRates(), Loss()]
+
+
+def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
+    """The probes of an `instrument` call, each for one source. Raises TypeError for anything else."""
+    if probes is None:
+        probes = default_probes()
+    if isinstance(probes, str | Probe) or not isinstance(probes, Iterable):
+        raise TypeError(f"probes={probes!r}: takes a list of probes, such as [torchprobe.Gradients(every=10)]")
+    parts: list[AnyProbe] = []
+    for probe in probes:
+        if isinstance(probe, type):
+            raise TypeError(f"probes: got the class {probe.__name__}; write {probe.__name__}() with the brackets")
+        if not isinstance(probe, Probe | LearningRates):
+            raise TypeError(f"probes: got {probe!r}; takes probe objects, such as torchprobe.Gradients(every=10)")
+        parts += probe.parts() if isinstance(probe, Probe) else [probe]
+    return parts
+
+
+class Plan:
+    """The gates of all probes, opened and closed between steps by their schedules.
+
+    every: the cadence of each probe that names none of its own. budget: the largest fraction of wall
+    time to spend; while more than that is spent, no step is sampled.
+    """
+
+    def __init__(
+        self, probes: Sequence[AnyProbe], every: int | Schedule | None, budget: float | None, meter: Meter
+    ) -> None:
+        common = None if every is None else as_schedule("every", every)
+        self.gates: dict[Probe, Gate] = {probe: Gate(probe.name, meter) for probe in probes if isinstance(probe, Probe)}
+        self.schedules = {
+            probe: common if common is not None and probe.every is None else probe.schedule for probe in self.gates
+        }
+        self.loss_probes = [probe for probe in self.gates if isinstance(probe, Loss)]
+        self.loss_gate = next((self.gates[probe] for probe in self.loss_probes), Gate("Loss", meter))
+        self._budget = budget
+        self._meter = meter
+        self._start = monotonic()
+        self._awaits_validation = set(self.gates)
+        self.due: tuple[Probe, ...] = ()
+        self.due_in_validation: tuple[Probe, ...] = ()
+
+    def open_for(self, step: int, by_forward: bool = False) -> None:
+        """Set the gates for a coming training step, and for a validation pass before it.
+
+        A validation pass is sampled when a training step was, since the last one. by_forward: forward
+        passes are the clock, so that each is a step of its own.
+        """
+        affordable = step == 1 or not self._over_budget()
+        self.due = tuple(p for p, g in self.gates.items() if not g.failed and self.schedules[p](step) and affordable)
+        awaiting = self.due if by_forward else tuple(p for p in self.gates if p in self._awaits_validation)
+        self.due_in_validation = tuple(p for p in awaiting if p.source == "outputs" and not self.gates[p].failed)
+        for probe, gate in self.gates.items():
+            gate.train = probe in self.due
+            gate.val = probe in self.due_in_validation
+        self._awaits_validation.update(self.due)
+
+    def validated(self) -> None:
+        """A validation pass was sampled: the next one is, after the next sampled step."""
+        self._awaits_validation.clear()
+        for gate in self.gates.values():
+            gate.val = False
+
+    def _over_budget(self) -> bool:
+        if self._budget is None:
+            return False
+        return self._meter.seconds > self._budget * (monotonic() - self._start)

@@ -1,0 +1,74 @@
+"""Activations: the distribution of what each module puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from torchprobe.probes.base import Probe, Report, Source
+from torchprobe.schedule import Schedule
+from torchprobe.statistics import moments, norms
+
+
+class Activations(Probe):
+    """Mean, std, rms, largest magnitude and zero fraction of module outputs, over finite elements.
+
+    A module that runs several times in a step is one entry with merged statistics. Exact.
+    gradients: also the norm of the gradient with respect to each output (`ActivationGradients`).
+    """
+
+    source: ClassVar[Source] = "outputs"
+    fields: ClassVar[tuple[str, ...]] = moments.FIELDS
+    descriptions: ClassVar[Mapping[str, str]] = {
+        "activation_mean": "Mean of the module's output (exact, finite elements).",
+        "activation_std": "Population standard deviation of the module's output (exact, finite elements).",
+        "activation_rms": "Root mean square of the module's output (exact, finite elements).",
+        "activation_max_abs": "Largest magnitude in the module's output (exact, finite elements).",
+        "activation_zero_fraction": "Fraction of the module's output that is exactly zero (exact).",
+        "activation_nonfinite": "Number of NaN and inf elements in the module's output; only when not 0.",
+    }
+
+    def __init__(self, every: int | Schedule | None = None, *, gradients: bool = True) -> None:
+        super().__init__(every)
+        self._gradients = gradients
+
+    def parts(self) -> tuple[Probe, ...]:
+        """The outputs, and their gradients unless switched off."""
+        return (self, ActivationGradients(self.every)) if self._gradients else (self,)
+
+    def compute(self, tensor: Tensor) -> Tensor:
+        """One pass of `statistics.moments`."""
+        return moments.compute(tensor)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """Chan's parallel merge."""
+        return moments.combine(a, b)
+
+    def report(self, name: str, values: Mapping[str, float]) -> Report:
+        """One tag per summary value; the non-finite count only when there is one."""
+        for key, value in moments.summarise(list(values.values())).items():
+            if key != "nonfinite" or value:
+                yield f"activation_{key}/{name}", value
+
+
+class ActivationGradients(Probe):
+    """L2 norm of the loss's gradient with respect to each module's output, over finite elements."""
+
+    source: ClassVar[Source] = "output_gradients"
+    fields: ClassVar[tuple[str, ...]] = norms.FIELDS
+    descriptions: ClassVar[Mapping[str, str]] = {
+        "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
+        "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
+    }
+
+    def compute(self, tensor: Tensor) -> Tensor:
+        """Sums that add up over micro-batches."""
+        return norms.finite_sums([tensor])[0]
+
+    def report(self, name: str, values: Mapping[str, float]) -> Report:
+        """The norm, and the non-finite count when there is one."""
+        yield f"activation_grad_norm/{name}", values["sum_squares"] ** 0.5
+        if values["nonfinite"]:
+            yield f"activation_grad_nonfinite/{name}", values["nonfinite"]

@@ -1,0 +1,52 @@
+"""Gradients: the ones that the optimizer is about to use."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchprobe.naming import owner_of
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Value
+from torchprobe.statistics import norms
+
+
+class Gradients(Probe):
+    """L2 norms by parameter and module, mean magnitude by module, non-finite counts, the total.
+
+    After accumulation, unscaling, the all-reduce and clipping. Exact, over finite elements.
+    """
+
+    source: ClassVar[Source] = "gradients"
+    fields: ClassVar[tuple[str, ...]] = norms.FIELDS
+    descriptions: ClassVar[Mapping[str, str]] = {
+        "grad_norm": "L2 norm of the gradient that the optimizer is about to use (exact, finite elements).",
+        "grad_norm_layer": "L2 norm of the gradients of the module's own parameters (exact).",
+        "grad_mean_abs": "Mean of absolute gradient over the module's own parameters (exact).",
+        "grad_nonfinite": "Number of NaN and inf gradient elements; written only when not 0.",
+        "overview": "What to look at first.",
+    }
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """Finite sums of every gradient."""
+        return norms.finite_sums(tensors)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Per parameter, per owning module, and the total."""
+        layers: defaultdict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
+        for name, row in zip(names, rows, strict=True):
+            yield f"grad_norm/{name}", math.sqrt(row[0])
+            layers[owner_of(name)] += row
+        for layer, (squares, magnitude, nonfinite, count) in layers.items():
+            yield f"grad_norm_layer/{layer}", math.sqrt(squares)
+            if count:
+                yield f"grad_mean_abs/{layer}", magnitude / count
+            if nonfinite:
+                yield f"grad_nonfinite/{layer}", float(nonfinite)
+        yield "overview/grad_norm", math.sqrt(rows[:, 0].sum())

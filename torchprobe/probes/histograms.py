@@ -1,0 +1,79 @@
+"""Histograms of gradients and parameters, counted exactly on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Histogram, Value
+from torchprobe.schedule import Schedule
+from torchprobe.statistics import exponents, linear
+
+_BUCKETS = 64
+
+
+class GradientHistograms(Probe):
+    """Magnitudes on a log10 axis, one bucket per binary exponent; zeros and non-finite counted beside it."""
+
+    source: ClassVar[Source] = "gradients"
+    fields: ClassVar[tuple[str, ...]] = ("zeros", "nonfinite", "counts")
+    default_every: ClassVar[int] = 500
+    descriptions: ClassVar = {
+        "gradients": "log10 of the gradient's magnitude (exact counts); zeros are in `gradients_zeros`.",
+        "gradients_zeros": "Number of gradient elements that are exactly zero.",
+        "gradients_nonfinite": "Number of NaN and inf gradient elements; only when not 0.",
+    }
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """One row of counts a tensor."""
+        return torch.stack([exponents.log_histogram(tensor) for tensor in tensors])
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """A histogram, the zeros, and the non-finite count when there is one."""
+        edges = np.asarray(exponents.edges())
+        for name, row in zip(names, rows, strict=True):
+            yield f"gradients/{name}", Histogram(edges, row[2:].astype(np.int64))
+            yield f"gradients_zeros/{name}", float(row[0])
+            if row[1]:
+                yield f"gradients_nonfinite/{name}", float(row[1])
+
+
+class ParameterHistograms(Probe):
+    """Values on a linear axis of 64 buckets between the smallest and the largest finite element."""
+
+    source: ClassVar[Source] = "parameters"
+    fields: ClassVar[tuple[str, ...]] = ("low", "high", "nonfinite", "counts")
+    default_every: ClassVar[int] = 500
+    descriptions: ClassVar = {
+        "parameters": "Values of the parameter after the step (exact counts).",
+        "parameters_nonfinite": "Number of NaN and inf elements in the parameter; only when not 0.",
+    }
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """One row of limits and counts a tensor."""
+        return torch.stack([linear.linear_histogram(tensor, _BUCKETS) for tensor in tensors])
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """A histogram, and the non-finite count when there is one."""
+        for name, (low, high, nonfinite, *counts) in zip(names, rows, strict=True):
+            edges = np.asarray(linear.edges(low, high, _BUCKETS))
+            yield f"parameters/{name}", Histogram(edges, np.asarray(counts, dtype=np.int64))
+            if nonfinite:
+                yield f"parameters_nonfinite/{name}", float(nonfinite)
+
+
+class Histograms(GradientHistograms):
+    """Histograms of gradients (log10 of magnitude) and of parameters (linear), exact counts."""
+
+    def __init__(self, every: int | Schedule | None = None) -> None:
+        super().__init__(every)
+
+    def parts(self) -> tuple[Probe, ...]:
+        """One probe for each source."""
+        return (GradientHistograms(self.every), ParameterHistograms(self.every))

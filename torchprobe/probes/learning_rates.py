@@ -1,0 +1,61 @@
+"""Learning rates of every parameter group, and momentum and weight decay when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchprobe.schedule import Schedule, as_schedule
+
+_ON_CHANGE = ("momentum", "weight_decay")
+
+
+class LearningRates:
+    """`lr/<Optimizer>/group_<i>`, at every step by default.
+
+    Costs a dictionary look-up a group; a learning rate that is a device tensor is not read here.
+    """
+
+    descriptions: ClassVar[Mapping[str, str]] = {
+        "lr": "Learning rate that the optimizer used in this step.",
+        "momentum": "Momentum (beta1 for Adam), written when it changes.",
+        "weight_decay": "Weight decay, written when it changes.",
+    }
+
+    def __init__(self, every: int | Schedule | None = None) -> None:
+        self.schedule = as_schedule("every", 1 if every is None else every)
+        self._labels: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[Optimizer, dict[str, Any]] = WeakKeyDictionary()
+
+    @property
+    def name(self) -> str:
+        """How messages and summaries call the probe."""
+        return type(self).__name__
+
+    def observe(self, optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
+        """Tags and values of the step that this optimizer has just taken."""
+        label = self._label(optimizer)
+        for i, group in enumerate(optimizer.param_groups):
+            yield f"lr/{label}/group_{i}", group["lr"]
+            yield from self._changed(optimizer, group, f"{label}/group_{i}")
+
+    def _changed(self, optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:
+        last = self._last.setdefault(optimizer, {})
+        for key in _ON_CHANGE:
+            value = group.get(key)
+            if key == "momentum" and "betas" in group:
+                value = group["betas"][0]
+            if isinstance(value, int | float) and last.get(f"{key}/{where}") != value:
+                last[f"{key}/{where}"] = value
+                yield f"{key}/{where}", value
+
+    def _label(self, optimizer: Optimizer) -> str:
+        if optimizer not in self._labels:
+            name = type(optimizer).__name__
+            taken = sum(type(other) is type(optimizer) for other in self._labels)
+            self._labels[optimizer] = f"{name}_{taken}" if taken else name
+        return self._labels[optimizer]

@@ -1,0 +1,28 @@
+"""The training loss, found by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Value
+
+
+class Loss(Probe):
+    """`overview/loss`: at every step when the model returns a `loss`, else on sampled steps.
+
+    Mean over the micro-batches of a step. Without a `loss` field it is the value of the loss module that
+    ran on the model's output, or what `backward()` was called on, without GradScaler's scale.
+    """
+
+    source: ClassVar[Source] = "loss"
+    fields: ClassVar[tuple[str, ...]] = ("loss",)
+    descriptions: ClassVar = {"overview": "What to look at first."}
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """One value a step."""
+        yield "overview/loss", float(rows[0, 0])

@@ -1,0 +1,62 @@
+"""Parameters: how large they are, and how far a step moves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Value
+from torchprobe.statistics import norms
+
+
+class Parameters(Probe):
+    """L2 norm of every parameter after the step, and of all together. Exact, over finite elements."""
+
+    source: ClassVar[Source] = "parameters"
+    fields: ClassVar[tuple[str, ...]] = ("norm",)
+    descriptions: ClassVar = {"param_norm": "L2 norm of the parameter after the step (exact, finite elements)."}
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """One norm each."""
+        return norms.l2_norms(tensors).unsqueeze(1)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Per parameter, and the total."""
+        for name, norm in zip(names, rows[:, 0].tolist(), strict=True):
+            yield f"param_norm/{name}", norm
+        yield "overview/param_norm", math.sqrt(float(np.square(rows[:, 0]).sum()))
+
+
+class Updates(Probe):
+    """Update ratio: L2 norm of the step just taken over that of the parameter before it.
+
+    Healthy is about 1e-3 (Karpathy's rule of thumb). A parameter that was all zeros has no ratio.
+    Cost: a copy of the parameters for the duration of the optimizer's step, on sampled steps.
+    """
+
+    source: ClassVar[Source] = "updates"
+    fields: ClassVar[tuple[str, ...]] = ("update", "before")
+    descriptions: ClassVar = {
+        "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3."
+    }
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """Norms of (after - before) and of before; the copies in `before` become the differences."""
+        norms_before = norms.l2_norms(before)
+        torch._foreach_sub_(list(before), list(tensors))
+        return torch.stack([norms.l2_norms(before), norms_before], dim=1)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Per parameter, and the median."""
+        moved = [(name, update / before) for name, (update, before) in zip(names, rows, strict=True) if before > 0]
+        for name, ratio in moved:
+            yield f"update_ratio/{name}", float(ratio)
+        if moved:
+            yield "overview/update_ratio", float(np.median([ratio for _, ratio in moved]))

@@ -1,0 +1,46 @@
+"""Where a run's files go."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+
+def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path:
+    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, a new folder under `runs`.
+
+    Raises TypeError or ValueError for a run name that is no single folder name, and for a `log_dir`
+    that is a file.
+    """
+    if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
+        raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
+    if run_name is not None:
+        check_run_name(run_name)
+    name = run_name
+    if log_dir is None:
+        log_dir = "runs"
+        name = name or f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
+    path = Path(log_dir) / name if name else Path(log_dir)
+    _check_no_file(path)
+    return path
+
+
+def check_run_name(run_name: str) -> None:
+    """Raise for a name that would leave the log directory or nest inside it."""
+    if not isinstance(run_name, str):
+        raise TypeError(f"run_name={run_name!r}: takes a string, not {type(run_name).__name__}")
+    if not run_name.strip() or run_name == "." or ".." in run_name or re.search(r"[/\\\0]", run_name):
+        raise ValueError(
+            f"run_name={run_name!r}: takes one folder name, without '..' or a path separator; "
+            "put the folders above it into log_dir"
+        )
+
+
+def _check_no_file(path: Path) -> None:
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ValueError(f"log_dir: {part} is a file, and a run needs a directory; choose another path")
+            return

@@ -1,0 +1,66 @@
+"""Which modules and parameters to watch, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from torchprobe.capture.modules import interesting
+from torchprobe.naming import named_modules, owner_of
+
+Patterns = str | Sequence[str] | None
+
+
+class Selection:
+    """Module-name patterns with `*` and `?`, as in file names: `blocks.*.attention`.
+
+    include: the modules to watch; without it, leaves that have parameters and attention and normalisation
+    blocks. exclude: modules to leave out, with everything inside them. Parameters follow their module.
+    Raises TypeError for anything but strings, ValueError for a pattern that fits no module.
+    """
+
+    def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
+        self._include = _patterns("include", include)
+        self._exclude = _patterns("exclude", exclude)
+        names = [name for name, _ in named_modules(model)]
+        for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"{argument}={pattern!r} fits no module; takes names of modules, such as "
+                        f"{', '.join(map(repr, names[1:4])) or repr(names[0])}, where * stands for anything"
+                    )
+
+    def wants_module(self, name: str, module: nn.Module) -> bool:
+        """Whether a module's outputs are captured."""
+        if self._excluded(name):
+            return False
+        return self._included(name) if self._include else interesting(module)
+
+    def wants_parameter(self, name: str) -> bool:
+        """Whether a parameter is captured: with its module, or with a module around it."""
+        owner = owner_of(name)
+        return not self._excluded(owner) and (not self._include or any(map(self._included, _with_parents(owner))))
+
+    def _included(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._include)
+
+    def _excluded(self, name: str) -> bool:
+        return any(fnmatchcase(part, pattern) for part in _with_parents(name) for pattern in self._exclude)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as 'blocks.*'")
+    return patterns

@@ -1,0 +1,263 @@
+"""The one place where the parts are wired: `instrument()` and the `Session` that it returns."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.drain import Drain
+from torchprobe.buffer.seal import Lanes
+from torchprobe.capture.gate import Meter
+from torchprobe.capture.loss import LossCapture
+from torchprobe.capture.modules import ModuleCapture
+from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.sites import SITE
+from torchprobe.metrics import Metrics, Number
+from torchprobe.naming import named_modules, unwrapped
+from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.recorder import Captures, Outlet, Recorder
+from torchprobe.records import Text
+from torchprobe.run_directory import run_directory
+from torchprobe.schedule import Schedule, check_count
+from torchprobe.selection import Patterns, Selection
+from torchprobe.writers.protocol import Writer
+
+_SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
+_LEAST_SLOTS = 2**18
+_AT_EXIT_SECONDS = 30.0
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def instrument(
+    model: nn.Module,
+    *,
+    log_dir: str | os.PathLike[str] | None = None,
+    run_name: str | None = None,
+    writer: Any = None,
+    probes: Iterable[AnyProbe] | None = None,
+    every: int | Schedule | None = None,
+    flush_every: int = 100,
+    flush_seconds: float = 30.0,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    overhead_budget: float | None = None,
+) -> Session:
+    """Watch a model while it trains. The only line that a training script needs.
+
+    The step clock comes from the optimizers that hold the model's parameters, made before or after this
+    call; without one, forward passes are counted. Nothing in the training loop changes, and weights and
+    random state are bitwise those of a run without this call.
+
+    Args:
+        model: the model, bare or wrapped (`torch.compile`, DDP, FSDP, checkpointing).
+        log_dir: the run's directory; by default a new one under `runs`.
+        run_name: a sub-folder of `log_dir` for this run.
+        writer: instead of a directory: the user's own `SummaryWriter`, or any `torchprobe.Writer`.
+        probes: what to watch, such as `[torchprobe.Gradients(every=10)]`; by default everything.
+        every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
+        flush_every: steps between writes; flush_seconds: and the longest time between them.
+        include, exclude: module-name patterns with `*`.
+        overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
+        OSError: when `log_dir` cannot be written.
+    """
+    root = _checked_model(model)
+    parts = checked_probes(probes)
+    meter = Meter()
+    plan = Plan(parts, every, _checked_budget(overhead_budget), meter)
+    selection = Selection(root, include, exclude)
+    check_count("flush_every", flush_every)
+    _check_seconds("flush_seconds", flush_seconds)
+    directory, sink = _open_writer(writer, log_dir, run_name, type(root).__name__)
+    decoder = Decoder(_descriptions(parts))
+    parameters = sum(1 for _ in root.parameters())
+    outlet = Outlet(
+        Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
+        Drain(sink, decoder, flush_seconds),
+        decoder,
+        flush_every,
+    )
+    reference = weakref.ref(root)
+    captures = Captures(
+        ModuleCapture(reference, plan.gates, selection.wants_module),
+        ParameterCapture(reference, plan.gates, selection.wants_parameter),
+        LossCapture(plan.loss_gate),
+        [probe for probe in parts if isinstance(probe, LearningRates)],
+    )
+    recorder = Recorder(model, plan, captures, outlet, meter)
+    return Session(root, recorder, outlet, directory)
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The living session of a model, bare or wrapped; None when it has none."""
+    return _sessions.get(unwrapped(model))
+
+
+class Session:
+    """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
+
+    def __init__(self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None) -> None:
+        self.log_dir = directory
+        """The run's directory; None when a writer was handed over."""
+        self._recorder = recorder
+        self._outlet = outlet
+        self._metrics = Metrics()
+        self._model = weakref.ref(root)
+        _sessions[root] = self
+        # Runs when the model is collected, and at the interpreter's exit.
+        self._finalizer = weakref.finalize(root, self._finish, _AT_EXIT_SECONDS)
+
+    @property
+    def step(self) -> int:
+        """Completed steps: optimizer steps, or forward passes while no optimizer is in sight."""
+        return self._recorder.clock.completed
+
+    @property
+    def attached(self) -> bool:
+        """Whether the session still watches its model."""
+        return self._finalizer.alive
+
+    def log_metrics(self, metrics: Mapping[str, Number], prefix: str = "") -> None:
+        """Log numbers of this iteration under `<prefix>/<name>`, at every step, with the step's number.
+
+        A value may be a device tensor of one element: it is copied on the device and read later, so that
+        nothing waits. Of two values for one tag and step the later counts. A tensor of several elements
+        is dropped with one warning. Raises TypeError for what is no number.
+        """
+        for tag, value in self._metrics.tagged(metrics, prefix):
+            self._recorder.log(tag, value)
+
+    def log_text(self, tag: str, text: str) -> None:
+        """Log Markdown for TensorBoard's Text page, with the step's number."""
+        for argument, value in (("tag", tag), ("text", text)):
+            if not isinstance(value, str):
+                raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
+        self._recorder.log(tag, Text(text))
+
+    def next_step(self) -> None:
+        """End a step by hand. From the first call on, nothing else does."""
+        self._recorder.next_step()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Write everything up to the last completed step. True when it is on disk.
+
+        Waits up to `timeout` seconds, or as long as it takes; False when time ran out or writing failed.
+        """
+        if os.getpid() != self._recorder.pid or not self.attached:
+            return False
+        self._recorder.flush()
+        return self._outlet.drain.flush(timeout)
+
+    def detach(self, timeout: float | None = None) -> bool:
+        """Take off every hook, write what is left, end the thread. Safe to call twice.
+
+        Waits up to `timeout` seconds for the writing, or as long as it takes; False when something was
+        left unwritten.
+        """
+        if self._finalizer.detach() is None:
+            return True
+        return self._finish(timeout)
+
+    def summary(self) -> str:
+        """A few lines for a person: steps, where the run is, what was lost or never seen."""
+        recorder, outlet = self._recorder, self._outlet
+        lines = [
+            f"torchprobe: {self.step} steps, {'attached' if self.attached else 'detached'}",
+            f"  run directory     {self.log_dir or 'the writer that was handed over'}",
+            f"  time in probes    {recorder.meter.seconds:.3f} s",
+            f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
+            f"  dropped records   {outlet.drain.dropped}",
+        ]
+        if outlet.decoder.missing:
+            lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
+        return "\n".join(lines)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<torchprobe.Session step={self.step} {'attached' if self.attached else 'detached'}>"
+
+    def _finish(self, timeout: float | None) -> bool:
+        root = self._model()
+        if root is not None:
+            _sessions.pop(root, None)
+        self._recorder.close()
+        self._recorder.detach()
+        if os.getpid() != self._recorder.pid:  # a forked child has no drain thread, and not its own file
+            return True
+        return self._outlet.drain.close(timeout)
+
+
+def _checked_model(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    root = unwrapped(model)
+    if root in _sessions:
+        raise ValueError(
+            "model is already instrumented: torchprobe.session_of(model) returns its session; "
+            "call session.detach() before instrumenting it again"
+        )
+    for name, module in named_modules(root):
+        if module in _sessions or module.__dict__.get(SITE) is not None:
+            raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
+    return root
+
+
+def _checked_budget(fraction: float | None) -> float | None:
+    if fraction is None:
+        return None
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+        raise TypeError(f"overhead_budget={fraction!r}: takes a fraction of wall time, such as 0.01")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"overhead_budget={fraction}: takes a fraction of wall time between 0 and 1, such as 0.01")
+    return fraction
+
+
+def _check_seconds(argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}={value!r}: takes seconds, not {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
+
+
+def _open_writer(
+    writer: Any, log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str
+) -> tuple[Path | None, Writer]:
+    if writer is None:
+        directory = run_directory(log_dir, run_name, model_name)
+        from torchprobe.writers.event_file import EventFileWriter  # imports tensorboard: only when needed
+
+        return directory, EventFileWriter(directory)
+    if log_dir is not None or run_name is not None:
+        raise ValueError("writer and log_dir (or run_name) exclude each other: a writer knows where it writes")
+    if hasattr(writer, "add_scalar"):
+        from torchprobe.writers.summary_writer import SummaryWriterAdapter
+
+        return None, SummaryWriterAdapter(writer)
+    if isinstance(writer, Writer) and not isinstance(writer, type):
+        return None, writer
+    raise TypeError(f"writer={writer!r}: takes a SummaryWriter, or an object with write(records) and close()")
+
+
+def _descriptions(probes: Iterable[AnyProbe]) -> dict[str, str]:
+    return {group: text for probe in probes for group, text in probe.descriptions.items()}

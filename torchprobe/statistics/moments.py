@@ -1,0 +1,118 @@
+"""Count, mean, variance, largest magnitude, zeros and non-finite elements of a tensor, in one mergeable row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchprobe.statistics.dtypes import piece_size, pieces, real, row_dtype, widened
+
+FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite")
+"""Columns of a row. count, mean, m2 (the sum of squared deviations from the mean), max_abs and zeros are over
+the finite elements."""
+
+
+def compute(x: Tensor) -> Tensor:
+    """The row of `x`: shape (6,), `row_dtype`, on the device of `x`. All zeros for an empty tensor.
+
+    `x` is any strided floating or complex tensor (see `dtypes.real`). Counts are exact. For n elements the mean is
+    within 1e-15 of max_abs and m2 within n·1e-15 of itself, however large the mean is beside the deviations;
+    m2 is inf where it exceeds the row's type, which takes float64 elements above 1e140.
+
+    Reads the data once in cache-sized pieces, 1.3 ns an element on two CPU cores. Makes no host read, and traces
+    as one fused graph under `torch.compile`. Raises TypeError for integers.
+    """
+    x = real(x)
+    dtype = row_dtype(x.device)
+    if x.numel() == 0:
+        return torch.zeros(len(FIELDS), dtype=dtype, device=x.device)
+    if torch.compiler.is_compiling():  # the compiler fuses the passes itself; a loop would only unroll
+        return _rows([x.reshape(-1)], dtype)[0]
+    return _merged(_rows(pieces(x, piece_size(x.device)), dtype))
+
+
+def combine(a: Tensor, b: Tensor) -> Tensor:
+    """The row of two tensors' elements together, from the row of each: shapes (..., 6), broadcast.
+
+    Chan, Golub and LeVeque (1983), equations 2.1: associative and commutative up to rounding. The row of zeros is
+    the identity, exactly.
+    """
+    count_a, mean_a, m2_a, max_a, zeros_a, nonfinite_a = a.unbind(-1)
+    count_b, mean_b, m2_b, max_b, zeros_b, nonfinite_b = b.unbind(-1)
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    share_b = count_b / count.clamp(min=1)
+    mean = mean_a + delta * share_b
+    m2 = m2_a + m2_b + delta * (delta * (count_a * share_b))  # weight first: 0 · inf is not 0
+    return torch.stack(
+        (count, mean, m2, torch.maximum(max_a, max_b), zeros_a + zeros_b, nonfinite_a + nonfinite_b), dim=-1
+    )
+
+
+def summarise(row: Sequence[float]) -> dict[str, float]:
+    """A row in readable terms, on the host: mean, std, rms, max_abs, zero_fraction, nonfinite.
+
+    std is the population's: sqrt(m2 / count). zero_fraction is of the finite elements. Only nonfinite is there when
+    no element is finite. Raises ValueError for a row of another length.
+    """
+    if len(row) != len(FIELDS):
+        raise ValueError(f"row: got {len(row)} numbers, takes {len(FIELDS)} ({', '.join(FIELDS)}), as compute returns")
+    count, mean, m2, max_abs, zeros, nonfinite = row
+    if not count:
+        return {"nonfinite": nonfinite}
+    std = math.sqrt(m2 / count)
+    return {
+        "mean": mean,
+        "std": std,
+        "rms": math.hypot(mean, std),
+        "max_abs": max_abs,
+        "zero_fraction": zeros / count,
+        "nonfinite": nonfinite,
+    }
+
+
+def _rows(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """One row for each 1-D part: shape (parts, 6)."""
+    columns = zip(*(_sums(widened(part), dtype) for part in parts), strict=True)
+    zeros, nonzero, finite_nonzero, low, high, pivot, shift, square = (torch.stack(c).to(dtype) for c in columns)
+    count = zeros + finite_nonzero
+    mean_shift = shift / count.clamp(min=1)
+    m2 = torch.where(square.isinf(), square, (square - shift * mean_shift).clamp(min=0))
+    max_abs = torch.maximum(high, -low)
+    return torch.stack((count, pivot + mean_shift, m2, max_abs, zeros, nonzero - finite_nonzero), dim=-1)
+
+
+def _sums(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a row is made of, as 0-dim tensors: sums of the deviations from `pivot` and of their squares.
+
+    The pivot is a finite element p. As (p - mean)² <= m2, the squares sum to at most (n + 1)·m2: that bounds what
+    cancels when the mean's share is taken off.
+    """
+    finite = x.nan_to_num(0.0, 0.0, 0.0)
+    low, high = finite.aminmax()
+    extreme = torch.where(high > 0, high, low).to(dtype)  # 0 put for non-finite elements is never the choice
+    pivot = extreme * (extreme.abs() < torch.finfo(dtype).max ** 0.5 * 2.0**-40)  # so that x - pivot is finite
+    deviation = (x.to(dtype) - pivot).nan_to_num(0.0, 0.0, 0.0)
+    nonzero = x.count_nonzero()
+    return (
+        x.numel() - nonzero,
+        nonzero,
+        finite.count_nonzero(),
+        low,
+        high,
+        pivot,
+        deviation.sum(),
+        deviation.square().sum(),
+    )
+
+
+def _merged(rows: Tensor) -> Tensor:
+    """The row of all parts, (6,), from theirs, (parts, 6), pairwise: rounding grows with log(parts)."""
+    while len(rows) > 1:
+        if len(rows) % 2:
+            rows = torch.cat((rows, torch.zeros_like(rows[:1])))
+        rows = combine(rows[::2], rows[1::2])
+    return rows[0]

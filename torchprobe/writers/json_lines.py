@@ -1,0 +1,93 @@
+"""JSON lines: one object a record, for pandas, jq or a script."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchprobe.records import Histogram, Image, Record, Text, Value
+from torchprobe.writers.append_file import AppendFile
+from torchprobe.writers.png import png
+
+
+class JsonLinesWriter:
+    """Appends `{"step": 3, "wall_time": 1.7e9, "values": {tag: value}}` to the file at `path`.
+
+    A value is a number for a scalar, else an object: `{"edges", "counts"}` for a histogram,
+    `{"text"}`, `{"shape", "png"}` for an image (base64), `{"array"}` for nested lists. Numbers that
+    JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
+
+    What the file already holds is kept. A batch is on disk when `write` returns, or not at all.
+    Raises OSError at the call when the file cannot be opened, and from `write` when a batch does
+    not fit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._file = self._open()
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append a batch, a line each. Raises OSError when it does not fit; then nothing is changed."""
+        if not records:
+            return
+        if not self._file.in_place():
+            self._file.close()
+            self._file = self._open()
+        self._file.append("".join(f"{_line(record)}\n" for record in records).encode())
+
+    def close(self) -> None:
+        """Release the file; a second call does nothing."""
+        self._file.close()
+
+    def _open(self) -> AppendFile:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = AppendFile(self._path, "ab")
+            if file.size and _torn(self._path):
+                file.append(b"\n")
+        except OSError as error:
+            fix = "pass the path of a file that you may write to"
+            raise OSError(error.errno, f"path={str(self._path)!r}: {error.strerror}: {fix}") from error
+        return file
+
+
+def _torn(path: Path) -> bool:
+    """Whether a killed process left half a line, which would spoil the next one."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _line(record: Record) -> str:
+    values = {tag: _json_value(value) for tag, value in record.values.items()}
+    fields = {"step": record.step, "wall_time": record.wall_time, "values": values}
+    return json.dumps(fields, allow_nan=False, separators=(",", ":"))
+
+
+def _json_value(value: Value) -> Any:
+    if isinstance(value, Histogram):
+        return {"edges": _numbers(value.edges.tolist()), "counts": value.counts.tolist()}
+    if isinstance(value, Text):
+        return {"text": value.markdown}
+    if isinstance(value, Image):
+        return {"shape": value.pixels.shape, "png": base64.b64encode(png(value.pixels)).decode()}
+    if isinstance(value, np.ndarray):
+        return {"array": _numbers(value.tolist())}
+    return _number(float(value))
+
+
+def _numbers(nested: Any) -> Any:
+    return [_numbers(item) for item in nested] if isinstance(nested, list) else _number(nested)
+
+
+def _number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -69,7 +69,7 @@ class Open:
 def _protected(method: _Method[_P]) -> _Method[_P]:
     """Law 2: whatever goes wrong inside, training goes on; recording stops, with one traceback in the log."""
 
-    def call(self: Recorder, *args: _P.args, **kwargs: _P.kwargs) -> None:
+    def call(self: Recorder, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
         if self.stopped or os.getpid() != self.pid:  # a forked child must not write the parent's run
             return
         start = perf_counter()
@@ -193,7 +193,7 @@ class Recorder:
             if rates.schedule(self.clock.completed + 1):
                 for tag, value in rates.observe(optimizer):
                     _put(buffer, tag, value)
-        self._backward_ran = False
+        self._backward_ran = self._forward_unclocked = False
         if self.clock.end(optimizer):
             self._roll()
 
@@ -287,10 +287,9 @@ class Recorder:
         by_forward = self.clock.completed > 0 and not (self.clock.has_optimizer or self.clock.manual)
         self._plan.open_for(self.clock.completed + 1, by_forward)
         self._arm(bool(self._plan.due))
-        if any(probe in self._plan.due for probe in self._plan.loss_probes):
-            self._captures.loss.arm()
-        else:
-            self._captures.loss.disarm()
+        self._captures.loss.disarm()
+        if self._plan.loss_gate.train:
+            self._captures.loss.arm(self._first_trained())
 
     def _arm(self, wanted: bool, training: bool = True) -> None:
         if wanted:
@@ -331,6 +330,10 @@ class Recorder:
     def _has_gradients(self) -> bool:
         model = self._model()
         return model is not None and any(p.grad is not None for p in model.parameters())
+
+    def _first_trained(self) -> nn.Parameter | None:
+        model = self._model()
+        return None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
 
     def _gradients_were_dropped(self) -> bool:
         """A backward pass ran, no optimizer step followed, and the gradients are gone: a skipped step."""

@@ -28,45 +28,49 @@ class LossCapture:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._handle: RemovableHandle | None = None
+        self._on_modules: RemovableHandle | None = None
+        self._on_parameter: RemovableHandle | None = None
+        self._passes = 0  # those that were seen; a compiled model's are not
         self._nodes: list[Any] = []  # autograd nodes of the running micro-batch's outputs
         self._of_modules: list[Tensor] = []
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def arm(self) -> None:
-        """Watch loss modules. The hook is process-wide, so it is there on sampled steps only."""
-        if self._handle is None:
-            self._handle = register_module_forward_hook(self._after_module)
+    def arm(self, parameter: nn.Parameter | None) -> None:
+        """A step to sample begins. `parameter` is one that is trained: backward arrives there too."""
+        if parameter is not None:
+            self._on_parameter = parameter.register_post_accumulate_grad_hook(self._after_backward)
 
     def disarm(self) -> None:
-        """Stop watching loss modules."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Take off every hook."""
+        self._stop_watching_modules()
+        if self._on_parameter is not None:
+            self._on_parameter.remove()
+            self._on_parameter = None
 
     def begin_batch(self, output: Any) -> None:
         """A training pass has returned: a new micro-batch, with or without a loss of its own."""
         self._end_batch()
+        self._passes += 1
         loss = loss_in(output)
         if loss is not None:
             self._means.append(_snapshot(loss))
         elif self._gate.train:
             self._nodes = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+            # Process-wide, so it is there from the model's output to its backward pass only.
+            self._on_modules = register_module_forward_hook(self._after_module)
 
     def on_backward(self) -> None:
         """Backward runs through the output: when no loss module told, see what it was called on."""
         if self._nodes and len(self._of_modules) != 1:
-            root = backward_root()
-            if root is not None:
-                self._sums.append(_snapshot(root))
+            self._add_backward_root()
         self._end_batch()
 
     def take(self, scale: Tensor | None = None) -> Tensor | None:
         """The step's loss, when one was seen; starts anew. scale: what GradScaler multiplied it with."""
         self._end_batch()
         means, sums = self._means, self._sums
-        self._means, self._sums = [], []
+        self._means, self._sums, self._passes = [], [], 0
         if means:
             return torch.stack(means).mean()
         if sums:
@@ -77,6 +81,22 @@ class LossCapture:
         if len(self._of_modules) == 1:
             self._means += self._of_modules
         self._of_modules, self._nodes = [], []
+        self._stop_watching_modules()
+
+    def _stop_watching_modules(self) -> None:
+        if self._on_modules is not None:
+            self._on_modules.remove()
+            self._on_modules = None
+
+    def _after_backward(self, parameter: Tensor) -> None:
+        if self._gate.train and not self._passes:
+            with self._gate.boundary():
+                self._add_backward_root()
+
+    def _add_backward_root(self) -> None:
+        root = backward_root()
+        if root is not None:
+            self._sums.append(_snapshot(root))
 
     def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(module, _Loss) or not self._nodes or torch.compiler.is_compiling():

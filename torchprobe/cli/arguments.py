@@ -16,6 +16,11 @@ def port_number(text: str) -> int:
     return _int_between(text, 1, 65535)
 
 
+def seed_number(text: str) -> int:
+    """A whole number that seeds every generator: 32 bits."""
+    return _int_between(text, 0, 2**32 - 1)
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     value = _number(text)

@@ -48,8 +48,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """x: (batch, length, width). visible: bool, (batch, 1, 1, length). Returns the shape of x."""
         x = x + self.dropout(self.attention(self.attention_norm(x), visible))
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x
+        output: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return output
 
 
 class BayesianTransformer(nn.Module):

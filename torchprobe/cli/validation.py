@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from torchprobe.cli.bayesian_transformer import monte_carlo_dropout
 
@@ -35,37 +36,53 @@ def epistemic_uncertainty(probabilities: Tensor) -> Tensor:
 
     probabilities: (passes, batch, classes). Returns (batch,).
     """
-    total = torch.special.entr(probabilities.mean(dim=0)).sum(dim=-1)
-    aleatoric = torch.special.entr(probabilities).sum(dim=-1).mean(dim=0)
+    total: Tensor = torch.special.entr(probabilities.mean(dim=0)).sum(dim=-1)
+    aleatoric: Tensor = torch.special.entr(probabilities).sum(dim=-1).mean(dim=0)
     return (total - aleatoric).clamp_min(0.0)
 
 
 @torch.no_grad()
-def validate(model: nn.Module, held_out: Dataset[Batch], *, passes: int, batch_size: int, device: torch.device) -> Validation:
+def validate(
+    model: nn.Module, held_out: TensorDataset, *, passes: int, batch_size: int, device: torch.device
+) -> Validation:
     """Predict every held-out passage `passes` times with dropout on, and judge the mean prediction."""
-    loader = DataLoader(held_out, batch_size=batch_size)
-    loss_function = nn.CrossEntropyLoss(reduction="none")
-    results: list[Tensor] = []
+    results: list[_Judged] = []
     with monte_carlo_dropout(model):
-        for batch in loader:
-            words, labels = (tensor.to(device) for tensor in batch)
-            probabilities = torch.stack([model(words).softmax(dim=-1) for _ in range(passes)])
-            mean = probabilities.mean(dim=0)
-            # The log of a mean probability is normalised already, so the loss is that of the mean prediction.
-            losses = loss_function(mean.log(), labels)
-            right = mean.argmax(dim=-1) == labels
-            results.append(torch.stack([labels, right, losses, epistemic_uncertainty(probabilities)]).cpu())
-    labels, right, losses, epistemic = torch.cat(results, dim=1)
-    return _summarise(labels.long(), right.bool(), losses, epistemic)
+        for words, labels in DataLoader(held_out, batch_size=batch_size):
+            on_device = words.to(device)
+            probabilities = torch.stack([model(on_device).softmax(dim=-1) for _ in range(passes)])
+            results.append(_judge(probabilities.cpu(), labels))
+    return _summarise(_Judged(*(torch.cat(column) for column in zip(*results, strict=True))))
 
 
-def _summarise(labels: Tensor, right: Tensor, losses: Tensor, epistemic: Tensor) -> Validation:
-    hits = right.float()
+class _Judged(NamedTuple):
+    """What is known of each passage: tensors of shape (passages,); class_hits is (passages, classes), else NaN."""
+
+    right: Tensor
+    loss: Tensor
+    epistemic: Tensor
+    class_hits: Tensor
+
+
+def _judge(probabilities: Tensor, labels: Tensor) -> _Judged:
+    mean = probabilities.mean(dim=0)
+    right = mean.argmax(dim=-1) == labels
+    is_class = nn.functional.one_hot(labels, mean.shape[-1]).bool()
+    return _Judged(
+        right=right,
+        # The log of a mean probability is normalised already, so this is the loss of the mean prediction.
+        loss=nn.functional.cross_entropy(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), labels, reduction="none"),
+        epistemic=epistemic_uncertainty(probabilities),
+        class_hits=right.float().unsqueeze(-1).where(is_class, torch.nan),
+    )
+
+
+def _summarise(judged: _Judged) -> Validation:
     return Validation(
-        accuracy=hits.mean().item(),
-        loss=losses.mean().item(),
-        epistemic=epistemic.mean().item(),
-        epistemic_right=epistemic[right].mean().item(),
-        epistemic_wrong=epistemic[~right].mean().item(),
-        class_accuracy=tuple(hits[labels == label].mean().item() for label in range(int(labels.max()) + 1)),
+        accuracy=judged.right.float().mean().item(),
+        loss=judged.loss.mean().item(),
+        epistemic=judged.epistemic.mean().item(),
+        epistemic_right=judged.epistemic[judged.right].mean().item(),
+        epistemic_wrong=judged.epistemic[~judged.right].mean().item(),
+        class_accuracy=tuple(judged.class_hits.nanmean(dim=0).tolist()),
     )

@@ -95,7 +95,7 @@ def _sums(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     low, high = finite.aminmax()
     extreme = torch.where(high > 0, high, low).to(dtype)  # 0 put for non-finite elements is never the choice
     pivot = extreme * (extreme.abs() < torch.finfo(dtype).max ** 0.5 * 2.0**-40)  # so that x - pivot is finite
-    deviation = (x.to(dtype) - pivot).nan_to_num(0.0, 0.0, 0.0)
+    deviation = x.to(dtype, copy=True).sub_(pivot).nan_to_num_(0.0, 0.0, 0.0)
     nonzero = x.count_nonzero()
     return (
         x.numel() - nonzero,
@@ -105,7 +105,7 @@ def _sums(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         high,
         pivot,
         deviation.sum(),
-        deviation.square().sum(),
+        deviation.square_().sum(),
     )
 
 

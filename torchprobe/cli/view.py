@@ -1,0 +1,119 @@
+"""`torchprobe view`: TensorBoard on the recorded runs, in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import mimetypes
+import os
+import sys
+import time
+import webbrowser
+from pathlib import Path
+from types import ModuleType
+
+from torchprobe.cli.arguments import port_number
+from torchprobe.cli.errors import CommandError
+
+_DESCRIPTION = """\
+Show recorded runs in TensorBoard: start it, print its address, open the browser.
+Ctrl-C ends it.
+"""
+
+_EXAMPLES = """\
+examples:
+  torchprobe view                         every run below ./runs
+  torchprobe view runs/demo --port 6010
+  torchprobe view --no-browser            over ssh: forward the port it prints
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's options to the command line."""
+    parser = commands.add_parser(
+        "view",
+        help="show recorded runs in TensorBoard",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)"
+    )
+    parser.add_argument("--port", type=port_number, metavar="N", help="port (default: the first free one from 6006)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen at; 0.0.0.0 shows the runs to the whole network (default: 127.0.0.1)",
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until Ctrl-C. Returns the exit code."""
+    _check_has_runs(arguments.directory)
+    address = _serve(arguments.directory, arguments.host, arguments.port)
+    print(f"TensorBoard shows {arguments.directory} at {address}", flush=True)
+    print("Ctrl-C ends it.", flush=True)
+    try:
+        if not arguments.no_browser and _has_display():
+            webbrowser.open(address)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _check_has_runs(directory: Path) -> None:
+    fix = "Record a run first: torchprobe demo"
+    if not directory.is_dir():
+        raise CommandError(f"'{directory}' is not a folder. {fix}")
+    if next(directory.rglob("*tfevents*"), None) is None:
+        raise CommandError(f"no run is recorded in '{directory}' (it holds no TensorBoard event file). {fix}")
+
+
+def _serve(directory: Path, host: str, port: int | None) -> str:
+    """Start TensorBoard in a daemon thread of this process, so that nothing can outlive it. Returns its address."""
+    program = _tensorboard_program()
+    # Windows may list .js files as plain text, which no browser runs.
+    mimetypes.add_type("text/javascript", ".js")
+    options = ["tensorboard", "--logdir", str(directory), "--host", host]
+    options += [] if port is None else ["--port", str(port)]
+    server = program.TensorBoard()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # advice about TensorBoard's own options
+            server.configure(options)
+            address: str = server.launch()
+    except program.TensorBoardPortInUseError as error:
+        raise CommandError(f"--port: {port} is taken. Leave --port out to get a free one.") from error
+    except program.TensorBoardServerException as error:
+        raise CommandError(f"TensorBoard cannot listen at {host}: {error.msg}") from error
+    return address
+
+
+def _tensorboard_program() -> ModuleType:
+    try:
+        from tensorboard import program
+    except ModuleNotFoundError as error:
+        raise CommandError(_missing(error.name or "")) from error
+    module: ModuleType = program
+    return module
+
+
+def _missing(module: str) -> str:
+    if module == "pkg_resources":
+        return (
+            "this TensorBoard needs pkg_resources, which setuptools no longer has from version 82 on. "
+            "Run: pip install --upgrade 'tensorboard>=2.21'"
+        )
+    return f"TensorBoard cannot be started, since the module {module} is missing. Run: pip install tensorboard"
+
+
+def _has_display() -> bool:
+    """Whether a browser could open a window; on a Linux console it would take over the terminal instead."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -59,7 +59,7 @@ def _with_parents(name: str) -> list[str]:
 def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:
     if value is None:
         return ()
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as 'blocks.*'")

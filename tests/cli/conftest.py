@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import torchprobe
 
@@ -18,7 +19,7 @@ class NullSession:
         self.detached = False
 
     def log_metrics(self, metrics: Mapping[str, Any], prefix: str = "") -> None:
-        self.logged.append((prefix, {name: float(value) for name, value in metrics.items()}))
+        self.logged.append((prefix, {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}))
 
     def __enter__(self) -> NullSession:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -67,30 +68,27 @@ class PassHooks:
         self._observer = observer
         self._current = current
         self._handles: list[RemovableHandle] = []
-        self._modules: list[nn.Module] = []
+        self._modules: WeakSet[nn.Module] = WeakSet()
         self._put_on([model] if _has_forward(model) else list(_entries(model)))
-        model.__dict__[ROOT_KEY] = Root(observer, current)
-        self._modules.append(model)
 
     def move_to_parts(self, model: nn.Module) -> None:
         """The model itself is never called: follow the outermost parts that can be."""
         self.remove()
         self._put_on(list(_entries(model)))
-        model.__dict__[ROOT_KEY] = Root(self._observer, self._current)
-        self._modules.append(model)
 
     def remove(self) -> None:
         """Take hooks and state off. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
-        while self._modules:
-            self._modules.pop().__dict__.pop(ROOT_KEY, None)
+        for module in self._modules:
+            module.__dict__.pop(ROOT_KEY, None)
+        self._modules.clear()
 
     def _put_on(self, modules: list[nn.Module]) -> None:
         for module in modules:
             module.__dict__[ROOT_KEY] = Root(self._observer, self._current)
             self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
-        self._modules += modules
+            self._modules.add(module)
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -67,12 +67,14 @@ class BayesianTransformer(nn.Module):
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
-        self.word_embedding = nn.Embedding(vocabulary, width, padding_idx=PADDING)
+        self.word_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(length, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, classes)
+        # With PyTorch's default of 1 the blocks' output drowns, and learning takes far more steps.
+        nn.init.normal_(self.word_embedding.weight, std=0.1)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, words: Tensor) -> Tensor:

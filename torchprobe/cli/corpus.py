@@ -27,7 +27,7 @@ HELD_OUT_NAMES = ("test", "val", "validation")
 HELD_OUT_SHARE = 0.25
 MAX_FILE_BYTES = 1 << 20
 MAX_TRAIN_PASSAGES = 10_000
-MAX_HELD_OUT_PASSAGES = 800
+MAX_HELD_OUT_PASSAGES = 600
 
 _LAYOUT = "It takes a folder with one sub-folder of text files for each class, such as DIR/pos and DIR/neg."
 

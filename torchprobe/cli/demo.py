@@ -96,7 +96,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("how to train")
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive_int, default=400, metavar="N", help="optimizer steps (default: 400)")
+    length.add_argument("--steps", type=positive_int, default=300, metavar="N", help="optimizer steps (default: 300)")
     length.add_argument("--epochs", type=positive_int, metavar="N", help="as many steps as N passes over the text take")
     options = (
         ("--batch-size", positive_int, 32, "N", "passages a step"),

@@ -1,0 +1,55 @@
+"""Every test leaves the process as it found it: no hook, no thread, no attribute, no session."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.optim import optimizer as optim
+
+from torchprobe import session as session_module
+from torchprobe.capture.passes import ROOT_KEY
+from torchprobe.capture.sites import SITE
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = _left_behind()
+    yield
+    gc.collect()
+    assert _left_behind() == before
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def traces():
+    """What torchprobe has put on a model: hooks and state, by module name."""
+    return traces_on
+
+
+def traces_on(model: nn.Module) -> list[str]:
+    found = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+        found += [f"{name}: {hook}" for hook in hooks if "torchprobe" in getattr(hook, "__module__", "")]
+        found += [f"{name}.{key}" for key in (SITE, ROOT_KEY) if key in module.__dict__]
+    found += [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks or p._backward_hooks]
+    return found
+
+
+def _left_behind() -> dict[str, int]:
+    registries = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks)
+    steps = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
+    return {
+        "process-wide hooks": sum(map(len, registries + steps)),
+        "threads": sum(thread.name.startswith("torchprobe") for thread in threading.enumerate()),
+        "sessions": len(session_module._sessions),
+    }

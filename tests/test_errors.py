@@ -1,0 +1,168 @@
+"""Bad input is refused at the call, by name; after that nothing of ours raises."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchprobe
+from tests.models import inputs, mlp
+from torchprobe.testing import MemoryWriter
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"every": 0}, ValueError, "every=0.*1 or more"),
+        ({"every": 2.5}, TypeError, "every=2.5.*whole number"),
+        ({"every": True}, TypeError, "every=True"),
+        ({"flush_every": 0}, ValueError, "flush_every=0"),
+        ({"flush_seconds": -1}, ValueError, "flush_seconds=-1.*above 0"),
+        ({"flush_seconds": "soon"}, TypeError, "flush_seconds='soon'"),
+        ({"probes": [object()]}, TypeError, "probes: got .*takes probe objects"),
+        ({"probes": [torchprobe.Gradients]}, TypeError, r"Gradients\(\) with the brackets"),
+        ({"probes": "gradients"}, TypeError, "takes a list of probes"),
+        ({"probes": torchprobe.Gradients()}, TypeError, "takes a list of probes"),
+        ({"include": "nowhere.*"}, ValueError, "include='nowhere.*' fits no module"),
+        ({"exclude": 3}, TypeError, "exclude"),
+        ({"overhead_budget": 3}, ValueError, "overhead_budget=3.*between 0 and 1"),
+        ({"writer": object()}, TypeError, "writer=.*SummaryWriter"),
+        ({"log_dir": 5, "writer": None}, TypeError, "log_dir=5"),
+        ({"run_name": "../up", "writer": None}, ValueError, "run_name='../up'"),
+        ({"run_name": "a/b", "writer": None}, ValueError, "run_name='a/b'"),
+        ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
+        ({"log_dir": "runs"}, ValueError, "exclude each other"),
+    ],
+)
+def test_a_wrong_argument_is_named(options, error, words, traces):
+    model = mlp()
+    with pytest.raises(error, match=words):
+        torchprobe.instrument(model, **{"writer": MemoryWriter(), **options})
+    assert not traces(model)
+
+
+@pytest.mark.parametrize("model", ["bert-base", None, nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TypeError, match="model=.*torch.nn.Module"):
+        torchprobe.instrument(model, writer=MemoryWriter())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused_with_the_reason():
+    with pytest.raises(TypeError, match="ScriptModule"):
+        torchprobe.instrument(torch.jit.trace(nn.Linear(4, 3), inputs("mlp")), writer=MemoryWriter())
+
+
+def test_a_log_directory_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "taken"
+    file.write_text("x")
+    for log_dir in (file, file / "below"):
+        with pytest.raises(ValueError, match="is a file"):
+            torchprobe.instrument(mlp(), log_dir=log_dir)
+
+
+@pytest.mark.parametrize("metrics", [{"loss": "0.5"}, {"loss": None}, {"loss": [1.0]}, {3: 1.0}, [("loss", 1.0)]])
+def test_a_metric_that_is_no_number_is_refused(metrics):
+    model = mlp()
+    with (
+        torchprobe.instrument(model, writer=MemoryWriter()) as session,
+        pytest.raises(TypeError, match=r"metrics"),
+    ):
+        session.log_metrics(metrics)
+
+
+def test_a_metric_of_three_elements_is_dropped_with_one_warning(caplog):
+    model = mlp()
+    writer = MemoryWriter()
+    with torchprobe.instrument(model, writer=writer) as session, caplog.at_level(logging.WARNING, "torchprobe"):
+        for _ in range(3):
+            session.log_metrics({"loss": torch.ones(3), "array": np.ones(2), "good": torch.tensor([2.0])})
+            session.next_step()
+    assert [r.getMessage().split()[1] for r in caplog.records] == ["loss", "array"]
+    assert writer.scalars("good") == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert writer.scalars("loss") == []
+
+
+def test_metrics_take_every_kind_of_number():
+    model = mlp()
+    writer = MemoryWriter()
+    values = {
+        "int": 3,
+        "float": 0.5,
+        "bool": True,
+        "numpy": np.float32(1.5),
+        "array": np.array(2.5),
+        "tensor": torch.tensor(4.5),
+        "bf16": torch.tensor([1e30], dtype=torch.bfloat16),
+        "grad": torch.tensor(1.0, requires_grad=True) * 2,
+        "nan": float("nan"),
+    }
+    with torchprobe.instrument(model, writer=writer) as session:
+        session.log_metrics(values, prefix="train")
+        session.next_step()
+    found = {name: writer.value(f"train/{name}", 1) for name in values}
+    assert found.pop("nan") != found.get("nan")
+    assert found.pop("bf16") == pytest.approx(1e30, rel=1e-2)
+    assert found == {
+        "int": 3, "float": 0.5, "bool": 1, "numpy": 1.5, "array": 2.5, "tensor": 4.5, "grad": 2.0
+    }  # fmt: skip
+
+
+def test_a_tensor_that_changes_after_it_was_logged_keeps_its_logged_value():
+    model = mlp()
+    writer = MemoryWriter()
+    running = torch.tensor(1.0)
+    with torchprobe.instrument(model, writer=writer) as session:
+        session.log_metrics({"running": running})
+        running += 41
+        session.next_step()
+    assert writer.value("running") == 1.0
+
+
+class Broken(torchprobe.Probe):
+    source = "outputs"
+    fields = ("nothing",)
+
+    def compute(self, tensor):
+        raise ZeroDivisionError("the probe's own bug")
+
+
+def test_a_probe_that_raises_is_switched_off_and_training_goes_on(caplog):
+    writer = MemoryWriter()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=[Broken(every=1), torchprobe.Gradients(every=1)]):
+        for _ in range(3):
+            model(inputs("mlp")).sum().backward()
+            optimizer.step()
+    assert sum("probe Broken failed" in r.getMessage() for r in caplog.records) == 1
+    assert [step for step, _ in writer.scalars("overview/grad_norm")] == [1, 2, 3]
+
+
+def test_a_failure_of_our_own_stops_recording_and_not_training(caplog, monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = torchprobe.instrument(model, writer=MemoryWriter(), every=1)
+    monkeypatch.setattr(session._recorder.clock, "end", lambda _: 1 / 0)
+    for _ in range(2):
+        model(inputs("mlp")).sum().backward()
+        optimizer.step()
+    session.detach()
+    assert sum("stops recording" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"source": "weights", "fields": ("a",)}, "source is 'weights'"),
+        ({"source": "outputs"}, "fields is None"),
+        ({"source": "outputs", "fields": "a"}, "fields is 'a'"),
+    ],
+)
+def test_a_probe_class_that_lacks_something_says_what(attributes, words):
+    with pytest.raises(TypeError, match=words):
+        type("Mine", (torchprobe.Probe,), attributes)()

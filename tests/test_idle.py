@@ -1,0 +1,84 @@
+"""Laws 3 and 4: an idle step runs no per-module hook, and nothing reads a device value on the hot path."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchprobe
+from tests.models import FAMILIES, Transformer, inputs
+from torchprobe.capture import sites
+from torchprobe.testing import MemoryWriter
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails on any operation that copies a device value to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a device value was read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+def one_step(model, optimizer, family, session):
+    logits = model(inputs(family))
+    loss = F.cross_entropy(logits.flatten(0, -2), torch.zeros(logits.flatten(0, -2).shape[0], dtype=torch.long))
+    loss.backward()
+    session.log_metrics({"loss": loss}, prefix="train")
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_is_read_on_the_hot_path(family):
+    model = FAMILIES[family]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for _ in range(3):
+            with NoHostRead():
+                one_step(model, optimizer, family, session)
+    assert session.step == 3
+
+
+def calls_into_torchprobe(run) -> list[str]:
+    """Names of torchprobe's functions that the training thread enters while `run` runs."""
+    called = []
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("torchprobe"):
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+def test_an_idle_step_calls_no_module_hook_and_does_not_depend_on_the_models_size():
+    counts = []
+    for layers in (1, 6):
+        model = Transformer(layers=layers)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=MemoryWriter(), every=100) as session:
+            for _ in range(3):
+                one_step(model, optimizer, "transformer", session)
+            called = calls_into_torchprobe(lambda: one_step(model, optimizer, "transformer", session))
+            assert sites.observe_output.__name__ not in called
+            assert not any(sites.observe_output in m._forward_hooks.values() for m in model.modules())
+        counts.append(len(called))
+    assert counts[0] == counts[1]
+    assert counts[0] < 200
+
+
+def test_a_sampled_step_calls_the_hook_of_every_chosen_module():
+    model = Transformer(layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        called = calls_into_torchprobe(lambda: one_step(model, optimizer, "transformer", session))
+    # embedding, head, and per block: two norms, the attention block, its two projections, two linear layers
+    assert called.count(sites.observe_output.__name__) == 2 + 2 * 7

@@ -1,0 +1,81 @@
+"""What users import, and what an import pulls in."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchprobe
+
+PACKAGE = Path(torchprobe.__file__).parent
+
+# Each folder may import these and itself; `session` and `recorder` wire everything.
+ALLOWED = {
+    "records": set(),
+    "schedule": set(),
+    "naming": set(),
+    "statistics": set(),
+    "probes": {"statistics", "records", "schedule", "naming"},
+    "buffer": {"records", "statistics", "writers"},
+    "capture": {"probes", "buffer", "naming", "statistics"},
+    "writers": {"records"},
+    "metrics": set(),
+    "run_directory": set(),
+    "selection": {"capture", "naming"},
+    "plan": {"capture", "probes", "schedule"},
+    "recorder": {"buffer", "capture", "plan", "probes", "records"},
+}
+
+
+def test_every_public_name_can_be_imported_and_is_documented():
+    for name in torchprobe.__all__:
+        value = getattr(torchprobe, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(torchprobe.__all__) == set(torchprobe._HOMES) | {"__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'watch'"):
+        torchprobe.watch  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import torchprobe", "import torchprobe; torchprobe.instrument"])
+def test_importing_stays_light(statement):
+    heavy = ["tensorboard", "PIL", "rich", "matplotlib", "torch.utils.tensorboard"]
+    if ";" not in statement:
+        heavy.append("torch")
+    check = f"import sys; {statement}; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"
+
+
+def imported_parts(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        found |= {m.split(".")[1] for m in modules if m.startswith("torchprobe.")}
+    return found
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_go_one_way(part):
+    files = list((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
+    assert files
+    for file in files:
+        assert imported_parts(file) <= ALLOWED[part] | {part}, file
+
+
+def test_every_module_imports_by_itself():
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "__main__.py":
+            name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+            assert importlib.import_module(name)

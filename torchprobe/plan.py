@@ -60,7 +60,7 @@ class Plan:
         self._budget = budget
         self._meter = meter
         self._start = monotonic()
-        self._awaits_validation = set(self.gates)
+        self._awaits_validation = dict.fromkeys(self.gates)
         self.due: tuple[Probe, ...] = ()
         self.due_in_validation: tuple[Probe, ...] = ()
 
@@ -71,13 +71,14 @@ class Plan:
         passes are the clock, so that each is a step of its own.
         """
         affordable = step == 1 or not self._over_budget()
-        self.due = tuple(p for p, g in self.gates.items() if not g.failed and self.schedules[p](step) and affordable)
-        awaiting = self.due if by_forward else tuple(p for p in self.gates if p in self._awaits_validation)
-        self.due_in_validation = tuple(p for p in awaiting if p.source == "outputs" and not self.gates[p].failed)
+        scheduled = [probe for probe, schedule in self.schedules.items() if schedule(step)] if affordable else []
+        self.due = tuple(probe for probe in scheduled if not self.gates[probe].failed)
+        awaiting = self.due if by_forward else tuple(p for p in self._awaits_validation if not self.gates[p].failed)
+        self.due_in_validation = tuple(probe for probe in awaiting if probe.source == "outputs")
         for probe, gate in self.gates.items():
             gate.train = probe in self.due
             gate.val = probe in self.due_in_validation
-        self._awaits_validation.update(self.due)
+        self._awaits_validation.update(dict.fromkeys(self.due))
 
     def validated(self) -> None:
         """A validation pass was sampled: the next one is, after the next sampled step."""

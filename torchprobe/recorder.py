@@ -74,8 +74,7 @@ def _protected(method: _Method[_P]) -> _Method[_P]:
             return
         start = perf_counter()
         try:
-            with torch.no_grad():
-                method(self, *args, **kwargs)
+            method(self, *args, **kwargs)
         except Exception:
             self.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
-from torchprobe.buffer.step import Joined, Reporter, join
+from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
 from torchprobe.records import Record, Value
 
 _PATIENCE = 3  # sampled steps
@@ -27,43 +27,58 @@ class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
     skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
+    missing names the probes that saw nothing in their first three sampled steps, each logged once.
     """
 
     def __init__(self, descriptions: Mapping[str, str]) -> None:
-        self._descriptions = descriptions
-        self._failed: set[Reporter] = set()
         self.skipped = 0
-        self._seen: set[Reporter] = set()
-        self._asked: Counter[Reporter] = Counter()
         self.missing: list[str] = []
+        self._descriptions = descriptions
+        self._settled: set[Reporter] = set()  # saw something, or failed, which the log says
+        self._failed: set[Reporter] = set()
+        self._asked: Counter[Reporter] = Counter()
+        self._lost = False
 
     def __call__(self, sealed: Sealed) -> Record | None:
-        values: dict[str, Value] = dict(sealed.values)
-        joined = list(join(sealed.arrive()))
-        if any(part.reporter is SKIPPED and part.rows[0, 0] > 0 for part in joined):
+        """The record of a step; None when it has no values. Raises what a device raised."""
+        groups = dict(grouped(sealed.arrive()))
+        if any((flag.rows > 0).any() for flag in groups.pop((SKIPPED, ""), ())):
             self.skipped += 1
             return None
-        for part in joined:
-            values.update(self._report(part))
-        self._look_for_missing(sealed.due)
+        values: dict[str, Value] = dict(sealed.values)
+        for (reporter, prefix), parts in groups.items():
+            values.update(self._report(reporter, prefix, parts))
+        self._account(sealed)
         return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
 
-    def _report(self, part: Joined) -> dict[str, Value]:
-        if part.reporter in self._failed:
+    def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
+        if reporter in self._failed:
             return {}
         try:
-            tagged = {part.prefix + tag: value for tag, value in part.reporter.report_all(part.names, part.rows)}
+            names, rows = joined(parts)
+            tagged = {prefix + tag: value for tag, value in reporter.report_all(names, rows)} if names else {}
         except Exception:
-            self._failed.add(part.reporter)
-            _log.exception("the report of %s failed and is left out from now on", type(part.reporter).__name__)
-            return {}
-        self._seen.add(part.reporter)
-        return tagged
+            self._failed.add(reporter)
+            _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
+        else:
+            if names:
+                self._settled.add(reporter)
+            return tagged
+        self._settled.add(reporter)
+        return {}
+
+    def _account(self, sealed: Sealed) -> None:
+        """Law: nothing is silently missing."""
+        if not sealed.lost:
+            self._look_for_missing(sealed.due)
+        elif not self._lost:
+            self._lost = True
+            _log.warning("step %d found no free slots on its device: its statistics are lost", sealed.step)
 
     def _look_for_missing(self, due: Sequence[Reporter]) -> None:
         self._asked.update(due)
         for reporter in due:
-            if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
+            if self._asked[reporter] == _PATIENCE and reporter not in self._settled:
                 name = type(reporter).__name__
                 self.missing.append(name)
                 _log.warning(

@@ -6,50 +6,52 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
 
+from torchprobe.buffer.backlog import Backlog
 from torchprobe.buffer.seal import Sealed
 from torchprobe.records import Record
 from torchprobe.writers.protocol import Writer
 
 _log = logging.getLogger("torchprobe")
 
-MAX_WAITING = 10_000  # sealed steps, or records that the writer has not taken: about 10 MB of scalars
-_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the writer fails
+MAX_WAITING = 10_000  # sealed steps
 
 
 class Drain:
     """Takes sealed steps off the training thread's hands; never makes it wait, never lets it fail.
 
     decode: turns a sealed step into a record (None to leave it out). flush_seconds: the longest that
-    a step stays unwritten. What cannot be kept is dropped and counted in `dropped`.
+    a step stays unwritten while the disk is well. What cannot be kept is dropped and counted.
     """
 
     def __init__(self, writer: Writer, decode: Callable[[Sealed], Record | None], flush_seconds: float) -> None:
-        self._writer = writer
         self._decode = decode
         self._flush_seconds = flush_seconds
         self._sealed: deque[Sealed] = deque()
-        self._records: deque[Record] = deque()
+        self._backlog = Backlog(writer)
+        # Counted by one thread each, so that no lock is needed.
+        self._turned_away = self._unread = 0
+        # Guards what follows, and is never held while copying, decoding or writing.
         self._wake = threading.Condition()
-        self._asked = self._answered = 0  # flush requests and the last one that was served
-        self._urgent = self._failing = False
-        self._closing = False
-        self._retry_at = 0.0
-        self._retry_wait = _FIRST_RETRY
-        self.dropped = 0
+        self._asked = self._served = self._written = 0  # numbers of flush requests
+        self._urgent = self._closing = self._ended = self._clean = False
         self._thread = threading.Thread(target=self._run, name="torchprobe-drain", daemon=True)
         self._thread.start()
 
+    @property
+    def dropped(self) -> int:
+        """Steps and records lost so far, in whole or in part."""
+        return self._turned_away + self._unread + self._backlog.dropped
+
     def admit(self) -> bool:
-        """Whether there is room for one more step; when there is none, counts it as dropped."""
-        full = len(self._sealed) >= MAX_WAITING
-        self.dropped += full
+        """Whether there is room for one more step; when there is none, counts it as dropped. Never blocks."""
+        full = self._ended or len(self._sealed) >= MAX_WAITING
+        self._turned_away += full
         return not full
 
     def put(self, sealed: Sealed) -> None:
         """Queue an admitted step for the next flush. Never blocks."""
-        self.dropped += sealed.lost
+        self._turned_away += sealed.lost
         self._sealed.append(sealed)
 
     def wake(self, urgent: bool = False) -> int:
@@ -64,74 +66,74 @@ class Drain:
             return self._asked
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write what was put before. False when time runs out or the writer fails."""
+        """Write what was put before; True when it is written.
+
+        Waits up to `timeout` seconds, or as long as it takes. False when time runs out, the writer fails
+        or the drain is closed; at once in the drain thread itself, which a garbage collection can run.
+        """
         asked = self.wake(urgent=True)
         with self._wake:
-            served = self._wake.wait_for(lambda: self._answered >= asked or not self._thread.is_alive(), timeout)
-            return served and self._answered >= asked and not self._failing
+            if self._thread is not threading.current_thread():
+                self._wake.wait_for(lambda: self._served >= asked or self._ended, _waitable(timeout))
+            return self._written >= asked
 
     def close(self, timeout: float | None = None) -> bool:
-        """Flush, stop the thread and close the writer. False when something was left unwritten."""
+        """Write what was put before, stop the thread and close the writer. Safe to call twice.
+
+        Waits up to `timeout` seconds in all, or as long as it takes. False when something was left
+        unwritten; then a thread that hangs in the writer is left behind, which no exit waits for.
+        """
         self._closing = True
-        written = self.flush(timeout)
-        self._thread.join(timeout)
-        return written and not self._thread.is_alive()
+        self.wake(urgent=True)
+        if self._thread is threading.current_thread():
+            return False
+        self._thread.join(_waitable(timeout))
+        return self._clean
 
     def _run(self) -> None:
-        while True:
-            asked, urgent = self._wait()
-            self._collect()
-            self._write(urgent)
+        try:
+            while not self._cycle():
+                pass
+            self._clean = self._backlog.close() and self._written == self._asked
+        finally:
             with self._wake:
-                self._answered = asked
+                self._ended = True
                 self._wake.notify_all()
-            if self._closing:
-                return self._finish()
 
-    def _wait(self) -> tuple[int, bool]:
+    def _cycle(self) -> bool:
+        """Serve the requests made so far. True when the drain is closing and this was the last time."""
+        asked, urgent, closing = self._wait()
+        dropped = self._unread + self._backlog.dropped
+        self._collect()
+        written = self._backlog.write(urgent) and dropped == self._unread + self._backlog.dropped
         with self._wake:
-            self._wake.wait_for(lambda: self._asked > self._answered or self._closing, self._flush_seconds)
+            self._served = asked
+            if written:
+                self._written = asked
+            self._wake.notify_all()
+        return closing
+
+    def _wait(self) -> tuple[int, bool, bool]:
+        pause = self._backlog.pause()
+        seconds = self._flush_seconds if pause is None else min(pause, self._flush_seconds)
+        with self._wake:
+            self._wake.wait_for(lambda: self._asked > self._served or self._closing, _waitable(seconds))
             urgent, self._urgent = self._urgent, False
-            return self._asked, urgent
+            return self._asked, urgent, self._closing
 
     def _collect(self) -> None:
-        while self._sealed:
+        for _ in range(len(self._sealed)):  # not those that arrive meanwhile: a fast loop would never be written
             try:
                 record = self._decode(self._sealed.popleft())
             except Exception:
-                self.dropped += 1
-                _log.exception("a step could not be read back and is dropped")
-                continue
-            if record is not None:
-                self._records.append(record)
-        while len(self._records) > MAX_WAITING:
-            self._records.popleft()
-            self.dropped += 1
+                self._unread += 1
+                if self._unread == 1:
+                    _log.exception("a step could not be read back and is dropped; training goes on")
+            else:
+                if record is not None:
+                    self._backlog.add(record)
 
-    def _write(self, urgent: bool) -> None:
-        if not self._records or (self._failing and not urgent and monotonic() < self._retry_at):
-            return
-        batch = list(self._records)
-        try:
-            self._writer.write(batch)
-        except Exception:
-            self._put_off()
-        else:
-            self._failing, self._retry_wait = False, _FIRST_RETRY
-            self._records.clear()
 
-    def _put_off(self) -> None:
-        if not self._failing:
-            _log.exception("writing failed; records are kept and tried again, training goes on")
-        self._failing = True
-        self._retry_at = monotonic() + self._retry_wait
-        self._retry_wait = min(2 * self._retry_wait, _LAST_RETRY)
-
-    def _finish(self) -> None:
-        self.dropped += len(self._records)
-        if self._records:
-            _log.error("%d records could not be written and are lost", len(self._records))
-        try:
-            self._writer.close()
-        except Exception:
-            _log.exception("closing the writer failed")
+def _waitable(timeout: float | None) -> float | None:
+    """The longest wait that the system knows, for `math.inf` and its like."""
+    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX)

@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
-from threading import Lock
 
 
 class Ring:
     """Contiguous ranges of a buffer of `capacity` elements, first in, first out.
 
-    `reserve` is called by one thread and `release` by another; neither waits for the other's work.
+    One thread calls `reserve` and `cancel`, another `release`. There is no lock that one could hold while
+    the other waits: each thread moves a position of its own. A range of up to half of what is free always
+    finds room; a larger one when the two ends of the buffer leave it room in one run.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._taken: deque[tuple[int, int]] = deque()
-        self._lock = Lock()
+        # Elements given out and taken back so far, with those skipped at the buffer's end.
+        self._head = self._tail = 0
+        self._heads: deque[int] = deque()  # `_head` after each range that is out
 
     def reserve(self, size: int) -> int | None:
         """The start of a free range of `size` elements, or None when there is no room."""
-        with self._lock:
-            start = self._free_start(size)
-            if start is not None:
-                self._taken.append((start, start + size))
-            return start
+        if not self._heads:  # nothing is out, so that the other thread leaves `_tail` alone
+            self._head = self._tail = 0
+        start = self._head
+        if start % self.capacity + size > self.capacity:
+            start += self.capacity - start % self.capacity
+        if start + size > self._tail + self.capacity:
+            return None
+        self._head = start + size
+        self._heads.append(self._head)
+        return start % self.capacity
+
+    def cancel(self, size: int) -> None:
+        """Undo the last `reserve`, of this size, before another thread hears of the range."""
+        self._head = self._heads.pop() - size
 
     def release(self) -> None:
         """Give back the range that was reserved first."""
-        with self._lock:
-            self._taken.popleft()
+        self._tail = self._heads[0]  # before it leaves the deque: an empty deque lets `reserve` set `_tail`
+        self._heads.popleft()
 
     @property
     def crowded(self) -> bool:
         """Whether more than half of the buffer is taken: time to drain."""
-        with self._lock:
-            return 2 * sum(end - start for start, end in self._taken) > self.capacity
-
-    def _free_start(self, size: int) -> int | None:
-        if not self._taken:
-            return 0 if size <= self.capacity else None
-        oldest, head = self._taken[0][0], self._taken[-1][1]
-        if head > oldest:  # taken in one run: room behind it, or before it
-            if head + size <= self.capacity:
-                return head
-            return 0 if size <= oldest else None
-        return head if head + size <= oldest else None
+        return 2 * (self._head - self._tail) > self.capacity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.buffer.lane import Lane, Ticket
-from torchprobe.buffer.step import Piece, Reporter, StepBuffer
+from torchprobe.buffer.step import Arrived, Heading, Piece, Reporter, StepBuffer
 from torchprobe.records import Value
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -24,13 +24,22 @@ class Sealed:
     step: int
     wall_time: float
     values: dict[str, Value]
-    due: Sequence[Reporter]
-    transfers: list[tuple[Ticket, list[Piece]]]
+    due: Sequence[Reporter] = ()
+    transfers: list[tuple[Ticket, list[Heading]]] = field(default_factory=list)
     lost: bool = False  # device values that found no room
 
-    def arrive(self) -> list[tuple[Piece, NDArray[np.float64]]]:
-        """Wait for the copies; pieces with their host rows."""
-        return [pair for ticket, pieces in self.transfers for pair in zip(pieces, ticket.take(), strict=True)]
+    def arrive(self) -> list[Arrived]:
+        """Wait for the copies. Raises what a device raised, once all of them have given back their slots."""
+        arrived: list[Arrived] = []
+        failure: Exception | None = None
+        for ticket, headings in self.transfers:
+            try:
+                arrived += map(Arrived, headings, ticket.take())
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return arrived
 
 
 class Scalars:
@@ -54,7 +63,11 @@ SKIPPED = SkippedFlag()
 
 
 class Lanes:
-    """The lanes of all devices, made when a device is first seen."""
+    """The lanes of all devices, made when a device is first seen.
+
+    capacity: elements under way on each device. A step that is large beside it gets a larger lane, since
+    it would seldom find that much room in one run.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -67,21 +80,23 @@ class Lanes:
 
     def seal(self, step: int, wall_time: float, buffer: StepBuffer) -> Sealed:
         """Start the copies of a step. Rows that find no room are given up, and said to be lost."""
-        sealed = Sealed(step, wall_time, buffer.values, buffer.due, [])
-        for device, pieces in _by_device(
-            [*buffer.pieces, *_scalar_pieces(buffer.scalars), *_flag(buffer.void)]
-        ).items():
-            ticket = self._lane(device).send([piece.rows for piece in pieces])
+        sealed = Sealed(step, wall_time, buffer.values, buffer.due)
+        pieces = [*buffer.pieces, *_scalar_pieces(buffer.scalars), *_flag(buffer.void)]
+        for device, group in _by_device(pieces).items():
+            ticket = self._send(device, [piece.rows for piece in group])
             if ticket is None:
                 sealed.lost = True
             else:
-                sealed.transfers.append((ticket, pieces))
+                sealed.transfers.append((ticket, [piece.heading for piece in group]))
         return sealed
 
-    def _lane(self, device: torch.device) -> Lane:
-        if device not in self._lanes:
-            self._lanes[device] = Lane(device, self._capacity)
-        return self._lanes[device]
+    def _send(self, device: torch.device, rows: Sequence[Tensor]) -> Ticket | None:
+        size = sum(row.numel() for row in rows)
+        lane = self._lanes.get(device)
+        if lane is None or 2 * size > lane.capacity:
+            # What is under way in a smaller lane arrives from there.
+            lane = self._lanes[device] = Lane(device, max(self._capacity, 4 * size))
+        return lane.send(rows)
 
 
 def _by_device(pieces: Sequence[Piece]) -> Mapping[torch.device, list[Piece]]:

@@ -1,9 +1,9 @@
-"""Everything that belongs to one step, before it leaves the device."""
+"""Everything that belongs to one step, before it leaves the device and when it has arrived."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,15 @@ class Reporter(Protocol):
         """Tags and values; rows has shape (len(names), fields)."""
 
 
+class Heading(NamedTuple):
+    """Whose rows these are; it does not keep them alive on the device."""
+
+    reporter: Reporter
+    names: Sequence[str]
+    prefix: str
+    counted: bool
+
+
 @dataclass(slots=True)
 class Piece:
     """Rows of one probe on one device: shape (len(names), fields), floating."""
@@ -30,6 +39,11 @@ class Piece:
     rows: Tensor
     prefix: str = ""
     counted: bool = False  # the last column is a number of calls; rows without a call are left out
+
+    @property
+    def heading(self) -> Heading:
+        """All but the rows."""
+        return Heading(self.reporter, self.names, self.prefix, self.counted)
 
 
 @dataclass(slots=True)
@@ -46,29 +60,29 @@ class StepBuffer:
         return bool(self.values or self.scalars or self.pieces)
 
 
-class Joined(NamedTuple):
-    """All rows that one reporter gets for a step."""
+class Arrived(NamedTuple):
+    """A piece whose rows are on the host."""
 
-    reporter: Reporter
-    prefix: str
-    names: list[str]
+    heading: Heading
     rows: NDArray[np.float64]
 
 
-def join(pieces: Iterable[tuple[Piece, NDArray[np.float64]]]) -> Iterator[Joined]:
-    """The parts of each probe (from several devices or optimizers) as one; without rows that saw no call."""
-    parts: defaultdict[tuple[int, str], list[tuple[Piece, NDArray[np.float64]]]] = defaultdict(list)
-    for piece, rows in pieces:
-        parts[id(piece.reporter), piece.prefix].append((piece, rows))
-    for (_, prefix), group in parts.items():
-        seen = [_seen(piece, rows) for piece, rows in group]
-        names = [name for part, _ in seen for name in part]
-        if names:
-            yield Joined(group[0][0].reporter, prefix, names, np.concatenate([rows for _, rows in seen]))
+def grouped(arrived: Iterable[Arrived]) -> Mapping[tuple[Reporter, str], list[Arrived]]:
+    """The parts of each probe, from several devices or optimizers, by the probe and its prefix."""
+    groups: defaultdict[tuple[Reporter, str], list[Arrived]] = defaultdict(list)
+    for part in arrived:
+        groups[part.heading.reporter, part.heading.prefix].append(part)
+    return groups
 
 
-def _seen(piece: Piece, rows: NDArray[np.float64]) -> tuple[list[str], NDArray[np.float64]]:
-    if not piece.counted:
-        return list(piece.names), rows
+def joined(parts: Sequence[Arrived]) -> tuple[list[str], NDArray[np.float64]]:
+    """Parts of one probe as one, without rows that saw no call. Raises ValueError when their widths differ."""
+    seen = [_seen(*part) for part in parts]
+    return [name for names, _ in seen for name in names], np.concatenate([rows for _, rows in seen])
+
+
+def _seen(heading: Heading, rows: NDArray[np.float64]) -> tuple[Sequence[str], NDArray[np.float64]]:
+    if not heading.counted:
+        return heading.names, rows
     fired = rows[:, -1] > 0
-    return [name for name, there in zip(piece.names, fired, strict=True) if there], rows[fired, :-1]
+    return [name for name, there in zip(heading.names, fired, strict=True) if there], rows[fired, :-1]

@@ -19,6 +19,7 @@ from torchprobe.cli.validation import Batch, Validation, validate
 from torchprobe.cli.words import word_numbers
 
 VALIDATIONS = 10
+MIN_STEPS_BETWEEN_VALIDATIONS = 10
 WARM_UP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
 
@@ -51,14 +52,14 @@ class Data:
 
 
 def train(model: nn.Module, data: Data, settings: Settings, progress: Progress) -> Validation:
-    """Train the model for `steps` steps, validating ten times on the way; returns the last validation.
+    """Train the model for `steps` steps, validating up to ten times on the way; returns the last validation.
 
     Writes a run to `settings.log_dir`. Raises KeyboardInterrupt when interrupted, with the run written out.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.05)
     scheduler = LambdaLR(optimizer, lambda step: _warm_up_then_cosine(step, settings.steps))
     loss_function = nn.CrossEntropyLoss()
-    validate_every = math.ceil(settings.steps / VALIDATIONS)
+    validate_every = max(MIN_STEPS_BETWEEN_VALIDATIONS, math.ceil(settings.steps / VALIDATIONS))
     model.train()
     with torchprobe.instrument(model, log_dir=settings.log_dir, every=settings.every) as session:
         for step, (words, labels) in enumerate(_batches(data, settings), start=1):

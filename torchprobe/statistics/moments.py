@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import piece_size, pieces, real, row_dtype, widened
+from torchprobe.statistics.dtypes import piece_size, pieces, real, row_dtype, working_dtype
 
 FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite")
 """Columns of a row. count, mean, m2 (the sum of squared deviations from the mean), max_abs and zeros are over
@@ -29,9 +30,10 @@ def compute(x: Tensor) -> Tensor:
     dtype = row_dtype(x.device)
     if x.numel() == 0:
         return torch.zeros(len(FIELDS), dtype=dtype, device=x.device)
-    if torch.compiler.is_compiling():  # the compiler fuses the passes itself; a loop would only unroll
-        return _rows([x.reshape(-1)], dtype)[0]
-    return _merged(_rows(pieces(x, piece_size(x.device)), dtype))
+    if torch.compiler.is_compiling():  # the compiler fuses the passes itself: a loop would only be unrolled
+        return _rows([x.reshape(-1)], _Scratch.of(x, x.numel()))[0]
+    size = piece_size(x)
+    return _merged(_rows(pieces(x, size), _Scratch.of(x, size)))
 
 
 def combine(a: Tensor, b: Tensor) -> Tensor:
@@ -74,10 +76,23 @@ def summarise(row: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _rows(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+class _Scratch(NamedTuple):
+    """Memory for one piece, allocated once a call: fresh pages would cost more than the arithmetic."""
+
+    values: Tensor
+    """In the working type."""
+    wide: Tensor
+    """In the row's type."""
+
+    @classmethod
+    def of(cls, x: Tensor, size: int) -> _Scratch:
+        return cls(*(x.new_empty(size, dtype=dtype) for dtype in (working_dtype(x), row_dtype(x.device))))
+
+
+def _rows(parts: Iterable[Tensor], scratch: _Scratch) -> Tensor:
     """One row for each 1-D part: shape (parts, 6)."""
-    columns = zip(*(_sums(widened(part), dtype) for part in parts), strict=True)
-    zeros, nonzero, finite_nonzero, low, high, pivot, shift, square = (torch.stack(c).to(dtype) for c in columns)
+    columns = zip(*(_sums(part, *scratch) for part in parts), strict=True)
+    zeros, nonzero, finite_nonzero, low, high, pivot, shift, square = (torch.stack(c).to(scratch.wide) for c in columns)
     count = zeros + finite_nonzero
     mean_shift = shift / count.clamp(min=1)
     m2 = torch.where(square.isinf(), square, (square - shift * mean_shift).clamp(min=0))
@@ -85,28 +100,26 @@ def _rows(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack((count, pivot + mean_shift, m2, max_abs, zeros, nonzero - finite_nonzero), dim=-1)
 
 
-def _sums(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What a row is made of, as 0-dim tensors: sums of the deviations from `pivot` and of their squares.
+def _sums(x: Tensor, values: Tensor, wide: Tensor) -> tuple[Tensor, ...]:
+    """What a row is made of, as 0-dim tensors; the last two are the sums of the deviations from `pivot` and of
+    their squares.
 
     The pivot is a finite element p. As (p - mean)² <= m2, the squares sum to at most (n + 1)·m2: that bounds what
     cancels when the mean's share is taken off.
     """
-    finite = x.nan_to_num(0.0, 0.0, 0.0)
-    low, high = finite.aminmax()
-    extreme = torch.where(high > 0, high, low).to(dtype)  # 0 put for non-finite elements is never the choice
-    pivot = extreme * (extreme.abs() < torch.finfo(dtype).max ** 0.5 * 2.0**-40)  # so that x - pivot is finite
-    deviation = x.to(dtype, copy=True).sub_(pivot).nan_to_num_(0.0, 0.0, 0.0)
-    nonzero = x.count_nonzero()
-    return (
-        x.numel() - nonzero,
-        nonzero,
-        finite.count_nonzero(),
-        low,
-        high,
-        pivot,
-        deviation.sum(),
-        deviation.square_().sum(),
-    )
+    values, wide = values[: x.numel()].copy_(x), wide[: x.numel()].copy_(x)
+    nonzero = values.count_nonzero()
+    values.nan_to_num_(0.0, 0.0, 0.0)
+    finite_nonzero = values.count_nonzero()
+    low, high = values.aminmax()
+    pivot = _safe(torch.where(high > 0, high, low).to(wide))  # never a 0 that stands for a non-finite element
+    wide.sub_(pivot).nan_to_num_(0.0, 0.0, 0.0)
+    return x.numel() - nonzero, nonzero, finite_nonzero, low, high, pivot, wide.sum(), wide.square_().sum()
+
+
+def _safe(pivot: Tensor) -> Tensor:
+    """`pivot`, or 0 where subtracting it could overflow: only for float64 elements above 1e142."""
+    return pivot * (pivot.abs() < torch.finfo(pivot.dtype).max ** 0.5 * 2.0**-40)
 
 
 def _merged(rows: Tensor) -> Tensor:

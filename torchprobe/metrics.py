@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
@@ -37,30 +39,42 @@ class Metrics:
             if isinstance(value, Tensor | np.ndarray) and not _is_scalar(value):
                 self._warn(tag, value)
             elif isinstance(value, Tensor):
-                yield tag, value.detach().clone().reshape(())
+                yield tag, value.detach()  # the recorder copies it
             else:
-                yield tag, float(value)
+                yield tag, _as_float(value)
 
     def _warn(self, tag: str, value: Tensor | np.ndarray) -> None:
         if tag not in self._warned:
             self._warned.add(tag)
             _log.warning(
-                "metric %s is dropped: shape %s, type %s; a metric is one real number (log its mean, say)",
+                "metric %s is dropped: a %s of shape %s, type %s; a metric is one real number "
+                "(log a mean, say, or the full_tensor() of a DTensor)",
                 tag,
+                type(value).__name__,
                 tuple(value.shape),
                 value.dtype,
             )
 
 
 def _is_scalar(value: Tensor | np.ndarray) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.dtype.is_complex
-    return value.size == 1 and value.dtype.kind in "fiub"
+    if isinstance(value, np.ndarray):
+        return value.size == 1 and value.dtype.kind in "fiub"
+    # A DTensor's value is spread over ranks: fetching it is a collective, which is the user's to call.
+    plain = value.layout is torch.strided and not hasattr(value, "full_tensor")
+    return plain and value.numel() == 1 and not value.dtype.is_complex
+
+
+def _as_float(value: float | np.generic | np.ndarray) -> float:
+    number = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    try:
+        return float(number)
+    except OverflowError:  # a Python int beyond float64
+        return math.inf if number > 0 else -math.inf
 
 
 def _check_number(name: object, value: object) -> None:
     _check_text("metrics key", name)
-    if not isinstance(value, Real | np.number | np.bool_ | np.ndarray | Tensor):
+    if not isinstance(value, Real | np.bool_ | np.ndarray | Tensor):
         raise TypeError(
             f"metrics[{name!r}]={value!r}: takes a number, a numpy scalar or a one-element tensor, "
             f"not {type(value).__name__}"

@@ -70,6 +70,7 @@ class Plan:
         A validation pass is sampled when a training step was, since the last one. by_forward: forward
         passes are the clock, so that each is a step of its own.
         """
+        self._awaits_validation.update(dict.fromkeys(self.due))
         affordable = step == 1 or not self._over_budget()
         scheduled = [probe for probe, schedule in self.schedules.items() if schedule(step)] if affordable else []
         self.due = tuple(probe for probe in scheduled if not self.gates[probe].failed)
@@ -78,11 +79,11 @@ class Plan:
         for probe, gate in self.gates.items():
             gate.train = probe in self.due
             gate.val = probe in self.due_in_validation
-        self._awaits_validation.update(dict.fromkeys(self.due))
 
     def validated(self) -> None:
         """A validation pass was sampled: the next one is, after the next sampled step."""
         self._awaits_validation.clear()
+        self.due_in_validation = ()
         for gate in self.gates.values():
             gate.val = False
 

@@ -6,12 +6,11 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic, perf_counter, time
 from typing import Any, Concatenate, ParamSpec, TypeAlias
 from weakref import ReferenceType
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,12 +20,13 @@ from torchprobe.buffer.seal import Lanes
 from torchprobe.buffer.step import Piece, StepBuffer
 from torchprobe.capture.clock import Clock
 from torchprobe.capture.gate import Meter
-from torchprobe.capture.loss import LossCapture, loss_scale
+from torchprobe.capture.loss import LossCapture, backward_call, loss_scale
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.passes import PassHooks
+from torchprobe.capture.recompute import backward_id
 from torchprobe.plan import Plan
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
@@ -59,11 +59,11 @@ class Outlet:
 
 @dataclass(slots=True)
 class Open:
-    """A completed step that still takes values."""
+    """A step that takes values: the one that runs now, and the one before it until the next training pass."""
 
     step: int
-    buffer: StepBuffer
-    due: tuple[Probe, ...]
+    due: tuple[Probe, ...] = ()
+    buffer: StepBuffer = field(default_factory=StepBuffer)
 
 
 def _protected(method: _Method[_P]) -> _Method[_P]:
@@ -101,12 +101,13 @@ class Recorder:
         self._plan = plan
         self._captures = captures
         self._outlet = outlet
-        self._current = StepBuffer()
+        self._current = Open(1)
         self._last: Open | None = None
-        self._validated: tuple[Probe, ...] = ()
-        self._backward_ran = False
-        self._forward_unclocked = False  # a pass with gradients that no optimizer step has followed yet
-        self._target: tuple[StepBuffer, tuple[Probe, ...]] = (self._current, ())
+        self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
+        self._in_closure = False  # ... and it evaluates the model itself
+        self._backward_id: int | None = None
+        self._weights_used: int | None = None  # version of the weights in a backward that no step has followed yet
+        self._forward_unclocked = False  # a pass with gradients that is a step if no optimizer is in sight
         self._scale: Tensor | None = None
         self._reported = (monotonic(), meter.seconds)
         self._pass = captures.modules.current
@@ -120,43 +121,50 @@ class Recorder:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins. Training closes the step before it; validation belongs to that step."""
         self._pass.seen = True
+        trained = self._pass.training
         # Without an optimizer in sight, a model in training mode is what the user wants to look at.
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
         if not self._pass.training:
             self._arm(bool(self._plan.due_in_validation), training=False)
             return
-        self._optimizer_hooks.forget_unfinished()
+        self._settle_last_pass()
+        if grad_enabled and not trained:
+            self._start_training()
         if self._gradients_were_dropped():
             self._skip()
-        elif self._forward_unclocked and not self._backward_ran and not self._has_gradients():
-            self._tick()
-        self._seal_last()
+        if not self.clock.may_grow:
+            self._seal_last()
         self._pass.began = True
-        self._arm(bool(self._plan.due))
+        self._arm(bool(self._current.due))
 
     @_protected
     def leave_pass(self, module: nn.Module, output: Any) -> None:
         """A forward pass has ended; by itself it is a step only while no optimizer is in sight."""
-        clocked = self.clock.has_optimizer or self.clock.manual
-        if not self._pass.training:
-            self._validated, self._forward_unclocked = self._plan.due_in_validation or self._validated, False
-            self._plan.validated()
-            if not clocked:
-                self._tick()
-            return
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
-        self._captures.loss.begin_batch(output)
         if watched is not None:
             watched.register_hook(self._on_backward)
-        self._forward_unclocked = not clocked
-        if not clocked and watched is None:
+        if self._pass.training:
+            self._captures.loss.on_output(output)
+        else:
+            validated = self._open_last() if self.clock.has_optimizer else self._current
+            validated.buffer.pieces += self._captures.modules.collect(self._plan.due_in_validation, training=False)
+            self._plan.validated()
+        if self._pass.training and watched is not None:
+            self._forward_unclocked = self.clock.by_forward
+        elif self.clock.by_forward:
             self._tick()
 
     @_protected
     def _on_backward(self, gradient: Tensor) -> None:
+        running = backward_id()
+        if running is not None and running == self._backward_id:
+            return  # another output of the same backward pass
+        self._backward_id = running
+        if backward_call() is None:
+            return  # for the user's own eyes: no parameter gets a gradient
         if self._gradients_were_dropped():
             self._skip()
-        self._backward_ran = True
+        self._pass.began, self._weights_used = True, self._weights_version()
         self._captures.loss.on_backward()
 
     # ---- optimizer steps
@@ -164,35 +172,39 @@ class Recorder:
     @_protected
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Gradients are final, unless a closure makes them."""
+        self._start_training()
         if self.clock.begin(optimizer):
             self._roll()
-        last = self._last if self.clock.joins_last_step(optimizer) else None
-        buffer, due = self._target = (last.buffer, last.due) if last else (self._current, self._plan.due)
+        due = (self._open_last() if self.clock.joins_last_step(optimizer) else self._current).due
+        self._in_closure, self._of_optimizer = has_closure, []
         if due:
             self._scale = loss_scale(optimizer)
             self._captures.parameters.remember(optimizer, due)
             if not has_closure:
-                buffer.pieces += self._captures.parameters.gradients(optimizer, due)
+                self._of_optimizer += self._captures.parameters.gradients(optimizer, due)
 
     @_protected
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
-        buffer, due = self._target
+        self._in_closure = False
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer decides by itself to skip
-        if isinstance(found_inf, Tensor):
-            if found_inf.is_cpu and found_inf.numpy().any():
-                self._skip()
-                return
+        if isinstance(found_inf, Tensor) and found_inf.is_cpu and found_inf.numpy().any():
+            self._skip()
+            return
+        if self.clock.joins_last_step(optimizer):
+            self._reopen_last()
+        due, buffer = self._current.due, self._current.buffer
+        if isinstance(found_inf, Tensor) and not found_inf.is_cpu:
             buffer.void = found_inf.clone()
         if due and has_closure:
-            buffer.pieces += self._captures.parameters.gradients(optimizer, due)
+            self._of_optimizer += self._captures.parameters.gradients(optimizer, due)
         if due:
-            buffer.pieces += self._captures.parameters.after_step(optimizer, due)
+            buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
         for rates in self._captures.rates:
-            if rates.schedule(self.clock.completed + 1):
+            if rates.schedule(self._current.step):
                 for tag, value in rates.observe(optimizer):
                     _put(buffer, tag, value)
-        self._backward_ran = self._forward_unclocked = False
+        self._weights_used, self._forward_unclocked = None, False
         if self.clock.end(optimizer):
             self._roll()
 
@@ -206,26 +218,29 @@ class Recorder:
     @_protected
     def next_step(self) -> None:
         """The user's own clock: from now on nothing else ends a step."""
-        self.clock.manual = True
+        first, self.clock.manual = not self.clock.manual, True
+        if first and self.clock.completed and not self._pass.began:
+            return  # the optimizer has just ended this very step
         self._tick()
 
     @_protected
     def flush(self) -> None:
         """Hand over the completed step as it is."""
-        if self._forward_unclocked and not self._backward_ran:
-            self._tick()
+        self._settle_last_pass()
         self._seal_last()
 
     @_protected
     def close(self) -> None:
         """Hand over everything; values of an unfinished step too, but no half statistics."""
-        if self._forward_unclocked and not self._backward_ran:
+        self._settle_last_pass()
+        if self.clock.underway:
             self._tick()
+        if self.clock.completed:
+            self._open_last().buffer.values.update(self._overview())
         self._seal_last()
-        if self._current.values or self._current.scalars:
-            self._current.pieces.clear()
-            self._last = Open(self.clock.completed + 1, self._current, ())
-            self._seal_last()
+        self._current.buffer.pieces.clear()
+        self._last = self._current
+        self._seal_last()
         self.stopped = True
 
     def detach(self) -> None:
@@ -238,33 +253,53 @@ class Recorder:
 
     # ---- steps
 
-    def _tick(self) -> None:
+    def _settle_last_pass(self) -> None:
+        """A training pass is a step when no optimizer is in sight: neither has one stepped, nor can one."""
+        if self._forward_unclocked and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
+            self.clock.has_optimizer = True
+        if self._forward_unclocked and self.clock.by_forward:
+            self._tick()
         self._forward_unclocked = False
+
+    def _tick(self) -> None:
+        self._weights_used, self._forward_unclocked = None, False
         self.clock.tick()
         self._roll()
 
     def _roll(self) -> None:
         """The step that the clock has just counted is complete: gather it, and decide on the next."""
         self._seal_last()
-        buffer, due, step = self._current, self._plan.due, self.clock.completed
-        if due:
-            buffer.pieces += self._captures.modules.collect(due, training=True)
+        ended, buffer = self._current, self._current.buffer
+        if ended.due:
+            buffer.pieces += self._captures.modules.collect(ended.due, training=True, scale=self._scale)
         loss = self._captures.loss.take(self._scale)
         if loss is not None:
             buffer.pieces += [Piece(probe, ["loss"], loss.double().reshape(1, 1)) for probe in self._plan.loss_probes]
-        if step == 1 and not self._pass.seen:
+        if ended.step == 1 and not self._pass.seen:
             self._follow_parts()
-        if step % self._outlet.flush_every == 0:
+        if ended.step % self._outlet.flush_every == 0:
             buffer.values.update(self._overview())
-        buffer.due = due if self.clock.has_optimizer else ()
-        self._last, self._current, self._scale = Open(step, buffer, due), StepBuffer(), None
+        buffer.due = ended.due if self.clock.has_optimizer else ()
+        self._last, self._current, self._scale = ended, Open(ended.step + 1), None
         self._pass.began = False
         self._open_gates()
 
+    def _reopen_last(self) -> None:
+        """The step counted last goes on: an optimizer seen for the first time belongs to it."""
+        last, since = self._open_last(), self._current.buffer
+        last.buffer.values.update(since.values)
+        last.buffer.scalars.update(since.scalars)
+        last.buffer.pieces += since.pieces
+        self._current, self._last = last, None
+
+    def _start_training(self) -> None:
+        """Forward passes that were counted before training, such as a sanity check, are no steps of it."""
+        if self.clock.by_forward and self.clock.completed:
+            self._seal_last()
+            self.clock.completed, self._current.step = 0, 1
+            self._open_gates()
+
     def _seal_last(self) -> None:
-        if self._validated:
-            validated, self._validated = self._validated, ()
-            self._open_last().buffer.pieces += self._captures.modules.collect(validated, training=False)
         if self._last is None:
             return
         last, self._last = self._last, None
@@ -277,15 +312,14 @@ class Recorder:
     def _skip(self) -> None:
         """An iteration that ended without a step: what it captured belongs to no step."""
         self.clock.skipped += 1
-        self._captures.modules.collect(self._plan.due, training=True)
-        self._captures.loss.take()
-        self._current.pieces.clear()
-        self._backward_ran = False
+        self._captures.modules.collect(self._current.due, training=True)
+        self._captures.loss.drop_batches()
+        self._weights_used = None
 
     def _open_gates(self) -> None:
-        by_forward = self.clock.completed > 0 and not (self.clock.has_optimizer or self.clock.manual)
-        self._plan.open_for(self.clock.completed + 1, by_forward)
-        self._arm(bool(self._plan.due))
+        self._plan.open_for(self._current.step, self.clock.by_forward)
+        self._current.due = self._plan.due
+        self._arm(bool(self._current.due))
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(self._first_trained())
@@ -298,12 +332,12 @@ class Recorder:
 
     def _buffer_for_log(self) -> StepBuffer:
         if self.clock.manual or self._pass.began or self.clock.completed == 0:
-            return self._current
+            return self._current.buffer
         return self._open_last().buffer
 
     def _open_last(self) -> Open:
         if self._last is None:
-            self._last = Open(self.clock.completed, StepBuffer(), ())
+            self._last = Open(self.clock.completed)
         return self._last
 
     def _follow_parts(self) -> None:
@@ -335,8 +369,14 @@ class Recorder:
         return None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
 
     def _gradients_were_dropped(self) -> bool:
-        """A backward pass ran, no optimizer step followed, and the gradients are gone: a skipped step."""
-        return self._backward_ran and not self._has_gradients()
+        """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights."""
+        if self._weights_used is None or self._in_closure or self._has_gradients():
+            return False
+        return self._weights_used == self._weights_version()
+
+    def _weights_version(self) -> int:
+        parameter = self._first_trained()
+        return 0 if parameter is None else parameter._version
 
 
 def _put(buffer: StepBuffer, tag: str, value: Value | Tensor) -> None:

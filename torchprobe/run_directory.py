@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from datetime import datetime
@@ -9,22 +10,22 @@ from pathlib import Path
 
 
 def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path:
-    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, a new folder under `runs`.
+    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`.
 
-    Raises TypeError or ValueError for a run name that is no single folder name, and for a `log_dir`
-    that is a file.
+    Without either, the folder is new and made at once, so that no other run takes the same name. Raises
+    TypeError or ValueError for a run name that is no single folder name, and for a `log_dir` that is
+    empty or a file.
     """
     if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
         raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
+    if log_dir == "":
+        raise ValueError("log_dir='' is empty: takes a path, such as 'runs/exp1'; leave it out for a new folder")
     if run_name is not None:
         check_run_name(run_name)
-    name = run_name
-    if log_dir is None:
-        log_dir = "runs"
-        name = name or f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
-    path = Path(log_dir) / name if name else Path(log_dir)
+    parent = Path("runs" if log_dir is None else log_dir)
+    path = parent / run_name if run_name else parent
     _check_no_file(path)
-    return path
+    return _new_folder(path, model_name) if log_dir is None and run_name is None else path
 
 
 def check_run_name(run_name: str) -> None:
@@ -36,6 +37,23 @@ def check_run_name(run_name: str) -> None:
             f"run_name={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
+
+
+def _new_folder(parent: Path, model_name: str) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
+    numbered = (parent / f"{name}-{number}" for number in itertools.count(2))
+    return next(path for path in itertools.chain([parent / name], numbered) if _is_made(path))
+
+
+def _is_made(path: Path) -> bool:
+    """Make a folder; False when another run of this second has it."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if not path.exists():  # a link to nowhere, further up
+            raise
+        return False
+    return True
 
 
 def _check_no_file(path: Path) -> None:

@@ -18,7 +18,9 @@ class Selection:
 
     include: the modules to watch; without it, leaves that have parameters and attention and normalisation
     blocks. exclude: modules to leave out, with everything inside them. Parameters follow their module.
-    Raises TypeError for anything but strings, ValueError for a pattern that fits no module.
+    The model itself is `root`, which stands for the model's own output and parameters, not for its parts.
+    Raises TypeError for anything but strings, ValueError for a pattern that fits no module and for an
+    empty include.
     """
 
     def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
@@ -60,6 +62,10 @@ def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:
     if value is None:
         return ()
     patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if argument == "include" and not patterns:
+        raise ValueError(
+            "include is empty: takes at least one pattern, such as 'blocks.*'; leave it out for the default"
+        )
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as 'blocks.*'")

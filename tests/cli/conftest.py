@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +50,12 @@ def texts(tmp_path: Path) -> Path:
         for number in range(8):
             (folder / f"{number}.txt").write_text(f"a {word} film, seen {number} times\nand {word} again\n")
     return tmp_path / "texts"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other; these models are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

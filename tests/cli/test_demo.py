@@ -16,7 +16,7 @@ from torchprobe.cli import main
 from torchprobe.cli.corpus import standard_library
 from torchprobe.cli.progress import ProgressLines
 
-SMALL = ["--lines", "1", "--steps", "20", "--passes", "3", "--device", "cpu"]
+SMALL = ["--lines", "1", "--steps", "20", "--batch-size", "8", "--passes", "3", "--device", "cpu"]
 
 
 def demo(texts: Path, log_dir: Path, *options: str) -> int:
@@ -26,15 +26,11 @@ def demo(texts: Path, log_dir: Path, *options: str) -> int:
 def scalars(run: Path) -> dict[str, dict[int, float]]:
     """Values by tag and step, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util import tensor_util
 
-    accumulator = EventAccumulator(str(run), size_guidance={"tensors": 0})
+    accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0})
     accumulator.Reload()
-    by_tag = {}
-    for tag in accumulator.Tags()["tensors"]:
-        arrays = {event.step: tensor_util.make_ndarray(event.tensor_proto) for event in accumulator.Tensors(tag)}
-        by_tag[tag] = {step: float(array) for step, array in arrays.items() if array.shape == ()}
-    return by_tag
+    tags = accumulator.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags}
 
 
 def test_a_run_trains_reports_and_says_how_to_look_at_it(
@@ -42,9 +38,8 @@ def test_a_run_trains_reports_and_says_how_to_look_at_it(
 ):
     assert demo(texts, tmp_path / "my runs") == 0
     text = capsys.readouterr().out
-    assert "from which class of" in text
-    assert "neg, pos" in text
-    assert "12 passages of 12 files. Held out: 4 passages of 4 other files." in text
+    assert re.search("from which class of .* does this line come\\? neg, pos", text)
+    assert "24 passages of 12 files. Held out: 8 passages of 4 other files." in text
     assert re.search(r"^step 20/20  train loss \d\.\d+  held-out accuracy +\d+\.\d%", text, re.MULTILINE)
     assert "50.0% by chance" in text
     assert text.splitlines()[-2] == "To look at it:"
@@ -78,7 +73,7 @@ def test_a_seed_gives_the_same_run_and_another_seed_another(texts: Path, tmp_pat
 def test_epochs_are_passes_over_the_training_text(texts: Path, tmp_path: Path, null_sessions: list[Any]):
     options = ["--epochs", "3", "--batch-size", "5", "--lines", "1", "--passes", "1", "--device", "cpu"]
     assert main(["demo", "--data", str(texts), "--log-dir", str(tmp_path), *options]) == 0
-    assert sum(prefix == "train" for prefix, _ in null_sessions[0].logged) == 3 * 3  # 12 passages, 5 a step
+    assert sum(prefix == "train" for prefix, _ in null_sessions[0].logged) == 3 * 5  # 24 passages, 5 a step
 
 
 def test_every_run_has_a_folder_of_its_own(texts: Path, tmp_path: Path, null_sessions: list[Any]):
@@ -171,17 +166,19 @@ def test_a_real_ctrl_c_leaves_a_readable_run(texts: Path, tmp_path: Path):
     options = ["--data", str(texts), "--log-dir", str(tmp_path / "runs"), *SMALL, "--steps", "100000"]
     command = [sys.executable, "-m", "torchprobe", "demo", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        _wait_until(lambda: any((tmp_path / "runs").glob("*/*tfevents*")))
+        _wait_until(lambda: any((tmp_path / "runs").glob("*/*tfevents*")) or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Stopped after step" in out
     assert "Traceback" not in err
     [run] = (tmp_path / "runs").iterdir()
-    scalars(run)
+    stopped = int(re.search(r"Stopped after step (\d+)", out)[1])
+    assert len(scalars(run).get("train/loss", {})) in {stopped, stopped + 1}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes of work, on a machine that may be busy
 def test_on_the_standard_library_it_is_far_above_chance(tmp_path: Path):
     assert main(["demo", "--log-dir", str(tmp_path), "--device", "cpu"]) == 0
     [run] = tmp_path.iterdir()

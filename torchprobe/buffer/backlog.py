@@ -12,7 +12,7 @@ from torchprobe.writers.protocol import Writer
 _log = logging.getLogger("torchprobe")
 
 MAX_RECORDS = 10_000
-MAX_VALUES = 500_000  # in all records together
+MAX_VALUES = 500_000  # in all records together; a scalar with its tag takes 140 bytes
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the disk fails
 
 

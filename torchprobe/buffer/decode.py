@@ -34,21 +34,21 @@ class Decoder:
         self.skipped = 0
         self.missing: list[str] = []
         self._descriptions = descriptions
-        self._settled: set[Reporter] = set()  # saw something, or failed, which the log says
         self._failed: set[Reporter] = set()
+        self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
 
     def __call__(self, sealed: Sealed) -> Record | None:
         """The record of a step; None when it has no values. Raises what a device raised."""
-        groups = dict(grouped(sealed.arrive()))
-        if any((flag.rows > 0).any() for flag in groups.pop((SKIPPED, ""), ())):
+        groups = grouped(sealed.arrive())
+        if any((flag.rows > 0).any() for flag in groups.get((SKIPPED, ""), ())):
             self.skipped += 1
             return None
         values: dict[str, Value] = dict(sealed.values)
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
-        self._account(sealed)
+        self._explain_gaps(sealed)
         return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
@@ -60,15 +60,12 @@ class Decoder:
         except Exception:
             self._failed.add(reporter)
             _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
-        else:
-            if names:
-                self._settled.add(reporter)
-            return tagged
-        self._settled.add(reporter)
-        return {}
+            return {}
+        if names:
+            self._seen.add(reporter)
+        return tagged
 
-    def _account(self, sealed: Sealed) -> None:
-        """Law: nothing is silently missing."""
+    def _explain_gaps(self, sealed: Sealed) -> None:
         if not sealed.lost:
             self._look_for_missing(sealed.due)
         elif not self._lost:
@@ -78,7 +75,7 @@ class Decoder:
     def _look_for_missing(self, due: Sequence[Reporter]) -> None:
         self._asked.update(due)
         for reporter in due:
-            if self._asked[reporter] == _PATIENCE and reporter not in self._settled:
+            if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
                 name = type(reporter).__name__
                 self.missing.append(name)
                 _log.warning(

@@ -94,9 +94,11 @@ class Drain:
         try:
             while not self._cycle():
                 pass
-            self._clean = self._backlog.close() and self._written == self._asked
         finally:
+            self._unread += len(self._sealed)
+            closed = self._backlog.close()
             with self._wake:
+                self._clean = closed and self._written == self._served
                 self._ended = True
                 self._wake.notify_all()
 
@@ -123,15 +125,18 @@ class Drain:
 
     def _collect(self) -> None:
         for _ in range(len(self._sealed)):  # not those that arrive meanwhile: a fast loop would never be written
-            try:
-                record = self._decode(self._sealed.popleft())
-            except Exception:
-                self._unread += 1
-                if self._unread == 1:
-                    _log.exception("a step could not be read back and is dropped; training goes on")
-            else:
-                if record is not None:
-                    self._backlog.add(record)
+            record = self._read(self._sealed.popleft())
+            if record is not None:
+                self._backlog.add(record)
+
+    def _read(self, sealed: Sealed) -> Record | None:
+        try:
+            return self._decode(sealed)
+        except Exception:
+            self._unread += 1
+            if self._unread == 1:
+                _log.exception("step %d could not be read back and is dropped; training goes on", sealed.step)
+            return None
 
 
 def _waitable(timeout: float | None) -> float | None:

@@ -17,6 +17,15 @@ from torchprobe.statistics.dtypes import row_dtype
 _EVENT_OPTIONS: dict[str, dict[str, bool]] = {"cuda": {"blocking": True}, "xpu": {}}
 
 
+def records_graph(device: torch.device) -> bool:
+    """Whether the user is recording the device's work as a graph: what is queued now would become part of it."""
+    if device.type not in _EVENT_OPTIONS:
+        return False
+    # Missing for xpu in older versions, which record no graphs.
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and bool(asked())
+
+
 class Ticket:
     """A copy under way. `take` is for the drain thread: it may wait for the device."""
 
@@ -71,23 +80,18 @@ class Lane:
     def send(self, rows: Sequence[Tensor]) -> Ticket | None:
         """Start the copy of rows of any shapes and real types. One concatenation, one copy; no host read.
 
-        None when there is no room, and while the user records a graph of the device's work, which a copy
-        must not become part of. Raises what `torch.cat` raises; then the room is free again.
+        None when there is no room. Raises what `torch.cat` raises; then the room is free again.
         """
         size = sum(row.numel() for row in rows)
-        start = None if self._recording() else self._ring.reserve(size)
+        start = self._ring.reserve(size)
         if start is None:
             return None
         try:
             host, wait = self._copy(rows, start, start + size)
         except BaseException:
-            self._ring.cancel(size)
+            self._ring.cancel()
             raise
         return Ticket(host, [row.shape for row in rows], wait, self._ring.release)
-
-    def _recording(self) -> bool:
-        asked = getattr(self._module, "is_current_stream_capturing", None) if self._overlaps else None
-        return asked is not None and asked()
 
     def _copy(self, rows: Sequence[Tensor], start: int, end: int) -> tuple[Tensor, Callable[[], Any]]:
         slot = self._slots[start:end]
@@ -95,12 +99,13 @@ class Lane:
             torch.cat([row.reshape(-1) for row in rows], out=slot)
         if not self._overlaps:
             return slot, lambda: None
-        return self._host[start:end], self._copy_aside(slot, self._host[start:end])
+        host = self._host[start:end]
+        return host, self._copy_aside(slot, host).synchronize
 
-    def _copy_aside(self, slot: Tensor, host: Tensor) -> Callable[[], Any]:
+    def _copy_aside(self, slot: Tensor, host: Tensor) -> Any:
         done = self._module.Event(**_EVENT_OPTIONS[self._device.type])
         with self._module.stream(self._stream):
             self._stream.wait_stream(self._module.current_stream(self._device))
             host.copy_(slot, non_blocking=True)
             done.record(self._stream)
-        return done.synchronize
+        return done

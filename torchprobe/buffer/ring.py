@@ -8,40 +8,43 @@ from collections import deque
 class Ring:
     """Contiguous ranges of a buffer of `capacity` elements, first in, first out.
 
-    One thread calls `reserve` and `cancel`, another `release`. There is no lock that one could hold while
-    the other waits: each thread moves a position of its own. A range of up to half of what is free always
-    finds room; a larger one when the two ends of the buffer leave it room in one run.
+    Another thread may call `release`, and only that. No lock is shared, so that neither waits for the other.
+    A range of up to half of what is free always finds room; a larger one if it does so in one run.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        # Elements given out and taken back so far, with those skipped at the buffer's end.
-        self._head = self._tail = 0
-        self._heads: deque[int] = deque()  # `_head` after each range that is out
+        # (start, end) of the ranges that are out, oldest first. Positions count on beyond the end of the
+        # buffer; modulo capacity they are places in it.
+        self._out: deque[tuple[int, int]] = deque()
 
     def reserve(self, size: int) -> int | None:
         """The start of a free range of `size` elements, or None when there is no room."""
-        if not self._heads:  # nothing is out, so that the other thread leaves `_tail` alone
-            self._head = self._tail = 0
-        start = self._head
+        oldest, start = self._span()
         if start % self.capacity + size > self.capacity:
             start += self.capacity - start % self.capacity
-        if start + size > self._tail + self.capacity:
+        if start + size > oldest + self.capacity:
             return None
-        self._head = start + size
-        self._heads.append(self._head)
+        self._out.append((start, start + size))
         return start % self.capacity
 
-    def cancel(self, size: int) -> None:
-        """Undo the last `reserve`, of this size, before another thread hears of the range."""
-        self._head = self._heads.pop() - size
+    def cancel(self) -> None:
+        """Undo the last `reserve`, before another thread hears of the range."""
+        self._out.pop()
 
     def release(self) -> None:
         """Give back the range that was reserved first."""
-        self._tail = self._heads[0]  # before it leaves the deque: an empty deque lets `reserve` set `_tail`
-        self._heads.popleft()
+        self._out.popleft()
 
     @property
     def crowded(self) -> bool:
         """Whether more than half of the buffer is taken: time to drain."""
-        return 2 * (self._head - self._tail) > self.capacity
+        oldest, newest = self._span()
+        return 2 * (newest - oldest) > self.capacity
+
+    def _span(self) -> tuple[int, int]:
+        """Where the ranges that are out begin and end; with none, positions start anew."""
+        try:
+            return self._out[0][0], self._out[-1][1]
+        except IndexError:
+            return 0, 0

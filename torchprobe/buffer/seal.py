@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.buffer.lane import Lane, Ticket
+from torchprobe.buffer.lane import Lane, Ticket, records_graph
 from torchprobe.buffer.step import Arrived, Heading, Piece, Reporter, StepBuffer
 from torchprobe.records import Value
 from torchprobe.statistics.dtypes import row_dtype
@@ -35,7 +35,7 @@ class Sealed:
         for ticket, headings in self.transfers:
             try:
                 arrived += map(Arrived, headings, ticket.take())
-            except Exception as error:
+            except Exception as error:  # noqa: PERF203 - one turn a device
                 failure = error
         if failure is not None:
             raise failure
@@ -79,7 +79,10 @@ class Lanes:
         return any(lane.crowded for lane in self._lanes.values())
 
     def seal(self, step: int, wall_time: float, buffer: StepBuffer) -> Sealed:
-        """Start the copies of a step. Rows that find no room are given up, and said to be lost."""
+        """Start the copies of a step. Rows that find no room are given up, and said to be lost.
+
+        So are those of a device whose work the user is recording as a graph.
+        """
         sealed = Sealed(step, wall_time, buffer.values, buffer.due)
         pieces = [*buffer.pieces, *_scalar_pieces(buffer.scalars), *_flag(buffer.void)]
         for device, group in _by_device(pieces).items():
@@ -91,6 +94,8 @@ class Lanes:
         return sealed
 
     def _send(self, device: torch.device, rows: Sequence[Tensor]) -> Ticket | None:
+        if records_graph(device):  # even making a lane would break the graph
+            return None
         size = sum(row.numel() for row in rows)
         lane = self._lanes.get(device)
         if lane is None or 2 * size > lane.capacity:

@@ -21,19 +21,30 @@ class Clock:
         self.completed = 0
         self.skipped = 0
         self.manual = False
+        self.has_optimizer = False  # one has stepped: from then on forward passes are no clock
         self._known: WeakSet[Optimizer] = WeakSet()
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._absent: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._first_round = True
 
     @property
-    def has_optimizer(self) -> bool:
-        """Whether an optimizer has stepped: from then on forward passes are no clock."""
-        return bool(self._known)
+    def by_forward(self) -> bool:
+        """Whether forward passes are the clock."""
+        return not (self.has_optimizer or self.manual)
+
+    @property
+    def underway(self) -> bool:
+        """Whether an optimizer has stepped in a step that others have yet to complete."""
+        return bool(self._stepped) and not self.manual
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether a new optimizer would belong to the step that has just been counted."""
+        return self._first_round and bool(self._known) and not self.manual
 
     def joins_last_step(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer's first step belongs to the step that has just been counted."""
-        return self._first_round and bool(self._known) and optimizer not in self._known
+        return self.may_grow and optimizer not in self._known
 
     def begin(self, optimizer: Optimizer) -> bool:
         """An optimizer is about to step. True when that ended the step before: it steps twice."""
@@ -41,28 +52,24 @@ class Clock:
             self._first_round = False
         if self.manual or optimizer not in self._stepped:
             return False
-        self._finish()
+        self.tick()
         return True
 
     def end(self, optimizer: Optimizer) -> bool:
         """An optimizer has stepped. True when that completed the run's step."""
-        if self.joins_last_step(optimizer):
-            self._known.add(optimizer)
-            return False
-        if not self._known and not self.manual:
-            self.completed = 0  # forward passes before training (a sanity check) are no steps of it
+        joins = self.joins_last_step(optimizer)
+        self.has_optimizer = True
         self._known.add(optimizer)
+        if joins:
+            return True
         self._stepped.add(optimizer)
         if self.manual or any(known not in self._stepped for known in self._known):
             return False
-        self._finish()
+        self.tick()
         return True
 
     def tick(self) -> None:
-        """A step ends by a forward pass (pure inference) or by hand."""
-        self._finish()
-
-    def _finish(self) -> None:
+        """A step is complete; by itself, when a forward pass (pure inference) or the user ends it."""
         for optimizer in list(self._known):
             absent = 0 if optimizer in self._stepped else self._absent.get(optimizer, 0) + 1
             self._absent[optimizer] = absent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.frames import running
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.outputs import loss_in, tensors_in
 
@@ -20,10 +20,11 @@ _REACH = 64  # autograd nodes between the model's output and a loss, at most
 
 
 class LossCapture:
-    """The loss of a step, mean over its micro-batches. In this order, per micro-batch:
+    """The loss of a step, mean over its micro-batches: what leads to one backward pass is one.
 
-    a `loss` field that the model returns; the value of the one loss module that ran on its output; what
-    `backward()` was called on, divided by GradScaler's scale, added up over micro-batches.
+    In this order, per micro-batch: a `loss` field that the model returns; the value of the one loss module
+    that ran on its output; what `backward()` was called on, divided by GradScaler's scale, added up over
+    micro-batches.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -32,7 +33,8 @@ class LossCapture:
         self._on_parameter: RemovableHandle | None = None
         self._passes = 0  # those that were seen; a compiled model's are not
         self._nodes: list[Any] = []  # autograd nodes of the running micro-batch's outputs
-        self._of_modules: list[Tensor] = []
+        self._returned: list[Tensor] = []  # losses of the running micro-batch: in the model's output
+        self._of_modules: list[Tensor] = []  # and those that loss modules computed
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
 
@@ -48,21 +50,21 @@ class LossCapture:
             self._on_parameter.remove()
             self._on_parameter = None
 
-    def begin_batch(self, output: Any) -> None:
-        """A training pass has returned: a new micro-batch, with or without a loss of its own."""
-        self._end_batch()
+    def on_output(self, output: Any) -> None:
+        """A training pass has returned, with or without a loss of its own."""
         self._passes += 1
         loss = loss_in(output)
         if loss is not None:
-            self._means.append(_snapshot(loss))
+            self._returned.append(_snapshot(loss))
         elif self._gate.train:
-            self._nodes = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
-            # Process-wide, so it is there from the model's output to its backward pass only.
-            self._on_modules = register_module_forward_hook(self._after_module)
+            self._nodes += [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+            if self._on_modules is None:
+                # Process-wide, so it is there from the model's output to its backward pass only.
+                self._on_modules = register_module_forward_hook(self._after_module)
 
     def on_backward(self) -> None:
-        """Backward runs through the output: when no loss module told, see what it was called on."""
-        if self._nodes and len(self._of_modules) != 1:
+        """Backward runs through the output: when nothing else told, see what it was called on."""
+        if self._nodes and not self._returned and len(self._of_modules) != 1:
             self._add_backward_root()
         self._end_batch()
 
@@ -70,17 +72,21 @@ class LossCapture:
         """The step's loss, when one was seen; starts anew. scale: what GradScaler multiplied it with."""
         self._end_batch()
         means, sums = self._means, self._sums
-        self._means, self._sums, self._passes = [], [], 0
+        self._passes = 0
+        self.drop_batches()
         if means:
             return torch.stack(means).mean()
         if sums:
             return torch.stack(sums).sum() / (1.0 if scale is None else scale)
         return None
 
+    def drop_batches(self) -> None:
+        """Forget the micro-batches that had their backward pass; the running one stays."""
+        self._means, self._sums = [], []
+
     def _end_batch(self) -> None:
-        if len(self._of_modules) == 1:
-            self._means += self._of_modules
-        self._of_modules, self._nodes = [], []
+        self._means += self._returned or (self._of_modules if len(self._of_modules) == 1 else [])
+        self._returned, self._of_modules, self._nodes = [], [], []
         self._stop_watching_modules()
 
     def _stop_watching_modules(self) -> None:
@@ -125,26 +131,23 @@ def _descends(tensor: Tensor, nodes: list[Any]) -> bool:
     return False
 
 
-def backward_root() -> Tensor | None:
-    """The scalar on which the running `backward()` was called, found in the callers' frames.
+def backward_call() -> Any:
+    """What the running `backward()` was called on; None when no parameter gets a gradient (`autograd.grad`).
 
     On CUDA the engine runs hooks on a thread of its own; the caller waits in another one.
     """
-    frames = [sys._getframe(), *sys._current_frames().values()]
-    for frame in frames:
-        tensors = _backward_argument(frame)
-        if tensors is not None:
-            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            return roots[0] if len(roots) == 1 and roots[0].numel() == 1 else None
+    code = torch.autograd.backward.__code__
+    for frame in (sys._getframe(), *sys._current_frames().values()):
+        for caller in running(code, frame):
+            return caller["tensors"]
     return None
 
 
-def _backward_argument(frame: FrameType | None) -> Any:
-    while frame is not None:
-        if frame.f_code is torch.autograd.backward.__code__:
-            return frame.f_locals.get("tensors")
-        frame = frame.f_back
-    return None
+def backward_root() -> Tensor | None:
+    """The scalar on which the running `backward()` was called, if it was one."""
+    tensors = backward_call()
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors or ())
+    return roots[0] if len(roots) == 1 and roots[0].numel() == 1 else None
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
@@ -152,10 +155,7 @@ def loss_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
     scale = getattr(optimizer, "grad_scale", None)
     if isinstance(scale, Tensor):
         return scale
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        scaler = frame.f_locals.get("self") if frame.f_code is torch.amp.GradScaler.step.__code__ else None
-        if scaler is not None:
-            return scaler._scale if isinstance(scaler._scale, Tensor) else None
-        frame = frame.f_back
+    for caller in running(torch.amp.GradScaler.step.__code__):
+        scale = caller["self"]._scale
+        return scale if isinstance(scale, Tensor) else None
     return None

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe
@@ -66,14 +67,16 @@ class ModuleCapture:
         self._wanted = wanted
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
-        self._armed: str | None = None
+        self._armed: tuple[bool, int] | None = None
         self.current = Pass()
 
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
-        mode = "train" if training else "val"
         model = self._model()
-        if self._armed == mode or model is None or not self._gates:
+        if model is None or not self._gates:
+            return
+        armed = training, sum(1 for _ in model.modules())  # a model may grow
+        if self._armed == armed:
             return
         if self.current.compiled and self._handles:
             return
@@ -81,7 +84,7 @@ class ModuleCapture:
         for name, module, in_eval in chosen_modules(model, self._wanted):
             if training or in_eval:
                 self._hook(name, module, model)
-        self._armed = mode
+        self._armed = armed
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
@@ -95,8 +98,11 @@ class ModuleCapture:
             module.__dict__.pop(SITE, None)
         self._sites.clear()
 
-    def collect(self, due: Container[Probe], training: bool) -> list[Piece]:
-        """The merged rows of the step or of the validation pass, for the probes due; the rows start anew."""
+    def collect(self, due: Container[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
+        """The merged rows of the step or of the validation pass, for the probes due; the rows start anew.
+
+        scale: what GradScaler multiplied the loss with, and so the gradients of outputs.
+        """
         groups: defaultdict[tuple[Probe, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
         for site in self._sites.values():
             for tap in (*site.outputs, *site.gradients):
@@ -105,13 +111,14 @@ class ModuleCapture:
                 row = tap.train if training else tap.val
                 groups[tap.probe, row.device].append((site.name, row))
         prefix = "" if training else "val/"
-        return [_piece(probe, rows, prefix) for (probe, _), rows in groups.items()]
+        return [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
 
     def _hook(self, name: str, module: nn.Module, model: nn.Module) -> None:
         if module not in self._sites:
             self._sites[module] = self._site(name, module, model)
         module.__dict__[SITE] = self._sites[module]
-        self._handles.append(module.register_forward_hook(observe_output))
+        is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
+        self._handles.append(module.register_forward_hook(observe_output, prepend=is_root))
 
     def _site(self, name: str, module: nn.Module, model: nn.Module) -> Site:
         device = _device_of(module) or _device_of(model) or torch.device("cpu")
@@ -131,8 +138,10 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return None if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
-def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str) -> Piece:
+def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
     names, rows = zip(*named_rows, strict=True)
-    piece = Piece(probe, names, torch.stack(rows), prefix, counted=True)
+    stacked = torch.stack(rows)
     torch._foreach_zero_(list(rows))
-    return piece
+    if scale is not None and probe.source == "output_gradients":
+        stacked = probe.unscale(stacked, scale.to(stacked.device, stacked.dtype))
+    return Piece(probe, names, stacked, prefix, counted=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -14,6 +15,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.frames import running
+
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
 
 class StepObserver(Protocol):
@@ -29,23 +34,22 @@ class StepObserver(Protocol):
 class OptimizerHooks:
     """Follows every optimizer that holds a parameter of the model, made before or after this.
 
-    A subclass that calls its parent's `step` fires twice; only the outer call counts.
+    A step inside another one is part of it: that of a parent class, or of an optimizer that is wrapped. Which
+    steps are running is read from the callers' frames, so that a step that raises leaves no state behind.
     """
 
     def __init__(self, parameters: Callable[[], set[int]], observer: StepObserver) -> None:
         self._parameters = parameters
         self._observer = observer
         self._claims: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
-        self._inside: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = [
             register_optimizer_step_pre_hook(torch.compiler.disable(self._before)),
             register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
         ]
 
-    def forget_unfinished(self) -> None:
-        """A forward pass begins outside any closure: a step that raised will never report its end."""
-        for optimizer in [o for o, (_, closure) in self._inside.items() if not closure]:
-            del self._inside[optimizer]
+    def any_alive(self) -> bool:
+        """Whether an optimizer of the model exists that may never have stepped. Looks at all objects: 50 ms."""
+        return any(issubclass(type(o), Optimizer) and self._claimed(o) for o in gc.get_objects())
 
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""
@@ -53,19 +57,16 @@ class OptimizerHooks:
             self._handles.pop().remove()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._claimed(optimizer):
-            return
-        depth, closure = self._inside.get(optimizer, (0, _closure_in(args, kwargs)))
-        self._inside[optimizer] = depth + 1, closure
-        if depth == 0:
-            self._observer.before_step(optimizer, closure)
+        if self._follows(optimizer):
+            self._observer.before_step(optimizer, _closure_in(args, kwargs))
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        depth, closure = self._inside.pop(optimizer, (0, False))
-        if depth > 1:
-            self._inside[optimizer] = depth - 1, closure
-        elif depth == 1:
-            self._observer.after_step(optimizer, closure)
+        if self._follows(optimizer):
+            self._observer.after_step(optimizer, _closure_in(args, kwargs))
+
+    def _follows(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer trains the model, and its step is inside no other such one."""
+        return self._claimed(optimizer) and sum(self._claimed(caller["self"]) for caller in running(_STEP)) <= 1
 
     def _claimed(self, optimizer: Optimizer) -> bool:
         size = sum(len(group["params"]) for group in optimizer.param_groups)

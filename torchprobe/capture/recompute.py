@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 
+def backward_id() -> int | None:
+    """The number of the backward pass that runs on this thread, or None."""
+    current = getattr(torch._C, "_current_graph_task_id", None)  # private; without it, none is ever seen
+    return None if current is None or current() == -1 else current()
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread: a forward pass here is a recomputation."""
-    current = getattr(torch._C, "_current_graph_task_id", None)  # private; without it, count the pass
-    return current is not None and current() != -1
+    return backward_id() is not None
 
 
 def under_transform() -> bool:

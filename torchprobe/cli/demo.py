@@ -120,8 +120,9 @@ def _read_corpus(arguments: argparse.Namespace) -> Corpus:
 def _introduction(arguments: argparse.Namespace, corpus: Corpus) -> list[str]:
     source = "standard-library package" if arguments.data is None else f"class of {arguments.data}"
     train, held_out = corpus.train, corpus.held_out
+    passage = "does this line" if arguments.lines == 1 else f"do these {arguments.lines} lines"
     lines = [
-        f"Task: from which {source} do these {arguments.lines} lines come? {', '.join(corpus.classes)}",
+        f"Task: from which {source} {passage} come? {', '.join(corpus.classes)}",
         f"To train on: {len(train.passages)} passages of {len(train.files)} files. "
         f"Held out: {len(held_out.passages)} passages of {len(held_out.files)} other files.",
     ]

@@ -82,15 +82,19 @@ def _serve(directory: Path, host: str, port: int | None) -> str:
     mimetypes.add_type("text/javascript", ".js")
     options = ["tensorboard", "--logdir", str(directory), "--host", host]
     options += [] if port is None else ["--port", str(port)]
-    server = program.TensorBoard()
+    said = io.StringIO()  # advice about TensorBoard's own options, or why it gave up
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # advice about TensorBoard's own options
+        with contextlib.redirect_stderr(said):
+            server = program.TensorBoard()
             server.configure(options)
             address: str = server.launch()
     except program.TensorBoardPortInUseError as error:
         raise CommandError(f"--port: {port} is taken. Leave --port out to get a free one.") from error
     except program.TensorBoardServerException as error:
         raise CommandError(f"TensorBoard cannot listen at {host}: {error.msg}") from error
+    except SystemExit as error:
+        reason = said.getvalue().strip().rpartition("\n")[2]
+        raise CommandError(f"TensorBoard cannot listen at {host}: {reason}") from error
     return address
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from torchprobe.probes.base import Probe, Report, Source
 from torchprobe.schedule import Schedule
-from torchprobe.statistics import moments, norms
+from torchprobe.statistics import moments
 
 
 class Activations(Probe):
@@ -57,18 +59,28 @@ class ActivationGradients(Probe):
     """L2 norm of the loss's gradient with respect to each module's output, over finite elements."""
 
     source: ClassVar[Source] = "output_gradients"
-    fields: ClassVar[tuple[str, ...]] = norms.FIELDS
+    fields: ClassVar[tuple[str, ...]] = moments.FIELDS
     descriptions: ClassVar[Mapping[str, str]] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
     }
 
     def compute(self, tensor: Tensor) -> Tensor:
-        """Sums that add up over micro-batches."""
-        return norms.finite_sums([tensor])[0]
+        """Moments, since these trace in a backward hook and keep compiled weights bitwise as they are."""
+        return moments.compute(tensor)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """Chan's parallel merge."""
+        return moments.combine(a, b)
+
+    def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Moments of the gradient itself: the mean and the largest scale with it, m2 with its square."""
+        one, factor = torch.ones_like(scale), scale.reciprocal()
+        factors = {"mean": factor, "m2": factor.square(), "max_abs": factor}
+        return rows * torch.stack([*(factors.get(field, one) for field in self.fields), one])
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """The norm, and the non-finite count when there is one."""
-        yield f"activation_grad_norm/{name}", values["sum_squares"] ** 0.5
+        yield f"activation_grad_norm/{name}", math.sqrt(values["m2"] + values["count"] * values["mean"] ** 2)
         if values["nonfinite"]:
             yield f"activation_grad_nonfinite/{name}", values["nonfinite"]

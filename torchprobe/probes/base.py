@@ -76,6 +76,14 @@ class Probe:
         """Merge the statistics of two parts, shape (len(fields),) each. The default adds them."""
         return a + b
 
+    def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
+
+        rows has shape (modules, len(fields) + 1), its last column to be left as it is. The default
+        changes nothing, so that the statistic is that of the scaled loss.
+        """
+        return rows
+
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """Tags and values for one module or parameter."""
         raise TypeError(f"{self.name} defines neither report(name, values) nor report_all(names, rows)")

@@ -39,8 +39,9 @@ class Gradients(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, per owning module, and the total."""
+        latest = dict(zip(names, rows, strict=True))  # a parameter that was stepped twice counts once
         layers: defaultdict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
-        for name, row in zip(names, rows, strict=True):
+        for name, row in latest.items():
             yield f"grad_norm/{name}", math.sqrt(row[0])
             layers[owner_of(name)] += row
         for layer, (squares, magnitude, nonfinite, count) in layers.items():
@@ -49,4 +50,4 @@ class Gradients(Probe):
                 yield f"grad_mean_abs/{layer}", magnitude / count
             if nonfinite:
                 yield f"grad_nonfinite/{layer}", float(nonfinite)
-        yield "overview/grad_norm", math.sqrt(rows[:, 0].sum())
+        yield "overview/grad_norm", math.sqrt(sum(row[0] for row in latest.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -55,7 +56,7 @@ class LearningRates:
 
     def _label(self, optimizer: Optimizer) -> str:
         if optimizer not in self._labels:
-            name = type(optimizer).__name__
-            taken = sum(type(other) is type(optimizer) for other in self._labels)
-            self._labels[optimizer] = f"{name}_{taken}" if taken else name
+            name, taken = type(optimizer).__name__, set(self._labels.values())
+            numbered = (f"{name}_{i}" if i else name for i in itertools.count())
+            self._labels[optimizer] = next(label for label in numbered if label not in taken)
         return self._labels[optimizer]

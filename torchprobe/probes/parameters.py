@@ -29,9 +29,10 @@ class Parameters(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the total."""
-        for name, norm in zip(names, rows[:, 0].tolist(), strict=True):
+        latest = dict(zip(names, rows[:, 0].tolist(), strict=True))  # a parameter stepped twice counts once
+        for name, norm in latest.items():
             yield f"param_norm/{name}", norm
-        yield "overview/param_norm", math.sqrt(float(np.square(rows[:, 0]).sum()))
+        yield "overview/param_norm", math.hypot(*latest.values())
 
 
 class Updates(Probe):
@@ -55,8 +56,9 @@ class Updates(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the median."""
-        moved = [(name, update / before) for name, (update, before) in zip(names, rows, strict=True) if before > 0]
-        for name, ratio in moved:
-            yield f"update_ratio/{name}", float(ratio)
-        if moved:
-            yield "overview/update_ratio", float(np.median([ratio for _, ratio in moved]))
+        pairs = zip(names, rows.tolist(), strict=True)
+        ratios = {name: update / before for name, (update, before) in pairs if before > 0}
+        for name, ratio in ratios.items():
+            yield f"update_ratio/{name}", ratio
+        if ratios:
+            yield "overview/update_ratio", float(np.median(list(ratios.values())))

@@ -6,7 +6,8 @@ them in portions that stay in cache, and results are rows of `row_dtype`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +39,34 @@ def real(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 1 else x.resolve_neg()
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """The narrowest type with fast vector arithmetic that holds each element of a real `x` exactly."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def piece_size(device: torch.device, elements: int) -> int:
+    """How many of so many elements to work on at a time: a cache's worth on CPU, a kernel's worth elsewhere."""
+    return min(elements, CPU_PIECE if device.type == "cpu" else DEVICE_PIECE)
 
 
-def piece_size(x: Tensor) -> int:
-    """How many elements of `x` to work on at a time."""
-    return min(x.numel(), CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE)
+class Scratch(NamedTuple):
+    """Memory to work in, allocated once a call and reused: fresh pages would cost more than the arithmetic."""
+
+    values: Tensor
+    """(size,) of the narrowest type with fast vector arithmetic that holds the elements exactly."""
+    wide: Tensor
+    """(size,) of the row's type."""
+
+    @classmethod
+    def for_elements_of(cls, tensors: Sequence[Tensor], device: torch.device) -> Scratch:
+        """Room for one piece of real tensors."""
+        return cls.of_size(piece_size(device, sum(x.numel() for x in tensors)), tensors, device)
+
+    @classmethod
+    def of_size(cls, size: int, tensors: Sequence[Tensor], device: torch.device) -> Scratch:
+        """Room for `size` elements of real tensors."""
+        narrow = all(x.dtype != torch.float64 for x in tensors)
+        values = torch.empty(size, dtype=torch.float32 if narrow else torch.float64, device=device)
+        return cls(values, torch.empty(size, dtype=row_dtype(device), device=device))
+
+    def part(self, size: int) -> Scratch:
+        """Its first `size` elements."""
+        return Scratch(self.values[:size], self.wide[:size])
 
 
 def pieces(x: Tensor, size: int) -> Iterator[Tensor]:
@@ -54,7 +75,8 @@ def pieces(x: Tensor, size: int) -> Iterator[Tensor]:
     A dense tensor is not copied, whatever the order of its dimensions; another (expanded, strided) is copied one
     piece at a time.
     """
-    x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # memory order
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # memory order
     if x.is_contiguous():
         yield from x.view(-1).split(size) if x.numel() else ()
     elif x.numel() <= size:

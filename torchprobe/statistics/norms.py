@@ -1,19 +1,109 @@
 """Sums over each of many tensors at once: all gradients or all parameters of a model.
 
-Small tensors are packed together and large ones cut up, so that the cost is that of the elements, not of the number
-of tensors. Every tensor is copied once into float64, and all arithmetic stays in that scratch memory.
+Large tensors are cut up and small ones packed together, so that each operation has a cache's worth of elements. They
+are copied once, into scratch memory that is used again and again; all arithmetic happens there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import CPU_PIECE, DEVICE_PIECE, pieces, real, row_dtype
+from torchprobe.statistics.dtypes import Scratch, pieces, real
 
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
-"""Columns of `finite_sums`. The sums and count are over the finite elements."""
+"""Columns of `finite_sums`. The sums and the count are over the finite elements."""
+
+_Reduction: TypeAlias = "Callable[[Scratch, Sequence[int]], Tensor]"
+"""From a pack, which is in `scratch.values`, and the lengths at which to cut it: sums, (lengths, columns)."""
+
+
+def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """The sums of each tensor, as `FIELDS` says: shape (n, 4), `row_dtype`, on the tensors' device.
+
+    The tensors are any strided floating or complex ones of one device, of any mixture of types, shapes and layouts.
+    Sums are exact to 1e-14; counts are exact. float64 elements above 1e154 may give an infinite sum_squares.
+
+    Makes no host read. Costs 0.9 ns an element on two CPU cores and 6 µs a tensor. Raises TypeError for integers and
+    ValueError for tensors on several devices.
+    """
+    tensors = [real(x) for x in tensors]
+    squares, absolute, nonfinite = _reduced(tensors, _all_sums, columns=3).unbind(-1)
+    count = _minus(nonfinite, [x.numel() for x in tensors])
+    return torch.stack((squares, absolute, nonfinite, count), dim=-1)
+
+
+def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm over the finite elements of each tensor: shape (n,), `row_dtype`; half the cost of `finite_sums`."""
+    return _reduced([real(x) for x in tensors], _squares, columns=1)[:, 0].sqrt()
+
+
+def _reduced(tensors: Sequence[Tensor], reduction: _Reduction, columns: int) -> Tensor:
+    """The reduction of every tensor: shape (n, columns)."""
+    scratch = Scratch.for_elements_of(tensors, _common_device(tensors))
+    owners: Counter[int] = Counter()
+    rows = [scratch.wide.new_zeros(0, columns)]
+    for pack in _packs(tensors, len(scratch.values)):
+        lengths = [piece.numel() for _, piece in pack]
+        part = scratch.part(sum(lengths))
+        torch._foreach_copy_(part.values.split(lengths), [piece for _, piece in pack])
+        rows.append(reduction(part, lengths))
+        owners.update(owner for owner, _ in pack)
+    cut = torch.cat(rows).split([owners[i] for i in range(len(tensors))])
+    return torch.stack([part.sum(0) for part in cut]) if tensors else rows[0]
+
+
+def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """All elements in portions of at most `size`: pieces with the index of the tensor that each is from, in order."""
+    pack: list[tuple[int, Tensor]] = []
+    room = size
+    for owner, x in enumerate(tensors):
+        for piece in pieces(x, size):
+            if piece.numel() > room:
+                yield pack
+                pack, room = [], size
+            pack.append((owner, piece))
+            room -= piece.numel()
+    if pack:
+        yield pack
+
+
+def _all_sums(scratch: Scratch, lengths: Sequence[int]) -> Tensor:
+    values, wide = scratch
+    spare = wide.view(values.dtype)[: len(values)]
+    flags = torch.sub(values, values, out=spare).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
+    nonfinite = _totals(flags, lengths)
+    absolute = _totals(wide.copy_(values.nan_to_num_(0.0, 0.0, 0.0).abs_()), lengths)
+    return torch.stack((_totals(wide.square_(), lengths), absolute, nonfinite.to(wide)), dim=-1)
+
+
+def _squares(scratch: Scratch, lengths: Sequence[int]) -> Tensor:
+    values, wide = scratch
+    return _totals(wide.copy_(values.nan_to_num_(0.0, 0.0, 0.0)).square_(), lengths)[:, None]
+
+
+def _totals(packed: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sums of non-negative elements over consecutive lengths: the L1 norm is what is fused for many tensors."""
+    parts = packed.split(lengths)
+    return torch.stack([part.sum() for part in parts] if packed.is_cpu else torch._foreach_norm(parts, 1))
+
+
+def _minus(subtrahend: Tensor, minuends: Sequence[int]) -> Tensor:
+    """minuends - subtrahend without copying a list to the device, which would wait for it."""
+    if not minuends:
+        return subtrahend
+    return torch.stack(torch._foreach_add((-subtrahend).unbind(), [float(n) for n in minuends]))
+
+
+def _common_device(tensors: Sequence[Tensor]) -> torch.device:
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"tensors: got tensors on {', '.join(sorted(map(str, devices)))}, takes those of one device; "
+            "call once for each device"
+        )
+    return devices.pop() if devices else torch.device("cpu")

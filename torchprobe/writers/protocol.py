@@ -12,7 +12,8 @@ from torchprobe.records import Record
 class Writer(Protocol):
     """Stores records. Called from one background thread only, never from the training thread.
 
-    `write` may raise: the caller logs it once, keeps the batch and tries again later.
+    An OSError from `write` means "not now": the caller keeps the batch and tries again later, so nothing of it may
+    have been stored. After any other exception records are handed over one by one, and those that fail are dropped.
     """
 
     def write(self, records: Sequence[Record]) -> None:

@@ -1,0 +1,75 @@
+"""The model that overheads are measured on: a GPT of 12 layers, width 384, and one training step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BATCH, LENGTH, WIDTH, LAYERS, HEADS, VOCABULARY = 4, 256, 384, 12, 6, 512
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(WIDTH)
+        self.attention = Attention()
+        self.ln2 = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.position = nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embedding(ids) + self.position.weight)))
+
+
+class Run:
+    """One model with its optimizer; `step()` is a whole training step, `extra` what a logger adds to it."""
+
+    def __init__(self, extra: Callable[[GPT, int], None] | None = None) -> None:
+        torch.manual_seed(0)
+        self.model = GPT()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
+        self.extra = extra
+        self.steps = 0
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        start = perf_counter()
+        loss = F.cross_entropy(self.model(self.ids).flatten(0, 1), self.ids.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.steps += 1
+        if self.extra is not None:
+            self.extra(self.model, self.steps)
+        self.optimizer.step()
+        return perf_counter() - start

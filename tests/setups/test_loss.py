@@ -1,0 +1,335 @@
+"""The training loss, found without a line in the user's code."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchprobe
+from torchprobe.capture.loss import backward_root
+from torchprobe.testing import MemoryWriter
+
+TAG = "overview/loss"
+F = nn.functional
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+CRITERION = nn.CrossEntropyLoss()
+MARGIN = nn.MultiMarginLoss()
+
+WAYS = {
+    "loss module": lambda out, y: CRITERION(out, y),
+    "functional": lambda out, y: F.cross_entropy(out, y),
+    "functional by hand": lambda out, y: -out.log_softmax(-1)[torch.arange(len(y)), y].mean(),
+    "two loss modules added": lambda out, y: CRITERION(out, y) + 0.5 * MARGIN(out, y),
+    "two functional losses added": lambda out, y: F.cross_entropy(out, y) + 0.5 * F.multi_margin_loss(out, y),
+    "a module of the user's own": lambda out, y: Focal()(out, y),
+}
+
+
+class Focal(nn.Module):
+    """A loss whose class torch does not know."""
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        p = out.softmax(-1)[torch.arange(len(y)), y]
+        return (-((1 - p) ** 2) * p.log()).mean()
+
+
+def losses(writer: MemoryWriter) -> list[float]:
+    return [loss for _, loss in writer.scalars(TAG)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_of_every_step(way):
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = WAYS[way](model(x), y)
+            expected.append(loss.item())
+            loss.backward()
+            optimizer.step()
+    assert writer.scalars(TAG) == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(expected)]
+
+
+def test_on_sampled_steps_only():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=3):
+        for k in range(7):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert [step for step, _ in writer.scalars(TAG)] == [1, 3, 6]
+
+
+class Output(collections.OrderedDict):
+    """What HuggingFace models return: a mapping with attributes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+class Headed(nn.Module):
+    """Computes its own loss when it gets labels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor, labels: Tensor | None = None):
+        logits = self.fc(x)
+        found = {"logits": logits}
+        if labels is not None:
+            found = {"loss": F.cross_entropy(logits, labels), **found}
+        if self.kind == "dict":
+            return found
+        return Output(found) if self.kind == "model output" else collections.namedtuple("Out", found)(**found)
+
+
+@pytest.mark.parametrize("kind", ["dict", "model output", "named tuple"])
+def test_a_loss_in_the_models_output_is_there_at_every_step(kind):
+    model, writer, expected = Headed(kind), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=100):
+        for k in range(4):
+            optimizer.zero_grad()
+            output = model(*batch(k))
+            loss = output["loss"] if kind == "dict" else output.loss
+            expected.append(loss.item())
+            loss.backward()
+            optimizer.step()
+    assert writer.scalars(TAG) == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(expected)]
+
+
+def test_a_model_that_may_return_its_loss_but_did_not():
+    model, writer, expected = Headed("model output"), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x).logits, y)
+            expected.append(loss.item())
+            loss.backward()
+            optimizer.step()
+    assert losses(writer) == pytest.approx(expected)
+
+
+# ---- several micro-batches, passes, backward passes
+
+
+@pytest.mark.parametrize("way", ["loss module", "functional", "in the output"])
+def test_with_accumulation_the_loss_is_the_mean_over_micro_batches(way):
+    model, writer, expected = Headed("dict"), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for sizes in ((3, 1, 5), (2, 4)):
+            optimizer.zero_grad()
+            parts = []
+            for i, size in enumerate(sizes):
+                x, y = batch(i, size)
+                loss = model(x, y)["loss"] if way == "in the output" else WAYS[way](model(x)["logits"], y)
+                parts.append(loss.item())
+                (loss / len(sizes)).backward()
+            expected.append(sum(parts) / len(parts))
+            optimizer.step()
+    assert losses(writer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("way", ["loss module", "functional"])
+def test_losses_of_several_passes_with_one_backward_are_the_total(way):
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            (x1, y1), (x2, y2) = batch(k), batch(k + 10)
+            optimizer.zero_grad()
+            first, second = model(x1), model(x2)
+            total = WAYS[way](first, y1) + 2 * WAYS[way](second, y2)
+            expected.append(total.item())
+            total.backward()
+            optimizer.step()
+    assert losses(writer) == pytest.approx(expected)
+
+
+def test_a_loss_that_is_changed_in_place_afterwards():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        loss = F.cross_entropy(model(x), y)
+        expected = loss.item()
+        loss.backward()
+        loss.data.zero_()
+        optimizer.step()
+    assert losses(writer) == pytest.approx([expected])
+
+
+def test_a_loss_in_bfloat16():
+    model, writer = net().bfloat16(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        loss = F.cross_entropy(model(x.bfloat16()), y)
+        loss.backward()
+        optimizer.step()
+    assert losses(writer) == [loss.item()]
+
+
+def test_a_closure_that_lbfgs_evaluates_several_times_gives_one_loss():
+    model, writer, seen = net(), MemoryWriter(), []
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    x, y = batch()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = CRITERION(model(x), y)
+        seen.append(loss.item())
+        loss.backward()
+        return loss
+
+    with torchprobe.instrument(model, writer=writer, every=1):
+        optimizer.step(closure)
+    assert len(seen) > 1
+    assert losses(writer) == pytest.approx([sum(seen) / len(seen)])
+
+
+# ---- GradScaler
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scale_of_a_grad_scaler_is_taken_out(way, fused):
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = WAYS[way](model(x), y)
+            expected.append(loss.item())
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert losses(writer) == pytest.approx(expected)
+
+
+# ---- whose loss it is
+
+
+@pytest.mark.parametrize("way", ["loss module", "functional"])
+def test_two_models_in_one_process_have_a_loss_each(way):
+    models, writers = [net(), net()], [MemoryWriter(), MemoryWriter()]
+    expected: list[list[float]] = [[], []]
+    with (
+        torchprobe.instrument(models[0], writer=writers[0], every=1),
+        torchprobe.instrument(models[1], writer=writers[1], every=1),
+    ):
+        optimizers = [sgd(model) for model in models]
+        for k in range(2):
+            outputs = [model(batch(k + i)[0]) for i, model in enumerate(models)]
+            found = [WAYS[way](out, batch(k + i)[1]) for i, out in enumerate(outputs)]
+            for i in (0, 1):
+                expected[i].append(found[i].item())
+                optimizers[i].zero_grad()
+                found[i].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert [losses(writer) for writer in writers] == [pytest.approx(e) for e in expected]
+
+
+def test_the_loss_of_another_model_that_is_not_watched_is_not_taken():
+    model, teacher, writer = net(), net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        out = model(x)
+        CRITERION(teacher(x), y)
+        loss = CRITERION(out, y)
+        loss.backward()
+        optimizer.step()
+    assert losses(writer) == pytest.approx([loss.item()])
+
+
+def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = CRITERION(model(x), y)
+            expected.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                CRITERION(model(x), y)
+            model.train()
+    assert losses(writer) == pytest.approx(expected)
+
+
+def test_a_metric_computed_with_a_loss_module_between_backward_and_step_does_not_count():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        out = model(x)
+        loss = F.cross_entropy(out, y)
+        loss.backward()
+        CRITERION(out * 3, y)
+        optimizer.step()
+    assert losses(writer) == pytest.approx([loss.item()])
+
+
+def test_no_loss_where_there_is_none_to_be_seen():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)  # gradients from elsewhere
+        optimizer.step()
+        assert session.step == 1
+    assert TAG not in writer.tags()
+
+
+def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
+    """As on CUDA, where hooks run in a thread of the autograd engine."""
+    x, found = torch.ones(3, requires_grad=True), []
+
+    def hook(gradient: Tensor) -> None:
+        thread = threading.Thread(target=lambda: found.append(backward_root()))
+        thread.start()
+        thread.join()
+
+    y = x * 2
+    y.register_hook(hook)
+    loss = y.sum()
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, x)
+    assert found[0] is loss
+    assert found[1] is None

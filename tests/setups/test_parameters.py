@@ -1,0 +1,342 @@
+"""Gradients, parameters and updates of every kind of parameter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import torchprobe
+from tests.setups.reference import gradients, l2, parameters, wide
+from torchprobe.testing import MemoryWriter
+
+
+def batch(seed: int = 0, width: int = 4) -> torch.Tensor:
+    return torch.randn(6, width, generator=torch.Generator().manual_seed(seed))
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def steps(writer: MemoryWriter, tag: str) -> list[int]:
+    return [step for step, _ in writer.scalars(tag)]
+
+
+class Holder(nn.Module):
+    """One parameter of any kind; its loss is a weighted sum of magnitudes, so that the gradient is known."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(values)
+
+    def forward(self) -> torch.Tensor:
+        return self.w.abs().square().sum()
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Backward and step; the gradients that were used."""
+    optimizer.zero_grad()
+    loss.backward()
+    used = gradients(model)
+    optimizer.step()
+    return used
+
+
+# ---- the definitions
+
+
+def test_norms_layers_means_and_totals_against_float64():
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            before = parameters(model)
+            used = one_step(model, optimizer, model(batch(k)).square().mean())
+            after = parameters(model)
+    moved = {name: l2(after[name] - before[name]) / l2(before[name]) for name in before}
+    for name in before:
+        assert writer.value(f"grad_norm/{name}") == pytest.approx(l2(used[name]))
+        assert writer.value(f"param_norm/{name}") == pytest.approx(l2(after[name]))
+        assert writer.value(f"update_ratio/{name}") == pytest.approx(moved[name], rel=1e-4)
+    for layer in "02":
+        own = torch.cat([used[f"{layer}.weight"].flatten(), used[f"{layer}.bias"]])
+        assert writer.value(f"grad_norm_layer/{layer}") == pytest.approx(l2(own))
+        assert writer.value(f"grad_mean_abs/{layer}") == pytest.approx(own.abs().mean().item())
+    assert writer.value("overview/grad_norm") == pytest.approx(l2(*used.values()))
+    assert writer.value("overview/param_norm") == pytest.approx(l2(*after.values()))
+    ratios = sorted(moved.values())
+    assert writer.value("overview/update_ratio") == pytest.approx((ratios[1] + ratios[2]) / 2, rel=1e-4)
+
+
+def test_the_parameter_norm_is_the_one_after_the_step():
+    model, writer = Holder(torch.tensor([3.0, 4.0])), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # w - 0.25 * 2w = w / 2
+    with torchprobe.instrument(model, writer=writer, every=1):
+        one_step(model, optimizer, model())
+    assert writer.scalars("param_norm/w") == [(1, 2.5)]
+    assert writer.scalars("grad_norm/w") == [(1, 10.0)]
+    assert writer.scalars("update_ratio/w") == [(1, 0.5)]
+
+
+def test_histogram_counts_are_exact():
+    model, writer = Holder(torch.tensor([0.0, 0.5, -2.0, 2.0, 30.0])), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        one_step(model, torch.optim.SGD(model.parameters(), lr=0.0), model())
+    assert writer.value("parameters/w").counts.sum() == 5
+    found = writer.value("gradients/w")  # 1, 4, 4 and 60 on the axis of log10
+    held = [found.counts[(found.edges[:-1] <= at) & (at < found.edges[1:])].sum() for at in map(math.log10, (1, 4, 60))]
+    assert held == [1, 2, 1]
+    assert found.counts.sum() == 4
+    assert writer.value("gradients_zeros/w") == 1
+
+
+# ---- parameters that come and go
+
+
+def test_a_layer_frozen_midway_has_no_gradient_from_then_on():
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    totals = []
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(4):
+            if k == 2:
+                model[0].requires_grad_(False)
+            totals.append(l2(*one_step(model, optimizer, model(batch(k)).square().mean()).values()))
+    assert steps(writer, "grad_norm/0.weight") == [1, 2]
+    assert steps(writer, "grad_norm/2.weight") == [1, 2, 3, 4]
+    assert [total for _, total in writer.scalars("overview/grad_norm")] == pytest.approx(totals)
+    assert [ratio for _, ratio in writer.scalars("update_ratio/0.weight")][2:] == [0.0, 0.0]
+
+
+def test_a_layer_unfrozen_midway_shows_up():
+    model, writer = net(), MemoryWriter()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    totals = []
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(4):
+            if k == 2:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.05})
+            totals.append(l2(*one_step(model, optimizer, model(batch(k)).square().mean()).values()))
+    for tag in ("grad_norm/0.weight", "param_norm/0.weight", "update_ratio/0.weight", "lr/SGD/group_1"):
+        assert steps(writer, tag) == [3, 4], tag
+    assert [total for _, total in writer.scalars("overview/grad_norm")] == pytest.approx(totals)
+
+
+def test_a_layer_added_midway_shows_up():
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        one_step(model, optimizer, model(batch()).square().mean())
+        model.append(nn.Linear(2, 2))
+        optimizer.add_param_group({"params": model[3].parameters()})
+        one_step(model, optimizer, model(batch()).square().mean())
+    for tag in ("grad_norm/3.weight", "activation_mean/3", "param_norm/3.bias"):
+        assert steps(writer, tag) == [2], tag
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+def test_a_shared_parameter_has_one_tag_its_first_name():
+    model, writer = Tied(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        used = one_step(model, optimizer, model(torch.tensor([1, 1, 3])).square().mean())
+    names = {
+        tag.split("/", 1)[1] for tag in writer.tags() if tag.startswith(("grad_norm/", "param_norm/", "parameters/"))
+    }
+    assert names == {"embedding.weight"}
+    assert writer.value("grad_norm/embedding.weight") == pytest.approx(l2(used["embedding.weight"]))
+    assert writer.value("overview/grad_norm") == pytest.approx(l2(used["embedding.weight"]))
+
+
+def test_a_shared_module_is_one_entry_with_its_first_name():
+    shared = nn.Linear(4, 4)
+    model, writer, outputs = nn.Sequential(shared, nn.Tanh(), shared), MemoryWriter(), []
+    shared.register_forward_hook(lambda module, args, out: outputs.append(wide(out)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        one_step(model, optimizer, model(batch()).square().mean())
+    assert [tag for tag in writer.tags() if tag.startswith("activation_mean/")] == ["activation_mean/0"]
+    assert writer.value("activation_mean/0") == pytest.approx(torch.cat(outputs).mean().item())
+
+
+def test_names_are_those_of_the_model_without_its_wrapper():
+    class Wrapper(nn.Module):
+        """What a `torch.compile` or checkpoint wrapper does to names."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = model
+
+        def forward(self, x):
+            return self._orig_mod(x)
+
+    model, writer = Wrapper(net()), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        one_step(model, optimizer, model(batch()).square().mean())
+        assert session.step == 1
+    assert writer.scalars("grad_norm/0.weight")
+    assert writer.scalars("activation_mean/2")
+    assert not [tag for tag in writer.tags() if "_orig_mod" in tag]
+
+
+# ---- kinds of tensors
+
+
+KINDS = {
+    "float64": torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64),
+    "bfloat16": torch.tensor([1.0, -2.0, 0.5], dtype=torch.bfloat16),
+    "float16": torch.tensor([1.0, -2.0, 0.5], dtype=torch.float16),
+    "complex64": torch.tensor([1.0 + 2.0j, -0.5j]),
+    "0-dim": torch.tensor(3.0),
+    "empty": torch.empty(0, 4),
+    "not contiguous": torch.arange(12.0).reshape(3, 4).t(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_parameter(kind):
+    model, writer = Holder(KINDS[kind].clone()), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        before = wide(model.w)
+        used = one_step(model, optimizer, model())
+        assert session.step == 1
+    after, size = wide(model.w), before.numel()
+    assert writer.value("grad_norm/w") == pytest.approx(l2(used["w"]))
+    assert writer.value("param_norm/w") == pytest.approx(l2(after))
+    if size:
+        ratio = l2(after - before) / l2(before)
+        assert writer.value("update_ratio/w") == pytest.approx(ratio, rel=1e-6)
+        assert writer.value("overview/update_ratio") == writer.value("update_ratio/w")
+    else:
+        assert "update_ratio/w" not in writer.tags()
+    elements = size * (2 if before.is_complex() else 1)
+    assert writer.value("parameters/w").counts.sum() == elements
+    assert writer.value("gradients/w").counts.sum() + writer.value("gradients_zeros/w") == elements
+    assert not [tag for tag in writer.tags() if "nonfinite" in tag]
+
+
+def test_kinds_of_parameters_side_by_side_in_one_model():
+    model, writer = nn.ModuleDict({f"of {kind}": Holder(w.clone()) for kind, w in KINDS.items()}), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        used = one_step(model, optimizer, sum(part().double() for part in model.values()))
+    for name, gradient in used.items():
+        assert writer.value(f"grad_norm/{name}") == pytest.approx(l2(gradient))
+    assert writer.value("overview/grad_norm") == pytest.approx(l2(*used.values()))
+    assert writer.value("overview/param_norm") == pytest.approx(l2(*parameters(model).values()))
+
+
+def test_bf16_gradients_beyond_the_range_of_fp16_are_neither_inf_nor_zero():
+    model, writer = Holder(torch.tensor([5e7, 1e-12], dtype=torch.bfloat16)), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        used = one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), model())
+    assert writer.value("grad_norm/w") == pytest.approx(l2(used["w"]))
+    counts = writer.value("gradients/w")
+    assert counts.counts.sum() == 2
+    assert counts.edges[counts.counts.nonzero()[0][0]] == pytest.approx(math.log10(2e-12), abs=0.4)
+
+
+def test_the_sparse_gradient_of_an_embedding_counts_repeated_rows_summed():
+    model, writer = nn.Sequential(nn.Embedding(50, 3, sparse=True), nn.Linear(3, 2)), MemoryWriter()
+    sparse = torch.optim.SparseAdam(model[0].parameters(), lr=0.1)
+    dense = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    ids = torch.tensor([4, 9, 4, 4])
+    expected = []
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(2):
+            model.zero_grad()
+            nn.functional.mse_loss(model(ids), torch.ones(4, 2)).backward()
+            assert model[0].weight.grad.is_sparse
+            expected.append(l2(model[0].weight.grad.to_dense()))
+            total = l2(*gradients(model).values())
+            sparse.step()
+            dense.step()
+    assert writer.scalars("grad_norm/0.weight") == [(k + 1, pytest.approx(norm)) for k, norm in enumerate(expected)]
+    assert writer.value("overview/grad_norm") == pytest.approx(total)
+    assert writer.value("update_ratio/0.weight") > 0
+
+
+# ---- non-finite elements
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_gradients_are_counted_by_module_and_norms_are_over_the_others(bad):
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            optimizer.zero_grad()
+            model(batch(k)).square().mean().backward()
+            if k == 1:
+                model[0].weight.grad[0, :3] = bad
+                model[0].bias.grad[1] = bad
+                used = {name: g[g.isfinite()] for name, g in gradients(model).items()}
+            optimizer.step()
+    assert writer.scalars("grad_nonfinite/0") == [(2, 4.0)]
+    assert "grad_nonfinite/2" not in writer.tags()
+    own = torch.cat([used["0.weight"], used["0.bias"]])
+    assert writer.value("grad_norm/0.weight", 2) == pytest.approx(l2(used["0.weight"]))
+    assert writer.value("grad_norm_layer/0", 2) == pytest.approx(l2(own))
+    assert writer.value("grad_mean_abs/0", 2) == pytest.approx(own.abs().mean().item())
+    assert writer.value("overview/grad_norm", 2) == pytest.approx(l2(*used.values()))
+    assert writer.scalars("gradients_nonfinite/0.weight") == [(2, 3.0)]
+    assert writer.value("gradients/0.weight", 2).counts.sum() + writer.value("gradients_zeros/0.weight", 2) == 17
+    # The step wrote them into the parameters: 4 of 25 elements, of which the norm is over the others.
+    assert writer.value("parameters_nonfinite/0.weight", 2) == 3
+    assert writer.value("param_norm/0.weight", 2) == pytest.approx(
+        l2(wide(model[0].weight)[wide(model[0].weight).isfinite()])
+    )
+
+
+def test_non_finite_activations_are_counted_and_left_out():
+    model, writer = net(), MemoryWriter()
+    x = batch()
+    x[0, 0] = math.nan
+    with torchprobe.instrument(model, writer=writer, every=1), torch.no_grad():
+        out = wide(model(x))
+    rest = out[out.isfinite()]
+    assert writer.value("activation_nonfinite/2") == 2
+    assert writer.value("activation_mean/2") == pytest.approx(rest.mean().item())
+    assert writer.value("activation_max_abs/2") == pytest.approx(rest.abs().max().item())
+
+
+# ---- which ones
+
+
+def test_exclude_leaves_a_modules_parameters_out_and_include_takes_what_is_inside():
+    for options, kept in (({"exclude": "0"}, {"2.weight", "2.bias"}), ({"include": "0"}, {"0.weight", "0.bias"})):
+        model, writer = net(), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=writer, every=1, **options) as session:
+            used = one_step(model, optimizer, model(batch()).square().mean())
+            assert session.step == 1
+        for group in ("grad_norm", "param_norm", "update_ratio", "gradients", "parameters"):
+            assert {tag.split("/")[1] for tag in writer.tags() if tag.startswith(f"{group}/")} == kept
+        assert writer.value("overview/grad_norm") == pytest.approx(l2(*(used[name] for name in kept)))
+
+
+def test_an_optimizer_of_excluded_parameters_alone_is_still_the_clock():
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1, exclude="0") as session:
+        one_step(model, optimizer, model(batch()).square().mean())
+        assert session.step == 1
+    assert steps(writer, "lr/SGD/group_0") == [1]
+    assert "overview/grad_norm" not in writer.tags()

@@ -1,0 +1,162 @@
+"""What holds for every statistic: no host read, inputs and random state untouched, bounded memory, any context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchprobe.statistics import exponents, linear, moments, norms
+
+
+def combined(x: torch.Tensor) -> torch.Tensor:
+    return moments.combine(moments.compute(x), moments.compute(x))
+
+
+STATISTICS = {
+    "compute": moments.compute,
+    "combine": combined,
+    "finite_sums": lambda x: norms.finite_sums([x, x[:2]]),
+    "l2_norms": lambda x: norms.l2_norms([x, x[:2]]),
+    "log_histogram": exponents.log_histogram,
+    "linear_histogram": linear.linear_histogram,
+}
+
+DTYPES = (torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
+
+
+@pytest.fixture(params=STATISTICS.values(), ids=STATISTICS.keys())
+def statistic(request):
+    return request.param
+
+
+def sample(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(20, 30)
+    x[0, :4] = torch.tensor([math.nan, math.inf, 0.0, -1e-40])
+    return x.to(dtype)
+
+
+def samples() -> Iterator[torch.Tensor]:
+    return map(sample, DTYPES)
+
+
+class NoHostRead(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "host read"
+        return function(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that one operation allocated."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def test_the_mode_catches_a_host_read():
+    with pytest.raises(AssertionError, match="host read"), NoHostRead():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize("size", [50, 2**18])
+def test_nothing_is_read_on_the_host(statistic, size, in_pieces_of):
+    for x in samples():
+        with in_pieces_of(size), NoHostRead():
+            statistic(x)
+            statistic(x.t())
+            statistic(x[:0])
+
+
+def test_off_the_cpu_no_operation_needs_a_value(statistic):
+    """Meta tensors have no values, and take the way of other devices: whatever would wait for one raises."""
+    for x in samples():
+        assert statistic(torch.empty_like(x, device="meta")).shape == statistic(x).shape
+
+
+def test_inputs_are_not_modified(statistic):
+    for x in samples():
+        before = x.clone()
+        statistic(x)
+        assert torch.equal(x.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_without_waiting(statistic):
+    for x in samples():
+        on_gpu = x.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = statistic(on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(result.cpu(), statistic(x), rtol=1e-12, atol=1e-12)
+
+
+def test_random_state_is_untouched(statistic):
+    x = sample()
+    before = torch.get_rng_state()
+    statistic(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_result_has_no_history(statistic):
+    assert not statistic(sample().requires_grad_()).requires_grad
+
+
+def test_a_second_call_gives_the_same_bits(statistic):
+    x = sample()
+    assert torch.equal(statistic(x), statistic(x))
+
+
+def test_memory_is_bounded_by_the_piece(statistic, in_pieces_of):
+    x = torch.randn(400).expand(50, 400)
+    with in_pieces_of(1000), Largest() as largest:
+        statistic(x)
+    assert 0 < largest.elements <= 2000
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+CONTEXTS = {
+    "deterministic": deterministic,
+    "float64 by default": float64_by_default,
+    "meta by default": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS.keys())
+def test_the_users_settings_change_no_bit(statistic, context):
+    x = sample()
+    expected = statistic(x)
+    with context():
+        result = statistic(x)
+    assert torch.equal(result, expected)

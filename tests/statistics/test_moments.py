@@ -1,0 +1,154 @@
+"""Mean, variance and the rest are those of the finite elements, however awkward, and merge as if concatenated."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.statistics import reference
+from tests.statistics.strategies import NARROW, piece_sizes, tensors
+from torchprobe.statistics import moments
+
+COUNT, MEAN, M2, MAX_ABS, ZEROS, NONFINITE = range(6)
+EXACT = [COUNT, MAX_ABS, ZEROS, NONFINITE]
+
+
+def assert_close(row: torch.Tensor, expected: list[float]) -> None:
+    """Counts and max_abs exactly; the mean to 1e-14 of max_abs; m2 as far as float64 means can be told apart."""
+    row = row.tolist()
+    count, _, m2, max_abs, *_ = expected
+    assert [row[i] for i in EXACT] == [expected[i] for i in EXACT]
+    assert row[MEAN] == pytest.approx(expected[MEAN], rel=0, abs=1e-14 * max_abs)
+    slack = 1e-15 * max_abs
+    tolerance = 1e-12 * m2 + 4 * slack * math.sqrt(count * m2) + 4 * count * slack**2
+    assert row[M2] == pytest.approx(m2, rel=0, abs=tolerance)
+
+
+@given(x=tensors(), piece=piece_sizes())
+@settings(max_examples=150, deadline=None)
+def test_moments_are_those_of_the_finite_elements(x, piece, in_pieces_of):
+    with in_pieces_of(piece):
+        assert_close(moments.compute(x), reference.moments(x))
+
+
+@given(parts=st.lists(tensors(), min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_combined_rows_are_the_row_of_the_concatenation(parts):
+    row = torch.zeros(6, dtype=torch.float64)
+    for part in parts:
+        row = moments.combine(row, moments.compute(part))
+    assert_close(row, reference.moments_of_all(parts))
+
+
+@pytest.mark.parametrize("sizes", [(1, 999), (10, 20, 3), (500, 1, 1, 2)])
+def test_parts_of_unequal_size_and_mean_combine_exactly(sizes):
+    parts = [torch.randn(size, dtype=torch.float64) + 10.0**i for i, size in enumerate(sizes)]
+    rows = [moments.compute(part) for part in parts]
+    together = torch.cat(parts)
+    combined = rows[0]
+    for row in rows[1:]:
+        combined = moments.combine(combined, row)
+    assert combined[MEAN].item() == pytest.approx(together.mean().item(), rel=1e-13)
+    assert (combined[M2] / combined[COUNT]).sqrt().item() == pytest.approx(together.std(correction=0).item(), rel=1e-13)
+
+
+def test_the_difference_of_the_means_adds_to_the_variance():
+    a, b = (moments.compute(torch.tensor(x)) for x in ([1.0, 3.0], [10.0]))
+    expected = [3.0, 14 / 3, 2.0 + 128 / 3, 10.0, 0.0, 0.0]
+    torch.testing.assert_close(moments.combine(a, b), torch.tensor(expected, dtype=torch.float64))
+
+
+@given(parts=st.lists(tensors(NARROW), min_size=3, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_combining_does_not_matter(parts):
+    expected = reference.moments_of_all(parts)
+    for a, b, c in permutations([moments.compute(part) for part in parts]):
+        assert_close(moments.combine(moments.combine(a, b), c), expected)
+        assert_close(moments.combine(a, moments.combine(b, c)), expected)
+
+
+@given(x=tensors())
+@settings(max_examples=40, deadline=None)
+def test_the_row_of_zeros_is_the_identity(x):
+    row, nothing = moments.compute(x), torch.zeros(6, dtype=torch.float64)
+    assert torch.equal(moments.combine(row, nothing), row)
+    assert torch.equal(moments.combine(nothing, row), row)
+
+
+def test_a_row_of_enormous_numbers_survives_the_identity():
+    row = moments.compute(torch.full((3,), 1e200, dtype=torch.float64))
+    nothing = torch.zeros(6, dtype=torch.float64)
+    assert torch.equal(moments.combine(row, nothing), row)
+    assert torch.equal(moments.combine(nothing, row), row)
+
+
+def test_many_rows_combine_at_once():
+    a, b = torch.randn(4, 10) + 3, torch.randn(4, 7) * 2
+    rows_a, rows_b = (torch.stack([moments.compute(x) for x in many]) for many in (a, b))
+    expected = torch.stack([moments.combine(x, y) for x, y in zip(rows_a, rows_b, strict=True)])
+    assert torch.equal(moments.combine(rows_a, rows_b), expected)
+    assert torch.equal(moments.combine(rows_a[0], rows_b)[0], expected[0])
+
+
+def test_a_mean_a_million_times_the_deviation_keeps_the_deviation(in_pieces_of):
+    x = (torch.randn(10_000, dtype=torch.float64) + 1e6).float()
+    with in_pieces_of(1000):
+        summary = moments.summarise(moments.compute(x).tolist())
+    assert summary["std"] == pytest.approx(x.double().std(correction=0).item(), rel=1e-8)
+
+
+def test_constant_elements_have_no_deviation_at_all():
+    x = torch.full((1000,), 1e7)
+    x[::3] = math.nan
+    assert moments.compute(x)[M2] == 0.0
+
+
+def test_the_squares_of_huge_elements_do_not_overflow():
+    summary = moments.summarise(moments.compute(torch.tensor([3e38, -3e38])).tolist())
+    assert summary["std"] == pytest.approx(3e38, rel=1e-6)
+    assert summary["rms"] == pytest.approx(3e38, rel=1e-6)
+
+
+def test_float64_beyond_its_own_squares_has_an_infinite_deviation():
+    x = torch.tensor([1.7e308, -1.7e308, 0.0], dtype=torch.float64)
+    row = moments.compute(x)
+    assert row.tolist() == [3, 0, math.inf, 1.7e308, 1, 0]
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0), torch.zeros(3, 0, 2, dtype=torch.complex64)])
+def test_an_empty_tensor_is_a_row_of_zeros(x):
+    assert torch.equal(moments.compute(x), torch.zeros(6, dtype=torch.float64))
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"x: got a tensor of torch.int64, takes a floating or complex one"):
+        moments.compute(torch.arange(3))
+
+
+def test_a_summary_says_what_statistics_says():
+    values = [1.0, -2.0, 0.0, 4.5]
+    summary = moments.summarise(moments.compute(torch.tensor([*values, math.nan])).tolist())
+    assert summary == {
+        "mean": pytest.approx(statistics.fmean(values)),
+        "std": pytest.approx(statistics.pstdev(values)),
+        "rms": pytest.approx(math.sqrt(statistics.fmean(v * v for v in values))),
+        "max_abs": 4.5,
+        "zero_fraction": 0.25,
+        "nonfinite": 1.0,
+    }
+
+
+def test_without_a_finite_element_there_is_only_their_number_to_report():
+    assert moments.summarise(moments.compute(torch.tensor([math.nan, math.inf])).tolist()) == {"nonfinite": 2.0}
+    assert moments.summarise([0.0] * 6) == {"nonfinite": 0.0}
+
+
+def test_a_row_of_another_statistic_is_refused():
+    with pytest.raises(ValueError, match=r"row: got 4 numbers, takes 6 \(count, mean, m2, .*as compute returns"):
+        moments.summarise([1.0, 2.0, 3.0, 4.0])

@@ -1,0 +1,81 @@
+"""The sums of a whole model's gradients are those of each gradient alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.statistics import reference
+from tests.statistics.strategies import piece_sizes, tensors
+from torchprobe.statistics import norms
+
+
+@given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
+@settings(max_examples=150, deadline=None)
+def test_each_tensor_has_its_own_sums(many, piece, in_pieces_of):
+    with in_pieces_of(piece):
+        rows = norms.finite_sums(many)
+    assert rows.shape == (len(many), 4)
+    for x, row in zip(many, rows.tolist(), strict=True):
+        assert row == pytest.approx(reference.finite_sums(x), rel=1e-13)
+
+
+@given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
+@settings(max_examples=100, deadline=None)
+def test_norms_are_those_of_the_finite_elements(many, piece, in_pieces_of):
+    with in_pieces_of(piece):
+        norm = norms.l2_norms(many).tolist()
+    assert norm == pytest.approx([math.sqrt(reference.finite_sums(x)[0]) for x in many], rel=1e-13)
+
+
+@given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
+@settings(max_examples=50, deadline=None)
+def test_counts_are_exact(many, piece, in_pieces_of):
+    with in_pieces_of(piece):
+        counts = norms.finite_sums(many)[:, 2:].tolist()
+    assert counts == [reference.finite_sums(x)[2:] for x in many]
+
+
+def test_a_large_tensor_between_small_ones(in_pieces_of):
+    many = [torch.randn(5), torch.randn(300, 7).t(), torch.zeros(0), torch.randn(2, 1).expand(2, 40)]
+    with in_pieces_of(64):
+        norm = norms.l2_norms(many)
+    torch.testing.assert_close(norm, torch.stack([x.double().norm() for x in many]), rtol=1e-13, atol=0)
+
+
+def test_one_bad_element_spoils_no_other_tensor():
+    row = norms.finite_sums([torch.ones(3), torch.tensor([3.0, math.nan, 4.0, -math.inf]), torch.ones(2)])
+    assert row.tolist() == [[3, 3, 0, 3], [25, 7, 2, 2], [2, 2, 0, 2]]
+
+
+def test_the_square_of_a_huge_float32_does_not_overflow():
+    x = torch.full((100,), 1e38)
+    assert norms.l2_norms([x]).item() == pytest.approx(1e39, rel=1e-6)
+
+
+def test_the_square_of_a_tiny_float32_does_not_vanish():
+    assert norms.l2_norms([torch.full((100,), 1e-30)]).item() == pytest.approx(1e-29, rel=1e-6)
+
+
+def test_float64_beyond_its_own_squares_has_an_infinite_norm():
+    x = torch.tensor([1e160, -1.0], dtype=torch.float64)
+    assert norms.finite_sums([x]).tolist() == [[math.inf, 1e160, 0, 2]]
+
+
+def test_no_tensors_give_no_rows():
+    assert norms.finite_sums([]).shape == (0, 4)
+    assert norms.l2_norms([]).shape == (0,)
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match=r"tensors: got tensors on cpu, meta, takes those of one device; call once"):
+        norms.finite_sums([torch.ones(2), torch.ones(2, device="meta")])
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"takes a floating or complex one"):
+        norms.l2_norms([torch.ones(2), torch.ones(2, dtype=torch.int32)])

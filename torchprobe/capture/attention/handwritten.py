@@ -1,0 +1,260 @@
+"""Attention that is written out: a product of two activations, a softmax over its last dimension, a product again.
+
+Logits are followed from the first product through what keeps their shape. Statistics are computed at the softmax,
+from its input, so that no logits are kept; they count when a product sums the weights over the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention import subscripts
+from torchprobe.capture.attention.functions import Function
+from torchprobe.capture.attention.given import source_of
+from torchprobe.capture.attention.layout import by_head, plain, unusual
+from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.owner import common_owner
+from torchprobe.capture.attention.provenance import is_cross
+from torchprobe.capture.attention.reading import Reading
+from torchprobe.capture.attention.tags import Tags
+from torchprobe.capture.recompute import under_transform
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+LEARNED = object()
+"""Tag of what was made from parameters alone: a product with it is a layer, not an attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Tag of logits. columns: how many are of keys, where sink logits stand after them; shifts: what was taken off
+    each row, (…, 1), which changes no softmax but the logits."""
+
+    call: Call
+    columns: int | None = None
+    shifts: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True)
+class Pending:
+    """A softmax of logits, until its weights are used; then the reading is taken out."""
+
+    call: Call
+    reading: Reading | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Tag of attention weights. axis: where the keys are, counted from the end."""
+
+    pending: Pending
+    axis: int = -1
+
+
+class Handwritten:
+    """Follows logits and weights through a pass."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._tags = Tags()
+
+    def forget(self) -> None:
+        """The pass is over."""
+        self._tags.clear()
+
+    def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
+        """Look at a call of one of `functions`; within: the call that it is a part of, where that is known."""
+        if func in fn.PRODUCTS:
+            with self._observer.guard():
+                self._after_product(func, args, kwargs, result, within)
+        elif func in fn.SOFTMAXES:
+            x: Any = args[0] if args else kwargs.get("input")
+            scores = self._tags.of(x)
+            if isinstance(scores, Scores):
+                with self._observer.guard():
+                    self._after_softmax(x, scores, args, kwargs, result)
+        elif self._concerns(args, kwargs):
+            with self._observer.guard():
+                self._after_carrier(func, args, kwargs, result)
+
+    # ---- the two products
+
+    def _after_product(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
+        equation, operands = _operands(func, args, kwargs)
+        if len(operands) != 2 or not isinstance(result, Tensor):
+            return
+        tags = [self._tags.of(operand) for operand in operands]
+        for position, tag in enumerate(tags):
+            if isinstance(tag, Weights | Scores):
+                self._after_use(equation, position, tag, result, within)
+        if not any(isinstance(tag, Weights | Scores) for tag in tags) and self._is_attention_like(equation, operands):
+            call = within or self._call(operands, result)
+            if call is not None and result.dim() > 1:
+                self._tags.put(result, Scores(call))
+
+    def _after_use(self, equation: str | None, position: int, tag: Any, result: Tensor, within: Call | None) -> None:
+        """Weights or logits have been multiplied with something: with values, or among heads."""
+        axis = tag.axis if isinstance(tag, Weights) else -1
+        kept = subscripts.axis_in_output(equation, position, axis) if equation else None
+        if isinstance(tag, Weights):
+            sums = subscripts.is_summed(equation, position, axis) if equation else axis == -1 - position
+            if sums:
+                self._commit(tag.pending, within)
+            elif kept is not None:
+                self._tags.put(result, Weights(tag.pending, kept))
+        elif equation and kept == -1 and subscripts.axis_in_output(equation, position, -2) == -2:
+            self._tags.put(result, tag)
+
+    def _commit(self, pending: Pending, within: Call | None) -> None:
+        reading, pending.reading = pending.reading, None
+        if reading is None:
+            return
+        here = (within and within.caller) or self._observer.owners.caller()
+        name = pending.call.caller.name
+        self._observer.record(pending.call, reading, common_owner(name, here.name) if here else name)
+
+    def _is_attention_like(self, equation: str | None, operands: list[Tensor]) -> bool:
+        if any(self._is_learned(operand) for operand in operands):
+            return False
+        return equation is None or subscripts.sums_over_shared(equation)
+
+    def _is_learned(self, operand: Tensor) -> bool:
+        if isinstance(operand, nn.Parameter) or isinstance(operand._base, nn.Parameter):
+            return True
+        return self._tags.of(operand) is LEARNED
+
+    def _call(self, operands: list[Tensor], result: Tensor) -> Call | None:
+        caller = self._observer.owners.caller()
+        if caller is None or result.dim() < 2:
+            return None
+        lengths = result.size(-2), result.size(-1)
+        return Call(caller, not under_transform() and is_cross(operands[0], operands[1], *lengths))
+
+    # ---- the softmax between them
+
+    def _after_softmax(self, x: Tensor, scores: Scores, args: Args, kwargs: Kwargs, weights: Any) -> None:
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if dim not in (-1, x.dim() - 1):
+            return
+        reason = "torch.func transforms" if under_transform() else unusual(x)
+        if kwargs.get("out") is not None:
+            reason = "a softmax that writes into `out`"
+        if reason is not None:
+            self._observer.uncovered.add(reason)
+            return
+        reading = self._read(plain(x), scores)
+        self._tags.put(weights, Weights(Pending(scores.call, reading)))
+
+    def _read(self, logits: Tensor, scores: Scores) -> Reading:
+        heads, columns = scores.call.caller.heads, scores.columns
+        same_rows = [s for s in scores.shifts if s.shape[:-1] == logits.shape[:-1]]
+        shift = by_head(torch.stack(same_rows).sum(0), heads) if same_rows else None
+        logits = by_head(logits, heads)
+        given = logits[..., :columns]
+        batch, _, queries, keys = given.shape
+        padding = self._observer.padding(scores.call, given, queries, keys, batch)
+        sinks = None if columns is None else logits[..., columns:]
+        return self._observer.read(scores.call, source_of(given, padding, shift, sinks))
+
+    # ---- what happens to logits and weights on the way
+
+    def _concerns(self, args: Args, kwargs: Kwargs) -> bool:
+        if args and type(args[0]) is nn.Parameter:
+            return True
+        return bool(self._tags) and next(self._tags.among((*args, *kwargs.values())), None) is not None
+
+    def _after_carrier(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:
+        tagged = list(self._tags.among((*args, *kwargs.values())))
+        followed = next((pair for pair in tagged if isinstance(pair[1], Weights)), None) or next(
+            (pair for pair in tagged if isinstance(pair[1], Scores)), None
+        )
+        if followed is None:
+            self._after_learned(args, result)
+            return
+        parts = result if func in fn.PARTS and isinstance(result, tuple | list) else (result,)
+        for part in parts:
+            if isinstance(part, Tensor):
+                tag = self._carried(func, args, kwargs, *followed, part)
+                if tag is not None:
+                    self._tags.put(part, tag)
+
+    def _after_learned(self, args: Args, result: Any) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if isinstance(result, Tensor) and tensors and all(self._is_learned(tensor) for tensor in tensors):
+            self._tags.put(result, LEARNED)
+
+    def _carried(self, func: Function, args: Args, kwargs: Kwargs, tensor: Tensor, tag: Any, part: Tensor) -> Any:
+        """The tag of a tensor that was made from a tagged one; None where it is not logits or weights any more."""
+        if isinstance(tag, Weights):
+            axis = _moved(func, args, kwargs, tensor, part, tag.axis)
+            return None if axis is None else Weights(tag.pending, axis)
+        if part.dim() < 2:
+            return None
+        if func in fn.CONCATENATIONS:
+            return self._concatenated(tag, args, kwargs, tensor, part)
+        if func in fn.PERMUTATIONS:
+            return Scores(tag.call)
+        if part.size(-1) != tensor.size(-1):
+            return Scores(tag.call) if func in fn.INDEXING and part.dim() == tensor.dim() else None
+        if func in fn.RESCALINGS:
+            return replace(tag, shifts=())
+        if func in fn.DIFFERENCES and args and args[0] is tensor:
+            return replace(tag, shifts=(*tag.shifts, *_row_shift(tensor, args[1:])))
+        return tag
+
+    def _concatenated(self, tag: Scores, args: Args, kwargs: Kwargs, tensor: Tensor, joined: Tensor) -> Scores | None:
+        """Logits with more columns: one more, which is not a logit of a key, is a sink's."""
+        tensors = args[0] if args else kwargs.get("tensors", ())
+        if joined.size(-1) == tensor.size(-1):
+            return tag
+        is_sink = len(tensors) == 2 and tensors[0] is tensor and joined.size(-1) == tensor.size(-1) + 1
+        is_sink = is_sink and not isinstance(self._tags.of(tensors[1]), Scores)
+        return Scores(tag.call, tensor.size(-1)) if is_sink else Scores(tag.call)
+
+
+def _operands(func: Function, args: Args, kwargs: Kwargs) -> tuple[str | None, list[Tensor]]:
+    """The two factors of a product, left one first, and the equation of an einsum."""
+    values = [*args, *(value for name, value in kwargs.items() if name != "out")]
+    equation = None
+    if values and isinstance(values[0], str):
+        equation, values = values[0], values[1:]
+        if len(values) == 1 and isinstance(values[0], tuple | list):
+            values = list(values[0])
+    tensors = [value for value in values if isinstance(value, Tensor)][fn.FIRST_OPERAND.get(func, 0) :]
+    return equation, tensors[::-1] if func in fn.SWAPPED else tensors
+
+
+def _moved(func: Function, args: Args, kwargs: Kwargs, before: Tensor, after: Tensor, axis: int) -> int | None:
+    """Where the keys are after a function, counted from the end; None where they cannot be told."""
+    if func in fn.CONCATENATIONS:
+        return None
+    if func in fn.PERMUTATIONS:
+        return _permuted(func, args, kwargs, before, axis)
+    if after.shape == before.shape:
+        return axis
+    same_keys = after.dim() > 0 and after.size(-1) == before.size(-1)
+    if axis == -1:
+        return axis if same_keys or (func in fn.INDEXING and after.dim() == before.dim()) else None
+    return axis if axis == -2 and after.shape[-2:] == before.shape[-2:] else None
+
+
+def _permuted(func: Function, args: Args, kwargs: Kwargs, before: Tensor, axis: int) -> int:
+    """Told by permuting a tensor all of whose sizes differ."""
+    dummy = torch.empty(tuple(range(1, before.dim() + 1)), device="meta")
+    swapped = (dummy if arg is before else arg for arg in args)
+    after = func(*swapped, **{name: dummy if value is before else value for name, value in kwargs.items()})
+    sizes: list[int] = list(after.shape)
+    return sizes.index(dummy.size(axis)) - len(sizes)
+
+
+def _row_shift(tensor: Tensor, subtracted: Iterable[Any]) -> Iterable[Tensor]:
+    for value in subtracted:
+        if isinstance(value, Tensor) and value.shape == (*tensor.shape[:-1], 1) and tensor.size(-1) > 1:
+            yield plain(value)

@@ -1,0 +1,45 @@
+"""The stack of torch function modes, on which the user's own may lie above and below ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+
+
+def push(mode: TorchFunctionMode) -> None:
+    """Put a mode on top: it is the first to see a call."""
+    _push_mode(mode)
+
+
+def remove(mode: TorchFunctionMode) -> bool:
+    """Take a mode out of the stack, wherever it is, and leave the others in order. False when it is not there."""
+    above = []
+    found = False
+    while _len_torch_function_stack() and not found:
+        top = _pop_mode()
+        found = top is mode
+        if not found:
+            above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+    return found
+
+
+def is_shared() -> bool:
+    """Whether the stack holds a mode that may want to see calls; a default device only looks at constructors."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+@contextmanager
+def emptied() -> Iterator[None]:
+    """Within, there is no mode."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)

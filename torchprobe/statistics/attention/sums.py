@@ -1,0 +1,151 @@
+"""The statistic of a head: sums over its query rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchprobe.statistics.attention.blocks import Block, blocks
+from torchprobe.statistics.attention.rows import choose, unpadded
+from torchprobe.statistics.attention.sources import QueryKey, Source
+from torchprobe.statistics.dtypes import row_dtype
+
+FIELDS = (
+    "entropy",
+    "normalized_entropy",
+    "max_probability",
+    "max_logit",
+    "sink",
+    "distance",
+    "rows",
+    "rows_with_choice",
+)
+"""Columns of a head's row: sums over its `rows` valid query rows, but max_logit, which is the maximum.
+normalized_entropy and sink are over the `rows_with_choice` that see at least two keys."""
+
+MAX_LOGIT, ROWS = FIELDS.index("max_logit"), FIELDS.index("rows")
+
+FLOOR = -80.0
+"""Logits further below the row's maximum count as this: exp(-80) is 2e-35, and no slow denormal number."""
+
+
+@torch.no_grad()
+def compute(source: Source, rows: int | Literal["all"], generator: torch.Generator | None) -> Tensor:
+    """The row of every head: shape (heads, 8), `row_dtype`, on the device of the source.
+
+    rows: how many query rows a head to read, of the whole batch; all of them where there are no more, and for
+        "all". `is_sampled` says which it was. A sample is of `rows.choose`: means are unbiased, but for padding,
+        which makes them ratio estimates, and max_logit is a lower bound.
+    generator: a private one, on any device; without it the rows are the same at every call.
+
+    For query i with logits s over the keys j that it sees, m = max s, e = exp(s - m), Z = Σe: entropy is
+    log Z - Σe·(s - m) / Z in nats, never negative; normalized_entropy is that over the log of their number;
+    max_probability 1/Z; max_logit m; sink the probability of the first of them; distance Σ e·abs(i - j) / Z in
+    tokens. With `sinks`, probabilities are what is left after the sink's column is dropped from the softmax, as
+    libraries return them: they do not sum to 1, and the entropy -Σ p log p is over them alone.
+
+    A row counts if it is not padded, sees a key, and has no NaN or +inf among its logits (where the softmax is
+    NaN); all others are left out of every column. Arithmetic is in float32, in float64 for float64 inputs: entropy
+    is within 1e-4 of exact arithmetic on the same inputs.
+
+    Costs a matrix product of the chosen rows with the keys, and about as much again; memory is a few blocks of
+    `parts.budget` logits, and six numbers a row. Makes no host read and leaves the global generators alone.
+    Raises ValueError for a `rows` that is neither "all" nor a positive integer.
+    """
+    chosen = choose(source, rows, generator)
+    heads = source.shape.heads
+    if 0 in source.shape:
+        return torch.zeros(heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device)
+    table = torch.empty(6, chosen.count, heads, chosen.per_sequence, dtype=source.dtype, device=source.device)
+    for block in blocks(source, chosen):
+        part = block.part
+        table[:, part.sequences, part.heads, part.rows] = _columns(block)
+    sinks = source.sinks if isinstance(source, QueryKey) else None
+    return _sums(table, sinks, unpadded(source, chosen))
+
+
+def combine(a: Tensor, b: Tensor) -> Tensor:
+    """The rows of two calls' query rows together, from the rows of each: shapes (..., 8), broadcast.
+
+    Sums add up, so a sampled call weighs as many query rows as it has read. Rows of zeros are the identity.
+    """
+    both = a + b
+    a_only, b_only = b[..., ROWS] == 0, a[..., ROWS] == 0
+    largest = torch.maximum(a[..., MAX_LOGIT], b[..., MAX_LOGIT])
+    largest = torch.where(a_only, a[..., MAX_LOGIT], torch.where(b_only, b[..., MAX_LOGIT], largest))
+    both[..., MAX_LOGIT] = largest
+    return both
+
+
+def summarise(row: Sequence[float]) -> dict[str, float]:
+    """One head's row in readable terms, on the host: means under the names of FIELDS, and the two counts.
+
+    Means over no row are left out: normalized_entropy and sink without a row that sees two keys, and all without a
+    valid row. Raises ValueError for a row of another length.
+    """
+    if len(row) != len(FIELDS):
+        raise ValueError(f"row: got {len(row)} numbers, takes {len(FIELDS)} ({', '.join(FIELDS)}), as compute returns")
+    values = dict(zip(FIELDS, row, strict=True))
+    rows, with_choice = values["rows"], values["rows_with_choice"]
+    means = {"rows": rows, "rows_with_choice": with_choice}
+    if rows:
+        means |= {name: values[name] / rows for name in ("entropy", "max_probability", "distance")}
+        means["max_logit"] = values["max_logit"]
+    if with_choice:
+        means |= {name: values[name] / with_choice for name in ("normalized_entropy", "sink")}
+    return means
+
+
+def _columns(block: Block) -> Tensor:
+    """What a row's statistics are made of, (6, sequences, heads, rows): m, Z, Σe·(s - m), e of the first visible key,
+    Σe·distance, and the number of visible keys. Overwrites nothing that is not its own."""
+    largest = block.logits.amax(-1, keepdim=True)
+    below = (block.logits.sub_(largest) if block.scratch else block.logits - largest).clamp_(min=FLOOR)
+    weight = below.exp()
+    total = weight.sum(-1)
+    first = block.visible.first
+    if first is None:
+        sink = weight[..., 0].clone()
+    else:
+        index = first.clamp(max=weight.size(-1) - 1).long().expand_as(total)
+        sink = weight.gather(-1, index[..., None])[..., 0]
+    below_mean = below.mul_(weight).sum(-1)
+    distance = weight.mul_(block.distance).sum(-1)
+    return torch.stack((largest[..., 0], total, below_mean, sink, distance, block.visible.count.expand_as(total)))
+
+
+def _sums(table: Tensor, sinks: Tensor | None, unpadded: Tensor | None) -> Tensor:
+    """The row of every head from the columns of its query rows."""
+    largest, count = table[0], table[-1]
+    valid = (count > 0) & largest.isfinite()
+    if unpadded is not None:
+        valid = valid & unpadded
+    choice = valid & (count > 1)
+    entropy, max_probability, sink, distance = _statistics(table, sinks)
+    normalized = (entropy / count.clamp(min=2).log()).clamp(max=1)
+    one = torch.ones_like(count)
+    values = torch.stack((entropy, normalized, max_probability, sink, distance, one, one))
+    kept = torch.stack((valid, choice, valid, choice, valid, valid, choice))
+    sums = torch.where(kept, values, 0).sum((1, 3), dtype=row_dtype(table.device))
+    highest = torch.where(valid, largest, -torch.inf).amax((0, 2))
+    highest = torch.where(sums[-2] > 0, highest, 0).to(sums.dtype)
+    return torch.cat((sums[:MAX_LOGIT], highest[None], sums[MAX_LOGIT:])).T.contiguous()
+
+
+def _statistics(table: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, largest probability, sink and distance of every query row: (sequences, heads, rows) each.
+
+    A sink logit above m is the maximum that everything is relative to: the columns then shrink by exp(m - sink).
+    """
+    largest, total, below, first, distance, _ = table
+    if sinks is None:
+        return (total.log() - below / total).clamp(min=0), 1 / total, first / total, distance / total
+    sink = sinks.to(table.dtype)[:, None]
+    excess = (sink - largest).clamp(min=0)
+    shrink = (-excess).exp()
+    whole = shrink * total + (sink - largest - excess).exp()
+    entropy = shrink * (total * (whole.log() + excess) - below) / whole
+    return entropy.clamp(min=0), shrink / whole, shrink * first / whole, shrink * distance / whole

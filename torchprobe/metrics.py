@@ -39,7 +39,7 @@ class Metrics:
             if isinstance(value, Tensor | np.ndarray) and not _is_scalar(value):
                 self._warn(tag, value)
             elif isinstance(value, Tensor):
-                yield tag, value.detach()  # the recorder copies it
+                yield tag, value.detach().clone().reshape(())
             else:
                 yield tag, _as_float(value)
 

@@ -381,7 +381,7 @@ class Recorder:
 
 def _put(buffer: StepBuffer, tag: str, value: Value | Tensor) -> None:
     if isinstance(value, Tensor):
-        buffer.scalars[tag] = value.detach().clone()
+        buffer.scalars[tag] = value
         buffer.values.pop(tag, None)
     else:
         buffer.values[tag] = value

@@ -168,6 +168,17 @@ def test_several_micro_batches_under_a_scaler(fused):
     assert writer.value("overview/grad_norm", 2) == pytest.approx(norm)
 
 
+def test_fp16_gradients_that_are_too_small_for_fp16_once_they_are_unscaled():
+    model, writer, grad_scaler = net().half(), MemoryWriter(), scaler()
+    optimizer = adamw(model, fused=True)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        grad_scaler.scale(1e-7 * model(batch(0).half()).float().sum()).backward()
+        expected = {name: l2(gradient) / SCALE for name, gradient in gradients(model).items()}
+        grad_scaler.step(optimizer)
+    for name, norm in expected.items():
+        assert writer.value(f"grad_norm/{name}") == pytest.approx(norm, rel=1e-6)
+
+
 def test_two_optimizers_under_one_scaler(fused):
     model, writer, grad_scaler = net(), MemoryWriter(), scaler()
     optimizers = [torch.optim.AdamW(part.parameters(), fused=fused) for part in (model[0], model[2])]

@@ -23,7 +23,7 @@ def values() -> st.SearchStrategy[list[float]]:
     far_from_zero = st.builds(
         lambda offset, deviations: [offset + d for d in deviations],
         st.sampled_from((1e7, -1e7, 16384.0, 1e20)),
-        st.lists(st.floats(-8, 8, width=32), max_size=40),
+        st.lists(st.floats(-8, 8, width=32) | st.just(float("nan")), max_size=40),
     )
     constant = st.builds(lambda value, n: [value] * n, anything, st.integers(0, 40))
     return st.one_of(st.lists(anything, max_size=40), st.lists(ordinary, max_size=40), far_from_zero, constant)

@@ -106,7 +106,12 @@ def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
     scale = getattr(optimizer, "grad_scale", None)
     if not isinstance(scale, Tensor):
         return tensors
-    return [Named(name, tensor / scale.to(tensor.device)) for name, tensor in tensors]
+    return [Named(name, _wide(tensor) / scale.to(tensor.device)) for name, tensor in tensors]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: what is far above the smallest fp16 number while scaled may lie below it unscaled."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _same_kind(before: Tensor | None, now: Tensor) -> bool:

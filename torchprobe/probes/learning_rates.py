@@ -41,7 +41,8 @@ class LearningRates:
         """Tags and values of the step that this optimizer has just taken."""
         label = self._label(optimizer)
         for i, group in enumerate(optimizer.param_groups):
-            yield f"lr/{label}/group_{i}", group["lr"]
+            rate = group["lr"]  # a tensor is copied: a scheduler changes it in place
+            yield f"lr/{label}/group_{i}", rate.detach().clone() if isinstance(rate, Tensor) else rate
             yield from self._changed(optimizer, group, f"{label}/group_{i}")
 
     def _changed(self, optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:

@@ -57,9 +57,10 @@ def _multiplied(source: QueryKey, rows: Rows, same_rows: list[Part]) -> Iterator
     distance = offset.abs()
     per_head = source.mask is not None and source.mask.dim() > 2 and source.mask.size(-3) > 1
     shared = None if per_head else _seen(source, rows, same_rows[0], offset)
+    query = rows.take(source.query, _all_heads(same_rows)).to(source.dtype)
     for part in same_rows:
         bias, visible = shared or _seen(source, rows, part, offset)
-        logits = _product(source, rows, part, keys)
+        logits = _product(source, query[:, part.heads], rows.of_sequences(source.key[:, part.key_heads, :keys], part))
         if source.modify is not None:  # which may return a tensor of the user's
             modified = _modified(source, rows, part, logits)
             logits = modified.clone() if bias is None else modified + bias
@@ -81,18 +82,18 @@ def _seen(source: QueryKey, rows: Rows, part: Part, offset: Tensor) -> tuple[Ten
     return bias, visibility.of_values(bias, visibility.threshold(floating))
 
 
-def _product(source: QueryKey, rows: Rows, part: Part, keys: int) -> Tensor:
+def _all_heads(same_rows: list[Part]) -> Part:
+    return same_rows[0]._replace(heads=slice(0, same_rows[-1].heads.stop))
+
+
+def _product(source: QueryKey, query: Tensor, key: Tensor) -> Tensor:
     """scale · query · keyᵀ, capped: (sequences, heads, rows, keys). The heads of a key head are rows of one product."""
-    query = rows.take(source.query, part).to(source.dtype)
-    key = rows.of_sequences(source.key[:, part.key_heads, :keys], part).to(source.dtype)
-    count, heads, each, width = query.shape
-    folded = query.reshape(count * key.size(1), -1, width)
-    product = torch.baddbmm(
-        folded.new_zeros(1, 1, 1), folded, key.flatten(0, 1).transpose(1, 2), beta=0, alpha=source.scale
-    )
+    folded = query.reshape(len(query) * key.size(1), -1, query.size(3))
+    across = key.to(source.dtype).flatten(0, 1).transpose(1, 2)
+    product = torch.baddbmm(folded.new_zeros(1, 1, 1), folded, across, beta=0, alpha=source.scale)
     if source.softcap is not None:
         product.div_(source.softcap).tanh_().mul_(source.softcap)
-    return product.view(count, heads, each, keys)
+    return product.view(*query.shape[:3], key.size(2))
 
 
 def _modified(source: QueryKey, rows: Rows, part: Part, logits: Tensor) -> Tensor:

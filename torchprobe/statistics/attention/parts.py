@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-CPU_LOGITS_PER_THREAD = 2**18
+CPU_LOGITS_PER_THREAD = 2**17
 """Logits a thread works on at a time: they and the temporaries of one operation stay in L2."""
 
 DEVICE_LOGITS = 2**24

@@ -13,7 +13,9 @@ def spiral(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points on two intertwined spirals, and which of the two each is on."""
     labels = torch.randint(0, 2, (count,))
     angle = torch.rand(count) * 3 * torch.pi + 0.5
-    points = torch.stack([angle * torch.cos(angle + labels * torch.pi), angle * torch.sin(angle + labels * torch.pi)], 1)
+    points = torch.stack(
+        [angle * torch.cos(angle + labels * torch.pi), angle * torch.sin(angle + labels * torch.pi)], 1
+    )
     return points / 10 + torch.randn(count, 2) * 0.02, labels
 
 

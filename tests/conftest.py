@@ -47,7 +47,11 @@ def traces_on(model: nn.Module) -> list[str]:
 
 
 def _left_behind() -> dict[str, int]:
-    registries = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks)
+    registries = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+    )
     steps = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
     return {
         "process-wide hooks": sum(map(len, registries + steps)),

@@ -13,7 +13,9 @@ from tests.models import FAMILIES, inputs
 from torchprobe.testing import MemoryWriter
 
 
-def train(family: str, probed: bool, steps: int = 5) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+def train(
+    family: str, probed: bool, steps: int = 5
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(3)
     model = FAMILIES[family]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

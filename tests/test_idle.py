@@ -43,7 +43,7 @@ def test_no_value_is_read_on_the_hot_path(family):
     assert session.step == 3
 
 
-def calls_into_torchprobe(run) -> list[str]:
+def calls_into_torchprobe(run, *args) -> list[str]:
     """Names of torchprobe's functions that the training thread enters while `run` runs."""
     called = []
 
@@ -53,7 +53,7 @@ def calls_into_torchprobe(run) -> list[str]:
 
     sys.setprofile(profile)
     try:
-        run()
+        run(*args)
     finally:
         sys.setprofile(None)
     return called
@@ -67,7 +67,7 @@ def test_an_idle_step_calls_no_module_hook_and_does_not_depend_on_the_models_siz
         with torchprobe.instrument(model, writer=MemoryWriter(), every=100) as session:
             for _ in range(3):
                 one_step(model, optimizer, "transformer", session)
-            called = calls_into_torchprobe(lambda: one_step(model, optimizer, "transformer", session))
+            called = calls_into_torchprobe(one_step, model, optimizer, "transformer", session)
             assert sites.observe_output.__name__ not in called
             assert not any(sites.observe_output in m._forward_hooks.values() for m in model.modules())
         counts.append(len(called))
@@ -79,6 +79,6 @@ def test_a_sampled_step_calls_the_hook_of_every_chosen_module():
     model = Transformer(layers=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
-        called = calls_into_torchprobe(lambda: one_step(model, optimizer, "transformer", session))
+        called = calls_into_torchprobe(one_step, model, optimizer, "transformer", session)
     # embedding, head, and per block: two norms, the attention block, its two projections, two linear layers
     assert called.count(sites.observe_output.__name__) == 2 + 2 * 7

@@ -86,7 +86,8 @@ def coloured(matrix: NDArray[np.float64], low: float, high: float) -> NDArray[np
     below = np.minimum(share.astype(np.int64), len(_STOPS) - 2)
     part = (share - below)[..., None]
     colours = _STOPS[below] * (1 - part) + _STOPS[below + 1] * part
-    return np.where(known[..., None], colours, _NOTHING).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.where(known[..., None], colours, _NOTHING).round().astype(np.uint8)
+    return pixels
 
 
 def enlarged(pixels: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:

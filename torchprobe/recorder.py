@@ -7,26 +7,24 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import monotonic, perf_counter, time
+from time import monotonic, perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeAlias
 from weakref import ReferenceType
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.buffer.decode import Decoder
-from torchprobe.buffer.drain import Drain
-from torchprobe.buffer.seal import Lanes
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, StepBuffer
 from torchprobe.capture.clock import Clock
 from torchprobe.capture.gate import Meter
-from torchprobe.capture.loss import LossCapture, backward_call, loss_scale
+from torchprobe.capture.loss import LossCapture, loss_scale
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.passes import PassHooks
-from torchprobe.capture.recompute import backward_id
+from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.plan import Plan
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
@@ -45,16 +43,6 @@ class Captures:
     parameters: ParameterCapture
     loss: LossCapture
     rates: list[LearningRates]
-
-
-@dataclass(frozen=True, slots=True)
-class Outlet:
-    """The way out: device slots, the drain thread, what it learns on the host."""
-
-    lanes: Lanes
-    drain: Drain
-    decoder: Decoder
-    flush_every: int
 
 
 @dataclass(slots=True)
@@ -104,9 +92,7 @@ class Recorder:
         self._current = Open(1)
         self._last: Open | None = None
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
-        self._in_closure = False  # ... and it evaluates the model itself
-        self._backward_id: int | None = None
-        self._weights_used: int | None = None  # version of the weights in a backward that no step has followed yet
+        self._skips = SkipDetector(self._model)
         self._forward_unclocked = False  # a pass with gradients that is a step if no optimizer is in sight
         self._scale: Tensor | None = None
         self._reported = (monotonic(), meter.seconds)
@@ -130,7 +116,7 @@ class Recorder:
         self._settle_last_pass()
         if grad_enabled and not trained:
             self._start_training()
-        if self._gradients_were_dropped():
+        if self._skips.gradients_were_dropped():
             self._skip()
         if not self.clock.may_grow:
             self._seal_last()
@@ -156,15 +142,12 @@ class Recorder:
 
     @_protected
     def _on_backward(self, gradient: Tensor) -> None:
-        running = backward_id()
-        if running is not None and running == self._backward_id:
-            return  # another output of the same backward pass
-        self._backward_id = running
-        if backward_call() is None:
-            return  # for the user's own eyes: no parameter gets a gradient
-        if self._gradients_were_dropped():
+        if not self._skips.begins_backward():
+            return
+        if self._skips.gradients_were_dropped():
             self._skip()
-        self._pass.began, self._weights_used = True, self._weights_version()
+        self._skips.backward_ran()
+        self._pass.began = True
         self._captures.loss.on_backward()
 
     # ---- optimizer steps
@@ -176,7 +159,7 @@ class Recorder:
         if self.clock.begin(optimizer):
             self._roll()
         due = (self._open_last() if self.clock.joins_last_step(optimizer) else self._current).due
-        self._in_closure, self._of_optimizer = has_closure, []
+        self._skips.in_closure, self._of_optimizer = has_closure, []
         if due:
             self._scale = loss_scale(optimizer)
             self._captures.parameters.remember(optimizer, due)
@@ -186,7 +169,7 @@ class Recorder:
     @_protected
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
-        self._in_closure = False
+        self._skips.in_closure = False
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer decides by itself to skip
         if isinstance(found_inf, Tensor) and found_inf.is_cpu and found_inf.numpy().any():
             self._skip()
@@ -204,7 +187,8 @@ class Recorder:
             if rates.schedule(self._current.step):
                 for tag, value in rates.observe(optimizer):
                     _put(buffer, tag, value)
-        self._weights_used, self._forward_unclocked = None, False
+        self._skips.settled()
+        self._forward_unclocked = False
         if self.clock.end(optimizer):
             self._roll()
 
@@ -262,7 +246,8 @@ class Recorder:
         self._forward_unclocked = False
 
     def _tick(self) -> None:
-        self._weights_used, self._forward_unclocked = None, False
+        self._skips.settled()
+        self._forward_unclocked = False
         self.clock.tick()
         self._roll()
 
@@ -303,18 +288,14 @@ class Recorder:
         if self._last is None:
             return
         last, self._last = self._last, None
-        outlet = self._outlet
-        if last.buffer and outlet.drain.admit():
-            outlet.drain.put(outlet.lanes.seal(last.step, time(), last.buffer))
-        if last.step == 1 or last.step % outlet.flush_every == 0 or outlet.lanes.crowded:
-            outlet.drain.wake()
+        self._outlet.hand_over(last.step, last.buffer)
 
     def _skip(self) -> None:
         """An iteration that ended without a step: what it captured belongs to no step."""
         self.clock.skipped += 1
         self._captures.modules.collect(self._current.due, training=True)
         self._captures.loss.drop_batches()
-        self._weights_used = None
+        self._skips.settled()
 
     def _open_gates(self) -> None:
         self._plan.open_for(self._current.step, self.clock.by_forward)
@@ -322,7 +303,7 @@ class Recorder:
         self._arm(bool(self._current.due))
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
-            self._captures.loss.arm(self._first_trained())
+            self._captures.loss.arm(first_trained(self._model()))
 
     def _arm(self, wanted: bool, training: bool = True) -> None:
         if wanted:
@@ -354,29 +335,9 @@ class Recorder:
             "overview/skipped_steps": float(self.clock.skipped + self._outlet.decoder.skipped),
         }
 
-    # ---- gradients
-
     def _parameter_ids(self) -> set[int]:
         model = self._model()
         return set() if model is None else parameter_ids(model)
-
-    def _has_gradients(self) -> bool:
-        model = self._model()
-        return model is not None and any(p.grad is not None for p in model.parameters())
-
-    def _first_trained(self) -> nn.Parameter | None:
-        model = self._model()
-        return None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
-
-    def _gradients_were_dropped(self) -> bool:
-        """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights."""
-        if self._weights_used is None or self._in_closure or self._has_gradients():
-            return False
-        return self._weights_used == self._weights_version()
-
-    def _weights_version(self) -> int:
-        parameter = self._first_trained()
-        return 0 if parameter is None else parameter._version
 
 
 def _put(buffer: StepBuffer, tag: str, value: Value | Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Schedule: TypeAlias = Callable[[int], bool]
-"""Says whether a step is sampled. Called once per step, in increasing order, on the training thread."""
+"""Says whether a step is sampled. Called on the training thread when the step before has ended."""
 
 
 def every(steps: int) -> Schedule:

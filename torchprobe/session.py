@@ -14,6 +14,7 @@ from torch import nn
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import LossCapture
@@ -24,7 +25,7 @@ from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes
 from torchprobe.probes.learning_rates import LearningRates
-from torchprobe.recorder import Captures, Outlet, Recorder
+from torchprobe.recorder import Captures, Recorder
 from torchprobe.records import Text
 from torchprobe.run_directory import run_directory
 from torchprobe.schedule import Schedule, check_count
@@ -147,7 +148,10 @@ class Session:
         self._recorder.log(tag, Text(text))
 
     def next_step(self) -> None:
-        """End a step by hand. From the first call on, nothing else does."""
+        """End a step by hand. From the first call on, nothing else does.
+
+        A first call right after an optimizer's step ends nothing further: that step has just ended.
+        """
         self._recorder.next_step()
 
     def flush(self, timeout: float | None = None) -> bool:

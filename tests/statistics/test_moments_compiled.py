@@ -9,8 +9,6 @@ import torch
 
 from torchprobe.statistics import moments
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-
 CASES = {
     "matrix": lambda: torch.randn(30, 7) + 1000,
     "transposed float16": lambda: torch.randn(31, 7).half().t(),
@@ -56,6 +54,7 @@ def test_combine_traces_too():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it generates code
 @pytest.mark.parametrize("case", ["matrix", "bfloat16", "not finite", "expanded"])
 def test_generated_code_gives_the_same_row(case):
     x = CASES[case]()

@@ -8,6 +8,8 @@ from torch import Tensor
 
 _DEPTH = 18  # autograd nodes from a query back to its layer's input: projection, norm, rotation, repetition
 
+_PROJECTIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "MkldnnLinear", "Convolution")
+
 _Nodes = set[Any]
 
 
@@ -34,12 +36,12 @@ def same_source(query: Tensor, key: Tensor) -> bool | None:
 
 
 def _before(frontier: _Nodes, seen: _Nodes, ends: list[bool], side: int) -> _Nodes:
-    """The nodes one step back; notes in `ends` where an input without a graph, so unknown, was met."""
+    """The nodes one step back; notes in `ends` where something without a graph, so unknown, was projected."""
     found: _Nodes = set()
     for node in frontier:
         for before, _ in node.next_functions:
             if before is None:
-                ends[side] = True
+                ends[side] |= node.name().startswith(_PROJECTIONS)
             elif not hasattr(before, "variable") and before not in seen:  # a parameter is shared by everything
                 found.add(before)
     seen |= found

@@ -1,0 +1,91 @@
+"""Runs a model's forward pass with attention recorded, and what every such pass has to leave as it was."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.capture.attention.capture import AttentionCapture
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.statistics.attention import summarise
+
+
+@dataclass
+class Recorded:
+    output: Any
+    heads: dict[str, list[dict[str, float]]]
+    """By site, what is known of each head."""
+    sampled: dict[str, bool]
+    kept: dict[str, Tensor | None]
+    uncovered: dict[str, int]
+
+    def of(self, field: str, site: str = "root") -> list[float]:
+        return [head[field] for head in self.heads[site]]
+
+
+def capture_of(model: nn.Module, rows: Any = "all", on_source: Any = None) -> AttentionCapture:
+    gate = Gate("Attention", Meter())
+    return AttentionCapture(ref(model), gate, rows, on_source)
+
+
+@contextmanager
+def hooked(model: nn.Module, capture: AttentionCapture, training: bool = True):
+    """The root hooks, as a session puts them on."""
+    hooks = [
+        model.register_forward_pre_hook(lambda module, args: capture.enter(training)),
+        model.register_forward_hook(lambda module, args, output: capture.leave(), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def record(model: nn.Module, *args: Any, rows: Any = "all", on_source: Any = None, **kwargs: Any) -> Recorded:
+    """One recorded training pass."""
+    capture = capture_of(model, rows, on_source)
+    depth = torch._C._len_torch_function_stack()
+    with hooked(model, capture):
+        output = model(*args, **kwargs)
+    assert torch._C._len_torch_function_stack() == depth
+    assert not capture._observer.gate.failed
+    return recorded(capture, output)
+
+
+def recorded(capture: AttentionCapture, output: Any = None, training: bool = True) -> Recorded:
+    found = capture.collect(training)
+    return Recorded(
+        output,
+        {site.name: [summarise(row) for row in site.rows.tolist()] for site in found},
+        {site.name: site.sampled for site in found},
+        {site.name: site.kept for site in found},
+        dict(capture.uncovered),
+    )
+
+
+def train_once(model: nn.Module, *args: Any, probed: bool, **kwargs: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Outputs, gradients and random state of a forward and backward pass."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(5)
+    output = record(model, *args, **kwargs).output if probed else model(*args, **kwargs)
+    outputs = [o for o in (output if isinstance(output, tuple) else (output,)) if isinstance(o, Tensor)]
+    sum(o.double().square().sum() for o in outputs if o.requires_grad).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [o.detach() for o in outputs], gradients, torch.get_rng_state()
+
+
+def assert_untouched(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Outputs, gradients and random numbers are bitwise those of a pass that is not recorded."""
+    bare = train_once(model, *args, probed=False, **kwargs)
+    seen = train_once(model, *args, probed=True, **kwargs)
+    for expected, found in zip(bare[:2], seen[:2], strict=True):
+        assert len(expected) == len(found) > 0
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert torch.equal(bare[2], seen[2])

@@ -1,0 +1,55 @@
+"""Recognises an iteration that ends without an optimizer step, as when GradScaler finds inf."""
+
+from __future__ import annotations
+
+from weakref import ReferenceType
+
+from torch import nn
+
+from torchprobe.capture.loss import backward_call
+from torchprobe.capture.recompute import backward_id
+
+
+class SkipDetector:
+    """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights."""
+
+    def __init__(self, model: ReferenceType[nn.Module]) -> None:
+        self._model = model
+        self._backward_id: int | None = None
+        self._weights_used: int | None = None  # version of the weights in a backward that no step has followed yet
+        self.in_closure = False  # the optimizer evaluates the model itself, and drops gradients as it likes
+
+    def begins_backward(self) -> bool:
+        """Whether a backward pass that gives parameters gradients has just begun; asked at an output of the model."""
+        running = backward_id()
+        if running is not None and running == self._backward_id:
+            return False  # another output of the same backward pass
+        self._backward_id = running
+        return backward_call() is not None
+
+    def backward_ran(self) -> None:
+        """Gradients of this backward pass await a step."""
+        self._weights_used = self._weights_version()
+
+    def settled(self) -> None:
+        """A step used the gradients, or they were given up."""
+        self._weights_used = None
+
+    def gradients_were_dropped(self) -> bool:
+        """Whether the gradients that awaited a step are gone."""
+        if self._weights_used is None or self.in_closure or self._has_gradients():
+            return False
+        return self._weights_used == self._weights_version()
+
+    def _has_gradients(self) -> bool:
+        model = self._model()
+        return model is not None and any(p.grad is not None for p in model.parameters())
+
+    def _weights_version(self) -> int:
+        parameter = first_trained(self._model())
+        return 0 if parameter is None else parameter._version
+
+
+def first_trained(model: nn.Module | None) -> nn.Parameter | None:
+    """The first parameter that needs a gradient."""
+    return None if model is None else next((p for p in model.parameters() if p.requires_grad), None)

@@ -41,8 +41,10 @@ def train(backend: str | None, *, probed: bool = True, wrapped_first: bool = Fal
 
 
 def assert_same_values(found: MemoryWriter, expected: MemoryWriter) -> None:
-    assert found.tags() == expected.tags()
-    for tag in expected.tags():
+    """All tags but those of attention, which a compiled graph does not show yet; that is said in the log."""
+    tags = [tag for tag in expected.tags() if "attention_" not in tag]
+    assert found.tags() == tags
+    for tag in tags:
         if tag == "overview/probe_overhead":
             continue
         assert [s for s, _ in found.scalars(tag)] == [s for s, _ in expected.scalars(tag)], tag
@@ -58,6 +60,17 @@ def test_two_graphs_no_break_and_the_numbers_of_eager(wrapped_first):
     assert counters["stats"]["unique_graphs"] == 2, "one graph for sampled steps, one for the others"
     assert not counters["graph_break"]
     assert_same_values(compiled, eager)
+
+
+def test_attention_inside_a_compiled_graph_is_reported_as_not_covered():
+    model = Transformer(dropout=0.0)
+    callee = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        callee(inputs("transformer")).sum().backward()
+        optimizer.step()
+        assert "attention not seen" in session.summary()
+        assert "compiled" in session.summary()
 
 
 def test_weights_are_bitwise_those_of_the_bare_compiled_run():

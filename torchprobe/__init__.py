@@ -13,6 +13,7 @@ from torchprobe._version import __version__
 
 if TYPE_CHECKING:
     from torchprobe.probes.activations import ActivationGradients, Activations
+    from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
     from torchprobe.probes.gradients import Gradients
     from torchprobe.probes.histograms import Histograms
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
+    "Attention": "probes.attention",
     "EventFileWriter": "writers.event_file",
     "Gradients": "probes.gradients",
     "Histogram": "records",
@@ -53,6 +55,7 @@ _HOMES = {
 __all__ = [
     "ActivationGradients",
     "Activations",
+    "Attention",
     "EventFileWriter",
     "Gradients",
     "Histogram",

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.probes.activations import Activations
+from torchprobe.probes.attention import Attention
 from torchprobe.probes.base import Probe
 from torchprobe.probes.gradients import Gradients
 from torchprobe.probes.histograms import Histograms
@@ -21,7 +22,7 @@ AnyProbe: TypeAlias = "Probe | LearningRates"
 
 def default_probes() -> list[AnyProbe]:
     """What `instrument` watches when no probes are named."""
-    return [Gradients(), Parameters(), Updates(), Activations(), Histograms(), LearningRates(), Loss()]
+    return [Gradients(), Parameters(), Updates(), Activations(), Attention(), Histograms(), LearningRates(), Loss()]
 
 
 def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
@@ -75,7 +76,7 @@ class Plan:
         scheduled = [probe for probe, schedule in self.schedules.items() if schedule(step)] if affordable else []
         self.due = tuple(probe for probe in scheduled if not self.gates[probe].failed)
         awaiting = self.due if by_forward else tuple(p for p in self._awaits_validation if not self.gates[p].failed)
-        self.due_in_validation = tuple(probe for probe in awaiting if probe.source == "outputs")
+        self.due_in_validation = tuple(probe for probe in awaiting if _in_validation(probe))
         for probe, gate in self.gates.items():
             gate.train = probe in self.due
             gate.val = probe in self.due_in_validation
@@ -91,3 +92,7 @@ class Plan:
         if self._budget is None:
             return False
         return self._meter.seconds > self._budget * (monotonic() - self._start)
+
+
+def _in_validation(probe: Probe) -> bool:
+    return probe.source == "outputs" or (isinstance(probe, Attention) and probe.eval)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, StepBuffer
+from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.clock import Clock
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import LossCapture, loss_scale
@@ -41,6 +42,7 @@ class Captures:
 
     modules: ModuleCapture
     parameters: ParameterCapture
+    attention: list[AttentionPieces]
     loss: LossCapture
     rates: list[LearningRates]
 
@@ -110,9 +112,14 @@ class Recorder:
         trained = self._pass.training
         # Without an optimizer in sight, a model in training mode is what the user wants to look at.
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
-        if not self._pass.training:
+        if self._pass.training:
+            self._begin_training_pass(grad_enabled, trained)
+        else:
             self._arm(bool(self._plan.due_in_validation), training=False)
-            return
+        for attention in self._captures.attention:
+            attention.enter(module, self._pass.training)
+
+    def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
         if grad_enabled and not trained:
             self._start_training()
@@ -134,11 +141,19 @@ class Recorder:
         else:
             validated = self._open_last() if self.clock.has_optimizer else self._current
             validated.buffer.pieces += self._captures.modules.collect(self._plan.due_in_validation, training=False)
+            for attention in self._captures.attention:
+                validated.buffer.pieces += attention.collect(training=False)
             self._plan.validated()
         if self._pass.training and watched is not None:
             self._forward_unclocked = self.clock.by_forward
         elif self.clock.by_forward:
             self._tick()
+
+    @_protected
+    def pass_is_over(self) -> None:
+        """A forward pass has ended or raised: nothing of ours stays entered."""
+        for attention in self._captures.attention:
+            attention.leave()
 
     @_protected
     def _on_backward(self, gradient: Tensor) -> None:
@@ -227,11 +242,18 @@ class Recorder:
         self._seal_last()
         self.stopped = True
 
+    def uncovered_attention(self) -> list[str]:
+        """What attention was not recorded, and how often."""
+        counts = [attention.uncovered for attention in self._captures.attention]
+        return [f"{count} x {reason}" for part in counts for reason, count in part.items()]
+
     def detach(self) -> None:
         """Take every hook off the model and the optimizers. Safe to call twice."""
         self.stopped = True
         self._pass_hooks.remove()
         self._optimizer_hooks.remove()
+        for attention in self._captures.attention:
+            attention.leave()
         self._captures.loss.disarm()
         self._captures.modules.detach()
 
@@ -257,6 +279,8 @@ class Recorder:
         ended, buffer = self._current, self._current.buffer
         if ended.due:
             buffer.pieces += self._captures.modules.collect(ended.due, training=True, scale=self._scale)
+            for attention in self._captures.attention:
+                buffer.pieces += attention.collect(training=True, compiled=self._pass.compiled)
         loss = self._captures.loss.take(self._scale)
         if loss is not None:
             buffer.pieces += [Piece(probe, ["loss"], loss.double().reshape(1, 1)) for probe in self._plan.loss_probes]
@@ -294,12 +318,16 @@ class Recorder:
         """An iteration that ended without a step: what it captured belongs to no step."""
         self.clock.skipped += 1
         self._captures.modules.collect(self._current.due, training=True)
+        for attention in self._captures.attention:
+            list(attention.collect(training=True))
         self._captures.loss.drop_batches()
         self._skips.settled()
 
     def _open_gates(self) -> None:
         self._plan.open_for(self._current.step, self.clock.by_forward)
         self._current.due = self._plan.due
+        for attention in self._captures.attention:
+            attention.open_for(self._current.step)
         self._arm(bool(self._current.due))
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:

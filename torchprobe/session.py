@@ -16,6 +16,7 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
+from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
@@ -24,6 +25,7 @@ from torchprobe.capture.sites import SITE
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.recorder import Captures, Recorder
 from torchprobe.records import Text
@@ -94,6 +96,7 @@ def instrument(
     captures = Captures(
         ModuleCapture(reference, plan.gates, selection.wants_module),
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
+        [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )
@@ -186,6 +189,7 @@ class Session:
         ]
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
+        lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
         return "\n".join(lines)
 
     def __enter__(self) -> Session:

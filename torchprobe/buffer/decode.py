@@ -17,6 +17,7 @@ _REASONS = {
     "gradients": "no parameter of the model had a gradient when an optimizer stepped",
     "parameters": "no optimizer held a parameter of the model that include= and exclude= leave",
     "updates": "no optimizer held a parameter of the model that include= and exclude= leave",
+    "attention": "no attention was seen; session.summary() counts what was not covered, and why",
     "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
 }
 
@@ -33,7 +34,7 @@ class Decoder:
     def __init__(self, descriptions: Mapping[str, str]) -> None:
         self.skipped = 0
         self.missing: list[str] = []
-        self._descriptions = descriptions
+        self._descriptions = dict(descriptions)
         self._failed: set[Reporter] = set()
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
@@ -63,6 +64,7 @@ class Decoder:
             return {}
         if names:
             self._seen.add(reporter)
+            self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
     def _explain_gaps(self, sealed: Sealed) -> None:

@@ -25,6 +25,9 @@ class PassObserver(Protocol):
     def leave_pass(self, module: nn.Module, output: Any) -> None:
         """It ended without an exception."""
 
+    def pass_is_over(self) -> None:
+        """It ended, with or without one."""
+
 
 class Root:
     """What the root hooks find on the model. Copies and pickles become None, so that they are inert."""
@@ -61,6 +64,12 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     root.observer.leave_pass(module, output)
 
 
+def _always(module: nn.Module, args: Any, output: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)
+    if root is not None and not torch.compiler.is_compiling():
+        root.observer.pass_is_over()
+
+
 class PassHooks:
     """The root hooks: on the model, or on its parts when only these are ever called."""
 
@@ -87,7 +96,11 @@ class PassHooks:
     def _put_on(self, modules: list[nn.Module]) -> None:
         for module in modules:
             module.__dict__[ROOT_KEY] = Root(self._observer, self._current)
-            self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
+            self._handles += [
+                module.register_forward_pre_hook(_enter),
+                module.register_forward_hook(_always, always_call=True),
+                module.register_forward_hook(_leave),
+            ]
             self._modules.add(module)
 
 

@@ -23,7 +23,7 @@ class Activations(Probe):
 
     source: ClassVar[Source] = "outputs"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
-    descriptions: ClassVar[Mapping[str, str]] = {
+    descriptions: Mapping[str, str] = {
         "activation_mean": "Mean of the module's output (exact, finite elements).",
         "activation_std": "Population standard deviation of the module's output (exact, finite elements).",
         "activation_rms": "Root mean square of the module's output (exact, finite elements).",
@@ -60,7 +60,7 @@ class ActivationGradients(Probe):
 
     source: ClassVar[Source] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
-    descriptions: ClassVar[Mapping[str, str]] = {
+    descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule
 
-Source: TypeAlias = Literal["outputs", "output_gradients", "gradients", "parameters", "updates", "loss"]
+Source: TypeAlias = Literal["outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
@@ -37,7 +37,7 @@ class Probe:
 
     source: ClassVar[Source]
     fields: ClassVar[tuple[str, ...]]
-    descriptions: ClassVar[Mapping[str, str]] = {}
+    descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
 

@@ -25,7 +25,7 @@ class Gradients(Probe):
 
     source: ClassVar[Source] = "gradients"
     fields: ClassVar[tuple[str, ...]] = norms.FIELDS
-    descriptions: ClassVar[Mapping[str, str]] = {
+    descriptions: Mapping[str, str] = {
         "grad_norm": "L2 norm of the gradient that the optimizer is about to use (exact, finite elements).",
         "grad_norm_layer": "L2 norm of the gradients of the module's own parameters (exact).",
         "grad_mean_abs": "Mean of absolute gradient over the module's own parameters (exact).",

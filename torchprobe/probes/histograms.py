@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ class GradientHistograms(Probe):
     source: ClassVar[Source] = "gradients"
     fields: ClassVar[tuple[str, ...]] = ("zeros", "nonfinite", "counts")
     default_every: ClassVar[int] = 500
-    descriptions: ClassVar = {
+    descriptions: Mapping[str, str] = {
         "gradients": "log10 of the gradient's magnitude (exact counts); zeros are in `gradients_zeros`.",
         "gradients_zeros": "Number of gradient elements that are exactly zero.",
         "gradients_nonfinite": "Number of NaN and inf gradient elements; only when not 0.",
@@ -50,7 +50,7 @@ class ParameterHistograms(Probe):
     source: ClassVar[Source] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("low", "high", "nonfinite", "counts")
     default_every: ClassVar[int] = 500
-    descriptions: ClassVar = {
+    descriptions: Mapping[str, str] = {
         "parameters": "Values of the parameter after the step (exact counts).",
         "parameters_nonfinite": "Number of NaN and inf elements in the parameter; only when not 0.",
     }

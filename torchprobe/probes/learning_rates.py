@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class LearningRates:
     Costs a dictionary look-up a group; a learning rate that is a device tensor is not read here.
     """
 
-    descriptions: ClassVar[Mapping[str, str]] = {
+    descriptions: Mapping[str, str] = {
         "lr": "Learning rate that the optimizer used in this step.",
         "momentum": "Momentum (beta1 for Adam), written when it changes.",
         "weight_decay": "Weight decay, written when it changes.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ class Loss(Probe):
 
     source: ClassVar[Source] = "loss"
     fields: ClassVar[tuple[str, ...]] = ("loss",)
-    descriptions: ClassVar = {"overview": "What to look at first."}
+    descriptions: Mapping[str, str] = {"overview": "What to look at first."}
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """One value a step: the mean, when two optimizers had a loss each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +21,9 @@ class Parameters(Probe):
 
     source: ClassVar[Source] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("norm",)
-    descriptions: ClassVar = {"param_norm": "L2 norm of the parameter after the step (exact, finite elements)."}
+    descriptions: Mapping[str, str] = {
+        "param_norm": "L2 norm of the parameter after the step (exact, finite elements)."
+    }
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One norm each."""
@@ -44,7 +46,7 @@ class Updates(Probe):
 
     source: ClassVar[Source] = "updates"
     fields: ClassVar[tuple[str, ...]] = ("update", "before")
-    descriptions: ClassVar = {
+    descriptions: Mapping[str, str] = {
         "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3."
     }
 

@@ -72,8 +72,8 @@ def _count(x: Tensor, low: Tensor, high: Tensor, buckets: int, scratch: Scratch)
     per_unit = (buckets / (high - low)).clamp(max=torch.finfo(low.dtype).max).masked_fill(low == high, 0.0)
     codes = torch.zeros(buckets + 2, dtype=torch.int64, device=x.device)
     for piece in pieces(x, len(scratch.values)):
-        values, wide = scratch.part(piece.numel())
-        wide.copy_(values.copy_(piece))
+        part = scratch.part(piece.numel())
+        wide = part.wide.copy_(part.source(piece))
         if unit != 1.0:
             wide.mul_(unit)
         position = wide.sub_(low).mul_(per_unit).nan_to_num_(*3 * [buckets + 1.0])

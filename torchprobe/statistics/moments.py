@@ -93,10 +93,12 @@ def _sums(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     cancels when the mean's share is taken off.
     """
     values, wide = scratch
-    wide.copy_(values.copy_(x))
-    nonzero = values.count_nonzero()
-    finite_nonzero = values.nan_to_num_(0.0, 0.0, 0.0).count_nonzero()
-    low, high = values.aminmax()
+    source = scratch.source(x)
+    wide.copy_(source)
+    nonzero = source.count_nonzero()
+    finite = torch.nan_to_num(source, 0.0, 0.0, 0.0, out=values)
+    finite_nonzero = finite.count_nonzero()
+    low, high = finite.aminmax()
     pivot = _safe(torch.where(high > 0, high, low).to(wide))  # never a 0 that stands for a non-finite element
     wide.sub_(pivot).nan_to_num_(0.0, 0.0, 0.0)
     return x.numel() - nonzero, nonzero, finite_nonzero, low, high, pivot, wide.sum(), wide.square_().sum()

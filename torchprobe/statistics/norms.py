@@ -18,8 +18,9 @@ from torchprobe.statistics.dtypes import Scratch, pieces, real
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
 """Columns of `finite_sums`. The sums and the count are over the finite elements."""
 
-_Reduction: TypeAlias = "Callable[[Scratch, Sequence[int]], Tensor]"
-"""From a pack, which is in `scratch.values`, and the lengths at which to cut it: sums, (lengths, columns)."""
+_Reduction: TypeAlias = "Callable[[Tensor, Scratch, Sequence[int]], Tensor]"
+"""From packed elements, scratch of their size (they may lie in its `values`) and the lengths at which to cut them:
+sums of shape (lengths, columns)."""
 
 
 def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
@@ -50,8 +51,7 @@ def _reduced(tensors: Sequence[Tensor], reduction: _Reduction, columns: int) -> 
     for pack in _packs(tensors, len(scratch.values)):
         lengths = [piece.numel() for _, piece in pack]
         part = scratch.part(sum(lengths))
-        torch._foreach_copy_(part.values.split(lengths), [piece for _, piece in pack])
-        rows.append(reduction(part, lengths))
+        rows.append(reduction(_packed([piece for _, piece in pack], part), part, lengths))
         owners.update(owner for owner, _ in pack)
     cut = torch.cat(rows).split([owners[i] for i in range(len(tensors))])
     return torch.stack([part.sum(0) for part in cut]) if tensors else rows[0]
@@ -72,18 +72,27 @@ def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Ten
         yield pack
 
 
-def _all_sums(scratch: Scratch, lengths: Sequence[int]) -> Tensor:
+def _packed(parts: list[Tensor], scratch: Scratch) -> Tensor:
+    """The parts as one tensor: a single one is read where it is, more are copied together."""
+    if len(parts) == 1:
+        return scratch.source(parts[0])
+    torch._foreach_copy_(scratch.values.split([part.numel() for part in parts]), parts)
+    return scratch.values
+
+
+def _all_sums(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor:
     values, wide = scratch
     spare = wide.view(values.dtype)[: len(values)]
-    flags = torch.sub(values, values, out=spare).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
+    flags = torch.sub(packed, packed, out=spare).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
     nonfinite = _totals(flags, lengths)
-    absolute = _totals(wide.copy_(values.nan_to_num_(0.0, 0.0, 0.0).abs_()), lengths)
+    absolute = _totals(wide.copy_(torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values).abs_()), lengths)
     return torch.stack((_totals(wide.square_(), lengths), absolute, nonfinite.to(wide)), dim=-1)
 
 
-def _squares(scratch: Scratch, lengths: Sequence[int]) -> Tensor:
+def _squares(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor:
     values, wide = scratch
-    return _totals(wide.copy_(values.nan_to_num_(0.0, 0.0, 0.0)).square_(), lengths)[:, None]
+    finite = torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values)
+    return _totals(wide.copy_(finite).square_(), lengths)[:, None]
 
 
 def _totals(packed: Tensor, lengths: Sequence[int]) -> Tensor:

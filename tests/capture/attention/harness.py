@@ -37,10 +37,16 @@ def capture_of(model: nn.Module, rows: Any = "all", on_source: Any = None) -> At
 @contextmanager
 def hooked(model: nn.Module, capture: AttentionCapture, training: bool = True):
     """The root hooks, as a session puts them on."""
-    hooks = [
-        model.register_forward_pre_hook(lambda module, args: capture.enter(training)),
-        model.register_forward_hook(lambda module, args, output: capture.leave(), always_call=True),
-    ]
+
+    def enter(module, args):
+        if not torch.compiler.is_compiling():
+            capture.enter(module, training)
+
+    def leave(module, args, output):
+        if not torch.compiler.is_compiling():
+            capture.leave()
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:

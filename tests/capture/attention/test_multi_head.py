@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tests.capture.attention.harness import assert_untouched, record
+from tests.capture.attention.harness import assert_untouched, capture_of, hooked, record, recorded
 from tests.capture.attention.reference import assert_close, per_head
 
 WIDTH, HEADS = 8, 2
@@ -18,19 +19,12 @@ WIDTH, HEADS = 8, 2
 
 def weights_of(model: nn.MultiheadAttention, *args, **kwargs) -> torch.Tensor:
     """Per-head probabilities as the module itself returns them, in float64 and without dropout."""
-    model = nn.MultiheadAttention.__new__(nn.MultiheadAttention).__class__ and _double(model)
+    model = copy.deepcopy(model).double()
+    model.dropout = 0.0
     args = [a.double() for a in args]
-    kwargs = {name: m.double() if m is not None and m.is_floating_point() else m for name, m in kwargs.items()}
-    dropout, model.dropout = model.dropout, 0.0
+    kwargs = {name: m.double() if m.is_floating_point() else m for name, m in kwargs.items()}
     weights = model(*args, **kwargs, need_weights=True, average_attn_weights=False)[1].detach()
-    model.dropout = dropout
     return weights if weights.dim() == 4 else weights[None]
-
-
-def _double(model: nn.MultiheadAttention) -> nn.MultiheadAttention:
-    import copy
-
-    return copy.deepcopy(model).double()
 
 
 def entropies(weights: torch.Tensor, padded: torch.Tensor | None = None) -> list[float]:
@@ -105,6 +99,15 @@ def test_padded_keys_of_cross_attention_hide_no_query(need_weights):
     assert seen.of("rows") == [10, 10]
 
 
+def test_values_of_their_own_make_no_cross_attention():
+    """As in DETR: positions are added to queries and keys alone."""
+    model, x = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), torch.randn(2, 5, WIDTH)
+    placed, padded = x + 1, torch.zeros(2, 5, dtype=torch.bool)
+    padded[1, 3:] = True
+    seen = record(model, placed, placed, x, key_padding_mask=padded, need_weights=False)
+    assert seen.of("rows") == [8, 8]
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("kind", ["2-D bool", "2-D float", "3-D bool", "is_causal"])
 def test_attention_masks(kind, need_weights):
@@ -168,6 +171,7 @@ def test_every_attention_of_a_transformer_has_the_name_of_its_module():
     assert not seen.uncovered
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_transformer_in_training_is_bitwise_the_same(batch_first, norm_first):
@@ -181,8 +185,9 @@ def test_an_encoder_with_padding_and_a_causal_mask():
     x, padded = torch.randn(2, 5, WIDTH), torch.zeros(2, 5, dtype=torch.bool)
     padded[1, 4:] = True
     mask = nn.Transformer.generate_square_subsequent_mask(5)
-    seen = record(model, x, mask=mask, src_key_padding_mask=padded.float().masked_fill(padded, -math.inf))
-    weights = weights_of(model.layers[0].self_attn, x, x, x, attn_mask=mask, key_padding_mask=padded)
+    padding = torch.zeros(2, 5).masked_fill(padded, -math.inf)
+    seen = record(model, x, mask=mask, src_key_padding_mask=padding)
+    weights = weights_of(model.layers[0].self_attn, x, x, x, attn_mask=mask, key_padding_mask=padding)
     assert_entropies(seen, weights, padded, "layers.0.self_attn")
 
 
@@ -206,8 +211,9 @@ def test_a_mode_of_the_users_sees_the_same_calls_and_attention_is_seen_too(need_
     with Counting() as bare:
         expected = model(x, x, x, need_weights=need_weights)
     torch.manual_seed(3)
-    with Counting() as mode:
-        seen = record(model, x, x, x, need_weights=need_weights)
+    capture = capture_of(model)
+    with hooked(model, capture), Counting() as mode:
+        output = model(x, x, x, need_weights=need_weights)
     assert mode.calls == bare.calls
-    assert torch.equal(seen.output[0], expected[0])
-    assert_entropies(seen, weights_of(model, x, x, x))
+    assert torch.equal(output[0], expected[0])
+    assert_entropies(recorded(capture), weights_of(model, x, x, x))

@@ -53,10 +53,12 @@ class AttentionCapture:
         """How often each reason not to record an attention was met."""
         return self._uncovered.counts
 
-    def enter(self, training: bool = True) -> None:
+    def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
         """A forward pass begins that is to be recorded, as training or as validation.
 
-        Does nothing while something traces, or recomputes, the pass; a pass that cannot be recorded is counted.
+        module: what is called, the model or a part of it. grad_enabled: whether the pass runs with gradients, if
+        that is not so where this is called. Does nothing while something traces, or recomputes, the pass; a pass that
+        cannot be recorded is counted.
         """
         if torch.compiler.is_compiling() or under_transform() or in_backward() or self._observer.gate.failed:
             return
@@ -67,7 +69,9 @@ class AttentionCapture:
         self._thread = threading.current_thread()
         self._observer.training = training
         self._fast_paths.arm(model)
-        stack.push(self._mode)
+        grad_enabled = torch.is_grad_enabled() if grad_enabled is None else grad_enabled
+        if not self._fast_paths.suspended_by(module, (), grad_enabled):
+            stack.push(self._mode)
 
     def leave(self) -> None:
         """The pass has ended, with or without an exception. Safe to call at any time; costs nothing after the first."""
@@ -78,6 +82,10 @@ class AttentionCapture:
         self._fast_paths.disarm()
         self._mode.forget()
         self._owners.forget()
+
+    def note_uncovered(self, reason: str) -> None:
+        """Count a pass that was not recorded; each reason is logged once."""
+        self._uncovered.add(reason)
 
     def collect(self, training: bool = True) -> list[Found]:
         """What the passes since the last call add up to, in the order in which sites were first called."""

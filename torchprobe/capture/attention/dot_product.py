@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 
 from torchprobe.capture.attention.layout import by_head, mask_by_head, plain
@@ -38,9 +38,9 @@ def query_key(call: Mapping[str, Any], heads: int | None) -> QueryKey:
     query, key = _broadcast(plain(call["query"]), plain(call["key"]))
     heads = heads if query.dim() == 3 else None
     mask, causal, modify = call.get("attn_mask"), bool(call.get("is_causal")), None
-    if isinstance(mask, CausalBias):
-        causal, modify, mask = _of_bias(mask)
-    if mask is not None:
+    if mask is not None and (offset := _causal_offset(mask)) is not None:
+        causal, modify, mask = offset == 0, LowerRight(offset) if offset else None, None
+    elif mask is not None:
         mask = mask_by_head(plain(mask), query.shape[:-2], heads)
     scale = 1 / math.sqrt(query.size(-1)) if call.get("scale") is None else float(call["scale"])
     return QueryKey(by_head(query, heads), by_head(key, heads), scale, mask, causal, modify=modify)
@@ -57,10 +57,12 @@ class LowerRight:
         return logits.masked_fill(key > query + self.offset, -math.inf)
 
 
-def _of_bias(bias: CausalBias) -> tuple[bool, LowerRight | None, None]:
-    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
-        return True, None, None
-    return False, LowerRight(bias.seq_len_kv - bias.seq_len_q), None
+def _causal_offset(mask: Tensor) -> int | None:
+    """How far a `CausalBias` is from the top-left alignment; None for any other mask."""
+    bias = sys.modules.get("torch.nn.attention.bias")  # importing it takes as long as importing torch
+    if bias is None or not isinstance(mask, bias.CausalBias):
+        return None
+    return 0 if mask.variant == bias.CausalVariant.UPPER_LEFT else mask.seq_len_kv - mask.seq_len_q
 
 
 def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class FastPaths:
         self.disarm()
         if not torch.backends.mha.get_fastpath_enabled():
             return
-        self._modules = {id(module) for module in model.modules() if _may_be_fused(module)}
+        self._modules = {id(module) for module in model.modules() if _has_fused_path(module)}
         if self._modules:
             self._thread = threading.get_ident()
             self._handles = [
@@ -49,10 +49,16 @@ class FastPaths:
         self._modules = set()
         self._outermost = None
 
+    def suspended_by(self, module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+        """Suspend the capture if the module that is about to run may choose its fused path."""
+        if self._outermost is not None or not self._concerns(module) or not _may_be_fused(module, args, grad_enabled):
+            return False
+        self._outermost = id(module)
+        self._suspend(f"the fused path of nn.{type(module).__name__} in evaluation")
+        return True
+
     def _before(self, module: nn.Module, args: Any) -> None:
-        if self._outermost is None and self._concerns(module) and not _is_cross(module, args):
-            self._outermost = id(module)
-            self._suspend(f"the fused path of nn.{type(module).__name__} in evaluation")
+        self.suspended_by(module, args, torch.is_grad_enabled())
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost == id(module) and self._concerns(module):
@@ -63,16 +69,15 @@ class FastPaths:
         return id(module) in self._modules and threading.get_ident() == self._thread
 
 
-def _may_be_fused(module: nn.Module) -> bool:
-    """Whether PyTorch might choose the fused path; with gradients for all of the module's parameters it never does."""
+def _has_fused_path(module: nn.Module) -> bool:
     if module.training or not isinstance(module, _FUSED):
-        return False
-    if torch.is_grad_enabled() and all(parameter.requires_grad for parameter in module.parameters()):
         return False
     attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
     return any(part.batch_first and part._qkv_same_embed_dim and part.num_heads % 2 == 0 for part in attentions)
 
 
-def _is_cross(module: nn.Module, args: Any) -> bool:
-    """Cross-attention, which is never fused."""
-    return isinstance(module, nn.MultiheadAttention) and len(args) > 2 and not (args[0] is args[1] is args[2])
+def _may_be_fused(module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+    """PyTorch never chooses the fused path for cross-attention, nor with gradients for all of the parameters."""
+    if grad_enabled and all(parameter.requires_grad for parameter in module.parameters()):
+        return False
+    return not isinstance(module, nn.MultiheadAttention) or len(args) < 3 or args[0] is args[1] is args[2]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.overrides import _enable_torch_function
 
+from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.layout import plain
 from torchprobe.statistics.attention import QueryKey
 
@@ -49,8 +52,18 @@ class Modifications:
         """Applies both to many logits."""
         dims = logits.dim()
         full = [index[(None,) * (dims - index.dim())].int() for index in indices]
-        scores = _everywhere(self.score_mod, [logits, *full], dims)
-        return scores.masked_fill(~_everywhere(self.mask_mod, full, dims), -math.inf)
+        with _indexing_by_scalars():
+            scores = _everywhere(self.score_mod, [logits, *full], dims)
+            return scores.masked_fill(~_everywhere(self.mask_mod, full, dims), -math.inf)
+
+
+@contextmanager
+def _indexing_by_scalars() -> Iterator[None]:
+    """`bias[head]` with a tensor for the head is a lookup, and not a read of its value, as `flex_attention` has it."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # loaded with flex_attention
+
+    with stack.emptied(), _enable_torch_function(), TransformGetItemToIndex():
+        yield
 
 
 def _everywhere(function: Callable[..., Tensor], tensors: list[Tensor], dims: int) -> Tensor:

@@ -72,6 +72,8 @@ class Handwritten:
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
         """Look at a call of one of `functions`; within: the call that it is a part of, where that is known."""
         if func in fn.PRODUCTS:
+            if nn.Parameter in map(type, args) and not self._has_tagged(args, kwargs):
+                return
             with self._observer.guard():
                 self._after_product(func, args, kwargs, result, within)
         elif func in fn.SOFTMAXES:
@@ -166,8 +168,9 @@ class Handwritten:
     # ---- what happens to logits and weights on the way
 
     def _concerns(self, args: Args, kwargs: Kwargs) -> bool:
-        if args and type(args[0]) is nn.Parameter:
-            return True
+        return (bool(args) and type(args[0]) is nn.Parameter) or self._has_tagged(args, kwargs)
+
+    def _has_tagged(self, args: Args, kwargs: Kwargs) -> bool:
         return bool(self._tags) and next(self._tags.among((*args, *kwargs.values())), None) is not None
 
     def _after_carrier(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:

@@ -64,7 +64,7 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
 
 def unread(call: Mapping[str, Any]) -> str | None:
     """Why the statistics of a call cannot be had, or None: an argument that changes the keys or the logits."""
-    used = sorted(name for name in _UNREAD if call.get(name) not in (None, 0))
+    used = sorted(name for name in _UNREAD if isinstance(call.get(name), Tensor) or call.get(name))
     return f"fused kernels with {', '.join(used)}" if used else None
 
 

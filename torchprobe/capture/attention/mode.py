@@ -108,7 +108,7 @@ class AttentionMode(TorchFunctionMode):
         if not stack.is_shared():
             return self._step_through(within, args, kwargs)
         result = multi_head.FUNCTION(*args, **kwargs)  # the user's own mode wants to see one call, not its steps
-        with self._observer.gate.boundary(), torch.no_grad(), stack.emptied():
+        with self._observer.gate.boundary(), stack.emptied(), torch.no_grad():
             self._step_through(within, (), multi_head.arguments(args, kwargs) | {"training": False})
         return result
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import multi_head_attention_forward as FUNCTION  # noqa: N812
+from torch.nn.functional import multi_head_attention_forward as FUNCTION
 
 from torchprobe.capture.attention.layout import plain
 from torchprobe.capture.attention.observer import Call
@@ -42,11 +42,16 @@ def transparent() -> Callable[..., Any]:
 def call_of(arguments: Mapping[str, Any], caller: Caller) -> Call:
     """What the arguments say: how many heads, whether the queries are the keys, and which of them are padded."""
     query, key = arguments["query"], arguments["key"]
-    cross = query is not key and (query.size(0) != key.size(0) or not same_source(query, key))
+    cross = not _are_same(query, key) and (query.size(0) != key.size(0) or not same_source(query, key))
     padding = arguments.get("key_padding_mask")
     if padding is not None:
         padding = None if cross else _padded(padding)
     return Call(caller._replace(heads=int(arguments["num_heads"])), cross, padding)
+
+
+def _are_same(query: Tensor, key: Tensor) -> bool:
+    """Whether it is one tensor, or two views of it as `batch_first` makes them."""
+    return query.data_ptr() == key.data_ptr() and query.shape == key.shape and query.stride() == key.stride()
 
 
 def _padded(mask: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchprobe.capture.attention.owner import Caller, Owners
 from torchprobe.capture.attention.padding import padded_queries
@@ -44,7 +45,15 @@ class Observer:
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around everything that is not the user's call: no mode sees it, and an error ends the probe alone."""
-        with self.gate.boundary(), torch._C.DisableTorchFunction():
+        dispatch = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+        # What is kept outlives the user's inference mode.
+        with (
+            self.gate.boundary(),
+            torch._C.DisableTorchFunction(),
+            dispatch,
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             yield
 
     def padding(self, call: Call, mask: Tensor | None, queries: int, keys: int, batch: int) -> Tensor | None:

@@ -16,7 +16,7 @@ Path = tuple[tuple[str, str, int], ...]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _READS_LOCALS = frozenset({"locals", "vars", "dir", "eval", "exec"})
-_MODULE_CALL = nn.Module._call_impl.__code__
+_MODULE_CALL = nn.Module.__module__  # where modules are called, by one function or another
 
 
 class Caller(NamedTuple):
@@ -51,7 +51,7 @@ class Owners:
             code = frame.f_code
             if owner is None:
                 owner = self._module(frame)
-            if owner is not None and code is _MODULE_CALL:
+            if owner is not None and frame.f_globals.get("__name__") == _MODULE_CALL:
                 break
             if not _is_ours(frame):
                 path.append((code.co_filename, code.co_name, frame.f_lasti))

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from torchprobe.capture.gate import no_autocast
 from torchprobe.statistics.attention import Source, compute, is_sampled
@@ -26,7 +25,7 @@ class Reading:
 
 
 class Reader:
-    """Computes the statistic of a source, outside the user's autocast, graph, modes and random numbers."""
+    """Computes the statistic of a source, outside of the user's autocast and random numbers."""
 
     def __init__(self, rows: int | Literal["all"], on_source: OnSource | None) -> None:
         self._rows = rows
@@ -37,13 +36,16 @@ class Reader:
         """The reading of one call; name: of the module that owns it."""
         device = source.device
         generator = self._generator(device)
-        with torch.inference_mode(False), torch.no_grad(), no_autocast(device), _disable_current_modes():
+        with no_autocast(device):
             rows = compute(source, self._rows, generator)
             kept = None if self._on_source is None else self._on_source(name, source, generator)
         return Reading(rows, is_sampled(source, self._rows), kept)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-            self._generators[device].manual_seed(0)  # private: a run can be repeated
+            try:
+                generator = torch.Generator(device)
+            except RuntimeError:  # not every backend has generators of its own
+                generator = torch.Generator()
+            self._generators[device] = generator.manual_seed(0)  # so that a run can be repeated
         return self._generators[device]

@@ -73,5 +73,4 @@ class Sites:
 
 def _merged(a: Reading, b: Reading) -> Reading:
     kept = b.kept if a.kept is None else a.kept
-    with torch.no_grad():
-        return Reading(combine(a.rows, b.rows), a.sampled or b.sampled, kept)
+    return Reading(combine(a.rows, b.rows), a.sampled or b.sampled, kept)

@@ -56,15 +56,14 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
     Raises ValueError for a `rows` that is neither "all" nor a positive integer.
     """
     chosen = choose(source, rows, generator)
-    heads = source.shape.heads
-    if 0 in source.shape:
-        return torch.zeros(heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device)
-    table = torch.empty(6, chosen.count, heads, chosen.per_sequence, dtype=source.dtype, device=source.device)
+    shape = source.shape
+    if 0 in shape:
+        return torch.zeros(shape.heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device)
+    table = torch.empty(6, shape.heads, chosen.count, chosen.per_sequence, dtype=source.dtype, device=source.device)
     for block in blocks(source, chosen):
-        part = block.part
-        table[:, part.sequences, part.heads, part.rows] = _columns(block)
+        table[:, block.part.heads, block.part.sequences, block.part.rows] = _columns(block).transpose(1, 2)
     sinks = source.sinks if isinstance(source, QueryKey) else None
-    return _sums(table, sinks, unpadded(source, chosen))
+    return _sums(table.flatten(2), sinks, unpadded(source, chosen))
 
 
 def combine(a: Tensor, b: Tensor) -> Tensor:
@@ -118,25 +117,25 @@ def _columns(block: Block) -> Tensor:
 
 
 def _sums(table: Tensor, sinks: Tensor | None, unpadded: Tensor | None) -> Tensor:
-    """The row of every head from the columns of its query rows."""
+    """The row of every head from the columns of its query rows, (6, heads, rows)."""
     largest, count = table[0], table[-1]
     valid = (count > 0) & largest.isfinite()
     if unpadded is not None:
-        valid = valid & unpadded
+        valid &= unpadded.flatten()
     choice = valid & (count > 1)
     entropy, max_probability, sink, distance = _statistics(table, sinks)
     normalized = (entropy / count.clamp(min=2).log()).clamp(max=1)
-    one = torch.ones_like(count)
-    values = torch.stack((entropy, normalized, max_probability, sink, distance, one, one))
-    kept = torch.stack((valid, choice, valid, choice, valid, valid, choice))
-    sums = torch.where(kept, values, 0).sum((1, 3), dtype=row_dtype(table.device))
-    highest = torch.where(valid, largest, -torch.inf).amax((0, 2))
-    highest = torch.where(sums[-2] > 0, highest, 0).to(sums.dtype)
-    return torch.cat((sums[:MAX_LOGIT], highest[None], sums[MAX_LOGIT:])).T.contiguous()
+    values = torch.stack((entropy, normalized, max_probability, sink, distance))
+    sums = torch.where(torch.stack((valid, choice, valid, choice, valid)), values, 0)
+    sums = sums.sum(-1, dtype=row_dtype(table.device))
+    rows = torch.stack((valid, choice)).sum(-1)
+    highest = torch.where(valid, largest, -torch.inf).amax(-1)
+    highest = torch.where(rows[0] > 0, highest, 0)
+    return torch.cat((sums[:MAX_LOGIT], highest[None], sums[MAX_LOGIT:], rows)).T.contiguous()
 
 
 def _statistics(table: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, largest probability, sink and distance of every query row: (sequences, heads, rows) each.
+    """Entropy, largest probability, sink and distance of every query row: (heads, rows) each.
 
     A sink logit above m is the maximum that everything is relative to: the columns then shrink by exp(m - sink).
     """

@@ -1,4 +1,4 @@
-"""Which keys a query row sees: how many, which is the first, and what hides the others from the softmax."""
+"""Which keys a query row sees: how many, which is the first, how far they are, and what hides the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchprobe.statistics.attention.parts import Part
 from torchprobe.statistics.attention.rows import Rows
-from torchprobe.statistics.attention.sources import QueryKey
+from torchprobe.statistics.attention.sources import QueryKey, Source
 
 HIDDEN = -1e30
 """Added to the logit of a key that is not visible: finite, so that no inf - inf makes a NaN of it."""
@@ -19,12 +19,36 @@ NEVER_A_LOGIT = -5e8
 
 
 @dataclass(frozen=True)
-class Visibility:
-    """count: visible keys; first: index of the first one, None where it is 0. Broadcastable to (sequences, heads,
-    rows), floating."""
+class Visible:
+    """count: visible keys; first: index of the first one, None where it is 0. Floating, broadcastable to
+    (sequences, heads, rows)."""
 
     count: Tensor
     first: Tensor | None
+
+    def narrowed(self, rows: slice) -> Visible:
+        """The same for fewer rows."""
+        return Visible(_narrowed(self.count, rows), None if self.first is None else _narrowed(self.first, rows))
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What some rows see. distance: abs(query index - key index), (sequences or 1, 1, rows, keys). bias: what
+    hides keys when added to the logits; None for nothing. visible: None where the logits have to tell."""
+
+    rows: slice
+    distance: Tensor
+    bias: Tensor | None
+    visible: Visible | None
+
+    def narrowed(self, rows: slice) -> Sight:
+        """The same for fewer rows."""
+        if rows == self.rows:
+            return self
+        piece = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        bias = None if self.bias is None else _narrowed(self.bias, piece)
+        visible = None if self.visible is None else self.visible.narrowed(piece)
+        return Sight(rows, self.distance[:, :, piece], bias, visible)
 
 
 def threshold(dtype: torch.dtype) -> float:
@@ -37,30 +61,25 @@ def threshold(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).min / 2, NEVER_A_LOGIT)
 
 
-def offsets(rows: Rows, part: Part, keys: int, source_dtype: torch.dtype, device: torch.device) -> Tensor:
-    """key index - query index: (sequences or 1, 1, rows, keys)."""
-    position = rows.positions(part, device).to(source_dtype)
-    return torch.arange(keys, dtype=source_dtype, device=device) - position[:, None, :, None]
+def from_afar(source: Source, rows: Rows, part: Part) -> Sight:
+    """Distances alone, of all keys."""
+    return Sight(part.rows, _offset(source, rows, part, source.shape.keys).abs_(), None, None)
 
 
-def hiding(source: QueryKey, rows: Rows, part: Part, offset: Tensor) -> Tensor | None:
-    """What to add to the logits, about -1e30 for keys that are not visible: broadcastable to them; None for nothing."""
-    bias = None if source.mask is None else _of_mask(source.mask, rows, part, offset)
-    if not source.causal:
-        return bias
-    future = offset.clamp(min=0).mul_(HIDDEN)
-    return future if bias is None else bias + future
+def see(source: QueryKey, rows: Rows, part: Part, keys: int) -> Sight:
+    """What the rows of a part see of the first `keys`, without the logits; heads alike where the mask has none."""
+    offset = _offset(source, rows, part, keys)
+    bias = None if source.mask is None else _bias(source.mask, rows, part, offset)
+    visible = None
+    if source.causal:
+        future = offset.clamp(min=0).mul_(HIDDEN)
+        bias = future if bias is None else bias + future
+    if source.modify is None:
+        visible = _behind(source, rows, part) if source.mask is None or bias is None else _unmasked(source.mask, bias)
+    return Sight(part.rows, offset.abs_(), bias, visible)
 
 
-def without_mask(source: QueryKey, rows: Rows, part: Part) -> Visibility:
-    """Where `causal` alone decides."""
-    keys = source.shape.keys
-    position = rows.positions(part, source.device).to(source.dtype)[:, None]
-    count = (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
-    return Visibility(count, None)
-
-
-def of_values(values: Tensor, hidden: float) -> Visibility:
+def of_values(values: Tensor, hidden: float) -> Visible:
     """From logits, or from what is added to them: (…, keys), visible above `hidden`.
 
     Written in floating arithmetic, exact up to 2²⁴ keys: comparing and counting booleans costs three times as much.
@@ -69,14 +88,34 @@ def of_values(values: Tensor, hidden: float) -> Visibility:
     seen = (values - hidden).clamp_(0, 1)
     count = seen.sum(-1)
     from_the_end = torch.arange(keys, 0, -1, dtype=values.dtype, device=values.device)
-    return Visibility(count, keys - seen.mul_(from_the_end).amax(-1))
+    return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
 
 
-def _of_mask(mask: Tensor, rows: Rows, part: Part, offset: Tensor) -> Tensor:
-    """The rows of a mask as a finite bias."""
+def _offset(source: Source, rows: Rows, part: Part, keys: int) -> Tensor:
+    position = rows.positions(part, source.device).to(source.dtype)
+    return torch.arange(keys, dtype=source.dtype, device=source.device) - position[:, None, :, None]
+
+
+def _bias(mask: Tensor, rows: Rows, part: Part, offset: Tensor) -> Tensor:
+    """The rows of a mask as something finite to add."""
     mask = mask[(None,) * (4 - mask.dim())]
-    if mask.size(-1) != 1:
-        mask = mask[..., : offset.size(-1)]
-    bias = rows.take(mask, part).to(offset.dtype)
+    keys = offset.size(-1)
+    bias = rows.take(mask if mask.size(-1) == 1 else mask[..., :keys], part).to(offset.dtype)
     bias = (bias - 1) * -HIDDEN if mask.dtype == torch.bool else bias.clamp(min=HIDDEN)
-    return bias.expand(*bias.shape[:-1], offset.size(-1))
+    return bias.expand(*bias.shape[:-1], keys)
+
+
+def _unmasked(mask: Tensor, bias: Tensor) -> Visible:
+    return of_values(bias, threshold(mask.dtype if mask.is_floating_point() else bias.dtype))
+
+
+def _behind(source: QueryKey, rows: Rows, part: Part) -> Visible:
+    """Without a mask: the keys up to the query's own index, or all."""
+    keys = source.shape.keys
+    position = rows.positions(part, source.device).to(source.dtype)[:, None]
+    return Visible((position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys), None)
+
+
+def _narrowed(x: Tensor, rows: slice) -> Tensor:
+    """Some rows, the third dimension; a single one is for all and stays."""
+    return x if x.size(2) == 1 else x[:, :, rows]

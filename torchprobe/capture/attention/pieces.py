@@ -1,0 +1,70 @@
+"""Attention of a step as rows for the buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.attention.capture import AttentionCapture
+from torchprobe.capture.attention.sites import Found
+from torchprobe.capture.gate import Gate
+from torchprobe.probes.attention import Attention, AttentionMap
+from torchprobe.statistics.attention import Source, attention_map
+
+
+class AttentionPieces:
+    """An attention probe on a model: follows passes while its gate is open, and keeps a map when one is due."""
+
+    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate) -> None:
+        self.probe = probe
+        self.gate = gate
+        self._capture = AttentionCapture(model, gate, probe.rows, self._map_of)
+        self._map_due = False
+        self._mapped: set[str] = set()
+        self._reporters: dict[tuple[str, int, int], AttentionMap] = {}
+
+    @property
+    def uncovered(self) -> Mapping[str, int]:
+        """How often attention was not recorded, by reason."""
+        return self._capture.uncovered
+
+    def open_for(self, step: int) -> None:
+        """A step begins: whether it gives maps."""
+        self._map_due = self.probe.map_schedule(step)
+
+    def enter(self, module: nn.Module, training: bool) -> None:
+        """A forward pass begins."""
+        if self.gate.train if training else self.gate.val:
+            self._capture.enter(module, training)
+
+    def leave(self) -> None:
+        """A forward pass has ended, also by an exception."""
+        self._capture.leave()
+
+    def collect(self, training: bool, compiled: bool = False) -> Iterator[Piece]:
+        """A piece for each attention: a row a head; and its map, when there is one."""
+        prefix = "" if training else "val/"
+        everything = self._capture.collect(training)
+        if compiled and not everything and self.gate.train:
+            self._capture.note_uncovered("models with compiled parts")
+        for found in everything:
+            sampled = found.rows.new_full((len(found.rows), 1), float(found.sampled))
+            yield Piece(self.probe, [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1), prefix)
+            if found.kept is not None:
+                yield self._map_piece(found, found.kept, prefix)
+
+    def _map_of(self, name: str, source: Source, generator: torch.Generator) -> Tensor | None:
+        if not self._map_due or (name not in self._mapped and len(self._mapped) >= self.probe.map_layers):
+            return None
+        drawn = attention_map(source, generator=generator)
+        self._mapped.add(name)
+        return drawn
+
+    def _map_piece(self, found: Found, drawn: Tensor, prefix: str) -> Piece:
+        key = (found.name, drawn.size(1), drawn.size(2))
+        reporter = self._reporters.setdefault(key, AttentionMap(*key))
+        return Piece(reporter, [found.name] * len(drawn), drawn.flatten(1).to(found.rows.dtype), prefix)

@@ -1,0 +1,134 @@
+"""Attention: entropy, logits, sinks and distance of every head, and pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.images import grid, heat_map
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Value
+from torchprobe.schedule import Schedule, as_schedule, check_count
+from torchprobe.statistics import attention
+
+SINK_THRESHOLD = 0.3  # Gu et al. 2024: a head whose first key takes more than this is a sink head
+
+_EXACT = "exact: all query rows"
+_TAG_OF = {  # statistic of a head -> tag of its mean over heads
+    "entropy": "attention_entropy",
+    "normalized_entropy": "attention_entropy_normalized",
+    "max_probability": "attention_max_prob",
+    "sink": "attention_sink",
+    "distance": "attention_distance",
+}
+_MEANINGS = {
+    "attention_entropy": "Entropy of a query's attention in nats, mean over queries, then over heads",
+    "attention_entropy_normalized": "Entropy over the log of the number of visible keys, mean over queries and heads",
+    "attention_entropy_min": "Mean entropy of the head where it is smallest, in nats",
+    "attention_max_logit": "Largest logit after scale and mask, before the softmax",
+    "attention_max_prob": "Largest probability of a query, mean over queries and heads",
+    "attention_sink": "Probability on the first visible key, mean over queries and heads",
+    "attention_sink_heads": f"Share of heads whose mean probability on the first visible key exceeds {SINK_THRESHOLD}",
+    "attention_distance": "Distance in tokens between a query and the keys it attends to, mean over queries and heads",
+    "attention_heads": "A statistic of every head: layers down, heads across",
+    "attention_heatmap": "The same as a picture",
+}
+
+
+class Attention(Probe):
+    """Statistics of every attention of the model, found where it is computed, per head.
+
+    rows: query rows a head to read at each call, spread over all sequences of the batch; all of them when there
+    are no more, and for "all". Fewer rows than there are make the means samples, and the largest logit a lower
+    bound: the tags' descriptions say which. maps_every: cadence of the pictures of attention itself, of the first
+    `map_layers` attentions, first sequence of the batch. eval: also in validation.
+
+    Cost: a matrix product of the chosen rows with all keys, on sampled steps.
+    """
+
+    source: ClassVar[Source] = "attention"
+    fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
+
+    def __init__(
+        self,
+        every: int | Schedule | None = None,
+        *,
+        rows: int | Literal["all"] = 512,
+        maps_every: int | Schedule = 1000,
+        map_layers: int = 4,
+        eval: bool = False,
+    ) -> None:
+        super().__init__(every)
+        self.rows = rows if rows == "all" else check_count("rows", rows)
+        self.map_schedule = as_schedule("maps_every", maps_every)
+        self.map_layers = check_count("map_layers", map_layers)
+        self.eval = eval
+        self.descriptions = _descriptions(_EXACT)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Names repeat: a row for each head. Per layer, the heads of all layers, and the overview."""
+        if rows[:, -1].any():
+            self.descriptions = _descriptions(f"sampled: {self.rows} query rows a head")
+        layers = {name: _summaries(rows[[n == name for n in names], :-1]) for name in dict.fromkeys(names)}
+        for name, heads in layers.items():
+            yield from _layer(name, heads)
+        yield from _pictures(list(layers.values()))
+        entropies = [head["entropy"] for heads in layers.values() for head in heads if "entropy" in head]
+        if entropies:
+            yield "overview/attention_entropy_min", min(entropies)
+            logits = [head["max_logit"] for heads in layers.values() for head in heads if "max_logit" in head]
+            yield "overview/attention_max_logit", max(logits)
+
+
+class AttentionMap:
+    """Draws the heads of one attention; made once for each module and shape of map."""
+
+    def __init__(self, module: str, height: int, width: int) -> None:
+        self._module = module
+        self._shape = (height, width)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """One row a head: its pooled probabilities, flattened."""
+        heads = list(rows.reshape(-1, *self._shape))
+        titles = [f"head {i}" for i in range(len(heads))]
+        title = f"{self._module}: queries down, keys across"
+        yield f"attention_map/{self._module}", grid(heads, titles, title=title, columns=2 if len(heads) < 5 else 4)
+
+
+def _summaries(rows: NDArray[np.float64]) -> list[dict[str, float]]:
+    return [attention.summarise(row) for row in rows.tolist()]
+
+
+def _layer(name: str, heads: list[dict[str, float]]) -> Iterator[tuple[str, Value]]:
+    for statistic, tag in _TAG_OF.items():
+        values = [head[statistic] for head in heads if statistic in head]
+        if values:
+            yield f"{tag}/{name}", float(np.mean(values))
+            if statistic == "entropy":
+                yield f"attention_entropy_min/{name}", min(values)
+            if statistic == "sink":
+                yield f"attention_sink_heads/{name}", float(np.mean([value > SINK_THRESHOLD for value in values]))
+    logits = [head["max_logit"] for head in heads if "max_logit" in head]
+    if logits:
+        yield f"attention_max_logit/{name}", max(logits)
+
+
+def _pictures(layers: list[list[dict[str, float]]]) -> Iterator[tuple[str, Value]]:
+    for statistic in (*_TAG_OF, "max_logit"):
+        matrix = np.full((len(layers), max(map(len, layers))), np.nan)
+        for i, heads in enumerate(layers):
+            matrix[i, : len(heads)] = [head.get(statistic, np.nan) for head in heads]
+        yield f"attention_heads/{statistic}", matrix.astype(np.float32)
+        title = f"attention: {statistic.replace('_', ' ')}"
+        yield f"attention_heatmap/{statistic}", heat_map(matrix, rows="layer", columns="head", title=title)
+
+
+def _descriptions(how: str) -> dict[str, str]:
+    bound = how if how == _EXACT else f"{how}: a lower bound"
+    texts = {
+        group: f"{text} ({bound if group == 'attention_max_logit' else how})." for group, text in _MEANINGS.items()
+    }
+    return {**texts, "attention_map": "Attention of the first sequence, pooled; every row adds up to 1."}

@@ -5,12 +5,12 @@ from unittest import mock
 
 import pytest
 
-from torchprobe.statistics import dtypes
+from torchprobe.statistics import dense, dtypes
 
 
 @contextmanager
 def _in_pieces_of(size: int):
-    with mock.patch.object(dtypes, "CPU_PIECE", size):
+    with mock.patch.object(dtypes, "CPU_PIECE", size), mock.patch.object(dense, "PIECE", size):
         yield
 
 

@@ -20,13 +20,13 @@ EXACT = [COUNT, MAX_ABS, ZEROS, NONFINITE]
 
 
 def assert_close(row: torch.Tensor, expected: list[float]) -> None:
-    """Counts and max_abs exactly; the mean to 1e-14 of max_abs; m2 as far as float64 means can be told apart."""
+    """Counts and max_abs exactly; the mean to 3e-7 of max_abs and m2 to 2e-6, as float32 sums of deviations give."""
     row = row.tolist()
     count, _, m2, max_abs, *_ = expected
     assert [row[i] for i in EXACT] == [expected[i] for i in EXACT]
-    assert row[MEAN] == pytest.approx(expected[MEAN], rel=0, abs=1e-14 * max_abs)
+    assert row[MEAN] == pytest.approx(expected[MEAN], rel=0, abs=3e-7 * max_abs)
     slack = 1e-15 * max_abs
-    tolerance = 1e-12 * m2 + 4 * slack * math.sqrt(count * m2) + 4 * count * slack**2
+    tolerance = 2e-6 * m2 + 4 * slack * math.sqrt(count * m2) + 4 * count * slack**2
     assert row[M2] == pytest.approx(m2, rel=0, abs=tolerance)
 
 

@@ -30,7 +30,7 @@ def _fresh_compiler():
 
 
 def assert_same(row: torch.Tensor, x: torch.Tensor) -> None:
-    torch.testing.assert_close(row, moments.compute(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(row, moments.compute(x), rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchprobe.probes.base import Probe, Report, Source
 from torchprobe.schedule import Schedule
-from torchprobe.statistics import moments
+from torchprobe.statistics import energy, moments
 
 
 class Activations(Probe):
@@ -59,28 +59,23 @@ class ActivationGradients(Probe):
     """L2 norm of the loss's gradient with respect to each module's output, over finite elements."""
 
     source: ClassVar[Source] = "output_gradients"
-    fields: ClassVar[tuple[str, ...]] = moments.FIELDS
+    fields: ClassVar[tuple[str, ...]] = energy.FIELDS
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
     }
 
     def compute(self, tensor: Tensor) -> Tensor:
-        """Moments, since these trace in a backward hook and keep compiled weights bitwise as they are."""
-        return moments.compute(tensor)
-
-    def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Chan's parallel merge."""
-        return moments.combine(a, b)
+        """Sums that add up over micro-batches."""
+        return energy.compute(tensor)
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Moments of the gradient itself: the mean and the largest scale with it, m2 with its square."""
-        one, factor = torch.ones_like(scale), scale.reciprocal()
-        factors = {"mean": factor, "m2": factor.square(), "max_abs": factor}
-        return rows * torch.stack([*(factors.get(field, one) for field in self.fields), one])
+        """The sum of squares scales with the square."""
+        one = torch.ones_like(scale)
+        return rows * torch.stack([scale.square().reciprocal(), one, one])
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """The norm, and the non-finite count when there is one."""
-        yield f"activation_grad_norm/{name}", math.sqrt(values["m2"] + values["count"] * values["mean"] ** 2)
+        yield f"activation_grad_norm/{name}", math.sqrt(values["sum_squares"])
         if values["nonfinite"]:
             yield f"activation_grad_nonfinite/{name}", values["nonfinite"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from torchprobe.statistics import dense
 from torchprobe.statistics.dtypes import Scratch, pieces, real, row_dtype
 
 FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite")
@@ -22,7 +23,8 @@ def compute(x: Tensor) -> Tensor:
     mean is within 1e-14·max_abs and m2 within 1e-15·(n + max_abs / std) of itself, so a mean far from zero does no
     harm. m2 is inf where it exceeds the row's type, which takes float64 elements above 1e142.
 
-    Works in cache-sized pieces, at 1.7 ns an element on two CPU cores and 80 µs a call. Makes no host read, and
+    For finite float32 in host memory (see `dense`) the mean is within 3e-7 of max_abs and m2 within 2e-6 of itself,
+    at 0.7 ns an element on two CPU cores; else in cache-sized pieces, at 1.7 ns. Makes no device wait, and
     traces as one graph under `torch.compile`, whose back end fuses it. Raises TypeError for integers.
     """
     x = real(x)
@@ -30,6 +32,9 @@ def compute(x: Tensor) -> Tensor:
         return torch.zeros(len(FIELDS), dtype=row_dtype(x.device), device=x.device)
     if torch.compiler.is_compiling():  # pieces are for caches and threads: here they would only unroll the graph
         return _rows([x.reshape(-1)], Scratch.of_size(x.numel(), [x], x.device))[0]
+    common = dense.moments(x) if dense.applies_to(x) else None
+    if common is not None:
+        return torch.tensor(common, dtype=torch.float64)
     scratch = Scratch.for_elements_of([x], x.device)
     return _merged(_rows(pieces(x, len(scratch.values)), scratch))
 

@@ -19,8 +19,7 @@ FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
 """Columns of `finite_sums`. The sums and the count are over the finite elements."""
 
 _Reduction: TypeAlias = "Callable[[Tensor, Scratch, Sequence[int]], Tensor]"
-"""From packed elements, scratch of their size (they may lie in its `values`) and the lengths at which to cut them:
-sums of shape (lengths, columns)."""
+"""From packed elements, scratch of their size and the lengths at which to cut them: sums, (lengths, columns)."""
 
 
 def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
@@ -46,12 +45,13 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
 def _reduced(tensors: Sequence[Tensor], reduction: _Reduction, columns: int) -> Tensor:
     """The reduction of every tensor: shape (n, columns)."""
     scratch = Scratch.for_elements_of(tensors, _common_device(tensors))
+    room = torch.empty_like(scratch.values)
     owners: Counter[int] = Counter()
     rows = [scratch.wide.new_zeros(0, columns)]
     for pack in _packs(tensors, len(scratch.values)):
         lengths = [piece.numel() for _, piece in pack]
-        part = scratch.part(sum(lengths))
-        rows.append(reduction(_packed([piece for _, piece in pack], part), part, lengths))
+        packed = _packed([piece for _, piece in pack], lengths, room[: sum(lengths)])
+        rows.append(reduction(packed, scratch.part(len(packed)), lengths))
         owners.update(owner for owner, _ in pack)
     cut = torch.cat(rows).split([owners[i] for i in range(len(tensors))])
     return torch.stack([part.sum(0) for part in cut]) if tensors else rows[0]
@@ -72,18 +72,17 @@ def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Ten
         yield pack
 
 
-def _packed(parts: list[Tensor], scratch: Scratch) -> Tensor:
-    """The parts as one tensor: a single one is read where it is, more are copied together."""
-    if len(parts) == 1:
-        return scratch.source(parts[0])
-    torch._foreach_copy_(scratch.values.split([part.numel() for part in parts]), parts)
-    return scratch.values
+def _packed(parts: list[Tensor], lengths: Sequence[int], room: Tensor) -> Tensor:
+    """The parts as one tensor of the type of `room`: copied there, unless there is but one that can be read in place."""
+    if len(parts) == 1 and parts[0].dtype == room.dtype:
+        return parts[0]
+    torch._foreach_copy_(room.split_with_sizes(lengths), parts)
+    return room
 
 
 def _all_sums(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor:
     values, wide = scratch
-    spare = wide.view(values.dtype)[: len(values)]
-    flags = torch.sub(packed, packed, out=spare).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
+    flags = torch.sub(packed, packed, out=values).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
     nonfinite = _totals(flags, lengths)
     absolute = _totals(wide.copy_(torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values).abs_()), lengths)
     return torch.stack((_totals(wide.square_(), lengths), absolute, nonfinite.to(wide)), dim=-1)
@@ -97,7 +96,7 @@ def _squares(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor
 
 def _totals(packed: Tensor, lengths: Sequence[int]) -> Tensor:
     """Sums of non-negative elements over consecutive lengths: the L1 norm is what is fused for many tensors."""
-    parts = packed.split(lengths)
+    parts = packed.split_with_sizes(lengths)
     return torch.stack([part.sum() for part in parts] if packed.is_cpu else torch._foreach_norm(parts, 1))
 
 

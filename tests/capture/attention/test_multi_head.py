@@ -154,6 +154,15 @@ def test_static_keys():
     assert_untouched(model, x)
 
 
+def test_a_wrong_mask_raises_what_pytorch_raises():
+    model, x = nn.MultiheadAttention(WIDTH, HEADS), torch.randn(5, 2, WIDTH)
+    with pytest.raises(RuntimeError) as bare:
+        model(x, x, x, attn_mask=torch.zeros(4, 4))
+    with pytest.raises(RuntimeError) as seen:
+        record(model, x, x, x, attn_mask=torch.zeros(4, 4))
+    assert str(bare.value) == str(seen.value)
+
+
 # ---- nn.Transformer
 
 

@@ -68,6 +68,7 @@ class AttentionCapture:
         self.leave()  # a pass that was interrupted did not
         self._thread = threading.current_thread()
         self._observer.training = training
+        self._owners.begin_pass()
         self._fast_paths.arm(model)
         grad_enabled = torch.is_grad_enabled() if grad_enabled is None else grad_enabled
         if not self._fast_paths.suspended_by(module, (), grad_enabled):
@@ -81,7 +82,6 @@ class AttentionCapture:
         stack.remove(self._mode)
         self._fast_paths.disarm()
         self._mode.forget()
-        self._owners.forget()
 
     def note_uncovered(self, reason: str) -> None:
         """Count a pass that was not recorded; each reason is logged once."""

@@ -67,6 +67,8 @@ def _causal_offset(mask: Tensor) -> int | None:
 
 def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """The batch dimensions of both made equal, and the query's heads where only the key has several."""
+    if query.shape[:-2] == key.shape[:-2]:
+        return query, key
     shared = min(query.dim(), key.dim()) > 3
     kept = 3 if shared else 2
     batch = torch.broadcast_shapes(query.shape[:-kept], key.shape[:-kept])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from torchprobe.capture.attention import dot_product, flex, functions, kernels, multi_head, stack
@@ -27,6 +28,7 @@ Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 _WRITTEN_OUT = functions.PRODUCTS | functions.SOFTMAXES | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
+_OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
@@ -49,20 +51,26 @@ class AttentionMode(TorchFunctionMode):
     ) -> Any:
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or self._observer.gate.failed:
+        if is_compiling():
+            return func(*args, **kwargs)
+        if func not in _OF_INTEREST and not isinstance(func, _OPERATORS):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
         result = func(*args, **kwargs)
+        if not self._observer.gate.failed:
+            self._after(func, args, kwargs, result)
+        return result
+
+    def _after(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:
         if func in _WRITTEN_OUT:
             self._handwritten.after(func, args, kwargs, result, self._within)
         elif func in _DOT_PRODUCTS:
             with self._observer.guard():
                 self._after_dot_product(dot_product.arguments(args, kwargs))
-        elif isinstance(func, _OPERATORS):
+        else:
             with self._observer.guard():
                 self._after_operator(func, args, kwargs)
-        return result
 
     # ---- calls that name their queries and keys
 
@@ -89,8 +97,8 @@ class AttentionMode(TorchFunctionMode):
             return
         try:
             source = source_of(caller.heads)
-        except ValueError as error:
-            self._observer.uncovered.add(f"a call in {caller.name} ({error})")
+        except ValueError:
+            self._observer.uncovered.add(f"calls in {caller.name}, whose shapes are of no known form")
             return
         batch, _, queries, keys = source.shape
         call = self._within or Call(caller, is_cross(tensors[0], tensors[1], queries, keys))
@@ -101,6 +109,8 @@ class AttentionMode(TorchFunctionMode):
 
     def _run_multi_head(self, types: Any, args: Args, kwargs: Kwargs) -> Any:
         within = None
+        if self._observer.gate.failed:
+            return multi_head.FUNCTION(*args, **kwargs)
         with self._observer.guard():
             within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
         if within is None:

@@ -6,7 +6,7 @@ import inspect
 import sys
 from types import FrameType
 from typing import Any, NamedTuple
-from weakref import ReferenceType
+from weakref import ReferenceType, WeakKeyDictionary
 
 from torch import nn
 
@@ -36,11 +36,12 @@ class Owners:
 
     def __init__(self, model: ReferenceType[nn.Module]) -> None:
         self._model = model
-        self._names: dict[int, str] = {}
+        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._are_new = False
 
-    def forget(self) -> None:
-        """The pass is over: modules may come and go."""
-        self._names.clear()
+    def begin_pass(self) -> None:
+        """Modules may have come and gone: look again, if one is met that has no name."""
+        self._are_new = False
 
     def caller(self) -> Caller | None:
         """Who is calling, as seen from the caller of this method; None outside the model's modules."""
@@ -56,20 +57,18 @@ class Owners:
             if not _is_ours(frame):
                 path.append((code.co_filename, code.co_name, frame.f_lasti))
             frame = frame.f_back
-        return None if owner is None else Caller(self._name_of(owner), tuple(path), _heads_of(owner))
+        return None if owner is None else Caller(self._names[owner], tuple(path), _heads_of(owner))
 
     def _module(self, frame: FrameType) -> nn.Module | None:
         found = None if _is_ours(frame) else _self_of(frame)
-        return found if isinstance(found, nn.Module) and id(found) in self._all_names() else None
+        return found if isinstance(found, nn.Module) and self._is_named(found) else None
 
-    def _name_of(self, module: nn.Module) -> str:
-        return self._all_names()[id(module)]
-
-    def _all_names(self) -> dict[int, str]:
+    def _is_named(self, module: nn.Module) -> bool:
         model = self._model()
-        if not self._names and model is not None:
-            self._names = {id(module): name for name, module in named_modules(model)}
-        return self._names
+        if module not in self._names and not self._are_new and model is not None:
+            self._names = WeakKeyDictionary({module: name for name, module in named_modules(model)})
+            self._are_new = True
+        return module in self._names
 
 
 def common_owner(one: str, other: str) -> str:

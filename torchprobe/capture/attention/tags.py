@@ -28,13 +28,12 @@ class Tags:
         return None if found is None or found[0]() is not value else found[1]
 
     def among(self, values: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """Those of some arguments that are tagged tensors, also in a list or tuple of them."""
+        """Those of some arguments that are tagged tensors, and those in an argument that is a list or tuple."""
         for value in values:
-            tag = self.of(value)
-            if tag is not None:
-                yield value, tag
-            elif type(value) in (list, tuple):
-                yield from self.among(value)
+            for item in value if type(value) in (list, tuple) else (value,):
+                tag = self.of(item)
+                if tag is not None:
+                    yield item, tag
 
     def clear(self) -> None:
         """Forget everything: the pass is over."""

@@ -48,27 +48,25 @@ def _given(source: Logits, rows: Rows, same_rows: list[Part], size: int) -> Iter
         for piece in pieces(part, source.shape.keys, size):
             logits = rows.take(source.logits, piece).to(source.dtype)
             visible = visibility.of_values(logits, hidden)
-            yield Block(piece, logits, False, visible, sight.narrowed(piece.rows).distance)
+            yield Block(piece, logits, False, visible, sight.narrowed(piece.rows, source.shape.keys).distance)
 
 
 def _multiplied(source: QueryKey, rows: Rows, same_rows: list[Part], size: int) -> Iterator[Block]:
-    first = same_rows[0]
-    keys = _reach(source, rows, first)
+    first, keys = same_rows[0], source.shape.keys
     per_head = source.mask is not None and source.mask.dim() > 2 and source.mask.size(-3) > 1
-    shared = None if per_head else visibility.see(source, rows, first, keys)
+    shared = None if per_head else visibility.see(source, rows, first)
     query = rows.take(source.query, first._replace(heads=slice(0, source.shape.heads))).to(source.dtype)
     for part in same_rows:
-        sight = shared or visibility.see(source, rows, part, keys)
-        key = rows.of_sequences(source.key[:, part.key_heads, :keys], part).to(source.dtype)
-        product = _product(query[:, part.heads], key, source.scale)
-        for piece in pieces(part, keys, size):
+        sight = shared or visibility.see(source, rows, part)
+        key = rows.of_sequences(source.key[:, part.key_heads], part).to(source.dtype)
+        several = pieces(part, keys, size)
+        if len(several) > 1:
+            key = key.contiguous()  # a head's worth; products are faster then
+        for piece in several:
+            reach = min(keys, rows.end(piece)) if source.causal else keys
             of_part = slice(piece.rows.start - part.rows.start, piece.rows.stop - part.rows.start)
-            yield _block(source, rows, piece, product[:, :, of_part], sight.narrowed(piece.rows))
-
-
-def _reach(source: QueryKey, rows: Rows, part: Part) -> int:
-    """How many keys there are, or that the rows of a part see at most."""
-    return min(source.shape.keys, rows.end(part)) if source.causal else source.shape.keys
+            logits = _product(query[:, part.heads, of_part], key[:, :, :reach], source.scale)
+            yield _block(source, rows, piece, logits, sight.narrowed(piece.rows, reach))
 
 
 def _product(query: Tensor, key: Tensor, scale: float) -> Tensor:

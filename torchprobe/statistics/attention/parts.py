@@ -8,19 +8,16 @@ from typing import NamedTuple
 import torch
 
 CPU_LOGITS_PER_THREAD = 2**18
-"""Logits a thread works on at a time: they and the temporaries of one operation stay in L2."""
+"""Logits a thread works on at a time: they and the temporaries of one operation are about the size of L2."""
 
 DEVICE_LOGITS = 2**24
 """Logits to work on at a time elsewhere: 64 MiB in float32."""
 
-PRODUCT_ROWS = 512
+PRODUCT_ROWS = 64
 """With fewer rows of one key head, their matrix product with the keys waits for the keys' memory."""
 
-CAUSAL_ROWS = 64
-"""With this many rows of one key head there are several parts, for the first of which the last keys are left out."""
-
-PRODUCT_LOGITS = 2**23
-"""No matrix product is larger than this for the sake of PRODUCT_ROWS, however many the keys: 32 MiB in float32."""
+LONG = 2**23
+"""Logits and distances that are made at a time for the sake of PRODUCT_ROWS, however many keys: 32 MiB in float32."""
 
 
 class Part(NamedTuple):
@@ -50,11 +47,7 @@ def budget(device: torch.device) -> int:
 
 
 def parts(extent: Extent, size: int) -> Iterator[list[Part]]:
-    """All of it, in lists of parts that differ in their heads alone.
-
-    A part has about `size` logits; or many rows of one key head, for the sake of the matrix product, and more
-    logits: those are for `pieces`.
-    """
+    """All of it, in lists of parts that differ in their heads alone; for `pieces` to cut to `size` logits."""
     sequences, rows, key_heads = _steps(extent, size)
     for in_batch in _slices(0, extent.sequences, sequences):
         for in_rows in _slices(0, extent.rows, rows):
@@ -64,11 +57,12 @@ def parts(extent: Extent, size: int) -> Iterator[list[Part]]:
             ]
 
 
-def pieces(part: Part, keys: int, size: int) -> Iterator[Part]:
-    """The part in portions of at most `size` logits, or of one row a head, that differ in their rows alone."""
-    row = keys * (part.heads.stop - part.heads.start) * (part.sequences.stop - part.sequences.start)
-    for rows in _slices(part.rows.start, part.rows.stop, max(1, size // row)):
-        yield part._replace(rows=rows)
+def pieces(part: Part, keys: int, size: int) -> list[Part]:
+    """The part in portions of about `size` logits, that differ in their rows alone."""
+    heads, key_heads = _length(part.heads), _length(part.key_heads)
+    row = keys * heads * _length(part.sequences)
+    step = max(1, size // row, min(PRODUCT_ROWS * key_heads // heads, LONG // row))
+    return [part._replace(rows=rows) for rows in _slices(part.rows.start, part.rows.stop, step)]
 
 
 def _steps(extent: Extent, size: int) -> tuple[int, int, int]:
@@ -78,11 +72,13 @@ def _steps(extent: Extent, size: int) -> tuple[int, int, int]:
     sequence = key_heads * max(row * rows, keys * width)  # logits, or keys: those of several sequences are copied
     if sequence <= size:
         return size // sequence, rows, key_heads
-    step = max(1, size // row, min(PRODUCT_ROWS // group, PRODUCT_LOGITS // row))
-    if causal:
-        step = min(step, max(1, CAUSAL_ROWS // group, rows // 4))
-    step = min(rows, step)
-    return 1, step, min(key_heads, max(1, size // (row * step)))
+    rows = min(rows, max(1, LONG // keys))
+    product = min(rows, max(1, PRODUCT_ROWS // group)) if causal else rows  # few rows: they see fewer keys
+    return 1, rows, min(key_heads, max(1, size // (row * product)))
+
+
+def _length(s: slice) -> int:
+    return int(s.stop) - int(s.start)
 
 
 def _slices(start: int, stop: int, step: int) -> list[slice]:

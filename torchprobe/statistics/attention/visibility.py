@@ -41,14 +41,14 @@ class Sight:
     bias: Tensor | None
     visible: Visible | None
 
-    def narrowed(self, rows: slice) -> Sight:
-        """The same for fewer rows."""
-        if rows == self.rows:
+    def narrowed(self, rows: slice, keys: int) -> Sight:
+        """The same for fewer rows and for the first keys."""
+        if rows == self.rows and keys == self.distance.size(-1):
             return self
         piece = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
-        bias = None if self.bias is None else _narrowed(self.bias, piece)
+        bias = None if self.bias is None else _narrowed(self.bias, piece)[..., :keys]
         visible = None if self.visible is None else self.visible.narrowed(piece)
-        return Sight(rows, self.distance[:, :, piece], bias, visible)
+        return Sight(rows, self.distance[:, :, piece, :keys], bias, visible)
 
 
 def threshold(dtype: torch.dtype) -> float:
@@ -63,12 +63,12 @@ def threshold(dtype: torch.dtype) -> float:
 
 def from_afar(source: Source, rows: Rows, part: Part) -> Sight:
     """Distances alone, of all keys."""
-    return Sight(part.rows, _offset(source, rows, part, source.shape.keys).abs_(), None, None)
+    return Sight(part.rows, _offset(source, rows, part).abs_(), None, None)
 
 
-def see(source: QueryKey, rows: Rows, part: Part, keys: int) -> Sight:
-    """What the rows of a part see of the first `keys`, without the logits; heads alike where the mask has none."""
-    offset = _offset(source, rows, part, keys)
+def see(source: QueryKey, rows: Rows, part: Part) -> Sight:
+    """What the rows of a part see, as far as it can be told without the logits; one head where all are alike."""
+    offset = _offset(source, rows, part)
     bias = None if source.mask is None else _bias(source.mask, rows, part, offset)
     visible = None
     if source.causal:
@@ -91,18 +91,18 @@ def of_values(values: Tensor, hidden: float) -> Visible:
     return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
 
 
-def _offset(source: Source, rows: Rows, part: Part, keys: int) -> Tensor:
+def _offset(source: Source, rows: Rows, part: Part) -> Tensor:
+    """key index - query index: (sequences or 1, 1, rows, keys)."""
     position = rows.positions(part, source.device).to(source.dtype)
-    return torch.arange(keys, dtype=source.dtype, device=source.device) - position[:, None, :, None]
+    return torch.arange(source.shape.keys, dtype=source.dtype, device=source.device) - position[:, None, :, None]
 
 
 def _bias(mask: Tensor, rows: Rows, part: Part, offset: Tensor) -> Tensor:
     """The rows of a mask as something finite to add."""
     mask = mask[(None,) * (4 - mask.dim())]
-    keys = offset.size(-1)
-    bias = rows.take(mask if mask.size(-1) == 1 else mask[..., :keys], part).to(offset.dtype)
+    bias = rows.take(mask, part).to(offset.dtype)
     bias = (bias - 1) * -HIDDEN if mask.dtype == torch.bool else bias.clamp(min=HIDDEN)
-    return bias.expand(*bias.shape[:-1], keys)
+    return bias.expand(*bias.shape[:-1], offset.size(-1))
 
 
 def _unmasked(mask: Tensor, bias: Tensor) -> Visible:

@@ -1,0 +1,56 @@
+"""The fast way for ordinary float32 in host memory agrees with the careful one, and steps aside when it must."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.statistics import reference
+from tests.statistics.strategies import tensors
+from torchprobe.statistics import dense, energy, moments
+
+
+@given(x=tensors())
+@settings(max_examples=150, deadline=None)
+def test_energy_is_the_sum_of_squares_of_the_finite_elements(x):
+    squares, nonfinite = energy.compute(x).tolist()
+    expected, _, bad, _ = reference.finite_sums(x)
+    assert nonfinite == bad
+    assert squares == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_element_that_is_not_finite_is_left_to_the_careful_way(bad):
+    x = torch.randn(300_000)
+    x[123_456] = bad
+    assert dense.sum_squares(x) is None
+    assert dense.moments(x) is None
+    assert moments.compute(x)[5] == 1
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_numbers_whose_squares_leave_float32_are_left_to_the_careful_way(scale):
+    x = torch.randn(1000) * scale
+    assert dense.sum_squares(x) is None
+    assert dense.moments(x) is None
+    assert math.sqrt(energy.compute(x)[0]) == pytest.approx(x.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3_000_001,), (1000, 7, 200)])
+def test_many_elements_stay_within_a_millionth(shape):
+    x = torch.rand(shape)
+    assert dense.sum_squares(x) == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+    count, mean, m2, *_ = dense.moments(x.transpose(0, -1))
+    assert count == x.numel()
+    assert mean == pytest.approx(x.double().mean().item(), rel=1e-6)
+    assert m2 / count == pytest.approx(x.double().var(correction=0).item(), rel=1e-6)
+
+
+def test_only_plain_float32_in_host_memory_is_looked_at():
+    assert dense.applies_to(torch.ones(3))
+    assert not dense.applies_to(torch.ones(3, dtype=torch.bfloat16))
+    assert not dense.applies_to(torch.ones(0))
+    assert not dense.applies_to(torch.ones(3, device="meta"))

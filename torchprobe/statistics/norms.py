@@ -28,7 +28,7 @@ def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
     The tensors are any strided floating or complex ones of one device, of any mixture of types, shapes and layouts.
     Sums are exact to 1e-14; counts are exact. float64 elements above 1e154 may give an infinite sum_squares.
 
-    Makes no host read. Costs 0.9 ns an element on two CPU cores and 6 µs a tensor. Raises TypeError for integers and
+    Makes no host read. Costs 1.1 ns an element on two CPU cores and 18 µs a tensor. Raises TypeError for integers and
     ValueError for tensors on several devices.
     """
     tensors = [real(x) for x in tensors]
@@ -38,7 +38,10 @@ def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm over the finite elements of each tensor: shape (n,), `row_dtype`; half the cost of `finite_sums`."""
+    """The L2 norm over the finite elements of each tensor: shape (n,), `row_dtype`, at 0.7 ns an element.
+
+    Takes and raises what `finite_sums` does.
+    """
     return _reduced([real(x) for x in tensors], _squares, columns=1)[:, 0].sqrt()
 
 
@@ -73,7 +76,7 @@ def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Ten
 
 
 def _packed(parts: list[Tensor], lengths: Sequence[int], room: Tensor) -> Tensor:
-    """The parts as one tensor of the type of `room`: copied there, unless there is but one that can be read in place."""
+    """The parts as one tensor of the type of `room`: copied there, unless there is one only, readable in place."""
     if len(parts) == 1 and parts[0].dtype == room.dtype:
         return parts[0]
     torch._foreach_copy_(room.split_with_sizes(lengths), parts)

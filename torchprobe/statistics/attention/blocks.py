@@ -82,19 +82,18 @@ def _block(source: QueryKey, rows: Rows, part: Part, logits: Tensor, sight: Sigh
     if source.softcap is not None:
         logits.div_(source.softcap).tanh_().mul_(source.softcap)
     if source.modify is not None:  # which may return a tensor of the user's
-        modified = _modified(source, rows, part, logits)
+        modified = source.modify(logits, *_indices(rows, part, logits)).to(logits.dtype).expand(logits.shape)
         logits = modified.clone() if sight.bias is None else modified + sight.bias
     elif sight.bias is not None:
         logits.add_(sight.bias)
-    visible = sight.visible or visibility.of_values(logits, visibility.threshold(logits.dtype))
+    visible = sight.visible or visibility.of_values(logits)
     return Block(part, logits, True, visible, sight.distance)
 
 
-def _modified(source: QueryKey, rows: Rows, part: Part, logits: Tensor) -> Tensor:
-    assert source.modify is not None
+def _indices(rows: Rows, part: Part, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of batch, head, query and key, four-dimensional each."""
     device = logits.device
     batch = rows.batch_indices(part, device)[:, None, None, None]
-    head = torch.arange(part.heads.start, part.heads.stop, device=device)[:, None, None]
+    head = torch.arange(part.heads.start, part.heads.stop, device=device)[None, :, None, None]
     query = rows.positions(part, device)[:, None, :, None]
-    key = torch.arange(logits.size(-1), device=device)
-    return source.modify(logits, batch, head, query, key).to(logits.dtype).expand(logits.shape)
+    return batch, head, query, torch.arange(logits.size(-1), device=device)[None, None, None]

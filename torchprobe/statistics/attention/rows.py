@@ -81,11 +81,11 @@ def is_sampled(source: Source, rows: int | Literal["all"]) -> bool:
 
 
 def choose(source: Source, rows: int | Literal["all"], generator: torch.Generator | None) -> Rows:
-    """All rows where there are no more than `rows`, otherwise `rows` of them or a little less.
+    """All rows where there are no more than `rows`, otherwise `rows` of them, or a few less.
 
     A sample has ⌊rows / batch⌋ rows of each sequence, or one row of each of `rows` sequences where the batch is
-    larger. Every row of the batch is as likely as every other, so means over the sample are unbiased; a row can be
-    chosen twice where more than half are chosen.
+    larger. Every row of the batch is as likely as every other, so means over the sample are unbiased; where the
+    strata are no whole number of rows, neighbours can choose the row that they share, and it then counts twice.
     """
     batch, _, queries, _ = source.shape
     if rows == "all" or not is_sampled(source, rows):

@@ -60,7 +60,8 @@ class QueryKey:
         _check(whole or not heads, "key", self.key, f"a number of key heads that divides the query's {heads}")
         if self.mask is not None:
             full = (batch, heads, queries, self.key.size(2))
-            _check(_broadcasts(self.mask, full), "mask", self.mask, f"what broadcasts to {full}")
+            fits = _broadcasts(self.mask, full) and (self.mask.dtype == torch.bool or self.mask.is_floating_point())
+            _check(fits, "mask", self.mask, f"a bool or floating one that broadcasts to {full}")
         if self.sinks is not None:
             _check(self.sinks.shape == (heads,), "sinks", self.sinks, f"({heads},), one logit a head")
         _check_padding(self.padding, batch, queries)
@@ -102,7 +103,8 @@ class Logits:
     padding: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self.logits.dim() == 4, "logits", self.logits, "(batch, heads, queries, keys)")
+        fits = self.logits.dim() == 4 and self.logits.is_floating_point()
+        _check(fits, "logits", self.logits, "a floating one of (batch, heads, queries, keys)")
         _check_padding(self.padding, self.logits.size(0), self.logits.size(2))
 
     @property

@@ -109,8 +109,7 @@ def _columns(block: Block) -> Tensor:
     if first is None:
         sink = weight[..., 0].clone()
     else:
-        index = first.clamp(max=weight.size(-1) - 1).long().expand_as(total)
-        sink = weight.gather(-1, index[..., None])[..., 0]
+        sink = weight.gather(-1, first.long().expand_as(total)[..., None])[..., 0]
     below_mean = below.mul_(weight).sum(-1)
     distance = weight.mul_(block.distance).sum(-1)
     return torch.stack((largest[..., 0], total, below_mean, sink, distance, block.visible.count.expand_as(total)))

@@ -75,11 +75,11 @@ def see(source: QueryKey, rows: Rows, part: Part) -> Sight:
         future = offset.clamp(min=0).mul_(HIDDEN)
         bias = future if bias is None else bias + future
     if source.modify is None:
-        visible = _behind(source, rows, part) if source.mask is None or bias is None else _unmasked(source.mask, bias)
+        visible = _behind(source, rows, part) if source.mask is None or bias is None else of_values(bias)
     return Sight(part.rows, offset.abs_(), bias, visible)
 
 
-def of_values(values: Tensor, hidden: float) -> Visible:
+def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
     """From logits, or from what is added to them: (…, keys), visible above `hidden`.
 
     Written in floating arithmetic, exact up to 2²⁴ keys: comparing and counting booleans costs three times as much.
@@ -88,7 +88,8 @@ def of_values(values: Tensor, hidden: float) -> Visible:
     seen = (values - hidden).clamp_(0, 1)
     count = seen.sum(-1)
     from_the_end = torch.arange(keys, 0, -1, dtype=values.dtype, device=values.device)
-    return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
+    first = keys - seen.mul_(from_the_end).amax(-1)
+    return Visible(count, first.nan_to_num(0.0).clamp(max=keys - 1))  # an index whatever the values are
 
 
 def _offset(source: Source, rows: Rows, part: Part) -> Tensor:
@@ -98,15 +99,16 @@ def _offset(source: Source, rows: Rows, part: Part) -> Tensor:
 
 
 def _bias(mask: Tensor, rows: Rows, part: Part, offset: Tensor) -> Tensor:
-    """The rows of a mask as something finite to add."""
+    """The rows of a mask as something finite to add, HIDDEN for keys that are not visible."""
     mask = mask[(None,) * (4 - mask.dim())]
     bias = rows.take(mask, part).to(offset.dtype)
-    bias = (bias - 1) * -HIDDEN if mask.dtype == torch.bool else bias.clamp(min=HIDDEN)
+    if mask.dtype == torch.bool:
+        bias = (bias - 1) * -HIDDEN
+    elif threshold(mask.dtype) > NEVER_A_LOGIT:
+        bias = bias.masked_fill(bias <= threshold(mask.dtype), HIDDEN)
+    else:
+        bias = bias.clamp(min=HIDDEN)
     return bias.expand(*bias.shape[:-1], offset.size(-1))
-
-
-def _unmasked(mask: Tensor, bias: Tensor) -> Visible:
-    return of_values(bias, threshold(mask.dtype if mask.is_floating_point() else bias.dtype))
 
 
 def _behind(source: QueryKey, rows: Rows, part: Part) -> Visible:

@@ -47,7 +47,7 @@ def test_a_wrong_argument_is_named(options, error, words, traces):
 
 @pytest.mark.parametrize("model", ["bert-base", None, nn.Linear])
 def test_what_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match="model=.*torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model=.*torch\.nn\.Module"):
         torchprobe.instrument(model, writer=MemoryWriter())
 
 

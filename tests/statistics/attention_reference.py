@@ -82,7 +82,8 @@ def _product(source: QueryKey) -> Tensor:
 def _modified(source: QueryKey, s: Tensor) -> Tensor:
     if source.modify is None:
         return s
-    batch, head, query, key = (torch.arange(n).view([-1 if i == d else 1 for i in range(4)]) for d, n in enumerate(s.shape))
+    shapes = ([-1 if i == d else 1 for i in range(4)] for d in range(4))
+    batch, head, query, key = (torch.arange(n).view(shape) for n, shape in zip(s.shape, shapes, strict=True))
     return source.modify(s, batch, head, query, key)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchprobe.statistics import exponents, linear, moments, norms
+from torchprobe.statistics import energy, exponents, linear, moments, norms
 
 
 def combined(x: torch.Tensor) -> torch.Tensor:
@@ -20,6 +20,7 @@ def combined(x: torch.Tensor) -> torch.Tensor:
 STATISTICS = {
     "compute": moments.compute,
     "combine": combined,
+    "energy": energy.compute,
     "finite_sums": lambda x: norms.finite_sums([x, x[:2]]),
     "l2_norms": lambda x: norms.l2_norms([x, x[:2]]),
     "log_histogram": exponents.log_histogram,
@@ -42,6 +43,10 @@ def sample(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def samples() -> Iterator[torch.Tensor]:
     return map(sample, DTYPES)
+
+
+def all_finite() -> torch.Tensor:
+    return torch.randn(20, 30)
 
 
 class NoHostRead(TorchDispatchMode):
@@ -70,7 +75,7 @@ def test_the_mode_catches_a_host_read():
 
 @pytest.mark.parametrize("size", [50, 2**18])
 def test_nothing_is_read_on_the_host(statistic, size, in_pieces_of):
-    for x in samples():
+    for x in (*samples(), all_finite()):
         with in_pieces_of(size), NoHostRead():
             statistic(x)
             statistic(x.t())
@@ -84,7 +89,7 @@ def test_off_the_cpu_no_operation_needs_a_value(statistic):
 
 
 def test_inputs_are_not_modified(statistic):
-    for x in samples():
+    for x in (*samples(), all_finite()):
         before = x.clone()
         statistic(x)
         assert torch.equal(x.view(torch.uint8), before.view(torch.uint8))
@@ -153,9 +158,10 @@ CONTEXTS = {
 }
 
 
+@pytest.mark.parametrize("make", [sample, all_finite])
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS.keys())
-def test_the_users_settings_change_no_bit(statistic, context):
-    x = sample()
+def test_the_users_settings_change_no_bit(statistic, make, context):
+    x = make()
     expected = statistic(x)
     with context():
         result = statistic(x)

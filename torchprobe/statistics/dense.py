@@ -33,7 +33,7 @@ def sum_squares(x: Tensor) -> float | None:
 
 def moments(x: Tensor) -> tuple[float, ...] | None:
     """count, mean, sum of squared deviations, largest magnitude, zeros, 0; None when not the common case after all."""
-    scratch = torch.empty(min(x.numel(), PIECE), dtype=x.dtype)
+    scratch = torch.empty(min(x.numel(), PIECE), dtype=x.dtype, device=x.device)
     pivot = 0.0
     sums: list[Tensor] = []
     for i, part in enumerate(pieces(x, PIECE)):

@@ -24,6 +24,6 @@ def compute(x: Tensor) -> Tensor:
     x = real(x)
     total = dense.sum_squares(x) if dense.applies_to(x) else None
     if total is not None:
-        return torch.tensor((total, 0.0), dtype=torch.float64)
+        return torch.tensor((total, 0.0), dtype=torch.float64, device=x.device)
     sums = norms.finite_sums([x])[0]
     return torch.stack((sums[0], sums[2]))

@@ -34,7 +34,7 @@ def compute(x: Tensor) -> Tensor:
         return _rows([x.reshape(-1)], Scratch.of_size(x.numel(), [x], x.device))[0]
     common = dense.moments(x) if dense.applies_to(x) else None
     if common is not None:
-        return torch.tensor(common, dtype=torch.float64)
+        return torch.tensor(common, dtype=torch.float64, device=x.device)
     scratch = Scratch.for_elements_of([x], x.device)
     return _merged(_rows(pieces(x, len(scratch.values)), scratch))
 

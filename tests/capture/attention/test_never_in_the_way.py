@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -216,7 +217,6 @@ def test_dispatch_modes_see_nothing_of_ours():
 
 def test_nothing_is_read_back_from_the_device(monkeypatch):
     """What would make a GPU wait: seen by a dispatch mode that is not hidden from."""
-    from contextlib import nullcontext
 
     monkeypatch.setattr(observer, "_disable_current_modes", nullcontext)
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
@@ -271,7 +271,7 @@ def test_saved_tensor_hooks_see_nothing_of_ours():
     assert packed == bare
 
 
-def test_global_and_default_generators_stay(monkeypatch):
+def test_the_global_generator_stays():
     model, x = Lambda(lambda x: sdpa(x, x, x)), torch.randn(64, 2, 20, 4)
     before = torch.get_rng_state()
     seen = record(model, x, rows=16)

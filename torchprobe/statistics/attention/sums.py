@@ -109,7 +109,8 @@ def _columns(block: Block) -> Tensor:
     if first is None:
         sink = weight[..., 0].clone()
     else:
-        sink = weight.gather(-1, first.long().expand_as(total)[..., None])[..., 0]
+        index = first.nan_to_num(0.0).clamp(max=weight.size(-1) - 1).long()  # in bounds for rows that see nothing, too
+        sink = weight.gather(-1, index.expand_as(total)[..., None])[..., 0]
     below_mean = below.mul_(weight).sum(-1)
     distance = weight.mul_(block.distance).sum(-1)
     return torch.stack((largest[..., 0], total, below_mean, sink, distance, block.visible.count.expand_as(total)))

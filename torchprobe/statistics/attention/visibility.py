@@ -20,8 +20,8 @@ NEVER_A_LOGIT = -5e8
 
 @dataclass(frozen=True)
 class Visible:
-    """count: visible keys; first: index of the first one, None where it is 0. Floating, broadcastable to
-    (sequences, heads, rows)."""
+    """count: visible keys; first: index of the first one, None where it is 0 and anything where there is none.
+    Floating, broadcastable to (sequences, heads, rows)."""
 
     count: Tensor
     first: Tensor | None
@@ -88,8 +88,7 @@ def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
     seen = (values - hidden).clamp_(0, 1)
     count = seen.sum(-1)
     from_the_end = torch.arange(keys, 0, -1, dtype=values.dtype, device=values.device)
-    first = keys - seen.mul_(from_the_end).amax(-1)
-    return Visible(count, first.nan_to_num(0.0).clamp(max=keys - 1))  # an index whatever the values are
+    return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
 
 
 def _offset(source: Source, rows: Rows, part: Part) -> Tensor:

@@ -41,11 +41,14 @@ def train(backend: str | None, *, probed: bool = True, wrapped_first: bool = Fal
 
 
 def assert_same_values(found: MemoryWriter, expected: MemoryWriter) -> None:
-    """All tags but those of attention, which a compiled graph does not show yet; that is said in the log."""
+    """All tags but those of attention, which a compiled graph does not show yet; that is said in the log.
+
+    How many elements are exactly zero is rounding's affair: the gradient of a key's bias is zero but for noise.
+    """
     tags = [tag for tag in expected.tags() if "attention_" not in tag]
     assert found.tags() == tags
     for tag in tags:
-        if tag == "overview/probe_overhead":
+        if tag == "overview/probe_overhead" or tag.startswith("gradients_zeros/"):
             continue
         assert [s for s, _ in found.scalars(tag)] == [s for s, _ in expected.scalars(tag)], tag
         for (_, a), (_, b) in zip(found.scalars(tag), expected.scalars(tag), strict=True):

@@ -55,7 +55,7 @@ def masks(draw: st.DrawFn, shape: tuple[int, int, int, int]) -> Tensor | None:
     if kind == "bool":
         mask = seen
     elif kind == "bias":
-        mask = (random * 4 - 2).masked_fill(~seen, -10000.0)
+        mask = (random * 4 - 2).masked_fill(~seen, -1000.0)
     else:
         dtype = draw(st.sampled_from(DTYPES))
         hidden = draw(st.sampled_from((-math.inf, torch.finfo(dtype).min, max(torch.finfo(dtype).min, -1e9))))
@@ -76,7 +76,7 @@ def paddings(draw: st.DrawFn, batch: int, queries: int) -> Tensor | None:
 
 def decaying(logits: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A score_mod and a mask_mod in one: a slope per head and sequence, and a window."""
-    biased = logits - (query - key).abs() * 0.1 * (head + 1) * (batch + 1)
+    biased = logits - ((query - key).abs() * (head + 1) * (batch + 1)).to(logits.dtype) * 0.1
     return torch.where((query - key).abs() < 4, biased, -torch.inf)
 
 

@@ -23,7 +23,7 @@ def rounding(source: Source) -> float:
         return 0.0
     query, key = (x.double().abs() for x in (source.query, source.key))
     largest = (query @ key.repeat_interleave(source.group, 1).transpose(-1, -2)).max().item() * source.scale
-    return largest * torch.finfo(source.dtype).eps * 4 + 2e-7 * (0 if source.mask is None else 10000)
+    return largest * torch.finfo(source.dtype).eps * 4 + 2e-7 * (0 if source.mask is None else 1000)
 
 
 def assert_close(row: torch.Tensor, source: Source) -> None:
@@ -70,8 +70,9 @@ def test_float64_inputs_are_computed_in_float64():
 @settings(max_examples=60, deadline=None)
 def test_streaming_all_rows_is_the_same_as_all_rows_at_once(source, block):
     expected = attention.compute(source, 10**6, None)
+    assert torch.equal(attention.compute(source, "all", None), expected)
     with blocks_of(block):
-        torch.testing.assert_close(attention.compute(source, "all", None), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(attention.compute(source, "all", None), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_entropy_is_zero_and_not_negative_where_one_key_takes_all():

@@ -49,6 +49,25 @@ def test_many_elements_stay_within_a_millionth(shape):
     assert m2 / count == pytest.approx(x.double().var(correction=0).item(), rel=1e-6)
 
 
+ORDINARY = {
+    "after dropout": lambda: torch.randn(3_000_000) * (torch.rand(3_000_000) < 0.1),
+    "after ReLU": lambda: torch.randn(3_000_000).relu(),
+    "all equal but one": lambda: torch.full((3_000_000,), 0.3).index_fill_(0, torch.tensor([0]), 0.7),
+    "a first piece unlike the rest": lambda: torch.cat((torch.zeros(dense.PIECE), 1e4 + 0.01 * torch.randn(3_000_000))),
+}
+
+
+@pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY.keys())
+def test_rounding_does_not_add_up_over_elements_that_are_alike(make):
+    x = make()
+    wide = x.double()
+    count, mean, m2, max_abs, zeros, _ = dense.moments(x)
+    assert (count, max_abs, zeros) == (len(x), x.abs().max().item(), (x == 0).sum().item())
+    assert mean == pytest.approx(wide.mean().item(), rel=0, abs=1e-7 * max_abs)
+    assert m2 == pytest.approx(wide.var(correction=0).item() * count, rel=5e-7)
+    assert dense.sum_squares(x) == pytest.approx(wide.square().sum().item(), rel=5e-7)
+
+
 def test_only_plain_float32_in_host_memory_is_looked_at():
     assert dense.applies_to(torch.ones(3))
     assert not dense.applies_to(torch.ones(3, dtype=torch.bfloat16))

@@ -49,7 +49,7 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
 
     A row counts if it is not padded, sees a key, and has no NaN or +inf among its logits (where the softmax is
     NaN); all others are left out of every column. Arithmetic is in float32, in float64 for float64 inputs: entropy
-    is within 1e-4 of exact arithmetic on the same inputs.
+    is within 1e-4 of exact arithmetic on the same inputs, for logits of magnitudes up to 1000.
 
     Costs a matrix product of the chosen rows with the keys, and about as much again; memory is a few blocks of
     `parts.budget` logits, and six numbers a row. Makes no host read and leaves the global generators alone.

@@ -29,7 +29,8 @@ ALLOWED = {
     "run_directory": set(),
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
-    "recorder": {"buffer", "capture", "plan", "probes", "records"},
+    "ledger": {"buffer", "probes", "records"},
+    "recorder": {"buffer", "capture", "ledger", "plan", "records"},
 }
 
 

@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeAlias
 from weakref import ReferenceType
@@ -15,45 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.buffer.step import Piece, StepBuffer
-from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.captures import Captures
 from torchprobe.capture.clock import Clock
 from torchprobe.capture.gate import Meter
-from torchprobe.capture.loss import LossCapture, loss_scale
-from torchprobe.capture.modules import ModuleCapture
+from torchprobe.capture.loss import loss_scale
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.capture.outputs import tensors_in
-from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.passes import PassHooks
 from torchprobe.capture.skips import SkipDetector, first_trained
+from torchprobe.ledger import Ledger, Open
 from torchprobe.plan import Plan
-from torchprobe.probes.base import Probe
-from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.records import Value
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")
 _Method: TypeAlias = "Callable[Concatenate[Recorder, _P], None]"
-
-
-@dataclass(frozen=True, slots=True)
-class Captures:
-    """The mechanisms that fetch values from the model."""
-
-    modules: ModuleCapture
-    parameters: ParameterCapture
-    attention: list[AttentionPieces]
-    loss: LossCapture
-    rates: list[LearningRates]
-
-
-@dataclass(slots=True)
-class Open:
-    """A step that takes values: the one that runs now, and the one before it until the next training pass."""
-
-    step: int
-    due: tuple[Probe, ...] = ()
-    buffer: StepBuffer = field(default_factory=StepBuffer)
 
 
 def _protected(method: _Method[_P]) -> _Method[_P]:
@@ -91,8 +67,7 @@ class Recorder:
         self._plan = plan
         self._captures = captures
         self._outlet = outlet
-        self._current = Open(1)
-        self._last: Open | None = None
+        self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)
         self._forward_unclocked = False  # a pass with gradients that is a step if no optimizer is in sight
@@ -114,10 +89,8 @@ class Recorder:
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
         if self._pass.training:
             self._begin_training_pass(grad_enabled, trained)
-        else:
-            self._arm(bool(self._plan.due_in_validation), training=False)
-        for attention in self._captures.attention:
-            attention.enter(module, self._pass.training)
+        due = self._steps.current.due if self._pass.training else self._plan.due_in_validation
+        self._captures.enter(module, bool(due), self._pass.training)
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
@@ -126,9 +99,8 @@ class Recorder:
         if self._skips.gradients_were_dropped():
             self._skip()
         if not self.clock.may_grow:
-            self._seal_last()
+            self._steps.seal_last()
         self._pass.began = True
-        self._arm(bool(self._current.due))
 
     @_protected
     def leave_pass(self, module: nn.Module, output: Any) -> None:
@@ -139,10 +111,8 @@ class Recorder:
         if self._pass.training:
             self._captures.loss.on_output(output)
         else:
-            validated = self._open_last() if self.clock.has_optimizer else self._current
-            validated.buffer.pieces += self._captures.modules.collect(self._plan.due_in_validation, training=False)
-            for attention in self._captures.attention:
-                validated.buffer.pieces += attention.collect(training=False)
+            validated = self._last() if self.clock.has_optimizer else self._steps.current
+            validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
         if self._pass.training and watched is not None:
             self._forward_unclocked = self.clock.by_forward
@@ -152,8 +122,7 @@ class Recorder:
     @_protected
     def pass_is_over(self) -> None:
         """A forward pass has ended or raised: nothing of ours stays entered."""
-        for attention in self._captures.attention:
-            attention.leave()
+        self._captures.leave()
 
     @_protected
     def _on_backward(self, gradient: Tensor) -> None:
@@ -173,7 +142,7 @@ class Recorder:
         self._start_training()
         if self.clock.begin(optimizer):
             self._roll()
-        due = (self._open_last() if self.clock.joins_last_step(optimizer) else self._current).due
+        due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
         if due:
             self._scale = loss_scale(optimizer)
@@ -190,18 +159,17 @@ class Recorder:
             self._skip()
             return
         if self.clock.joins_last_step(optimizer):
-            self._reopen_last()
-        due, buffer = self._current.due, self._current.buffer
+            self._steps.reopen_last(self.clock.completed)
+        step = self._steps.current
+        due, buffer = step.due, step.buffer
         if isinstance(found_inf, Tensor) and not found_inf.is_cpu:
             buffer.void = found_inf.clone()
         if due and has_closure:
             self._of_optimizer += self._captures.parameters.gradients(optimizer, due)
         if due:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
-        for rates in self._captures.rates:
-            if rates.schedule(self._current.step):
-                for tag, value in rates.observe(optimizer):
-                    _put(buffer, tag, value)
+        for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
+            step.put(tag, value)
         self._skips.settled()
         self._forward_unclocked = False
         if self.clock.end(optimizer):
@@ -212,7 +180,7 @@ class Recorder:
     @_protected
     def log(self, tag: str, value: Value | Tensor) -> None:
         """A value of the iteration that runs now, or of the one that has just ended."""
-        _put(self._buffer_for_log(), tag, value)
+        self._step_for_log().put(tag, value)
 
     @_protected
     def next_step(self) -> None:
@@ -226,7 +194,7 @@ class Recorder:
     def flush(self) -> None:
         """Hand over the completed step as it is."""
         self._settle_last_pass()
-        self._seal_last()
+        self._steps.seal_last()
 
     @_protected
     def close(self) -> None:
@@ -235,11 +203,8 @@ class Recorder:
         if self.clock.underway:
             self._tick()
         if self.clock.completed:
-            self._open_last().buffer.values.update(self._overview())
-        self._seal_last()
-        self._current.buffer.pieces.clear()
-        self._last = self._current
-        self._seal_last()
+            self._last().buffer.values.update(self._overview())
+        self._steps.seal_all()
         self.stopped = True
 
     def uncovered_attention(self) -> list[str]:
@@ -252,10 +217,7 @@ class Recorder:
         self.stopped = True
         self._pass_hooks.remove()
         self._optimizer_hooks.remove()
-        for attention in self._captures.attention:
-            attention.leave()
-        self._captures.loss.disarm()
-        self._captures.modules.detach()
+        self._captures.detach()
 
     # ---- steps
 
@@ -275,79 +237,53 @@ class Recorder:
 
     def _roll(self) -> None:
         """The step that the clock has just counted is complete: gather it, and decide on the next."""
-        self._seal_last()
-        ended, buffer = self._current, self._current.buffer
-        if ended.due:
-            buffer.pieces += self._captures.modules.collect(ended.due, training=True, scale=self._scale)
-            for attention in self._captures.attention:
-                buffer.pieces += attention.collect(training=True, compiled=self._pass.compiled)
-        loss = self._captures.loss.take(self._scale)
-        if loss is not None:
-            buffer.pieces += [Piece(probe, ["loss"], loss.double().reshape(1, 1)) for probe in self._plan.loss_probes]
+        ended = self._steps.current
+        ended.buffer.pieces += [*self._captures.collect(ended.due, training=True, scale=self._scale), *self._loss()]
+        ended.buffer.due = ended.due if self.clock.has_optimizer else ()
+        if ended.step % self._outlet.flush_every == 0:
+            ended.buffer.values.update(self._overview())
         if ended.step == 1 and not self._pass.seen:
             self._follow_parts()
-        if ended.step % self._outlet.flush_every == 0:
-            buffer.values.update(self._overview())
-        buffer.due = ended.due if self.clock.has_optimizer else ()
-        self._last, self._current, self._scale = ended, Open(ended.step + 1), None
-        self._pass.began = False
+        self._steps.turn()
+        self._scale, self._pass.began = None, False
         self._open_gates()
 
-    def _reopen_last(self) -> None:
-        """The step counted last goes on: an optimizer seen for the first time belongs to it."""
-        last, since = self._open_last(), self._current.buffer
-        last.buffer.values.update(since.values)
-        last.buffer.scalars.update(since.scalars)
-        last.buffer.pieces += since.pieces
-        self._current, self._last = last, None
+    def _loss(self) -> list[Piece]:
+        loss = self._captures.loss.take(self._scale)
+        rows = None if loss is None else loss.double().reshape(1, 1)
+        return [] if rows is None else [Piece(probe, ["loss"], rows) for probe in self._plan.loss_probes]
 
     def _start_training(self) -> None:
         """Forward passes that were counted before training, such as a sanity check, are no steps of it."""
         if self.clock.by_forward and self.clock.completed:
-            self._seal_last()
-            self.clock.completed, self._current.step = 0, 1
+            self._steps.seal_last()
+            self.clock.completed, self._steps.current.step = 0, 1
             self._open_gates()
-
-    def _seal_last(self) -> None:
-        if self._last is None:
-            return
-        last, self._last = self._last, None
-        self._outlet.hand_over(last.step, last.buffer)
 
     def _skip(self) -> None:
         """An iteration that ended without a step: what it captured belongs to no step."""
         self.clock.skipped += 1
-        self._captures.modules.collect(self._current.due, training=True)
-        for attention in self._captures.attention:
-            list(attention.collect(training=True))
+        self._captures.collect(self._steps.current.due, training=True)
         self._captures.loss.drop_batches()
         self._skips.settled()
 
     def _open_gates(self) -> None:
-        self._plan.open_for(self._current.step, self.clock.by_forward)
-        self._current.due = self._plan.due
-        for attention in self._captures.attention:
-            attention.open_for(self._current.step)
-        self._arm(bool(self._current.due))
+        current = self._steps.current
+        self._plan.open_for(current.step, self.clock.by_forward)
+        current.due = self._plan.due
+        self._captures.open_for(current.step)
+        self._captures.arm(bool(current.due))
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))
 
-    def _arm(self, wanted: bool, training: bool = True) -> None:
-        if wanted:
-            self._captures.modules.arm(training)
-        else:
-            self._captures.modules.disarm()
-
-    def _buffer_for_log(self) -> StepBuffer:
+    def _step_for_log(self) -> Open:
         if self.clock.manual or self._pass.began or self.clock.completed == 0:
-            return self._current.buffer
-        return self._open_last().buffer
+            return self._steps.current
+        return self._last()
 
-    def _open_last(self) -> Open:
-        if self._last is None:
-            self._last = Open(self.clock.completed)
-        return self._last
+    def _last(self) -> Open:
+        return self._steps.last(self.clock.completed)
 
     def _follow_parts(self) -> None:
         model = self._model()
@@ -366,12 +302,3 @@ class Recorder:
     def _parameter_ids(self) -> set[int]:
         model = self._model()
         return set() if model is None else parameter_ids(model)
-
-
-def _put(buffer: StepBuffer, tag: str, value: Value | Tensor) -> None:
-    if isinstance(value, Tensor):
-        buffer.scalars[tag] = value
-        buffer.values.pop(tag, None)
-    else:
-        buffer.values[tag] = value
-        buffer.scalars.pop(tag, None)

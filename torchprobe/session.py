@@ -17,6 +17,7 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.captures import Captures
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
@@ -27,7 +28,7 @@ from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
-from torchprobe.recorder import Captures, Recorder
+from torchprobe.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.run_directory import run_directory
 from torchprobe.schedule import Schedule, check_count

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 import torchprobe
 from benchmarks.gpt import GPT, Run
 
-ROUNDS = 15
+ROUNDS = 7
 WARM_UP = 2
 
 
@@ -45,7 +45,11 @@ def every_step_except(*left_out: type) -> list:
 VARIANTS: dict[str, Callable[[], dict]] = {
     "idle": lambda: {"every": 10**9},
     "every probe, every step": lambda: {"probes": every_step_except()},
-    "every probe but histograms, every step": lambda: {"probes": every_step_except(torchprobe.Histograms)},
+    "every probe but attention, every step": lambda: {"probes": every_step_except(torchprobe.Attention)},
+    "neither attention nor histograms, every step": lambda: {
+        "probes": every_step_except(torchprobe.Attention, torchprobe.Histograms)
+    },
+    "attention, every step": lambda: {"probes": [torchprobe.Attention(every=1)]},
     "gradients, every step": lambda: {"probes": [torchprobe.Gradients(every=1)]},
     "activations, every step": lambda: {"probes": [torchprobe.Activations(every=1)]},
     "updates, every step": lambda: {"probes": [torchprobe.Updates(every=1)]},

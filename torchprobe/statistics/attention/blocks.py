@@ -29,8 +29,8 @@ class Block:
 
 
 def blocks(source: Source, rows: Rows) -> Iterator[Block]:
-    """The chosen rows of every head, each row once. Holds a few blocks' worth of memory, and never a copy of all
-    keys; inputs are not modified."""
+    """The chosen rows of every head, each row once. Holds a few blocks' worth of memory, the copied keys of a part's
+    heads included; inputs are not modified."""
     shape, size = source.shape, budget(source.device)
     width, causal = (source.key.size(3), source.causal) if isinstance(source, QueryKey) else (0, False)
     extent = Extent(rows.count, rows.per_sequence, shape.heads // source.group, source.group, shape.keys, width, causal)

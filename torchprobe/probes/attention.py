@@ -43,8 +43,9 @@ class Attention(Probe):
 
     rows: query rows a head to read at each call, spread over all sequences of the batch; all of them when there
     are no more, and for "all". Fewer rows than there are make the means samples, and the largest logit a lower
-    bound: the tags' descriptions say which. maps_every: cadence of the pictures of attention itself, of the first
-    `map_layers` attentions, first sequence of the batch. eval: also in validation.
+    bound: the tags' descriptions say which. maps_every: cadence of the pictures, by default the first and every tenth
+    sampled step; they show all heads as a heat map for each statistic, and attention itself, pooled, for the first
+    sequence of the batch in the first `map_layers` attentions. eval: also in validation.
 
     Cost: a matrix product of the chosen rows with all keys, on sampled steps.
     """
@@ -57,13 +58,13 @@ class Attention(Probe):
         every: int | Schedule | None = None,
         *,
         rows: int | Literal["all"] = 512,
-        maps_every: int | Schedule = 1000,
+        maps_every: int | Schedule | None = None,
         map_layers: int = 4,
         eval: bool = False,
     ) -> None:
         super().__init__(every)
         self.rows = rows if rows == "all" else check_count("rows", rows)
-        self.map_schedule = as_schedule("maps_every", maps_every)
+        self.map_schedule = None if maps_every is None else as_schedule("maps_every", maps_every)
         self.map_layers = check_count("map_layers", map_layers)
         self.eval = eval
         self.descriptions = _descriptions(_EXACT)
@@ -75,12 +76,24 @@ class Attention(Probe):
         layers = {name: _summaries(rows[[n == name for n in names], :-1]) for name in dict.fromkeys(names)}
         for name, heads in layers.items():
             yield from _layer(name, heads)
-        yield from _pictures(list(layers.values()))
+        for statistic, matrix in _matrices(list(layers.values())):
+            yield f"attention_heads/{statistic}", matrix.astype(np.float32)
         entropies = [head["entropy"] for heads in layers.values() for head in heads if "entropy" in head]
         if entropies:
             yield "overview/attention_entropy_min", min(entropies)
             logits = [head["max_logit"] for heads in layers.values() for head in heads if "max_logit" in head]
             yield "overview/attention_max_logit", max(logits)
+
+
+class AttentionHeatMaps:
+    """Draws every statistic, layers down and heads across. Drawing takes the time of many records."""
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """The same rows as the probe's."""
+        layers = [_summaries(rows[[n == name for n in names], :-1]) for name in dict.fromkeys(names)]
+        for statistic, matrix in _matrices(layers):
+            title = f"attention: {statistic.replace('_', ' ')}"
+            yield f"attention_heatmap/{statistic}", heat_map(matrix, rows="layer", columns="head", title=title)
 
 
 class AttentionMap:
@@ -116,14 +129,12 @@ def _layer(name: str, heads: list[dict[str, float]]) -> Iterator[tuple[str, Valu
         yield f"attention_max_logit/{name}", max(logits)
 
 
-def _pictures(layers: list[list[dict[str, float]]]) -> Iterator[tuple[str, Value]]:
+def _matrices(layers: list[list[dict[str, float]]]) -> Iterator[tuple[str, NDArray[np.float64]]]:
     for statistic in (*_TAG_OF, "max_logit"):
         matrix = np.full((len(layers), max(map(len, layers))), np.nan)
         for i, heads in enumerate(layers):
             matrix[i, : len(heads)] = [head.get(statistic, np.nan) for head in heads]
-        yield f"attention_heads/{statistic}", matrix.astype(np.float32)
-        title = f"attention: {statistic.replace('_', ' ')}"
-        yield f"attention_heatmap/{statistic}", heat_map(matrix, rows="layer", columns="head", title=title)
+        yield statistic, matrix
 
 
 def _descriptions(how: str) -> dict[str, str]:

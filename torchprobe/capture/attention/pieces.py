@@ -12,8 +12,10 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.capture import AttentionCapture
 from torchprobe.capture.attention.sites import Found
 from torchprobe.capture.gate import Gate
-from torchprobe.probes.attention import Attention, AttentionMap
+from torchprobe.probes.attention import Attention, AttentionHeatMaps, AttentionMap
 from torchprobe.statistics.attention import Source, attention_map
+
+_SAMPLES_A_MAP = 10  # sampled steps
 
 
 class AttentionPieces:
@@ -24,6 +26,8 @@ class AttentionPieces:
         self.gate = gate
         self._capture = AttentionCapture(model, gate, probe.rows, self._map_of)
         self._map_due = False
+        self._sampled = 0
+        self._heat_maps = AttentionHeatMaps()
         self._mapped: set[str] = set()
         self._reporters: dict[tuple[str, int, int], AttentionMap] = {}
 
@@ -34,7 +38,9 @@ class AttentionPieces:
 
     def open_for(self, step: int) -> None:
         """A step begins: whether it gives maps."""
-        self._map_due = self.probe.map_schedule(step)
+        schedule = self.probe.map_schedule
+        self._map_due = self._sampled % _SAMPLES_A_MAP == 0 if schedule is None else schedule(step)
+        self._sampled += self.gate.train
 
     def enter(self, module: nn.Module, training: bool) -> None:
         """A forward pass begins."""
@@ -53,7 +59,10 @@ class AttentionPieces:
             self._capture.note_uncovered("models with compiled parts")
         for found in everything:
             sampled = found.rows.new_full((len(found.rows), 1), float(found.sampled))
-            yield Piece(self.probe, [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1), prefix)
+            names, rows = [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1)
+            yield Piece(self.probe, names, rows, prefix)
+            if self._map_due:
+                yield Piece(self._heat_maps, names, rows, prefix)
             if found.kept is not None:
                 yield self._map_piece(found, found.kept, prefix)
 

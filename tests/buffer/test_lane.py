@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,3 +218,20 @@ def test_on_a_gpu_another_default_device_changes_nothing():
     device = torch.device("cuda", torch.cuda.current_device())
     with device:
         assert Lane(device, 4).send([torch.ones(4)]).take()[0].tolist() == [1.0] * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_taking_many_rows_starts_no_threads_that_would_compete_with_training():
+    lane = Lane(torch.device("cpu"), 2**20)
+    threads: list[int] = []
+
+    def take() -> None:
+        before = len(os.listdir("/proc/self/task"))
+        ticket.take()
+        threads.append(len(os.listdir("/proc/self/task")) - before)
+
+    ticket = lane.send([torch.ones(2**20, dtype=torch.float64)])
+    taker = threading.Thread(target=take)
+    taker.start()
+    taker.join()
+    assert threads == [0]

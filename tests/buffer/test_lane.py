@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from pathlib import Path
@@ -226,9 +225,9 @@ def test_taking_many_rows_starts_no_threads_that_would_compete_with_training():
     threads: list[int] = []
 
     def take() -> None:
-        before = len(os.listdir("/proc/self/task"))
+        before = len(list(Path("/proc/self/task").iterdir()))
         ticket.take()
-        threads.append(len(os.listdir("/proc/self/task")) - before)
+        threads.append(len(list(Path("/proc/self/task").iterdir())) - before)
 
     ticket = lane.send([torch.ones(2**20, dtype=torch.float64)])
     taker = threading.Thread(target=take)

@@ -1,4 +1,4 @@
-"""Forward passes of the whole model: two hooks at its root, the only ones on an idle step."""
+"""Forward passes of the whole model: three hooks at its root, the only ones on an idle step."""
 
 from __future__ import annotations
 

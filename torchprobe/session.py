@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprobe.arguments import check_seconds, checked_budget
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
@@ -30,10 +31,9 @@ from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
-from torchprobe.run_directory import run_directory
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.selection import Patterns, Selection
-from torchprobe.writers.protocol import Writer
+from torchprobe.writers.opening import open_writer
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -80,11 +80,11 @@ def instrument(
     root = _checked_model(model)
     parts = checked_probes(probes)
     meter = Meter()
-    plan = Plan(parts, every, _checked_budget(overhead_budget), meter)
+    plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
-    _check_seconds("flush_seconds", flush_seconds)
-    directory, sink = _open_writer(writer, log_dir, run_name, type(root).__name__)
+    check_seconds("flush_seconds", flush_seconds)
+    directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
     decoder = Decoder(_descriptions(parts))
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
@@ -230,42 +230,6 @@ def _checked_model(model: Any) -> nn.Module:
         if module in _sessions or module.__dict__.get(SITE) is not None:
             raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
     return root
-
-
-def _checked_budget(fraction: float | None) -> float | None:
-    if fraction is None:
-        return None
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-        raise TypeError(f"overhead_budget={fraction!r}: takes a fraction of wall time, such as 0.01")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"overhead_budget={fraction}: takes a fraction of wall time between 0 and 1, such as 0.01")
-    return fraction
-
-
-def _check_seconds(argument: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument}={value!r}: takes seconds, not {type(value).__name__}")
-    if not value > 0:
-        raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
-
-
-def _open_writer(
-    writer: Any, log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str
-) -> tuple[Path | None, Writer]:
-    if writer is None:
-        directory = run_directory(log_dir, run_name, model_name)
-        from torchprobe.writers.event_file import EventFileWriter  # imports tensorboard: only when needed
-
-        return directory, EventFileWriter(directory)
-    if log_dir is not None or run_name is not None:
-        raise ValueError("writer and log_dir (or run_name) exclude each other: a writer knows where it writes")
-    if hasattr(writer, "add_scalar"):
-        from torchprobe.writers.summary_writer import SummaryWriterAdapter
-
-        return None, SummaryWriterAdapter(writer)
-    if isinstance(writer, Writer) and not isinstance(writer, type):
-        return None, writer
-    raise TypeError(f"writer={writer!r}: takes a SummaryWriter, or an object with write(records) and close()")
 
 
 def _descriptions(probes: Iterable[AnyProbe]) -> dict[str, str]:

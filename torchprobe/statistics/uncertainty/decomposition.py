@@ -70,7 +70,8 @@ def decompose(probabilities: Tensor) -> Decomposition:
 
 def entropy(probabilities: Tensor) -> Tensor:
     """-Σ p log p over the last dimension, with 0 log 0 = 0."""
-    return torch.special.entr(probabilities).sum(dim=-1)
+    sums: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return sums
 
 
 def joined(parts: list[Decomposition], of: Tensor, dtype: torch.dtype) -> Decomposition:

@@ -17,10 +17,10 @@ from torchprobe.statistics.uncertainty.decomposition import Decomposition, entro
 def dirichlet(alpha: Tensor) -> Decomposition:
     """Entropies in nats of class predictions under Dirichlet(alpha): (..., classes), alpha = evidence + 1.
 
-    With S = Σα and p = α / S: total = H(p), aleatoric = E[H] = -Σ p (ψ(α + 1) - ψ(S + 1)), epistemic = total -
-    aleatoric, clamped at 0 (Malinin & Gales 2018, equation 16). An example with an alpha that is not above 0 has NaN.
-    In `row_dtype`, since the difference is small where evidence is large. Raises ValueError without a class and
-    TypeError for integers.
+    With S the sum of alpha, p = alpha / S and psi the digamma function: total = H(p), aleatoric = E[H] =
+    Σ p (psi(S + 1) - psi(alpha + 1)), epistemic = total - aleatoric, clamped at 0 (Malinin & Gales 2018). An example
+    with an alpha that is not above 0 has NaN. In `row_dtype`, since the difference is small where evidence is large.
+    Raises ValueError without a class and TypeError for integers.
     """
     columns = [_dirichlet(part) for part in _proper(alpha)]
     if not columns:
@@ -31,7 +31,7 @@ def dirichlet(alpha: Tensor) -> Decomposition:
 
 @torch.no_grad()
 def vacuity(alpha: Tensor) -> Tensor:
-    """Classes / Σα of each example of (..., classes): 1 without evidence, towards 0 with much (Sensoy et al. 2018)."""
+    """Classes / sum of alpha (Sensoy et al. 2018), (..., classes) -> (examples,): 1 without evidence, 0 with all."""
     parts = [part.size(-1) / part.sum(dim=-1) for part in _proper(alpha)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=row_dtype(alpha.device), device=alpha.device)
 
@@ -42,13 +42,13 @@ def normal_inverse_gamma(
 ) -> Decomposition:
     """Variances of a number's prediction under a normal-inverse-gamma distribution; gamma, its mean, is not needed.
 
-    "amini" (Amini et al. 2020): aleatoric β / (α - 1), epistemic β / (ν (α - 1)), total their sum.
-    "meinert" (Meinert et al. 2023), squared from the widths that they give: aleatoric β (1 + ν) / (α ν), the scale of
-    the predictive Student t, and epistemic 1 / ν, which is relative and so in no unit; total is the variance of that
-    Student t, β (1 + ν) / (ν (α - 1)), which is Amini's too.
+    "amini" (Amini et al. 2020): aleatoric beta / (alpha - 1), epistemic aleatoric / nu, total their sum.
+    "meinert" (Meinert et al. 2023), squares of the widths that they give: aleatoric beta (1 + nu) / (alpha nu), the
+    scale of the predictive Student t, and epistemic 1 / nu, which is relative and so has no unit; total is the variance
+    of that Student t, beta (1 + nu) / ((alpha - 1) nu), which is Amini's total too.
 
-    Any shapes that broadcast, flattened to examples. NaN where a parameter is out of its range: ν, α, β above 0, and
-    α above 1 for what has α - 1. Raises ValueError for another convention and TypeError for integers.
+    Any shapes that broadcast, flattened to examples, in `row_dtype`. NaN where a parameter is out of its range: all
+    above 0, and alpha above 1 for what has alpha - 1. Raises ValueError for another convention, TypeError for integers.
     """
     if convention not in ("amini", "meinert"):
         raise ValueError(f"convention={convention!r}: takes 'amini' or 'meinert'")

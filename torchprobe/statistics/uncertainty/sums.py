@@ -19,9 +19,7 @@ KINDS = Decomposition._fields
 _HEADER = ("sum", "count", "nonfinite", "not_positive")
 _WIDTH = len(_HEADER) + MAGNITUDES
 
-FIELDS = tuple(
-    f"{kind}_{name}" for kind in KINDS for name in (*_HEADER, *(f"bucket_{i}" for i in range(MAGNITUDES)))
-)
+FIELDS = tuple(f"{kind}_{name}" for kind in KINDS for name in (*_HEADER, *(f"bucket_{i}" for i in range(MAGNITUDES))))
 """Columns of a row, for each kind: the sum over its `count` finite examples, the number of the others, how many are 0
 or less (where a differential entropy can be), and how many of the positive ones are in each bucket of `edges`."""
 

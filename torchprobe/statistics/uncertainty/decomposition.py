@@ -34,7 +34,7 @@ def classification(probabilities: Tensor) -> Decomposition:
     ValueError for another shape and TypeError for integers.
     """
     dtype = arithmetic(probabilities, "probabilities")
-    check_samples("probabilities", probabilities, least=3)
+    check_samples("probabilities", probabilities, least=2)
     parts = [decompose(part.to(dtype)) for part in portions(probabilities.detach().movedim(0, -2), 2)]
     return joined(parts, probabilities, dtype)
 
@@ -51,11 +51,11 @@ def regression(means: Tensor, variances: Tensor | None = None) -> Decomposition:
     check_samples("means", means, least=1)
     if variances is not None and variances.shape != means.shape:
         raise ValueError(f"variances: got shape {tuple(variances.shape)}, takes that of means, {tuple(means.shape)}")
-    members = means.detach().to(dtype).flatten(1) if means.dim() > 1 else means.detach().to(dtype)[:, None]
-    epistemic = members.var(dim=0, correction=0) if len(members) > 1 else None
+    members = means.detach().to(dtype).reshape(len(means), means[0].numel())
+    epistemic = (members - members.mean(dim=0)).square_().mean(dim=0) if len(members) > 1 else None
     if variances is None:
         return Decomposition(None, None, epistemic)
-    aleatoric = variances.detach().to(arithmetic(variances, "variances")).mean(dim=0).flatten()
+    aleatoric = variances.detach().to(arithmetic(variances, "variances")).mean(dim=0).reshape(-1)
     return Decomposition(aleatoric if epistemic is None else aleatoric + epistemic, aleatoric, epistemic)
 
 
@@ -79,7 +79,8 @@ def joined(parts: list[Decomposition], of: Tensor, dtype: torch.dtype) -> Decomp
     if not parts:
         nothing = torch.zeros(0, dtype=dtype, device=of.device)
         return Decomposition(nothing, *((None, None) if len(of) == 1 else (nothing, nothing)))
-    return Decomposition(*(None if None in column else torch.cat(column) for column in zip(*parts, strict=True)))
+    columns = zip(*parts, strict=True)
+    return Decomposition(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def check_samples(name: str, x: Tensor, least: int) -> None:

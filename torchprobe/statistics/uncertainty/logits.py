@@ -34,7 +34,7 @@ def classification_from_logits(logits: Tensor) -> Decomposition:
     The softmax comes first and the mean after: the softmax of the mean logits would be another model's prediction.
     """
     dtype = arithmetic(logits, "logits")
-    check_samples("logits", logits, least=3)
+    check_samples("logits", logits, least=2)
     views = portions(logits.detach().movedim(0, -2), 2)
     return joined([decompose(part.to(dtype).softmax(dim=-1)) for part in views], logits, dtype)
 

@@ -78,7 +78,7 @@ def _proper(alpha: Tensor) -> Iterator[Tensor]:
     if alpha.dim() == 0 or alpha.size(-1) == 0:
         raise ValueError(f"alpha: got shape {tuple(alpha.shape)}, takes (..., classes) with at least one class")
     for part in portions(alpha.detach(), 1):
-        yield _where((part > 0).all(dim=-1, keepdim=True), part.to(row_dtype(alpha.device)))
+        yield _where(((part > 0) & part.isfinite()).all(dim=-1, keepdim=True), part.to(row_dtype(alpha.device)))
 
 
 def _where(condition: Tensor, value: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
 
+_COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
+torch.compile returned"
+
 
 @dataclass(frozen=True, slots=True)
 class Captures:
@@ -40,7 +43,9 @@ class Captures:
         self.arm(due, training)
         for attention in self.attention:
             attention.enter(module, training)
-        self.predictions.enter(training)
+        self.predictions.stop_watching_losses()
+        if due:
+            self.predictions.enter(training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""
@@ -60,6 +65,8 @@ class Captures:
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
         for attention in self.attention:
             pieces += attention.collect(training, compiled=self.modules.current.compiled)
+        if due and training and self.modules.current.compiled:
+            self.predictions.explain(_COMPILED)
         return pieces + self.predictions.collect(training) if training else pieces
 
     def on_backward(self) -> None:

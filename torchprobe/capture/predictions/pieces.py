@@ -36,6 +36,10 @@ class PredictionPieces:
         self._flush_every = flush_every
         self._window, self._sampled = 0, 0
         self._pictures_due = False
+        self.following = False
+        """Whether the running pass is read."""
+        self.on_backward = self._capture.on_backward
+        self.stop_watching_losses = self._capture.stop_watching_losses
 
     def open_for(self, step: int) -> None:
         """A step begins."""
@@ -50,34 +54,36 @@ class PredictionPieces:
         return any(gate.train if training else gate.val for gate in self._gates.values())
 
     def enter(self, training: bool) -> None:
-        """A pass begins."""
-        self._capture.stop_watching_losses()
+        """A sampled pass begins, if any probe here is due."""
         if self.is_open(training):
+            self.following = True
             self._capture.enter(training)
 
     def leave(self) -> None:
         """A pass has ended or raised."""
-        self._capture.leave()
+        if self.following:
+            self.following = False
+            self._capture.leave()
 
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """A pass has returned."""
-        if self.is_open(self._capture.training):
+        if self.following:
             self._capture.on_output(module, args, kwargs, output)
-
-    def on_backward(self) -> None:
-        """Gradients arrive."""
-        self._capture.on_backward()
 
     def collect(self, training: bool) -> list[Piece]:
         """Everything since the last call, for the probes that are due."""
-        if not self._gates or not self._capture.has_any(training):
+        if not self._capture.has_any(training):
             return []
         phase = self._capture.take(training)
-        due = [
-            p for p, gate in self._gates.items() if not self._shared.failed and (gate.train if training else gate.val)
-        ]
+        due = [probe for probe, gate in self._gates.items() if (gate.train if training else gate.val)]
         prefix = "" if training else "val/"
-        return [piece for probe in due for piece in self._pieces(probe, phase, prefix)]
+        return [piece for probe in due if not self._shared.failed for piece in self._pieces(probe, phase, prefix)]
+
+    def explain(self, reason: str) -> None:
+        """Why nothing can be seen at all."""
+        for probe in (self._uncertainty, self.calibration):
+            if probe is not None:
+                probe.reason = reason
 
     def given(self, predictions: Tensor, targets: Tensor, training: bool) -> Piece | None:
         """Predictions that the user handed in."""

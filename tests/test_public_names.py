@@ -21,6 +21,7 @@ ALLOWED = {
     "naming": set(),
     "statistics": set(),
     "images": {"records"},
+    "charts": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images"},
     "buffer": {"records", "statistics", "writers"},
     "capture": {"probes", "buffer", "naming", "statistics"},

@@ -111,6 +111,7 @@ class Recorder:
         if self._pass.training:
             self._captures.loss.on_output(output)
         else:
+            self._look_for_optimizers()
             validated = self._last() if self.clock.has_optimizer else self._steps.current
             validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
@@ -223,11 +224,16 @@ class Recorder:
 
     def _settle_last_pass(self) -> None:
         """A training pass is a step when no optimizer is in sight: neither has one stepped, nor can one."""
-        if self._forward_unclocked and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
-            self.clock.has_optimizer = True
-        if self._forward_unclocked and self.clock.by_forward:
-            self._tick()
+        if self._forward_unclocked:
+            self._look_for_optimizers()
+            if self.clock.by_forward:
+                self._tick()
         self._forward_unclocked = False
+
+    def _look_for_optimizers(self) -> None:
+        """At the first pass: an optimizer that has yet to step makes a pass before it no step."""
+        if self.clock.by_forward and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
+            self.clock.has_optimizer = True
 
     def _tick(self) -> None:
         self._skips.settled()

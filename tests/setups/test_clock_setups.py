@@ -757,7 +757,8 @@ def test_a_sanity_validation_before_training_is_no_step_of_it(every):
     model, writer = net(), MemoryWriter()
     optimizer = sgd(model)
     with torchprobe.instrument(model, writer=writer, every=every) as session:
-        validate(model, seed=7, batches=3)
+        before = validate(model, seed=7, batches=3)
+        assert session.step == 0
         expected = train_step(model, optimizer)
         assert session.step == 1
         after = validate(model, seed=70)
@@ -768,7 +769,7 @@ def test_a_sanity_validation_before_training_is_no_step_of_it(every):
         assert steps(writer, tag)[0] == 1, tag
         assert len(steps(writer, tag)) == (2 if every == 1 else 1), tag
     assert steps(writer, "lr/SGD/group_0") == [1, 2]
-    assert writer.scalars("val/activation_mean/2")[-1] == (1, pytest.approx(after))
+    assert writer.scalars("val/activation_mean/2") == [(0, pytest.approx(before)), (1, pytest.approx(after))]
 
 
 # ---- what the user logs

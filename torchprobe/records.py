@@ -38,7 +38,26 @@ class Image:
     pixels: NDArray[np.uint8]
 
 
-Value: TypeAlias = "float | Histogram | Text | Image | NDArray[np.float32]"
+HParam: TypeAlias = "bool | int | float | str"
+
+
+@dataclass(frozen=True, slots=True)
+class HParams:
+    """The run's hyperparameters, for TensorBoard's HParams page; started is in seconds since the epoch."""
+
+    values: Mapping[str, HParam]
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the run ended, for TensorBoard's HParams page; ended is in seconds since the epoch."""
+
+    success: bool
+    ended: float
+
+
+Value: TypeAlias = "float | Histogram | Text | Image | NDArray[np.float32] | HParams | Outcome"
 """What a tag can hold at a step: a scalar, or one of the richer kinds. An array becomes a tensor summary."""
 
 

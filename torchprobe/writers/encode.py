@@ -17,14 +17,16 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
+from tensorboard.plugins.custom_scalar import metadata as layout_plugin
 from tensorboard.plugins.histogram import metadata as histogram_plugin
 from tensorboard.plugins.hparams import metadata as hparams_plugin
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
-from torchprobe.records import Histogram, HParams, Image, Outcome, Record, Text, Value, group_of
+from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value, group_of
 from torchprobe.writers.hparams import plugin_data
+from torchprobe.writers.layout import serialized
 from torchprobe.writers.png import png
 
 ARRAY_PLUGIN = "torchprobe"
@@ -39,6 +41,7 @@ _PLUGINS: Mapping[type, tuple[str, int]] = {
     np.ndarray: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
     HParams: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Outcome: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
+    Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
 }
 
 
@@ -83,6 +86,8 @@ def _store(entry: Any, value: Value) -> None:
         entry.tensor.CopyFrom(_strings(parts, shape=(3,)))
     elif isinstance(value, np.ndarray):
         entry.tensor.CopyFrom(_numeric(value.astype(np.float32, copy=False), DT_FLOAT))
+    elif isinstance(value, Layout):
+        entry.tensor.CopyFrom(_strings([serialized(value)], shape=()))
     elif isinstance(value, HParams | Outcome):
         entry.tensor.CopyFrom(_numeric(_NOTHING, DT_FLOAT))  # the page reads the metadata alone
     else:

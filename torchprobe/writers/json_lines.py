@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.records import Histogram, HParam, HParams, Image, Outcome, Record, Text, Value
+from torchprobe.records import Histogram, HParam, HParams, Image, Layout, Outcome, Record, Text, Value
 from torchprobe.writers.append_file import AppendFile
 from torchprobe.writers.png import png
 
@@ -22,7 +23,7 @@ class JsonLinesWriter:
 
     A value is a number for a scalar, else an object: `{"edges", "counts"}` for a histogram,
     `{"text"}`, `{"shape", "png"}` for an image (base64), `{"array"}` for nested lists, `{"hparams"}`,
-    `{"success"}`. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
+    `{"success"}`, `{"charts"}`. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
 
     What the file already holds is kept. A batch is on disk when `write` returns, or not at all.
     Raises OSError at the call when the file cannot be opened, and from `write` when a batch does
@@ -82,6 +83,12 @@ def _json_value(value: Value) -> Any:
         return {"hparams": {name: _hparam(hparam) for name, hparam in value.values.items()}}
     if isinstance(value, Outcome):
         return {"success": value.success}
+    if isinstance(value, Layout):
+        return {
+            "charts": {
+                title: [dataclasses.asdict(chart) for chart in charts] for title, charts in value.categories.items()
+            }
+        }
     if isinstance(value, np.ndarray):
         return {"array": _numbers(value.tolist())}
     return _number(float(value))

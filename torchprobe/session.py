@@ -23,10 +23,12 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.recorder import Recorder
@@ -107,6 +109,7 @@ def instrument(
         [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
+        PredictionPieces(reference, plan.gates, meter, flush_every),
     )
     recorder = Recorder(model, plan, captures, outlet, meter)
     return Session(root, recorder, outlet, directory, sink)
@@ -167,6 +170,20 @@ class Session:
         Raises TypeError for a value that is no bool, number or string.
         """
         self._hparams.begin(hparams)
+
+    def log_predictions(self, probs: Any, targets: Any) -> None:
+        """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
+
+        They count for the step and for training or validation as the model's last pass was, at every call, and
+        replace what was found without a call. Tensors stay on their device, and nothing waits.
+
+        probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
+        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
+        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
+        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
+        """
+        predictions, classes = checked_predictions(probs, targets)
+        self._recorder.log_predictions(predictions, classes)
 
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.

@@ -14,7 +14,7 @@ import torchprobe
 
 PACKAGE = Path(torchprobe.__file__).parent
 
-# Each folder may import these and itself; `session` and `recorder` wire everything.
+# Each folder may import these and itself; `session`, `logger` and `recorder` wire everything.
 ALLOWED = {
     "records": set(),
     "schedule": set(),
@@ -33,6 +33,9 @@ ALLOWED = {
     "plan": {"capture", "probes", "schedule"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
+    "scores": {"buffer", "statistics"},
+    "logbook": {"buffer", "capture", "ledger", "records", "writers"},
+    "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
     "recorder": {"buffer", "capture", "ledger", "plan", "records"},
 }
 

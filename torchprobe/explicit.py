@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.uncertainty import Uncertainty
 from torchprobe.records import Text
+from torchprobe.scores import floats
 from torchprobe.statistics import calibration, uncertainty
 from torchprobe.statistics.uncertainty import Decomposition
 from torchprobe.writers.hparams import checked_hparams
@@ -79,10 +79,10 @@ def checked(argument: str, value: object, kind: type[_T]) -> _T:
 
 def uncertainty_of(epistemic: Any, aleatoric: Any) -> Decomposition:
     """As given, with their sum for the total where both are. Raises TypeError for what is no array of numbers."""
-    e = _floats("epistemic", epistemic)
+    e = floats("epistemic", epistemic)
     if aleatoric is None:
         return Decomposition(None, None, e)
-    a = _floats("aleatoric", aleatoric).to(e.device, non_blocking=True)
+    a = floats("aleatoric", aleatoric).to(e.device, non_blocking=True)
     if a.shape != e.shape:
         raise ValueError(f"aleatoric: got shape {tuple(a.shape)}, takes that of epistemic, {tuple(e.shape)}")
     return Decomposition(e + a, a, e)
@@ -107,18 +107,7 @@ def attention_layers(weights: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for i, layer in enumerate(weights):
             yield from attention_layers(layer, f"{name}.{i}" if name else str(i))
     elif weights is not None:  # what some models return for a layer without attention
-        yield name or "attention", _four_dimensional(name, _floats("weights", weights))
-
-
-def _floats(argument: str, value: Any) -> Tensor:
-    """A tensor, numpy array or number as floats, detached."""
-    if isinstance(value, Tensor) and not value.is_complex():
-        return value.detach() if value.is_floating_point() else value.float()
-    if not isinstance(value, Tensor) and isinstance(value, np.ndarray | np.generic | int | float):
-        array = np.asarray(value)
-        if array.dtype.kind in "fiub":
-            return torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))
-    raise TypeError(f"{argument}={value!r}: takes a tensor, a numpy array or a number, not {type(value).__name__}")
+        yield name or "attention", _four_dimensional(name, floats("weights", weights))
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -92,7 +92,9 @@ class Logbook:
 
     def write(self, what: str, fill: Callable[[Page], None], prefix: str = "") -> None:
         """Let `fill` put values into the page of the step that they belong to. Ignored once closed, or in a fork."""
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
+            return
+        if self._closed:
             self._complain(what, f"{what} after close() is ignored")
             return
         try:

@@ -196,6 +196,13 @@ class Recorder:
         self._step_for_log().put(tag, value)
 
     @_protected
+    def log_rows(self, piece: Piece | None) -> None:
+        """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
+        if piece is not None:
+            pieces = self._step_for_log().buffer.pieces
+            pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
+
+    @_protected
     def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
         """Predictions and targets of the pass that came last: training's, or validation's."""
         training = self._pass.training

@@ -31,9 +31,11 @@ from torchprobe.plan import AnyProbe, Plan, checked_probes
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.schedule import Schedule, check_count
+from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
@@ -132,6 +134,7 @@ class Session:
         self._outlet = outlet
         self._hparams = hparams
         self._metrics = Metrics()
+        self._separation = Separation()
         self._model = weakref.ref(root)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
@@ -184,6 +187,16 @@ class Session:
         """
         predictions, classes = checked_predictions(probs, targets)
         self._recorder.log_predictions(predictions, classes)
+
+    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
+        """Log how well a score separates data from outside the training distribution from data inside it.
+
+        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
+        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
+        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
+        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
+        """
+        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))
 
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
@@ -47,6 +48,7 @@ _HOMES = {
     "Record": "records",
     "Session": "session",
     "Text": "records",
+    "TrainingLogger": "logger",
     "Uncertainty": "probes.uncertainty",
     "Updates": "probes.parameters",
     "Writer": "writers.protocol",
@@ -74,6 +76,7 @@ __all__ = [
     "Record",
     "Session",
     "Text",
+    "TrainingLogger",
     "Uncertainty",
     "Updates",
     "Writer",

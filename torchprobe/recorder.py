@@ -94,7 +94,7 @@ class Recorder:
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
-        if grad_enabled and not trained:
+        if (grad_enabled and not trained) or self._one_pass_before_training():
             self._start_training()
         if self._skips.gradients_were_dropped():
             self._skip()
@@ -119,6 +119,8 @@ class Recorder:
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
         if watched is not None:
             watched.register_hook(self._on_backward)
+        if watched is None:
+            self._look_for_optimizers()
         self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
             self._captures.loss.on_output(output)
@@ -151,7 +153,7 @@ class Recorder:
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Gradients are final, unless a closure makes them."""
         self._start_training()
-        if self.clock.begin(optimizer):
+        if self.clock.begin(optimizer, self._pass.began):
             self._roll()
         due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
@@ -192,6 +194,13 @@ class Recorder:
     def log(self, tag: str, value: Value | Tensor) -> None:
         """A value of the iteration that runs now, or of the one that has just ended."""
         self._step_for_log().put(tag, value)
+
+    @_protected
+    def log_rows(self, piece: Piece | None) -> None:
+        """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
+        if piece is not None:
+            pieces = self._step_for_log().buffer.pieces
+            pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
 
     @_protected
     def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
@@ -244,11 +253,20 @@ class Recorder:
 
     def _settle_last_pass(self) -> None:
         """A training pass is a step when no optimizer is in sight: neither has one stepped, nor can one."""
-        if self._forward_unclocked and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
-            self.clock.has_optimizer = True
-        if self._forward_unclocked and self.clock.by_forward:
-            self._tick()
+        if self._forward_unclocked:
+            self._look_for_optimizers()
+            if self.clock.by_forward:
+                self._tick()
         self._forward_unclocked = False
+
+    def _look_for_optimizers(self) -> None:
+        """At the first pass: an optimizer that has yet to step makes a pass before it no step."""
+        if self.clock.by_forward and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
+            self.clock.has_optimizer = True
+
+    def _one_pass_before_training(self) -> bool:
+        """Whether the only pass so far was counted for want of an optimizer, and there is one now."""
+        return self.clock.by_forward and self.clock.completed == 1 and self._optimizer_hooks.any_alive()
 
     def _tick(self) -> None:
         self._skips.settled()
@@ -279,6 +297,7 @@ class Recorder:
     def _start_training(self) -> None:
         """Forward passes that were counted before training, such as a sanity check, are no steps of it."""
         if self.clock.by_forward and self.clock.completed:
+            self._last().step = 0
             self._steps.seal_last()
             self.clock.completed, self._steps.current.step = 0, 1
             self._open_gates()

@@ -32,13 +32,15 @@ class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
     skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
-    missing names the probes that saw nothing in their first three sampled steps, each logged once.
+    missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
+    unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
     """
 
-    def __init__(self, descriptions: Mapping[str, str]) -> None:
+    def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:
         self.skipped = 0
         self.missing: list[str] = []
         self._descriptions = dict(descriptions)
+        self._asked_for = asked_for
         self._failed: set[Reporter] = set()
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
@@ -85,7 +87,11 @@ class Decoder:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
                 name, source = type(reporter).__name__, getattr(reporter, "source", "")
                 self.missing.append(name)
-                _log.warning(
+                level = (
+                    logging.WARNING if self._asked_for or getattr(reporter, "found_everywhere", True) else logging.INFO
+                )
+                _log.log(
+                    level,
                     "nothing captured: %s saw nothing in its first %d sampled steps (%s)",
                     name,
                     _PATIENCE,

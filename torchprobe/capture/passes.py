@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
 
+_FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 
 
@@ -105,7 +106,9 @@ class PassHooks:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+    """Whether the module's class says what calling it does; Lightning's base class only seems to."""
+    home = type(module).forward.__module__
+    return type(module).forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

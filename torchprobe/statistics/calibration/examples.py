@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IMPOSSIBLE = 2.0**-126
 """A probability below this counts as this, the smallest normal float32: one example then adds 87.3 nats, not inf."""
 
+_LEAST = math.log(IMPOSSIBLE)
 _SLACK = 0.05  # by how much a distribution in a narrow type may miss 1
 
 
@@ -47,8 +50,8 @@ def judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged
     log, probability = _distributions(predictions, from_logits)
     confidence, predicted = probability.max(dim=-1)
     brier = (probability - target).square().sum(dim=-1)
-    log = probability.clamp(min=IMPOSSIBLE).log() if log is None else log
-    nll = -(target * log).masked_fill(target == 0, 0.0).sum(dim=-1)
+    log = probability.clamp(min=IMPOSSIBLE).log() if log is None else log.masked_fill(log == -torch.inf, _LEAST)
+    nll = -(target * log).sum(dim=-1)
     valid = _is_distribution(probability) & _is_distribution(target)
     two = (probability[:, 1], target[:, 1] > 0.5) if target.size(-1) == 2 else (None, None)
     return Judged(confidence, predicted == target.argmax(dim=-1), brier, _bounded(nll), valid, *two)
@@ -59,9 +62,10 @@ def judge_binary(predictions: Tensor, target: Tensor, from_logits: bool) -> Judg
     score = predictions.sigmoid() if from_logits else predictions
     target = target.to(score.dtype)
     if from_logits:
-        nll = torch.nn.functional.softplus(predictions) - target * predictions
+        log_one, log_zero = F.logsigmoid(predictions), F.logsigmoid(-predictions)
     else:
-        nll = -target * score.clamp(min=IMPOSSIBLE).log() - (1 - target) * (1 - score).clamp(min=IMPOSSIBLE).log()
+        log_one, log_zero = (p.clamp(min=IMPOSSIBLE).log() for p in (score, 1 - score))
+    nll = -(target * log_one).masked_fill(target == 0, 0.0) - ((1 - target) * log_zero).masked_fill(target == 1, 0.0)
     positive, confidence = target >= 0.5, torch.maximum(score, 1 - score)
     valid = (score >= 0) & (score <= 1) & (target >= 0) & (target <= 1)
     brier = 2 * (score - target).square()
@@ -90,4 +94,4 @@ def _is_distribution(probability: Tensor) -> Tensor:
 
 def _bounded(nll: Tensor) -> Tensor:
     """A class that masked logits (-inf) exclude: as improbable as can be."""
-    return nll.masked_fill(nll == torch.inf, 126 * 0.6931471805599453)
+    return nll.masked_fill(nll == torch.inf, -_LEAST)

@@ -20,7 +20,7 @@ def summarise(row: Row) -> dict[str, float]:
 
     Without an example that is judged, the three counts alone. ece: mean over bins, weighted by their examples, of
     abs(accuracy - confidence) in 15 equal-width bins (Guo et al. 2017); mce its largest over non-empty bins.
-    adaptive_ece: the same with 15 bins of equal mass, cut at the edges of 256 fine ones. confidence_gap: mean
+    adaptive_ece: the same with 15 bins of equal mass, cut at the edges of 512 fine ones. confidence_gap: mean
     confidence - accuracy, above 0 when over-confident. A binary task with both classes has auroc and
     average_precision, whose scores tie within a fine bin.
     """

@@ -43,9 +43,7 @@ class Captures:
         self.arm(due, training)
         for attention in self.attention:
             attention.enter(module, training)
-        self.predictions.stop_watching_losses()
-        if due:
-            self.predictions.enter(training)
+        self.predictions.enter(bool(due), training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""

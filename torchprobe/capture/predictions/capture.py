@@ -67,7 +67,7 @@ class PredictionCapture:
             self._parts.arm(training)
 
     def leave(self) -> None:
-        """A pass has ended or raised."""
+        """A pass has ended or raised: no hook is left on the model."""
         self._parts.disarm()
 
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -78,6 +78,7 @@ class PredictionCapture:
             self._follow(ROOT, module, args, kwargs, reading)
             for name, outputs in self._parts.ensembles():
                 self._follow_ensemble(name, outputs, main_tensor(output))
+        self._parts.forget()
         if self._phase.waiting and self._on_modules is None:
             # Process-wide, so it is there from the output to the backward pass, or to the next pass, only.
             self._on_modules = module_registry.register_module_forward_hook(self._after_module, with_kwargs=True)
@@ -85,7 +86,7 @@ class PredictionCapture:
     def on_backward(self) -> None:
         """Gradients arrive: what was called on outputs before was the loss."""
         if self._on_modules is not None:
-            self.stop_watching_losses()
+            self.end_pass()
         self._train.waiting = []
 
     def take(self, training: bool) -> Phase:
@@ -96,7 +97,7 @@ class PredictionCapture:
         else:
             self._val = fresh
         if self._phase is phase:
-            self.stop_watching_losses()
+            self.end_pass()
             self._phase = fresh
         with self._protected(None):
             phase.settle()
@@ -104,7 +105,7 @@ class PredictionCapture:
 
     def detach(self) -> None:
         """Take every hook off."""
-        self.stop_watching_losses()
+        self.end_pass()
         self._parts.disarm()
 
     # ---- one output
@@ -234,8 +235,9 @@ class PredictionCapture:
         with self._gate.boundary(), torch.no_grad(), no_autocast(device), torch._C.DisableTorchFunction():
             yield
 
-    def stop_watching_losses(self) -> None:
-        """What is computed from now on is no loss of the last pass."""
+    def end_pass(self) -> None:
+        """What is computed from now on is no loss of the last pass; outputs of its parts are let go."""
+        self._parts.forget()
         if self._on_modules is not None:
             self._on_modules.remove()
             # torch forgets this one, and would warn at every call of a compiled model.

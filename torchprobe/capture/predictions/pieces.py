@@ -36,10 +36,8 @@ class PredictionPieces:
         self._flush_every = flush_every
         self._window, self._sampled = 0, 0
         self._pictures_due = False
-        self.following = False
-        """Whether the running pass is read."""
+        self._following = False  # the pass that runs, or has just returned, is read
         self.on_backward = self._capture.on_backward
-        self.stop_watching_losses = self._capture.stop_watching_losses
 
     def open_for(self, step: int) -> None:
         """A step begins."""
@@ -53,21 +51,21 @@ class PredictionPieces:
             return False
         return any(gate.train if training else gate.val for gate in self._gates.values())
 
-    def enter(self, training: bool) -> None:
-        """A sampled pass begins, if any probe here is due."""
-        if self.is_open(training):
-            self.following = True
+    def enter(self, due: bool, training: bool) -> None:
+        """A pass begins; due: whether any probe samples it."""
+        self._capture.end_pass()
+        self._following = due and self.is_open(training)
+        if self._following:
             self._capture.enter(training)
 
     def leave(self) -> None:
-        """A pass has ended or raised."""
-        if self.following:
-            self.following = False
+        """A pass has ended, before `on_output`, or raised."""
+        if self._following:
             self._capture.leave()
 
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """A pass has returned."""
-        if self.following:
+        if self._following:
             self._capture.on_output(module, args, kwargs, output)
 
     def collect(self, training: bool) -> list[Piece]:

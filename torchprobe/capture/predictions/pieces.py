@@ -118,14 +118,15 @@ class PredictionPieces:
 
     def _flags(self, like: Tensor, training: bool) -> Tensor:
         pictures = self._pictures_due or not training
-        values = dict(zip(FLAGS, (float(self._window), float(pictures)), strict=True))
-        return torch.stack([like.new_full((), value) for value in values.values()])
+        values = zip(FLAGS, (float(self._window), float(pictures), 1.0), strict=True)
+        return torch.stack([like.new_full((), value) for _, value in values])
 
 
 def _of_coverage(probe: Calibration, phase: Phase, prefix: str, window: int) -> Iterator[Piece]:
     for _, names, rows in phase.coverage.rows():
         found = rows[:, : -len(EVIDENCE)]
-        numbered = torch.cat((found, found.new_full((len(found), 1), float(window))), 1)
+        number, one = found.new_full((len(found), 1), float(window)), found.new_ones(len(found), 1)
+        numbered = torch.cat((found, number, one), 1)
         yield Piece(probe.coverage, ["train" if phase.training else "val"] * len(names), numbered, prefix)
 
 

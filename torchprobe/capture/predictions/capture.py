@@ -49,7 +49,10 @@ class PredictionCapture:
         self._train, self._val = Phase(training=True), Phase(training=False)
         self._phase = self._train
         self._on_modules: RemovableHandle | None = None
-        self.unread = ""  # why the last output said nothing
+        self.unread = ""
+        """Why the last output said nothing."""
+        self.note = ""
+        """What else is known of the model's output."""
 
     @property
     def training(self) -> bool:
@@ -75,6 +78,7 @@ class PredictionCapture:
         self._phase.touched = True
         with self._protected(output):
             reading = self._read(module, output)
+            self.note = reading.note
             self._follow(ROOT, module, args, kwargs, reading)
             for name, outputs in self._parts.ensembles():
                 self._follow_ensemble(name, outputs, main_tensor(output))

@@ -101,7 +101,7 @@ class PredictionPieces:
 
     def _pieces(self, probe: Probe, phase: Phase, prefix: str) -> Iterator[Piece]:
         if isinstance(probe, Uncertainty):
-            probe.reason = self._capture.unread
+            probe.reason, probe.note = self._capture.unread, self._capture.note
             yield from (Piece(probe, names, rows, prefix) for _, names, rows in phase.uncertainty.rows())
         elif isinstance(probe, Calibration):
             yield from self._of_calibration(probe, phase, prefix)

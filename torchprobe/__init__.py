@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
+    from torchprobe.probes.calibration import Calibration
     from torchprobe.probes.gradients import Gradients
     from torchprobe.probes.histograms import Histograms
     from torchprobe.probes.learning_rates import LearningRates
     from torchprobe.probes.loss import Loss
     from torchprobe.probes.parameters import Parameters, Updates
+    from torchprobe.probes.uncertainty import Uncertainty
     from torchprobe.records import Histogram, Image, Record, Text
     from torchprobe.schedule import every, window
     from torchprobe.session import Session, instrument, session_of
@@ -31,6 +34,7 @@ _HOMES = {
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
     "Attention": "probes.attention",
+    "Calibration": "probes.calibration",
     "EventFileWriter": "writers.event_file",
     "Gradients": "probes.gradients",
     "Histogram": "records",
@@ -44,6 +48,8 @@ _HOMES = {
     "Record": "records",
     "Session": "session",
     "Text": "records",
+    "TrainingLogger": "logger",
+    "Uncertainty": "probes.uncertainty",
     "Updates": "probes.parameters",
     "Writer": "writers.protocol",
     "every": "schedule",
@@ -56,6 +62,7 @@ __all__ = [
     "ActivationGradients",
     "Activations",
     "Attention",
+    "Calibration",
     "EventFileWriter",
     "Gradients",
     "Histogram",
@@ -69,6 +76,8 @@ __all__ = [
     "Record",
     "Session",
     "Text",
+    "TrainingLogger",
+    "Uncertainty",
     "Updates",
     "Writer",
     "__version__",

@@ -82,9 +82,15 @@ def pieces(x: Tensor, size: int) -> Iterator[Tensor]:
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # memory order
     if x.is_contiguous():
-        yield from x.view(-1).split(size) if x.numel() else ()
+        yield from _cut(x.view(-1), size)
     elif x.numel() <= size:
         yield x.reshape(-1)
     else:
         for half in x.chunk(2, dim=max(range(x.dim()), key=x.size)):
             yield from pieces(half, size)
+
+
+def _cut(x: Tensor, size: int) -> Sequence[Tensor]:
+    if x.numel() > size:
+        return x.split(size)
+    return (x,) if x.numel() else ()

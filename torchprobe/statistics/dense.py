@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import pieces
+from torchprobe.statistics.dtypes import on_host, pieces
 
 PIECE = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
 _STREAM = 16  # so many pieces at a time where one pass is enough
@@ -25,10 +25,14 @@ _ROW = 512  # elements whose squares are added up in float32, 32 to a lane
 _TINY = 1e-15  # squares of smaller deviations would lose digits in float32
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor has elements in host memory to look at: a fake or wrapped one has none."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+
+
 def applies_to(x: Tensor) -> bool:
     """Whether a tensor may be the common case."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)  # a fake or wrapped tensor has no elements to look at
-    return plain and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    return is_plain(x) and x.dtype == torch.float32 and x.numel() > 0
 
 
 def sum_squares(x: Tensor) -> float | None:
@@ -43,7 +47,7 @@ def sums(x: Tensor) -> tuple[float, float] | None:
     squares = magnitudes = 0.0
     for part in pieces(x, PIECE):
         squares += _squares(part)
-        magnitudes += _host(torch.abs(part, out=scratch[: part.numel()]).sum())
+        magnitudes += on_host(torch.abs(part, out=scratch[: part.numel()]).sum())
     return None if _ordinary(squares) is None else (squares, magnitudes)
 
 
@@ -85,27 +89,27 @@ class _Moments(NamedTuple):
 def _moments(x: Tensor, scratch: Tensor) -> _Moments:
     """Deviations are taken one by one only where the sum of squares would cancel."""
     count, squares = x.numel(), _squares(x)
-    mean = _host(x.sum()) / count
+    mean = on_host(x.sum()) / count
     m2 = squares - count * mean * mean
     if not m2 > squares / 2:
         pivot = x.mean()
-        shift = _host(torch.sub(x, pivot, out=scratch).sum()) / count
-        mean, m2 = _host(pivot) + shift, max(_squares(scratch) - count * shift * shift, 0.0)
+        shift = on_host(torch.sub(x, pivot, out=scratch).sum()) / count
+        mean, m2 = on_host(pivot) + shift, max(_squares(scratch) - count * shift * shift, 0.0)
     magnitude = torch.abs(x, out=scratch)
     bits = magnitude.view(torch.int32)  # in the order of the floats, and compared faster
-    max_abs = _host(bits.amax().view(torch.float32))
-    zeros = 0.0 if _host(bits.amin()) else count - _host(torch.ne(magnitude, 0.0, out=magnitude).sum())
+    max_abs = on_host(bits.amax().view(torch.float32))
+    zeros = 0.0 if on_host(bits.amin()) else count - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
     return _Moments(count, mean, m2, max_abs, zeros)
 
 
 def _varies(x: Tensor) -> bool:
     low, high = x.aminmax()
-    return _host(low) != _host(high)
+    return on_host(low) != on_host(high)
 
 
 def _squares(x: Tensor) -> float:
     """The sum of squares of a 1-D tensor; not finite when an element is not, or is huge."""
-    return math.fsum(_host(torch.dot(norms, norms)) for norms in map(Tensor.double, _row_norms(x)))
+    return math.fsum(on_host(torch.dot(norms, norms)) for norms in map(Tensor.double, _row_norms(x)))
 
 
 def _row_norms(x: Tensor) -> Iterator[Tensor]:
@@ -123,6 +127,3 @@ def _ordinary(squares: float) -> float | None:
 def _scratch(x: Tensor) -> Tensor:
     return torch.empty(min(x.numel(), PIECE), dtype=x.dtype, device=x.device)
 
-
-def _host(value: Tensor) -> float:
-    return float(value.numpy())  # in host memory already: no wait, no copy from a device

@@ -26,6 +26,8 @@ from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
 from torchprobe.plan import Plan
 from torchprobe.records import Value
+from torchprobe.rules.alert import TrainingAlert
+from torchprobe.rules.watch import Watch
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")
@@ -41,6 +43,8 @@ def _protected(method: _Method[_P]) -> _Method[_P]:
         start = perf_counter()
         try:
             method(self, *args, **kwargs)
+        except TrainingAlert:  # what the user asked for
+            raise
         except Exception:
             self.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")
@@ -58,7 +62,9 @@ class Recorder:
     and for a validation pass.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter, watch: Watch
+    ) -> None:
         self.pid = os.getpid()
         self.stopped = False
         self.meter = meter
@@ -67,6 +73,8 @@ class Recorder:
         self._plan = plan
         self._captures = captures
         self._outlet = outlet
+        self._watch = watch
+        watch.progress = lambda: (self.clock.completed, self._pass.entered)
         self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)
@@ -84,6 +92,7 @@ class Recorder:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins. Training closes the step before it; validation belongs to that step."""
         self._pass.seen = True
+        self._pass.entered += 1
         trained = self._pass.training
         # Without an optimizer in sight, a model in training mode is what the user wants to look at.
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
@@ -175,6 +184,7 @@ class Recorder:
         self._forward_unclocked = False
         if self.clock.end(optimizer):
             self._roll()
+        self._watch.check()
 
     # ---- what the user asks for
 

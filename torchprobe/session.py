@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +31,9 @@ from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
+from torchprobe.rules.alert import Alert
+from torchprobe.rules.choosing import Rule
+from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.selection import Patterns, Selection
 from torchprobe.writers.opening import open_writer
@@ -54,6 +57,9 @@ def instrument(
     flush_seconds: float = 30.0,
     include: Patterns = None,
     exclude: Patterns = None,
+    rules: Iterable[str | Rule] | None = None,
+    on_alert: Callable[[Alert], object] | None = None,
+    stop_on: Iterable[str] | bool | None = None,
     overhead_budget: float | None = None,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
@@ -71,6 +77,10 @@ def instrument(
         every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
         flush_every: steps between writes; flush_seconds: and the longest time between them.
         include, exclude: module-name patterns with `*`.
+        rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
+            by default all of `docs/alerts.md`, and [] for none.
+        on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
+        stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
 
     Raises:
@@ -84,12 +94,13 @@ def instrument(
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
+    watch = open_watch(rules, on_alert, stop_on)
     directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
     decoder = Decoder(_descriptions(parts))
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder, flush_seconds),
+        Drain(sink, decoder, flush_seconds, watch),
         decoder,
         flush_every,
     )
@@ -101,8 +112,8 @@ def instrument(
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )
-    recorder = Recorder(model, plan, captures, outlet, meter)
-    return Session(root, recorder, outlet, directory)
+    recorder = Recorder(model, plan, captures, outlet, meter, watch)
+    return Session(root, recorder, outlet, directory, watch)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -113,9 +124,12 @@ def session_of(model: nn.Module) -> Session | None:
 class Session:
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
-    def __init__(self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None) -> None:
+    def __init__(
+        self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None, watch: Watch
+    ) -> None:
         self.log_dir = directory
         """The run's directory; None when a writer was handed over."""
+        self._watch = watch
         self._recorder = recorder
         self._outlet = outlet
         self._metrics = Metrics()
@@ -128,6 +142,14 @@ class Session:
     def step(self) -> int:
         """Completed steps: optimizer steps, or forward passes while no optimizer is in sight."""
         return self._recorder.clock.completed
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """What the rules said so far, in order, begins and ends of conditions: a new list.
+
+        Rules see a step when it is written (see `flush_every`); after `flush()`, every step up to the last one.
+        """
+        return list(self._watch.alerts)
 
     @property
     def attached(self) -> bool:
@@ -187,6 +209,7 @@ class Session:
             f"  time in probes    {recorder.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
+            f"  alerts            {len(self._watch.alerts)}",
         ]
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
 from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
-from torchprobe.records import Record, Value
+from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
 _REASONS = {
@@ -49,7 +49,7 @@ class Decoder:
         values: dict[str, Value] = dict(sealed.values)
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
-        self._explain_gaps(sealed)
+        values.update(self._explain_gaps(sealed))
         return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
@@ -67,22 +67,23 @@ class Decoder:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
-    def _explain_gaps(self, sealed: Sealed) -> None:
+    def _explain_gaps(self, sealed: Sealed) -> dict[str, Value]:
         if not sealed.lost:
-            self._look_for_missing(sealed.due)
-        elif not self._lost:
+            return self._look_for_missing(sealed.due)
+        if not self._lost:
             self._lost = True
             _log.warning("step %d found no free slots on its device: its statistics are lost", sealed.step)
+        return {}
 
-    def _look_for_missing(self, due: Sequence[Reporter]) -> None:
+    def _look_for_missing(self, due: Sequence[Reporter]) -> dict[str, Value]:
         self._asked.update(due)
+        texts: dict[str, Value] = {}
         for reporter in due:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
                 name = type(reporter).__name__
                 self.missing.append(name)
-                _log.warning(
-                    "nothing captured: %s saw nothing in its first %d sampled steps (%s)",
-                    name,
-                    _PATIENCE,
-                    _REASONS.get(getattr(reporter, "source", ""), "nothing of the kind it watches occurred"),
-                )
+                reason = _REASONS.get(getattr(reporter, "source", ""), "nothing of the kind it watches occurred")
+                text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
+                _log.warning("nothing captured: %s", text)
+                texts[f"nothing_captured/{name}"] = Text(text)
+        return texts

@@ -103,7 +103,7 @@ class Recorder:
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
-        if grad_enabled and not trained:
+        if (grad_enabled and not trained) or self._one_pass_before_training():
             self._start_training()
         if self._skips.gradients_were_dropped():
             self._skip()
@@ -117,10 +117,11 @@ class Recorder:
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
         if watched is not None:
             watched.register_hook(self._on_backward)
+        if watched is None:
+            self._look_for_optimizers()
         if self._pass.training:
             self._captures.loss.on_output(output)
         else:
-            self._look_for_optimizers()
             validated = self._last() if self.clock.has_optimizer else self._steps.current
             validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
@@ -150,7 +151,7 @@ class Recorder:
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Gradients are final, unless a closure makes them."""
         self._start_training()
-        if self.clock.begin(optimizer):
+        if self.clock.begin(optimizer, self._pass.began):
             self._roll()
         due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
@@ -245,6 +246,10 @@ class Recorder:
         if self.clock.by_forward and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
             self.clock.has_optimizer = True
 
+    def _one_pass_before_training(self) -> bool:
+        """Whether the only pass so far was counted for want of an optimizer, and there is one now."""
+        return self.clock.by_forward and self.clock.completed == 1 and self._optimizer_hooks.any_alive()
+
     def _tick(self) -> None:
         self._skips.settled()
         self._forward_unclocked = False
@@ -272,6 +277,7 @@ class Recorder:
     def _start_training(self) -> None:
         """Forward passes that were counted before training, such as a sanity check, are no steps of it."""
         if self.clock.by_forward and self.clock.completed:
+            self._last().step = 0
             self._steps.seal_last()
             self.clock.completed, self._steps.current.step = 0, 1
             self._open_gates()

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from torchprobe.capture.modules import interesting
+from torchprobe.capture.modules import PARAMETRIZATIONS, interesting
 from torchprobe.naming import named_modules, owner_of
 
 Patterns = str | Sequence[str] | None
@@ -39,7 +39,9 @@ class Selection:
         """Whether a module's outputs are captured."""
         if self._excluded(name):
             return False
-        return self._included(name) if self._include else interesting(module)
+        if self._include:
+            return self._included(name)
+        return interesting(module) and PARAMETRIZATIONS not in name.split(".")
 
     def wants_parameter(self, name: str) -> bool:
         """Whether a parameter is captured: with its module, or with a module around it."""

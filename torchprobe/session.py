@@ -96,7 +96,7 @@ def instrument(
     check_seconds("flush_seconds", flush_seconds)
     watch = open_watch(rules, on_alert, stop_on)
     directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
-    decoder = Decoder(_descriptions(parts))
+    decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),

@@ -28,13 +28,15 @@ class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
     skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
-    missing names the probes that saw nothing in their first three sampled steps, each logged once.
+    missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
+    unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
     """
 
-    def __init__(self, descriptions: Mapping[str, str]) -> None:
+    def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:
         self.skipped = 0
         self.missing: list[str] = []
         self._descriptions = dict(descriptions)
+        self._asked_for = asked_for
         self._failed: set[Reporter] = set()
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
@@ -84,6 +86,8 @@ class Decoder:
                 self.missing.append(name)
                 reason = _REASONS.get(getattr(reporter, "source", ""), "nothing of the kind it watches occurred")
                 text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
-                _log.warning("nothing captured: %s", text)
-                texts[f"nothing_captured/{name}"] = Text(text)
+                serious = self._asked_for or getattr(reporter, "found_everywhere", True)
+                _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)
+                if serious:
+                    texts[f"nothing_captured/{name}"] = Text(text)
         return texts

@@ -57,7 +57,7 @@ class StepBuffer:
     void: Tensor | None = None  # a device flag that says the step was skipped: drop what it wrote
 
     def __bool__(self) -> bool:
-        return bool(self.values or self.scalars or self.pieces)
+        return bool(self.values or self.scalars or self.pieces or self.due)
 
 
 class Arrived(NamedTuple):

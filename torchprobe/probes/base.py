@@ -40,6 +40,8 @@ class Probe:
     descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
+    found_everywhere: ClassVar[bool] = True
+    """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
     def __init__(self, every: int | Schedule | None = None) -> None:
         self.every = every

@@ -5,7 +5,7 @@ Runs once, when they are first seen, and reads values freely: it is for tensors 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,11 @@ from torchprobe.capture.outputs import is_numeric
 from torchprobe.naming import owner_of
 
 NO_MODULE = "(loss)"
+_RAW = "_raw_saved_"
+_RESULTS = ("result", "output")
+_OF_MODULE = ("weight", "mat2", "bias", "running")  # what operations call a module's own tensors
+_MOVES = ("TBackward", "Transpose", "View", "UnsafeView", "Reshape", "Permute", "Expand", "Unsqueeze", "Squeeze", "ToCopy", "Alias", "Clone")
+_NAMES = 3  # in a message
 _MOST_NODES = 50_000
 _REACH = 4  # nodes between an operation and a parameter that it uses: a transposition, a cast
 
@@ -60,47 +65,121 @@ def of_gradients(named: _Named) -> Finding | None:
 
 
 def of_output(named: _Named, outputs: Sequence[Tensor]) -> Finding | None:
-    """The module after which a forward pass first held NaN or inf, from the tensors that its graph keeps."""
+    """The module at which a forward pass first held NaN or inf, from the tensors that its graph keeps."""
     damaged = of_parameters(named)
     if damaged is not None:
         return damaged
-    nodes = _nodes(t.grad_fn for t in outputs)
-    owners = _owners(nodes, {id(p): owner_of(name) for name, p in named})
-    for i, node in enumerate(nodes):
-        inputs, results = _saved(node)
-        if not all(map(_finite, inputs)):
-            return _made_before(nodes, owners, i, inputs)
-        if not all(map(_finite, results)):
-            return _named(nodes, owners, i, inputs)
-    return _named(nodes, owners, len(nodes) - 1, []) if nodes else None
+    graph = _Graph(outputs, {id(p): owner_of(name) for name, p in named})
+    for i in range(len(graph.nodes)):
+        inputs, results = graph.saved(i)
+        if not all(map(_sound, inputs)):
+            before = graph.before(i)
+            if not before:
+                return Finding(NO_MODULE, f"the model's input holds {_kind(inputs)}")
+            return _blamed(graph, max(before), _kind(inputs))
+        if not all(map(_sound, results)):
+            return _blamed(graph, i, _kind(results))
+    return _blamed(graph, len(graph.nodes) - 1, _kind(outputs)) if graph.nodes else None
 
 
-def _made_before(nodes: Sequence[Any], owners: Mapping[int, str], i: int, inputs: Sequence[Tensor]) -> Finding:
-    """An operation was given non-finite numbers: by the operation before it, or as the model's input."""
-    order = {node: n for n, node in enumerate(nodes)}
-    before = [order[following] for following, _ in nodes[i].next_functions if following in order]
-    if not before:
-        return Finding(NO_MODULE, "the model's input holds NaN or inf")
-    latest = max(before)
-    return _named(nodes, owners, latest, _saved(nodes[latest])[0])
+class _Graph:
+    """The operations of a forward pass in the order in which they ran, as autograd keeps them."""
+
+    def __init__(self, outputs: Sequence[Tensor], modules: Mapping[int, str]) -> None:
+        nodes = _reached(t.grad_fn for t in outputs)
+        self.owners = {node: owner for node in nodes for owner in _modules_of(node, modules)}
+        plumbing = {following for node in nodes for following, _ in node.next_functions if _leaf(following) is not None}
+        self.nodes = sorted((n for n in nodes if n not in plumbing), key=lambda node: node._sequence_nr())
+        self._index = {node: i for i, node in enumerate(self.nodes)}
+
+    def before(self, i: int) -> list[int]:
+        """The operations whose results operation `i` works on."""
+        return [self._index[node] for node, _ in self.nodes[i].next_functions if node in self._index]
+
+    def saved(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors that operation `i` keeps: of what it was given, and of what it made."""
+        kept = list(_saved(self.nodes[i]))
+        results = [t for name, t in kept if name.startswith(_RESULTS)]
+        return [t for name, t in kept if not name.startswith(_RESULTS)], results
+
+    def data(self, i: int) -> list[Tensor]:
+        """What operation `i` keeps of the numbers that run through the model."""
+        return [t for name, t in _saved(self.nodes[i]) if not name.startswith((*_RESULTS, *_OF_MODULE))]
 
 
-def _named(nodes: Sequence[Any], owners: Mapping[int, str], i: int, inputs: Sequence[Tensor]) -> Finding:
-    """The module of an operation, or the one whose output it works on."""
-    kind = "inf" if False else "NaN or inf"
-    largest = max((float(t.detach().abs().max().numpy()) for t in inputs if t.numel()), default=None)
-    given = "finite inputs" if largest is None else f"finite inputs (max |x| = {largest:.3g})"
-    if i in owners:
-        return Finding(owners[i], f"{owners[i]} produced {kind} from {given} in the forward pass")
-    queue, seen = [i], set()
-    order = {node: n for n, node in enumerate(nodes)}
+def _blamed(graph: _Graph, i: int, made: str) -> Finding:
+    """The module of an operation, or the latest one among those whose results led to it."""
+    queue, between = {i}, ""
+    seen: set[int] = set()
     while queue:
-        i = max(queue)
-        queue.remove(i)
-        if i in owners:
-            what = f"{owners[i]}, or what is computed from its output next ({nodes[max(seen)].name()}),"
-            return Finding(owners[i], f"{what} produced {kind} from {given} in the forward pass")
-        seen.add(i)
-        following = (order[f] for f, _ in nodes[i].next_functions if f in order)
-        queue += [n for n in following if n not in seen and n not in queue]
-    return Finding(NO_MODULE, f"an operation on the model's input ({nodes[max(seen)].name()}) produced {kind} from {given}")
+        latest = max(queue)
+        seen.add(latest)
+        node = graph.nodes[latest]
+        owner = graph.owners.get(node)
+        if owner is not None:
+            what = f"{owner}, or what is done to its output ({between})," if between else owner
+            return Finding(owner, f"{what} produced {made} from {_range(graph, latest)} in the forward pass")
+        between = between or ("" if _moves_only(node) else node.name().removesuffix("Backward0"))
+        queue = (queue | set(graph.before(latest))) - seen
+    return Finding(NO_MODULE, f"an operation on the model's input ({between}) produced {made}")
+
+
+def _range(graph: _Graph, i: int) -> str:
+    largest = [float(t.abs().max().numpy()) for t in graph.data(i) if t.numel() and _sound(t)]
+    return f"finite inputs (max |x| = {max(largest):.3g})" if largest else "finite inputs"
+
+
+def _moves_only(node: Any) -> bool:
+    return bool(node.name().startswith(_MOVES))
+
+
+def _reached(starts: Iterable[Any]) -> list[Any]:
+    nodes, queue = {}, [node for node in starts if node is not None]
+    while queue and len(nodes) < _MOST_NODES:
+        node = queue.pop()
+        if node not in nodes:
+            nodes[node] = None
+            queue += [following for following, _ in node.next_functions if following is not None]
+    return list(nodes)
+
+
+def _leaf(node: Any) -> Any:
+    """The parameter that a chain of transpositions and casts leads to, or None."""
+    for _ in range(_REACH):
+        if node is None or hasattr(node, "variable"):
+            return None if node is None else node.variable
+        node = node.next_functions[0][0] if _moves_only(node) else None
+    return None
+
+
+def _modules_of(node: Any, modules: Mapping[int, str]) -> list[str]:
+    leaves = [_leaf(following) for following, _ in node.next_functions]
+    return [modules[id(leaf)] for leaf in leaves if leaf is not None and id(leaf) in modules]
+
+
+def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a node keeps, as they are: never through a hook, which could run the model again."""
+    for name in dir(node):
+        if name.startswith(_RAW):
+            raw = getattr(node, name)
+            for one in raw if isinstance(raw, list | tuple) else [raw]:
+                value = one.data if getattr(one, "unpack_hook", one) is None else None
+                if isinstance(value, Tensor) and is_numeric(value) and value.is_cpu:
+                    yield name.removeprefix(_RAW), value.detach()
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x.detach()).all().numpy())
+
+
+def _sound(x: Tensor) -> bool:
+    """Neither NaN nor inf; -inf is what masks are made of."""
+    return not bool((x.detach().isnan() | (x.detach() == torch.inf)).any().numpy())
+
+
+def _kind(tensors: Iterable[Tensor]) -> str:
+    return "NaN" if any(bool(t.detach().isnan().any().numpy()) for t in tensors) else "inf"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more parameters" if len(names) > _NAMES else "")

@@ -32,6 +32,7 @@ ALLOWED = {
     "plan": {"capture", "probes", "schedule"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
+    "reports": set(),
     "recorder": {"buffer", "capture", "ledger", "plan", "records"},
 }
 

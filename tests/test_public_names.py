@@ -23,7 +23,7 @@ ALLOWED = {
     "images": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images"},
     "buffer": {"records", "statistics", "writers"},
-    "capture": {"probes", "buffer", "naming", "statistics"},
+    "capture": {"probes", "buffer", "naming", "records", "statistics"},
     "writers": {"records", "run_directory"},
     "metrics": set(),
     "run_directory": set(),
@@ -33,7 +33,8 @@ ALLOWED = {
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
     "reports": set(),
-    "recorder": {"buffer", "capture", "ledger", "plan", "records"},
+    "rules": {"records", "naming", "schedule"},
+    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
 }
 
 

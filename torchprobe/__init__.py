@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torchprobe.probes.learning_rates import LearningRates
     from torchprobe.probes.loss import Loss
     from torchprobe.probes.parameters import Parameters, Updates
+    from torchprobe.probes.provenance import Provenance
+    from torchprobe.probes.unit_activity import UnitActivity
     from torchprobe.records import Histogram, Image, Record, Text
     from torchprobe.rules.alert import Alert, TrainingAlert
     from torchprobe.rules.attention_collapse import AttentionCollapse
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from torchprobe.writers.protocol import Writer
 
 _HOMES = {
+    "UnitActivity": "probes.unit_activity",
+    "Provenance": "probes.provenance",
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
     "Alert": "rules.alert",
@@ -103,11 +107,13 @@ __all__ = [
     "Overconfidence",
     "Parameters",
     "Probe",
+    "Provenance",
     "Record",
     "Session",
     "Stalled",
     "Text",
     "TrainingAlert",
+    "UnitActivity",
     "UpdateRatio",
     "Updates",
     "VanishingGradient",

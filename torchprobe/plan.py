@@ -15,6 +15,8 @@ from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
 from torchprobe.probes.parameters import Parameters, Updates
+from torchprobe.probes.provenance import Provenance
+from torchprobe.probes.unit_activity import UnitActivity
 from torchprobe.schedule import Schedule, as_schedule
 
 AnyProbe: TypeAlias = "Probe | LearningRates"
@@ -22,7 +24,17 @@ AnyProbe: TypeAlias = "Probe | LearningRates"
 
 def default_probes() -> list[AnyProbe]:
     """What `instrument` watches when no probes are named."""
-    return [Gradients(), Parameters(), Updates(), Activations(), Attention(), Histograms(), LearningRates(), Loss()]
+    always: list[AnyProbe] = [
+        Gradients(),
+        Parameters(),
+        Updates(),
+        Activations(),
+        Attention(),
+        Histograms(),
+        LearningRates(),
+        Loss(),
+    ]
+    return [*always, UnitActivity(), Provenance()]
 
 
 def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
@@ -39,6 +51,12 @@ def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
             raise TypeError(f"probes: got {probe!r}; takes probe objects, such as torchprobe.Gradients(every=10)")
         parts += probe.parts() if isinstance(probe, Probe) else [probe]
     return parts
+
+
+def with_provenance(probes: list[AnyProbe]) -> list[AnyProbe]:
+    """The same with a `Provenance` that no schedule samples, for when NaN is seen, unless there is one already."""
+    there = any(isinstance(probe, Provenance) for probe in probes)
+    return probes if there else [*probes, Provenance(every=lambda step: False)]
 
 
 class Plan:

@@ -121,6 +121,7 @@ class Recorder:
             self._look_for_optimizers()
         if self._pass.training:
             self._captures.loss.on_output(output)
+            self._captures.health.on_output(output)
         else:
             validated = self._last() if self.clock.has_optimizer else self._steps.current
             validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
@@ -155,6 +156,8 @@ class Recorder:
             self._roll()
         due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
+        if not has_closure:
+            self._captures.health.before_step(optimizer)
         if due:
             self._scale = loss_scale(optimizer)
             self._captures.parameters.remember(optimizer, due)
@@ -181,6 +184,7 @@ class Recorder:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
         for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
             step.put(tag, value)
+        self._captures.health.after_step(optimizer)
         self._skips.settled()
         self._forward_unclocked = False
         if self.clock.end(optimizer):
@@ -260,6 +264,9 @@ class Recorder:
         """The step that the clock has just counted is complete: gather it, and decide on the next."""
         ended = self._steps.current
         ended.buffer.pieces += [*self._captures.collect(ended.due, training=True, scale=self._scale), *self._loss()]
+        signs, flags, ended.buffer.urgent = self._captures.health.signs()
+        ended.buffer.values.update(signs)
+        ended.buffer.pieces += flags
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview())

@@ -19,14 +19,15 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.sites import SITE
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.recorder import Recorder
@@ -88,13 +89,15 @@ def instrument(
         OSError: when `log_dir` cannot be written.
     """
     root = _checked_model(model)
+    watch = open_watch(rules, on_alert, stop_on)
     parts = checked_probes(probes)
+    if watch.traces_nan:
+        parts = with_provenance(parts)
     meter = Meter()
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
-    watch = open_watch(rules, on_alert, stop_on)
     directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
     decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
     parameters = sum(1 for _ in root.parameters())
@@ -105,12 +108,15 @@ def instrument(
         flush_every,
     )
     reference = weakref.ref(root)
+    sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
+    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
     captures = Captures(
-        ModuleCapture(reference, plan.gates, selection.wants_module),
+        modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
         [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
+        Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
     )
     recorder = Recorder(model, plan, captures, outlet, meter, watch)
     return Session(root, recorder, outlet, directory, watch)

@@ -18,7 +18,10 @@ NO_MODULE = "(loss)"
 _RAW = "_raw_saved_"
 _RESULTS = ("result", "output")
 _OF_MODULE = ("weight", "mat2", "bias", "running")  # what operations call a module's own tensors
-_MOVES = ("TBackward", "Transpose", "View", "UnsafeView", "Reshape", "Permute", "Expand", "Unsqueeze", "Squeeze", "ToCopy", "Alias", "Clone")
+_MOVES = (
+    *("TBackward", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "AsStrided"),
+    *("Expand", "Unsqueeze", "Squeeze", "ToCopy", "Alias", "Clone"),
+)  # operations that only move or cast numbers
 _NAMES = 3  # in a message
 _MOST_NODES = 50_000
 _REACH = 4  # nodes between an operation and a parameter that it uses: a transposition, a cast
@@ -61,7 +64,9 @@ def of_gradients(named: _Named) -> Finding | None:
             f"or from the backward pass of {bad[-1]}"
         )
         return Finding(NO_MODULE, text)
-    return Finding(bad[-1], f"the backward pass of {bad[-1]} is the first to give NaN or inf, from finite gradients")
+    last = max(i for i, (_, finite) in enumerate(states) if not finite)
+    after = f", and {states[last + 1][0]} behind it a finite one" if last + 1 < len(states) else ""
+    return Finding(bad[-1], f"the backward pass gave {bad[-1]} a gradient with NaN or inf{after}")
 
 
 def of_output(named: _Named, outputs: Sequence[Tensor]) -> Finding | None:
@@ -134,7 +139,8 @@ def _moves_only(node: Any) -> bool:
 
 
 def _reached(starts: Iterable[Any]) -> list[Any]:
-    nodes, queue = {}, [node for node in starts if node is not None]
+    nodes: dict[Any, None] = {}
+    queue = [node for node in starts if node is not None]
     while queue and len(nodes) < _MOST_NODES:
         node = queue.pop()
         if node not in nodes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.autopsy import Finding, of_gradients, of_output, of_parameters, of_update
+from torchprobe.capture.autopsy import Finding, of_gradients, of_output, of_update
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.outputs import is_numeric, loss_in, main_tensor
 from torchprobe.naming import named_parameters
@@ -39,7 +39,7 @@ class Sentinel:
     values, and the drain thread sets `wants_look`. Either way the next steps are looked at closely: see `looks`.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], gate: Gate, on_sign: Any = None) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], gate: Gate) -> None:
         self.wants_look = False  # set by the drain thread too
         self._model = model
         self._gate = gate
@@ -55,7 +55,7 @@ class Sentinel:
         if not self._gate.failed:
             with self._gate.boundary(), torch.no_grad():
                 tensors = [t for t in (main_tensor(output), loss_in(output)) if t is not None and _is_plain(t)]
-                if any([self._note("output", [_column(t)], nan_only=True) for t in tensors]):
+                if self._note("output", map(_column, tensors), nan_only=True):
                     self._explain(of_output(self._named(), tensors))
 
     def on_gradients(self, optimizer: Optimizer) -> None:
@@ -74,16 +74,19 @@ class Sentinel:
                 if self._note("parameter", [p.detach() for p in self._some(optimizer)]):
                     self._explain(of_update(self._named()))
 
-    def take(self) -> tuple[dict[str, Value], list[Piece]]:
-        """What the step showed: values known already, and flags on devices; starts anew."""
+    def take(self) -> tuple[dict[str, Value], list[Piece], bool]:
+        """What the step showed: values known already, flags on devices, and whether it is news; starts anew."""
         values, flags = self._seen, self._flags
         if not values:
             self._explained = False
             if not self.wants_look:
                 self._looks = _LOOKS
         self._seen, self._flags = {}, defaultdict(list)
-        pieces = [Piece(self, [f"nonfinite/{sign}"], torch.stack(f).amax().reshape(1, 1)) for (sign, _), f in flags.items()]
-        return values, pieces
+        pieces = [
+            Piece(self, [f"nonfinite/{sign}"], torch.stack(seen).amax().reshape(1, 1))
+            for (sign, _), seen in flags.items()
+        ]
+        return values, pieces, bool(values) and self._looks > 0
 
     def looks(self) -> bool:
         """Whether the coming step deserves a close look."""

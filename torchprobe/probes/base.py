@@ -13,7 +13,9 @@ from torch import Tensor
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule
 
-Source: TypeAlias = Literal["outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss"]
+Source: TypeAlias = Literal[
+    "outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss", "flow", "units"
+]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"

@@ -76,7 +76,7 @@ def checked_stops(stop_on: Any, rules: Sequence[Rule]) -> frozenset[str]:
 def checked_callback(on_alert: Any) -> Callable[[Alert], object] | None:
     """What is called with each alert, or None. Raises TypeError for what cannot be called."""
     if on_alert is None or (callable(on_alert) and not isinstance(on_alert, type)):
-        return on_alert  # type: ignore[no-any-return]
+        return on_alert
     raise TypeError(f"on_alert={on_alert!r}: takes a function of one alert, or torchprobe.WebhookNotifier(url)")
 
 

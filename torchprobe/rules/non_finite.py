@@ -84,7 +84,7 @@ def _evidence(record: Record) -> Iterator[_Evidence]:
 
 
 def _origins(record: Record) -> Iterator[_Evidence]:
-    for tag, value in record.values.items():
+    for tag, value in reversed(list(record.values.items())):  # what module hooks saw stands after what was inferred
         if tag.startswith(ORIGIN) and isinstance(value, Text):
             where = tag.removeprefix(ORIGIN)
             count = scalar(record, f"activation_nonfinite/{where}") or scalar(record, f"grad_nonfinite/{where}") or 1.0

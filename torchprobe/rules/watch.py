@@ -13,6 +13,7 @@ from torchprobe.rules import showing
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.choosing import Rule, checked_callback, checked_rules, checked_stops, name_of
 from torchprobe.rules.conditions import Conditions
+from torchprobe.rules.non_finite import NonFinite
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
 
@@ -73,6 +74,11 @@ class Watch:
         for follower in self._followers:
             follower.follow(record, alerts)
         return record
+
+    @property
+    def traces_nan(self) -> bool:
+        """Whether a rule wants to know where NaN and inf come from."""
+        return any(name_of(rule) == NonFinite.name for rule, _ in self._rules)
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""

@@ -24,7 +24,7 @@ ALLOWED = {
     "charts": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images"},
     "buffer": {"records", "statistics", "writers"},
-    "capture": {"probes", "buffer", "naming", "statistics"},
+    "capture": {"probes", "buffer", "naming", "records", "statistics"},
     "writers": {"records", "run_directory"},
     "metrics": set(),
     "run_directory": set(),
@@ -37,7 +37,8 @@ ALLOWED = {
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "recorder": {"buffer", "capture", "ledger", "plan", "records"},
+    "rules": {"records", "naming", "schedule"},
+    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
 }
 
 

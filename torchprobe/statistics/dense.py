@@ -126,4 +126,3 @@ def _ordinary(squares: float) -> float | None:
 
 def _scratch(x: Tensor) -> Tensor:
     return torch.empty(min(x.numel(), PIECE), dtype=x.dtype, device=x.device)
-

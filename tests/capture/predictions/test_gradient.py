@@ -65,11 +65,15 @@ def test_a_row_of_zeros_is_ignored_and_counted_when_it_was_sure():
     assert found.evidence.tolist() == [1, 1, 1]
 
 
+def thirds(shape: torch.Size) -> Tensor:
+    return (torch.arange(shape.numel()) % 3 == 0).float().view(shape)
+
+
 OTHERS = {
     "squared error of a choice": lambda z, y: F.mse_loss(z, F.one_hot(y, z.shape[-1]).float()),
     "squared error": lambda z, y: F.mse_loss(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(1))),
     "absolute error": lambda z, y: F.l1_loss(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(1))),
-    "several labels": lambda z, y: F.binary_cross_entropy_with_logits(z, (torch.arange(z.numel()) % 3 == 0).float().view(z.shape)),
+    "several labels": lambda z, y: F.binary_cross_entropy_with_logits(z, thirds(z.shape)),
     "margin": F.multi_margin_loss,
     "temperature": lambda z, y: F.cross_entropy(z / 2, y),
     "sum": lambda z, y: z.sum(),

@@ -74,6 +74,8 @@ class Plan:
         self._meter = meter
         self._start = monotonic()
         self._awaits_validation = dict.fromkeys(self.gates)
+        self._in_validation = frozenset(filter(_in_validation, self.gates))
+        self._in_all_of_validation = frozenset(filter(_in_all_of_validation, self.gates))
         self._validating = False  # a pass was sampled since training last went on
         self.due: tuple[Probe, ...] = ()
         self.due_in_validation: tuple[Probe, ...] = ()
@@ -89,7 +91,7 @@ class Plan:
         scheduled = [probe for probe, schedule in self.schedules.items() if schedule(step)] if affordable else []
         self.due = tuple(probe for probe in scheduled if not self.gates[probe].failed)
         awaiting = self.due if by_forward else tuple(p for p in self._awaits_validation if not self.gates[p].failed)
-        self.due_in_validation = tuple(probe for probe in awaiting if _in_validation(probe))
+        self.due_in_validation = tuple(probe for probe in awaiting if probe in self._in_validation)
         for probe, gate in self.gates.items():
             gate.train = probe in self.due
             gate.val = probe in self.due_in_validation
@@ -97,7 +99,7 @@ class Plan:
     def validated(self) -> None:
         """A batch of validation was sampled: most probes want no more until the next sampled step."""
         self._validating = True
-        self._close_validation([probe for probe in self.gates if not _in_all_of_validation(probe)])
+        self._close_validation([probe for probe in self.gates if probe not in self._in_all_of_validation])
 
     def validation_ended(self) -> None:
         """Training goes on: validation is sampled again after the next sampled step."""

@@ -41,7 +41,7 @@ class Uncertainty(Probe):
     members). modules: name patterns of modules to read beside the model itself. task: what a plain output is, where
     no loss tells.
 
-    Means over the examples of a batch; histograms of their logarithms. Of an output of more than 8 million numbers
+    Means over the examples of a batch; histograms of their logarithms. Of an output of more than 4 million numbers
     a sample of rows is read, and the tags' descriptions say so. Raises TypeError or ValueError for other arguments.
     """
 

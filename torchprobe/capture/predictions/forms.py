@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_ELEMENTS = 2**23
-"""Numbers read of one output: 32 MiB. A language model's (8, 1024, 50 k) logits give 167 rows."""
+MAX_ELEMENTS = 2**22
+"""Numbers read of one output: 16 MiB. A language model's (8, 1024, 50 k) logits give 83 rows."""
 
-MAX_ROWS = 2**16
+MAX_ROWS = 2**14
+_LARGE = 2**20
 _NEAR_ONE = 1e-3
 
 
@@ -46,6 +47,8 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     if tensor.dim() == 2:
         return [LAST, BINARY]
     forms = [LAST] if is_sequence(tensor, inputs) else []
+    if forms and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
+        return forms
     return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
 
 

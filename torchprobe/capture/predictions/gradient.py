@@ -17,6 +17,7 @@ from torchprobe.statistics.dtypes import row_dtype
 IGNORED = -100
 _FEW_CLASSES = 3  # so few that a row alone can be anything
 _FEW_ROWS = 4
+_ENOUGH_CLASSES = 256
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
 _EPSILON = 1e-7
@@ -62,7 +63,8 @@ def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
     p = rows.z.softmax(-1)
     top, favourite = p.max(-1)
-    least, target = rows.g.min(-1)
+    least, lowest = rows.g.min(-1)
+    target = lowest
     if p.shape[-1] <= _FEW_CLASSES:
         target, passed = _of_few(rows, p, target)
     else:
@@ -71,25 +73,33 @@ def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         other = ~passed & _proportional(rows, p, favourite, smoothed=True)
         target, passed = torch.where(other, favourite, target), passed | other
     alone = _of_log_probabilities(rows, least)
-    return torch.where(alone, rows.g.argmin(-1), target), passed | alone, top > _SURE
+    return torch.where(alone, lowest, target), passed | alone, top > _SURE
 
 
 def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool) -> Tensor:
-    """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed."""
-    scale = rows.g.abs().amax(-1).clamp(min=torch.finfo(p.dtype).tiny)
-    g, tiny = rows.g / scale[:, None], rows.tiny / scale * p.shape[-1]
-    others = torch.ones_like(p).scatter_(-1, target[:, None], 0.0)
-    mean_p, mean_g = ((x * others).sum(-1) / (p.shape[-1] - 1) for x in (p, g))
+    """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed.
+
+    Of many classes a few hundred are looked at, at equal distances: enough to tell, in a fraction of the time.
+    """
+    classes = p.shape[-1]
+    stride = max(1, classes // _ENOUGH_CLASSES)
+    least, most = rows.g.aminmax(dim=-1)
+    scale = torch.maximum(-least, most).clamp(min=torch.finfo(p.dtype).tiny)
+    total, own = rows.g.sum(-1) / scale, rows.g.gather(-1, target[:, None])[:, 0]
+    g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
+    others = (torch.arange(0, classes, stride, device=p.device) != target[:, None]).to(p.dtype)
+    n, tiny = others.sum(-1), rows.tiny / scale
+    mean_p, mean_g = ((x * others).sum(-1) / n for x in (p, g))
     factor, base = mean_g / mean_p, torch.zeros_like(mean_p)
     if smoothed:
         dp, dg = (p - mean_p[:, None]) * others, (g - mean_g[:, None]) * others
         factor = (dp * dg).sum(-1) / dp.square().sum(-1)
         base = mean_g - factor * mean_p
     away = ((g - factor[:, None] * p - base[:, None]).abs() * others).sum(-1)
-    fits = away <= rows.tolerance * (g * others).abs().sum(-1) + tiny + _EPSILON * p.shape[-1]
-    balanced = g.sum(-1).abs() <= 0.1 + tiny + 4 * _EPSILON * factor  # p - 1 is rounded where p is near 1
-    sane = _smoothing_is_sane(factor, base, p.shape[-1]) if smoothed else g.gather(-1, target[:, None])[:, 0] < 0
-    return fits & balanced & sane & (factor > 0) & (tiny < 0.1)
+    fits = away <= rows.tolerance * (g * others).abs().sum(-1) + (tiny + _EPSILON) * n
+    balanced = total.abs() <= 0.1 + tiny * classes + 4 * _EPSILON * factor  # p - 1 is rounded where p is near 1
+    sane = _smoothing_is_sane(factor, base, classes) if smoothed else own < 0
+    return fits & balanced & sane & (factor > 0) & (tiny * classes < 0.1)
 
 
 def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

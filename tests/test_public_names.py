@@ -14,13 +14,14 @@ import torchprobe
 
 PACKAGE = Path(torchprobe.__file__).parent
 
-# Each folder may import these and itself; `session` and `recorder` wire everything.
+# Each folder may import these and itself; `session`, `logger` and `recorder` wire everything.
 ALLOWED = {
     "records": set(),
     "schedule": set(),
     "naming": set(),
     "statistics": set(),
     "images": {"records"},
+    "charts": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images"},
     "buffer": {"records", "statistics", "writers"},
     "capture": {"probes", "buffer", "naming", "records", "statistics"},
@@ -34,7 +35,10 @@ ALLOWED = {
     "integrations": {"session"},
     "reports": set(),
     "rules": {"records", "naming", "schedule"},
-    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
+    "recorder": {"buffer", "capture", "ledger", "logbook", "plan", "records", "rules"},
+    "scores": {"buffer", "statistics"},
+    "logbook": {"buffer", "capture", "ledger", "records", "writers"},
+    "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
 }
 
 

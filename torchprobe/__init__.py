@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
+    from torchprobe.probes.calibration import Calibration
     from torchprobe.probes.gradients import Gradients
     from torchprobe.probes.histograms import Histograms
     from torchprobe.probes.learning_rates import LearningRates
     from torchprobe.probes.loss import Loss
     from torchprobe.probes.parameters import Parameters, Updates
     from torchprobe.probes.provenance import Provenance
+    from torchprobe.probes.uncertainty import Uncertainty
     from torchprobe.probes.unit_activity import UnitActivity
     from torchprobe.records import Histogram, Image, Record, Text
     from torchprobe.rules.alert import Alert, TrainingAlert
@@ -52,6 +55,7 @@ _HOMES = {
     "AttentionCollapse": "rules.attention_collapse",
     "AttentionLogitGrowth": "rules.attention_logit_growth",
     "DeadUnits": "rules.dead_units",
+    "Calibration": "probes.calibration",
     "EventFileWriter": "writers.event_file",
     "ExplodingGradient": "rules.exploding_gradient",
     "GradNormSpike": "rules.grad_norm_spike",
@@ -74,6 +78,8 @@ _HOMES = {
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "UpdateRatio": "rules.update_ratio",
+    "TrainingLogger": "logger",
+    "Uncertainty": "probes.uncertainty",
     "Updates": "probes.parameters",
     "VanishingGradient": "rules.vanishing_gradient",
     "Writer": "writers.protocol",
@@ -90,6 +96,7 @@ __all__ = [
     "Attention",
     "AttentionCollapse",
     "AttentionLogitGrowth",
+    "Calibration",
     "DeadUnits",
     "EventFileWriter",
     "ExplodingGradient",
@@ -113,6 +120,8 @@ __all__ = [
     "Stalled",
     "Text",
     "TrainingAlert",
+    "TrainingLogger",
+    "Uncertainty",
     "UnitActivity",
     "UpdateRatio",
     "Updates",

@@ -108,24 +108,35 @@ class Recorder:
             self._start_training()
         if self._skips.gradients_were_dropped():
             self._skip()
+        self._end_validation()
         if not self.clock.may_grow:
             self._steps.seal_last()
         self._pass.began = True
 
+    def _end_validation(self) -> None:
+        """What a whole validation pass adds up to belongs to the step before it."""
+        pieces = self._captures.predictions.collect(training=False)
+        if pieces:
+            self._validated().buffer.pieces += pieces
+        self._plan.validation_ended()
+
+    def _validated(self) -> Open:
+        return self._last() if self.clock.has_optimizer else self._steps.current
+
     @_protected
-    def leave_pass(self, module: nn.Module, output: Any) -> None:
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward pass has ended; by itself it is a step only while no optimizer is in sight."""
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
         if watched is not None:
             watched.register_hook(self._on_backward)
         if watched is None:
             self._look_for_optimizers()
+        self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
             self._captures.loss.on_output(output)
             self._captures.health.on_output(output)
         else:
-            validated = self._last() if self.clock.has_optimizer else self._steps.current
-            validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
+            self._validated().buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
         if self._pass.training and watched is not None:
             self._forward_unclocked = self.clock.by_forward
@@ -145,7 +156,7 @@ class Recorder:
             self._skip()
         self._skips.backward_ran()
         self._pass.began = True
-        self._captures.loss.on_backward()
+        self._captures.on_backward()
 
     # ---- optimizer steps
 
@@ -200,6 +211,21 @@ class Recorder:
         self._step_for_log().put(tag, value)
 
     @_protected
+    def log_rows(self, piece: Piece | None) -> None:
+        """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
+        if piece is not None:
+            pieces = self._step_for_log().buffer.pieces
+            pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
+
+    @_protected
+    def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
+        """Predictions and targets of the pass that came last: training's, or validation's."""
+        training = self._pass.training
+        piece = self._captures.predictions.given(predictions, targets, training)
+        if piece is not None:
+            (self._step_for_log() if training else self._validated()).add(piece)
+
+    @_protected
     def next_step(self) -> None:
         """The user's own clock: from now on nothing else ends a step."""
         first, self.clock.manual = not self.clock.manual, True
@@ -211,12 +237,14 @@ class Recorder:
     def flush(self) -> None:
         """Hand over the completed step as it is."""
         self._settle_last_pass()
+        self._end_validation()
         self._steps.seal_last()
 
     @_protected
     def close(self) -> None:
         """Hand over everything; values of an unfinished step too, but no half statistics."""
         self._settle_last_pass()
+        self._end_validation()
         if self.clock.underway:
             self._tick()
         if self.clock.completed:
@@ -258,6 +286,8 @@ class Recorder:
     def _tick(self) -> None:
         self._skips.settled()
         self._forward_unclocked = False
+        if self.clock.by_forward:
+            self._end_validation()
         self.clock.tick()
         self._roll()
 

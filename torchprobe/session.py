@@ -24,19 +24,25 @@ from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
+from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
+from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
+from torchprobe.writers.hparams import checked_hparams
+from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
@@ -61,6 +67,7 @@ def instrument(
     rules: Iterable[str | Rule] | None = None,
     on_alert: Callable[[Alert], object] | None = None,
     stop_on: Iterable[str] | bool | None = None,
+    hparams: Mapping[str, Any] | None = None,
     overhead_budget: float | None = None,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
@@ -82,6 +89,8 @@ def instrument(
             by default all of `docs/alerts.md`, and [] for none.
         on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
         stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
+        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
+            metrics join them when the session is detached.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
 
     Raises:
@@ -98,7 +107,9 @@ def instrument(
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
-    directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
+    hparams = None if hparams is None else checked_hparams(hparams)
+    directory, opened = open_writer(writer, log_dir, run_name, type(root).__name__)
+    sink = HParamsWriter(opened, hparams)
     decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
@@ -117,9 +128,10 @@ def instrument(
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
         Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
+        PredictionPieces(reference, plan.gates, meter, flush_every),
     )
     recorder = Recorder(model, plan, captures, outlet, meter, watch)
-    return Session(root, recorder, outlet, directory, watch)
+    return Session(root, recorder, outlet, directory, sink, watch)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -131,14 +143,22 @@ class Session:
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
-        self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None, watch: Watch
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        outlet: Outlet,
+        directory: Path | None,
+        hparams: HParamsWriter,
+        watch: Watch,
     ) -> None:
         self.log_dir = directory
         """The run's directory; None when a writer was handed over."""
         self._watch = watch
         self._recorder = recorder
         self._outlet = outlet
+        self._hparams = hparams
         self._metrics = Metrics()
+        self._separation = Separation()
         self._model = weakref.ref(root)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
@@ -178,6 +198,37 @@ class Session:
             if not isinstance(value, str):
                 raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
         self._recorder.log(tag, Text(text))
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Hyperparameters that `instrument` was not given. TensorBoard keeps those of the run's first steps.
+
+        Raises TypeError for a value that is no bool, number or string.
+        """
+        self._hparams.begin(hparams)
+
+    def log_predictions(self, probs: Any, targets: Any) -> None:
+        """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
+
+        They count for the step and for training or validation as the model's last pass was, at every call, and
+        replace what was found without a call. Tensors stay on their device, and nothing waits.
+
+        probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
+        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
+        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
+        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
+        """
+        predictions, classes = checked_predictions(probs, targets)
+        self._recorder.log_predictions(predictions, classes)
+
+    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
+        """Log how well a score separates data from outside the training distribution from data inside it.
+
+        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
+        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
+        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
+        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
+        """
+        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))
 
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.
@@ -228,6 +279,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hparams.failed = kind is not None
         self.detach()
 
     def __repr__(self) -> str:

@@ -18,8 +18,14 @@ _REASONS = {
     "parameters": "no optimizer held a parameter of the model that include= and exclude= leave",
     "updates": "no optimizer held a parameter of the model that include= and exclude= leave",
     "attention": "no attention was seen; session.summary() counts what was not covered, and why",
+    "uncertainty": "the model returned no named uncertainty, no distribution, and no logits that a cross-entropy told; "
+    "Uncertainty(task='classification') or task='regression' says what a plain output is",
+    "calibration": "no labels=, loss module or gradient told the targets of class predictions; "
+    "session.log_predictions(probs, targets) takes them",
     "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
 }
+
+_NO_REASON = "nothing of the kind it watches occurred"
 
 _log = logging.getLogger("torchprobe")
 
@@ -64,8 +70,9 @@ class Decoder:
             self._failed.add(reporter)
             _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
             return {}
-        if names:
+        if tagged or (names and not hasattr(reporter, "reason")):  # one that has a reason may report nothing
             self._seen.add(reporter)
+        if names:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
@@ -82,9 +89,11 @@ class Decoder:
         texts: dict[str, Value] = {}
         for reporter in due:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
-                name = type(reporter).__name__
+                name, source = type(reporter).__name__, getattr(reporter, "source", "")
                 self.missing.append(name)
-                reason = _REASONS.get(getattr(reporter, "source", ""), "nothing of the kind it watches occurred")
+                reason = getattr(reporter, "reason", "") or _REASONS.get(
+                    source, "nothing of the kind it watches occurred"
+                )
                 text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
                 serious = self._asked_for or getattr(reporter, "found_everywhere", True)
                 _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)

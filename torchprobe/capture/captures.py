@@ -14,6 +14,7 @@ from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
 
@@ -28,12 +29,14 @@ class Captures:
     loss: LossCapture
     rates: list[LearningRates]
     health: Health
+    predictions: PredictionPieces
 
     def open_for(self, step: int) -> None:
         """A step begins."""
         for attention in self.attention:
             attention.open_for(step)
         self.health.open_for(step)
+        self.predictions.open_for(step)
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
@@ -41,11 +44,13 @@ class Captures:
         self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
+        self.predictions.enter(training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""
         for attention in self.attention:
             attention.leave()
+        self.predictions.leave()
 
     def arm(self, due: bool, training: bool = True) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
@@ -62,7 +67,12 @@ class Captures:
             pieces += self.health.collect()
         for attention in self.attention:
             pieces += attention.collect(training, compiled=self.modules.current.compiled)
-        return pieces
+        return pieces + self.predictions.collect(training) if training else pieces
+
+    def on_backward(self) -> None:
+        """Backward runs through an output of the model."""
+        self.loss.on_backward()
+        self.predictions.on_backward()
 
     def optimizer_values(self, optimizer: Optimizer, step: int) -> dict[str, float | Tensor]:
         """Learning rates and the like of the step that an optimizer has just taken."""
@@ -74,3 +84,4 @@ class Captures:
         self.loss.disarm()
         self.modules.detach()
         self.health.detach()
+        self.predictions.detach()

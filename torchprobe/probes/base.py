@@ -14,7 +14,17 @@ from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule
 
 Source: TypeAlias = Literal[
-    "outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss", "flow", "units"
+    "outputs",
+    "output_gradients",
+    "gradients",
+    "parameters",
+    "updates",
+    "attention",
+    "loss",
+    "uncertainty",
+    "calibration",
+    "flow",
+    "units",
 ]
 SOURCES: tuple[Source, ...] = get_args(Source)
 

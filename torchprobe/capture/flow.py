@@ -72,6 +72,7 @@ class Flow:
     def collect(self) -> list[Piece]:
         """The events of a step; starts anew."""
         rows, self._rows = self._rows, defaultdict(list)
+        self.shapes = {}
         self._turn = self._tensor = self._call = self._place = 0
         pieces = []
         for device, named in rows.items():

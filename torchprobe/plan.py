@@ -27,7 +27,8 @@ AnyProbe: TypeAlias = "Probe | LearningRates"
 def default_probes() -> list[AnyProbe]:
     """What `instrument` watches when no probes are named."""
     watched: list[AnyProbe] = [Gradients(), Parameters(), Updates(), Activations(), Attention()]
-    return [*watched, Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss(), UnitActivity(), Provenance()]
+    watched += [Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
+    return [*watched, UnitActivity(), Provenance()]
 
 
 def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:

@@ -65,10 +65,10 @@ def instrument(
     flush_seconds: float = 30.0,
     include: Patterns = None,
     exclude: Patterns = None,
+    hparams: Mapping[str, Any] | None = None,
     rules: Iterable[str | Rule] | None = None,
     on_alert: Callable[[Alert], object] | None = None,
     stop_on: Iterable[str] | bool | None = None,
-    hparams: Mapping[str, Any] | None = None,
     overhead_budget: float | None = None,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
@@ -86,12 +86,12 @@ def instrument(
         every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
         flush_every: steps between writes; flush_seconds: and the longest time between them.
         include, exclude: module-name patterns with `*`.
+        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
+            metrics join them when the session is detached.
         rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
             by default all of `docs/alerts.md`, and [] for none.
         on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
         stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
-        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
-            metrics join them when the session is detached.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
 
     Raises:
@@ -129,8 +129,8 @@ def instrument(
         [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
-        health,
         PredictionPieces(reference, plan.gates, meter, flush_every),
+        health,
     )
     if directory is not None:
         watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))

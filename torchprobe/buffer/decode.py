@@ -91,9 +91,8 @@ class Decoder:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
                 name, source = type(reporter).__name__, getattr(reporter, "source", "")
                 self.missing.append(name)
-                reason = getattr(reporter, "reason", "") or _REASONS.get(
-                    source, "nothing of the kind it watches occurred"
-                )
+                known = _REASONS.get(source, "nothing of the kind it watches occurred")
+                reason = getattr(reporter, "reason", "") or known
                 text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
                 serious = self._asked_for or getattr(reporter, "found_everywhere", True)
                 _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)

@@ -28,15 +28,15 @@ class Captures:
     attention: list[AttentionPieces]
     loss: LossCapture
     rates: list[LearningRates]
-    health: Health
     predictions: PredictionPieces
+    health: Health
 
     def open_for(self, step: int) -> None:
         """A step begins."""
         for attention in self.attention:
             attention.open_for(step)
-        self.health.open_for(step)
         self.predictions.open_for(step)
+        self.health.open_for(step)
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
@@ -83,5 +83,5 @@ class Captures:
         self.leave()
         self.loss.disarm()
         self.modules.detach()
-        self.health.detach()
         self.predictions.detach()
+        self.health.detach()

@@ -102,6 +102,8 @@ class EagerHooks:
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     marks = module.__dict__.get(MARKS)
+    if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
+        return
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
             _guarded(watcher, watcher.before, name, module, args, kwargs or {})

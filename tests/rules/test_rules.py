@@ -92,10 +92,8 @@ def test_logit_growth_and_dead_units():
 
 
 def test_update_ratio_out_of_range():
-    rule = torchprobe.UpdateRatio()
-    found = rule(
-        record(2, update_ratio__a_w=11.0, update_ratio__b_w=1e-9, update_ratio__c_w=1e-3, lr__SGD__group_0=1.0)
-    )
+    ratios = {"update_ratio__a.w": 11.0, "update_ratio__b.w": 1e-9, "update_ratio__c.w": 1e-3}
+    found = torchprobe.UpdateRatio()(record(2, **ratios, lr__SGD__group_0=1.0))
     assert where(found) == ["a.w", "b.w"]
     assert [alert.threshold for alert in found] == [10.0, 1e-8]
 
@@ -107,11 +105,25 @@ def test_update_ratio_out_of_range():
         {"update_ratio__a.bias": 1e-12, "update_ratio__a.weight": 1e-3},
         {"update_ratio__a.bias": 100.0, "param_norm__a.bias": 0.01, "overview__param_norm": 5.0},
         {"update_ratio__a.w": 0.0, "grad_nonfinite__a": 3.0},
+        {"update_ratio__a.w": 0.0, "grad_norm__b.w": 1.0},
     ],
-    ids=["rate 0", "the other parameter of the module moves", "a bias passes through zero", "NaN is the illness"],
+    ids=[
+        "rate 0",
+        "the other parameter of the module moves",
+        "a bias passes through zero",
+        "NaN is the illness",
+        "frozen",
+    ],
 )
 def test_update_ratios_that_are_healthy(values):
     assert not torchprobe.UpdateRatio()(record(5, **values))
+
+
+def test_no_update_from_no_gradient_at_the_first_step_is_how_lora_begins():
+    still = {"update_ratio__a.w": 0.0, "grad_norm__a.w": 0.0}
+    assert where(torchprobe.UpdateRatio()(record(1, **still))) == []
+    assert where(torchprobe.UpdateRatio()(record(2, **still))) == ["a.w"]
+    assert where(torchprobe.UpdateRatio()(record(1, **{**still, "grad_norm__a.w": 1.0}))) == ["a.w"]
 
 
 def test_a_small_update_is_measured_at_full_learning_rate():

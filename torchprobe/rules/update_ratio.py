@@ -19,8 +19,8 @@ class UpdateRatio:
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
     the end of a schedule: the ratio is compared as if the rate were the largest); one parameter of a module that
     stands still while others move (a bias in front of BatchNorm has no gradient); a frozen one; no movement at step 1
-    without a gradient (behind weights that begin at zero, as in LoRA); a large ratio of a parameter whose norm is still under 1 % of the
-    model's (a bias that passes through zero).
+    without a gradient (behind weights that begin at zero, as in LoRA); a large ratio of a parameter whose norm is
+    still under 1 % of the model's (a bias that passes through zero).
     """
 
     name = "update_ratio"

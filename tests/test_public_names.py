@@ -24,7 +24,7 @@ ALLOWED = {
     "charts": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images"},
     "buffer": {"records", "statistics", "writers"},
-    "capture": {"probes", "buffer", "naming", "statistics"},
+    "capture": {"probes", "buffer", "naming", "records", "statistics"},
     "writers": {"records", "run_directory"},
     "metrics": set(),
     "run_directory": set(),
@@ -33,10 +33,12 @@ ALLOWED = {
     "plan": {"capture", "probes", "schedule"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
+    "reports": set(),
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "recorder": {"buffer", "capture", "ledger", "plan", "records"},
+    "rules": {"records", "naming", "schedule"},
+    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
 }
 
 

@@ -16,7 +16,9 @@ from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
 from torchprobe.probes.parameters import Parameters, Updates
+from torchprobe.probes.provenance import Provenance
 from torchprobe.probes.uncertainty import Uncertainty
+from torchprobe.probes.unit_activity import UnitActivity
 from torchprobe.schedule import Schedule, as_schedule
 
 AnyProbe: TypeAlias = "Probe | LearningRates"
@@ -25,7 +27,8 @@ AnyProbe: TypeAlias = "Probe | LearningRates"
 def default_probes() -> list[AnyProbe]:
     """What `instrument` watches when no probes are named."""
     watched: list[AnyProbe] = [Gradients(), Parameters(), Updates(), Activations(), Attention()]
-    return [*watched, Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
+    watched += [Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
+    return [*watched, UnitActivity(), Provenance()]
 
 
 def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
@@ -42,6 +45,12 @@ def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
             raise TypeError(f"probes: got {probe!r}; takes probe objects, such as torchprobe.Gradients(every=10)")
         parts += probe.parts() if isinstance(probe, Probe) else [probe]
     return parts
+
+
+def with_provenance(probes: list[AnyProbe]) -> list[AnyProbe]:
+    """The same with a `Provenance` that no schedule samples, for when NaN is seen, unless there is one already."""
+    there = any(isinstance(probe, Provenance) for probe in probes)
+    return probes if there else [*probes, Provenance(every=lambda step: False)]
 
 
 class Plan:

@@ -26,6 +26,8 @@ from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
 from torchprobe.plan import Plan
 from torchprobe.records import Value
+from torchprobe.rules.alert import TrainingAlert
+from torchprobe.rules.watch import Watch
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")
@@ -41,6 +43,8 @@ def _protected(method: _Method[_P]) -> _Method[_P]:
         start = perf_counter()
         try:
             method(self, *args, **kwargs)
+        except TrainingAlert:  # what the user asked for
+            raise
         except Exception:
             self.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")
@@ -58,7 +62,9 @@ class Recorder:
     and for a validation pass.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter, watch: Watch
+    ) -> None:
         self.pid = os.getpid()
         self.stopped = False
         self.meter = meter
@@ -67,6 +73,8 @@ class Recorder:
         self._plan = plan
         self._captures = captures
         self._outlet = outlet
+        self._watch = watch
+        watch.progress = lambda: (self.clock.completed, self._pass.entered)
         self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)
@@ -84,6 +92,7 @@ class Recorder:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins. Training closes the step before it; validation belongs to that step."""
         self._pass.seen = True
+        self._pass.entered += 1
         trained = self._pass.training
         # Without an optimizer in sight, a model in training mode is what the user wants to look at.
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
@@ -124,6 +133,7 @@ class Recorder:
         self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
             self._captures.loss.on_output(output)
+            self._captures.health.on_output(output)
         else:
             self._validated().buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
@@ -157,6 +167,8 @@ class Recorder:
             self._roll()
         due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
+        if not has_closure:
+            self._captures.health.before_step(optimizer)
         if due:
             self._scale = loss_scale(optimizer)
             self._captures.parameters.remember(optimizer, due)
@@ -183,10 +195,12 @@ class Recorder:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
         for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
             step.put(tag, value)
+        self._captures.health.after_step(optimizer)
         self._skips.settled()
         self._forward_unclocked = False
         if self.clock.end(optimizer):
             self._roll()
+        self._watch.check()
 
     # ---- what the user asks for
 
@@ -280,6 +294,9 @@ class Recorder:
         """The step that the clock has just counted is complete: gather it, and decide on the next."""
         ended = self._steps.current
         ended.buffer.pieces += [*self._captures.collect(ended.due, training=True, scale=self._scale), *self._loss()]
+        signs, flags, ended.buffer.urgent = self._captures.health.signs()
+        ended.buffer.values.update(signs)
+        ended.buffer.pieces += flags
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview())

@@ -45,7 +45,10 @@ class Selection:
 
     def wants_parameter(self, name: str) -> bool:
         """Whether a parameter is captured: with its module, or with a module around it."""
-        owner = owner_of(name)
+        return self.covers(owner_of(name))
+
+    def covers(self, owner: str) -> bool:
+        """Whether a module is left by include= and exclude=, by itself or with a module around it."""
         return not self._excluded(owner) and (not self._include or any(map(self._included, _with_parents(owner))))
 
     def _included(self, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,8 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
@@ -27,13 +28,16 @@ from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
+from torchprobe.rules.alert import Alert
+from torchprobe.rules.choosing import Rule
+from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
@@ -61,6 +65,9 @@ def instrument(
     include: Patterns = None,
     exclude: Patterns = None,
     hparams: Mapping[str, Any] | None = None,
+    rules: Iterable[str | Rule] | None = None,
+    on_alert: Callable[[Alert], object] | None = None,
+    stop_on: Iterable[str] | bool | None = None,
     overhead_budget: float | None = None,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
@@ -80,6 +87,10 @@ def instrument(
         include, exclude: module-name patterns with `*`.
         hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
             metrics join them when the session is detached.
+        rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
+            by default all of `docs/alerts.md`, and [] for none.
+        on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
+        stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
 
     Raises:
@@ -87,7 +98,10 @@ def instrument(
         OSError: when `log_dir` cannot be written.
     """
     root = _checked_model(model)
+    watch = open_watch(rules, on_alert, stop_on)
     parts = checked_probes(probes)
+    if watch.traces_nan:
+        parts = with_provenance(parts)
     meter = Meter()
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
@@ -100,21 +114,24 @@ def instrument(
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder, flush_seconds),
+        Drain(sink, decoder, flush_seconds, watch),
         decoder,
         flush_every,
     )
     reference = weakref.ref(root)
+    sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
+    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
     captures = Captures(
-        ModuleCapture(reference, plan.gates, selection.wants_module),
+        modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
         [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
         PredictionPieces(reference, plan.gates, meter, flush_every),
+        Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
     )
-    recorder = Recorder(model, plan, captures, outlet, meter)
-    return Session(root, recorder, outlet, directory, sink)
+    recorder = Recorder(model, plan, captures, outlet, meter, watch)
+    return Session(root, recorder, outlet, directory, sink, watch)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -126,10 +143,17 @@ class Session:
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
-        self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None, hparams: HParamsWriter
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        outlet: Outlet,
+        directory: Path | None,
+        hparams: HParamsWriter,
+        watch: Watch,
     ) -> None:
         self.log_dir = directory
         """The run's directory; None when a writer was handed over."""
+        self._watch = watch
         self._recorder = recorder
         self._outlet = outlet
         self._hparams = hparams
@@ -144,6 +168,14 @@ class Session:
     def step(self) -> int:
         """Completed steps: optimizer steps, or forward passes while no optimizer is in sight."""
         return self._recorder.clock.completed
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """What the rules said so far, in order, begins and ends of conditions: a new list.
+
+        Rules see a step when it is written (see `flush_every`); after `flush()`, every step up to the last one.
+        """
+        return list(self._watch.alerts)
 
     @property
     def attached(self) -> bool:
@@ -234,6 +266,7 @@ class Session:
             f"  time in probes    {recorder.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
+            f"  alerts            {len(self._watch.alerts)}",
         ]
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")

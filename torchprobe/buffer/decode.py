@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
 from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
-from torchprobe.records import Record, Value
+from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
 _REASONS = {
@@ -55,7 +55,7 @@ class Decoder:
         values: dict[str, Value] = dict(sealed.values)
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
-        self._explain_gaps(sealed)
+        values.update(self._explain_gaps(sealed))
         return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
@@ -74,26 +74,26 @@ class Decoder:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
-    def _explain_gaps(self, sealed: Sealed) -> None:
+    def _explain_gaps(self, sealed: Sealed) -> dict[str, Value]:
         if not sealed.lost:
-            self._look_for_missing(sealed.due)
-        elif not self._lost:
+            return self._look_for_missing(sealed.due)
+        if not self._lost:
             self._lost = True
             _log.warning("step %d found no free slots on its device: its statistics are lost", sealed.step)
+        return {}
 
-    def _look_for_missing(self, due: Sequence[Reporter]) -> None:
+    def _look_for_missing(self, due: Sequence[Reporter]) -> dict[str, Value]:
         self._asked.update(due)
+        texts: dict[str, Value] = {}
         for reporter in due:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
                 name, source = type(reporter).__name__, getattr(reporter, "source", "")
                 self.missing.append(name)
-                level = (
-                    logging.WARNING if self._asked_for or getattr(reporter, "found_everywhere", True) else logging.INFO
-                )
-                _log.log(
-                    level,
-                    "nothing captured: %s saw nothing in its first %d sampled steps (%s)",
-                    name,
-                    _PATIENCE,
-                    getattr(reporter, "reason", "") or _REASONS.get(source, "nothing of the kind it watches occurred"),
-                )
+                known = _REASONS.get(source, "nothing of the kind it watches occurred")
+                reason = getattr(reporter, "reason", "") or known
+                text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
+                serious = self._asked_for or getattr(reporter, "found_everywhere", True)
+                _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)
+                if serious:
+                    texts[f"nothing_captured/{name}"] = Text(text)
+        return texts

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
@@ -28,16 +29,19 @@ class Captures:
     loss: LossCapture
     rates: list[LearningRates]
     predictions: PredictionPieces
+    health: Health
 
     def open_for(self, step: int) -> None:
         """A step begins."""
         for attention in self.attention:
             attention.open_for(step)
         self.predictions.open_for(step)
+        self.health.open_for(step)
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
         self.arm(due, training)
+        self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
         self.predictions.enter(training)
@@ -50,6 +54,7 @@ class Captures:
 
     def arm(self, due: bool, training: bool = True) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
+        self.health.arm(training)
         if due:
             self.modules.arm(training)
         else:
@@ -58,6 +63,8 @@ class Captures:
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
+        if training:
+            pieces += self.health.collect()
         for attention in self.attention:
             pieces += attention.collect(training, compiled=self.modules.current.compiled)
         return pieces + self.predictions.collect(training) if training else pieces
@@ -77,3 +84,4 @@ class Captures:
         self.loss.disarm()
         self.modules.detach()
         self.predictions.detach()
+        self.health.detach()

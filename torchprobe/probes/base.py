@@ -23,6 +23,8 @@ Source: TypeAlias = Literal[
     "loss",
     "uncertainty",
     "calibration",
+    "flow",
+    "units",
 ]
 SOURCES: tuple[Source, ...] = get_args(Source)
 

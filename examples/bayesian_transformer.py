@@ -82,7 +82,7 @@ def train(model: nn.Module, seen: TensorDataset, held_out: TensorDataset, steps:
     """Train; the weights with the lowest validation loss are kept in the file `best`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
-    validate_every, lowest = max(10, steps // 10), float("inf")
+    validate_every, lowest = max(20, steps // 10), float("inf")
     model.train()
     for step, (words, labels) in enumerate(batches(seen, steps), start=1):
         prediction = model(words)

@@ -41,6 +41,7 @@ class Calibration(Probe):
     """
 
     source: ClassVar[Source] = "calibration"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
 
     def __init__(self, every: int | Schedule | None = None) -> None:
@@ -100,7 +101,9 @@ class Calibration(Probe):
         notes = ["a sample of rows"] if sampled else []
         if faint > _FAINT * (checked + faint):
             share = faint / (checked + faint)
-            notes.append(f"without {share:.0%} of the rows, very sure ones whose gradient was lost in rounding")
+            notes.append(
+                f"without {share:.0%} of the rows: very sure ones without a gradient, ignored or lost in rounding"
+            )
         self.descriptions = _descriptions(", ".join(notes))
 
     def _warn_once(self, key: str, text: str) -> None:

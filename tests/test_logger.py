@@ -117,6 +117,19 @@ def test_values_are_those_of_the_tensors():
         assert writer.value(f"calibration/{name}") == pytest.approx(whole[name])
 
 
+def test_calibration_is_drawn_in_validation_and_at_the_cadence_of_histograms():
+    writer = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=writer, log_histograms_every=3) as logger:
+        for _ in range(4):
+            logger.log_calibration(torch.rand(20, 4).softmax(-1), torch.randint(4, (20,)))
+            logger.increment_step()
+            evaluate(logger)
+    drawn = [r.step for r in writer.records if "calibration_reliability/predictions" in r.values]
+    assert drawn == [1, 3]
+    assert [r.step for r in writer.records if "val/calibration_reliability/predictions" in r.values] == [1, 2, 3, 4]
+    assert len(writer.scalars("calibration/ece")) == 4
+
+
 def test_epistemic_alone_has_no_total():
     writer = MemoryWriter()
     with torchprobe.TrainingLogger(writer=writer) as logger:

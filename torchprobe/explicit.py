@@ -62,11 +62,11 @@ class Probes:
         row = torch.cat((row, row.new_zeros(len(EVIDENCE))))
         page.accumulate(self._uncertainty, f"{SURE}||{name}", row[None], prefix)
 
-    def add_calibration(self, page: Page, probs: Tensor, targets: Tensor, prefix: str) -> None:
-        """The row of a batch, with pictures; as of validation, which is not added up over steps."""
+    def add_calibration(self, page: Page, probs: Tensor, targets: Tensor, prefix: str, pictures: bool) -> None:
+        """The row of a batch, as of validation: it is not added up over steps."""
         row = calibration.compute(probs, targets)
-        flags = row.new_ones(len(FLAGS))
-        row = torch.cat((row, row.new_zeros(len(EVIDENCE)), flags))
+        flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
+        row = torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))
         page.accumulate(self._calibration, f"{SURE}|{GIVEN}|val", row[None], prefix)
 
 

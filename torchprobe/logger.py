@@ -115,10 +115,11 @@ class TrainingLogger:
         """`calibration/ece`, `mce`, `brier`, `nll`, `accuracy`, ... of tensors or arrays. Calls of a step add up.
 
         probs: (..., classes), adding up to 1, and targets: (...) class numbers, -100 for ignored ones; or a binary
-        task's probabilities of class 1 with targets of the same shape.
+        task's probabilities of class 1 with targets of the same shape. Pictures: with a prefix, else as histograms.
         """
         p, y = checked_predictions(probs, targets)
-        self._book.write("log_calibration", lambda page: self._probes.add_calibration(page, p, y, prefix), prefix)
+        drawn, add = bool(prefix) or self._histograms_due(self.global_step + 1), self._probes.add_calibration
+        self._book.write("log_calibration", lambda page: add(page, p, y, prefix, drawn), prefix)
 
     def log_text(self, tag: str, text: str) -> None:
         """Markdown for TensorBoard's Text page."""

@@ -53,6 +53,16 @@ def test_right_predictions_cover_what_they_promise_and_have_an_even_pit():
     assert (edges[0], edges[-1], len(edges)) == (0, 1, 21)
 
 
+@pytest.mark.parametrize("level", [50, 90])
+def test_agrees_with_gpytorch(level):
+    gpytorch = pytest.importorskip("gpytorch", reason="needs gpytorch")
+    mean, variance, target = torch.randn(500), torch.rand(500) + 0.1, 1.3 * torch.randn(500)
+    predicted = gpytorch.distributions.MultivariateNormal(mean, variance.diag())
+    error = gpytorch.metrics.quantile_coverage_error(predicted, target, quantile=level)
+    found = intervals.summarise(intervals.compute(mean, variance, target).numpy())[f"coverage_{level}"]
+    assert abs(found - level / 100) == pytest.approx(error.item(), abs=1e-6)
+
+
 @given(cut=st.integers(0, 20))
 def test_unequal_parts_merge_to_the_whole(cut):
     mean, variance, target = torch.randn(20), torch.rand(20), torch.randn(20)

@@ -75,6 +75,17 @@ def test_mean_logits_are_not_the_mean_prediction():
     assert of_mean_logits < 0.01  # the wrong way calls this prediction sure
 
 
+def test_parameters_averaged_over_members_lose_what_these_disagree_on():
+    """One normal of mean means and mean variances, as some libraries make of an ensemble, has no epistemic part."""
+    means, variances = torch.tensor([[-3.0], [3.0]]), torch.full((2, 1), 0.5)
+    found = uncertainty.regression(means, variances)
+    assert found.epistemic == 9.0
+    assert found.total == 9.5
+    averaged = uncertainty.regression(means.mean(0, keepdim=True), variances.mean(0, keepdim=True))
+    assert averaged.total == 0.5  # the wrong way is sure of a value that no member believes in
+    assert averaged.epistemic is None
+
+
 def test_epistemic_uncertainty_is_clamped_for_each_example_not_for_the_mean():
     """Rounding takes single examples below 0; they must not lower the mean of others."""
     p = torch.rand(1, 200, 50).softmax(dim=-1).repeat(3, 1, 1)

@@ -33,16 +33,29 @@ class Judged(NamedTuple):
 
 def judge_classes(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
     """predictions: (n, classes). target: (n,), class numbers."""
-    log, probability = _distributions(predictions, from_logits)
-    confidence, predicted = probability.max(dim=-1)
-    classes = probability.size(-1)
-    named = target.clamp(0, classes - 1).long()
-    hit = probability.gather(-1, named[:, None])[:, 0]
-    brier = probability.square().sum(dim=-1) - 2 * hit + 1
-    nll = -(hit.clamp(min=IMPOSSIBLE).log() if log is None else log.gather(-1, named[:, None])[:, 0])
-    valid = _is_distribution(probability) & (target == named)
-    two = (probability[:, 1], named == 1) if classes == 2 else (None, None)
-    return Judged(confidence, predicted == named, brier, _bounded(nll), valid, *two)
+    named = target.clamp(0, predictions.size(-1) - 1).long()
+    top, predicted = predictions.max(dim=-1)
+    read = _of_logits if from_logits else _of_probabilities
+    weight, total, nll, valid = read(predictions, top, named[:, None])
+    squares = (torch.linalg.vector_norm(weight, dim=-1) / total).square()
+    brier = (squares - 2 * (-nll).exp() + 1).clamp(min=0)
+    confidence = weight.gather(-1, predicted[:, None])[:, 0] / total
+    two = (weight[:, 1] / total, named == 1) if weight.size(-1) == 2 else (None, None)
+    return Judged(confidence, predicted == named, brier, _bounded(nll), valid & (target == named), *two)
+
+
+def _of_logits(logits: Tensor, top: Tensor, named: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unnormalized probabilities and their sum, NLL, and which are valid: one pass with an exponential."""
+    weight = logits - top[:, None]
+    log = weight.gather(-1, named)[:, 0]
+    total = weight.exp_().sum(dim=-1)
+    return weight, total, total.log() - log, total.isfinite()  # not with a NaN, a +inf, or nothing but -inf
+
+
+def _of_probabilities(probability: Tensor, top: Tensor, named: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of what is normalized already."""
+    nll = -probability.gather(-1, named)[:, 0].clamp(min=IMPOSSIBLE).log()
+    return probability, torch.ones_like(top), nll, _is_distribution(probability)
 
 
 def judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:

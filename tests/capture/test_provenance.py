@@ -201,3 +201,36 @@ def test_marks_do_not_travel_with_a_copy():
         assert model[0].__dict__[MARKS] is not None
         assert copy.deepcopy(model)[0].__dict__[MARKS] is None
     assert MARKS not in model[0].__dict__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Using `torch.compile", "ignore:The .grad attribute")
+@pytest.mark.parametrize("whole", [True, False], ids=["the whole model", "its blocks"])
+def test_a_compiled_model_is_left_alone_and_its_nan_is_still_seen(whole):
+    torch._dynamo.reset()
+    graphs = [0]
+
+    def backend(graph, example):
+        graphs[0] += 1
+        return graph.forward
+
+    def compiled(module):
+        return torch.compile(module, fullgraph=True, backend=backend)
+
+    run = Poisoned()
+    callee = run.model
+    if whole:
+        callee = compiled(run.model)
+    else:
+        for i, block in enumerate(run.model.blocks):
+            run.model.blocks[i] = compiled(block)
+    probes = [torchprobe.Provenance(every=2), torchprobe.UnitActivity(every=2)]
+    with torchprobe.instrument(run.model, writer=MemoryWriter(), probes=probes, rules=["non_finite"]) as session:
+        for run.step in range(1, AT + 3):
+            ids = inputs("transformer", run.step)
+            loss = F.cross_entropy(callee(ids).flatten(0, 1), ids.flatten())
+            run.optimizer.zero_grad()
+            (loss * (float("nan") if run.step == AT else 1.0)).backward()
+            run.optimizer.step()
+    torch._dynamo.reset()
+    assert graphs[0] <= (1 if whole else 3)
+    assert session.alerts[0].step == AT

@@ -63,7 +63,7 @@ class EagerHooks:
     def arm(self, training: bool) -> None:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
         due = [w for w in self._watchers if training and w.gate.train and not self._current.compiled]
-        if due == self._armed:
+        if due == self._armed or (self._current.compiled and self._armed):  # taking hooks off would compile again
             return
         self.disarm()
         model = self._model()

@@ -24,7 +24,7 @@ ALLOWED = {
     "charts": {"records"},
     "probes": {"statistics", "records", "schedule", "naming", "images", "charts"},
     "buffer": {"records", "statistics", "writers"},
-    "capture": {"probes", "buffer", "naming", "records", "statistics"},
+    "capture": {"probes", "buffer", "naming", "random_state", "records", "statistics"},
     "writers": {"records", "run_directory"},
     "metrics": set(),
     "predictions": set(),
@@ -35,11 +35,13 @@ ALLOWED = {
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
     "reports": set(),
+    "rules": {"records", "naming", "schedule"},
+    "random_state": set(),
+    "flight": {"_version", "capture", "records", "rules", "writers"},
+    "recorder": {"buffer", "capture", "ledger", "logbook", "plan", "records", "rules"},
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "rules": {"records", "naming", "schedule"},
-    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
 }
 
 

@@ -3,36 +3,52 @@
     pytest benchmarks/bench_overhead.py --benchmark-enable -n0 -p no:randomly -s
 
 Every variant trains a model of its own, and steps alternate bare, variant, bare, variant, ..., so that a
-drift of the machine's speed cancels. `ratio` in the table's extra info is the median of the ratios pair by pair.
+drift of the machine's speed cancels. `ratio` in the table's extra info is the median of the ratios pair by pair,
+with the standard error of that median. Takes five minutes on two quiet CPU cores; on a busy machine the ratios of
+wall time say little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median, stdev
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import torchprobe
 from benchmarks.gpt import GPT, Run
 
 ROUNDS = 7
+NOISE_ROUNDS = 20
+CADENCE_ROUNDS = 100
 WARM_UP = 2
 
+Pairs = list[tuple[float, float]]
+"""Seconds of a bare step and of the variant's step next to it."""
 
-def interleaved(benchmark, run: Run) -> float:
-    """Median ratio of the variant's step to the bare step next to it; both go into the benchmark's table."""
+
+def measured(benchmark, run: Run, rounds: int = ROUNDS) -> Pairs:
+    """Steps of the variant in turn with bare ones, after a warm-up."""
     bare = Run()
     for _ in range(WARM_UP):
         bare.step(), run.step()
-    pairs: list[tuple[float, float]] = []
-    benchmark.pedantic(lambda: pairs.append((bare.step(), run.step())), rounds=ROUNDS)
-    ratio = median(variant / plain for plain, variant in pairs)
-    benchmark.extra_info["ratio"] = ratio
-    benchmark.extra_info["bare_ms"] = 1e3 * median(plain for plain, _ in pairs)
-    print(f"\n{benchmark.name}: ratio {ratio:.4f}, bare step {benchmark.extra_info['bare_ms']:.0f} ms")
+    pairs: Pairs = []
+    benchmark.pedantic(lambda: pairs.append((bare.step(), run.step())), rounds=rounds)
+    return pairs
+
+
+def report(benchmark, pairs: Pairs, name: str = "") -> float:
+    """The median ratio, printed with its standard error and put into the benchmark's table."""
+    ratios = [variant / plain for plain, variant in pairs]
+    ratio, error = median(ratios), 1.25 * stdev(ratios) / math.sqrt(len(ratios))  # of a median of normal values
+    bare_ms = 1e3 * median(plain for plain, _ in pairs)
+    key = f"{name} " if name else ""
+    benchmark.extra_info.update({f"{key}ratio": ratio, f"{key}error": error, f"{key}bare_ms": bare_ms})
+    print(f"\n{name or benchmark.name}: ratio {ratio:.4f} +- {error:.4f}, bare step {bare_ms:.0f} ms", end="")
     return ratio
 
 
@@ -43,7 +59,6 @@ def every_step_except(*left_out: type) -> list:
 
 
 VARIANTS: dict[str, Callable[[], dict]] = {
-    "idle": lambda: {"every": 10**9},
     "every probe, every step": lambda: {"probes": every_step_except()},
     "every probe but attention, every step": lambda: {"probes": every_step_except(torchprobe.Attention)},
     "neither attention nor histograms, every step": lambda: {
@@ -61,8 +76,22 @@ VARIANTS: dict[str, Callable[[], dict]] = {
 def test_torchprobe(benchmark, variant, tmp_path):
     run = Run()
     with torchprobe.instrument(run.model, log_dir=tmp_path, flush_every=10, **VARIANTS[variant]()) as session:
-        assert interleaved(benchmark, run) > 0
+        assert report(benchmark, measured(benchmark, run)) > 0
     assert session.step == ROUNDS + WARM_UP
+
+
+def test_default_cadence_and_idle_steps(benchmark, tmp_path):
+    """What a user gets who changes nothing: 100 steps with their sampled one; and the 99 others by themselves."""
+    run = Run()
+    with torchprobe.instrument(run.model, log_dir=tmp_path) as session:
+        pairs = measured(benchmark, run, CADENCE_ROUNDS)
+        assert session.step == CADENCE_ROUNDS + WARM_UP
+    sampled = pairs[100 - WARM_UP - 1]
+    cadence = sum(variant for _, variant in pairs) / sum(plain for plain, _ in pairs)
+    benchmark.extra_info["default cadence ratio"] = cadence
+    print(f"\ndefault cadence: ratio of the sums over {len(pairs)} steps {cadence:.4f}", end="")
+    print(f"; the sampled step {sampled[1] / sampled[0]:.4f}", end="")
+    assert report(benchmark, [pair for pair in pairs if pair is not sampled], "idle") > 0
 
 
 def test_summary_writer_by_hand(benchmark, tmp_path):
@@ -76,7 +105,7 @@ def test_summary_writer_by_hand(benchmark, tmp_path):
             writer.add_histogram(f"gradients/{name}", parameter.grad, step)
             writer.add_histogram(f"parameters/{name}", parameter, step)
 
-    assert interleaved(benchmark, Run(by_hand)) > 0
+    assert report(benchmark, measured(benchmark, Run(by_hand))) > 0
     writer.close()
 
 
@@ -88,11 +117,39 @@ def test_scalars_by_hand(benchmark, tmp_path):
         for name, parameter in model.named_parameters():
             writer.add_scalar(f"grad_norm/{name}", parameter.grad.norm(), step)
 
-    assert interleaved(benchmark, Run(by_hand)) > 0
+    assert report(benchmark, measured(benchmark, Run(by_hand))) > 0
     writer.close()
+
+
+def watched(model: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Hooks as trackers of experiments put them on: norms and histograms, read at once."""
+
+    def look(tensor: Tensor) -> tuple[float, list[float]]:
+        low, high = tensor.min().item(), tensor.max().item()
+        return tensor.norm().item(), torch.histc(tensor, 64, low, high).tolist()
+
+    def on_gradient(parameter: Tensor) -> None:
+        look(parameter.grad), look(parameter.detach())
+
+    def on_outputs(module: nn.Module, before: Sequence[Tensor | None], after: Sequence[Tensor]) -> None:
+        look(after[0])
+
+    for module in model.modules():
+        yield module.register_full_backward_hook(on_outputs)
+    for parameter in model.parameters():
+        yield parameter.register_post_accumulate_grad_hook(on_gradient)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # an embedding's input has no gradient
+def test_hooks_by_hand(benchmark):
+    """What trackers do: a backward hook on every module, a hook on every gradient, `.item()` in each."""
+    run = Run()
+    handles = list(watched(run.model))
+    assert report(benchmark, measured(benchmark, run)) > 0
+    for handle in handles:
+        handle.remove()
 
 
 def test_bare_against_itself(benchmark):
     """The noise of the measurement: two bare models in turn."""
-    torch.manual_seed(0)
-    assert interleaved(benchmark, Run()) > 0
+    assert report(benchmark, measured(benchmark, Run(), NOISE_ROUNDS)) > 0

@@ -332,7 +332,7 @@ class Recorder:
         self._plan.open_for(current.step, self.clock.by_forward)
         current.due = self._plan.due
         self._captures.open_for(current.step)
-        self._captures.arm(bool(current.due))
+        self._captures.prepare(current.due)
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))

@@ -79,3 +79,24 @@ def test_tensors_on_two_devices_are_refused():
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"takes a floating or complex one"):
         norms.l2_norms([torch.ones(2), torch.ones(2, dtype=torch.int32)])
+
+
+def test_large_float32_is_within_a_millionth_and_small_keeps_its_place():
+    many = [torch.randn(300_001), torch.randn(5), torch.full((700, 512), 0.3), torch.zeros(5000)]
+    expected = [[x.double().square().sum(), x.double().abs().sum(), 0, x.numel()] for x in many]
+    torch.testing.assert_close(norms.finite_sums(many), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms.l2_norms(many), torch.stack([x.double().norm() for x in many]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+@pytest.mark.parametrize("shape", [(5,), (300, 1001)])
+def test_distances_are_those_of_float64(shape, bad):
+    x, y = torch.randn(shape), torch.randn(shape)
+    difference = y.double() - x.double()
+    if bad is not None:
+        x.view(-1)[2] = bad
+        difference.view(-1)[2] = 0.0
+    expected = torch.stack((difference.norm(), y.double().norm()))
+    found = norms.distances([x, torch.ones(2)], [y, torch.full((2,), 4.0)])
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], torch.tensor([18.0, 32.0], dtype=torch.float64).sqrt())

@@ -55,6 +55,12 @@ class Captures:
             attention.leave()
         self.predictions.leave()
 
+    def prepare(self, due: Sequence[Probe]) -> None:
+        """A step begins that these probes sample."""
+        self.arm(bool(due))
+        if not any(probe.source == "updates" for probe in due):
+            self.parameters.forget()
+
     def arm(self, due: bool, training: bool = True) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
         self.health.arm(training)

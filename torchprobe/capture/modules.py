@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.passes import ROOT_KEY
-from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
+from torchprobe.capture.sites import SITE, Pass, Site, observe_output
+from torchprobe.capture.taps import Memo, Tap
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe
 
@@ -69,6 +70,7 @@ class ModuleCapture:
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._armed: tuple[bool, int] | None = None
+        self._memo = Memo()
         self.current = Pass()
 
     def arm(self, training: bool) -> None:
@@ -105,14 +107,20 @@ class ModuleCapture:
         scale: what GradScaler multiplied the loss with, and so the gradients of outputs.
         """
         groups: defaultdict[tuple[Probe, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+        in_place: list[Tensor] = []
         for site in self._sites.values():
             for tap in (*site.outputs, *site.gradients):
                 if tap.probe not in due:
                     continue
-                row = tap.train if training else tap.val
+                row = tap.take(training, self.current.compiled)
                 groups[tap.probe, row.device].append((site.name, row))
+                if self.current.compiled or not row.is_cpu:
+                    in_place.append(tap.train if training else tap.val)
         prefix = "" if training else "val/"
-        return [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
+        pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
+        if in_place:
+            torch._foreach_zero_(in_place)
+        return pieces
 
     def _hook(self, name: str, module: nn.Module, model: nn.Module) -> None:
         if module not in self._sites:
@@ -123,7 +131,7 @@ class ModuleCapture:
 
     def _site(self, name: str, module: nn.Module, model: nn.Module) -> Site:
         device = _device_of(module) or _device_of(model) or torch.device("cpu")
-        taps = [Tap(probe, gate, device) for probe, gate in self._gates.items()]
+        taps = [Tap(probe, gate, device, self._memo) for probe, gate in self._gates.items()]
         outputs = tuple(tap for tap in taps if tap.probe.source == "outputs")
         gradients = tuple(tap for tap in taps if tap.probe.source == "output_gradients")
         return Site(name, self.current, outputs, gradients)
@@ -142,7 +150,6 @@ def _device_of(module: nn.Module) -> torch.device | None:
 def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
     names, rows = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
-    torch._foreach_zero_(list(rows))
     if scale is not None and probe.source == "output_gradients":
         stacked = probe.unscale(stacked, scale.to(stacked.device, stacked.dtype))
     return Piece(probe, names, stacked, prefix, counted=True)

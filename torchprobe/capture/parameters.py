@@ -37,6 +37,7 @@ class ParameterCapture:
         self._gates = gates
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}
 
     def gradients(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
@@ -50,16 +51,24 @@ class ParameterCapture:
         self._before = {}
         if any(probe.source == "updates" for probe in due):
             with torch.no_grad():
-                self._before = {name: p.detach().clone() for name, p in self._parameters(optimizer)}
+                self._before = _copies(self._parameters(optimizer), self._room)
 
     def after_step(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the parameters after the step, and of what the step changed."""
         now = [Named(name, p.detach()) for name, p in self._parameters(optimizer)]
         yield from self._pieces([probe for probe in due if probe.source == "parameters"], now)
         moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
-        for probe in [probe for probe in due if probe.source == "updates"]:
-            yield from self._pieces([probe], moved, {name: t.clone() for name, t in self._before.items()})
-        self._before.clear()
+        updates = [probe for probe in due if probe.source == "updates"]
+        for probe in updates:
+            last = probe is updates[-1]
+            before = self._before if last else {name: copy.clone() for name, copy in self._before.items()}
+            yield from self._pieces([probe], moved, before)
+        self._room |= {name: copy for name, copy in self._before.items() if _reusable(copy)}
+        self._before = {}
+
+    def forget(self) -> None:
+        """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
+        self._room = {}
 
     def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         model = self._model()
@@ -112,6 +121,21 @@ def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32: what is far above the smallest fp16 number while scaled may lie below it unscaled."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _copies(parameters: Iterable[tuple[str, Tensor]], room: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of parameters, in host memory in the place of the last ones: fresh pages cost more than the copy."""
+    copies = {}
+    for name, parameter in parameters:
+        old = room.pop(name, None)
+        fits = old is not None and _same_kind(old, parameter) and old.dtype == parameter.dtype
+        copies[name] = old.copy_(parameter) if old is not None and fits else parameter.detach().clone()
+    return copies
+
+
+def _reusable(copy: Tensor) -> bool:
+    """Whether a plain tensor in host memory; a device's allocator has warm memory at hand."""
+    return type(copy) is Tensor and copy.is_cpu and not copy.is_inference()
 
 
 def _same_kind(before: Tensor | None, now: Tensor) -> bool:

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.probes.base import Probe
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.capture.taps import Tap
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
 
@@ -26,39 +24,6 @@ class Pass:
         self.entered = 0  # forward passes, a compiled model's not among them
         self.seen = False  # the model itself was called, not only its parts
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
-
-
-class Tap:
-    """One probe at one module: its merged statistics, apart for training and validation.
-
-    Each row holds the probe's fields and, last, the number of calls merged into it.
-    """
-
-    def __init__(self, probe: Probe, gate: Gate, device: torch.device) -> None:
-        self.probe = probe
-        self.gate = gate
-        self.train = torch.zeros(probe.width + 1, dtype=row_dtype(device), device=device)
-        self.val = torch.zeros_like(self.train)
-
-    def add(self, tensor: Tensor, training: bool) -> None:
-        """Merge one more tensor. Traces under `torch.compile`; the row keeps its identity."""
-        with torch.no_grad(), no_autocast(tensor.device):
-            row = self._row(tensor.device, training)
-            new = self.probe.compute(tensor.detach()).to(row.dtype)
-            merged = torch.where(row[-1] > 0, self.probe.combine(row[:-1], new), new)
-            row.copy_(torch.cat([merged, row[-1:] + 1]))
-
-    def _row(self, device: torch.device, training: bool) -> Tensor:
-        row = self.train if training else self.val
-        if row.device == device:
-            return row
-        with torch.inference_mode(False):  # the model moved; a row outlives the mode it is made in
-            row = torch.zeros(row.shape, dtype=row_dtype(device), device=device)
-        if training:
-            self.train = row
-        else:
-            self.val = row
-        return row
 
 
 class Site:
@@ -107,7 +72,7 @@ def _observe(site: Site, output: Any, first_pass: bool) -> None:
 
 def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
     if torch.compiler.is_compiling():
-        tap.add(tensor, training)
+        tap.merge(tensor, training)
     elif not tap.gate.failed:
         with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
             tap.add(tensor, training)

@@ -82,7 +82,7 @@ class Probe:
         """The statistics of many tensors of one device: shape (len(tensors), len(fields)).
 
         before: for source "updates" alone, the same parameters before the step; these copies are the
-        probe's to overwrite.
+        probe's to overwrite, until it returns.
         """
         return torch.stack([self.compute(tensor) for tensor in tensors])
 

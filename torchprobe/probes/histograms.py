@@ -15,6 +15,7 @@ from torchprobe.schedule import Schedule
 from torchprobe.statistics import exponents, linear
 
 _BUCKETS = 64
+_STEPS = np.arange(_BUCKETS + 1.0)
 
 
 class GradientHistograms(Probe):
@@ -60,11 +61,22 @@ class ParameterHistograms(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, and the non-finite count when there is one."""
-        for name, (low, high, nonfinite, *counts) in zip(names, rows, strict=True):
-            edges = np.asarray(linear.edges(low, high, _BUCKETS))
-            yield f"parameters/{name}", Histogram(edges, np.asarray(counts, dtype=np.int64))
+        header = len(linear.HEADER)
+        counts = rows[:, header:].astype(np.int64)
+        for name, (low, high, nonfinite), row in zip(names, rows[:, :header].tolist(), counts, strict=True):
+            yield f"parameters/{name}", Histogram(_edges(low, high), row)
             if nonfinite:
-                yield f"parameters_nonfinite/{name}", float(nonfinite)
+                yield f"parameters_nonfinite/{name}", nonfinite
+
+
+def _edges(low: float, high: float) -> NDArray[np.float64]:
+    """`linear.edges` as an array: what is written of a whole model must not keep the interpreter busy."""
+    if low == high:
+        return np.asarray(linear.edges(low, high, _BUCKETS))
+    edges: NDArray[np.float64] = 2 * (low / 2 + _STEPS * ((high / 2 - low / 2) / _BUCKETS))
+    np.clip(edges, low, high, out=edges)
+    edges[-1] = high
+    return edges
 
 
 class Histograms(GradientHistograms):

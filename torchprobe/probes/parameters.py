@@ -40,7 +40,8 @@ class Updates(Probe):
     """Update ratio: L2 norm of the step just taken over that of the parameter before it.
 
     Healthy is about 1e-3 (Karpathy's rule of thumb). A parameter that was all zeros has no ratio.
-    Cost: a copy of the parameters for the duration of the optimizer's step, on sampled steps.
+    Cost: a copy of the parameters for the duration of the optimizer's step, on sampled steps; in host memory it stays
+    where the next step is sampled too.
     """
 
     source: ClassVar[Source] = "updates"

@@ -69,8 +69,8 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     if not all(math.isfinite(part.m2) for part in parts):
         return None
     count, max_abs = x.numel(), max(part.max_abs for part in parts)
-    mean = math.fsum(part.count * part.mean for part in parts) / count
-    m2 = math.fsum(part.m2 + part.count * (part.mean - mean) ** 2 for part in parts)
+    mean = math.fsum(part.size * part.mean for part in parts) / count
+    m2 = math.fsum(part.m2 + part.size * (part.mean - mean) ** 2 for part in parts)
     if m2 < _TINY**2 and max_abs and _varies(x):
         return None
     return float(count), mean, m2, max_abs, math.fsum(part.zeros for part in parts), 0.0
@@ -79,7 +79,7 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
 class _Moments(NamedTuple):
     """Those of one piece."""
 
-    count: int
+    size: int
     mean: float
     m2: float
     max_abs: float

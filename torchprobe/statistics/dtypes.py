@@ -109,7 +109,8 @@ def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
     return torch.stack([rows[place] for place in range(len(rows))])
 
 
-def _cut(x: Tensor, size: int) -> Sequence[Tensor]:
+def _cut(x: Tensor, size: int) -> Iterator[Tensor]:
     if x.numel() > size:
-        return x.split(size)
-    return (x,) if x.numel() else ()
+        yield from x.split(size)
+    elif x.numel():
+        yield x

@@ -68,7 +68,7 @@ def encode(record: Record, described: Collection[str] = ()) -> Event:
 
 def trim(histogram: Histogram) -> Histogram:
     """The histogram without its empty outer buckets; with no bucket at all when all are empty."""
-    filled = np.flatnonzero(histogram.counts)
+    (filled,) = histogram.counts.nonzero()
     if not filled.size:
         return Histogram(edges=histogram.edges[:1], counts=histogram.counts[:0])
     first, end = filled[0], filled[-1] + 1
@@ -104,7 +104,9 @@ def _scalar(tag: str, value: Any) -> float:
 
 def _rows(histogram: Histogram) -> NDArray[np.float64]:
     """TensorBoard's form, float64 of shape (buckets, 3): left edge, right edge, count."""
-    return np.stack([histogram.edges[:-1], histogram.edges[1:], histogram.counts], axis=1, dtype=np.float64)
+    rows = np.empty((len(histogram.counts), 3))
+    rows[:, 0], rows[:, 1], rows[:, 2] = histogram.edges[:-1], histogram.edges[1:], histogram.counts
+    return rows
 
 
 def _numeric(array: NDArray[Any], dtype: int) -> Any:

@@ -30,6 +30,7 @@ ALLOWED = {
     "arguments": set(),
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
+    "state": {"naming"},
     "ledger": {"buffer", "probes", "records"},
     "recorder": {"buffer", "capture", "ledger", "plan", "records"},
 }

@@ -90,7 +90,7 @@ class Recorder:
         if self._pass.training:
             self._begin_training_pass(grad_enabled, trained)
         due = self._steps.current.due if self._pass.training else self._plan.due_in_validation
-        self._captures.enter(module, bool(due), self._pass.training)
+        self._captures.enter(module, bool(due) or self._may_trace, self._pass.training)
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
@@ -111,7 +111,8 @@ class Recorder:
         if self._pass.training:
             self._captures.loss.on_output(output)
         else:
-            validated = self._last() if self.clock.has_optimizer else self._steps.current
+            follows = self.clock.has_optimizer and not self.clock.fresh
+            validated = self._last() if follows else self._steps.current
             validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
         if self._pass.training and watched is not None:
@@ -186,7 +187,7 @@ class Recorder:
     def next_step(self) -> None:
         """The user's own clock: from now on nothing else ends a step."""
         first, self.clock.manual = not self.clock.manual, True
-        if first and self.clock.completed and not self._pass.began:
+        if first and not self.clock.fresh and not self._pass.began:
             return  # the optimizer has just ended this very step
         self._tick()
 
@@ -202,10 +203,16 @@ class Recorder:
         self._settle_last_pass()
         if self.clock.underway:
             self._tick()
-        if self.clock.completed:
+        if not self.clock.fresh:
             self._last().buffer.values.update(self._overview())
         self._steps.seal_all()
         self.stopped = True
+
+    @_protected
+    def resume(self) -> None:
+        """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
+        self._steps.resume(self.clock.completed)
+        self._open_gates()
 
     def uncovered_attention(self) -> list[str]:
         """What attention was not recorded, and how often."""
@@ -223,7 +230,7 @@ class Recorder:
 
     def _settle_last_pass(self) -> None:
         """A training pass is a step when no optimizer is in sight: neither has one stepped, nor can one."""
-        if self._forward_unclocked and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
+        if self._forward_unclocked and self.clock.fresh and self._optimizer_hooks.any_alive():
             self.clock.has_optimizer = True
         if self._forward_unclocked and self.clock.by_forward:
             self._tick()
@@ -242,7 +249,7 @@ class Recorder:
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview())
-        if ended.step == 1 and not self._pass.seen:
+        if ended.step == self.clock.origin + 1 and not self._pass.seen:
             self._follow_parts()
         self._steps.turn()
         self._scale, self._pass.began = None, False
@@ -272,13 +279,18 @@ class Recorder:
         self._plan.open_for(current.step, self.clock.by_forward)
         current.due = self._plan.due
         self._captures.open_for(current.step)
-        self._captures.arm(bool(current.due))
+        self._captures.arm(bool(current.due) or self._may_trace)
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))
 
+    @property
+    def _may_trace(self) -> bool:
+        """A compiled model never sees hooks that are not there when it is first traced, sampled or not."""
+        return self.clock.fresh and self.clock.has_optimizer
+
     def _step_for_log(self) -> Open:
-        if self.clock.manual or self._pass.began or self.clock.completed == 0:
+        if self.clock.manual or self._pass.began or self.clock.fresh:
             return self._steps.current
         return self._last()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -33,9 +34,12 @@ from torchprobe.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.selection import Patterns, Selection
+from torchprobe.state import RunState
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
+
+_log = logging.getLogger("torchprobe")
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -109,7 +113,8 @@ def instrument(
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )
     recorder = Recorder(model, plan, captures, outlet, meter)
-    return Session(root, recorder, outlet, directory, sink)
+    state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet})
+    return Session(root, recorder, outlet, directory, sink, state)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -121,13 +126,20 @@ class Session:
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
-        self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None, hparams: HParamsWriter
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        outlet: Outlet,
+        directory: Path | None,
+        sink: HParamsWriter,
+        state: RunState,
     ) -> None:
         self.log_dir = directory
         """The run's directory; None when a writer was handed over."""
         self._recorder = recorder
         self._outlet = outlet
-        self._hparams = hparams
+        self._sink = sink
+        self._state = state
         self._metrics = Metrics()
         self._model = weakref.ref(root)
         _sessions[root] = self
@@ -166,7 +178,7 @@ class Session:
 
         Raises TypeError for a value that is no bool, number or string.
         """
-        self._hparams.begin(hparams)
+        self._sink.begin(hparams)
 
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.
@@ -184,6 +196,33 @@ class Session:
             return False
         self._recorder.flush()
         return self._outlet.drain.flush(timeout)
+
+    def state_dict(self, timeout: float | None = 10.0) -> dict[str, Any]:
+        """What a resumed run needs to go on here: put it into the checkpoint. `weights_only=True` loads it.
+
+        Flushes first, waiting up to `timeout` seconds, so that steps up to the checkpoint's are on disk: the
+        resumed run does not record them again.
+        """
+        if not self.flush(timeout) and self.attached:
+            _log.warning("step %d goes into a checkpoint, and not all steps before it are written yet", self.step)
+        return self._state.state_dict(self._root())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another session of this model stood. Before the first step, with the same `log_dir`.
+
+        TensorBoard then shows one curve: what the other session wrote beyond that step is hidden.
+
+        Raises:
+            RuntimeError: after a step or a forward pass, or when the session is detached.
+            TypeError, ValueError: for what is no session's state, or one of another model.
+        """
+        if self.step != self._recorder.clock.origin or not self.attached:
+            raise RuntimeError(
+                f"load_state_dict comes too late, after step {self.step}: call it right after torchprobe.instrument"
+            )
+        self._state.load_state_dict(state, self._root())
+        self._recorder.resume()
+        self._sink.restart(self.step + 1)
 
     def detach(self, timeout: float | None = None) -> bool:
         """Take off every hook, write what is left, end the thread. Safe to call twice.
@@ -216,11 +255,17 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hparams.failed = kind is not None
+        self._sink.failed = kind is not None
         self.detach()
 
     def __repr__(self) -> str:
         return f"<torchprobe.Session step={self.step} {'attached' if self.attached else 'detached'}>"
+
+    def _root(self) -> nn.Module:
+        root = self._model()
+        if root is None:
+            raise RuntimeError("the model of this session is gone")
+        return root
 
     def _finish(self, timeout: float | None) -> bool:
         root = self._model()

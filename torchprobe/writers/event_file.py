@@ -27,7 +27,7 @@ class EventFileWriter:
     clock says, and a file that is deleted or moved away is followed by a new one. Every file starts
     its session at the step of its first record, or at `restart_step` (the first step that a
     resumed run can write) for the first file: in TensorBoard that hides what an earlier run left
-    from this step on.
+    from this step on. `restart` says the same later.
 
     A batch is on disk (in the page cache, not synced) when `write` returns. One that does not fit
     leaves the file as it was and raises OSError: write the same batch again later.
@@ -42,6 +42,7 @@ class EventFileWriter:
         self._directory = _local_directory(log_dir)
         self._suffix = filename_suffix
         self._start_step = restart_step
+        self._restart: int | None = None
         self._started = False
         self._described: set[str] = set()
         self._files = 0
@@ -56,8 +57,10 @@ class EventFileWriter:
         """Append a batch, in step order. Raises OSError when it does not fit; then nothing is changed."""
         if not records:
             return
-        if not self._file.in_place():
+        if not self._file.in_place() or (self._restart is not None and self._started):
             self._reopen()
+        if self._restart is not None:
+            self._start_step, self._restart = self._restart, None
         described = self._described.copy()
         events = [] if self._started else [self._session_start(records[0])]
         for record in records:
@@ -66,6 +69,10 @@ class EventFileWriter:
         self._file.append(b"".join(frame(event.SerializeToString()) for event in events))
         self._started, self._described = True, described
         self._start_step = records[-1].step + 1
+
+    def restart(self, step: int) -> None:
+        """What is written from now on belongs to a run that was resumed, and begins at this step."""
+        self._restart = step
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""

@@ -31,6 +31,7 @@ ALLOWED = {
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
     "state": {"naming"},
+    "checkpoint": {"naming", "schedule", "session", "state"},
     "ledger": {"buffer", "probes", "records"},
     "recorder": {"buffer", "capture", "ledger", "plan", "records"},
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.checkpoint import CheckpointManager
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
@@ -31,6 +32,7 @@ _HOMES = {
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
     "Attention": "probes.attention",
+    "CheckpointManager": "checkpoint",
     "EventFileWriter": "writers.event_file",
     "Gradients": "probes.gradients",
     "Histogram": "records",
@@ -56,6 +58,7 @@ __all__ = [
     "ActivationGradients",
     "Activations",
     "Attention",
+    "CheckpointManager",
     "EventFileWriter",
     "Gradients",
     "Histogram",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic, perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeAlias
 from weakref import ReferenceType
@@ -213,6 +214,15 @@ class Recorder:
         """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
         self._steps.resume(self.clock.completed)
         self._open_gates()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Passes and steps inside are none of the run's."""
+        stopped, self.stopped = self.stopped, True
+        try:
+            yield
+        finally:
+            self.stopped = stopped
 
     def uncovered_attention(self) -> list[str]:
         """What attention was not recorded, and how often."""

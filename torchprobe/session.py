@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -223,6 +224,10 @@ class Session:
         self._state.load_state_dict(state, self._root())
         self._recorder.resume()
         self._sink.restart(self.step + 1)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing is recorded or counted inside, such as a step that an optimizer takes to make its state."""
+        return self._recorder.paused()
 
     def detach(self, timeout: float | None = None) -> bool:
         """Take off every hook, write what is left, end the thread. Safe to call twice.

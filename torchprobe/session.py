@@ -72,7 +72,7 @@ def instrument(
 
     Args:
         model: the model, bare or wrapped (`torch.compile`, DDP, FSDP, checkpointing).
-        log_dir: the run's directory; by default a new one under `runs`.
+        log_dir: the run's directory, or a URL such as `s3://bucket/run`; by default a new one under `runs`.
         run_name: a sub-folder of `log_dir` for this run.
         writer: instead of a directory: the user's own `SummaryWriter`, or any `torchprobe.Writer`.
         probes: what to watch, such as `[torchprobe.Gradients(every=10)]`; by default everything.
@@ -85,7 +85,7 @@ def instrument(
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
-        OSError: when `log_dir` cannot be written.
+        OSError: when `log_dir` cannot be written. ImportError: when it needs a package, which the message names.
     """
     root = _checked_model(model)
     parts = checked_probes(probes)
@@ -131,12 +131,12 @@ class Session:
         root: nn.Module,
         recorder: Recorder,
         outlet: Outlet,
-        directory: Path | None,
+        directory: Path | str | None,
         sink: HParamsWriter,
         state: RunState,
     ) -> None:
         self.log_dir = directory
-        """The run's directory; None when a writer was handed over."""
+        """The run's directory, a str if it is a URL; None when a writer was handed over."""
         self._recorder = recorder
         self._outlet = outlet
         self._sink = sink

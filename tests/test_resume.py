@@ -245,6 +245,7 @@ def test_it_is_too_late_after_a_step(resume):
         session.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:.*global hooks")  # those of the loss capture; torch warns at each call
 def test_a_wrapped_model_goes_on_as_the_bare_one(resume):
     model = torch.compile(mlp(), backend="eager")
     session, _, writer = resume(stopped_at(2), model, every=4)

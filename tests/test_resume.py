@@ -196,6 +196,19 @@ def test_skipped_and_dropped_are_counted_on(resume):
     assert writer.value("overview/dropped_records") == 2
 
 
+def test_rules_remember_what_they_saw(resume):
+    state = stopped_at(5, every=1)
+    seen = state["parts"]["alerts"]["rules"]["exploding_gradient"]["values"]
+    assert len(seen) == 5
+    seen[:] = [1e-9] * 8  # long enough that the rule speaks at once
+    state["parts"]["alerts"]["alerts"] = 7
+    session, model, writer = resume(state, every=1)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    session.detach()
+    assert [alert.rule for alert in session.alerts if alert.rule == "exploding_gradient"] == ["exploding_gradient"]
+    assert writer.value("overview/alerts") >= 8
+
+
 def test_training_is_untouched_by_a_resume(resume):
     state = stopped_at(5)
     torch.manual_seed(1)

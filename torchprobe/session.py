@@ -136,7 +136,7 @@ def instrument(
         Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
     )
     recorder = Recorder(model, plan, captures, outlet, meter, watch)
-    state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet})
+    state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)
 
 

@@ -70,6 +70,7 @@ def _left_behind() -> dict[str, int]:
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
         nn_module._global_backward_hooks,
+        getattr(nn_module, "_global_forward_hooks_with_kwargs", {}),
     )
     steps = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
     return {

@@ -28,6 +28,7 @@ from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
+from torchprobe.flight import FlightRecorder
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
@@ -126,6 +127,7 @@ def instrument(
     reference = weakref.ref(root)
     sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
     modules = ModuleCapture(reference, plan.gates, selection.wants_module)
+    health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
     captures = Captures(
         modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
@@ -133,8 +135,10 @@ def instrument(
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
         PredictionPieces(reference, plan.gates, meter, flush_every),
-        Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
+        health,
     )
+    if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
+        watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
     recorder = Recorder(model, plan, captures, outlet, meter, watch)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)
@@ -319,6 +323,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sink.failed = kind is not None
+        self._watch.crashed(error)
         self.detach()
 
     def __repr__(self) -> str:

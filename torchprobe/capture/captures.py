@@ -18,6 +18,9 @@ from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
 
+_COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
+torch.compile returned"
+
 
 @dataclass(frozen=True, slots=True)
 class Captures:
@@ -44,7 +47,7 @@ class Captures:
         self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
-        self.predictions.enter(training)
+        self.predictions.enter(bool(due), training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""
@@ -67,6 +70,8 @@ class Captures:
             pieces += self.health.collect()
         for attention in self.attention:
             pieces += attention.collect(training, compiled=self.modules.current.compiled)
+        if due and training and self.modules.current.compiled:
+            self.predictions.explain(_COMPILED)
         return pieces + self.predictions.collect(training) if training else pieces
 
     def on_backward(self) -> None:

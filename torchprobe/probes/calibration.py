@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import Probe, Source
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value
@@ -18,8 +19,8 @@ from torchprobe.statistics import calibration, intervals
 GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
 """Where predictions and targets come from: `session.log_predictions`, or the loop; or targets were never seen."""
 
-FLAGS = ("window", "pictures")
-"""Columns behind the evidence: number of the flush interval, and whether pictures are due."""
+FLAGS = ("window", "pictures", "rows")
+"""Columns behind the evidence: number of the flush interval, whether pictures are due, and 1, as rows are added up."""
 
 _COUNTS = ("count", "ignored", "invalid")
 _FAINT = 0.01
@@ -40,6 +41,7 @@ class Calibration(Probe):
     """
 
     source: ClassVar[Source] = "calibration"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
 
     def __init__(self, every: int | Schedule | None = None) -> None:
@@ -62,10 +64,12 @@ class Calibration(Probe):
             self._explain(names)
             return
         self._note(name, evidence[name])
-        row, (window, _) = found[name][:start], found[name][-len(FLAGS) :]
+        row, (window, pictures, added) = found[name][:start], found[name][-len(FLAGS) :]
         if name.endswith("|train"):
-            row = self._training.add(window, row)
+            row = self._training.add(window / added, row)
         yield from self._tags(row)
+        if pictures:
+            yield from _pictures(row)
 
     def _tags(self, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         found = calibration.summarise(row)
@@ -97,7 +101,9 @@ class Calibration(Probe):
         notes = ["a sample of rows"] if sampled else []
         if faint > _FAINT * (checked + faint):
             share = faint / (checked + faint)
-            notes.append(f"without {share:.0%} of the rows, very sure ones whose gradient was lost in rounding")
+            notes.append(
+                f"without {share:.0%} of the rows: very sure ones without a gradient, ignored or lost in rounding"
+            )
         self.descriptions = _descriptions(", ".join(notes))
 
     def _warn_once(self, key: str, text: str) -> None:
@@ -117,15 +123,16 @@ class Coverage:
         self._training = Window(len(intervals.FIELDS))
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """Names are phases; behind the row stands the number of the flush interval."""
+        """Names are phases; behind the row stand the number of the flush interval, and 1."""
         for phase, row in added_up(names, rows).items():
-            total = self._training.add(row[-1], row[:-1]) if phase == "train" else row[:-1]
+            total = self._training.add(row[-2] / row[-1], row[:-2]) if phase == "train" else row[:-2]
             for key, value in intervals.summarise(total).items():
                 if key not in _COUNTS:
                     yield f"calibration/{key}", value
             edges, counts = intervals.pit_histogram(total)
             if counts.any():
                 yield "calibration_pit/targets", Histogram(edges, counts)
+                yield "calibration_pit_chart/targets", pit_chart(edges, counts)
 
 
 class Window:
@@ -142,6 +149,19 @@ class Window:
         return self._total
 
 
+def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+    """What there is to draw: a binary task alone has precision and recall."""
+    drawers = (
+        ("reliability", calibration.reliability, reliability_diagram),
+        ("risk_coverage", calibration.risk_coverage, risk_coverage_curve),
+        ("precision_recall", calibration.precision_recall, precision_recall_curve),
+    )
+    for name, curve_of, draw in drawers:
+        curve = curve_of(row)
+        if curve:
+            yield f"calibration_{name}/predictions", draw(curve)
+
+
 def _preferred(names: Sequence[str]) -> str | None:
     """What the user handed in, then what a loss module or labels told, then what the gradient did."""
     judged = [name for name in names if f"|{UNJUDGED}|" not in name]
@@ -150,4 +170,9 @@ def _preferred(names: Sequence[str]) -> str | None:
 
 def _descriptions(notes: str) -> dict[str, str]:
     text = "Top-label calibration in 15 equal-width bins; gap is mean confidence - accuracy, above 0 is over-confident"
-    return {"calibration": f"{text} ({notes or 'exact'})."}
+    return {
+        "calibration": f"{text} ({notes or 'exact'}).",
+        "calibration_reliability": "Accuracy over confidence, and how many predictions are in each bin.",
+        "calibration_risk_coverage": "Accuracy when only the share of the predictions that are most certain is kept.",
+        "calibration_precision_recall": "Precision over recall of class 1, as the threshold falls.",
+    }

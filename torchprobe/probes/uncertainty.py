@@ -46,6 +46,7 @@ class Uncertainty(Probe):
     """
 
     source: ClassVar[Source] = "uncertainty"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*uncertainty.FIELDS, *EVIDENCE)
 
     def __init__(
@@ -66,6 +67,8 @@ class Uncertainty(Probe):
         self.task: Task | None = task
         self.reason = ""
         """Why nothing was found, when that is known."""
+        self.note = ""
+        """What else is known of the output, for the tags' descriptions."""
         self.descriptions: Mapping[str, str] = _descriptions("exact", "")
         self._evidence = Evidence()
 
@@ -73,12 +76,12 @@ class Uncertainty(Probe):
         """A name is `<form>|<group>|<where>`."""
         found = added_up(names, rows)
         self._evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in found.items()})
+        how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
+        self.descriptions = _descriptions(how, self.note)
         means: dict[str, dict[str, float]] = {}
         for name, row in found.items():
             if self._evidence.holds(name):
                 _, group, where = name.split("|", 2)
-                if row[-1]:
-                    self.descriptions = _descriptions("a sample of rows", "")
                 yield from _tags(group, where, row[: -len(EVIDENCE)])
                 if not group:
                     means.setdefault(where, uncertainty.summarise(row[: -len(EVIDENCE)]))
@@ -112,7 +115,7 @@ def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _descriptions(how: str, note: str) -> dict[str, str]:
-    texts = {}
+    texts, note = {}, f" {note}" if note else ""
     for kind, what in _WHAT.items():
         texts[f"uncertainty_{kind}"] = f"Uncertainty, {what}; mean over the batch ({how}).{note}"
         texts[f"uncertainty_{kind}_histogram"] = f"log10 of every example's uncertainty, {kind} ({how}).{note}"

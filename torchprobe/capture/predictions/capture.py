@@ -10,7 +10,7 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules import module as module_registry
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.gate import Gate, no_autocast
@@ -49,7 +49,10 @@ class PredictionCapture:
         self._train, self._val = Phase(training=True), Phase(training=False)
         self._phase = self._train
         self._on_modules: RemovableHandle | None = None
-        self.unread = ""  # why the last output said nothing
+        self.unread = ""
+        """Why the last output said nothing."""
+        self.note = ""
+        """What else is known of the model's output."""
 
     @property
     def training(self) -> bool:
@@ -58,7 +61,7 @@ class PredictionCapture:
 
     def has_any(self, training: bool) -> bool:
         """Whether there is something to take."""
-        return (self._train if training else self._val).touched
+        return self._train.touched if training else self._val.touched
 
     def enter(self, training: bool) -> None:
         """A sampled pass begins."""
@@ -67,7 +70,7 @@ class PredictionCapture:
             self._parts.arm(training)
 
     def leave(self) -> None:
-        """A pass has ended or raised."""
+        """A pass has ended or raised: no hook is left on the model."""
         self._parts.disarm()
 
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -75,16 +78,19 @@ class PredictionCapture:
         self._phase.touched = True
         with self._protected(output):
             reading = self._read(module, output)
+            self.note = reading.note
             self._follow(ROOT, module, args, kwargs, reading)
             for name, outputs in self._parts.ensembles():
                 self._follow_ensemble(name, outputs, main_tensor(output))
+        self._parts.forget()
         if self._phase.waiting and self._on_modules is None:
             # Process-wide, so it is there from the output to the backward pass, or to the next pass, only.
-            self._on_modules = register_module_forward_hook(self._after_module, with_kwargs=True)
+            self._on_modules = module_registry.register_module_forward_hook(self._after_module, with_kwargs=True)
 
     def on_backward(self) -> None:
         """Gradients arrive: what was called on outputs before was the loss."""
-        self.stop_watching_losses()
+        if self._on_modules is not None:
+            self.end_pass()
         self._train.waiting = []
 
     def take(self, training: bool) -> Phase:
@@ -95,7 +101,7 @@ class PredictionCapture:
         else:
             self._val = fresh
         if self._phase is phase:
-            self.stop_watching_losses()
+            self.end_pass()
             self._phase = fresh
         with self._protected(None):
             phase.settle()
@@ -103,7 +109,7 @@ class PredictionCapture:
 
     def detach(self) -> None:
         """Take every hook off."""
-        self.stop_watching_losses()
+        self.end_pass()
         self._parts.disarm()
 
     # ---- one output
@@ -171,9 +177,8 @@ class PredictionCapture:
         """Members that say what they predict, or give what the model itself gives, alone or stacked."""
         readings = [read(output) for output in outputs]
         pool = Pool(name, None, self._generators)
-        means, variances = (
-            [x for x in column if x is not None] for column in zip(*map(_numbers, readings), strict=True)
-        )
+        means = [reading.mean for reading in readings if reading.mean is not None]
+        variances = [reading.variance for reading in readings if reading.variance is not None]
         if len(means) == len(variances) == len(readings):
             pool.add_numbers(SURE, means, variances)
         plains = [reading.plain for reading in readings if reading.plain is not None]
@@ -234,10 +239,13 @@ class PredictionCapture:
         with self._gate.boundary(), torch.no_grad(), no_autocast(device), torch._C.DisableTorchFunction():
             yield
 
-    def stop_watching_losses(self) -> None:
-        """What is computed from now on is no loss of the last pass."""
+    def end_pass(self) -> None:
+        """What is computed from now on is no loss of the last pass; outputs of its parts are let go."""
+        self._parts.forget()
         if self._on_modules is not None:
             self._on_modules.remove()
+            # torch forgets this one, and would warn at every call of a compiled model.
+            getattr(module_registry, "_global_forward_hooks_with_kwargs", {}).pop(self._on_modules.id, None)
             self._on_modules = None
 
 
@@ -253,10 +261,6 @@ def _is_usable(tensor: Tensor) -> bool:
 
 def _nodes(tensor: Tensor | None) -> list[Any]:
     return [] if tensor is None or tensor.grad_fn is None else [tensor.grad_fn]
-
-
-def _numbers(reading: Reading) -> tuple[Tensor | None, Tensor | None]:
-    return reading.mean, reading.variance
 
 
 def _is_one_of(member: Tensor, output: Tensor) -> bool:

@@ -9,6 +9,9 @@ from torch import Tensor, distributions
 
 from torchprobe.capture.predictions.reading import Reading
 
+_OBSERVED = "The model returns a distribution of what is observed."
+_LATENT = "The model returns a distribution of the latent function, without observation noise."
+
 
 def read_distribution(found: distributions.Distribution) -> Reading:
     """Mean, variance and entropy of each number that it is about; class probabilities where it is about classes.
@@ -18,11 +21,11 @@ def read_distribution(found: distributions.Distribution) -> Reading:
     while isinstance(found, distributions.Independent):
         found = found.base_dist
     if isinstance(found, distributions.Categorical | distributions.OneHotCategorical):
-        return Reading(plain=found.logits, form="logits", note="the distribution that the model returns")
+        return Reading(plain=found.logits, form="logits", note=_OBSERVED)
     if isinstance(found, distributions.Bernoulli):
-        return Reading(plain=found.logits, form="binary", note="the distribution that the model returns")
+        return Reading(plain=found.logits, form="binary", note=_OBSERVED)
     if isinstance(found, distributions.Dirichlet):
-        return Reading(alpha=found.concentration.detach(), note="the Dirichlet distribution that the model returns")
+        return Reading(alpha=found.concentration.detach(), note=_OBSERVED)
     with torch.no_grad():
         return _of_number(found)
 
@@ -30,8 +33,7 @@ def read_distribution(found: distributions.Distribution) -> Reading:
 def _of_number(found: distributions.Distribution) -> Reading:
     latent = type(found).__module__.startswith("gpytorch")
     # A likelihood is a module of its own in gpytorch: what a process returns is the function without the noise.
-    note = "of the latent function, without observation noise" if latent else "of the observed value"
-    reading = Reading(note=note)
+    reading = Reading(note=_LATENT if latent else _OBSERVED)
     try:
         reading.mean_in_graph, reading.variance = found.mean, found.variance.detach()
         reading.mean = reading.mean_in_graph.detach()

@@ -58,9 +58,12 @@ class Parts:
                     self._handles.append(member.register_forward_hook(self._collect(name, index), with_kwargs=True))
 
     def disarm(self) -> None:
-        """The pass is over: hooks are off, and no output is kept."""
+        """The pass is over: hooks are off."""
         while self._handles:
             self._handles.pop().remove()
+
+    def forget(self) -> None:
+        """No output is kept."""
         self._calls.clear()
 
     def ensembles(self) -> Iterator[tuple[str, list[Any]]]:

@@ -36,6 +36,8 @@ class PredictionPieces:
         self._flush_every = flush_every
         self._window, self._sampled = 0, 0
         self._pictures_due = False
+        self._following = False  # the pass that runs, or has just returned, is read
+        self.on_backward = self._capture.on_backward
 
     def open_for(self, step: int) -> None:
         """A step begins."""
@@ -49,35 +51,37 @@ class PredictionPieces:
             return False
         return any(gate.train if training else gate.val for gate in self._gates.values())
 
-    def enter(self, training: bool) -> None:
-        """A pass begins."""
-        self._capture.stop_watching_losses()
-        if self.is_open(training):
+    def enter(self, due: bool, training: bool) -> None:
+        """A pass begins; due: whether any probe samples it."""
+        self._capture.end_pass()
+        self._following = due and self.is_open(training)
+        if self._following:
             self._capture.enter(training)
 
     def leave(self) -> None:
-        """A pass has ended or raised."""
-        self._capture.leave()
+        """A pass has ended, before `on_output`, or raised."""
+        if self._following:
+            self._capture.leave()
 
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """A pass has returned."""
-        if self.is_open(self._capture.training):
+        if self._following:
             self._capture.on_output(module, args, kwargs, output)
-
-    def on_backward(self) -> None:
-        """Gradients arrive."""
-        self._capture.on_backward()
 
     def collect(self, training: bool) -> list[Piece]:
         """Everything since the last call, for the probes that are due."""
-        if not self._gates or not self._capture.has_any(training):
+        if not self._capture.has_any(training):
             return []
         phase = self._capture.take(training)
-        due = [
-            p for p, gate in self._gates.items() if not self._shared.failed and (gate.train if training else gate.val)
-        ]
+        due = [probe for probe, gate in self._gates.items() if (gate.train if training else gate.val)]
         prefix = "" if training else "val/"
-        return [piece for probe in due for piece in self._pieces(probe, phase, prefix)]
+        return [piece for probe in due if not self._shared.failed for piece in self._pieces(probe, phase, prefix)]
+
+    def explain(self, reason: str) -> None:
+        """Why nothing can be seen at all."""
+        for probe in (self._uncertainty, self.calibration):
+            if probe is not None:
+                probe.reason = reason
 
     def given(self, predictions: Tensor, targets: Tensor, training: bool) -> Piece | None:
         """Predictions that the user handed in."""
@@ -97,7 +101,7 @@ class PredictionPieces:
 
     def _pieces(self, probe: Probe, phase: Phase, prefix: str) -> Iterator[Piece]:
         if isinstance(probe, Uncertainty):
-            probe.reason = self._capture.unread
+            probe.reason, probe.note = self._capture.unread, self._capture.note
             yield from (Piece(probe, names, rows, prefix) for _, names, rows in phase.uncertainty.rows())
         elif isinstance(probe, Calibration):
             yield from self._of_calibration(probe, phase, prefix)
@@ -114,14 +118,15 @@ class PredictionPieces:
 
     def _flags(self, like: Tensor, training: bool) -> Tensor:
         pictures = self._pictures_due or not training
-        values = dict(zip(FLAGS, (float(self._window), float(pictures)), strict=True))
-        return torch.stack([like.new_full((), value) for value in values.values()])
+        values = zip(FLAGS, (float(self._window), float(pictures), 1.0), strict=True)
+        return torch.stack([like.new_full((), value) for _, value in values])
 
 
 def _of_coverage(probe: Calibration, phase: Phase, prefix: str, window: int) -> Iterator[Piece]:
     for _, names, rows in phase.coverage.rows():
         found = rows[:, : -len(EVIDENCE)]
-        numbered = torch.cat((found, found.new_full((len(found), 1), float(window))), 1)
+        number, one = found.new_full((len(found), 1), float(window)), found.new_ones(len(found), 1)
+        numbered = torch.cat((found, number, one), 1)
         yield Piece(probe.coverage, ["train" if phase.training else "val"] * len(names), numbered, prefix)
 
 

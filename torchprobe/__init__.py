@@ -56,7 +56,6 @@ _HOMES = {
     "Calibration": "probes.calibration",
     "AttentionCollapse": "rules.attention_collapse",
     "AttentionLogitGrowth": "rules.attention_logit_growth",
-    "Calibration": "probes.calibration",
     "DeadUnits": "rules.dead_units",
     "EventFileWriter": "writers.event_file",
     "ExplodingGradient": "rules.exploding_gradient",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def seeded():
 def traces():
     """What torchprobe has put on a model: hooks and state, by module name."""
     return traces_on
+
+
+@pytest.fixture
+def full_disk():
+    """While entered, no file of this process grows beyond `limit` bytes: a write fails half-way."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(limit):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def traces_on(model: nn.Module) -> list[str]:

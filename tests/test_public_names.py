@@ -32,6 +32,8 @@ ALLOWED = {
     "arguments": set(),
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
+    "state": {"naming"},
+    "checkpoint": {"naming", "schedule", "session", "state"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
     "reports": set(),

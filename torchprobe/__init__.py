@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.checkpoint import CheckpointManager
     from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
@@ -51,9 +52,10 @@ _HOMES = {
     "Activations": "probes.activations",
     "Alert": "rules.alert",
     "Attention": "probes.attention",
+    "CheckpointManager": "checkpoint",
+    "Calibration": "probes.calibration",
     "AttentionCollapse": "rules.attention_collapse",
     "AttentionLogitGrowth": "rules.attention_logit_growth",
-    "Calibration": "probes.calibration",
     "DeadUnits": "rules.dead_units",
     "EventFileWriter": "writers.event_file",
     "ExplodingGradient": "rules.exploding_gradient",
@@ -99,6 +101,7 @@ __all__ = [
     "AttentionCollapse",
     "AttentionLogitGrowth",
     "Calibration",
+    "CheckpointManager",
     "DeadUnits",
     "EventFileWriter",
     "ExplodingGradient",

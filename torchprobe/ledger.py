@@ -54,6 +54,10 @@ class Ledger:
             self._last = Open(completed)
         return self._last
 
+    def resume(self, completed: int) -> None:
+        """The next step follows on `completed`; what was put already is its own."""
+        self.current.step = completed + 1
+
     def turn(self) -> None:
         """The running step has ended; the next one begins."""
         self.seal_last()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -55,6 +55,28 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter not in seen:
                 seen.add(parameter)
                 yield (f"{module_name}.{name}" if module_name else name), parameter
+
+
+def bare_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Names in `model.state_dict()`, of tensors or of modules, with wrapper prefixes removed: wrapped name -> bare.
+
+    For a model whose outer wrappers are off already.
+    """
+    owned = {f"{_cleaned(name)}.module." for name, module in model.named_modules() if _is_wrapper(module, "module")}
+    # Innermost first, so that the names of those around it still fit.
+    prefixes = sorted((prefix.lstrip(".") for prefix in owned), key=len, reverse=True)
+    return {key: _without(prefixes, _cleaned(key)) for key in keys}
+
+
+def _cleaned(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _ALWAYS_WRAPPERS)
+
+
+def _without(prefixes: Iterable[str], name: str) -> str:
+    for prefix in prefixes:
+        if f"{name}.".startswith(prefix):
+            name = f"{prefix.removesuffix('module.')}{name[len(prefix) :]}".rstrip(".")
+    return name
 
 
 def owner_of(parameter_name: str) -> str:

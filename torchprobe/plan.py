@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.probes.activations import Activations
@@ -112,6 +112,16 @@ class Plan:
             self._awaits_validation.pop(probe, None)
             self.gates[probe].val = False
         self.due_in_validation = tuple(probe for probe in self.due_in_validation if probe not in done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the cadence cannot tell from a step's number: which probes await a validation pass."""
+        return {"awaits_validation": sorted(probe.name for probe in self._awaits_validation)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        awaiting = set(state["awaits_validation"])
+        self.due = ()
+        self._awaits_validation = dict.fromkeys(probe for probe in self.gates if probe.name in awaiting)
 
     def _over_budget(self) -> bool:
         if self._budget is None:

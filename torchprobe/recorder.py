@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic, perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeAlias
 from weakref import ReferenceType
@@ -100,7 +101,7 @@ class Recorder:
         if self._pass.training:
             self._begin_training_pass(grad_enabled, trained)
         due = self._steps.current.due if self._pass.training else self._plan.due_in_validation
-        self._captures.enter(module, bool(due), self._pass.training)
+        self._captures.enter(module, bool(due) or self._may_trace, self._pass.training)
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
@@ -121,7 +122,8 @@ class Recorder:
         self._plan.validation_ended()
 
     def _validated(self) -> Open:
-        return self._last() if self.clock.has_optimizer else self._steps.current
+        follows = self.clock.has_optimizer and not self.clock.fresh
+        return self._last() if follows else self._steps.current
 
     @_protected
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -229,7 +231,7 @@ class Recorder:
     def next_step(self) -> None:
         """The user's own clock: from now on nothing else ends a step."""
         first, self.clock.manual = not self.clock.manual, True
-        if first and self.clock.completed and not self._pass.began:
+        if first and not self.clock.fresh and not self._pass.began:
             return  # the optimizer has just ended this very step
         self._tick()
 
@@ -247,10 +249,25 @@ class Recorder:
         self._end_validation()
         if self.clock.underway:
             self._tick()
-        if self.clock.completed:
+        if not self.clock.fresh:
             self._last().buffer.values.update(self._overview())
         self._steps.seal_all()
         self.stopped = True
+
+    @_protected
+    def resume(self) -> None:
+        """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
+        self._steps.resume(self.clock.completed)
+        self._open_gates()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Passes and steps inside are none of the run's."""
+        stopped, self.stopped = self.stopped, True
+        try:
+            yield
+        finally:
+            self.stopped = stopped
 
     def uncovered_attention(self) -> list[str]:
         """What attention was not recorded, and how often."""
@@ -301,7 +318,7 @@ class Recorder:
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview())
-        if ended.step == 1 and not self._pass.seen:
+        if ended.step == self.clock.origin + 1 and not self._pass.seen:
             self._follow_parts()
         self._steps.turn()
         self._scale, self._pass.began = None, False
@@ -332,13 +349,18 @@ class Recorder:
         self._plan.open_for(current.step, self.clock.by_forward)
         current.due = self._plan.due
         self._captures.open_for(current.step)
-        self._captures.prepare(current.due)
+        self._captures.prepare(current.due, armed=bool(current.due) or self._may_trace)
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))
 
+    @property
+    def _may_trace(self) -> bool:
+        """A compiled model never sees hooks that are not there when it is first traced, sampled or not."""
+        return self.clock.fresh and self.clock.has_optimizer
+
     def _step_for_log(self) -> Open:
-        if self.clock.manual or self._pass.began or self.clock.completed == 0:
+        if self.clock.manual or self._pass.began or self.clock.fresh:
             return self._steps.current
         return self._last()
 

@@ -8,9 +8,12 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_LOCAL = ("file", "local")
 
-def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path:
-    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`.
+
+def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path | str:
+    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`. A str for a URL.
 
     Without either, the folder is new and made at once, so that no other run takes the same name. Raises
     TypeError or ValueError for a run name that is no single folder name, and for a `log_dir` that is
@@ -22,10 +25,35 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
         raise ValueError("log_dir='' is empty: takes a path, such as 'runs/exp1'; leave it out for a new folder")
     if run_name is not None:
         check_run_name(run_name)
-    parent = Path("runs" if log_dir is None else log_dir)
+    if log_dir is not None and is_url(os.fspath(log_dir)):
+        url = as_url(os.fspath(log_dir))
+        return f"{url}/{run_name}" if run_name else url
+    parent = Path("runs") if log_dir is None else local_path(os.fspath(log_dir))
     path = parent / run_name if run_name else parent
     _check_no_file(path)
     return _new_folder(path, model_name) if log_dir is None and run_name is None else path
+
+
+def is_url(path: str) -> bool:
+    """Whether it names a place in a remote store. `file://` is none, and a single letter is a drive."""
+    match = _URL.match(path)
+    return match is not None and match[1].lower() not in _LOCAL
+
+
+def protocol_of(url: str) -> str:
+    """`s3` for `s3://bucket/run`."""
+    return url.partition(":")[0].lower()
+
+
+def local_path(path: str) -> Path:
+    """A local path, also of a `file://` URL."""
+    match = _URL.match(path)
+    return Path(f"/{path[match.end() :]}" if match else path)
+
+
+def as_url(path: str) -> str:
+    """A URL as it should be: a `Path` has folded `s3://` to `s3:/`."""
+    return _URL.sub(lambda match: f"{match[1]}://", path, count=1).rstrip("/")
 
 
 def check_run_name(run_name: str, argument: str = "run_name") -> None:

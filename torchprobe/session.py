@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,9 +44,12 @@ from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
+from torchprobe.state import RunState
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
+
+_log = logging.getLogger("torchprobe")
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -79,7 +84,7 @@ def instrument(
 
     Args:
         model: the model, bare or wrapped (`torch.compile`, DDP, FSDP, checkpointing).
-        log_dir: the run's directory; by default a new one under `runs`.
+        log_dir: the run's directory, or a URL such as `s3://bucket/run`; by default a new one under `runs`.
         run_name: a sub-folder of `log_dir` for this run.
         writer: instead of a directory: the user's own `SummaryWriter`, or any `torchprobe.Writer`.
         probes: what to watch, such as `[torchprobe.Gradients(every=10)]`; by default everything.
@@ -96,7 +101,7 @@ def instrument(
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
-        OSError: when `log_dir` cannot be written.
+        OSError: when `log_dir` cannot be written. ImportError: when it needs a package, which the message names.
     """
     root = _checked_model(model)
     watch = open_watch(rules, on_alert, stop_on)
@@ -132,10 +137,11 @@ def instrument(
         PredictionPieces(reference, plan.gates, meter, flush_every),
         health,
     )
-    if directory is not None:
+    if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
         watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
     recorder = Recorder(model, plan, captures, outlet, meter, watch)
-    return Session(root, recorder, outlet, directory, sink, watch)
+    state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
+    return Session(root, recorder, outlet, directory, sink, watch, state)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -151,16 +157,18 @@ class Session:
         root: nn.Module,
         recorder: Recorder,
         outlet: Outlet,
-        directory: Path | None,
-        hparams: HParamsWriter,
+        directory: Path | str | None,
+        sink: HParamsWriter,
         watch: Watch,
+        state: RunState,
     ) -> None:
         self.log_dir = directory
-        """The run's directory; None when a writer was handed over."""
+        """The run's directory, a str if it is a URL; None when a writer was handed over."""
         self._watch = watch
         self._recorder = recorder
         self._outlet = outlet
-        self._hparams = hparams
+        self._sink = sink
+        self._state = state
         self._metrics = Metrics()
         self._separation = Separation()
         self._model = weakref.ref(root)
@@ -208,7 +216,7 @@ class Session:
 
         Raises TypeError for a value that is no bool, number or string.
         """
-        self._hparams.begin(hparams)
+        self._sink.begin(hparams)
 
     def log_predictions(self, probs: Any, targets: Any) -> None:
         """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
@@ -251,6 +259,37 @@ class Session:
         self._recorder.flush()
         return self._outlet.drain.flush(timeout)
 
+    def state_dict(self, timeout: float | None = 10.0) -> dict[str, Any]:
+        """What a resumed run needs to go on here: put it into the checkpoint. `weights_only=True` loads it.
+
+        Flushes first, waiting up to `timeout` seconds, so that steps up to the checkpoint's are on disk: the
+        resumed run does not record them again.
+        """
+        if not self.flush(timeout) and self.attached:
+            _log.warning("step %d goes into a checkpoint, and not all steps before it are written yet", self.step)
+        return self._state.state_dict(self._root())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another session of this model stood. Before the first step, with the same `log_dir`.
+
+        TensorBoard then shows one curve: what the other session wrote beyond that step is hidden.
+
+        Raises:
+            RuntimeError: after a step or a forward pass, or when the session is detached.
+            TypeError, ValueError: for what is no session's state, or one of another model.
+        """
+        if self.step != self._recorder.clock.origin or not self.attached:
+            raise RuntimeError(
+                f"load_state_dict comes too late, after step {self.step}: call it right after torchprobe.instrument"
+            )
+        self._state.load_state_dict(state, self._root())
+        self._recorder.resume()
+        self._sink.restart(self.step + 1)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing is recorded or counted inside, such as a step that an optimizer takes to make its state."""
+        return self._recorder.paused()
+
     def detach(self, timeout: float | None = None) -> bool:
         """Take off every hook, write what is left, end the thread. Safe to call twice.
 
@@ -283,12 +322,18 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hparams.failed = kind is not None
+        self._sink.failed = kind is not None
         self._watch.crashed(error)
         self.detach()
 
     def __repr__(self) -> str:
         return f"<torchprobe.Session step={self.step} {'attached' if self.attached else 'detached'}>"
+
+    def _root(self) -> nn.Module:
+        root = self._model()
+        if root is None:
+            raise RuntimeError("the model of this session is gone")
+        return root
 
     def _finish(self, timeout: float | None) -> bool:
         root = self._model()

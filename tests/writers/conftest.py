@@ -1,4 +1,3 @@
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,20 +36,3 @@ def load_events():
 def accumulate():
     """A directory as TensorBoard's EventAccumulator sees it."""
     return lambda directory: EventAccumulator(str(directory), STORE_EVERYTHING_SIZE_GUIDANCE).Reload()
-
-
-@pytest.fixture
-def full_disk():
-    """While entered, no file of this process grows beyond `limit` bytes: a write fails half-way."""
-    resource = pytest.importorskip("resource")
-
-    @contextmanager
-    def limited(limit):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limited

@@ -60,7 +60,8 @@ def test_a_training_run_has_charts_of_what_it_recorded(tmp_path, accumulate):
     assert {"Loss", "Gradient norm", "Learning rate", "Attention entropy of the lowest head"} <= set(found["Overview"])
     assert {"Gradient norm", "Update ratio"} <= set(found["Gradients"])
     assert "Entropy" in found["Attention"]
-    assert "Calibration" not in found
+    assert "Confidence and accuracy" in found["Calibration"]
+    assert "Total" in found["Uncertainty"]
     for category in layout.category:
         for chart in category.chart:
             assert all(any(re.match(pattern, tag) for tag in tags) for pattern in chart.multiline.tag)

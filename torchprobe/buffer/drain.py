@@ -58,6 +58,10 @@ class Drain:
         self._turned_away += full
         return not full
 
+    def count_dropped(self, number: int) -> None:
+        """Losses of the process that this one goes on for."""
+        self._turned_away += number
+
     def put(self, sealed: Sealed) -> None:
         """Queue an admitted step for the next flush. Never blocks."""
         self._turned_away += sealed.lost

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import time
+from typing import Any
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
@@ -26,3 +28,12 @@ class Outlet:
             self.drain.put(self.lanes.seal(step, time(), buffer))
         if buffer.urgent or step == 1 or step % self.flush_every == 0 or self.lanes.crowded:
             self.drain.wake()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was lost so far, for the counters of a resumed run."""
+        return {"skipped": self.decoder.skipped, "dropped": self.drain.dropped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from there."""
+        self.decoder.skipped = int(state["skipped"])
+        self.drain.count_dropped(int(state["dropped"]))

@@ -55,9 +55,9 @@ class Captures:
             attention.leave()
         self.predictions.leave()
 
-    def prepare(self, due: Sequence[Probe]) -> None:
-        """A step begins that these probes sample."""
-        self.arm(bool(due))
+    def prepare(self, due: Sequence[Probe], armed: bool) -> None:
+        """A step begins that these probes sample; armed: whether its module hooks are on."""
+        self.arm(armed)
         if not any(probe.source == "updates" for probe in due):
             self.parameters.forget()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch.optim import Optimizer
@@ -19,6 +21,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.completed = 0
+        self.origin = 0  # where this process began to count: not at 0 in a resumed run
         self.skipped = 0
         self.manual = False
         self.has_optimizer = False  # one has stepped: from then on forward passes are no clock
@@ -26,6 +29,11 @@ class Clock:
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._absent: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._first_round = True
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this process has completed no step yet."""
+        return self.completed == self.origin
 
     @property
     def by_forward(self) -> bool:
@@ -72,6 +80,22 @@ class Clock:
             return False
         self.tick()
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the clock stands, and what makes it tick."""
+        return {
+            "completed": self.completed,
+            "skipped": self.skipped,
+            "manual": self.manual,
+            "has_optimizer": self.has_optimizer,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.completed = self.origin = int(state["completed"])
+        self.skipped = int(state["skipped"])
+        self.manual = bool(state["manual"])
+        self.has_optimizer = bool(state["has_optimizer"])
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Forget those over the same parameters: a new optimizer takes their place, though the old one may live on."""

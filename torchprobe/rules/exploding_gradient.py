@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.reading import Found, positive, scalar
@@ -22,6 +25,14 @@ class ExplodingGradient:
         self.factor = positive("factor", factor)
         self.least = check_count("least", least)
         self._seen = Window(check_count("window", window))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window, for a resumed run."""
+        return self._seen.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._seen.load_state_dict(state)
 
     def __call__(self, record: Record) -> Found:
         """Compares the norm with those before it, and then counts it among them."""

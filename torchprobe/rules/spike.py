@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.reading import Found, loss_of, positive
@@ -23,6 +26,15 @@ class Spike:
         self.deviations = positive("deviations", deviations)
         self.window = check_count("window", window)
         self._seen: dict[str, Window] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The windows, for a resumed run."""
+        return {tag: window.state_dict() for tag, window in self._seen.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        for tag, window in state.items():
+            self._seen.setdefault(tag, Window(self.window)).load_state_dict(window)
 
     def __call__(self, record: Record) -> Found:
         """Compares the value with those before it, and then counts it among them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import time
 from typing import Any, Protocol
@@ -90,6 +90,18 @@ class Watch:
         if self._stop is not None:
             stop, self._stop, self._stops = self._stop, None, frozenset()
             raise TrainingAlert(stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of alerts so far, and what rules with a `state_dict` remember, for a resumed run."""
+        rules = {name_of(rule): rule.state_dict() for rule, _ in self._rules if hasattr(rule, "state_dict")}
+        return {"alerts": self._display.count, "rules": rules}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._display.count = int(state["alerts"])
+        for rule, _ in self._rules:
+            if hasattr(rule, "load_state_dict") and name_of(rule) in state["rules"]:
+                rule.load_state_dict(state["rules"][name_of(rule)])
 
     def crashed(self, error: BaseException | None) -> None:
         """The training loop raised, and is being left; in the training thread."""

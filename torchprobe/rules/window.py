@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import fmean
+from typing import Any
 
 _ROUNDING = 1e-6  # of the mean: what float32 losses of one and the same model differ by
 
@@ -33,6 +35,15 @@ class Window:
         mean = fmean(self._values)
         variance = fmean((value - mean) ** 2 for value in self._values)
         return mean + deviations * max(math.sqrt(variance), _ROUNDING * abs(mean))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The values, oldest first."""
+        return {"values": list(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these values."""
+        self._values.clear()
+        self._values.extend(map(float, state["values"]))
 
     def largest(self) -> float:
         """The largest value. Raises ValueError when there is none."""

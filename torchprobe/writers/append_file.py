@@ -18,6 +18,11 @@ class AppendFile:
         self._raw = path.open(mode, buffering=0)
         self.size = os.fstat(self._raw.fileno()).st_size
 
+    @property
+    def full(self) -> bool:
+        """Never: a local file may grow as long as there is room."""
+        return False
+
     def append(self, data: bytes) -> None:
         """Write all of `data`, or raise OSError and leave the file as it was."""
         try:

@@ -12,43 +12,46 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 
 from torchprobe.records import Record
-from torchprobe.writers.append_file import AppendFile
 from torchprobe.writers.encode import encode
+from torchprobe.writers.places import GrowingFile, place_of
 from torchprobe.writers.tfrecord import frame
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path folds gs:// to gs:/; one letter is a drive
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
 class EventFileWriter:
-    """Writes an event file in `log_dir`, made at once so that a bad directory is reported at once.
+    """Writes event files in `log_dir`, the first made at once so that a bad directory is reported at once.
+
+    log_dir: a directory, or the URL of one that fsspec can write to (`s3://bucket/run`). A remote file is sent whole
+    with every batch, and followed by another one at 4 MiB.
 
     An existing file is never appended to: this one's name sorts after all others, whatever the
     clock says, and a file that is deleted or moved away is followed by a new one. Every file starts
     its session at the step of its first record, or at `restart_step` (the first step that a
     resumed run can write) for the first file: in TensorBoard that hides what an earlier run left
-    from this step on.
+    from this step on. `restart` says the same later.
 
-    A batch is on disk (in the page cache, not synced) when `write` returns. One that does not fit
-    leaves the file as it was and raises OSError: write the same batch again later.
+    A batch is on disk (in the page cache, not synced), or in the store, when `write` returns. One that does not
+    fit leaves the file as it was and raises OSError: write the same batch again later.
 
-    Raises TypeError for a `log_dir` that is no path, ValueError for a URL, OSError for a directory
-    that cannot be made or written to.
+    Raises TypeError for a `log_dir` that is no path, ValueError for a URL of an unknown kind, ImportError for one whose
+    package is missing, OSError for a directory that cannot be made or written to.
     """
 
     def __init__(
         self, log_dir: str | os.PathLike[str], *, filename_suffix: str = "", restart_step: int | None = None
     ) -> None:
-        self._directory = _local_directory(log_dir)
+        self._place = place_of(log_dir)
         self._suffix = filename_suffix
         self._start_step = restart_step
+        self._restart: int | None = None
         self._started = False
         self._described: set[str] = set()
         self._files = 0
         self._file = self._create()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
         """The file that is being written."""
         return self._file.path
 
@@ -56,8 +59,10 @@ class EventFileWriter:
         """Append a batch, in step order. Raises OSError when it does not fit; then nothing is changed."""
         if not records:
             return
-        if not self._file.in_place():
+        if self._file.full or not self._file.in_place() or (self._restart is not None and self._started):
             self._reopen()
+        if self._restart is not None:
+            self._start_step, self._restart = self._restart, None
         described = self._described.copy()
         events = [] if self._started else [self._session_start(records[0])]
         for record in records:
@@ -66,6 +71,10 @@ class EventFileWriter:
         self._file.append(b"".join(frame(event.SerializeToString()) for event in events))
         self._started, self._described = True, described
         self._start_step = records[-1].step + 1
+
+    def restart(self, step: int) -> None:
+        """What is written from now on belongs to a run that was resumed, and begins at this step."""
+        self._restart = step
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
@@ -82,55 +91,15 @@ class EventFileWriter:
         self._file = self._create()
         self._started, self._described = False, set()
 
-    def _create(self) -> AppendFile:
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            file = _begin(self._next_path())
-        except OSError as error:
-            raise _explained(error, self._directory) from error
+    def _create(self) -> GrowingFile:
+        newest = max((int(match[1]) for match in map(_NAME.match, self._place.names()) if match), default=0)
+        seconds = max(int(time.time()), newest + 1)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{self._files}{self._suffix}"
+        file = self._place.begin(name, frame(_version().SerializeToString()))
         self._files += 1
         return file
-
-    def _next_path(self) -> Path:
-        matches = (_NAME.match(path.name) for path in self._directory.iterdir())
-        newest = max((int(match[1]) for match in matches if match), default=0)
-        seconds = max(int(time.time()), newest + 1)
-        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{self._files}"
-        return self._directory / f"{name}{self._suffix}"
-
-
-def _begin(path: Path) -> AppendFile:
-    file = AppendFile(path, "xb")
-    try:
-        file.append(frame(_version().SerializeToString()))
-    except OSError:
-        file.close()
-        path.unlink()
-        raise
-    return file
 
 
 def _version() -> Event:
     source = SourceMetadata(writer="torchprobe")
     return Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)
-
-
-def _local_directory(log_dir: str | os.PathLike[str]) -> Path:
-    if not isinstance(log_dir, str | os.PathLike):
-        raise TypeError(f"log_dir={log_dir!r} is a {type(log_dir).__name__}: pass the path of a directory")
-    if _URL.match(os.fspath(log_dir)):
-        raise ValueError(
-            f"log_dir={str(log_dir)!r} is a URL, and event files are written to local directories: "
-            "pass a local path, or writer=SummaryWriter(url)"
-        )
-    return Path(log_dir)
-
-
-def _explained(error: OSError, directory: Path) -> OSError:
-    """The same kind of error, saying which argument it is about and what to do."""
-    problem = f"cannot write there ({error.strerror}): pass a directory with free space that you may write to"
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        for path in (directory, *directory.parents):
-            if path.is_file():
-                problem = f"{str(path)!r} is a file, not a directory: pass another log_dir or move that file away"
-    return OSError(error.errno, f"log_dir={str(directory)!r}: {problem}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchprobe.records import HParams, Outcome, Record, Value, group_of
 from torchprobe.writers.hparams import END_TAG, START_TAG, checked_hparams
-from torchprobe.writers.protocol import Writer
+from torchprobe.writers.protocol import Writer, restart
 
 _log = logging.getLogger("torchprobe")
 
@@ -62,6 +62,10 @@ class HParamsWriter:
         self._writer.write(batch)
         self._begun = True
         self._remember(records)
+
+    def restart(self, step: int) -> None:
+        """The wrapped writer's."""
+        restart(self._writer, step)
 
     def close(self) -> None:
         """Write the final metrics and the outcome, unless nothing was written before them; close the writer."""

@@ -9,7 +9,7 @@ from numbers import Real
 from torchprobe.records import Layout, Record, Value
 from torchprobe.writers import bands
 from torchprobe.writers.charts import CHARTED, layout_of
-from torchprobe.writers.protocol import Writer
+from torchprobe.writers.protocol import Writer, restart
 
 LAYOUT_TAG = "custom_scalars__config__"
 
@@ -36,6 +36,10 @@ class LayoutWriter:
         except BaseException:
             self._seen, self._charted, self._layout = before
             raise
+
+    def restart(self, step: int) -> None:
+        """The wrapped writer's."""
+        restart(self._writer, step)
 
     def close(self) -> None:
         """Close the wrapped writer."""

@@ -13,7 +13,7 @@ from torchprobe.writers.protocol import Writer
 
 def open_writer(
     writer: Any, log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str
-) -> tuple[Path | None, Writer]:
+) -> tuple[Path | str | None, Writer]:
     """The run's directory (None for a writer of the user's) and the writer.
 
     Raises TypeError or ValueError for what is no writer or no directory, OSError where it cannot be written.

@@ -1,0 +1,280 @@
+"""Checkpoints of a training run: whole or not there at all, the newest and the best kept, resumed in one call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from torchprobe.checkpoint.arguments import check_helper, checked_metrics, checked_step
+from torchprobe.checkpoint.best import Mode, check_best, chosen_metric, is_better
+from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, name_of, prune, read_file, remove, stored, write_file
+from torchprobe.checkpoint.models import model_state, states_of
+from torchprobe.checkpoint.plain import plain
+from torchprobe.checkpoint.randomness import random_states
+from torchprobe.checkpoint.ranks import agreed, own_rank
+from torchprobe.checkpoint.restoring import Target, apply, read_sharded
+from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
+from torchprobe.schedule import check_count
+from torchprobe.session import Session, session_of
+
+_log = logging.getLogger("torchprobe")
+
+Checkpoint = dict[str, Any]
+_DAMAGE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+_VERSION = 1
+_KEYS = {"epoch", "extras", "metrics", "model", "optimizer", "random", "scheduler", "session", "step"}
+
+
+class CheckpointManager:
+    """Saves a run's checkpoints in a directory, and finds the newest and the best again.
+
+    A checkpoint holds the model under its bare names (whatever wraps it), optimizer, scheduler, the state of the
+    torchprobe session and of all random number generators: a run that is restored goes on bitwise as if it had not
+    stopped. It is written to a temporary file, synced and renamed, so that a kill at any instant leaves the one before;
+    files that are damaged all the same are skipped with a warning. Loading never runs code (`weights_only=True`).
+
+    A model whose parameters are sharded over ranks goes through `torch.distributed.checkpoint`: every rank calls
+    these methods. Otherwise rank 0 alone writes, and the other ranks, where they call too, their random state.
+
+    Args:
+        directory: where to save; made when it is missing.
+        max_keep: how many of the newest to keep. The best is kept besides.
+        metric: by which of the metrics to judge the best; by default a validation loss, else any loss.
+        mode: "min" when a small value is good, "max" when a large one is.
+        session: the torchprobe session whose state to save; by default the model's own, if there is one.
+
+    Raises TypeError, ValueError for an argument that does not fit; OSError when `directory` cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        max_keep: int = 3,
+        metric: str | None = None,
+        mode: Mode = "min",
+        session: Session | None = None,
+    ) -> None:
+        check_count("max_keep", max_keep)
+        check_best(metric, mode)
+        if session is not None and not isinstance(session, Session):
+            raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
+        self.directory = Path(directory)
+        self._max_keep = max_keep
+        self._metric = metric
+        self._mode = mode
+        self._session = session
+        self._best: dict[str, float] | None = None  # metrics of the best so far, once they were looked up
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def save_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        epoch: int = 0,
+        step: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        is_best: bool | None = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+    ) -> Path | None:
+        """Save everything that the run needs to go on; None on ranks that save no model.
+
+        Waits for the disk. A new best shows in TensorBoard under `best/<metric>`.
+
+        Args:
+            optimizer, scheduler: objects with `state_dict()`, or lists or dicts of such.
+            step: by default that of the session.
+            metrics: numbers, or tensors of one element; by one of them the best is judged.
+            is_best: the caller's own judgement.
+            extras: what else has a state, such as `{"scaler": scaler, "ema": ema}`.
+
+        Raises:
+            OSError: when it does not fit; earlier checkpoints are as they were, and nothing is left of this one.
+            TypeError, ValueError: for an argument that does not fit, or a state that could not be loaded again.
+        """
+        numbers = checked_metrics(metrics)
+        for argument, helper in (("optimizer", optimizer), ("scheduler", scheduler), ("extras", extras)):
+            check_helper(argument, helper)
+        session = self._session or session_of(model)
+        step = checked_step(step, session)
+        sharded = is_sharded(model)
+        if own_rank() and not sharded:
+            write_file(self._rank_file(step), plain(random_states(), "random states"))
+            return None
+        best = self._judged(numbers, is_best)
+        best = agreed(best) if sharded else best
+        if best and session is not None:
+            session.log_metrics(numbers, prefix="best")
+        rest = {
+            "version": _VERSION,
+            "epoch": epoch,
+            "step": step,
+            "metrics": numbers,
+            "scheduler": plain(states_of(scheduler), "scheduler.state_dict()"),
+            "extras": plain(states_of(extras), "the state of extras"),
+            "session": session.state_dict() if session is not None and session.attached else None,
+            "random": random_states(),
+        }
+        states = self._states(model, optimizer, session, sharded=sharded)
+        path = self._write({**plain(rest, "checkpoint"), **states}, best=best, sharded=sharded)
+        self._best = numbers if best else self._best
+        return path
+
+    def load_latest(self, map_location: Any = "cpu") -> Checkpoint | None:
+        """The newest checkpoint that is not damaged, as a dict; None when there is none.
+
+        Its keys: `model`, `optimizer`, `scheduler`, `extras`, `session`, `random` (states), `epoch`, `step`,
+        `metrics`. The tensors of a sharded model come whole, on the CPU.
+        """
+        return self._first_readable(stored(self.directory), map_location)
+
+    def load_best(self, map_location: Any = "cpu") -> Checkpoint | None:
+        """The checkpoint that was the best when it was saved and is not beaten since; else like `load_latest`."""
+        return self._first_readable([one for one in stored(self.directory) if one.best], map_location)
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        which: Literal["latest", "best"] = "latest",
+        strict: bool = True,
+    ) -> Checkpoint | None:
+        """Load a checkpoint into these objects, the random number generators and the model's session.
+
+        Call it after `torchprobe.instrument` and before the first step. Returns `epoch`, `step` and `metrics`, or
+        None, with nothing changed, where no checkpoint was saved yet: a first run and a resumed one are one script.
+
+        Args:
+            which: the newest, or the best.
+            strict: whether the model's names must be the saved ones; without it those in common are loaded.
+
+        Raises:
+            ValueError: for a checkpoint of another model; the message lists the names that differ.
+            RuntimeError: when there are checkpoints and all of them are damaged.
+        """
+        if which not in ("latest", "best"):
+            raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
+        for argument, helper in (("optimizer", optimizer), ("scheduler", scheduler), ("extras", extras)):
+            check_helper(argument, helper)
+        target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
+        found = [one for one in stored(self.directory) if one.best or which == "latest"]
+        found = agreed(found) if is_sharded(model) else found
+        for one in reversed(found):
+            checkpoint = self._restored(one, target)
+            if checkpoint is not None:
+                return {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
+        if found:
+            raise RuntimeError(f"all {len(found)} checkpoints in {str(self.directory)!r} are damaged; see the log")
+        return None
+
+    def _states(self, model: nn.Module, optimizer: Any, session: Session | None, *, sharded: bool) -> dict[str, Any]:
+        if sharded:
+            return sharded_states(model, optimizer, session)
+        return {
+            "model": plain(model_state(model), "model.state_dict()"),
+            "optimizer": plain(states_of(optimizer), "optimizer.state_dict()"),
+        }
+
+    def _judged(self, numbers: Mapping[str, float], is_best: bool | None) -> bool:
+        name = chosen_metric(self._metric, numbers)
+        if is_best is not None or name is None:
+            return bool(is_best)
+        if self._best is None:
+            before = self.load_best()
+            self._best = {} if before is None else before["metrics"]
+        return is_better(numbers[name], self._best.get(name), self._mode)
+
+    def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
+        step = payload["step"]
+        path = self.directory / name_of(step, best, SHARDED if sharded else WHOLE)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if own_rank():
+                write_file(self._rank_file(step), payload["random"])
+            if sharded:
+                write_directory(path, payload)
+            else:
+                write_file(path, payload)
+        except OSError as error:
+            raise _explained(error, step, self.directory) from error
+        if not own_rank():
+            self._tidy(path, step)
+        return path
+
+    def _tidy(self, path: Path, step: int) -> None:
+        for one in stored(self.directory):
+            if one.step == step and one.path != path:  # saved twice, and judged otherwise
+                remove(one.path)
+        prune(self.directory, self._max_keep)
+
+    def _rank_file(self, step: int) -> Path:
+        return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"
+
+    def _first_readable(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
+        for one in reversed(found):
+            checkpoint = self._read(one, map_location=map_location)
+            if checkpoint is not None:
+                return checkpoint
+        return None
+
+    def _read(self, one: Stored, target: Target | None = None, map_location: Any = "cpu") -> Checkpoint | None:
+        try:
+            if not one.path.is_dir():
+                return _checked(read_file(one.path, map_location))
+            return _checked(read_directory(one.path, None) if target is None else read_sharded(one.path, target))
+        except _DAMAGE as error:
+            _log.warning("checkpoint %s is damaged and skipped: %s", one.path.name, _first_line(error))
+            return None
+
+    def _restored(self, one: Stored, target: Target) -> Checkpoint | None:
+        sharded = one.path.is_dir()
+        if sharded:
+            check_names(target.model, one.path, strict=target.strict)
+        checkpoint = self._read(one, target if sharded else None)
+        if checkpoint is not None:
+            apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=sharded)
+        return checkpoint
+
+    def _own_random_states(self, one: Stored, checkpoint: Checkpoint) -> Any:
+        if not own_rank():
+            return checkpoint["random"]
+        path = self._rank_file(one.step)
+        return read_file(path, "cpu") if path.exists() else None
+
+
+def _checked(checkpoint: Any) -> Checkpoint:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
+        raise ValueError("it was not written by CheckpointManager")
+    return checkpoint
+
+
+def _explained(error: OSError, step: int, directory: Path) -> OSError:
+    return OSError(
+        error.errno,
+        f"the checkpoint of step {step} could not be written to {str(directory)!r} ({error.strerror or error}); "
+        "earlier ones are as they were",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

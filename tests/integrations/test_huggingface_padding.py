@@ -49,7 +49,7 @@ def real_tokens(side: str) -> Tensor:
 
 
 def alone(model: nn.Module, ids: Tensor, real: Tensor) -> list[float]:
-    """Entropy of each layer, mean over real queries and heads: every sequence unpadded, at its positions, in float64."""
+    """Entropy of each layer, mean over real queries and heads: each sequence unpadded, at its positions, in float64."""
     model.config._experts_implementation = "eager"
     twin = model.double().eval()
     sums, count = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64), 0

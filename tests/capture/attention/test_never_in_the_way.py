@@ -433,6 +433,16 @@ def test_tracing_is_not_entered():
     assert recorded(capture).heads == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_parts_are_said_not_to_be_covered_and_the_others_are():
+    scripted = torch.jit.trace(Lambda(lambda x: sdpa(x, x, x)), torch.randn(2, 3, 5, 4), check_trace=False)
+    model, x = nn.Sequential(scripted, Lambda(lambda x: sdpa(x, x, x))), qkv()[0]
+    seen = record(model, x)
+    assert torch.equal(seen.output, model(x))
+    assert list(seen.heads) == ["1"]
+    assert seen.uncovered == {"parts of the model that torch.jit has compiled": 1}
+
+
 def test_export_is_not_entered():
     model = Lambda(lambda x: sdpa(x, x, x))
     capture = capture_of(model)

@@ -97,7 +97,9 @@ class AttentionCapture:
             reason = "a forward pass beside another one, in a second thread"
         elif any(_is_compiled(module) for module in model.modules()):
             reason = "models with compiled parts"
-        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            self._uncovered.add("parts of the model that torch.jit has compiled")  # the others are
+        if reason is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "passes that are captured into a CUDA graph"
         if reason is not None:
             self._uncovered.add(reason)

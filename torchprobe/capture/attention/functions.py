@@ -35,9 +35,15 @@ SWAPPED = frozenset(_named("rmatmul"))
 
 SOFTMAXES = frozenset(_named("softmax"))
 
+EXPONENTIALS = frozenset(_named("exp"))
+
+SUMS = frozenset(_named("sum"))
+
+DIVISIONS = frozenset(_named("div", "divide", "true_divide"))
+
 DIFFERENCES = frozenset(_named("sub", "subtract"))
 
-RESCALINGS = frozenset(_named("mul", "multiply", "div", "divide", "true_divide", "rdiv", "tanh"))
+RESCALINGS = DIVISIONS | frozenset(_named("mul", "multiply", "rdiv", "tanh"))
 """What changes by how much logits differ: a shift that was taken off before is not one any more."""
 
 CONCATENATIONS = frozenset(_named("cat", "concat", "concatenate"))
@@ -55,15 +61,18 @@ PARTS = frozenset(_named("chunk", "split", "unbind", "tensor_split"))
 INDEXING = frozenset((*_named("getitem", "select", "narrow", "index_select"), *PARTS))
 """What picks some rows, or some keys."""
 
-SHAPE_KEEPING = frozenset(
+VALUE_KEEPING = frozenset(
+    _named("detach", "clone", "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as")
+)
+
+SHAPE_KEEPING = VALUE_KEEPING | frozenset(
     _named(
         *("add", "rsub", "masked_fill", "where", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"),
-        *("max", "min", "nan_to_num", "addcmul", "detach", "clone", "contiguous", "dropout", "alpha_dropout"),
-        *("to", "float", "half", "bfloat16", "double", "type", "type_as", "normalize"),
+        *("max", "min", "nan_to_num", "addcmul", "dropout", "alpha_dropout", "normalize"),
         *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
         *("expand", "expand_as", "broadcast_to"),
     )
 )
 
-CARRIERS = SHAPE_KEEPING | DIFFERENCES | RESCALINGS | CONCATENATIONS | PERMUTATIONS | INDEXING
+CARRIERS = SHAPE_KEEPING | DIFFERENCES | RESCALINGS | CONCATENATIONS | PERMUTATIONS | INDEXING | SUMS
 """All through which logits and weights are followed."""

@@ -7,55 +7,31 @@ from its input, so that no logits are kept; they count when a product sums the w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.attention import exponential, subscripts
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention import subscripts
 from torchprobe.capture.attention.functions import Function
 from torchprobe.capture.attention.given import source_of
+from torchprobe.capture.attention.kinds import LEARNED, Exponentials, Normaliser, Pending, Scores, Weights
 from torchprobe.capture.attention.layout import by_head, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import common_owner
 from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.attention.reading import Reading
+from torchprobe.capture.attention.subscripts import EITHER
 from torchprobe.capture.attention.tags import Tags
 from torchprobe.capture.recompute import under_transform
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
-LEARNED = object()
-"""Tag of what was made from parameters alone: a product with it is a layer, not an attention."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Tag of logits. columns: how many are of keys, where sink logits stand after them; shifts: what was taken off
-    each row, (…, 1), which changes no softmax but the logits."""
-
-    call: Call
-    columns: int | None = None
-    shifts: tuple[Tensor, ...] = ()
-
-
-@dataclass(slots=True)
-class Pending:
-    """A softmax of logits, until its weights are used; then the reading is taken out."""
-
-    call: Call
-    reading: Reading | None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Tag of attention weights. axis: where the keys are, counted from the end."""
-
-    pending: Pending
-    axis: int = -1
+_KINDS = (Weights, Exponentials, Scores, Normaliser)
+"""Which tag is followed where a function takes several."""
 
 
 class Handwritten:
@@ -72,16 +48,16 @@ class Handwritten:
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
         """Look at a call of one of `functions`; within: the call that it is a part of, where that is known."""
         if func in fn.PRODUCTS:
-            if nn.Parameter in map(type, args) and not self._has_tagged(args, kwargs):
+            if _is_layer(args) and not self._has_tagged(args, kwargs):
                 return
             with self._observer.guard():
                 self._after_product(func, args, kwargs, result, within)
-        elif func in fn.SOFTMAXES:
+        elif func in fn.SOFTMAXES or func in fn.EXPONENTIALS:
             x: Any = args[0] if args else kwargs.get("input")
             scores = self._tags.of(x)
             if isinstance(scores, Scores):
                 with self._observer.guard():
-                    self._after_softmax(x, scores, args, kwargs, result)
+                    self._after_softmax(func, x, scores, args, kwargs, result)
         elif self._concerns(args, kwargs):
             with self._observer.guard():
                 self._after_carrier(func, args, kwargs, result)
@@ -94,19 +70,25 @@ class Handwritten:
             return
         tags = [self._tags.of(operand) for operand in operands]
         for position, tag in enumerate(tags):
-            if isinstance(tag, Weights | Scores):
+            if isinstance(tag, Weights | Scores | Exponentials):
                 self._after_use(equation, position, tag, result, within)
-        if not any(isinstance(tag, Weights | Scores) for tag in tags) and self._is_attention_like(equation, operands):
-            call = within or self._call(operands, result)
-            if call is not None and result.dim() > 1:
-                self._tags.put(result, Scores(call))
+        if result.dim() < 2 or any(isinstance(tag, Weights | Scores | Exponentials) for tag in tags):
+            return
+        learned = [self._is_learned(operand) for operand in operands]
+        roles = subscripts.roles(equation, learned, min(operand.dim() for operand in operands))
+        call = within or self._call(operands, result, any(learned)) if roles else None
+        if call is not None:
+            self._tags.put(result, Scores(call, roles))
 
     def _after_use(self, equation: str | None, position: int, tag: Any, result: Tensor, within: Call | None) -> None:
         """Weights or logits have been multiplied with something: with values, or among heads."""
         axis = tag.axis if isinstance(tag, Weights) else -1
         kept = subscripts.axis_in_output(equation, position, axis) if equation else None
-        if isinstance(tag, Weights):
-            sums = subscripts.is_summed(equation, position, axis) if equation else axis == -1 - position
+        sums = subscripts.is_summed(equation, position, axis) if equation else axis == -1 - position
+        if isinstance(tag, Exponentials):
+            if sums and not tag.multiplied:
+                self._tags.put(result, Exponentials(tag.pending, multiplied=True))
+        elif isinstance(tag, Weights):
             if sums:
                 self._commit(tag.pending, within)
             elif kept is not None:
@@ -114,36 +96,39 @@ class Handwritten:
         elif equation and kept == -1 and subscripts.axis_in_output(equation, position, -2) == -2:
             self._tags.put(result, tag)
 
-    def _commit(self, pending: Pending, within: Call | None) -> None:
+    def _commit(self, pending: Pending, within: Call | None = None) -> None:
         reading, pending.reading = pending.reading, None
+        reason, pending.reason = pending.reason, None
+        if reason is not None:
+            self._observer.uncovered.add(reason)
         if reading is None:
             return
         here = (within and within.caller) or self._observer.owners.caller()
         name = pending.call.caller.name
         self._observer.record(pending.call, reading, common_owner(name, here.name) if here else name)
 
-    def _is_attention_like(self, equation: str | None, operands: list[Tensor]) -> bool:
-        if any(self._is_learned(operand) for operand in operands):
-            return False
-        return equation is None or subscripts.sums_over_shared(equation)
-
     def _is_learned(self, operand: Tensor) -> bool:
         if isinstance(operand, nn.Parameter) or isinstance(operand._base, nn.Parameter):
             return True
         return self._tags.of(operand) is LEARNED
 
-    def _call(self, operands: list[Tensor], result: Tensor) -> Call | None:
+    def _call(self, operands: list[Tensor], result: Tensor, learned: bool) -> Call | None:
         caller = self._observer.owners.caller()
-        if caller is None or result.dim() < 2:
+        if caller is None:
             return None
         lengths = result.size(-2), result.size(-1)
-        return Call(caller, not under_transform() and is_cross(operands[0], operands[1], *lengths))
+        cross = learned or (not under_transform() and is_cross(operands[0], operands[1], *lengths))
+        return Call(caller, cross)
 
     # ---- the softmax between them
 
-    def _after_softmax(self, x: Tensor, scores: Scores, args: Args, kwargs: Kwargs, weights: Any) -> None:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dim not in (-1, x.dim() - 1):
+    def _after_softmax(
+        self, func: Function, x: Tensor, scores: Scores, args: Args, kwargs: Kwargs, weights: Any
+    ) -> None:
+        """Weights, or exponentials that may become weights of the last dimension."""
+        dim = -1 if func in fn.EXPONENTIALS else (args[1] if len(args) > 1 else kwargs.get("dim"))
+        role = next((role for role in scores.roles if role[1] == _from_the_end(dim, x.dim())), None)
+        if role is None:
             return
         reason = "torch.func transforms" if under_transform() else unusual(x)
         if kwargs.get("out") is not None:
@@ -151,8 +136,15 @@ class Handwritten:
         if reason is not None:
             self._observer.uncovered.add(reason)
             return
-        reading = self._read(plain(x), scores)
-        self._tags.put(weights, Weights(Pending(scores.call, reading)))
+        pending = self._pending(plain(x), scores, *role)
+        self._tags.put(weights, Exponentials(pending) if func in fn.EXPONENTIALS else Weights(pending, role[1]))
+
+    def _pending(self, logits: Tensor, scores: Scores, queries: int, keys: int) -> Pending:
+        if (queries, keys) == (-2, -1):
+            return Pending(scores.call, self._read(logits, scores))
+        path = (*scores.call.caller.path, ("", "softmax over dimension", keys))  # not the site of the usual one
+        call = replace(scores.call, caller=scores.call.caller._replace(path=path))
+        return Pending(call, self._read(logits.movedim((queries, keys), (-2, -1)), Scores(call)))
 
     def _read(self, logits: Tensor, scores: Scores) -> Reading:
         heads, columns = scores.call.caller.heads, scores.columns
@@ -174,10 +166,8 @@ class Handwritten:
         return bool(self._tags) and next(self._tags.among((*args, *kwargs.values())), None) is not None
 
     def _after_carrier(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:
-        tagged = list(self._tags.among((*args, *kwargs.values())))
-        followed = next((pair for pair in tagged if isinstance(pair[1], Weights)), None) or next(
-            (pair for pair in tagged if isinstance(pair[1], Scores)), None
-        )
+        tagged = [pair for pair in self._tags.among((*args, *kwargs.values())) if isinstance(pair[1], _KINDS)]
+        followed = min(tagged, key=lambda pair: _priority(pair[1]), default=None)
         if followed is None:
             self._after_learned(args, result)
             return
@@ -198,14 +188,23 @@ class Handwritten:
         if isinstance(tag, Weights):
             axis = _moved(func, args, kwargs, tensor, part, tag.axis)
             return None if axis is None else Weights(tag.pending, axis)
+        if isinstance(tag, Normaliser):
+            return tag if part.numel() == tensor.numel() else None
+        if isinstance(tag, Exponentials):
+            done, weights = exponential.divided(func, args, self._tags.of, tag, self._commit)
+            return weights if done else exponential.carried(func, args, kwargs, tag, part)
         if part.dim() < 2:
             return None
         if func in fn.CONCATENATIONS:
             return self._concatenated(tag, args, kwargs, tensor, part)
+        if func in fn.SUMS:
+            return None
         if func in fn.PERMUTATIONS:
-            return Scores(tag.call)
+            return _permuted_scores(func, args, kwargs, tensor, tag)
         if part.size(-1) != tensor.size(-1):
-            return Scores(tag.call) if func in fn.INDEXING and part.dim() == tensor.dim() else None
+            return Scores(tag.call, tag.roles) if func in fn.INDEXING and part.dim() == tensor.dim() else None
+        if part.dim() != tensor.dim() and any(axis < -2 for role in tag.roles for axis in role):
+            return None
         if func in fn.RESCALINGS:
             return replace(tag, shifts=())
         if func in fn.DIFFERENCES and args and args[0] is tensor:
@@ -219,7 +218,29 @@ class Handwritten:
             return tag
         is_sink = len(tensors) == 2 and tensors[0] is tensor and joined.size(-1) == tensor.size(-1) + 1
         is_sink = is_sink and not isinstance(self._tags.of(tensors[1]), Scores)
-        return Scores(tag.call, tensor.size(-1)) if is_sink else Scores(tag.call)
+        return Scores(tag.call, tag.roles, tensor.size(-1) if is_sink else None)
+
+
+def _priority(tag: Any) -> tuple[int, bool]:
+    """Scores of queries and keys come before those of parameters, such as relative positions, that are added."""
+    kind = next(i for i, kind in enumerate(_KINDS) if isinstance(tag, kind))
+    return kind, isinstance(tag, Scores) and len(tag.roles) < len(EITHER)
+
+
+def _is_layer(args: Args) -> bool:
+    """An activation times a parameter; an einsum tells more."""
+    return len(args) > 1 and type(args[1]) is nn.Parameter and not isinstance(args[0], str)
+
+
+def _from_the_end(dim: Any, dims: int) -> int | None:
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        return None
+    return dim if dim < 0 else dim - dims
+
+
+def _permuted_scores(func: Function, args: Args, kwargs: Kwargs, before: Tensor, tag: Scores) -> Scores:
+    where = {axis: _permuted(func, args, kwargs, before, axis) for role in tag.roles for axis in role}
+    return Scores(tag.call, tuple((where[queries], where[keys]) for queries, keys in tag.roles))
 
 
 def _operands(func: Function, args: Args, kwargs: Kwargs) -> tuple[str | None, list[Tensor]]:

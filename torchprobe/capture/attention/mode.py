@@ -26,7 +26,7 @@ Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
-_WRITTEN_OUT = functions.PRODUCTS | functions.SOFTMAXES | functions.CARRIERS
+_WRITTEN_OUT = functions.PRODUCTS | functions.SOFTMAXES | functions.EXPONENTIALS | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
 _OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchprobe.statistics.attention.blocks import Block, blocks
+from torchprobe.statistics.attention.blocks import Block, blocks, workspace_for
 from torchprobe.statistics.attention.rows import Rows, strata, unpadded
 from torchprobe.statistics.attention.sources import QueryKey, Source
 
@@ -38,7 +38,7 @@ def attention_map(
     tall, wide = -(-queries // size), -(-keys // size)
     chosen, counts = _rows(source, tall, batch_index, generator)
     table = torch.empty(heads, chosen.per_sequence, -(-keys // wide) + 1, dtype=source.dtype, device=source.device)
-    for block in blocks(source, chosen):
+    for block in blocks(source, chosen, workspace_for(source, chosen)):
         table[block.part.heads, block.part.rows] = _pooled(block, source, wide, table.size(-1))[0]
     table = torch.where(counts & (table[..., -1:] > 0), table, 0)
     sums = table.unflatten(1, (-1, min(tall, ROWS_PER_PIXEL))).sum(2)
@@ -55,7 +55,7 @@ def _rows(source: Source, tall: int, batch_index: int, generator: torch.Generato
         within[-1] = within[-1] * (queries - (pixels - 1) * tall) // tall
     index = (torch.arange(pixels, device=device)[:, None] * tall + within).flatten()
     sequence = torch.full((1,), batch_index, device=device)
-    chosen = Rows(1, pixels * each, pixels * tall, sequence, index.clamp(max=queries - 1)[None])
+    chosen = Rows(1, pixels * each, pixels * tall, sequence, index.clamp(max=queries - 1)[None], together=each)
     counts = (index < queries)[:, None]
     kept = unpadded(source, chosen)
     return chosen, counts if kept is None else counts & kept[0, 0, :, None]
@@ -64,7 +64,9 @@ def _rows(source: Source, tall: int, batch_index: int, generator: torch.Generato
 def _pooled(block: Block, source: Source, wide: int, columns: int) -> Tensor:
     """Probabilities of a block summed over `wide` keys, and 1 for a valid row: (sequences, heads, rows, columns)."""
     largest = block.logits.amax(-1, keepdim=True)
-    valid = (block.visible.count > 0)[..., None] & largest.isfinite()
+    valid = largest.isfinite()
+    if block.visible is not None:
+        valid = valid & (block.visible.count > 0)[..., None]
     sink = None
     if isinstance(source, QueryKey) and source.sinks is not None:
         sink = source.sinks[block.part.heads, None, None].to(largest.dtype)

@@ -21,7 +21,8 @@ class Rows:
     """`per_sequence` query rows of each of `count` sequences, one from each of as many equal strata of `span` rows.
 
     sequences: (count,) their indices; None stands for all, in order. queries: (count, per_sequence), ascending;
-    None stands for all, in order. Both int64, on the device of the source.
+    None stands for all, in order. Both int64, on the device of the source. together: so many rows may lie anywhere
+    after the first stratum of theirs.
     """
 
     count: int
@@ -29,12 +30,18 @@ class Rows:
     span: int
     sequences: Tensor | None = None
     queries: Tensor | None = None
+    together: int = 1
 
     def positions(self, part: Part, device: torch.device) -> Tensor:
         """The query indices of a part: (sequences, rows), or (1, rows) where all sequences have the same."""
         if self.queries is None:
             return torch.arange(part.rows.start, part.rows.stop, device=device)[None]
         return self.queries[part.sequences, part.rows]
+
+    def start(self, part: Part) -> int:
+        """A bound that no query index of a part lies below: known on the host, and one less for rounding."""
+        first = int(part.rows.start) // self.together * self.together
+        return max(0, first * self.span // self.per_sequence - 1)
 
     def end(self, part: Part) -> int:
         """A bound that all query indices of a part lie below: the end of its last stratum, known on the host."""

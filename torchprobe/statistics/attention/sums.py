@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.attention.blocks import Block, blocks
+from torchprobe.statistics.attention.blocks import Block, blocks, workspace_for
+from torchprobe.statistics.attention.distance import totals
 from torchprobe.statistics.attention.rows import choose, unpadded
 from torchprobe.statistics.attention.sources import QueryKey, Source
+from torchprobe.statistics.attention.visibility import by_position
+from torchprobe.statistics.attention.workspace import Workspace
 from torchprobe.statistics.dtypes import row_dtype
 
 FIELDS = (
@@ -61,9 +64,14 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
     shape = source.shape
     if 0 in shape:
         return torch.zeros(shape.heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device)
-    table = torch.empty(6, shape.heads, chosen.count, chosen.per_sequence, dtype=source.dtype, device=source.device)
-    for block in blocks(source, chosen):
-        table[:, block.part.heads, block.part.sequences, block.part.rows] = _columns(block).transpose(1, 2)
+    table = torch.empty(6, chosen.count, shape.heads, chosen.per_sequence, dtype=source.dtype, device=source.device)
+    workspace = workspace_for(source, chosen)
+    for block in blocks(source, chosen, workspace):
+        _fill(table[:, block.part.sequences, block.part.heads, block.part.rows], block, workspace)
+    count = by_position(source, chosen)
+    if count is not None:
+        table[-1].copy_(count)
+    table = table.transpose(1, 2)
     sinks = source.sinks if isinstance(source, QueryKey) else None
     return _sums(table.flatten(2), sinks, unpadded(source, chosen))
 
@@ -100,22 +108,28 @@ def summarise(row: Sequence[float]) -> dict[str, float]:
     return means
 
 
-def _columns(block: Block) -> Tensor:
-    """What a row's statistics are made of, (6, sequences, heads, rows): m, Z, Σe·(s - m), e of the first visible key,
-    Σe·distance, and the number of visible keys. Overwrites nothing that is not its own."""
-    largest = block.logits.amax(-1, keepdim=True)
-    below = (block.logits.sub_(largest) if block.scratch else block.logits - largest).clamp_(min=FLOOR)
-    weight = below.exp()
-    total = weight.sum(-1)
-    first = block.visible.first
-    if first is None:
-        sink = weight[..., 0].clone()
+def _fill(columns: Tensor, block: Block, workspace: Workspace) -> None:
+    """What a row's statistics are made of, into columns (6, sequences, heads, rows): m, Z, Σe·(s - m), e of the first
+    visible key, Σe·distance, and the number of visible keys. Overwrites nothing that is not its own."""
+    logits, (largest, total, below_sum, sink, distance, count) = block.logits, columns.unbind()
+    torch.amax(logits, -1, out=largest)
+    room = logits if block.scratch else workspace.logits(logits.shape)
+    below = torch.sub(logits, largest[..., None], out=room).clamp_(min=FLOOR)
+    weight = torch.exp(below, out=workspace.weights(logits.shape))
+    torch.sum(below.mul_(weight), -1, out=below_sum)
+    if block.visible is None:
+        sink.copy_(weight[..., 0])
     else:
-        index = first.nan_to_num(0.0).clamp(max=weight.size(-1) - 1).long()  # in bounds for rows that see nothing, too
-        sink = weight.gather(-1, index.expand_as(total)[..., None])[..., 0]
-    below_mean = below.mul_(weight).sum(-1)
-    distance = weight.mul_(block.distance).sum(-1)
-    return torch.stack((largest[..., 0], total, below_mean, sink, distance, block.visible.count.expand_as(total)))
+        sink.copy_(_of_first(weight, block.visible.first))
+        count.copy_(block.visible.count)
+    for column, sums in zip((total, distance), totals(weight, block.distances), strict=True):
+        column.copy_(sums)
+
+
+def _of_first(weight: Tensor, first: Tensor) -> Tensor:
+    """e of the first visible key: (sequences, heads, rows)."""
+    index = first.nan_to_num(0.0).clamp(max=weight.size(-1) - 1).long()  # in bounds for rows that see nothing, too
+    return weight.gather(-1, index.expand(weight.shape[:-1])[..., None])[..., 0]
 
 
 def _sums(table: Tensor, sinks: Tensor | None, unpadded: Tensor | None) -> Tensor:

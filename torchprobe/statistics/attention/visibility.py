@@ -1,4 +1,4 @@
-"""Which keys a query row sees: how many, which is the first, how far they are, and what hides the others."""
+"""Which keys a query row sees: how many, which is the first, and what hides the others."""
 
 from __future__ import annotations
 
@@ -20,35 +20,30 @@ NEVER_A_LOGIT = -5e8
 
 @dataclass(frozen=True)
 class Visible:
-    """count: visible keys; first: index of the first one, None where it is 0 and anything where there is none.
-    Floating, broadcastable to (sequences, heads, rows)."""
+    """count: visible keys; first: index of the first one, anything where there is none. Floating, broadcastable to
+    (sequences, heads, rows)."""
 
     count: Tensor
-    first: Tensor | None
+    first: Tensor
 
     def narrowed(self, rows: slice) -> Visible:
         """The same for fewer rows."""
-        return Visible(_narrowed(self.count, rows), None if self.first is None else _narrowed(self.first, rows))
+        return Visible(_narrowed(self.count, rows), _narrowed(self.first, rows))
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What some rows see. distance: abs(query index - key index), (sequences or 1, 1, rows, keys). bias: what
-    hides keys when added to the logits; None for nothing. visible: None where the logits have to tell."""
+    """What some rows see. bias: (sequences or 1, heads or 1, rows or 1, keys), hides keys when added to the logits of
+    all keys from `start` on; None for nothing. visible: None where the position or the logits tell."""
 
-    rows: slice
-    distance: Tensor
     bias: Tensor | None
     visible: Visible | None
+    start: int = 0
 
     def narrowed(self, rows: slice, keys: int) -> Sight:
-        """The same for fewer rows and for the first keys."""
-        if rows == self.rows and keys == self.distance.size(-1):
-            return self
-        piece = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
-        bias = None if self.bias is None else _narrowed(self.bias, piece)[..., :keys]
-        visible = None if self.visible is None else self.visible.narrowed(piece)
-        return Sight(rows, self.distance[:, :, piece, :keys], bias, visible)
+        """The same for some of the rows and for the first keys."""
+        bias = None if self.bias is None else _narrowed(self.bias, rows)[..., : keys - self.start]
+        return Sight(bias, None if self.visible is None else self.visible.narrowed(rows), self.start)
 
 
 def threshold(dtype: torch.dtype) -> float:
@@ -61,22 +56,35 @@ def threshold(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).min / 2, NEVER_A_LOGIT)
 
 
-def from_afar(source: Source, rows: Rows, part: Part) -> Sight:
-    """Distances alone, of all keys."""
-    return Sight(part.rows, _offset(source, rows, part).abs_(), None, None)
-
-
-def see(source: QueryKey, rows: Rows, part: Part) -> Sight:
-    """What the rows of a part see, as far as it can be told without the logits; one head where all are alike."""
-    offset = _offset(source, rows, part)
-    bias = None if source.mask is None else _bias(source.mask, rows, part, offset)
-    visible = None
+def through_mask(source: QueryKey, rows: Rows, part: Part) -> Sight | None:
+    """What the rows of a part see through the mask, in one head where all are alike; None where there is no mask."""
+    if source.mask is None:
+        return None
+    bias = _bias(source.mask, rows, part, source.dtype)
     if source.causal:
-        future = offset.clamp(min=0).mul_(HIDDEN)
-        bias = future if bias is None else bias + future
-    if source.modify is None:
-        visible = _behind(source, rows, part) if source.mask is None or bias is None else of_values(bias)
-    return Sight(part.rows, offset.abs_(), bias, visible)
+        position = rows.positions(part, source.device)[:, None].to(source.dtype)
+        bias = bias + _future(position, 0, source.shape.keys)
+    bias = bias.expand(*bias.shape[:-1], source.shape.keys)
+    return Sight(bias, of_values(bias) if source.modify is None else None)
+
+
+def without_mask(source: QueryKey, rows: Rows, part: Part, position: Tensor, keys: int) -> Sight:
+    """What the rows of a part see without one, of the first keys: all, or those up to the query's own index."""
+    if not source.causal:
+        return Sight(None, None)
+    start = min(keys, rows.start(part))
+    return Sight(_future(position, start, keys), None, start)
+
+
+def by_position(source: Source, rows: Rows) -> Tensor | None:
+    """How many keys each row sees where neither a mask nor the logits have a say, else None: (sequences or 1, 1, rows).
+    The first of them is key 0."""
+    if not isinstance(source, QueryKey) or source.mask is not None or source.modify is not None:
+        return None
+    keys = source.shape.keys
+    everything = Part(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
+    position = rows.positions(everything, source.device)[:, None]
+    return (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
 
 
 def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
@@ -91,30 +99,21 @@ def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
     return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
 
 
-def _offset(source: Source, rows: Rows, part: Part) -> Tensor:
-    """key index - query index: (sequences or 1, 1, rows, keys)."""
-    position = rows.positions(part, source.device).to(source.dtype)
-    return torch.arange(source.shape.keys, dtype=source.dtype, device=source.device) - position[:, None, :, None]
-
-
-def _bias(mask: Tensor, rows: Rows, part: Part, offset: Tensor) -> Tensor:
+def _bias(mask: Tensor, rows: Rows, part: Part, dtype: torch.dtype) -> Tensor:
     """The rows of a mask as something finite to add, HIDDEN for keys that are not visible."""
     mask = mask[(None,) * (4 - mask.dim())]
-    bias = rows.take(mask, part).to(offset.dtype)
+    bias = rows.take(mask, part).to(dtype)
     if mask.dtype == torch.bool:
-        bias = (bias - 1) * -HIDDEN
-    elif threshold(mask.dtype) > NEVER_A_LOGIT:
-        bias = bias.masked_fill(bias <= threshold(mask.dtype), HIDDEN)
-    else:
-        bias = bias.clamp(min=HIDDEN)
-    return bias.expand(*bias.shape[:-1], offset.size(-1))
+        return (bias - 1) * -HIDDEN
+    if threshold(mask.dtype) > NEVER_A_LOGIT:
+        return bias.masked_fill(bias <= threshold(mask.dtype), HIDDEN)
+    return bias.clamp(min=HIDDEN)
 
 
-def _behind(source: QueryKey, rows: Rows, part: Part) -> Visible:
-    """Without a mask: the keys up to the query's own index, or all."""
-    keys = source.shape.keys
-    position = rows.positions(part, source.device).to(source.dtype)[:, None]
-    return Visible((position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys), None)
+def _future(position: Tensor, start: int, keys: int) -> Tensor:
+    """HIDDEN times the number of tokens that a key from `start` on lies after the query; 0 before and at it."""
+    index = torch.arange(start, keys, dtype=position.dtype, device=position.device)
+    return (index - position[..., None]).clamp_(min=0).mul_(HIDDEN)
 
 
 def _narrowed(x: Tensor, rows: slice) -> Tensor:

@@ -1,0 +1,247 @@
+"""Attention in less usual hand: the keys in another dimension, learned queries, a softmax of exp and sum."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.capture.attention.harness import assert_untouched, record
+from tests.capture.attention.reference import assert_close, causal, per_head
+
+WIDTH, HEADS, LENGTH, LATENTS = 8, 2, 6, 3
+SCALE = 1 / math.sqrt(WIDTH / HEADS)
+
+
+class Written(nn.Module):
+    """Projects, and leaves the attention to a function of queries, keys and values (batch, heads, length, width)."""
+
+    def __init__(self, attend) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.latents = nn.Parameter(torch.randn(HEADS, LATENTS, WIDTH // HEADS))
+        self.table = nn.Parameter(torch.randn(LENGTH, WIDTH // HEADS))
+        self.attend = attend
+
+    def project(self, x):
+        return self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        return self.attend(self, *self.project(x))
+
+
+def logits(model, x, mask=None):
+    q, k, _ = model.project(x)
+    found = q.double() @ k.double().mT * SCALE
+    return found if mask is None else found.masked_fill(~mask, -math.inf)
+
+
+# ---- the keys in another dimension
+
+
+def keys_down(model, q, k, v):
+    return (k @ q.mT * SCALE).softmax(-2).mT @ v
+
+
+def keys_down_counted_from_the_front(model, q, k, v):
+    weights = torch.softmax(torch.matmul(k, q.transpose(2, 3)) * SCALE, dim=2)
+    return torch.einsum("bhkq,bhkd->bhqd", weights, v)
+
+
+def heads_last(model, q, k, v):
+    weights = (torch.einsum("bhqd,bhkd->bqkh", q, k) * SCALE).softmax(2)
+    return torch.einsum("bqkh,bhkd->bqhd", weights, v)
+
+
+def heads_in_between(model, q, k, v):
+    weights = (torch.einsum("bhqd,bhkd->bqhk", q, k) * SCALE).softmax(-1)
+    return torch.einsum("bqhk,bhkd->bqhd", weights, v)
+
+
+def heads_moved(model, q, k, v):
+    weights = (torch.einsum("bhqd,bhkd->bqkh", q, k) * SCALE).permute(0, 3, 2, 1).softmax(-2)
+    return weights.transpose(-1, -2) @ v
+
+
+@pytest.mark.parametrize(
+    "attend", [keys_down, keys_down_counted_from_the_front, heads_last, heads_in_between, heads_moved]
+)
+def test_a_softmax_over_any_dimension_of_keys_is_found(attend):
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    seen = record(model, x)
+    assert list(seen.heads) == ["root"]
+    assert_close(seen.heads["root"], per_head(logits(model, x)))
+    assert_untouched(model, x)
+
+
+def test_a_causal_mask_may_lie_on_its_side():
+    mask = causal(LENGTH, LENGTH)
+    attend = lambda m, q, k, v: (k @ q.mT * SCALE).masked_fill(~mask.mT, -math.inf).softmax(-2).mT @ v  # noqa: E731
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    assert_close(record(model, x).heads["root"], per_head(logits(model, x, mask)))
+
+
+def test_attention_of_each_to_the_other_is_two_sites():
+    """As co-attention has it: both directions of one product."""
+
+    def attend(model, q, k, v):
+        scores = q @ k.mT * SCALE
+        return scores.softmax(-1) @ v + scores.softmax(-2).mT @ q
+
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    seen = record(model, x)
+    assert list(seen.heads) == ["root", "root/2"]
+    assert_close(seen.heads["root"], per_head(logits(model, x)))
+    assert_close(seen.heads["root/2"], per_head(logits(model, x).mT))
+
+
+# ---- learned queries
+
+
+def latents_times_keys(model, q, k, v):
+    return (model.latents @ k.mT * SCALE).softmax(-1) @ v
+
+
+def expanded_latents(model, q, k, v):
+    return (model.latents.unsqueeze(0).expand(len(k), -1, -1, -1) @ k.mT * SCALE).softmax(-1) @ v
+
+
+def einsum_of_latents(model, q, k, v):
+    weights = (torch.einsum("hqd,bhkd->bhqk", model.latents, k) * SCALE).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+def latents_second(model, q, k, v):
+    weights = (torch.einsum("bhkd,hqd->bhqk", k, model.latents) * SCALE).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+@pytest.mark.parametrize("attend", [latents_times_keys, expanded_latents, einsum_of_latents, latents_second])
+def test_parameters_may_be_queries(attend):
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    seen = record(model, x)
+    expected = model.latents.double() @ model.project(x)[1].double().mT * SCALE
+    assert_close(seen.heads["root"], per_head(expected))
+    assert_untouched(model, x)
+
+
+@pytest.mark.parametrize("positions_first", [True, False])
+def test_relative_positions_from_parameters_are_part_of_the_logits(positions_first):
+    """A product with a table, which alone is no attention, is added on either side."""
+
+    def attend(model, q, k, v):
+        scores, positions = q @ k.mT * SCALE, torch.einsum("bhqd,kd->bhqk", q, model.table)
+        return (positions + scores if positions_first else scores + positions).softmax(-1) @ v
+
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    q = model.project(x)[0].double()
+    expected = logits(model, x) + q @ model.table.double().mT
+    assert_close(record(model, x).heads["root"], per_head(expected))
+
+
+# ---- a softmax that is written out
+
+
+def normalised_before(model, q, k, v):
+    e = torch.exp(q @ k.mT * SCALE)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def normalised_after(model, q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    return (e @ v) / e.sum(dim=-1, keepdim=True)
+
+
+def stabilised(model, q, k, v):
+    s = q @ k.mT * SCALE
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / (torch.sum(e, -1).unsqueeze(-1) + 1e-9)) @ v
+
+
+def in_place(model, q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    weights = e.clone()
+    weights /= e.sum(3, True)
+    return weights @ v
+
+
+@pytest.mark.parametrize("attend", [normalised_before, normalised_after, stabilised])
+def test_exp_and_sum_are_a_softmax(attend):
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    seen = record(model, x)
+    assert list(seen.heads) == ["root"]
+    assert_close(seen.heads["root"], per_head(logits(model, x)))
+    assert seen.uncovered == {}
+    assert_untouched(model, x)
+
+
+def test_so_they_are_in_place():
+    model, x = Written(in_place), torch.randn(2, LENGTH, WIDTH)
+    assert_close(record(model, x).heads["root"], per_head(logits(model, x)))
+
+
+def test_exponentials_that_are_masked_are_said_not_to_be_covered(caplog):
+    def attend(model, q, k, v):
+        e = torch.exp(q @ k.mT) * causal(LENGTH, LENGTH)
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
+    seen = record(model, x)
+    assert seen.heads == {}
+    assert seen.uncovered == {"a softmax by exp and sum whose exponentials are changed in between": 1}
+    assert ["exp and sum" in line for line in caplog.messages] == [True]
+
+
+# ---- what is not attention
+
+
+def not_divided(model, q, k, v):
+    return torch.exp(q @ k.mT) @ v
+
+
+def divided_by_something_else(model, q, k, v):
+    return (torch.exp(q @ k.mT) / q.sum(-1, keepdim=True)) @ v
+
+
+def contrastive(model, q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e.diagonal(dim1=-2, dim2=-1) / e.sum(-1)).log()
+
+
+def random_features(model, q, k, v):
+    """As Performers have it: exponentials of features, whose products come before any sum."""
+    omega = torch.ones(WIDTH // HEADS, 5)
+    phi_q, phi_k = torch.exp(q @ omega), torch.exp(k @ omega)
+    return (phi_q @ (phi_k.mT @ v)) / (phi_q @ phi_k.sum(-2).unsqueeze(-1))
+
+
+def slots(model, q, k, v):
+    weights = (q[:, :, :3] @ k.mT).softmax(-2)  # inputs choose among slots, and slots sum over inputs
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def router(model, q, k, v):
+    return torch.einsum("bhqe,ed->bhqd", torch.einsum("bhqd,ed->bhqe", q, model.table).softmax(-1), model.table)
+
+
+def router_first(model, q, k, v):
+    return torch.einsum("bhqe,ed->bhqd", torch.einsum("ed,bhqd->bhqe", model.table, q).softmax(-1), model.table)
+
+
+def channels_first_layer(model, q, k, v):
+    return ((model.table @ q.mT).softmax(-2).mT) @ model.table  # over what the parameters span
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        *(not_divided, divided_by_something_else, contrastive, random_features, slots),
+        *(router, router_first, channels_first_layer),
+    ],
+)
+def test_a_look_alike_is_not_taken_for_attention(attend):
+    seen = record(Written(attend), torch.randn(2, LENGTH, WIDTH))
+    assert seen.heads == {}
+    assert seen.uncovered == {}

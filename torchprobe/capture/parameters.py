@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.buffer.step import Piece
+from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.sharding import flat_shares, is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe
 
 
+_log = logging.getLogger("torchprobe")
+
+
 class Named(NamedTuple):
-    """A tensor under its parameter's name."""
+    """What this rank holds of a parameter or its gradient, under the parameter's name."""
 
     name: str
     tensor: Tensor
+    share: Share = WHOLE
 
 
 class ParameterCapture:
     """Feeds the probes of gradients, parameters and updates with the tensors of an optimizer's step.
 
-    Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels.
+    Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels. Of a sharded
+    parameter the probes see this rank's part.
     """
 
     def __init__(
@@ -37,12 +44,20 @@ class ParameterCapture:
         self._gates = gates
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
+        self._unreduced = False
+
+    @property
+    def same_data(self) -> tuple[int, ...]:
+        """The ranks that compute on the same examples as this one, when parameters are spread over them."""
+        model = self._model()
+        return () if model is None else ranks_on_same_data(model)
 
     def gradients(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
         probes = [probe for probe in due if probe.source == "gradients"]
         if probes:
-            found = [Named(name, _dense(p.grad)) for name, p in self._parameters(optimizer) if p.grad is not None]
+            parameters = self._parameters(optimizer)
+            found = [Named(n, _dense(local_part(p.grad)), s) for n, p, s in parameters if self._is_usable(p.grad)]
             yield from self._pieces(probes, _unscaled(found, optimizer))
 
     def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
@@ -50,23 +65,38 @@ class ParameterCapture:
         self._before = {}
         if any(probe.source == "updates" for probe in due):
             with torch.no_grad():
-                self._before = {name: p.detach().clone() for name, p in self._parameters(optimizer)}
+                self._before = {name: local_part(p.detach()).clone() for name, p, _ in self._parameters(optimizer)}
 
     def after_step(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the parameters after the step, and of what the step changed."""
-        now = [Named(name, p.detach()) for name, p in self._parameters(optimizer)]
+        now = [Named(name, local_part(p.detach()), share) for name, p, share in self._parameters(optimizer)]
         yield from self._pieces([probe for probe in due if probe.source == "parameters"], now)
         moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
         for probe in [probe for probe in due if probe.source == "updates"]:
             yield from self._pieces([probe], moved, {name: t.clone() for name, t in self._before.items()})
         self._before.clear()
 
-    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, Share]]:
         model = self._model()
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(n, p) for n, p in named_parameters(model) if id(p) in held and self._wanted(n)]
+        flat = flat_shares(model)
+        return [
+            (name, p, flat.get(id(p)) or share_of(p))
+            for name, p in named_parameters(model)
+            if id(p) in held and self._wanted(name)
+        ]
+
+    def _is_usable(self, gradient: Tensor | None) -> TypeGuard[Tensor]:
+        if gradient is None:
+            return False
+        if not is_unreduced(gradient):
+            return True
+        if not self._unreduced:
+            self._unreduced = True
+            _log.warning("gradients that are still partial sums of several ranks (DTensor Partial) are left out")
+        return False
 
     def _pieces(
         self, probes: Sequence[Probe], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
@@ -84,7 +114,7 @@ class ParameterCapture:
             return None
         with gate.boundary(), torch.no_grad():
             rows = probe.compute_all([named.tensor for named in group], before)
-            return Piece(probe, [named.name for named in group], rows)
+            return Piece(probe, [named.name for named in group], rows, shares=[named.share for named in group])
         return None  # the boundary took an exception
 
 
@@ -106,7 +136,7 @@ def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
     scale = getattr(optimizer, "grad_scale", None)
     if not isinstance(scale, Tensor):
         return tensors
-    return [Named(name, _wide(tensor) / scale.to(tensor.device)) for name, tensor in tensors]
+    return [Named(name, _wide(tensor) / scale.to(tensor.device), share) for name, tensor, share in tensors]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.probes.base import Probe
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -90,7 +91,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 def _observe(site: Site, output: Any, first_pass: bool) -> None:
     tensor = main_tensor(output)
-    if tensor is None:
+    if tensor is None or is_unreduced(tensor):
         return
     training = site.current.training
     if first_pass:
@@ -109,4 +110,4 @@ def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
         tap.add(tensor, training)
     elif not tap.gate.failed:
         with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
-            tap.add(tensor, training)
+            tap.add(local_part(tensor), training)

@@ -1,0 +1,111 @@
+"""What this rank holds of a tensor that is spread over several: its own part, and what that part is to the whole.
+
+Nothing here communicates. Wrappers are known by their attributes, so that models without them import nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchprobe.buffer.step import WHOLE, Share
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, detached; any other tensor as it is."""
+    if not is_distributed(tensor):
+        return tensor
+    local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return local.wait() if hasattr(local, "wait") else local  # one that is still under way
+
+
+def is_unreduced(tensor: Tensor) -> bool:
+    """Whether the ranks' parts have yet to be added up element by element, so that each alone says nothing."""
+    return is_distributed(tensor) and any(p.is_partial() for p in tensor.placements)  # type: ignore[attr-defined]
+
+
+def share_of(tensor: Tensor) -> Share:
+    """The share of this rank's part: sharded over some dimensions of the mesh, and perhaps a copy along others."""
+    if not is_distributed(tensor):
+        return WHOLE
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank is outside the mesh
+        return Share(mesh.size(), counts=False)
+    copied = [place.is_replicate() for place in placements]
+    parts = [mesh.size(i) for i, copy in enumerate(copied) if not copy]
+    first = all(where == 0 for where, copy in zip(coordinate, copied, strict=True) if copy)
+    return Share(_product(parts), first)
+
+
+def flat_shares(model: nn.Module) -> Mapping[int, Share]:
+    """Shares of the parameters inside FullyShardedDataParallel, whose parts are views of a flat one: by identity."""
+    return {
+        id(parameter): share
+        for module in model.modules()
+        if is_flat_sharded(module)
+        for parameter, share in _shares_in(module)
+    }
+
+
+def is_flat_sharded(module: nn.Module) -> bool:
+    """Whether it is a FullyShardedDataParallel wrapper."""
+    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+
+
+def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
+    """The ranks that compute on the same examples as this one, itself included: those of tensor parallelism.
+
+    Empty when every rank has examples of its own: no DTensor, or only those of `fully_shard`.
+    """
+    spread = next((p for p in model.parameters() if is_distributed(p)), None)
+    if spread is None:
+        return ()
+    mesh = spread.device_mesh  # type: ignore[attr-defined]
+    data, coordinate = _data_dimensions(model, mesh), mesh.get_coordinate()
+    if coordinate is None or len(data) == mesh.ndim:
+        return ()
+    own = tuple(coordinate[i] if i in data else slice(None) for i in range(mesh.ndim))
+    return tuple(int(rank) for rank in mesh.mesh[own].flatten().tolist())
+
+
+def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:
+    """The dimensions of the parameters' mesh over which `fully_shard` spreads the batch."""
+    data = next((found for found in map(_data_mesh, model.modules()) if found is not None), None)
+    if data is None:
+        return set()
+    if data.ndim == mesh.ndim:
+        return set(range(mesh.ndim))
+    names = data.mesh_dim_names or ()
+    return {i for i, name in enumerate(mesh.mesh_dim_names or ()) if name in names}
+
+
+def _data_mesh(module: nn.Module) -> Any:
+    """The mesh that a module was fully sharded over; None for another module. Private, so asked with care."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    group = getattr(state, "_fsdp_param_group", None)
+    return getattr(getattr(group, "mesh_info", None), "mesh", None)
+
+
+def _shares_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, Share]]:
+    handle = getattr(module, "_handle", None)
+    if handle is None or not getattr(handle, "uses_sharded_strategy", False):
+        return
+    copies = getattr(module, "_inter_node_pg", None)  # hybrid: sharded inside a node, copied between nodes
+    share = Share(handle.process_group.size(), copies is None or copies.rank() == 0)
+    for parameter in handle.flat_param._params or ():
+        yield parameter, share
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

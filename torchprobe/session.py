@@ -24,6 +24,9 @@ from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.sites import SITE
+from torchprobe.distributed.exchange import NoWriter, open_exchange
+from torchprobe.distributed.refusals import check_wrappers
+from torchprobe.distributed.world import world
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import AnyProbe, Plan, checked_probes
@@ -84,20 +87,25 @@ def instrument(
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
-    directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
+    ranks = world()
+    directory, sink = (
+        open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
+    )
+    reference = weakref.ref(root)
+    attention = [AttentionPieces(reference, p, gate) for p, gate in plan.gates.items() if isinstance(p, Attention)]
     decoder = Decoder(_descriptions(parts))
+    exchange = open_exchange(ranks, [*plan.gates, *(pieces.heat_maps for pieces in attention)], decoder)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder, flush_seconds),
+        Drain(sink, decoder if exchange is None else exchange.read, flush_seconds, exchange),
         decoder,
         flush_every,
     )
-    reference = weakref.ref(root)
     captures = Captures(
         ModuleCapture(reference, plan.gates, selection.wants_module),
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
-        [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
+        attention,
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )
@@ -220,6 +228,7 @@ def _checked_model(model: Any) -> nn.Module:
         raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    check_wrappers(model)
     root = unwrapped(model)
     if root in _sessions:
         raise ValueError(

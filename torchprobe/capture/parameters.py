@@ -18,7 +18,6 @@ from torchprobe.capture.sharding import flat_shares, is_unreduced, local_part, r
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe
 
-
 _log = logging.getLogger("torchprobe")
 
 

@@ -22,8 +22,9 @@ def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor, detached; any other tensor as it is."""
     if not is_distributed(tensor):
         return tensor
-    local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return local.wait() if hasattr(local, "wait") else local  # one that is still under way
+    local: Any = tensor.detach().to_local()  # type: ignore[attr-defined]
+    whole: Tensor = local.wait() if hasattr(local, "wait") else local  # a gradient can still be under way
+    return whole
 
 
 def is_unreduced(tensor: Tensor) -> bool:
@@ -89,7 +90,8 @@ def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:
 
 def _data_mesh(module: nn.Module) -> Any:
     """The mesh that a module was fully sharded over; None for another module. Private, so asked with care."""
-    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    get_state: Any = getattr(module, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
     group = getattr(state, "_fsdp_param_group", None)
     return getattr(getattr(group, "mesh_info", None), "mesh", None)
 

@@ -91,7 +91,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 def _observe(site: Site, output: Any, first_pass: bool) -> None:
     tensor = main_tensor(output)
-    if tensor is None or is_unreduced(tensor):
+    if tensor is None:
         return
     training = site.current.training
     if first_pass:
@@ -110,4 +110,5 @@ def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
         tap.add(tensor, training)
     elif not tap.gate.failed:
         with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
-            tap.add(local_part(tensor), training)
+            if not is_unreduced(tensor):
+                tap.add(local_part(tensor), training)

@@ -29,6 +29,14 @@ class Parameters(Probe):
         """One norm each."""
         return norms.l2_norms(tensors).unsqueeze(1)
 
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The norm of two parts together."""
+        return torch.hypot(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all parameters at once."""
+        return np.hypot(a, b)
+
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the total."""
         latest = dict(zip(names, rows[:, 0].tolist(), strict=True))  # a parameter stepped twice counts once
@@ -55,6 +63,14 @@ class Updates(Probe):
         norms_before = norms.l2_norms(before)
         torch._foreach_sub_(list(before), list(tensors))
         return torch.stack([norms.l2_norms(before), norms_before], dim=1)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The norms of two parts together."""
+        return torch.hypot(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all parameters at once."""
+        return np.hypot(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the median."""

@@ -25,6 +25,46 @@ def transformer() -> Transformer:
     return model
 
 
+class SplitAttention(nn.Module):
+    """Queries, keys and values by a layer each, so that ranks can have some of the heads each."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.size = size  # of a head
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
+
+def split_transformer() -> Transformer:
+    """The same with layers that tensor parallelism can cut."""
+    model = transformer()
+    for block in model.blocks:
+        block.attention = SplitAttention(16, 4)
+    return model
+
+
+class Scaled(Transformer):
+    """With a parameter of two elements, which leaves nothing for the third and fourth rank."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.scale = nn.Parameter(torch.tensor([0.5, 0.75]))
+        for block in self.blocks:
+            block.attention.qkv.register_parameter("bias", None)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale.sum()
+
+
+def scaled() -> Scaled:
+    torch.manual_seed(0)
+    return Scaled()
+
+
 def tokens(step: int, size: int = 8) -> Tensor:
     """The whole batch of a step."""
     return torch.randint(0, 11, (size, 7), generator=torch.Generator().manual_seed(step))
@@ -91,9 +131,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, float | int) else None
 
 
-def alone(batches: Iterable[Iterable[Tensor]], between: Callable[[nn.Module, int], Any] | None = None) -> Any:
+def alone(
+    batches: Iterable[Iterable[Tensor]],
+    between: Callable[[nn.Module, int], Any] | None = None,
+    make: Callable[[], nn.Module] = transformer,
+) -> Any:
     """The same training in one process."""
-    model, writer = transformer(), MemoryWriter()
+    model, writer = make(), MemoryWriter()
     with torchprobe.instrument(model, writer=writer, probes=probes()):
         train(model, batches, lambda k: between(model, k) if between else None)
     return values(writer)

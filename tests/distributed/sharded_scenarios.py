@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchprobe
@@ -67,5 +67,77 @@ def fsdp2() -> dict[str, Any]:
     }
 
 
+def accumulated() -> dict[str, Any]:
+    """Two micro-batches a step, the first without a reduction, and a validation pass after each step."""
+    rank = dist.get_rank()
+
+    def run(model: nn.Module) -> None:
+        optimizer = t.sgd(model)
+        for k in range(t.STEPS):
+            for i, ids in enumerate(t.micro_batches(k)):
+                model.set_requires_gradient_sync(i == 1)
+                ids = t.part(ids, rank, 4)
+                (t.loss_of(model(ids), ids) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            t.validate(model, t.part(t.tokens(100 + k), rank, 4))
+
+    mesh = init_device_mesh("cpu", (4,))
+    return {
+        "accumulated": watched(t.scaled(), blocks_and_root(mesh=mesh), False, run),
+        "accumulated, root only": watched(t.scaled(), lambda model: fully_shard(model, mesh=mesh), False, run),
+    }
+
+
+def fsdp1() -> dict[str, Any]:
+    def flat(model: nn.Module, **options: Any) -> nn.Module:
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = FSDP(block, use_orig_params=True, device_id=torch.device("cpu"), **options)
+        return FSDP(model, use_orig_params=True, device_id=torch.device("cpu"), **options)
+
+    run = plain_run(4, dist.get_rank())
+    found = {"FSDP1": watched(t.scaled(), flat, False, run), "FSDP1 before": watched(t.scaled(), flat, True, run)}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+    hybrid = {"device_mesh": mesh, "sharding_strategy": ShardingStrategy.HYBRID_SHARD}
+    found["FSDP1 hybrid"] = watched(t.scaled(), lambda model: flat(model, **hybrid), False, run)
+    try:
+        torchprobe.instrument(FSDP(t.transformer(), device_id=torch.device("cpu")))
+    except ValueError as error:
+        found["FSDP1 refused"] = str(error)
+    return found
+
+
+def cut(mesh: Any) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        plan = {
+            "attention.q": ColwiseParallel(),
+            "attention.k": ColwiseParallel(),
+            "attention.v": ColwiseParallel(),
+            "attention.proj": RowwiseParallel(),
+            "mlp.0": ColwiseParallel(),
+            "mlp.2": RowwiseParallel(),
+        }
+        for block in model.blocks:
+            parallelize_module(block, mesh, plan)
+        return model
+
+    return wrap
+
+
+def tensor_parallel() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    run = plain_run(1, 0)
+    found = {"tensor parallel": watched(t.split_transformer(), cut(mesh), False, run)}
+    found["tensor parallel before"] = watched(t.split_transformer(), cut(mesh), True, run)
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return blocks_and_root(mesh=both["dp"])(cut(both["tp"])(model))
+
+    run = plain_run(2, both["dp"].get_local_rank())
+    found["fully sharded and tensor parallel"] = watched(t.split_transformer(), wrap, False, run)
+    return found
+
+
 def main(out: Path) -> Any:
-    return fsdp2()
+    return fsdp2() | accumulated() | fsdp1() | tensor_parallel()

@@ -44,6 +44,7 @@ def split_transformer() -> Transformer:
     model = transformer()
     for block in model.blocks:
         block.attention = SplitAttention(16, 4)
+        block.mlp[1] = nn.ReLU()  # tensor parallelism forbids in-place operations on its outputs
     return model
 
 
@@ -70,6 +71,17 @@ def tokens(step: int, size: int = 8) -> Tensor:
     return torch.randint(0, 11, (size, 7), generator=torch.Generator().manual_seed(step))
 
 
+def micro_batches(step: int) -> tuple[Tensor, Tensor]:
+    return tokens(2 * step), tokens(2 * step + 1)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, ids: Tensor) -> None:
+    model.eval()
+    model(ids)
+    model.train()
+
+
 def part(batch: Tensor, rank: int, ranks: int) -> Tensor:
     return batch.chunk(ranks)[rank]
 
@@ -79,7 +91,7 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
 def probes(**options: Any) -> list[Any]:

@@ -24,11 +24,17 @@ class Reporter(Protocol):
 class Share(NamedTuple):
     """What the row of a parameter is to that of the whole parameter, when several ranks train one model."""
 
-    parts: int = 1  # so many ranks hold a part each; 1: the parameter is whole on every rank
-    counts: bool = True  # False for a further copy of a part
+    whole: int  # elements of the parameter
+    part: int  # those that the row is of
+    copy: int  # the first of the ranks whose parts make one copy of the parameter
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank sees all of it."""
+        return self.part == self.whole
 
 
-WHOLE = Share()
+WHOLE = Share(1, 1, 0)
 
 
 class Heading(NamedTuple):

@@ -5,9 +5,11 @@ Nothing here communicates. Wrappers are known by their attributes, so that model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import WHOLE, Share
@@ -33,17 +35,16 @@ def is_unreduced(tensor: Tensor) -> bool:
 
 
 def share_of(tensor: Tensor) -> Share:
-    """The share of this rank's part: sharded over some dimensions of the mesh, and perhaps a copy along others."""
+    """The share of this rank's part: sharded over some dimensions of the mesh, and a copy along the others."""
     if not is_distributed(tensor):
         return WHOLE
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is outside the mesh
-        return Share(mesh.size(), counts=False)
-    copied = [place.is_replicate() for place in placements]
-    parts = [mesh.size(i) for i, copy in enumerate(copied) if not copy]
-    first = all(where == 0 for where, copy in zip(coordinate, copied, strict=True) if copy)
-    return Share(_product(parts), first)
+        return Share(tensor.numel(), 0, -1)
+    own = tuple(at if place.is_replicate() else slice(None) for at, place in zip(coordinate, placements, strict=True))
+    return Share(tensor.numel(), local_part(tensor).numel(), int(mesh.mesh[own].min()))
 
 
 def flat_shares(model: nn.Module) -> Mapping[int, Share]:
@@ -61,15 +62,20 @@ def is_flat_sharded(module: nn.Module) -> bool:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
 
 
+def is_sharded_at_times(model: nn.Module) -> bool:
+    """Whether parameters are exchanged for whole ones during a pass, as `fully_shard` does: gradients are elsewhere."""
+    return any(hasattr(module, "_get_fsdp_state") or is_flat_sharded(module) for module in model.modules())
+
+
 def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
     """The ranks that compute on the same examples as this one, itself included: those of tensor parallelism.
 
     Empty when every rank has examples of its own: no DTensor, or only those of `fully_shard`.
     """
-    spread = next((p for p in model.parameters() if is_distributed(p)), None)
-    if spread is None:
+    meshes = [p.device_mesh for p in model.parameters() if is_distributed(p)]  # type: ignore[attr-defined]
+    if not meshes:
         return ()
-    mesh = spread.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = max(meshes, key=lambda mesh: int(mesh.ndim))  # what is only fully sharded has fewer dimensions
     data, coordinate = _data_dimensions(model, mesh), mesh.get_coordinate()
     if coordinate is None or len(data) == mesh.ndim:
         return ()
@@ -100,14 +106,7 @@ def _shares_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, Share]]:
     handle = getattr(module, "_handle", None)
     if handle is None or not getattr(handle, "uses_sharded_strategy", False):
         return
-    copies = getattr(module, "_inter_node_pg", None)  # hybrid: sharded inside a node, copied between nodes
-    share = Share(handle.process_group.size(), copies is None or copies.rank() == 0)
-    for parameter in handle.flat_param._params or ():
-        yield parameter, share
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    first = min(torch.distributed.get_process_group_ranks(handle.process_group))
+    flat = handle.flat_param
+    for parameter, shape in zip(flat._params or (), flat._shapes, strict=True):
+        yield parameter, Share(math.prod(shape), parameter.numel(), first)

@@ -8,10 +8,14 @@ from torch import nn
 
 from torchprobe.capture.loss import backward_call
 from torchprobe.capture.recompute import backward_id
+from torchprobe.capture.sharding import is_sharded_at_times
 
 
 class SkipDetector:
-    """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights."""
+    """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights.
+
+    Under FSDP gradients come and go with the parameters, and nothing is recognised.
+    """
 
     def __init__(self, model: ReferenceType[nn.Module]) -> None:
         self._model = model
@@ -39,7 +43,8 @@ class SkipDetector:
         """Whether the gradients that awaited a step are gone."""
         if self._weights_used is None or self.in_closure or self._has_gradients():
             return False
-        return self._weights_used == self._weights_version()
+        model = self._model()
+        return self._weights_used == self._weights_version() and not (model is None or is_sharded_at_times(model))
 
     def _has_gradients(self) -> bool:
         model = self._model()

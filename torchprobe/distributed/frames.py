@@ -66,7 +66,7 @@ class Encoder:
 
     def _described(self, part: Part) -> list[Any]:
         names = [self._numbers.setdefault(name, len(self._numbers)) for name in part.names]
-        plain = part.shares is not None and all(share == WHOLE for share in part.shares)
+        plain = part.shares is not None and all(share.is_whole for share in part.shares)
         return [part.reporter, part.prefix, names, part.rows.shape[1], [] if plain else part.shares]
 
 

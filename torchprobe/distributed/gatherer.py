@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.step import WHOLE, Arrived, Reporter, seen_rows
+from torchprobe.buffer.step import Arrived, Reporter, seen_rows
 from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.mailbox import Mailbox, open_mailbox
@@ -175,7 +175,7 @@ class Gatherer:
 
     def _publish(self, parts: Sequence[Part]) -> None:
         """Once: the parameters that rank 0 sees whole, which the others need not send."""
-        names = {n for part in parts for n, share in zip(part.names, part.shares or ()) if share == WHOLE}  # noqa: B905
+        names = {n for part in parts for n, share in zip(part.names, part.shares or ()) if share.is_whole}  # noqa: B905
         if names and not self._published and self._mailbox is not None:
             self._published = True
             self._mailbox.publish(HELD, json.dumps(sorted(names)).encode())

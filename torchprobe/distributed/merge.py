@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -48,25 +49,35 @@ def merge(probe: Combines, parts: Mapping[int, Sequence[Part]], groups: Iterable
 
 
 def _of_parameters(probe: Combines, parts: Mapping[int, Sequence[Part]]) -> tuple[Rows, list[str]]:
-    """Whole parameters are the same on every rank: the first row is taken. Shards are merged when all are there."""
+    """A row of the whole parameter is taken from the first rank that has one, else the parts of one copy are merged."""
     whole: Rows = {}
-    sharded: list[Rows] = []
-    needed: dict[str, int] = {}
-    found: dict[str, int] = {}
+    copies: defaultdict[str, defaultdict[int, list[_Held]]] = defaultdict(lambda: defaultdict(list))
     for some in parts.values():
         own = _by_name(some)
-        shares = _shares_by_name(some)
-        for name, share in shares.items():
-            if share.parts == 1:
+        for name, share in _shares_by_name(some).items():
+            if share.is_whole:
                 whole.setdefault(name, own[name])
             else:
-                needed[name] = share.parts
-                found[name] = found.get(name, 0) + share.counts
-        sharded.append({name: own[name] for name, share in shares.items() if share.parts > 1 and share.counts})
-    rows = whole | _folded(probe, sharded, "combine")
-    incomplete = [name for name in needed if found[name] != needed[name]]
+                copies[name][share.copy].append(_Held(share, own[name]))
+    chosen = {name: _complete_copy(of_name) for name, of_name in copies.items() if name not in whole}
+    ranks = max((len(held) for held in chosen.values()), default=0)
+    shards = [{name: held[i].rows for name, held in chosen.items() if i < len(held)} for i in range(ranks)]
+    rows = whole | _folded(probe, shards, "combine")
     ordered = dict.fromkeys(name for some in parts.values() for part in some for name in part.names)
-    return {name: rows[name] for name in ordered if name in rows and name not in incomplete}, incomplete
+    return {name: rows[name] for name in ordered if name in rows}, [name for name, held in chosen.items() if not held]
+
+
+class _Held(NamedTuple):
+    share: Share
+    rows: NDArray[np.float64]
+
+
+def _complete_copy(copies: Mapping[int, list[_Held]]) -> list[_Held]:
+    """The parts that together hold every element once; none when some are missing."""
+    for _, held in sorted(copies.items()):
+        if sum(share.part for share, _ in held) == held[0].share.whole:
+            return held
+    return []
 
 
 def _of_shards(probe: Combines, ranks: Sequence[Rows]) -> Rows:

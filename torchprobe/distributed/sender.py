@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.step import WHOLE, Arrived, Reporter, seen_rows
+from torchprobe.buffer.step import Arrived, Reporter, seen_rows
 from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
@@ -108,5 +108,5 @@ class Sender:
 def _is_known(part: Part, held: frozenset[str]) -> bool:
     """Whether rank 0 has the same rows: those of parameters that are whole on every rank."""
     return part.shares is not None and all(
-        share == WHOLE and name in held for name, share in zip(part.names, part.shares, strict=True)
+        share.is_whole and name in held for name, share in zip(part.names, part.shares, strict=True)
     )

@@ -28,7 +28,7 @@ from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.distributed.world import world
 from torchprobe.metrics import Metrics, Number
-from torchprobe.naming import named_modules, unwrapped
+from torchprobe.naming import named_modules, unwrapped, without_ranks
 from torchprobe.plan import AnyProbe, Plan, checked_probes
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
@@ -109,7 +109,7 @@ def instrument(
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )
-    recorder = Recorder(model, plan, captures, outlet, meter)
+    recorder = Recorder(without_ranks(model), plan, captures, outlet, meter)
     return Session(root, recorder, outlet, directory)
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def launch(module: str, ranks: int, out: Path, timeout: float = 150.0) -> list[A
         for rank in range(ranks)
     ]
     try:
-        codes = [process.wait(timeout) for process in processes]
+        codes = _wait(processes, out, timeout)
     finally:
         for process, log in zip(processes, logs, strict=True):
             process.kill()
@@ -53,6 +54,17 @@ def run(module: str, out: str) -> None:
     result = importlib.import_module(module).main(Path(out))
     (Path(out) / f"result-{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], out: Path, timeout: float) -> list[int | None]:
+    """Until all have ended, one has failed that should not, or time is up."""
+    deadline = monotonic() + timeout
+    while monotonic() < deadline and any(process.poll() is None for process in processes):
+        if any(process.poll() and not (out / f"expected-{i}").exists() for i, process in enumerate(processes)):
+            sleep(1.0)  # for the others' last words
+            break
+        sleep(0.05)
+    return [process.poll() for process in processes]
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Four ranks that hold parts of a model: FSDP2, FSDP1, tensor parallelism, two-dimensional meshes; run by `test_sharded.py`."""
+"""Four ranks that hold parts of a model: FSDP2, FSDP1, tensor parallelism, meshes of two dimensions."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
+from torchprobe.capture.fully_sharded import flat_shares, is_flattened
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.sharding import flat_shares, is_unreduced, local_part, ranks_on_same_data, share_of
+from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe
 
@@ -44,6 +45,7 @@ class ParameterCapture:
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
         self._unreduced = False
+        self._flat: Mapping[int, Share] = {}
 
     @property
     def same_data(self) -> tuple[int, ...]:
@@ -80,12 +82,18 @@ class ParameterCapture:
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        flat = flat_shares(model)
         return [
-            (name, p, flat.get(id(p)) or share_of(p))
+            (name, p, self._share(model, p))
             for name, p in named_parameters(model)
             if id(p) in held and self._wanted(name)
         ]
+
+    def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
+        if not is_flattened(parameter):
+            return share_of(parameter)
+        if id(parameter) not in self._flat:
+            self._flat = flat_shares(model)
+        return self._flat.get(id(parameter), WHOLE)
 
     def _is_usable(self, gradient: Tensor | None) -> TypeGuard[Tensor]:
         if gradient is None:

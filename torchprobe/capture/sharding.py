@@ -5,14 +5,12 @@ Nothing here communicates. Wrappers are known by their attributes, so that model
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import WHOLE, Share
+from torchprobe.capture.fully_sharded import data_mesh
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -47,26 +45,6 @@ def share_of(tensor: Tensor) -> Share:
     return Share(tensor.numel(), local_part(tensor).numel(), int(mesh.mesh[own].min()))
 
 
-def flat_shares(model: nn.Module) -> Mapping[int, Share]:
-    """Shares of the parameters inside FullyShardedDataParallel, whose parts are views of a flat one: by identity."""
-    return {
-        id(parameter): share
-        for module in model.modules()
-        if is_flat_sharded(module)
-        for parameter, share in _shares_in(module)
-    }
-
-
-def is_flat_sharded(module: nn.Module) -> bool:
-    """Whether it is a FullyShardedDataParallel wrapper."""
-    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
-
-
-def is_sharded_at_times(model: nn.Module) -> bool:
-    """Whether parameters are exchanged for whole ones during a pass, as `fully_shard` does: gradients are elsewhere."""
-    return any(hasattr(module, "_get_fsdp_state") or is_flat_sharded(module) for module in model.modules())
-
-
 def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
     """The ranks that compute on the same examples as this one, itself included: those of tensor parallelism.
 
@@ -85,28 +63,10 @@ def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
 
 def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:
     """The dimensions of the parameters' mesh over which `fully_shard` spreads the batch."""
-    data = next((found for found in map(_data_mesh, model.modules()) if found is not None), None)
+    data = next((found for found in map(data_mesh, model.modules()) if found is not None), None)
     if data is None:
         return set()
     if data.ndim == mesh.ndim:
         return set(range(mesh.ndim))
     names = data.mesh_dim_names or ()
     return {i for i, name in enumerate(mesh.mesh_dim_names or ()) if name in names}
-
-
-def _data_mesh(module: nn.Module) -> Any:
-    """The mesh that a module was fully sharded over; None for another module. Private, so asked with care."""
-    get_state: Any = getattr(module, "_get_fsdp_state", None)
-    state = None if get_state is None else get_state()
-    group = getattr(state, "_fsdp_param_group", None)
-    return getattr(getattr(group, "mesh_info", None), "mesh", None)
-
-
-def _shares_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, Share]]:
-    handle = getattr(module, "_handle", None)
-    if handle is None or not getattr(handle, "uses_sharded_strategy", False):
-        return
-    first = min(torch.distributed.get_process_group_ranks(handle.process_group))
-    flat = handle.flat_param
-    for parameter, shape in zip(flat._params or (), flat._shapes, strict=True):
-        yield parameter, Share(math.prod(shape), parameter.numel(), first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torchprobe.capture.sharding import is_flat_sharded
+from torchprobe.capture.fully_sharded import is_flat_sharded
 
 
 def check_wrappers(model: nn.Module) -> None:

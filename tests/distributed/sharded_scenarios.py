@@ -10,9 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import torchprobe
 from tests.distributed import training as t
@@ -139,5 +146,36 @@ def tensor_parallel() -> dict[str, Any]:
     return found
 
 
+def sequence_parallel() -> dict[str, Any]:
+    """Norms on parts of the sequence; layers that return DTensors; a layer whose output is not reduced yet."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+
+    def wrap(model: nn.Module) -> nn.Module:
+        plan = {
+            "0": SequenceParallel(),
+            "1": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+            "3": RowwiseParallel(output_layouts=Shard(1)),
+            "4": SequenceParallel(),
+            "5": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True),
+        }
+        return parallelize_module(model, mesh, plan)
+
+    def run(model: nn.Module) -> None:
+        optimizer = t.sgd(model)
+        for k in range(t.STEPS):
+            x = t.sequences(k).chunk(4, 1)[dist.get_rank()]
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return {"sequence parallel": watched(t.normed(), wrap, False, run)}
+
+
+def offloaded() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (4,))
+    wrap = blocks_and_root(mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return {"offloaded": watched(t.scaled(), wrap, False, plain_run(4, dist.get_rank()))}
+
+
 def main(out: Path) -> Any:
-    return fsdp2() | accumulated() | fsdp1() | tensor_parallel()
+    return fsdp2() | accumulated() | fsdp1() | tensor_parallel() | sequence_parallel() | offloaded()

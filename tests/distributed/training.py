@@ -66,6 +66,29 @@ def scaled() -> Scaled:
     return Scaled()
 
 
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+    )
+
+
+def sequences(step: int) -> Tensor:
+    return torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def alone_on_sequences() -> Any:
+    """The training of `normed` in one process."""
+    model, writer = normed(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, probes=probes()):
+        for k in range(STEPS):
+            model(sequences(k)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return values(writer)
+
+
 def tokens(step: int, size: int = 8) -> Tensor:
     """The whole batch of a step."""
     return torch.randint(0, 11, (size, 7), generator=torch.Generator().manual_seed(step))

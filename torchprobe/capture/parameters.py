@@ -58,7 +58,7 @@ class ParameterCapture:
         probes = [probe for probe in due if probe.source == "gradients"]
         if probes:
             parameters = self._parameters(optimizer)
-            found = [Named(n, _dense(local_part(p.grad)), s) for n, p, s in parameters if self._is_usable(p.grad)]
+            found = [Named(n, _dense(local_part(g)), s) for n, p, s in parameters if self._is_usable(n, g := p.grad)]
             yield from self._pieces(probes, _unscaled(found, optimizer))
 
     def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
@@ -95,14 +95,18 @@ class ParameterCapture:
             self._flat = flat_shares(model)
         return self._flat.get(id(parameter), WHOLE)
 
-    def _is_usable(self, gradient: Tensor | None) -> TypeGuard[Tensor]:
+    def _is_usable(self, name: str, gradient: Tensor | None) -> TypeGuard[Tensor]:
         if gradient is None:
             return False
         if not is_unreduced(gradient):
             return True
         if not self._unreduced:
             self._unreduced = True
-            _log.warning("gradients that are still partial sums of several ranks (DTensor Partial) are left out")
+            _log.warning(
+                "the gradient of %s is a sum that the optimizer has yet to form over ranks (DTensor Partial): it and "
+                "its like are left out, also from totals",
+                name,
+            )
         return False
 
     def _pieces(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torchprobe.buffer.backlog import Backlog
 from torchprobe.buffer.exchange import Exchange
 from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.stage import Guarded, Stage
 from torchprobe.records import Record
 from torchprobe.writers.protocol import Writer
 
@@ -21,9 +22,10 @@ MAX_WAITING = 10_000  # sealed steps
 class Drain:
     """Takes sealed steps off the training thread's hands; never makes it wait, never lets it fail.
 
-    decode: turns a sealed step into a record (None to leave it out). flush_seconds: the longest that
-    a step stays unwritten while the disk is well. What cannot be kept is dropped and counted.
-    exchange: other ranks, when there are any; then `decode` may keep a step back, and `exchange` releases it.
+    decode: turns a sealed step into a record (None to leave it out). stage: sees each record before it is
+    written. flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be
+    kept is dropped and counted.
+    exchange: other ranks, when there are any; then `decode` keeps steps back, and `exchange` releases them.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class Drain:
         writer: Writer,
         decode: Callable[[Sealed], Record | None],
         flush_seconds: float,
+        stage: Stage | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self._decode = decode
+        self._stage = Guarded(stage)
         self._exchange = exchange
         self._flush_seconds = flush_seconds
         self._sealed: deque[Sealed] = deque()
@@ -108,6 +112,7 @@ class Drain:
             self._unread += len(self._sealed)
             if self._exchange is not None:
                 self._exchange.close()
+            self._stage.close()
             closed = self._backlog.close()
             with self._wake:
                 self._clean = closed and self._written == self._served
@@ -140,14 +145,17 @@ class Drain:
         for _ in range(len(self._sealed)):  # not those that arrive meanwhile: a fast loop would never be written
             record = self._read(self._sealed.popleft())
             if record is not None:
-                self._backlog.add(record)
+                self._backlog.add(self._stage(record))
+        rest = self._stage.at_rest()
+        if rest is not None:
+            self._backlog.add(rest)
 
     def _release(self, urgent: bool) -> None:
         if self._exchange is None:
             return
         try:
             for record in self._exchange.release(urgent):
-                self._backlog.add(record)
+                self._backlog.add(self._stage(record))
         except Exception:
             self._unread += 1
             _log.exception("combining values of several ranks failed; training goes on")

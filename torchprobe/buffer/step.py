@@ -73,10 +73,11 @@ class StepBuffer:
     pieces: list[Piece] = field(default_factory=list)
     due: Sequence[Reporter] = ()  # the probes that were asked for in this step
     same_data: Sequence[int] = ()  # ranks that computed on the same examples as this one (tensor parallel)
+    urgent: bool = False  # the drain thread should see it at once
     void: Tensor | None = None  # a device flag that says the step was skipped: drop what it wrote
 
     def __bool__(self) -> bool:
-        return bool(self.values or self.scalars or self.pieces)
+        return bool(self.values or self.scalars or self.pieces or self.due)
 
 
 class Arrived(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 from weakref import ReferenceType
 
 import torch
@@ -58,7 +58,8 @@ class ParameterCapture:
         probes = [probe for probe in due if probe.source == "gradients"]
         if probes:
             parameters = self._parameters(optimizer)
-            found = [Named(n, _dense(local_part(g)), s) for n, p, s in parameters if self._is_usable(n, g := p.grad)]
+            usable = [(name, g, s) for name, p, s in parameters if (g := self._usable(name, p.grad)) is not None]
+            found = [Named(name, _dense(local_part(gradient)), share) for name, gradient, share in usable]
             yield from self._pieces(probes, _unscaled(found, optimizer))
 
     def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
@@ -95,11 +96,9 @@ class ParameterCapture:
             self._flat = flat_shares(model)
         return self._flat.get(id(parameter), WHOLE)
 
-    def _is_usable(self, name: str, gradient: Tensor | None) -> TypeGuard[Tensor]:
-        if gradient is None:
-            return False
-        if not is_unreduced(gradient):
-            return True
+    def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or not is_unreduced(gradient):
+            return gradient
         if not self._unreduced:
             self._unreduced = True
             _log.warning(
@@ -107,7 +106,7 @@ class ParameterCapture:
                 "its like are left out, also from totals",
                 name,
             )
-        return False
+        return None
 
     def _pieces(
         self, probes: Sequence[Probe], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
 
+_FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 
 
@@ -22,7 +23,7 @@ class PassObserver(Protocol):
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass of the model begins."""
 
-    def leave_pass(self, module: nn.Module, output: Any) -> None:
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It ended without an exception."""
 
     def pass_is_over(self) -> None:
@@ -57,11 +58,11 @@ def _enter(module: nn.Module, args: Any) -> None:
         root.observer.enter_pass(module, torch.is_grad_enabled())
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is None or torch.compiler.is_compiling() or under_transform() or in_backward():
         return
-    root.observer.leave_pass(module, output)
+    root.observer.leave_pass(module, args, kwargs, output)
 
 
 def _always(module: nn.Module, args: Any, output: Any) -> None:
@@ -99,13 +100,15 @@ class PassHooks:
             self._handles += [
                 module.register_forward_pre_hook(_enter),
                 module.register_forward_hook(_always, always_call=True),
-                module.register_forward_hook(_leave),
+                module.register_forward_hook(_leave, with_kwargs=True),
             ]
             self._modules.add(module)
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+    """Whether the module's class says what calling it does; Lightning's base class only seems to."""
+    home = type(module).forward.__module__
+    return type(module).forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

@@ -53,6 +53,7 @@ class Attention(Probe):
     """
 
     source: ClassVar[Source] = "attention"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
     over_shards: ClassVar[Way] = "append"  # tensor parallel ranks have some of the heads each
 

@@ -13,7 +13,19 @@ from torch import Tensor
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule
 
-Source: TypeAlias = Literal["outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss"]
+Source: TypeAlias = Literal[
+    "outputs",
+    "output_gradients",
+    "gradients",
+    "parameters",
+    "updates",
+    "attention",
+    "loss",
+    "uncertainty",
+    "calibration",
+    "flow",
+    "units",
+]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
@@ -48,6 +60,8 @@ class Probe:
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"
     """For ranks that hold parts of one module and see the same examples; equal rows count once."""
+    found_everywhere: ClassVar[bool] = True
+    """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
     def __init__(self, every: int | Schedule | None = None) -> None:
         self.every = every

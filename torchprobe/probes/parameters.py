@@ -59,10 +59,8 @@ class Updates(Probe):
     }
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
-        """Norms of (after - before) and of before; the copies in `before` become the differences."""
-        norms_before = norms.l2_norms(before)
-        torch._foreach_sub_(list(before), list(tensors))
-        return torch.stack([norms.l2_norms(before), norms_before], dim=1)
+        """Norms of (after - before) and of before."""
+        return norms.distances(tensors, before)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The norms of two parts together."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torchprobe.rules.stalled import Stalled
     from torchprobe.rules.update_ratio import UpdateRatio
     from torchprobe.rules.vanishing_gradient import VanishingGradient
+    from torchprobe.rules.webhook import WebhookNotifier
     from torchprobe.schedule import every, window
     from torchprobe.session import Session, instrument, session_of
     from torchprobe.writers.event_file import EventFileWriter
@@ -46,15 +47,13 @@ if TYPE_CHECKING:
     from torchprobe.writers.protocol import Writer
 
 _HOMES = {
-    "UnitActivity": "probes.unit_activity",
-    "Provenance": "probes.provenance",
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
     "Alert": "rules.alert",
     "Attention": "probes.attention",
-    "Calibration": "probes.calibration",
     "AttentionCollapse": "rules.attention_collapse",
     "AttentionLogitGrowth": "rules.attention_logit_growth",
+    "Calibration": "probes.calibration",
     "DeadUnits": "rules.dead_units",
     "EventFileWriter": "writers.event_file",
     "ExplodingGradient": "rules.exploding_gradient",
@@ -72,16 +71,19 @@ _HOMES = {
     "Overconfidence": "rules.overconfidence",
     "Parameters": "probes.parameters",
     "Probe": "probes.base",
+    "Provenance": "probes.provenance",
     "Record": "records",
     "Session": "session",
     "Stalled": "rules.stalled",
     "Text": "records",
+    "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",
     "Uncertainty": "probes.uncertainty",
-    "TrainingAlert": "rules.alert",
+    "UnitActivity": "probes.unit_activity",
     "UpdateRatio": "rules.update_ratio",
     "Updates": "probes.parameters",
     "VanishingGradient": "rules.vanishing_gradient",
+    "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",
     "every": "schedule",
     "instrument": "session",
@@ -126,6 +128,7 @@ __all__ = [
     "UpdateRatio",
     "Updates",
     "VanishingGradient",
+    "WebhookNotifier",
     "Writer",
     "__version__",
     "every",

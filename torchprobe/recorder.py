@@ -74,7 +74,8 @@ class Recorder:
         self._captures = captures
         self._outlet = outlet
         self._watch = watch
-        watch.progress = lambda: (self.clock.completed, self._pass.entered)
+        clock, current = self.clock, captures.modules.current
+        watch.progress = lambda: (clock.completed, current.entered)
         self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)

@@ -90,12 +90,14 @@ class Record:
 
     step counts completed optimizer steps from 1; wall_time is in seconds since the epoch.
     descriptions maps a tag's group (see `group_of`) to Markdown that says what the group measures.
+    sampled: whether probes were due at the step.
     """
 
     step: int
     wall_time: float
     values: Mapping[str, Value]
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    sampled: bool = False
 
 
 def group_of(tag: str) -> str:

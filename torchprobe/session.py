@@ -29,6 +29,7 @@ from torchprobe.capture.sites import SITE
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.distributed.world import world
+from torchprobe.flight import FlightRecorder
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped, without_ranks
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
@@ -129,6 +130,7 @@ def instrument(
     )
     sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
     modules = ModuleCapture(reference, plan.gates, selection.wants_module)
+    health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
     captures = Captures(
         modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
@@ -136,8 +138,10 @@ def instrument(
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
         PredictionPieces(reference, plan.gates, meter, flush_every),
-        Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate),
+        health,
     )
+    if directory is not None:
+        watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
     recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
     return Session(root, recorder, outlet, directory, sink, watch)
 
@@ -288,6 +292,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hparams.failed = kind is not None
+        self._watch.crashed(error)
         self.detach()
 
     def __repr__(self) -> str:

@@ -25,6 +25,8 @@ _REASONS = {
     "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
 }
 
+_NO_REASON = "nothing of the kind it watches occurred"
+
 _log = logging.getLogger("torchprobe")
 
 
@@ -60,7 +62,7 @@ class Decoder:
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sealed))
-        return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
+        return Record(sealed.step, sealed.wall_time, values, self._descriptions, bool(sealed.due)) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:

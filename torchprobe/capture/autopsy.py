@@ -41,15 +41,8 @@ def of_parameters(named: _Named) -> Finding | None:
     bad = [name for name, p in named if not _finite(p)]
     if not bad:
         return None
-    return Finding(owner_of(bad[0]), f"{_listed(bad)} held NaN or inf before the forward pass")
-
-
-def of_update(named: _Named) -> Finding | None:
-    """Parameters that an optimizer's step has made non-finite from finite gradients."""
-    bad = [name for name, p in named if not _finite(p)]
-    if not bad or any(p.grad is not None and not _finite(p.grad) for _, p in named):
-        return None
-    return Finding(bad[0], f"the optimizer's update made {_listed(bad)} NaN or inf from finite gradients")
+    text = f"{_listed(bad)} held NaN or inf before the forward pass, as the optimizer's last update left them"
+    return Finding(bad[0], text)
 
 
 def of_gradients(named: _Named) -> Finding | None:

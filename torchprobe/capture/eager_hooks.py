@@ -29,7 +29,7 @@ class Watcher(Protocol):
     def begin(self) -> None:
         """A pass of the model begins."""
 
-    def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A chosen module is called; inside backward when activation checkpointing calls it again."""
 
     def after(self, name: str, output: Any) -> None:
@@ -106,7 +106,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         return
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
-            _guarded(watcher, watcher.before, name, args, kwargs)
+            _guarded(watcher, watcher.before, name, module, args, kwargs or {})
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:

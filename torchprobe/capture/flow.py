@@ -30,7 +30,6 @@ class Flow:
     def __init__(self, probe: Provenance, gate: Gate) -> None:
         self.gate = gate
         self._probe = probe
-        self._modules: dict[str, nn.Module] = {}
         self._rows: defaultdict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
         self._turn = self._tensor = self._call = self._place = 0
         self._calls: list[int] = []  # those that are running
@@ -39,14 +38,13 @@ class Flow:
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Every module."""
-        self._modules = dict(named_modules(model))
-        return self._modules.items()
+        return named_modules(model)
 
     def begin(self) -> None:
         """A pass that raised may have left calls behind."""
         self._calls = []
 
-    def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Its parameters and inputs."""
         self._call += 1
         self._calls.append(self._call)
@@ -55,7 +53,7 @@ class Flow:
             if name == ROOT:
                 self.shapes = dict(_shapes(args, kwargs))
             prefix = "" if name == ROOT else f"{name}."
-            for own, parameter in self._modules[name].named_parameters(recurse=False):
+            for own, parameter in module.named_parameters(recurse=False):
                 self._add(self._call, "parameter", prefix + own, parameter)
             for tensor in given:
                 self._add(self._call, "in", name, tensor)
@@ -74,6 +72,7 @@ class Flow:
     def collect(self) -> list[Piece]:
         """The events of a step; starts anew."""
         rows, self._rows = self._rows, defaultdict(list)
+        self.shapes = {}
         self._turn = self._tensor = self._call = self._place = 0
         pieces = []
         for device, named in rows.items():

@@ -13,6 +13,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.eager_hooks import EagerHooks
 from torchprobe.capture.flow import Flow
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.notes import Notes
 from torchprobe.capture.sentinel import Sentinel
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.units import Units
@@ -33,6 +34,7 @@ class Health:
         current: Pass,
         sentinel_gate: Gate | None,
     ) -> None:
+        self.notes = Notes()
         self.flows = [Flow(probe, gate) for probe, gate in gates.items() if isinstance(probe, Provenance)]
         self._units = [Units(probe, gate, wanted) for probe, gate in gates.items() if isinstance(probe, UnitActivity)]
         self._hooks = EagerHooks(model, [*self.flows, *self._units], current)
@@ -40,6 +42,11 @@ class Health:
 
     def open_for(self, step: int) -> None:
         """A step begins: one that deserves a close look gets it, whatever the schedule."""
+        self._open_flows()
+        if any(flow.gate.train for flow in self.flows):
+            self.notes.open(step)
+
+    def _open_flows(self) -> None:
         if self._sentinel is not None and self._sentinel.looks():
             for flow in self.flows:
                 flow.gate.train = not flow.gate.failed
@@ -69,6 +76,8 @@ class Health:
 
     def collect(self) -> list[Piece]:
         """What the passes of a step gave; starts anew."""
+        for flow in self.flows:
+            self.notes.saw(flow.shapes)
         flows = [piece for flow in self.flows for piece in flow.collect()]
         return flows + [piece for units in self._units for piece in units.collect()]
 

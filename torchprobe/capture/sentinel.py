@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.autopsy import Finding, of_gradients, of_output, of_update
+from torchprobe.capture.autopsy import Finding, of_gradients, of_output
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.outputs import is_numeric, loss_in, main_tensor
+from torchprobe.capture.outputs import loss_in, main_tensor
 from torchprobe.naming import named_parameters
 from torchprobe.records import Text, Value
-from torchprobe.statistics.dtypes import real, row_dtype
+from torchprobe.statistics.dtypes import row_dtype
 
 _ELEMENTS = 1024  # of one tensor
 _FIRST, _IN_TURN = 4, 4  # parameters looked at in a step: those nearest to the input, and others in turn
@@ -48,15 +48,17 @@ class Sentinel:
         self._explained = False
         self._looks = _LOOKS
         self._turn = 0
+        self._elsewhere = False  # parameters outside host memory
         self._parameters: WeakKeyDictionary[Optimizer, list[nn.Parameter]] = WeakKeyDictionary()
 
     def on_output(self, output: Any) -> None:
         """A training pass has returned."""
-        if not self._gate.failed:
-            with self._gate.boundary(), torch.no_grad():
-                tensors = [t for t in (main_tensor(output), loss_in(output)) if t is not None and _is_plain(t)]
-                if self._note("output", map(_column, tensors), nan_only=True):
-                    self._explain(of_output(self._named(), tensors))
+        if self._gate.failed:
+            return
+        with self._gate.boundary(), torch.no_grad():
+            tensors = [t for t in (main_tensor(output), loss_in(output)) if t is not None and _is_plain(t)]
+            if self._note("output", [_column(t) for t in tensors]):
+                self._explain(of_output(self._named(), tensors))
 
     def on_gradients(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step; one that GradScaler tells to skip looks at them by itself."""
@@ -64,15 +66,15 @@ class Sentinel:
             return
         with self._gate.boundary(), torch.no_grad():
             self._turn += 1
-            if self._note("gradient", [p.grad for p in self._some(optimizer) if p.grad is not None]):
+            gradients = [p.grad for p in self._some(optimizer) if p.grad is not None]
+            if self._note("gradient", [g for g in gradients if type(g) is Tensor and g.layout is torch.strided]):
                 self._explain(of_gradients(self._named()))
 
     def on_parameters(self, optimizer: Optimizer) -> None:
-        """An optimizer has stepped."""
-        if not self._gate.failed:
+        """An optimizer has stepped. In host memory the next pass tells, and then all of them are looked at."""
+        if self._elsewhere and not self._gate.failed:
             with self._gate.boundary(), torch.no_grad():
-                if self._note("parameter", [p.detach() for p in self._some(optimizer)]):
-                    self._explain(of_update(self._named()))
+                self._note("parameter", [p.detach() for p in self._some(optimizer) if not p.is_cpu and _is_plain(p)])
 
     def take(self) -> tuple[dict[str, Value], list[Piece], bool]:
         """What the step showed: values known already, flags on devices, and whether it is news; starts anew."""
@@ -101,21 +103,21 @@ class Sentinel:
                 self.wants_look = True
                 yield name, 1.0
 
-    def _note(self, sign: str, tensors: Iterable[Tensor], nan_only: bool = False) -> bool:
+    def _note(self, sign: str, tensors: Sequence[Tensor]) -> bool:
         """Whether a sign was seen at once."""
-        seen = False
-        groups: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        groups: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
-            if _is_plain(tensor) and tensor.numel():
-                groups[tensor.device].append(_few(real(tensor)).reshape(-1))
+            few = tensor if tensor.numel() <= _ELEMENTS else _few(tensor)
+            groups.setdefault(tensor.device, []).append(few.detach().reshape(-1))
+        seen = False
         for device, parts in groups.items():
             total = (parts[0] if len(parts) == 1 else torch.cat(parts)).sum(dtype=row_dtype(device))
             if device.type == "cpu":
                 value = float(total.numpy())  # in host memory: nothing waits
-                seen |= math.isnan(value) if nan_only else not math.isfinite(value)
+                seen |= math.isnan(value) or (sign != "output" and math.isinf(value))
             else:
-                flag = total.isnan() if nan_only else total.isfinite().logical_not()
-                self._flags[sign, device].append(flag.to(row_dtype(device)))
+                flag = total.isnan() if sign == "output" else total.isfinite().logical_not()
+                self._flags[sign, device].append(flag.to(total.dtype))
         if seen:
             self._seen[f"nonfinite/{sign}"] = 1.0
             self.wants_look = True
@@ -131,8 +133,9 @@ class Sentinel:
         known = self._parameters.get(optimizer)
         if known is None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            known = [p for _, p in self._named() if id(p) in held and p.requires_grad]
+            known = [p for _, p in self._named() if id(p) in held and p.requires_grad and p.is_floating_point()]
             self._parameters[optimizer] = known
+            self._elsewhere |= not all(p.is_cpu for p in known)
         first, rest = known[:_FIRST], known[_FIRST:]
         start = self._turn * _IN_TURN % len(rest) if rest else 0
         return first + rest[start : start + _IN_TURN]
@@ -144,7 +147,8 @@ class Sentinel:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the elements are here: no DTensor, fake or sparse tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and is_numeric(tensor)
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.is_floating_point() and tensor.numel() > 0
 
 
 def _column(x: Tensor) -> Tensor:

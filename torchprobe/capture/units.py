@@ -47,7 +47,7 @@ class Units:
         """A pass of the model begins."""
         self._calls.clear()
 
-    def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Nothing to see before it has run."""
 
     def after(self, name: str, output: Any) -> None:

@@ -41,6 +41,7 @@ class Calibration(Probe):
     """
 
     source: ClassVar[Source] = "calibration"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
 
     def __init__(self, every: int | Schedule | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.naming import ROOT, owner_of
+from torchprobe.naming import ROOT
 from torchprobe.probes.base import Probe, Source
 from torchprobe.records import Text, Value
 
@@ -77,7 +77,8 @@ def _in_forward(events: Sequence[Event]) -> tuple[str, str] | None:
     calls = _by_call(events)
     for event in events:
         if event.kind == "parameter" and not event.finite:
-            return owner_of(event.name), f"{event.name} held {event.made} before the forward pass"
+            text = f"{event.name} held {event.made} before the forward pass, as the optimizer's last update left it"
+            return event.name, text
         if event.kind == "in" and event.name == ROOT and not event.sound:
             return NO_MODULE, f"the model's input holds {event.made}"
         if event.kind == "out" and not event.sound and all(e.finite for e in calls[event.call] if e.kind == "in"):

@@ -46,6 +46,7 @@ class Uncertainty(Probe):
     """
 
     source: ClassVar[Source] = "uncertainty"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*uncertainty.FIELDS, *EVIDENCE)
 
     def __init__(

@@ -18,7 +18,7 @@ _SEEN = {  # tag group -> what it counts, in the order in which numbers go bad w
     "activation_grad_nonfinite": "the gradient of the module's output holds NaN or inf",
     "grad_nonfinite": "the gradient of the module's parameters holds NaN or inf",
     "gradients_nonfinite": "the gradient of the parameter holds NaN or inf",
-    "parameters_nonfinite": "the parameter holds NaN or inf",
+    "parameters_nonfinite": "the parameter holds NaN or inf after the optimizer's step, though its gradient was finite",
 }
 _BACKWARD = ("activation_grad_nonfinite", "grad_nonfinite", "gradients_nonfinite")
 _SIGNS = {  # what is looked at in every step

@@ -18,9 +18,9 @@ class UpdateRatio:
 
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
     the end of a schedule: the ratio is compared as if the rate were the largest); one parameter of a module that
-    stands still while others move (a bias in front of BatchNorm has no gradient); no movement at all at step 1
-    (weights that begin at zero, as in LoRA); a large ratio of a parameter whose norm is still under 1 % of the
-    model's (a bias that passes through zero).
+    stands still while others move (a bias in front of BatchNorm has no gradient); a frozen one; no movement at step 1
+    without a gradient (behind weights that begin at zero, as in LoRA); a large ratio of a parameter whose norm is
+    still under 1 % of the model's (a bias that passes through zero).
     """
 
     name = "update_ratio"
@@ -59,7 +59,10 @@ class UpdateRatio:
         for name, ratio in ratios.items():
             modules[owner_of(name)].append(ratio)
         message = "the step hardly moved the parameter, nor the others of its module"
+        trained = any(tag.startswith("grad_norm/") for tag in record.values)
         for name, ratio in ratios.items():
-            still = max(modules[owner_of(name)]) < self.low * pace
-            if still and (ratio or record.step > 1):
+            gradient = scalar(record, f"grad_norm/{name}")
+            frozen = trained and gradient is None
+            begins = record.step == 1 and gradient == 0
+            if max(modules[owner_of(name)]) < self.low * pace and not frozen and not begins:
                 yield Alert(self.name, record.step, name, ratio, self.low, message)

@@ -26,6 +26,12 @@ class Follower(Protocol):
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""
 
+    def crashed(self, error: BaseException) -> None:
+        """The training loop raised; in the training thread."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
 
 class Watch:
     """Takes each record on its way to the writer and adds what its alerts show.
@@ -40,14 +46,13 @@ class Watch:
         rules: Sequence[Rule],
         on_alert: Callable[[Alert], object] | None = None,
         stops: frozenset[str] = frozenset(),
-        followers: Sequence[Follower] = (),
     ) -> None:
         self.alerts: list[Alert] = []
         self.progress: Callable[[], Hashable] = lambda: None
         self._rules = [(rule, Conditions()) for rule in rules]
         self._on_alert = on_alert
         self._stops = stops
-        self._followers = list(followers)
+        self.followers: list[Follower] = []
         self._display = showing.Display()
         self._stop: Alert | None = None
         self._step = 0
@@ -59,7 +64,7 @@ class Watch:
         alerts = self._all(lambda rule: rule(record), record.step)
         shown = self._act(alerts) if alerts else self._count(record)
         record = replace(record, values={**record.values, **shown}) if shown else record
-        for follower in self._followers:
+        for follower in self.followers:
             follower.follow(record, alerts)
         return record
 
@@ -71,7 +76,7 @@ class Watch:
         if not alerts:
             return None
         record = Record(self._step, time(), self._act(alerts))
-        for follower in self._followers:
+        for follower in self.followers:
             follower.follow(record, alerts)
         return record
 
@@ -86,8 +91,16 @@ class Watch:
             stop, self._stop, self._stops = self._stop, None, frozenset()
             raise TrainingAlert(stop)
 
+    def crashed(self, error: BaseException | None) -> None:
+        """The training loop raised, and is being left; in the training thread."""
+        if error is not None:
+            for follower in self.followers:
+                follower.crashed(error)
+
     def close(self) -> None:
-        """Let a notifier send what it has, for as long as it likes to take."""
+        """The run has ended: let followers finish, and a notifier send what it has."""
+        for follower in self.followers:
+            follower.close()
         close = getattr(self._on_alert, "close", None)
         if close is not None:
             self._guarded(close)
@@ -128,10 +141,10 @@ class Watch:
             self._callback_failed = True
 
 
-def open_watch(rules: Any, on_alert: Any, stop_on: Any, followers: Sequence[Follower] = ()) -> Watch:
+def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
     """The watch of an `instrument` call. Raises TypeError or ValueError for an argument that does not fit."""
     chosen = checked_rules(rules)
-    return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen), followers)
+    return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen))
 
 
 def _turned(conditions: Conditions, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:

@@ -67,12 +67,13 @@ def _torn(path: Path) -> bool:
 
 
 def _line(record: Record) -> str:
-    values = {tag: _json_value(value) for tag, value in record.values.items()}
+    values = {tag: json_value(value) for tag, value in record.values.items()}
     fields = {"step": record.step, "wall_time": record.wall_time, "values": values}
     return json.dumps(fields, allow_nan=False, separators=(",", ":"))
 
 
-def _json_value(value: Value) -> Any:
+def json_value(value: Value) -> Any:
+    """A value as JSON has it: see `JsonLinesWriter`."""
     if isinstance(value, Histogram):
         return {"edges": _numbers(value.edges.tolist()), "counts": value.counts.tolist()}
     if isinstance(value, Text):

@@ -42,9 +42,7 @@ ALLOWED = {
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "rules": {"records", "naming", "schedule"},
     "distributed": {"buffer", "capture", "probes", "records"},
-    "recorder": {"buffer", "capture", "ledger", "plan", "records", "rules"},
 }
 
 

@@ -12,6 +12,7 @@ ROOT = "root"  # what the model itself is called, whose name in `named_modules()
 _ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # `module` is also an ordinary attribute name, so the parent's class decides.
 _MODULE_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "AveragedModel"})
+_RANK_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
 
 
 def _is_wrapper(parent: nn.Module, child: str) -> bool:
@@ -25,6 +26,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for name, child in model.named_children():
         if _is_wrapper(model, name):
             return unwrapped(child)
+    return model
+
+
+def without_ranks(model: nn.Module) -> nn.Module:
+    """The module inside DDP and FSDP wrappers: what runs in every pass, also in one that goes round the wrapper."""
+    for name, child in model.named_children():
+        if _is_wrapper(model, name) and any(c.__name__ in _RANK_WRAPPERS for c in type(model).__mro__):
+            return without_ranks(child)
     return model
 
 

@@ -196,6 +196,7 @@ class Recorder:
             self._of_optimizer += self._captures.parameters.gradients(optimizer, due)
         if due:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
+            buffer.same_data = self._captures.parameters.same_data
         for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
             step.put(tag, value)
         self._captures.health.after_step(optimizer)

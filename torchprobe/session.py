@@ -28,9 +28,12 @@ from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
+from torchprobe.distributed.exchange import NoWriter, open_exchange
+from torchprobe.distributed.refusals import check_wrappers
+from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
 from torchprobe.metrics import Metrics, Number
-from torchprobe.naming import named_modules, unwrapped
+from torchprobe.naming import named_modules, unwrapped, without_ranks
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
@@ -114,24 +117,29 @@ def instrument(
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
     hparams = None if hparams is None else checked_hparams(hparams)
-    directory, opened = open_writer(writer, log_dir, run_name, type(root).__name__)
+    ranks = world()
+    directory, opened = (
+        open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
+    )
     sink = HParamsWriter(opened, hparams)
+    reference = weakref.ref(root)
+    attention = [AttentionPieces(reference, p, gate) for p, gate in plan.gates.items() if isinstance(p, Attention)]
     decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
+    exchange = open_exchange(ranks, [*plan.gates, *(pieces.heat_maps for pieces in attention)], decoder)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder, flush_seconds, watch),
+        Drain(sink, decoder if exchange is None else exchange.read, flush_seconds, watch, exchange),
         decoder,
         flush_every,
     )
-    reference = weakref.ref(root)
     sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
     modules = ModuleCapture(reference, plan.gates, selection.wants_module)
     health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
     captures = Captures(
         modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
-        [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
+        attention,
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
         PredictionPieces(reference, plan.gates, meter, flush_every),
@@ -139,7 +147,7 @@ def instrument(
     )
     if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
         watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
-    recorder = Recorder(model, plan, captures, outlet, meter, watch)
+    recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)
 
@@ -351,6 +359,7 @@ def _checked_model(model: Any) -> nn.Module:
         raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    check_wrappers(model)
     root = unwrapped(model)
     if root in _sessions:
         raise ValueError(

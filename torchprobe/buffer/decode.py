@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
 from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
@@ -50,7 +50,11 @@ class Decoder:
 
     def __call__(self, sealed: Sealed) -> Record | None:
         """The record of a step; None when it has no values. Raises what a device raised."""
-        groups = grouped(sealed.arrive())
+        return self.record(sealed, sealed.arrive())
+
+    def record(self, sealed: Sealed, arrived: Iterable[Arrived]) -> Record | None:
+        """The record of a step whose rows are on the host."""
+        groups = grouped(arrived)
         if any((flag.rows > 0).any() for flag in groups.get((SKIPPED, ""), ())):
             self.skipped += 1
             return None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from torchprobe.buffer.backlog import Backlog
+from torchprobe.buffer.exchange import Exchange
 from torchprobe.buffer.seal import Sealed
 from torchprobe.buffer.stage import Guarded, Stage
 from torchprobe.records import Record
@@ -24,6 +25,7 @@ class Drain:
     decode: turns a sealed step into a record (None to leave it out). stage: sees each record before it is
     written. flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be
     kept is dropped and counted.
+    exchange: other ranks, when there are any; then `decode` keeps steps back, and `exchange` releases them.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class Drain:
         decode: Callable[[Sealed], Record | None],
         flush_seconds: float,
         stage: Stage | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._decode = decode
         self._stage = Guarded(stage)
+        self._exchange = exchange
         self._flush_seconds = flush_seconds
         self._sealed: deque[Sealed] = deque()
         self._backlog = Backlog(writer)
@@ -50,7 +54,8 @@ class Drain:
     @property
     def dropped(self) -> int:
         """Steps and records lost so far, in whole or in part."""
-        return self._turned_away + self._unread + self._backlog.dropped
+        lost = 0 if self._exchange is None else self._exchange.dropped
+        return self._turned_away + self._unread + self._backlog.dropped + lost
 
     def admit(self) -> bool:
         """Whether there is room for one more step; when there is none, counts it as dropped. Never blocks."""
@@ -87,7 +92,7 @@ class Drain:
         asked = self.wake(urgent=True)
         with self._wake:
             if self._thread is not threading.current_thread():
-                self._wake.wait_for(lambda: self._served >= asked or self._ended, _waitable(timeout))
+                self._wake.wait_for(lambda: self._served >= asked or self._ended, self._longest(timeout))
             return self._written >= asked
 
     def close(self, timeout: float | None = None) -> bool:
@@ -100,7 +105,7 @@ class Drain:
         self.wake(urgent=True)
         if self._thread is threading.current_thread():
             return False
-        self._thread.join(_waitable(timeout))
+        self._thread.join(self._longest(timeout))
         return self._clean
 
     def _run(self) -> None:
@@ -109,6 +114,8 @@ class Drain:
                 pass
         finally:
             self._unread += len(self._sealed)
+            if self._exchange is not None:
+                self._exchange.close()
             self._stage.close()
             closed = self._backlog.close()
             with self._wake:
@@ -121,6 +128,7 @@ class Drain:
         asked, urgent, closing = self._wait()
         dropped = self._unread + self._backlog.dropped
         self._collect()
+        self._release(urgent or closing)
         written = self._backlog.write(urgent) and dropped == self._unread + self._backlog.dropped
         with self._wake:
             self._served = asked
@@ -130,8 +138,8 @@ class Drain:
         return closing
 
     def _wait(self) -> tuple[int, bool, bool]:
-        pause = self._backlog.pause()
-        seconds = self._flush_seconds if pause is None else min(pause, self._flush_seconds)
+        pauses = [self._backlog.pause(), None if self._exchange is None else self._exchange.pause()]
+        seconds = min([self._flush_seconds, *(pause for pause in pauses if pause is not None)])
         with self._wake:
             self._wake.wait_for(lambda: self._asked > self._served or self._closing, _waitable(seconds))
             urgent, self._urgent = self._urgent, False
@@ -145,6 +153,23 @@ class Drain:
         rest = self._stage.at_rest()
         if rest is not None:
             self._backlog.add(rest)
+
+    def _release(self, urgent: bool) -> None:
+        if self._exchange is None:
+            return
+        try:
+            for record in self._exchange.release(urgent):
+                self._backlog.add(self._stage(record))
+        except Exception:
+            self._unread += 1
+            _log.exception("combining values of several ranks failed; training goes on")
+
+    def _longest(self, timeout: float | None) -> float | None:
+        """What a caller waits at most, in a form that the system knows."""
+        patience = None if self._exchange is None else self._exchange.patience
+        if patience is not None:
+            timeout = patience if timeout is None else min(timeout, patience)
+        return _waitable(timeout)
 
     def _read(self, sealed: Sealed) -> Record | None:
         try:

@@ -25,6 +25,7 @@ class Sealed:
     wall_time: float
     values: dict[str, Value]
     due: Sequence[Reporter] = ()
+    same_data: Sequence[int] = ()
     transfers: list[tuple[Ticket, list[Heading]]] = field(default_factory=list)
     lost: bool = False  # device values that found no room
 
@@ -83,7 +84,7 @@ class Lanes:
 
         So are those of a device whose work the user is recording as a graph.
         """
-        sealed = Sealed(step, wall_time, buffer.values, buffer.due)
+        sealed = Sealed(step, wall_time, buffer.values, buffer.due, buffer.same_data)
         pieces = [*buffer.pieces, *_scalar_pieces(buffer.scalars), *_flag(buffer.void)]
         for device, group in _by_device(pieces).items():
             ticket = self._send(device, [piece.rows for piece in group])

@@ -21,6 +21,22 @@ class Reporter(Protocol):
         """Tags and values; rows has shape (len(names), fields)."""
 
 
+class Share(NamedTuple):
+    """What the row of a parameter is to that of the whole parameter, when several ranks train one model."""
+
+    whole: int  # elements of the parameter
+    part: int  # those that the row is of
+    copy: int  # the first of the ranks whose parts make one copy of the parameter
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank sees all of it."""
+        return self.part == self.whole
+
+
+WHOLE = Share(1, 1, 0)
+
+
 class Heading(NamedTuple):
     """Whose rows these are; it does not keep them alive on the device."""
 
@@ -28,6 +44,7 @@ class Heading(NamedTuple):
     names: Sequence[str]
     prefix: str
     counted: bool
+    shares: Sequence[Share] | None
 
 
 @dataclass(slots=True)
@@ -39,11 +56,12 @@ class Piece:
     rows: Tensor
     prefix: str = ""
     counted: bool = False  # the last column is a number of calls; rows without a call are left out
+    shares: Sequence[Share] | None = None  # of parameters; None where each rank's rows are of its own data
 
     @property
     def heading(self) -> Heading:
         """All but the rows."""
-        return Heading(self.reporter, self.names, self.prefix, self.counted)
+        return Heading(self.reporter, self.names, self.prefix, self.counted, self.shares)
 
 
 @dataclass(slots=True)
@@ -54,6 +72,7 @@ class StepBuffer:
     scalars: dict[str, Tensor] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
     due: Sequence[Reporter] = ()  # the probes that were asked for in this step
+    same_data: Sequence[int] = ()  # ranks that computed on the same examples as this one (tensor parallel)
     urgent: bool = False  # the drain thread should see it at once
     void: Tensor | None = None  # a device flag that says the step was skipped: drop what it wrote
 
@@ -78,11 +97,13 @@ def grouped(arrived: Iterable[Arrived]) -> Mapping[tuple[Reporter, str], list[Ar
 
 def joined(parts: Sequence[Arrived]) -> tuple[list[str], NDArray[np.float64]]:
     """Parts of one probe as one, without rows that saw no call. Raises ValueError when their widths differ."""
-    seen = [_seen(*part) for part in parts]
+    seen = [seen_rows(part) for part in parts]
     return [name for names, _ in seen for name in names], np.concatenate([rows for _, rows in seen])
 
 
-def _seen(heading: Heading, rows: NDArray[np.float64]) -> tuple[Sequence[str], NDArray[np.float64]]:
+def seen_rows(part: Arrived) -> tuple[Sequence[str], NDArray[np.float64]]:
+    """Names and rows of what occurred: those that saw no call are left out."""
+    heading, rows = part
     if not heading.counted:
         return heading.names, rows
     fired = rows[:, -1] > 0

@@ -78,8 +78,7 @@ class ModuleCapture:
         model = self._model()
         if model is None or not self._gates:
             return
-        armed = training, sum(1 for _ in model.modules())  # a model may grow
-        if self._armed == armed:
+        if self._armed == (training, _hooks_on(model)):
             return
         if self.current.compiled and self._handles:
             return
@@ -87,7 +86,7 @@ class ModuleCapture:
         for name, module, in_eval in chosen_modules(model, self._wanted):
             if training or in_eval:
                 self._hook(name, module, model)
-        self._armed = armed
+        self._armed = training, _hooks_on(model)
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
@@ -140,6 +139,11 @@ class ModuleCapture:
         while self._handles:
             self._handles.pop().remove()
         self._armed = None
+
+
+def _hooks_on(model: nn.Module) -> int:
+    """Changes when a model grows, or gets a hook after ours that may change the output, as tensor parallelism adds."""
+    return sum(1 + len(module._forward_hooks) for module in model.modules())
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

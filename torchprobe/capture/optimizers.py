@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.frames import running
+from torchprobe.capture.fully_sharded import lasting_parameters
 
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
@@ -90,4 +91,4 @@ def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def parameter_ids(model: nn.Module) -> set[int]:
     """Identities of the model's parameters, to recognise them in an optimizer's groups."""
-    return {id(parameter) for parameter in model.parameters()}
+    return {id(parameter) for parameter in lasting_parameters(model)}

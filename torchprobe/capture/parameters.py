@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -11,23 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.buffer.step import Piece
+from torchprobe.buffer.step import WHOLE, Piece, Share
+from torchprobe.capture.fully_sharded import flat_shares, is_flattened
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe
 
+_log = logging.getLogger("torchprobe")
+
 
 class Named(NamedTuple):
-    """A tensor under its parameter's name."""
+    """What this rank holds of a parameter or its gradient, under the parameter's name."""
 
     name: str
     tensor: Tensor
+    share: Share = WHOLE
 
 
 class ParameterCapture:
     """Feeds the probes of gradients, parameters and updates with the tensors of an optimizer's step.
 
-    Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels.
+    Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels. Of a sharded
+    parameter the probes see this rank's part.
     """
 
     def __init__(
@@ -38,12 +45,22 @@ class ParameterCapture:
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
+        self._unreduced = False
+        self._flat: Mapping[int, Share] = {}
+
+    @property
+    def same_data(self) -> tuple[int, ...]:
+        """The ranks that compute on the same examples as this one, when parameters are spread over them."""
+        model = self._model()
+        return () if model is None else ranks_on_same_data(model)
 
     def gradients(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
         probes = [probe for probe in due if probe.source == "gradients"]
         if probes:
-            found = [Named(name, _dense(p.grad)) for name, p in self._parameters(optimizer) if p.grad is not None]
+            parameters = self._parameters(optimizer)
+            usable = [(name, g, s) for name, p, s in parameters if (g := self._usable(name, p.grad)) is not None]
+            found = [Named(name, _dense(local_part(gradient)), share) for name, gradient, share in usable]
             yield from self._pieces(probes, _unscaled(found, optimizer))
 
     def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
@@ -51,11 +68,13 @@ class ParameterCapture:
         self._before = {}
         if any(probe.source == "updates" for probe in due):
             with torch.no_grad():
-                self._before = _copies(self._parameters(optimizer), self._room)
+                self._before = _copies(
+                    ((n, local_part(p.detach())) for n, p, _ in self._parameters(optimizer)), self._room
+                )
 
     def after_step(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
         """Rows of the parameters after the step, and of what the step changed."""
-        now = [Named(name, p.detach()) for name, p in self._parameters(optimizer)]
+        now = [Named(name, local_part(p.detach()), share) for name, p, share in self._parameters(optimizer)]
         yield from self._pieces([probe for probe in due if probe.source == "parameters"], now)
         moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
         updates = [probe for probe in due if probe.source == "updates"]
@@ -70,12 +89,35 @@ class ParameterCapture:
         """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
         self._room = {}
 
-    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, Share]]:
         model = self._model()
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(n, p) for n, p in named_parameters(model) if id(p) in held and self._wanted(n)]
+        return [
+            (name, p, self._share(model, p))
+            for name, p in named_parameters(model)
+            if id(p) in held and self._wanted(name)
+        ]
+
+    def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
+        if not is_flattened(parameter):
+            return share_of(parameter)
+        if id(parameter) not in self._flat:
+            self._flat = flat_shares(model)
+        return self._flat.get(id(parameter), WHOLE)
+
+    def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or not is_unreduced(gradient):
+            return gradient
+        if not self._unreduced:
+            self._unreduced = True
+            _log.warning(
+                "the gradient of %s is a sum that the optimizer has yet to form over ranks (DTensor Partial): it and "
+                "its like are left out, also from totals",
+                name,
+            )
+        return None
 
     def _pieces(
         self, probes: Sequence[Probe], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
@@ -93,7 +135,7 @@ class ParameterCapture:
             return None
         with gate.boundary(), torch.no_grad():
             rows = probe.compute_all([named.tensor for named in group], before)
-            return Piece(probe, [named.name for named in group], rows)
+            return Piece(probe, [named.name for named in group], rows, shares=[named.share for named in group])
         return None  # the boundary took an exception
 
 
@@ -115,7 +157,7 @@ def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
     scale = getattr(optimizer, "grad_scale", None)
     if not isinstance(scale, Tensor):
         return tensors
-    return [Named(name, _wide(tensor) / scale.to(tensor.device)) for name, tensor in tensors]
+    return [Named(name, _wide(tensor) / scale.to(tensor.device), share) for name, tensor, share in tensors]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.taps import Tap
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
@@ -75,4 +76,5 @@ def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
         tap.merge(tensor, training)
     elif not tap.gate.failed:
         with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
-            tap.add(tensor, training)
+            if not is_unreduced(tensor):
+                tap.add(local_part(tensor), training)

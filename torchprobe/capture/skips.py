@@ -7,17 +7,22 @@ from weakref import ReferenceType
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchprobe.capture.fully_sharded import has_gradients, is_flattened, is_fully_sharded, lasting_parameters
 from torchprobe.capture.loss import backward_call
 from torchprobe.capture.recompute import backward_id
 
 
 class SkipDetector:
-    """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights."""
+    """A skipped step: a backward pass ran, and its gradients are gone without a change of the weights.
+
+    FullyShardedDataParallel lets gradients come and go with its flat parameters: there, nothing is recognised.
+    """
 
     def __init__(self, model: ReferenceType[nn.Module]) -> None:
         self._model = model
         self._backward_id: int | None = None
         self._weights_used: int | None = None  # version of the weights in a backward that no step has followed yet
+        self._sharded: bool | None = None  # asked at the first backward pass, when the model is wrapped
         self.in_closure = False  # the optimizer evaluates the model itself, and drops gradients as it likes
 
     def begins_backward(self) -> bool:
@@ -30,6 +35,9 @@ class SkipDetector:
 
     def backward_ran(self) -> None:
         """Gradients of this backward pass await a step."""
+        if self._sharded is None:
+            model = self._model()
+            self._sharded = model is not None and is_fully_sharded(model)
         self._weights_used = self._weights_version()
 
     def settled(self) -> None:
@@ -44,11 +52,16 @@ class SkipDetector:
 
     def _has_gradients(self) -> bool:
         model = self._model()
-        return model is not None and any(p.grad is not None for p in model.parameters())
+        if model is None or not self._sharded:
+            return model is not None and any(p.grad is not None for p in model.parameters())
+        return has_gradients(model) or any(map(is_flattened, model.parameters()))
 
     def _weights_version(self) -> int:
-        parameter = first_trained(self._model())
-        return 0 if parameter is None else parameter._version
+        model = self._model()
+        if model is None:
+            return 0
+        parameters = lasting_parameters(model) if self._sharded else model.parameters()
+        return next((p._version for p in parameters if p.requires_grad), 0)
 
 
 def first_trained(model: nn.Module | None) -> nn.Parameter | None:

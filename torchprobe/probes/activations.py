@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.probes.base import Probe, Report, Source
@@ -47,6 +49,10 @@ class Activations(Probe):
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Chan's parallel merge."""
         return moments.combine(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all modules at once."""
+        return moments.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """One tag per summary value; the non-finite count only when there is one."""

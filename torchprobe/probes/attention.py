@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from torchprobe.images import grid, heat_map
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe, Source, Way
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule, check_count
 from torchprobe.statistics import attention
@@ -53,6 +55,7 @@ class Attention(Probe):
     source: ClassVar[Source] = "attention"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
+    over_shards: ClassVar[Way] = "append"  # tensor parallel ranks have some of the heads each
 
     def __init__(
         self,
@@ -69,6 +72,15 @@ class Attention(Probe):
         self.map_layers = check_count("map_layers", map_layers)
         self.eval = eval
         self.descriptions = _descriptions(_EXACT)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """A head's rows of two batches together."""
+        both = attention.combine(a[..., :-1], b[..., :-1])
+        return torch.cat((both, torch.maximum(a[..., -1:], b[..., -1:])), dim=-1)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all heads at once."""
+        return self.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names repeat: a row for each head. Per layer, the heads of all layers, and the overview."""
@@ -88,6 +100,10 @@ class Attention(Probe):
 
 class AttentionHeatMaps:
     """Draws every statistic, layers down and heads across. Drawing takes the time of many records."""
+
+    def __init__(self, probe: Attention) -> None:
+        self.over_batches, self.over_shards = probe.over_batches, probe.over_shards
+        self.combine_rows = probe.combine_rows
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """The same rows as the probe's."""

@@ -30,6 +30,9 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
 
+Way: TypeAlias = Literal["combine", "append"]
+"""How rows of one name from several ranks become those of the whole: merged by the probe, or listed side by side."""
+
 
 class Probe:
     """What to capture, which statistic of it, under which tags, and how often.
@@ -40,7 +43,8 @@ class Probe:
       optimizer is about to use), ``"parameters"`` or ``"updates"`` (after the optimizer's step).
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
-    - ``combine(a, b)`` merges the statistics of two parts, such as two micro-batches of a step.
+    - ``combine(a, b)`` merges the statistics of two parts, such as two micro-batches of a step, the batches of
+      two ranks, or two shards of a parameter.
     - ``report(name, values)`` runs on the host, in a background thread, and yields ``(tag, value)``.
 
     every: a number of steps, or a schedule `step -> bool`.
@@ -52,6 +56,10 @@ class Probe:
     descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
+    over_batches: ClassVar[Way] = "combine"
+    """For ranks that see different examples."""
+    over_shards: ClassVar[Way] = "combine"
+    """For ranks that hold parts of one module and see the same examples; equal rows count once."""
     found_everywhere: ClassVar[bool] = True
     """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
@@ -89,6 +97,13 @@ class Probe:
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Merge the statistics of two parts, shape (len(fields),) each. The default adds them."""
         return a + b
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`combine` for many rows at once, on the host: shapes (names, fields). Merges what ranks have seen."""
+        if type(self).combine is Probe.combine:
+            return a + b
+        pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
+        return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class GradientHistograms(Probe):
 
 
 class ParameterHistograms(Probe):
-    """Values on a linear axis of 64 buckets between the smallest and the largest finite element."""
+    """Values on a linear axis of up to 64 buckets, whose width is a power of two."""
 
     source: ClassVar[Source] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("low", "high", "nonfinite", "counts")
@@ -58,6 +59,10 @@ class ParameterHistograms(Probe):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One row of limits and counts a tensor."""
         return linear.linear_histograms(tensors, _BUCKETS)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The histogram of two parts together, on the host: exact."""
+        return torch.from_numpy(linear.combine(a.numpy(), b.numpy()))
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, and the non-finite count when there is one."""

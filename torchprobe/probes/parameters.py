@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,14 @@ class Parameters(Probe):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One norm each."""
         return norms.l2_norms(tensors).unsqueeze(1)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The norm of two parts together."""
+        return torch.hypot(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all parameters at once."""
+        return np.hypot(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the total."""
@@ -53,6 +62,14 @@ class Updates(Probe):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """Norms of (after - before) and of before."""
         return norms.distances(tensors, before)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The norms of two parts together."""
+        return torch.hypot(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all parameters at once."""
+        return np.hypot(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the median."""

@@ -27,7 +27,7 @@ class AttentionPieces:
         self._capture = AttentionCapture(model, gate, probe.rows, self._map_of)
         self._map_due = False
         self._sampled = 0
-        self._heat_maps = AttentionHeatMaps()
+        self.heat_maps = AttentionHeatMaps(probe)
         self._mapped: set[str] = set()
         self._reporters: dict[tuple[str, int, int], AttentionMap] = {}
 
@@ -62,7 +62,7 @@ class AttentionPieces:
             names, rows = [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1)
             yield Piece(self.probe, names, rows, prefix)
             if self._map_due:
-                yield Piece(self._heat_maps, names, rows, prefix)
+                yield Piece(self.heat_maps, names, rows, prefix)
             if found.kept is not None:
                 yield self._map_piece(found, found.kept, prefix)
 

@@ -1,0 +1,5 @@
+"""One run over several ranks: each sends what it has seen to rank 0, which combines and writes it.
+
+Read in the order in which values flow: `world` (who writes), `numbering` (which steps are the same), `sender`, `frames`
+(bytes), `mailbox` (how they travel), `gatherer`, `merge` (one row from many).
+"""

@@ -1,0 +1,181 @@
+"""The drain thread's work on rank 0: keep each step until the other ranks' part of it is there, then combine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import monotonic, sleep, time
+from typing import NamedTuple
+
+from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.step import Arrived, Reporter, seen_rows
+from torchprobe.distributed.combine import Combiner, same_data_groups
+from torchprobe.distributed.frames import Part
+from torchprobe.distributed.mailbox import Mailbox, open_mailbox
+from torchprobe.distributed.numbering import Key, Numbering
+from torchprobe.distributed.peer import Peer
+from torchprobe.distributed.sender import HELD
+from torchprobe.distributed.world import World, is_connected
+from torchprobe.records import Record
+
+_log = logging.getLogger("torchprobe")
+
+POLL = 0.25  # seconds between looks while steps wait
+URGENT_POLL = 0.005
+PATIENCE = 30.0  # seconds that a step waits for a rank that lags
+URGENT_PATIENCE = 5.0  # the same while the user waits for `flush` or `detach`
+GRACE = 2.0  # seconds from the first step on in which a rank may still call `instrument`
+MAX_WAITING = 1000  # steps
+
+
+class Waiting(NamedTuple):
+    """A step of rank 0 whose rows are on the host."""
+
+    key: Key
+    sealed: Sealed
+    arrived: list[Arrived]
+    since: float
+
+
+class Gatherer:
+    """Combines the steps of rank 0 with what the others have sent of them, in order.
+
+    A rank that lags by more than PATIENCE is left out, with one line in the log, until it is heard of again: its
+    values are missing from means, and sharded parameters from the step. Ranks that never called `instrument` are
+    not waited for.
+    """
+
+    patience: float | None = None
+
+    def __init__(self, world: World, keys: Mapping[Reporter, str], decoder: Decoder) -> None:
+        self.late_steps = 0  # written without some rank
+        self._world = world
+        self._keys = keys
+        self._decoder = decoder
+        self._combiner = Combiner({key: reporter for reporter, key in keys.items()})
+        self._numbering = Numbering()
+        self._waiting: deque[Waiting] = deque()
+        self._used = Key(0, 0, 0)
+        self._same_data: Sequence[int] = ()
+        self._first_step_at: float | None = None
+        self._published = False
+        self._mailbox: Mailbox | None = None
+        self._peers: list[Peer] = []
+        self._connect()
+
+    @property
+    def dropped(self) -> int:
+        """Steps of other ranks that came too late, and steps without a part of a sharded parameter."""
+        return self._combiner.incomplete + sum(peer.too_late for peer in self._peers)
+
+    @property
+    def absent(self) -> list[int]:
+        """Ranks that have said nothing, or nothing for long."""
+        heard = {peer.rank for peer in self._peers if peer.heard and not peer.late}
+        return [rank for rank in range(1, self._world.size) if rank not in heard]
+
+    def read(self, sealed: Sealed) -> Record | None:
+        """Keep a step for `release`. Raises what a device raised."""
+        key = self._numbering.next(sealed.step)
+        self._waiting.append(Waiting(key, sealed, sealed.arrive(), monotonic()))
+        self._first_step_at = self._first_step_at or monotonic()
+        return None
+
+    def pause(self) -> float | None:
+        """Look again soon while a step waits."""
+        return POLL if self._waiting and self._mailbox is not None else None
+
+    def release(self, urgent: bool) -> Iterable[Record]:
+        """The records of steps for which nobody needs to be waited any more."""
+        self._connect()
+        self._poll()
+        if urgent:
+            self._hurry()
+        while self._waiting and (urgent or self._is_ready(self._waiting[0])):
+            yield from self._records(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Nothing to say: the others notice when they leave."""
+
+    def _connect(self) -> None:
+        if self._mailbox is not None or not is_connected():
+            return
+        try:
+            self._mailbox = open_mailbox(self._world.rank)
+        except Exception:
+            _log.exception("rank 0 cannot reach the store of torch.distributed: it shows its own values alone")
+            return
+        self._peers = [Peer(rank, self._mailbox.inbox(rank)) for rank in range(1, self._world.size)]
+
+    def _poll(self) -> None:
+        for peer in self._peers:
+            peer.poll(self._used)
+
+    def _hurry(self) -> None:
+        deadline = monotonic() + URGENT_PATIENCE
+        while self._waiting and self._owing(self._waiting[-1]):
+            if monotonic() > deadline:
+                self._give_up(self._waiting[-1])
+                return
+            sleep(URGENT_POLL)
+            self._poll()
+
+    def _is_ready(self, head: Waiting) -> bool:
+        if not self._owing(head):
+            return True
+        if monotonic() - head.since > PATIENCE:
+            self._give_up(head)
+            return True
+        return len(self._waiting) > MAX_WAITING
+
+    def _owing(self, waiting: Waiting) -> list[Peer]:
+        """Ranks that are expected to send their part of a step yet."""
+        if self._mailbox is None or self._mailbox.failed:
+            return []
+        early = self._first_step_at is not None and monotonic() - self._first_step_at < GRACE
+        return [peer for peer in self._peers if peer.owes(waiting.key) or (early and not peer.heard)]
+
+    def _give_up(self, waiting: Waiting) -> None:
+        for peer in self._owing(waiting):
+            if peer.heard:
+                peer.late = True
+                _log.warning(
+                    "rank %d is late with step %d: it is left out until it is back", peer.rank, waiting.key.step
+                )
+
+    def _records(self, waiting: Waiting) -> Iterator[Record]:
+        parts: dict[Key, dict[int, Sequence[Part]]] = {}
+        for peer in self._peers:
+            for key, some in peer.take_until(waiting.key):
+                parts.setdefault(key, {})[peer.rank] = some
+        self._used = waiting.key
+        of_step = parts.pop(waiting.key, {})
+        for key in sorted(parts):  # steps in which rank 0 saw nothing
+            yield from self._record(Sealed(key.step, time(), {}), [], parts[key])
+        self.late_steps += any(peer.late for peer in self._peers)
+        yield from self._record(waiting.sealed, waiting.arrived, of_step)
+
+    def _record(self, sealed: Sealed, arrived: list[Arrived], others: Mapping[int, Sequence[Part]]) -> Iterator[Record]:
+        self._same_data = sealed.same_data or self._same_data
+        own = [self._part(part) for part in arrived if part.heading.reporter in self._keys]
+        self._publish(own)
+        alone = [part for part in arrived if part.heading.reporter not in self._keys]
+        known = {0: self._same_data, **{peer.rank: peer.same_data for peer in self._peers}}
+        together = self._combiner({0: own, **others}, same_data_groups(known))
+        record = self._decoder.record(sealed, [*alone, *together])
+        if record is not None:
+            yield record
+
+    def _part(self, arrived: Arrived) -> Part:
+        names, rows = seen_rows(arrived)
+        return Part(self._keys[arrived.heading.reporter], arrived.heading.prefix, names, rows, arrived.heading.shares)
+
+    def _publish(self, parts: Sequence[Part]) -> None:
+        """Once: the parameters that rank 0 sees whole, which the others need not send."""
+        names = {n for part in parts for n, share in zip(part.names, part.shares or ()) if share.is_whole}  # noqa: B905
+        if names and not self._published and self._mailbox is not None:
+            self._published = True
+            self._mailbox.publish(HELD, json.dumps(sorted(names)).encode())

@@ -1,0 +1,140 @@
+"""One row of each name from those of several ranks. Pure; ranks are given in their order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torchprobe.buffer.step import Share
+from torchprobe.distributed.frames import Part
+from torchprobe.probes.base import Probe, Way
+
+Rows: TypeAlias = "dict[str, NDArray[np.float64]]"
+"""What one rank has under each name: (occurrences, fields), as several optimizers or heads have a row each."""
+
+
+class Combines(Protocol):
+    """The half of a probe that knows what rows of several ranks are together."""
+
+    over_batches: Way
+    over_shards: Way
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rows of the same names from two ranks, as one: shapes (names, fields)."""
+
+
+class Merged(NamedTuple):
+    """Names and rows of all ranks together; incomplete names some parts of which are missing."""
+
+    names: list[str]
+    rows: NDArray[np.float64]
+    incomplete: list[str]
+
+
+def merge(probe: Combines, parts: Mapping[int, Sequence[Part]], groups: Iterable[Sequence[int]]) -> Merged:
+    """What all ranks have of one probe. groups: the ranks that saw the same examples, each rank in one group."""
+    if any(part.shares is not None for some in parts.values() for part in some):
+        rows, incomplete = _of_parameters(probe, parts)
+    else:
+        by_rank = {rank: _by_name(some) for rank, some in parts.items()}
+        batches = [_of_shards(probe, [by_rank[rank] for rank in group if rank in by_rank]) for group in groups]
+        rows, incomplete = _averaged(probe, _folded(probe, batches, probe.over_batches), len(batches)), []
+    names = [name for name, some in rows.items() for _ in range(len(some))]
+    return Merged(names, np.concatenate(list(rows.values())) if rows else np.zeros((0, 1)), incomplete)
+
+
+def _of_parameters(probe: Combines, parts: Mapping[int, Sequence[Part]]) -> tuple[Rows, list[str]]:
+    """A row of the whole parameter is taken from the first rank that has one, else the parts of one copy are merged."""
+    whole: Rows = {}
+    copies: defaultdict[str, defaultdict[int, list[_Held]]] = defaultdict(lambda: defaultdict(list))
+    for some in parts.values():
+        own = _by_name(some)
+        for name, share in _shares_by_name(some).items():
+            if share.is_whole:
+                whole.setdefault(name, own[name])
+            else:
+                copies[name][share.copy].append(_Held(share, own[name]))
+    chosen = {name: _complete_copy(of_name) for name, of_name in copies.items() if name not in whole}
+    ranks = max((len(held) for held in chosen.values()), default=0)
+    shards = [{name: held[i].rows for name, held in chosen.items() if i < len(held)} for i in range(ranks)]
+    rows = whole | _folded(probe, shards, "combine")
+    ordered = dict.fromkeys(name for some in parts.values() for part in some for name in part.names)
+    return {name: rows[name] for name in ordered if name in rows}, [name for name, held in chosen.items() if not held]
+
+
+class _Held(NamedTuple):
+    share: Share
+    rows: NDArray[np.float64]
+
+
+def _complete_copy(copies: Mapping[int, list[_Held]]) -> list[_Held]:
+    """The parts that together hold every element once; none when some are missing."""
+    for _, held in sorted(copies.items()):
+        if sum(share.part for share, _ in held) == held[0].share.whole:
+            return held
+    return []
+
+
+def _of_shards(probe: Combines, ranks: Sequence[Rows]) -> Rows:
+    """Rows of ranks that saw the same examples. Equal ones are copies; others are of parts."""
+    if len(ranks) < 2:
+        return dict(ranks[0]) if ranks else {}
+    names = dict.fromkeys(name for rows in ranks for name in rows)
+    copied = {name for name in names if _all_equal([rows[name] for rows in ranks if name in rows])}
+    copies = {name: next(rows[name] for rows in ranks if name in rows) for name in copied}
+    spread = [{name: some for name, some in rows.items() if name not in copied} for rows in ranks]
+    merged = copies | _folded(probe, spread, probe.over_shards)
+    return {name: merged[name] for name in names}
+
+
+def _averaged(probe: Combines, rows: Rows, batches: int) -> Rows:
+    """The training loss is the mean of the ranks' losses, and each has seen the gradient of its own."""
+    if batches == 1 or not isinstance(probe, Probe) or probe.source != "output_gradients":
+        return rows
+    scale = torch.tensor(float(batches), dtype=torch.float64)
+    return {
+        n: probe.unscale(torch.from_numpy(np.pad(some, ((0, 0), (0, 1)))), scale).numpy()[:, :-1]
+        for n, some in rows.items()
+    }
+
+
+def _folded(probe: Combines, ranks: Iterable[Rows], way: Way) -> Rows:
+    total: Rows = {}
+    for rows in ranks:
+        shared = [name for name in rows if name in total]
+        if way == "append":
+            total |= {name: np.concatenate((total[name], rows[name])) for name in shared}
+        else:
+            total |= _combined(probe, total, rows, [name for name in shared if total[name].shape == rows[name].shape])
+        total |= {name: some for name, some in rows.items() if name not in total}
+    return total
+
+
+def _combined(probe: Combines, a: Rows, b: Rows, names: Sequence[str]) -> Rows:
+    """One call for all names: a call costs more than its arithmetic."""
+    if not names:
+        return {}
+    both = probe.combine_rows(np.concatenate([a[n] for n in names]), np.concatenate([b[n] for n in names]))
+    ends = np.cumsum([len(a[name]) for name in names])[:-1]
+    return dict(zip(names, np.split(both, ends), strict=True))
+
+
+def _by_name(parts: Sequence[Part]) -> Rows:
+    lists: dict[str, list[NDArray[np.float64]]] = {}
+    for part in parts:
+        for name, row in zip(part.names, part.rows, strict=True):
+            lists.setdefault(name, []).append(row)
+    return {name: np.stack(rows) for name, rows in lists.items()}
+
+
+def _shares_by_name(parts: Sequence[Part]) -> dict[str, Share]:
+    return {n: share for part in parts for n, share in zip(part.names, part.shares or (), strict=True)}
+
+
+def _all_equal(rows: Sequence[NDArray[np.float64]]) -> bool:
+    return all(np.array_equal(rows[0], other, equal_nan=True) for other in rows[1:])

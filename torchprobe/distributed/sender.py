@@ -1,0 +1,112 @@
+"""The drain thread's work on every rank but 0: send what was seen."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+
+from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.step import Arrived, Reporter, seen_rows
+from torchprobe.distributed.frames import Encoder, Frame, Part, Step
+from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
+from torchprobe.distributed.numbering import Key, Numbering
+from torchprobe.distributed.world import is_connected
+from torchprobe.records import Record
+
+_log = logging.getLogger("torchprobe")
+
+CYCLE = 1.0  # seconds between frames, at least
+PATIENCE = 10.0  # seconds that `flush` and `detach` give a store that does not answer
+
+MAX_WAITING = 1000  # steps, while there is no store yet
+HELD = "parameters"  # where rank 0 says which parameters it sees whole
+
+
+class Sender:
+    """Sends the rows of probes to rank 0, names and all; what is logged by hand is rank 0's own affair.
+
+    Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, steps are dropped and counted.
+    """
+
+    patience: float | None = PATIENCE
+
+    def __init__(self, rank: int, keys: Mapping[Reporter, str]) -> None:
+        self.dropped = 0
+        self._rank = rank
+        self._keys = keys
+        self._numbering = Numbering()
+        self._encode = Encoder()
+        self._steps: list[Step] = []
+        self._mark: Key | None = None
+        self._held_by_first: frozenset[str] | None = None
+        self._mailbox: Mailbox | None = None
+        self._outbox: Outbox | None = None
+        self._connect()
+
+    def read(self, sealed: Sealed) -> Record | None:
+        """Take over a step: it goes with the next frame. Raises what a device raised."""
+        self._mark = self._numbering.next(sealed.step)
+        parts = [part for part in map(self._part, sealed.arrive()) if part is not None]
+        if parts and len(self._steps) < MAX_WAITING:
+            self._steps.append(Step(self._mark, parts, sealed.same_data))
+        return None
+
+    def pause(self) -> float | None:
+        """Other ranks wait for these steps, so they do not wait for the next flush."""
+        return CYCLE
+
+    def release(self, urgent: bool) -> Iterable[Record]:
+        """Send what there is."""
+        self._connect()
+        if self._outbox is not None and self._mark is not None:
+            frame, self._steps, self._mark = Frame(self._mark, self._steps), [], None
+            self._send(self._outbox, frame)
+        return ()
+
+    def close(self) -> None:
+        """Nothing follows."""
+        if self._outbox is not None:
+            self._outbox.send(self._encode(Frame(bye=True)))
+
+    def _connect(self) -> None:
+        if self._outbox is not None or not is_connected():
+            return
+        try:
+            self._mailbox = open_mailbox(self._rank)
+        except Exception:
+            _log.exception("rank %d cannot reach the store of torch.distributed: its values are left out", self._rank)
+            return
+        self._outbox = self._mailbox.outbox(self._rank)
+        self._outbox.send(self._encode(Frame()))  # rank 0 waits for ranks that have said something
+
+    def _send(self, outbox: Outbox, frame: Frame) -> None:
+        if outbox.is_full:
+            self.dropped += len(frame.steps)
+            frame = Frame(frame.mark)
+        held = self._held()
+        steps = [
+            step._replace(parts=[part for part in step.parts if not _is_known(part, held)]) for step in frame.steps
+        ]
+        outbox.send(self._encode(Frame(frame.mark, [step for step in steps if step.parts])))
+
+    def _held(self) -> frozenset[str]:
+        if self._held_by_first is None and self._mailbox is not None:
+            names = self._mailbox.published(HELD)
+            self._held_by_first = None if names is None else frozenset(json.loads(names))
+        return self._held_by_first or frozenset()
+
+    def _part(self, arrived: Arrived) -> Part | None:
+        heading = arrived.heading
+        key = self._keys.get(heading.reporter)
+        if key is None:
+            return None
+        names, rows = seen_rows(arrived)
+        return Part(key, heading.prefix, names, rows, heading.shares) if len(names) else None
+
+
+def _is_known(part: Part, held: frozenset[str]) -> bool:
+    """Whether rank 0 has the same rows: those of parameters that are whole on every rank."""
+    return part.shares is not None and all(
+        share.is_whole and name in held for name, share in zip(part.names, part.shares, strict=True)
+    )

@@ -94,10 +94,12 @@ def instrument(
         flush_every,
     )
     reference = weakref.ref(root)
+    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
+    attention = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
     captures = Captures(
-        ModuleCapture(reference, plan.gates, selection.wants_module),
+        modules,
         ParameterCapture(reference, plan.gates, selection.wants_parameter),
-        [AttentionPieces(reference, probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)],
+        [AttentionPieces(reference, probe, gate, modules.current) for probe, gate in attention],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
     )

@@ -29,11 +29,13 @@ class Captures:
 
     def open_for(self, step: int) -> None:
         """A step begins."""
+        self.modules.follow_gates()
         for attention in self.attention:
             attention.open_for(step)
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
+        self.modules.follow_gates()
         self.arm(due, training)
         for attention in self.attention:
             attention.enter(module, training)
@@ -49,6 +51,9 @@ class Captures:
             self.modules.arm(training)
         else:
             self.modules.disarm()
+        if training:
+            for attention in self.attention:
+                attention.arm(due)
 
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
@@ -63,6 +68,7 @@ class Captures:
 
     def detach(self) -> None:
         """Take everything off the model."""
-        self.leave()
+        for attention in self.attention:
+            attention.detach()
         self.loss.disarm()
         self.modules.detach()

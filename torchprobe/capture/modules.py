@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.graphs import keep_out
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
 from torchprobe.naming import named_modules
@@ -64,11 +65,18 @@ class ModuleCapture:
     ) -> None:
         self._model = model
         self._gates = {probe: gate for probe, gate in gates.items() if probe.source.startswith("output")}
+        self._all_gates = [gate for probe, gate in gates.items() if probe in self._gates or probe.source == "attention"]
         self._wanted = wanted
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._armed: tuple[bool, int] | None = None
         self.current = Pass()
+        keep_out(observe_output)
+
+    def follow_gates(self) -> None:
+        """The gates were opened or closed: compiled graphs go by one flag for all probes."""
+        self.current.sampled = any(gate.train for gate in self._all_gates)
+        self.current.sampled_val = any(gate.val for gate in self._gates.values())
 
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
@@ -106,12 +114,13 @@ class ModuleCapture:
         groups: defaultdict[tuple[Probe, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
         for site in self._sites.values():
             for tap in (*site.outputs, *site.gradients):
-                if tap.probe not in due:
-                    continue
                 row = tap.train if training else tap.val
                 groups[tap.probe, row.device].append((site.name, row))
         prefix = "" if training else "val/"
-        return [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
+        pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items() if probe in due]
+        for rows in groups.values():  # a compiled graph feeds all probes whenever it feeds one
+            torch._foreach_zero_([row for _, row in rows])
+        return pieces
 
     def _hook(self, name: str, module: nn.Module, model: nn.Module) -> None:
         if module not in self._sites:
@@ -141,7 +150,6 @@ def _device_of(module: nn.Module) -> torch.device | None:
 def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
     names, rows = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
-    torch._foreach_zero_(list(rows))
     if scale is not None and probe.source == "output_gradients":
         stacked = probe.unscale(stacked, scale.to(stacked.device, stacked.dtype))
     return Piece(probe, names, stacked, prefix, counted=True)

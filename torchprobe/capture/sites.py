@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture import opaque
 from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.graphs import beside
+from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.tracing import run_in, scope
 from torchprobe.probes.base import Probe
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -25,6 +29,8 @@ class Pass:
         self.training = True
         self.seen = False  # the model itself was called, not only its parts
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
+        self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
+        self.sampled_val = False  # and in validation
 
 
 class Tap:
@@ -38,6 +44,16 @@ class Tap:
         self.gate = gate
         self.train = torch.zeros(probe.width + 1, dtype=row_dtype(device), device=device)
         self.val = torch.zeros_like(self.train)
+        # What others wrote may not trace, and may raise: the graph calls it from outside.
+        self.handle = None if type(probe).__module__.startswith("torchprobe.") else opaque.handle(self)
+
+    def record_tensor(self, tensor: Tensor, training: bool = True) -> None:
+        """Merge one more tensor, unless the probe is switched off; an exception switches it off."""
+        if torch.compiler.is_compiling():  # compiled autograd
+            self.add(tensor, training)
+        elif not self.gate.failed:
+            with self.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
+                self.add(tensor, training)
 
     def add(self, tensor: Tensor, training: bool) -> None:
         """Merge one more tensor. Traces under `torch.compile`; the row keeps its identity."""
@@ -60,20 +76,14 @@ class Tap:
         return row
 
 
-class Site:
-    """What the hook finds on a module. Copies and pickles become None, so that they are inert."""
+class Site(Inert):
+    """What the hook finds on a module."""
 
     def __init__(self, name: str, current: Pass, outputs: tuple[Tap, ...], gradients: tuple[Tap, ...]) -> None:
         self.name = name
         self.current = current
         self.outputs = outputs
         self.gradients = gradients
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 def observe_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -82,31 +92,50 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
     if site is None:
         return
     if torch.compiler.is_compiling():
-        site.current.compiled = True
-        _observe(site, output, first_pass=True)
-    elif not under_transform():
-        _observe(site, output, first_pass=not in_backward())
+        _trace(site, output)
+    else:
+        beside(_observe, site, output)
 
 
-def _observe(site: Site, output: Any, first_pass: bool) -> None:
-    tensor = main_tensor(output)
+def _observe(site: Site, output: Any) -> None:
+    tensor = None if under_transform() else main_tensor(output)
     if tensor is None:
         return
     training = site.current.training
-    if first_pass:
+    if not in_backward():
         for tap in site.outputs:
             if tap.gate.train if training else tap.gate.val:
-                _observe_tensor(tap, tensor, training)
+                tap.record_tensor(tensor, training)
     # Recomputed outputs need the hook too: reentrant checkpointing builds its graph only then.
     if training and tensor.requires_grad:
         for tap in site.gradients:
             if tap.gate.train:
-                tensor.register_hook(functools.partial(_observe_tensor, tap))
+                tensor.register_hook(tap.record_tensor)
 
 
-def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
-    if torch.compiler.is_compiling():
+def _trace(site: Site, output: Any) -> None:
+    where = scope()
+    if where == "elsewhere":
+        return
+    run_in(where, _note_compiled, site.current)
+    training = site.current.training
+    tensor = main_tensor(output)
+    if tensor is None or not (site.current.sampled if training else site.current.sampled_val):
+        return
+    for tap in site.outputs:
+        _trace_tensor(tap, training, False, tensor)
+    if training and tensor.requires_grad:
+        for tap in site.gradients:
+            tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
+
+
+def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> None:
+    if tap.handle is None:
         tap.add(tensor, training)
-    elif not tap.gate.failed:
-        with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
-            tap.add(tensor, training)
+    else:
+        with torch.no_grad():
+            opaque.output(tap.handle, tensor.detach(), training, gradient)
+
+
+def _note_compiled(current: Pass) -> None:
+    current.compiled = True

@@ -17,9 +17,11 @@ from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.owner import Owners
 from torchprobe.capture.attention.reading import OnSource, Reader
 from torchprobe.capture.attention.sites import Found, Sites
+from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.attention.uncovered import Uncovered
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.sites import Pass
 
 
 class AttentionCapture:
@@ -38,6 +40,7 @@ class AttentionCapture:
         gate: Gate,
         rows: int | Literal["all"] = 512,
         on_source: OnSource | None = None,
+        current: Pass | None = None,
     ) -> None:
         self._model = model
         self._uncovered = Uncovered()
@@ -47,11 +50,28 @@ class AttentionCapture:
         self._mode = AttentionMode(self._observer)
         self._fast_paths = FastPaths(self._suspend, lambda: stack.push(self._mode))
         self._thread: threading.Thread | None = None
+        self._traced = None if current is None else TracedAttention(model, self._observer, current)
 
     @property
     def uncovered(self) -> Counter[str]:
         """How often each reason not to record an attention was met."""
         return self._uncovered.counts
+
+    def arm(self) -> None:
+        """A step begins that is to be recorded: have the graphs that are compiled from now on do so."""
+        if self._traced is not None:
+            self._traced.arm()
+
+    def disarm(self) -> None:
+        """A step begins that is not."""
+        if self._traced is not None:
+            self._traced.disarm()
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        self.leave()
+        if self._traced is not None:
+            self._traced.detach()
 
     def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
         """A forward pass begins that is to be recorded, as training or as validation.
@@ -82,6 +102,8 @@ class AttentionCapture:
         stack.remove(self._mode)
         self._fast_paths.disarm()
         self._mode.forget()
+        if self._traced is not None:
+            self._traced.interrupted()
 
     def note_uncovered(self, reason: str) -> None:
         """Count a pass that was not recorded; each reason is logged once."""
@@ -95,8 +117,6 @@ class AttentionCapture:
         reason = None
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             reason = "a forward pass beside another one, in a second thread"
-        elif any(_is_compiled(module) for module in model.modules()):
-            reason = "models with compiled parts"
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "passes that are captured into a CUDA graph"
         if reason is not None:
@@ -106,7 +126,3 @@ class AttentionCapture:
     def _suspend(self, reason: str) -> None:
         stack.remove(self._mode)
         self._uncovered.add(reason)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

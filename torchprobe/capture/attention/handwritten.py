@@ -19,7 +19,7 @@ from torchprobe.capture.attention.functions import Function
 from torchprobe.capture.attention.given import source_of
 from torchprobe.capture.attention.layout import by_head, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.owner import common_owner
+from torchprobe.capture.attention.owner import INSIDE_GRAPH, common_owner
 from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.attention.reading import Reading
 from torchprobe.capture.attention.tags import Tags
@@ -119,6 +119,8 @@ class Handwritten:
         if reading is None:
             return
         here = (within and within.caller) or self._observer.owners.caller()
+        if here is INSIDE_GRAPH:
+            return
         name = pending.call.caller.name
         self._observer.record(pending.call, reading, common_owner(name, here.name) if here else name)
 
@@ -134,7 +136,7 @@ class Handwritten:
 
     def _call(self, operands: list[Tensor], result: Tensor) -> Call | None:
         caller = self._observer.owners.caller()
-        if caller is None or result.dim() < 2:
+        if caller is None or caller is INSIDE_GRAPH or result.dim() < 2:
             return None
         lengths = result.size(-2), result.size(-1)
         return Call(caller, not under_transform() and is_cross(operands[0], operands[1], *lengths))

@@ -12,6 +12,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.capture import AttentionCapture
 from torchprobe.capture.attention.sites import Found
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.sites import Pass
 from torchprobe.probes.attention import Attention, AttentionHeatMaps, AttentionMap
 from torchprobe.statistics.attention import Source, attention_map
 
@@ -21,10 +22,10 @@ _SAMPLES_A_MAP = 10  # sampled steps
 class AttentionPieces:
     """An attention probe on a model: follows passes while its gate is open, and keeps a map when one is due."""
 
-    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate, current: Pass) -> None:
         self.probe = probe
         self.gate = gate
-        self._capture = AttentionCapture(model, gate, probe.rows, self._map_of)
+        self._capture = AttentionCapture(model, gate, probe.rows, self._map_of, current)
         self._map_due = False
         self._sampled = 0
         self._heat_maps = AttentionHeatMaps()
@@ -41,6 +42,17 @@ class AttentionPieces:
         schedule = self.probe.map_schedule
         self._map_due = self._sampled % _SAMPLES_A_MAP == 0 if schedule is None else schedule(step)
         self._sampled += self.gate.train
+
+    def arm(self, due: bool) -> None:
+        """A step begins; due: whether any probe samples it, for a compiled graph is for all of them."""
+        if due:
+            self._capture.arm()
+        else:
+            self._capture.disarm()
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        self._capture.detach()
 
     def enter(self, module: nn.Module, training: bool) -> None:
         """A forward pass begins."""

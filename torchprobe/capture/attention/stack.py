@@ -30,8 +30,14 @@ def remove(mode: TorchFunctionMode) -> bool:
 
 
 def is_shared() -> bool:
-    """Whether the stack holds a mode that may want to see calls; a default device only looks at constructors."""
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    """Whether the stack holds a mode of the user's that may want to see calls.
+
+    A default device only looks at constructors.
+    """
+    return any(
+        not isinstance(mode, DeviceContext) and not type(mode).__module__.startswith(__package__)
+        for mode in _get_current_function_mode_stack()
+    )
 
 
 @contextmanager

@@ -64,7 +64,8 @@ def drop(codes: set[CodeType]) -> None:
 
 def _codes(model: nn.Module) -> Iterator[CodeType]:
     for module in model.modules():
-        for function in (module.forward, type(module).forward, type(module).__call__):
+        for function in (module.forward, type(module).forward, module._compiled_call_impl):
+            function = getattr(function, "_torchdynamo_orig_callable", function)
             code = getattr(getattr(function, "__func__", function), "__code__", None)
             if isinstance(code, CodeType):
                 yield code

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.graphs import keep_out
+from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
 from torchprobe.naming import named_modules
@@ -71,6 +72,7 @@ class ModuleCapture:
         self._handles: list[RemovableHandle] = []
         self._armed: tuple[bool, int] | None = None
         self.current = Pass()
+        self._late = LateGraphs(model, self.current)
         keep_out(observe_output)
 
     def follow_gates(self) -> None:
@@ -83,6 +85,8 @@ class ModuleCapture:
         model = self._model()
         if model is None or not self._gates:
             return
+        if training:
+            self._late.before_pass()
         armed = training, sum(1 for _ in model.modules())  # a model may grow
         if self._armed == armed:
             return
@@ -116,6 +120,8 @@ class ModuleCapture:
             for tap in (*site.outputs, *site.gradients):
                 row = tap.train if training else tap.val
                 groups[tap.probe, row.device].append((site.name, row))
+        if training and self._handles:
+            self._late.after_step()
         prefix = "" if training else "val/"
         pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items() if probe in due]
         for rows in groups.values():  # a compiled graph feeds all probes whenever it feeds one

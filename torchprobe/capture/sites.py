@@ -29,6 +29,7 @@ class Pass:
         self.training = True
         self.seen = False  # the model itself was called, not only its parts
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
+        self.fired = False  # a hook ran outside of graphs in this step
         self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
         self.sampled_val = False  # and in validation
 
@@ -98,6 +99,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _observe(site: Site, output: Any) -> None:
+    site.current.fired = True
     tensor = None if under_transform() else main_tensor(output)
     if tensor is None:
         return

@@ -59,7 +59,7 @@ class Captures:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
         for attention in self.attention:
-            pieces += attention.collect(training, compiled=self.modules.current.compiled)
+            pieces += attention.collect(training)
         return pieces
 
     def optimizer_values(self, optimizer: Optimizer, step: int) -> dict[str, float | Tensor]:

@@ -73,11 +73,14 @@ class AttentionCapture:
         if self._traced is not None:
             self._traced.detach()
 
-    def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
+    def enter(
+        self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None, off: bool = False
+    ) -> None:
         """A forward pass begins that is to be recorded, as training or as validation.
 
         module: what is called, the model or a part of it. grad_enabled: whether the pass runs with gradients, if
-        that is not so where this is called. Does nothing while something traces, or recomputes, the pass; a pass that
+        that is not so where this is called. off: follow the pass and record nothing, so that graphs that were compiled
+        with our mode on the stack find it there. Does nothing while something traces, or recomputes, the pass; a pass that
         cannot be recorded is counted.
         """
         if torch.compiler.is_compiling() or under_transform() or in_backward() or self._observer.gate.failed:
@@ -87,7 +90,7 @@ class AttentionCapture:
             return
         self.leave()  # a pass that was interrupted did not
         self._thread = threading.current_thread()
-        self._observer.training = training
+        self._observer.training, self._observer.off = training, off
         self._owners.begin_pass()
         self._fast_paths.arm(model)
         grad_enabled = torch.is_grad_enabled() if grad_enabled is None else grad_enabled

@@ -58,7 +58,7 @@ class AttentionMode(TorchFunctionMode):
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
         result = func(*args, **kwargs)
-        if not self._observer.gate.failed:
+        if not self._observer.idle:
             self._after(func, args, kwargs, result)
         return result
 
@@ -112,7 +112,7 @@ class AttentionMode(TorchFunctionMode):
 
     def _run_multi_head(self, types: Any, args: Args, kwargs: Kwargs) -> Any:
         within = None
-        if self._observer.gate.failed:
+        if self._observer.idle:
             return multi_head.FUNCTION(*args, **kwargs)
         with self._observer.guard():
             within = self._multi_head_call(types, multi_head.arguments(args, kwargs))

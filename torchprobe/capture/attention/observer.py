@@ -41,6 +41,12 @@ class Observer:
     sites: Sites
     uncovered: Uncovered
     training: bool = True
+    off: bool = False  # the pass is followed, for the sake of compiled graphs, and not recorded
+
+    @property
+    def idle(self) -> bool:
+        """Whether calls are not looked at."""
+        return self.off or self.gate.failed
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ class AttentionPieces:
         self.probe = probe
         self.gate = gate
         self._capture = AttentionCapture(model, gate, probe.rows, self._map_of, current)
+        self._current = current
         self._map_due = False
         self._sampled = 0
         self._heat_maps = AttentionHeatMaps()
@@ -56,19 +57,20 @@ class AttentionPieces:
 
     def enter(self, module: nn.Module, training: bool) -> None:
         """A forward pass begins."""
-        if self.gate.train if training else self.gate.val:
-            self._capture.enter(module, training)
+        due, current = self.gate.train if training else self.gate.val, self._current
+        if due or (current.compiled and (current.sampled if training else current.sampled_val)):
+            self._capture.enter(module, training, off=not due)
 
     def leave(self) -> None:
         """A forward pass has ended, also by an exception."""
         self._capture.leave()
 
-    def collect(self, training: bool, compiled: bool = False) -> Iterator[Piece]:
+    def collect(self, training: bool) -> Iterator[Piece]:
         """A piece for each attention: a row a head; and its map, when there is one."""
         prefix = "" if training else "val/"
         everything = self._capture.collect(training)
-        if compiled and not everything and self.gate.train:
-            self._capture.note_uncovered("models with compiled parts")
+        if self._current.compiled and not everything and (self.gate.train if training else self.gate.val):
+            self._capture.note_uncovered("compiled graphs" if training else "evaluation in compiled graphs")
         for found in everything:
             sampled = found.rows.new_full((len(found.rows), 1), float(found.sampled))
             names, rows = [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1)

@@ -119,7 +119,7 @@ def _record(
 
 def _enter(module: nn.Module, args: Any) -> None:
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.sampled and owner.current.training):
+    if owner is None or not (owner.current.training and owner.current.sampled):
         return
     if not torch.compiler.is_compiling():
         beside(stack.push, owner.mode)
@@ -131,7 +131,7 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.sampled and owner.current.training):
+    if owner is None or not (owner.current.training and owner.current.sampled):
         return
     if not torch.compiler.is_compiling():
         beside(stack.remove, owner.mode)

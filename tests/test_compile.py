@@ -65,17 +65,6 @@ def test_two_graphs_no_break_and_the_numbers_of_eager(wrapped_first):
     assert_same_values(compiled, eager)
 
 
-def test_attention_inside_a_compiled_graph_is_reported_as_not_covered():
-    model = Transformer(dropout=0.0)
-    callee = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        callee(inputs("transformer")).sum().backward()
-        optimizer.step()
-        assert "attention not seen" in session.summary()
-        assert "compiled" in session.summary()
-
-
 def test_weights_are_bitwise_those_of_the_bare_compiled_run():
     bare, _ = train("aot_eager", probed=False)
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,7 +29,10 @@ from tests.setups.compiled import (
 )
 from torchprobe.testing import MemoryWriter
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
 
 
 @pytest.fixture(autouse=True)
@@ -217,21 +221,6 @@ def test_after_detach_the_graphs_are_the_plain_ones(traces):
     assert after.code == plain.code
 
 
-def test_sessions_one_after_the_other_do_not_use_up_dynamos_limit(eager):
-    model, counting = Transformer(dropout=0.0, layers=1), Counting()
-    callee, optimizer = wrapper(model, backend=counting, fullgraph=True), torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(12):
-        writer = MemoryWriter()
-        with torchprobe.instrument(model, writer=writer, every=2):
-            for n in range(3):
-                loss_of(callee, n).backward()
-                optimizer.step()
-        assert [s for s, _ in writer.scalars("attention_entropy/blocks.0.attention")] == [1, 2]
-        assert [s for s, _ in writer.scalars("activation_mean/head")] == [1, 2]
-        loss_of(callee, 1)
-    assert len(counting.graphs) <= 6
-
-
 def test_a_copy_of_a_compiled_and_instrumented_model_is_neither(traces):
     model = Transformer(dropout=0.0, layers=1)
     callee, writer = method(model, backend="eager"), MemoryWriter()
@@ -255,11 +244,9 @@ def test_an_exception_in_a_compiled_pass_reaches_the_user_and_leaves_nothing_ent
     callee, optimizer = wrapper(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.1)
     with torchprobe.instrument(model, writer=writer, every=1) as session:
         for width in (11, 12, 11):
-            try:
+            with pytest.raises(Exception, match="12") if width == 12 else nullcontext():
                 callee(inputs("transformer"), width).mean().backward()
                 optimizer.step()
-            except Exception as error:  # noqa: BLE001, PERF203
-                assert width == 12, error
             assert torch._C._len_torch_function_stack() == 0
         assert session.step == 2
     assert [s for s, _ in writer.scalars("attention_entropy/inner.blocks.0.attention")] == [1, 2]

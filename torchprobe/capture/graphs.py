@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -32,6 +32,18 @@ def beside(function: Callable[..., Any], *args: Any) -> None:
 @functools.cache
 def _untraced() -> Callable[..., Any]:
     return torch.compiler.disable(lambda function, *args: function(*args))  # type: ignore[no-any-return]
+
+
+def in_compiled_call() -> bool:
+    """Whether a callable that `torch.compile` returned is among the callers."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def compiled_codes(model: nn.Module) -> set[CodeType]:

@@ -31,6 +31,9 @@ class _Output(Protocol):
     def record_tensor(self, tensor: Tensor, training: bool) -> None:
         """A tensor was computed."""
 
+    def record_row(self, new: Tensor, training: bool) -> None:
+        """The statistic of a tensor was computed."""
+
 
 _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
@@ -50,11 +53,18 @@ def _attention(handle: Tensor, *call: Any) -> None:
             target.record_call(*call)
 
 
-def _output(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
+def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
     if gradient or not in_backward():
         target = _objects.get(int(handle.numpy()))
         if target is not None:
             target.record_tensor(tensor, training)
+
+
+def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
+    if gradient or not in_backward():
+        target = _objects.get(int(handle.numpy()))
+        if target is not None:
+            target.record_row(row, training)
 
 
 def _define(name: str, arguments: str, body: Any) -> Any:
@@ -67,4 +77,5 @@ def _define(name: str, arguments: str, body: Any) -> Any:
 
 _CALL = "Tensor query, Tensor key, Tensor? mask, bool causal, float? scale, int place"
 attention = _define("attention", _CALL, _attention)
-output = _define("output", "Tensor tensor, bool training, bool gradient", _output)
+tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
+row = _define("row", "Tensor row, bool training, bool gradient", _row)

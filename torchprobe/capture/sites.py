@@ -45,8 +45,8 @@ class Tap:
         self.gate = gate
         self.train = torch.zeros(probe.width + 1, dtype=row_dtype(device), device=device)
         self.val = torch.zeros_like(self.train)
-        # What others wrote may not trace, and may raise: the graph calls it from outside.
-        self.handle = None if type(probe).__module__.startswith("torchprobe.") else opaque.handle(self)
+        self.handle = opaque.handle(self)
+        self.traces = type(probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
 
     def record_tensor(self, tensor: Tensor, training: bool = True) -> None:
         """Merge one more tensor, unless the probe is switched off; an exception switches it off."""
@@ -57,12 +57,20 @@ class Tap:
                 self.add(tensor, training)
 
     def add(self, tensor: Tensor, training: bool) -> None:
-        """Merge one more tensor. Traces under `torch.compile`; the row keeps its identity."""
+        """Merge one more tensor."""
         with torch.no_grad(), no_autocast(tensor.device):
-            row = self._row(tensor.device, training)
-            new = self.probe.compute(tensor.detach()).to(row.dtype)
-            merged = torch.where(row[-1] > 0, self.probe.combine(row[:-1], new), new)
-            row.copy_(torch.cat([merged, row[-1:] + 1]))
+            self._merge(self.probe.compute(tensor.detach()), training)
+
+    def record_row(self, new: Tensor, training: bool) -> None:
+        """Merge what a compiled graph has computed of one more tensor."""
+        with self.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            self._merge(new, training)
+
+    def _merge(self, new: Tensor, training: bool) -> None:
+        """The row keeps its identity."""
+        row = self._row(new.device, training)
+        merged = torch.where(row[-1] > 0, self.probe.combine(row[:-1], new.to(row.dtype)), new)
+        row.copy_(torch.cat([merged, row[-1:] + 1]))
 
     def _row(self, device: torch.device, training: bool) -> Tensor:
         row = self.train if training else self.val
@@ -132,11 +140,12 @@ def _trace(site: Site, output: Any) -> None:
 
 
 def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> None:
-    if tap.handle is None:
-        tap.add(tensor, training)
-    else:
-        with torch.no_grad():
-            opaque.output(tap.handle, tensor.detach(), training, gradient)
+    """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
+    with torch.no_grad(), no_autocast(tensor.device):
+        if tap.traces:
+            opaque.row(tap.handle, tap.probe.compute(tensor.detach()), training, gradient)
+        else:
+            opaque.tensor(tap.handle, tensor.detach(), training, gradient)
 
 
 def _note_compiled(current: Pass) -> None:

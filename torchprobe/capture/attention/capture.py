@@ -20,6 +20,7 @@ from torchprobe.capture.attention.sites import Found, Sites
 from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.attention.uncovered import Uncovered
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.graphs import in_compiled_call
 from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
 
@@ -80,8 +81,8 @@ class AttentionCapture:
 
         module: what is called, the model or a part of it. grad_enabled: whether the pass runs with gradients, if
         that is not so where this is called. off: follow the pass and record nothing, so that graphs that were compiled
-        with our mode on the stack find it there. Does nothing while something traces, or recomputes, the pass; a pass that
-        cannot be recorded is counted.
+        with our mode on the stack find it there. Does nothing while something traces, or recomputes, the pass, nor for
+        a module that is compiled as a whole; a pass that cannot be recorded is counted.
         """
         if torch.compiler.is_compiling() or under_transform() or in_backward() or self._observer.gate.failed:
             return
@@ -92,6 +93,8 @@ class AttentionCapture:
         self._thread = threading.current_thread()
         self._observer.training, self._observer.off = training, off
         self._owners.begin_pass()
+        if in_compiled_call():
+            return
         self._fast_paths.arm(model)
         grad_enabled = torch.is_grad_enabled() if grad_enabled is None else grad_enabled
         if not self._fast_paths.suspended_by(module, (), grad_enabled):

@@ -52,7 +52,7 @@ class AttentionMode(TorchFunctionMode):
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
         if is_compiling():
-            return func(*args, **kwargs)
+            return stack.call(func, args, kwargs)
         if func not in _OF_INTEREST and not isinstance(func, _OPERATORS):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:

@@ -7,7 +7,7 @@ nothing of it into the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -72,7 +72,6 @@ class TracedMode(TorchFunctionMode):
 
     def __init__(self, handle: Tensor) -> None:
         self._handle = handle
-        self._steps = multi_head.transparent()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -81,23 +80,15 @@ class TracedMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func is multi_head.FUNCTION:
-            return self._step_through(args, kwargs)
-        if func is not _DOT_PRODUCT:
-            return func(*args, **kwargs)
+        if func is not _DOT_PRODUCT and func is not multi_head.FUNCTION:
+            return stack.call(func, args, kwargs)
         innermost = enter_nesting()
         result = func(*args, **kwargs)
         leave_nesting()
-        if innermost:
+        if innermost and func is _DOT_PRODUCT:
             _record(self._handle, *args, **kwargs)
-        return result
-
-    def _step_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Multi-head attention hides its dot product from modes: run the same code, which does not."""
-        where = scope()
-        run_in(where, _push_mode, self)
-        result = self._steps(*args, **kwargs)
-        run_in(where, _pop_mode)
+        elif innermost:
+            _record_multi_head(self._handle, *args, **kwargs)
         return result
 
 
@@ -115,6 +106,66 @@ def _record(
     with torch.no_grad():
         mask = None if attn_mask is None else attn_mask.detach()
         opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, place())
+
+
+def _record_multi_head(
+    handle: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    *others: Any,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    **further: Any,
+) -> None:
+    """Multi-head attention hides its dot product from modes, and not all of it traces under one: project once more.
+
+    query, key: (length, batch, width), as `nn.MultiheadAttention` hands them over.
+    """
+    if bias_k is not None or add_zero_attn or static_k is not None or query.dim() != 3:
+        return
+    with torch.no_grad():
+        if in_proj_weight is not None and not use_separate_proj_weight:
+            q_proj_weight, k_proj_weight, _ = in_proj_weight.chunk(3)
+        q_bias, k_bias = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
+        q = _projected(query, q_proj_weight, q_bias, num_heads)
+        k = _projected(key, k_proj_weight, k_bias, num_heads)
+        mask = _joined(attn_mask, key_padding_mask, num_heads)
+        opaque.attention(handle, q, k, mask, False, None, place())
+
+
+def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int) -> Tensor:
+    """(length, batch, width) -> (batch, heads, length, width of a head)."""
+    y = torch.nn.functional.linear(x.detach(), weight, bias)  # type: ignore[arg-type]
+    return y.unflatten(-1, (heads, y.size(-1) // heads)).permute(1, 2, 0, 3)
+
+
+def _joined(mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Both masks as one that is added: (queries, keys) or (batch · heads, queries, keys), and (batch, keys)."""
+    if mask is not None:
+        mask = _added(mask)
+        mask = mask.unflatten(0, (mask.size(0) // heads, heads)) if mask.dim() == 3 else mask
+    if padding is None:
+        return mask
+    padding = _added(padding)[:, None, None]
+    return padding if mask is None else mask + padding
+
+
+def _added(mask: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask.detach()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
 
 
 def _enter(module: nn.Module, args: Any) -> None:
@@ -190,5 +241,23 @@ class TracedAttention:
 
 
 def _may_own(module: nn.Module) -> bool:
-    """Modules of PyTorch compute no attention themselves, but for one."""
-    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
+    """Whether a module's own code may compute attention, by its names.
+
+    Tracing under a mode is not what Dynamo does best, so that it is kept to where it is needed.
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return isinstance(module, nn.MultiheadAttention)
+    return "att" in kind.__name__.lower() or any(_says(name) for name in _names_in(kind))
+
+
+def _says(name: str) -> bool:
+    return any(word in name for word in ("scaled_dot_product", "sdpa", "attention_interface"))
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    """Names that a class's own methods use."""
+    for member in vars(kind).values():
+        code = getattr(member, "__code__", None)
+        if code is not None:
+            yield from code.co_names

@@ -148,7 +148,8 @@ def _record_multi_head(
 def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int) -> Tensor:
     """(length, batch, width) -> (batch, heads, length, width of a head)."""
     y = torch.nn.functional.linear(x.detach(), weight, bias)  # type: ignore[arg-type]
-    return y.unflatten(-1, (heads, y.size(-1) // heads)).permute(1, 2, 0, 3)
+    by_head: Tensor = y.unflatten(-1, (heads, y.size(-1) // heads))
+    return by_head.permute(1, 2, 0, 3)
 
 
 def _joined(mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:

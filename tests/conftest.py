@@ -12,6 +12,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
 
 from torchprobe import session as session_module
+from torchprobe.capture.eager_hooks import MARKS
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE
 
@@ -41,7 +42,7 @@ def traces_on(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
         found += [f"{name}: {hook}" for hook in hooks if "torchprobe" in getattr(hook, "__module__", "")]
-        found += [f"{name}.{key}" for key in (SITE, ROOT_KEY) if key in module.__dict__]
+        found += [f"{name}.{key}" for key in (SITE, ROOT_KEY, MARKS) if key in module.__dict__]
     found += [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks or p._backward_hooks]
     return found
 
@@ -51,6 +52,7 @@ def _left_behind() -> dict[str, int]:
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
         nn_module._global_backward_hooks,
+        getattr(nn_module, "_global_forward_hooks_with_kwargs", {}),
     )
     steps = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
     return {

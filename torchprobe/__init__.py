@@ -12,15 +12,34 @@ from typing import TYPE_CHECKING, Any
 from torchprobe._version import __version__
 
 if TYPE_CHECKING:
+    from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
     from torchprobe.probes.base import Probe
+    from torchprobe.probes.calibration import Calibration
     from torchprobe.probes.gradients import Gradients
     from torchprobe.probes.histograms import Histograms
     from torchprobe.probes.learning_rates import LearningRates
     from torchprobe.probes.loss import Loss
     from torchprobe.probes.parameters import Parameters, Updates
+    from torchprobe.probes.provenance import Provenance
+    from torchprobe.probes.uncertainty import Uncertainty
+    from torchprobe.probes.unit_activity import UnitActivity
     from torchprobe.records import Histogram, Image, Record, Text
+    from torchprobe.rules.alert import Alert, TrainingAlert
+    from torchprobe.rules.attention_collapse import AttentionCollapse
+    from torchprobe.rules.attention_logit_growth import AttentionLogitGrowth
+    from torchprobe.rules.dead_units import DeadUnits
+    from torchprobe.rules.exploding_gradient import ExplodingGradient
+    from torchprobe.rules.grad_norm_spike import GradNormSpike
+    from torchprobe.rules.loss_spike import LossSpike
+    from torchprobe.rules.non_finite import NonFinite
+    from torchprobe.rules.nothing_captured import NothingCaptured
+    from torchprobe.rules.overconfidence import Overconfidence
+    from torchprobe.rules.stalled import Stalled
+    from torchprobe.rules.update_ratio import UpdateRatio
+    from torchprobe.rules.vanishing_gradient import VanishingGradient
+    from torchprobe.rules.webhook import WebhookNotifier
     from torchprobe.schedule import every, window
     from torchprobe.session import Session, instrument, session_of
     from torchprobe.writers.event_file import EventFileWriter
@@ -30,8 +49,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationGradients": "probes.activations",
     "Activations": "probes.activations",
+    "Alert": "rules.alert",
     "Attention": "probes.attention",
+    "AttentionCollapse": "rules.attention_collapse",
+    "AttentionLogitGrowth": "rules.attention_logit_growth",
+    "Calibration": "probes.calibration",
+    "DeadUnits": "rules.dead_units",
     "EventFileWriter": "writers.event_file",
+    "ExplodingGradient": "rules.exploding_gradient",
+    "GradNormSpike": "rules.grad_norm_spike",
     "Gradients": "probes.gradients",
     "Histogram": "records",
     "Histograms": "probes.histograms",
@@ -39,12 +65,25 @@ _HOMES = {
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
+    "LossSpike": "rules.loss_spike",
+    "NonFinite": "rules.non_finite",
+    "NothingCaptured": "rules.nothing_captured",
+    "Overconfidence": "rules.overconfidence",
     "Parameters": "probes.parameters",
     "Probe": "probes.base",
+    "Provenance": "probes.provenance",
     "Record": "records",
     "Session": "session",
+    "Stalled": "rules.stalled",
     "Text": "records",
+    "TrainingAlert": "rules.alert",
+    "TrainingLogger": "logger",
+    "Uncertainty": "probes.uncertainty",
+    "UnitActivity": "probes.unit_activity",
+    "UpdateRatio": "rules.update_ratio",
     "Updates": "probes.parameters",
+    "VanishingGradient": "rules.vanishing_gradient",
+    "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",
     "every": "schedule",
     "instrument": "session",
@@ -55,8 +94,15 @@ _HOMES = {
 __all__ = [
     "ActivationGradients",
     "Activations",
+    "Alert",
     "Attention",
+    "AttentionCollapse",
+    "AttentionLogitGrowth",
+    "Calibration",
+    "DeadUnits",
     "EventFileWriter",
+    "ExplodingGradient",
+    "GradNormSpike",
     "Gradients",
     "Histogram",
     "Histograms",
@@ -64,12 +110,25 @@ __all__ = [
     "JsonLinesWriter",
     "LearningRates",
     "Loss",
+    "LossSpike",
+    "NonFinite",
+    "NothingCaptured",
+    "Overconfidence",
     "Parameters",
     "Probe",
+    "Provenance",
     "Record",
     "Session",
+    "Stalled",
     "Text",
+    "TrainingAlert",
+    "TrainingLogger",
+    "Uncertainty",
+    "UnitActivity",
+    "UpdateRatio",
     "Updates",
+    "VanishingGradient",
+    "WebhookNotifier",
     "Writer",
     "__version__",
     "every",

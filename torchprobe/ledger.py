@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.buffer.step import StepBuffer
+from torchprobe.buffer.step import Piece, StepBuffer
 from torchprobe.probes.base import Probe
 from torchprobe.records import Value
 
@@ -29,6 +29,15 @@ class Open:
         else:
             buffer.values[tag] = value
             buffer.scalars.pop(tag, None)
+
+    def add(self, piece: Piece) -> None:
+        """Rows of a probe; those of the same names as the last ones add up, so that memory stays bounded."""
+        pieces = self.buffer.pieces
+        last = pieces[-1] if pieces else None
+        if last is not None and last.heading == piece.heading and last.rows.device == piece.rows.device:
+            pieces[-1] = Piece(last.reporter, last.names, last.rows + piece.rows, last.prefix, last.counted)
+        else:
+            pieces.append(piece)
 
 
 class Ledger:

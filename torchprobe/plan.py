@@ -10,11 +10,15 @@ from torchprobe.capture.gate import Gate, Meter
 from torchprobe.probes.activations import Activations
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.base import Probe
+from torchprobe.probes.calibration import Calibration
 from torchprobe.probes.gradients import Gradients
 from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
 from torchprobe.probes.parameters import Parameters, Updates
+from torchprobe.probes.provenance import Provenance
+from torchprobe.probes.uncertainty import Uncertainty
+from torchprobe.probes.unit_activity import UnitActivity
 from torchprobe.schedule import Schedule, as_schedule
 
 AnyProbe: TypeAlias = "Probe | LearningRates"
@@ -22,7 +26,9 @@ AnyProbe: TypeAlias = "Probe | LearningRates"
 
 def default_probes() -> list[AnyProbe]:
     """What `instrument` watches when no probes are named."""
-    return [Gradients(), Parameters(), Updates(), Activations(), Attention(), Histograms(), LearningRates(), Loss()]
+    watched: list[AnyProbe] = [Gradients(), Parameters(), Updates(), Activations(), Attention()]
+    watched += [Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
+    return [*watched, UnitActivity(), Provenance()]
 
 
 def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
@@ -39,6 +45,12 @@ def checked_probes(probes: Iterable[AnyProbe] | None) -> list[AnyProbe]:
             raise TypeError(f"probes: got {probe!r}; takes probe objects, such as torchprobe.Gradients(every=10)")
         parts += probe.parts() if isinstance(probe, Probe) else [probe]
     return parts
+
+
+def with_provenance(probes: list[AnyProbe]) -> list[AnyProbe]:
+    """The same with a `Provenance` that no schedule samples, for when NaN is seen, unless there is one already."""
+    there = any(isinstance(probe, Provenance) for probe in probes)
+    return probes if there else [*probes, Provenance(every=lambda step: False)]
 
 
 class Plan:
@@ -62,6 +74,7 @@ class Plan:
         self._meter = meter
         self._start = monotonic()
         self._awaits_validation = dict.fromkeys(self.gates)
+        self._validating = False  # a pass was sampled since training last went on
         self.due: tuple[Probe, ...] = ()
         self.due_in_validation: tuple[Probe, ...] = ()
 
@@ -82,11 +95,21 @@ class Plan:
             gate.val = probe in self.due_in_validation
 
     def validated(self) -> None:
-        """A validation pass was sampled: the next one is, after the next sampled step."""
-        self._awaits_validation.clear()
-        self.due_in_validation = ()
-        for gate in self.gates.values():
-            gate.val = False
+        """A batch of validation was sampled: most probes want no more until the next sampled step."""
+        self._validating = True
+        self._close_validation([probe for probe in self.gates if not _in_all_of_validation(probe)])
+
+    def validation_ended(self) -> None:
+        """Training goes on: validation is sampled again after the next sampled step."""
+        if self._validating:
+            self._validating = False
+            self._close_validation(list(self.gates))
+
+    def _close_validation(self, done: Sequence[Probe]) -> None:
+        for probe in done:
+            self._awaits_validation.pop(probe, None)
+            self.gates[probe].val = False
+        self.due_in_validation = tuple(probe for probe in self.due_in_validation if probe not in done)
 
     def _over_budget(self) -> bool:
         if self._budget is None:
@@ -95,4 +118,11 @@ class Plan:
 
 
 def _in_validation(probe: Probe) -> bool:
-    return probe.source == "outputs" or (isinstance(probe, Attention) and probe.eval)
+    if isinstance(probe, Attention):
+        return probe.eval
+    return probe.source == "outputs" or _in_all_of_validation(probe)
+
+
+def _in_all_of_validation(probe: Probe) -> bool:
+    """Whether a probe watches every batch of a validation pass."""
+    return isinstance(probe, Uncertainty | Calibration)

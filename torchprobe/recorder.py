@@ -26,6 +26,8 @@ from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
 from torchprobe.plan import Plan
 from torchprobe.records import Value
+from torchprobe.rules.alert import TrainingAlert
+from torchprobe.rules.watch import Watch
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")
@@ -41,6 +43,8 @@ def _protected(method: _Method[_P]) -> _Method[_P]:
         start = perf_counter()
         try:
             method(self, *args, **kwargs)
+        except TrainingAlert:  # what the user asked for
+            raise
         except Exception:
             self.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")
@@ -58,7 +62,9 @@ class Recorder:
     and for a validation pass.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, captures: Captures, outlet: Outlet, meter: Meter, watch: Watch
+    ) -> None:
         self.pid = os.getpid()
         self.stopped = False
         self.meter = meter
@@ -67,6 +73,9 @@ class Recorder:
         self._plan = plan
         self._captures = captures
         self._outlet = outlet
+        self._watch = watch
+        clock, current = self.clock, captures.modules.current
+        watch.progress = lambda: (clock.completed, current.entered)
         self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)
@@ -84,6 +93,7 @@ class Recorder:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins. Training closes the step before it; validation belongs to that step."""
         self._pass.seen = True
+        self._pass.entered += 1
         trained = self._pass.training
         # Without an optimizer in sight, a model in training mode is what the user wants to look at.
         self._pass.training = module.training and (grad_enabled or not self.clock.has_optimizer)
@@ -94,25 +104,39 @@ class Recorder:
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
-        if grad_enabled and not trained:
+        if (grad_enabled and not trained) or self._one_pass_before_training():
             self._start_training()
         if self._skips.gradients_were_dropped():
             self._skip()
+        self._end_validation()
         if not self.clock.may_grow:
             self._steps.seal_last()
         self._pass.began = True
 
+    def _end_validation(self) -> None:
+        """What a whole validation pass adds up to belongs to the step before it."""
+        pieces = self._captures.predictions.collect(training=False)
+        if pieces:
+            self._validated().buffer.pieces += pieces
+        self._plan.validation_ended()
+
+    def _validated(self) -> Open:
+        return self._last() if self.clock.has_optimizer else self._steps.current
+
     @_protected
-    def leave_pass(self, module: nn.Module, output: Any) -> None:
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward pass has ended; by itself it is a step only while no optimizer is in sight."""
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
         if watched is not None:
             watched.register_hook(self._on_backward)
+        if watched is None:
+            self._look_for_optimizers()
+        self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
             self._captures.loss.on_output(output)
+            self._captures.health.on_output(output)
         else:
-            validated = self._last() if self.clock.has_optimizer else self._steps.current
-            validated.buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
+            self._validated().buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
             self._plan.validated()
         if self._pass.training and watched is not None:
             self._forward_unclocked = self.clock.by_forward
@@ -132,7 +156,7 @@ class Recorder:
             self._skip()
         self._skips.backward_ran()
         self._pass.began = True
-        self._captures.loss.on_backward()
+        self._captures.on_backward()
 
     # ---- optimizer steps
 
@@ -140,10 +164,12 @@ class Recorder:
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Gradients are final, unless a closure makes them."""
         self._start_training()
-        if self.clock.begin(optimizer):
+        if self.clock.begin(optimizer, self._pass.began):
             self._roll()
         due = (self._last() if self.clock.joins_last_step(optimizer) else self._steps.current).due
         self._skips.in_closure, self._of_optimizer = has_closure, []
+        if not has_closure:
+            self._captures.health.before_step(optimizer)
         if due:
             self._scale = loss_scale(optimizer)
             self._captures.parameters.remember(optimizer, due)
@@ -170,10 +196,12 @@ class Recorder:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
         for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
             step.put(tag, value)
+        self._captures.health.after_step(optimizer)
         self._skips.settled()
         self._forward_unclocked = False
         if self.clock.end(optimizer):
             self._roll()
+        self._watch.check()
 
     # ---- what the user asks for
 
@@ -181,6 +209,21 @@ class Recorder:
     def log(self, tag: str, value: Value | Tensor) -> None:
         """A value of the iteration that runs now, or of the one that has just ended."""
         self._step_for_log().put(tag, value)
+
+    @_protected
+    def log_rows(self, piece: Piece | None) -> None:
+        """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
+        if piece is not None:
+            pieces = self._step_for_log().buffer.pieces
+            pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
+
+    @_protected
+    def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
+        """Predictions and targets of the pass that came last: training's, or validation's."""
+        training = self._pass.training
+        piece = self._captures.predictions.given(predictions, targets, training)
+        if piece is not None:
+            (self._step_for_log() if training else self._validated()).add(piece)
 
     @_protected
     def next_step(self) -> None:
@@ -194,12 +237,14 @@ class Recorder:
     def flush(self) -> None:
         """Hand over the completed step as it is."""
         self._settle_last_pass()
+        self._end_validation()
         self._steps.seal_last()
 
     @_protected
     def close(self) -> None:
         """Hand over everything; values of an unfinished step too, but no half statistics."""
         self._settle_last_pass()
+        self._end_validation()
         if self.clock.underway:
             self._tick()
         if self.clock.completed:
@@ -223,15 +268,26 @@ class Recorder:
 
     def _settle_last_pass(self) -> None:
         """A training pass is a step when no optimizer is in sight: neither has one stepped, nor can one."""
-        if self._forward_unclocked and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
-            self.clock.has_optimizer = True
-        if self._forward_unclocked and self.clock.by_forward:
-            self._tick()
+        if self._forward_unclocked:
+            self._look_for_optimizers()
+            if self.clock.by_forward:
+                self._tick()
         self._forward_unclocked = False
+
+    def _look_for_optimizers(self) -> None:
+        """At the first pass: an optimizer that has yet to step makes a pass before it no step."""
+        if self.clock.by_forward and self.clock.completed == 0 and self._optimizer_hooks.any_alive():
+            self.clock.has_optimizer = True
+
+    def _one_pass_before_training(self) -> bool:
+        """Whether the only pass so far was counted for want of an optimizer, and there is one now."""
+        return self.clock.by_forward and self.clock.completed == 1 and self._optimizer_hooks.any_alive()
 
     def _tick(self) -> None:
         self._skips.settled()
         self._forward_unclocked = False
+        if self.clock.by_forward:
+            self._end_validation()
         self.clock.tick()
         self._roll()
 
@@ -239,6 +295,9 @@ class Recorder:
         """The step that the clock has just counted is complete: gather it, and decide on the next."""
         ended = self._steps.current
         ended.buffer.pieces += [*self._captures.collect(ended.due, training=True, scale=self._scale), *self._loss()]
+        signs, flags, ended.buffer.urgent = self._captures.health.signs()
+        ended.buffer.values.update(signs)
+        ended.buffer.pieces += flags
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview())
@@ -256,6 +315,7 @@ class Recorder:
     def _start_training(self) -> None:
         """Forward passes that were counted before training, such as a sanity check, are no steps of it."""
         if self.clock.by_forward and self.clock.completed:
+            self._last().step = 0
             self._steps.seal_last()
             self.clock.completed, self._steps.current.step = 0, 1
             self._open_gates()

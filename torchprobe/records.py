@@ -38,7 +38,49 @@ class Image:
     pixels: NDArray[np.uint8]
 
 
-Value: TypeAlias = "float | Histogram | Text | Image | NDArray[np.float32]"
+HParam: TypeAlias = "bool | int | float | str"
+
+
+@dataclass(frozen=True, slots=True)
+class HParams:
+    """The run's hyperparameters, for TensorBoard's HParams page; started is in seconds since the epoch."""
+
+    values: Mapping[str, HParam]
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the run ended, for TensorBoard's HParams page; ended is in seconds since the epoch."""
+
+    success: bool
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A chart with a line for every scalar whose tag fits one of the patterns (regular expressions)."""
+
+    title: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """A chart of lines within a band: for each the tags of the line, of the lower and of the upper margin."""
+
+    title: str
+    series: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Categories of charts by title, for TensorBoard's Custom Scalars page."""
+
+    categories: Mapping[str, tuple[Lines | Margin, ...]]
+
+
+Value: TypeAlias = "float | Histogram | Text | Image | NDArray[np.float32] | HParams | Outcome | Layout"
 """What a tag can hold at a step: a scalar, or one of the richer kinds. An array becomes a tensor summary."""
 
 
@@ -48,12 +90,14 @@ class Record:
 
     step counts completed optimizer steps from 1; wall_time is in seconds since the epoch.
     descriptions maps a tag's group (see `group_of`) to Markdown that says what the group measures.
+    sampled: whether probes were due at the step.
     """
 
     step: int
     wall_time: float
     values: Mapping[str, Value]
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    sampled: bool = False
 
 
 def group_of(tag: str) -> str:

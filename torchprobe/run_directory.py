@@ -28,13 +28,13 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
     return _new_folder(path, model_name) if log_dir is None and run_name is None else path
 
 
-def check_run_name(run_name: str) -> None:
+def check_run_name(run_name: str, argument: str = "run_name") -> None:
     """Raise for a name that would leave the log directory or nest inside it."""
     if not isinstance(run_name, str):
-        raise TypeError(f"run_name={run_name!r}: takes a string, not {type(run_name).__name__}")
+        raise TypeError(f"{argument}={run_name!r}: takes a string, not {type(run_name).__name__}")
     if not run_name.strip() or run_name == "." or ".." in run_name or re.search(r"[/\\\0]", run_name):
         raise ValueError(
-            f"run_name={run_name!r}: takes one folder name, without '..' or a path separator; "
+            f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
 

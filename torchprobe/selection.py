@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from torchprobe.capture.modules import interesting
+from torchprobe.capture.modules import PARAMETRIZATIONS, interesting
 from torchprobe.naming import named_modules, owner_of
 
 Patterns = str | Sequence[str] | None
@@ -39,11 +39,16 @@ class Selection:
         """Whether a module's outputs are captured."""
         if self._excluded(name):
             return False
-        return self._included(name) if self._include else interesting(module)
+        if self._include:
+            return self._included(name)
+        return interesting(module) and PARAMETRIZATIONS not in name.split(".")
 
     def wants_parameter(self, name: str) -> bool:
         """Whether a parameter is captured: with its module, or with a module around it."""
-        owner = owner_of(name)
+        return self.covers(owner_of(name))
+
+    def covers(self, owner: str) -> bool:
+        """Whether a module is left by include= and exclude=, by itself or with a module around it."""
         return not self._excluded(owner) and (not self._include or any(map(self._included, _with_parents(owner))))
 
     def _included(self, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,20 +19,31 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
+from torchprobe.flight import FlightRecorder
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.plan import AnyProbe, Plan, checked_probes
+from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
+from torchprobe.predictions import checked_predictions
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
+from torchprobe.rules.alert import Alert
+from torchprobe.rules.choosing import Rule
+from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
+from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
+from torchprobe.writers.hparams import checked_hparams
+from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
@@ -54,6 +65,10 @@ def instrument(
     flush_seconds: float = 30.0,
     include: Patterns = None,
     exclude: Patterns = None,
+    hparams: Mapping[str, Any] | None = None,
+    rules: Iterable[str | Rule] | None = None,
+    on_alert: Callable[[Alert], object] | None = None,
+    stop_on: Iterable[str] | bool | None = None,
     overhead_budget: float | None = None,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
@@ -71,6 +86,12 @@ def instrument(
         every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
         flush_every: steps between writes; flush_seconds: and the longest time between them.
         include, exclude: module-name patterns with `*`.
+        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
+            metrics join them when the session is detached.
+        rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
+            by default all of `docs/alerts.md`, and [] for none.
+        on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
+        stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
 
     Raises:
@@ -78,23 +99,30 @@ def instrument(
         OSError: when `log_dir` cannot be written.
     """
     root = _checked_model(model)
+    watch = open_watch(rules, on_alert, stop_on)
     parts = checked_probes(probes)
+    if watch.traces_nan:
+        parts = with_provenance(parts)
     meter = Meter()
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
-    directory, sink = open_writer(writer, log_dir, run_name, type(root).__name__)
-    decoder = Decoder(_descriptions(parts))
+    hparams = None if hparams is None else checked_hparams(hparams)
+    directory, opened = open_writer(writer, log_dir, run_name, type(root).__name__)
+    sink = HParamsWriter(opened, hparams)
+    decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder, flush_seconds),
+        Drain(sink, decoder, flush_seconds, watch),
         decoder,
         flush_every,
     )
     reference = weakref.ref(root)
+    sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
     modules = ModuleCapture(reference, plan.gates, selection.wants_module)
+    health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
     attention = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
     captures = Captures(
         modules,
@@ -102,9 +130,13 @@ def instrument(
         [AttentionPieces(reference, probe, gate, modules.current) for probe, gate in attention],
         LossCapture(plan.loss_gate),
         [probe for probe in parts if isinstance(probe, LearningRates)],
+        PredictionPieces(reference, plan.gates, meter, flush_every),
+        health,
     )
-    recorder = Recorder(model, plan, captures, outlet, meter)
-    return Session(root, recorder, outlet, directory)
+    if directory is not None:
+        watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
+    recorder = Recorder(model, plan, captures, outlet, meter, watch)
+    return Session(root, recorder, outlet, directory, sink, watch)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -115,12 +147,23 @@ def session_of(model: nn.Module) -> Session | None:
 class Session:
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
-    def __init__(self, root: nn.Module, recorder: Recorder, outlet: Outlet, directory: Path | None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        recorder: Recorder,
+        outlet: Outlet,
+        directory: Path | None,
+        hparams: HParamsWriter,
+        watch: Watch,
+    ) -> None:
         self.log_dir = directory
         """The run's directory; None when a writer was handed over."""
+        self._watch = watch
         self._recorder = recorder
         self._outlet = outlet
+        self._hparams = hparams
         self._metrics = Metrics()
+        self._separation = Separation()
         self._model = weakref.ref(root)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
@@ -130,6 +173,14 @@ class Session:
     def step(self) -> int:
         """Completed steps: optimizer steps, or forward passes while no optimizer is in sight."""
         return self._recorder.clock.completed
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """What the rules said so far, in order, begins and ends of conditions: a new list.
+
+        Rules see a step when it is written (see `flush_every`); after `flush()`, every step up to the last one.
+        """
+        return list(self._watch.alerts)
 
     @property
     def attached(self) -> bool:
@@ -152,6 +203,37 @@ class Session:
             if not isinstance(value, str):
                 raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
         self._recorder.log(tag, Text(text))
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Hyperparameters that `instrument` was not given. TensorBoard keeps those of the run's first steps.
+
+        Raises TypeError for a value that is no bool, number or string.
+        """
+        self._hparams.begin(hparams)
+
+    def log_predictions(self, probs: Any, targets: Any) -> None:
+        """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
+
+        They count for the step and for training or validation as the model's last pass was, at every call, and
+        replace what was found without a call. Tensors stay on their device, and nothing waits.
+
+        probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
+        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
+        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
+        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
+        """
+        predictions, classes = checked_predictions(probs, targets)
+        self._recorder.log_predictions(predictions, classes)
+
+    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
+        """Log how well a score separates data from outside the training distribution from data inside it.
+
+        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
+        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
+        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
+        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
+        """
+        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))
 
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.
@@ -189,6 +271,7 @@ class Session:
             f"  time in probes    {recorder.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
+            f"  alerts            {len(self._watch.alerts)}",
         ]
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
@@ -201,6 +284,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hparams.failed = kind is not None
+        self._watch.crashed(error)
         self.detach()
 
     def __repr__(self) -> str:

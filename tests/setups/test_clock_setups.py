@@ -259,23 +259,24 @@ def test_five_critic_steps_to_a_generator_step_are_five_steps_an_iteration():
     assert steps(writer, "lr/SGD/group_0") == list(range(1, 21))
 
 
+@pytest.mark.parametrize("first", [1, 3])
 @pytest.mark.parametrize("old", ["deleted", "kept"])
-def test_an_optimizer_replaced_midway_goes_on_counting(old):
+def test_an_optimizer_replaced_midway_goes_on_counting(old, first):
     model, writer, keep = net(), MemoryWriter(), []
     optimizer = torch.optim.AdamW(model.parameters())
     expected = []
     with torchprobe.instrument(model, writer=writer, every=1) as session:
-        expected += [train_step(model, optimizer, k) for k in range(3)]
+        expected += [train_step(model, optimizer, k) for k in range(first)]
         if old == "kept":
             keep.append(optimizer)
         del optimizer
         gc.collect()
         optimizer = sgd(model)
-        expected += [train_step(model, optimizer, k) for k in range(3, 15)]
+        expected += [train_step(model, optimizer, k) for k in range(first, 15)]
         assert session.step == 15
     assert writer.scalars(TOTAL) == [(k + 1, pytest.approx(norm)) for k, norm in enumerate(expected)]
-    assert steps(writer, "lr/AdamW/group_0") == [1, 2, 3]
-    assert steps(writer, "lr/SGD/group_0") == list(range(4, 16))
+    assert steps(writer, "lr/AdamW/group_0") == list(range(1, first + 1))
+    assert steps(writer, "lr/SGD/group_0") == list(range(first + 1, 16))
 
 
 def test_validation_after_training_is_over_still_belongs_to_the_last_step():
@@ -757,7 +758,8 @@ def test_a_sanity_validation_before_training_is_no_step_of_it(every):
     model, writer = net(), MemoryWriter()
     optimizer = sgd(model)
     with torchprobe.instrument(model, writer=writer, every=every) as session:
-        validate(model, seed=7, batches=3)
+        before = validate(model, seed=7, batches=3)
+        assert session.step == 0
         expected = train_step(model, optimizer)
         assert session.step == 1
         after = validate(model, seed=70)
@@ -768,7 +770,7 @@ def test_a_sanity_validation_before_training_is_no_step_of_it(every):
         assert steps(writer, tag)[0] == 1, tag
         assert len(steps(writer, tag)) == (2 if every == 1 else 1), tag
     assert steps(writer, "lr/SGD/group_0") == [1, 2]
-    assert writer.scalars("val/activation_mean/2")[-1] == (1, pytest.approx(after))
+    assert writer.scalars("val/activation_mean/2") == [(0, pytest.approx(before)), (1, pytest.approx(after))]
 
 
 # ---- what the user logs

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 
-from torchprobe.statistics import dense, dtypes
+from torchprobe.statistics import counts, dense, dtypes
 
 
 @contextmanager
 def _in_pieces_of(size: int):
-    with mock.patch.object(dtypes, "CPU_PIECE", size), mock.patch.object(dense, "PIECE", size):
+    small = min(size, counts.SMALL)
+    patches = ((dtypes, "CPU_PIECE", size), (dense, "PIECE", size), (counts, "SMALL", small))
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
         yield
 
 

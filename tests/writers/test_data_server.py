@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from torchprobe.records import Histogram, Image, Record, Text
+from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Record, Text
 from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.hparams import START_TAG, plugin_data
+from torchprobe.writers.layout_writer import LAYOUT_TAG
 
 data_server = pytest.importorskip("tensorboard_data_server")
 
@@ -36,6 +38,10 @@ for plugin in ("histograms", "text", "torchprobe"):
     for tag, series in provider.list_tensors(request, experiment_id="", plugin_name=plugin)["run"].items():
         points = provider.read_tensors(request, plugin_name=plugin, **options)["run"][tag]
         shown[tag] = series.description, [(p.step, p.numpy.tolist()) for p in points]
+for plugin in ("hparams", "custom_scalars"):
+    for tag, series in provider.list_tensors(request, experiment_id="", plugin_name=plugin)["run"].items():
+        points = provider.read_tensors(request, plugin_name=plugin, experiment_id="", downsample=1)["run"][tag]
+        shown[tag] = len(series.plugin_content), [(p.step, len(p.numpy.tobytes())) for p in points]
 images = provider.list_blob_sequences(request, experiment_id="", plugin_name="images")["run"]
 for tag, series in images.items():
     points = provider.read_blob_sequences(request, plugin_name="images", **options)["run"][tag]
@@ -64,6 +70,8 @@ def record(step):
         "hist/empty": Histogram(np.arange(3.0), np.array([0, 0])),
         "note": Text("calm"),
         "map": Image(np.zeros((2, 5, 3), np.uint8)),
+        START_TAG: HParams({"tied": True}, 1.7e9),
+        LAYOUT_TAG: Layout({"Overview": (Lines("Loss", ("loss/.*" * step,)),)}),
     }
     return Record(step, 1.7e9 + step, values, {name.split("/")[0]: f"about {name}" for name in values})
 
@@ -77,4 +85,6 @@ def test_values_steps_and_descriptions_reach_the_page(shown):
         "hist/empty": ["about hist/empty", [[1, []], [2, []], [4, []]]],
         "note": ["about note", [[1, "calm"], [2, "calm"], [4, "calm"]]],
         "map": ["about map", [[s, ["5", "2"]] for s in (1, 2, 4)]],
+        START_TAG: [len(plugin_data(HParams({"tied": True}, 1.7e9))), [[4, 0]]],
+        LAYOUT_TAG: [0, [[4, 8]]],  # of several layouts the last; its array holds one reference
     }

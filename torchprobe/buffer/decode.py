@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
 from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
-from torchprobe.records import Record, Value
+from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
 _REASONS = {
@@ -18,8 +18,14 @@ _REASONS = {
     "parameters": "no optimizer held a parameter of the model that include= and exclude= leave",
     "updates": "no optimizer held a parameter of the model that include= and exclude= leave",
     "attention": "no attention was seen; session.summary() counts what was not covered, and why",
+    "uncertainty": "the model returned no named uncertainty, no distribution, and no logits that a cross-entropy told; "
+    "Uncertainty(task='classification') or task='regression' says what a plain output is",
+    "calibration": "no labels=, loss module or gradient told the targets of class predictions; "
+    "session.log_predictions(probs, targets) takes them",
     "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
 }
+
+_NO_REASON = "nothing of the kind it watches occurred"
 
 _log = logging.getLogger("torchprobe")
 
@@ -28,13 +34,15 @@ class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
     skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
-    missing names the probes that saw nothing in their first three sampled steps, each logged once.
+    missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
+    unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
     """
 
-    def __init__(self, descriptions: Mapping[str, str]) -> None:
+    def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:
         self.skipped = 0
         self.missing: list[str] = []
         self._descriptions = dict(descriptions)
+        self._asked_for = asked_for
         self._failed: set[Reporter] = set()
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
@@ -49,8 +57,8 @@ class Decoder:
         values: dict[str, Value] = dict(sealed.values)
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
-        self._explain_gaps(sealed)
-        return Record(sealed.step, sealed.wall_time, values, self._descriptions) if values else None
+        values.update(self._explain_gaps(sealed))
+        return Record(sealed.step, sealed.wall_time, values, self._descriptions, bool(sealed.due)) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
@@ -62,27 +70,32 @@ class Decoder:
             self._failed.add(reporter)
             _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
             return {}
-        if names:
+        if tagged or (names and not hasattr(reporter, "reason")):  # one that has a reason may report nothing
             self._seen.add(reporter)
+        if names:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
-    def _explain_gaps(self, sealed: Sealed) -> None:
+    def _explain_gaps(self, sealed: Sealed) -> dict[str, Value]:
         if not sealed.lost:
-            self._look_for_missing(sealed.due)
-        elif not self._lost:
+            return self._look_for_missing(sealed.due)
+        if not self._lost:
             self._lost = True
             _log.warning("step %d found no free slots on its device: its statistics are lost", sealed.step)
+        return {}
 
-    def _look_for_missing(self, due: Sequence[Reporter]) -> None:
+    def _look_for_missing(self, due: Sequence[Reporter]) -> dict[str, Value]:
         self._asked.update(due)
+        texts: dict[str, Value] = {}
         for reporter in due:
             if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
-                name = type(reporter).__name__
+                name, source = type(reporter).__name__, getattr(reporter, "source", "")
                 self.missing.append(name)
-                _log.warning(
-                    "nothing captured: %s saw nothing in its first %d sampled steps (%s)",
-                    name,
-                    _PATIENCE,
-                    _REASONS.get(getattr(reporter, "source", ""), "nothing of the kind it watches occurred"),
-                )
+                known = _REASONS.get(source, "nothing of the kind it watches occurred")
+                reason = getattr(reporter, "reason", "") or known
+                text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
+                serious = self._asked_for or getattr(reporter, "found_everywhere", True)
+                _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)
+                if serious:
+                    texts[f"nothing_captured/{name}"] = Text(text)
+        return texts

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torchprobe.buffer.backlog import Backlog
 from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.stage import Guarded, Stage
 from torchprobe.records import Record
 from torchprobe.writers.protocol import Writer
 
@@ -20,12 +21,20 @@ MAX_WAITING = 10_000  # sealed steps
 class Drain:
     """Takes sealed steps off the training thread's hands; never makes it wait, never lets it fail.
 
-    decode: turns a sealed step into a record (None to leave it out). flush_seconds: the longest that
-    a step stays unwritten while the disk is well. What cannot be kept is dropped and counted.
+    decode: turns a sealed step into a record (None to leave it out). stage: sees each record before it is
+    written. flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be
+    kept is dropped and counted.
     """
 
-    def __init__(self, writer: Writer, decode: Callable[[Sealed], Record | None], flush_seconds: float) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        decode: Callable[[Sealed], Record | None],
+        flush_seconds: float,
+        stage: Stage | None = None,
+    ) -> None:
         self._decode = decode
+        self._stage = Guarded(stage)
         self._flush_seconds = flush_seconds
         self._sealed: deque[Sealed] = deque()
         self._backlog = Backlog(writer)
@@ -96,6 +105,7 @@ class Drain:
                 pass
         finally:
             self._unread += len(self._sealed)
+            self._stage.close()
             closed = self._backlog.close()
             with self._wake:
                 self._clean = closed and self._written == self._served
@@ -127,7 +137,10 @@ class Drain:
         for _ in range(len(self._sealed)):  # not those that arrive meanwhile: a fast loop would never be written
             record = self._read(self._sealed.popleft())
             if record is not None:
-                self._backlog.add(record)
+                self._backlog.add(self._stage(record))
+        rest = self._stage.at_rest()
+        if rest is not None:
+            self._backlog.add(rest)
 
     def _read(self, sealed: Sealed) -> Record | None:
         try:

@@ -24,5 +24,5 @@ class Outlet:
         """Start the copies of a step and queue it. Never blocks; a step for which there is no room is counted."""
         if buffer and self.drain.admit():
             self.drain.put(self.lanes.seal(step, time(), buffer))
-        if step == 1 or step % self.flush_every == 0 or self.lanes.crowded:
+        if buffer.urgent or step == 1 or step % self.flush_every == 0 or self.lanes.crowded:
             self.drain.wake()

@@ -54,10 +54,11 @@ class StepBuffer:
     scalars: dict[str, Tensor] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
     due: Sequence[Reporter] = ()  # the probes that were asked for in this step
+    urgent: bool = False  # the drain thread should see it at once
     void: Tensor | None = None  # a device flag that says the step was skipped: drop what it wrote
 
     def __bool__(self) -> bool:
-        return bool(self.values or self.scalars or self.pieces)
+        return bool(self.values or self.scalars or self.pieces or self.due)
 
 
 class Arrived(NamedTuple):

@@ -10,11 +10,16 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
+
+_COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
+torch.compile returned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +31,35 @@ class Captures:
     attention: list[AttentionPieces]
     loss: LossCapture
     rates: list[LearningRates]
+    predictions: PredictionPieces
+    health: Health
 
     def open_for(self, step: int) -> None:
         """A step begins."""
         self.modules.follow_gates()
         for attention in self.attention:
             attention.open_for(step)
+        self.predictions.open_for(step)
+        self.health.open_for(step)
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
         self.modules.follow_gates()
         self.arm(due, training)
+        self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
+        self.predictions.enter(bool(due), training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""
         for attention in self.attention:
             attention.leave()
+        self.predictions.leave()
 
     def arm(self, due: bool, training: bool = True) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
+        self.health.arm(training)
         if due:
             self.modules.arm(training)
         else:
@@ -58,9 +71,18 @@ class Captures:
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
+        if training:
+            pieces += self.health.collect()
         for attention in self.attention:
             pieces += attention.collect(training)
-        return pieces
+        if due and training and self.modules.current.compiled:
+            self.predictions.explain(_COMPILED)
+        return pieces + self.predictions.collect(training) if training else pieces
+
+    def on_backward(self) -> None:
+        """Backward runs through an output of the model."""
+        self.loss.on_backward()
+        self.predictions.on_backward()
 
     def optimizer_values(self, optimizer: Optimizer, step: int) -> dict[str, float | Tensor]:
         """Learning rates and the like of the step that an optimizer has just taken."""
@@ -72,3 +94,5 @@ class Captures:
             attention.detach()
         self.loss.disarm()
         self.modules.detach()
+        self.predictions.detach()
+        self.health.detach()

@@ -46,10 +46,15 @@ class Clock:
         """Whether this optimizer's first step belongs to the step that has just been counted."""
         return self.may_grow and optimizer not in self._known
 
-    def begin(self, optimizer: Optimizer) -> bool:
-        """An optimizer is about to step. True when that ended the step before: it steps twice."""
+    def begin(self, optimizer: Optimizer, new_pass: bool = False) -> bool:
+        """An optimizer is about to step. True when that ended the step before: it steps twice.
+
+        new_pass: a training pass began since the last step that was counted.
+        """
         if optimizer in self._known:
             self._first_round = False
+        elif new_pass:
+            self._take_over(optimizer)
         if self.manual or optimizer not in self._stepped:
             return False
         self.tick()
@@ -68,6 +73,13 @@ class Clock:
         self.tick()
         return True
 
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Forget those over the same parameters: a new optimizer takes their place, though the old one may live on."""
+        held = _parameter_ids(optimizer)
+        for known in list(self._known):
+            if not held.isdisjoint(_parameter_ids(known)):
+                self._known.discard(known)
+
     def tick(self) -> None:
         """A step is complete; by itself, when a forward pass (pure inference) or the user ends it."""
         for optimizer in list(self._known):
@@ -77,3 +89,8 @@ class Clock:
                 self._known.discard(optimizer)
         self._stepped.clear()
         self.completed += 1
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters that an optimizer holds."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

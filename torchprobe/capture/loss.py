@@ -108,7 +108,7 @@ class LossCapture:
         if not isinstance(module, _Loss) or not self._nodes or torch.compiler.is_compiling():
             return
         with self._gate.boundary():
-            if isinstance(output, Tensor) and output.numel() == 1 and _descends(output, self._nodes):
+            if isinstance(output, Tensor) and output.numel() == 1 and descends(output, self._nodes):
                 self._of_modules.append(_snapshot(output))
 
 
@@ -117,7 +117,7 @@ def _snapshot(loss: Tensor) -> Tensor:
     return loss.detach().to(torch.float32, copy=True).reshape(())
 
 
-def _descends(tensor: Tensor, nodes: list[Any]) -> bool:
+def descends(tensor: Tensor, nodes: list[Any]) -> bool:
     """Whether a tensor was computed from one of the autograd nodes, a few operations away."""
     queue, seen = deque([tensor.grad_fn]), 0
     while queue and seen < _REACH:

@@ -20,6 +20,7 @@ from torchprobe.capture.sites import SITE, Pass, Site, Tap, observe_output
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe
 
+PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
 _FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -47,7 +48,7 @@ def interesting(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    leaf = next(module.children(), None) is None
+    leaf = all(name == PARAMETRIZATIONS for name, _ in module.named_children())
     return leaf and next(module.parameters(recurse=False), None) is not None
 
 

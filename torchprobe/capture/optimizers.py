@@ -48,8 +48,11 @@ class OptimizerHooks:
         ]
 
     def any_alive(self) -> bool:
-        """Whether an optimizer of the model exists that may never have stepped. Looks at all objects: 50 ms."""
-        return any(issubclass(type(o), Optimizer) and self._claimed(o) for o in gc.get_objects())
+        """Whether an optimizer of the model exists that may never have stepped. Looks at all objects: 50 ms.
+
+        Remembers nothing: the call may run on other weights than the optimizer's (`functional_call`).
+        """
+        return any(issubclass(type(o), Optimizer) and self._holds_ours(o) for o in gc.get_objects())
 
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""
@@ -72,10 +75,12 @@ class OptimizerHooks:
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._claims.get(optimizer)
         if known is None or known[0] != size:
-            mine = self._parameters()
-            held = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
-            known = self._claims[optimizer] = (size, held)
+            known = self._claims[optimizer] = (size, self._holds_ours(optimizer))
         return known[1]
+
+    def _holds_ours(self, optimizer: Optimizer) -> bool:
+        mine = self._parameters()
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
 
 def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

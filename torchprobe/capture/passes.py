@@ -16,6 +16,7 @@ from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.tracing import scope
 
+_FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 
 
@@ -25,7 +26,7 @@ class PassObserver(Protocol):
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass of the model begins."""
 
-    def leave_pass(self, module: nn.Module, output: Any) -> None:
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It ended without an exception."""
 
     def pass_is_over(self) -> None:
@@ -62,15 +63,15 @@ def _enter_graph(current: Pass, training: bool) -> None:
         current.began = True
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is not None and not torch.compiler.is_compiling():
-        beside(_leave_plain, root, module, output)
+        beside(_leave_plain, root, module, args, kwargs, output)
 
 
-def _leave_plain(root: Root, module: nn.Module, output: Any) -> None:
+def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if not under_transform() and not in_backward():
-        root.observer.leave_pass(module, output)
+        root.observer.leave_pass(module, args, kwargs, output)
 
 
 def _always(module: nn.Module, args: Any, output: Any) -> None:
@@ -109,13 +110,15 @@ class PassHooks:
             self._handles += [
                 module.register_forward_pre_hook(_enter),
                 module.register_forward_hook(_always, always_call=True),
-                module.register_forward_hook(_leave),
+                module.register_forward_hook(_leave, with_kwargs=True),
             ]
             self._modules.add(module)
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+    """Whether the module's class says what calling it does; Lightning's base class only seems to."""
+    home = type(module).forward.__module__
+    return type(module).forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

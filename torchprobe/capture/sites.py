@@ -27,6 +27,7 @@ class Pass:
     def __init__(self) -> None:
         self.began = False  # a training pass began after the last completed step
         self.training = True
+        self.entered = 0  # forward passes, a compiled model's not among them
         self.seen = False  # the model itself was called, not only its parts
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
         self.fired = False  # a hook ran outside of graphs in this step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from weakref import ReferenceType
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchprobe.capture.loss import backward_call
 from torchprobe.capture.recompute import backward_id
@@ -51,5 +52,6 @@ class SkipDetector:
 
 
 def first_trained(model: nn.Module | None) -> nn.Parameter | None:
-    """The first parameter that needs a gradient."""
-    return None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
+    """The first parameter that needs a gradient, of those that have a shape already."""
+    parameters = () if model is None else model.parameters()
+    return next((p for p in parameters if p.requires_grad and not is_lazy(p)), None)

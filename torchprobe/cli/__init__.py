@@ -1,4 +1,4 @@
-"""The command line: `torchprobe demo` and `torchprobe view`.
+"""The command line: `torchprobe demo`, `view`, `report` and `compare`.
 
 Each command is a module with `add_parser(commands)` and `run(arguments) -> exit code`. Those modules import torch,
 rich and TensorBoard only once the command runs, so that `torchprobe --help` answers at once.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchprobe._version import __version__
-from torchprobe.cli import demo, view
+from torchprobe.cli import compare, demo, report, view
 from torchprobe.cli.errors import CommandError
 
 __all__ = ["build_parser", "main"]
@@ -20,13 +20,14 @@ _EXAMPLES = """\
 examples:
   torchprobe demo                      train a small model for a minute, with everything recorded
   torchprobe view runs/demo            look at what was recorded
+  torchprobe report                    what the newest run says, in the terminal
   torchprobe demo --data aclImdb       the same on texts of yours, one sub-folder a class
 
 In your own training script the same takes one line:
   session = torchprobe.instrument(model, log_dir="runs/mine")
 """
 
-_COMMANDS = (demo, view)
+_COMMANDS = (demo, view, report, compare)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -51,6 +51,7 @@ class Attention(Probe):
     """
 
     source: ClassVar[Source] = "attention"
+    found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
 
     def __init__(

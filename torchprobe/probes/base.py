@@ -13,7 +13,19 @@ from torch import Tensor
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule
 
-Source: TypeAlias = Literal["outputs", "output_gradients", "gradients", "parameters", "updates", "attention", "loss"]
+Source: TypeAlias = Literal[
+    "outputs",
+    "output_gradients",
+    "gradients",
+    "parameters",
+    "updates",
+    "attention",
+    "loss",
+    "uncertainty",
+    "calibration",
+    "flow",
+    "units",
+]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
@@ -40,6 +52,8 @@ class Probe:
     descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
+    found_everywhere: ClassVar[bool] = True
+    """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
     def __init__(self, every: int | Schedule | None = None) -> None:
         self.every = every

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class GradientHistograms(Probe):
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One row of counts a tensor."""
-        return torch.stack([exponents.log_histogram(tensor) for tensor in tensors])
+        return exponents.log_histograms(tensors)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, the zeros, and the non-finite count when there is one."""
@@ -57,7 +56,7 @@ class ParameterHistograms(Probe):
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One row of limits and counts a tensor."""
-        return torch.stack([linear.linear_histogram(tensor, _BUCKETS) for tensor in tensors])
+        return linear.linear_histograms(tensors, _BUCKETS)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, and the non-finite count when there is one."""

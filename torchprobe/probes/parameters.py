@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,10 +50,8 @@ class Updates(Probe):
     }
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
-        """Norms of (after - before) and of before; the copies in `before` become the differences."""
-        norms_before = norms.l2_norms(before)
-        torch._foreach_sub_(list(before), list(tensors))
-        return torch.stack([norms.l2_norms(before), norms_before], dim=1)
+        """Norms of (after - before) and of before."""
+        return norms.distances(tensors, before)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the median."""

@@ -82,9 +82,34 @@ def pieces(x: Tensor, size: int) -> Iterator[Tensor]:
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # memory order
     if x.is_contiguous():
-        yield from x.view(-1).split(size) if x.numel() else ()
+        yield from _cut(x.view(-1), size)
     elif x.numel() <= size:
         yield x.reshape(-1)
     else:
         for half in x.chunk(2, dim=max(range(x.dim()), key=x.size)):
             yield from pieces(half, size)
+
+
+def on_host(value: Tensor) -> float:
+    """One number in host memory: nothing waits, and nothing is copied from a device."""
+    return float(value.numpy())
+
+
+def owners(tensors: Sequence[Tensor]) -> Tensor:
+    """For each element of all tensors in host memory, one after the other, the index of its tensor: int64."""
+    lengths = torch.tensor([x.numel() for x in tensors], device="cpu")
+    return torch.repeat_interleave(lengths)
+
+
+def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Rows at their places: 0 ... n - 1, each in one part, whose rows are of shape (places, width)."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows = {place: row for places, found in parts for place, row in zip(places, found.unbind(), strict=True)}
+    return torch.stack([rows[place] for place in range(len(rows))])
+
+
+def _cut(x: Tensor, size: int) -> Sequence[Tensor]:
+    if x.numel() > size:
+        return x.split(size)
+    return (x,) if x.numel() else ()

@@ -17,23 +17,31 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
+from tensorboard.plugins.custom_scalar import metadata as layout_plugin
 from tensorboard.plugins.histogram import metadata as histogram_plugin
+from tensorboard.plugins.hparams import metadata as hparams_plugin
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
-from torchprobe.records import Histogram, Image, Record, Text, Value, group_of
+from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value, group_of
+from torchprobe.writers.hparams import plugin_data
+from torchprobe.writers.layout import serialized
 from torchprobe.writers.png import png
 
 ARRAY_PLUGIN = "torchprobe"
 """The plugin name under which arrays are stored; no stock TensorBoard page claims it."""
 
+_NOTHING = np.empty(0, np.float32)
 _SCALAR = (scalar_plugin.PLUGIN_NAME, DATA_CLASS_SCALAR)
 _PLUGINS: Mapping[type, tuple[str, int]] = {
     Histogram: (histogram_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Text: (text_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Image: (image_plugin.PLUGIN_NAME, DATA_CLASS_BLOB_SEQUENCE),
     np.ndarray: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
+    HParams: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
+    Outcome: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
+    Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
 }
 
 
@@ -78,6 +86,10 @@ def _store(entry: Any, value: Value) -> None:
         entry.tensor.CopyFrom(_strings(parts, shape=(3,)))
     elif isinstance(value, np.ndarray):
         entry.tensor.CopyFrom(_numeric(value.astype(np.float32, copy=False), DT_FLOAT))
+    elif isinstance(value, Layout):
+        entry.tensor.CopyFrom(_strings([serialized(value)], shape=()))
+    elif isinstance(value, HParams | Outcome):
+        entry.tensor.CopyFrom(_numeric(_NOTHING, DT_FLOAT))  # the page reads the metadata alone
     else:
         entry.simple_value = _scalar(entry.tag, value)
 
@@ -110,8 +122,9 @@ def _shape(sizes: tuple[int, ...]) -> Any:
 def _metadata(value: Value, description: str) -> Any:
     """The data class is explicit: TensorBoard's Rust loader else drops arrays and scalars' descriptions."""
     plugin_name, data_class = next((row for kind, row in _PLUGINS.items() if isinstance(value, kind)), _SCALAR)
+    content = plugin_data(value) if isinstance(value, HParams | Outcome) else b""
     return SummaryMetadata(
         summary_description=description,
-        plugin_data=SummaryMetadata.PluginData(plugin_name=plugin_name),
+        plugin_data=SummaryMetadata.PluginData(plugin_name=plugin_name, content=content),
         data_class=data_class,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.records import Histogram, Image, Record, Text, Value
+from torchprobe.records import Histogram, HParam, HParams, Image, Layout, Outcome, Record, Text, Value
 from torchprobe.writers.append_file import AppendFile
 from torchprobe.writers.png import png
 
@@ -21,8 +22,8 @@ class JsonLinesWriter:
     """Appends `{"step": 3, "wall_time": 1.7e9, "values": {tag: value}}` to the file at `path`.
 
     A value is a number for a scalar, else an object: `{"edges", "counts"}` for a histogram,
-    `{"text"}`, `{"shape", "png"}` for an image (base64), `{"array"}` for nested lists. Numbers that
-    JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
+    `{"text"}`, `{"shape", "png"}` for an image (base64), `{"array"}` for nested lists, `{"hparams"}`,
+    `{"success"}`, `{"charts"}`. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
 
     What the file already holds is kept. A batch is on disk when `write` returns, or not at all.
     Raises OSError at the call when the file cannot be opened, and from `write` when a batch does
@@ -66,21 +67,36 @@ def _torn(path: Path) -> bool:
 
 
 def _line(record: Record) -> str:
-    values = {tag: _json_value(value) for tag, value in record.values.items()}
+    values = {tag: json_value(value) for tag, value in record.values.items()}
     fields = {"step": record.step, "wall_time": record.wall_time, "values": values}
     return json.dumps(fields, allow_nan=False, separators=(",", ":"))
 
 
-def _json_value(value: Value) -> Any:
+def json_value(value: Value) -> Any:
+    """A value as JSON has it: see `JsonLinesWriter`."""
     if isinstance(value, Histogram):
         return {"edges": _numbers(value.edges.tolist()), "counts": value.counts.tolist()}
     if isinstance(value, Text):
         return {"text": value.markdown}
     if isinstance(value, Image):
         return {"shape": value.pixels.shape, "png": base64.b64encode(png(value.pixels)).decode()}
+    if isinstance(value, HParams):
+        return {"hparams": {name: _hparam(hparam) for name, hparam in value.values.items()}}
+    if isinstance(value, Outcome):
+        return {"success": value.success}
+    if isinstance(value, Layout):
+        return {
+            "charts": {
+                title: [dataclasses.asdict(chart) for chart in charts] for title, charts in value.categories.items()
+            }
+        }
     if isinstance(value, np.ndarray):
         return {"array": _numbers(value.tolist())}
     return _number(float(value))
+
+
+def _hparam(value: HParam) -> HParam:
+    return _number(value) if isinstance(value, float) else value
 
 
 def _numbers(nested: Any) -> Any:

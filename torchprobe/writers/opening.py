@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprobe.run_directory import run_directory
+from torchprobe.writers.layout_writer import LayoutWriter
 from torchprobe.writers.protocol import Writer
 
 
@@ -21,7 +22,7 @@ def open_writer(
         directory = run_directory(log_dir, run_name, model_name)
         from torchprobe.writers.event_file import EventFileWriter  # imports tensorboard: only when needed
 
-        return directory, EventFileWriter(directory)
+        return directory, LayoutWriter(EventFileWriter(directory))
     if log_dir is not None or run_name is not None:
         raise ValueError("writer and log_dir (or run_name) exclude each other: a writer knows where it writes")
     if hasattr(writer, "add_scalar"):

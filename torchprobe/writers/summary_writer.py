@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchprobe.records import Histogram, Image, Record, Text, Value
+from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
 from torchprobe.writers.encode import encode, trim
 
 _logger = logging.getLogger("torchprobe")
@@ -100,6 +100,8 @@ def _call_for(value: Value) -> tuple[str, tuple[Any, ...]]:
         return "add_text", (value.markdown,)
     if isinstance(value, Image):
         return "add_image", (value.pixels.transpose(2, 0, 1),)
+    if isinstance(value, HParams | Outcome | Layout):
+        return "add_session_info", ()  # add_hparams would open a second run
     if isinstance(value, np.ndarray):
         return "add_tensor", (torch.from_numpy(value),)
     return "add_scalar", (float(value),)

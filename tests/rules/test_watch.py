@@ -1,0 +1,114 @@
+"""Alerts on their way: once at the beginning, once at the end, to every place that asked for them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+import torchprobe
+from torchprobe.records import Record, Text
+from torchprobe.rules.watch import open_watch
+
+
+def too_high(record):
+    loss = record.values.get("loss")
+    if loss is None:
+        return None
+    return [torchprobe.Alert("too_high", record.step, None, loss, 1.0, "the loss is high")] if loss > 1 else []
+
+
+def run(watch, losses):
+    return [watch(Record(step, 0.0, {} if loss is None else {"loss": loss})) for step, loss in enumerate(losses, 1)]
+
+
+def test_a_condition_is_said_when_it_begins_and_when_it_ends(caplog):
+    watch = open_watch([too_high], None, None)
+    records = run(watch, [0.5, 2.0, 3.0, None, 4.0, 0.5, 2.0])
+    assert [(a.step, a.ended) for a in watch.alerts] == [(2, False), (6, True), (7, False)]
+    assert [r.step for r in records if r.values.get("alerts/too_high") == 1.0] == [2, 6, 7]
+    assert [r.step for r in records if "alerts" in r.values] == [2, 6, 7]
+    assert [r.values["overview/alerts"] for r in records if "overview/alerts" in r.values] == [1, 2, 3]
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
+
+
+def test_an_alert_is_one_line_that_names_everything():
+    alert = torchprobe.Alert("dead_units", 7, "blocks.0.act", 0.75, 0.5, "units are\ndead")
+    assert str(alert) == "dead_units, step 7 at blocks.0.act: units are dead (value 0.75, threshold 0.5)"
+    watch = open_watch([lambda record: alert], None, None)
+    text = watch(Record(7, 0.0, {})).values["alerts"]
+    assert isinstance(text, Text)
+    assert text.markdown == f"- {str(alert).replace('_', chr(92) + '_')}"
+
+
+def test_a_user_callable_may_return_one_alert_a_generator_or_none():
+    alert = torchprobe.Alert("mine", 1, None, 1.0, None, "m")
+    for rule in (lambda r: alert, lambda r: iter([alert]), lambda r: (alert, alert)):
+        watch = open_watch([rule], None, None)
+        run(watch, [1.0, 1.0])
+        assert watch.alerts == [alert]
+
+
+def test_a_rule_that_fails_is_switched_off_alone(caplog):
+    watch = open_watch([lambda record: 1 / 0, lambda record: ["text"], too_high], None, None)
+    run(watch, [2.0, 2.0])
+    assert [alert.rule for alert in watch.alerts] == ["too_high"]
+    assert sum("is switched off" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_what_on_alert_raises_is_logged_once(caplog):
+    seen = []
+
+    def callback(alert):
+        seen.append(alert)
+        raise OSError("no pager")
+
+    watch = open_watch([too_high], callback, None)
+    run(watch, [2.0, 0.0, 2.0])
+    assert len(seen) == 3
+    assert sum("on_alert failed" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_stop_on_raises_once_at_the_check():
+    watch = open_watch([too_high], None, {"too_high"})
+    run(watch, [0.0])
+    watch.check()
+    run(watch, [2.0])
+    with pytest.raises(torchprobe.TrainingAlert, match="the loss is high") as caught:
+        watch.check()
+    assert caught.value.alert.rule == "too_high"
+    watch.check()
+
+
+def test_many_alerts_of_a_step_are_few_lines_in_the_log(caplog):
+    alerts = [torchprobe.Alert("vanishing", 1, f"layer{i}", 0.0, 1.0, "m") for i in range(200)]
+    with caplog.at_level(logging.WARNING, "torchprobe"):
+        watch = open_watch([lambda record: alerts], None, None)
+        run(watch, [1.0])
+    assert len(watch.alerts) == 200
+    assert len(caplog.records) == 4
+    assert "197 more" in caplog.records[-1].getMessage()
+
+
+def test_the_count_stands_beside_the_other_counts_of_the_overview():
+    watch = open_watch([], None, None)
+    assert watch(Record(1, 0.0, {"overview/dropped_records": 0.0})).values["overview/alerts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ((["no_such"], None, None), ValueError, "'no_such'; takes non_finite, loss_spike"),
+        (("non_finite", None, None), TypeError, "rules='non_finite': takes a list"),
+        (([torchprobe.LossSpike], None, None), TypeError, r"write LossSpike\(\)"),
+        (([3], None, None), TypeError, "rules: got 3"),
+        ((None, "mail", None), TypeError, "on_alert='mail'"),
+        ((None, None, {"no_such"}), ValueError, "stop_on: no rule of this run is called 'no_such'; takes attention"),
+        ((["stalled"], None, {"non_finite"}), ValueError, "takes stalled"),
+        ((None, None, "non_finite"), TypeError, "takes a set of rule names"),
+        ((None, None, 3), TypeError, "stop_on=3"),
+    ],
+)
+def test_a_wrong_argument_is_named(options, error, words):
+    with pytest.raises(error, match=words):
+        open_watch(*options)

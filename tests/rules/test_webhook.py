@@ -1,0 +1,103 @@
+"""The webhook: what it posts, and that nothing waits for it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import threading
+from contextlib import contextmanager
+from time import monotonic
+
+import pytest
+
+import torchprobe
+from torchprobe.rules import webhook
+
+ALERT = torchprobe.Alert("loss_spike", 7, None, math.inf, 6.0, "the loss")
+
+
+@contextmanager
+def receiver(*answers: int):
+    """A server that gives these answers in turn, and then 200: its address, and what it got."""
+    got, waiting = [], list(answers)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(waiting.pop(0) if waiting else 200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/secret", got
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(webhook, "_FIRST_PAUSE", 0.01)
+
+
+def test_an_alert_arrives_as_json_with_a_text():
+    with receiver() as (url, got):
+        notify = torchprobe.WebhookNotifier(url)
+        notify(ALERT)
+        notify.close()
+    assert got == [
+        {
+            "text": f"torchprobe: {ALERT}", "rule": "loss_spike", "step": 7, "where": None, "value": "inf",
+            "threshold": 6.0, "message": "the loss", "ended": False,
+        }
+    ]  # fmt: skip
+    assert (notify.sent, notify.dropped) == (1, 0)
+
+
+def test_a_failing_server_is_tried_again_and_a_refusing_one_is_not():
+    for answers, sent, attempts in (((500, 503), 1, 3), ((404,), 0, 1), ((500,) * 9, 0, 4)):
+        with receiver(*answers) as (url, got):
+            notify = torchprobe.WebhookNotifier(url, retries=3)
+            notify(ALERT)
+            deadline = monotonic() + 5
+            while notify.sent + notify.dropped == 0 and monotonic() < deadline:
+                threading.Event().wait(0.005)
+            notify.close()
+        assert (notify.sent, notify.dropped, len(got)) == (sent, 1 - sent, attempts)
+
+
+def test_a_webhook_that_is_down_costs_counted_drops_and_one_warning_without_the_secret(caplog):
+    with receiver() as (url, _):
+        pass  # nobody listens there any more
+    notify = torchprobe.WebhookNotifier(url, timeout=0.5, retries=0)
+    start = monotonic()
+    for _ in range(300):
+        notify(ALERT)
+    assert monotonic() - start < 0.5
+    notify.close()
+    assert (notify.sent, notify.dropped) == (0, 300)
+    assert len(caplog.records) == 1
+    assert "secret" not in caplog.text
+
+
+def test_it_can_be_used_again_after_closing():
+    with receiver() as (url, got):
+        notify = torchprobe.WebhookNotifier(url)
+        for _ in range(2):
+            notify(ALERT)
+            notify.close()
+        notify.close()
+    assert len(got) == 2
+
+
+@pytest.mark.parametrize("options", [{"url": "ftp://x"}, {"url": "x"}, {"timeout": 0}, {"retries": -1}])
+def test_a_wrong_argument_is_named(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+        torchprobe.WebhookNotifier(**{"url": "http://localhost", **options})

@@ -1,0 +1,122 @@
+"""Hooks on chosen modules for sampled training passes of eager models: on before such a pass, and off after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+from weakref import ReferenceType, WeakSet
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.gate import Gate
+from torchprobe.capture.passes import ROOT_KEY
+from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.sites import Pass
+
+MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
+
+
+class Watcher(Protocol):
+    """What looks at module calls of a sampled training pass. Exceptions end at its gate."""
+
+    gate: Gate
+
+    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+        """Which modules, by name."""
+
+    def begin(self) -> None:
+        """A pass of the model begins."""
+
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A chosen module is called; inside backward when activation checkpointing calls it again."""
+
+    def after(self, name: str, output: Any) -> None:
+        """It has returned."""
+
+
+class Marks:
+    """The watchers of a module, each with the name it knows it by. Copies and pickles become None: they are inert."""
+
+    def __init__(self) -> None:
+        self.watchers: list[tuple[Watcher, str]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(None), ())
+
+
+class EagerHooks:
+    """The hooks of all watchers. Modules that are compiled are left alone: hooks would become part of their graphs."""
+
+    def __init__(self, model: ReferenceType[nn.Module], watchers: Sequence[Watcher], current: Pass) -> None:
+        self._model = model
+        self._watchers = watchers
+        self._current = current
+        self._handles: list[RemovableHandle] = []
+        self._marked: WeakSet[nn.Module] = WeakSet()
+        self._armed: list[Watcher] = []
+
+    def arm(self, training: bool) -> None:
+        """Put hooks on for the watchers that sample the coming pass, and off for others."""
+        due = [w for w in self._watchers if training and w.gate.train and not self._current.compiled]
+        if due == self._armed:
+            return
+        self.disarm()
+        model = self._model()
+        if model is None or any(module._compiled_call_impl is not None for module in model.modules()):
+            return
+        for watcher in due:
+            for name, module in watcher.chosen(model):
+                self._put_on(module, watcher, name)
+        self._armed = due
+
+    def begin(self) -> None:
+        """A pass of the model begins."""
+        for watcher in self._armed:
+            watcher.begin()
+
+    def disarm(self) -> None:
+        """Take hooks and marks off. Safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        for module in list(self._marked):
+            module.__dict__.pop(MARKS, None)
+        self._marked.clear()
+        self._armed = []
+
+    def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
+        if module not in self._marked:
+            self._marked.add(module)
+            module.__dict__[MARKS] = Marks()
+            is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
+            self._handles += [
+                module.register_forward_pre_hook(_before, with_kwargs=True),
+                module.register_forward_hook(_after, prepend=is_root),
+            ]
+        module.__dict__[MARKS].watchers.append((watcher, name))
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    marks = module.__dict__.get(MARKS)
+    if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
+        return
+    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
+        for watcher, name in marks.watchers:
+            _guarded(watcher, watcher.before, name, module, args, kwargs or {})
+
+
+def _after(module: nn.Module, args: Any, output: Any) -> None:
+    marks = module.__dict__.get(MARKS)
+    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
+        for watcher, name in marks.watchers:
+            _guarded(watcher, watcher.after, name, output)
+
+
+def _guarded(watcher: Watcher, call: Callable[..., None], *arguments: Any) -> None:
+    if watcher.gate.train:
+        with watcher.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            call(*arguments)

@@ -1,0 +1,90 @@
+"""What the alert rules need beyond the probes that are always there: signs of NaN, their provenance, dead units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import ReferenceType
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.eager_hooks import EagerHooks
+from torchprobe.capture.flow import Flow
+from torchprobe.capture.gate import Gate
+from torchprobe.capture.notes import Notes
+from torchprobe.capture.sentinel import Sentinel
+from torchprobe.capture.sites import Pass
+from torchprobe.capture.units import Units
+from torchprobe.probes.base import Probe
+from torchprobe.probes.provenance import Provenance
+from torchprobe.probes.unit_activity import UnitActivity
+from torchprobe.records import Value
+
+
+class Health:
+    """The sentinel, and the watchers of module calls; `sentinel_gate` is None when no rule asks for the sentinel."""
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        gates: Mapping[Probe, Gate],
+        wanted: Callable[[str], bool],
+        current: Pass,
+        sentinel_gate: Gate | None,
+    ) -> None:
+        self.notes = Notes()
+        self.flows = [Flow(probe, gate) for probe, gate in gates.items() if isinstance(probe, Provenance)]
+        self._units = [Units(probe, gate, wanted) for probe, gate in gates.items() if isinstance(probe, UnitActivity)]
+        self._hooks = EagerHooks(model, [*self.flows, *self._units], current)
+        self._sentinel = None if sentinel_gate is None else Sentinel(model, sentinel_gate)
+
+    def open_for(self, step: int) -> None:
+        """A step begins: one that deserves a close look gets it, whatever the schedule."""
+        self._open_flows()
+        if any(flow.gate.train for flow in self.flows):
+            self.notes.open(step)
+
+    def _open_flows(self) -> None:
+        if self._sentinel is not None and self._sentinel.looks():
+            for flow in self.flows:
+                flow.gate.train = not flow.gate.failed
+
+    def arm(self, training: bool) -> None:
+        """Put hooks on for the coming pass, or off."""
+        self._hooks.arm(training)
+
+    def enter(self) -> None:
+        """A forward pass begins."""
+        self._hooks.begin()
+
+    def on_output(self, output: Any) -> None:
+        """A training pass has returned."""
+        if self._sentinel is not None:
+            self._sentinel.on_output(output)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Gradients are final."""
+        if self._sentinel is not None:
+            self._sentinel.on_gradients(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Parameters are updated."""
+        if self._sentinel is not None:
+            self._sentinel.on_parameters(optimizer)
+
+    def collect(self) -> list[Piece]:
+        """What the passes of a step gave; starts anew."""
+        for flow in self.flows:
+            self.notes.saw(flow.shapes)
+        flows = [piece for flow in self.flows for piece in flow.collect()]
+        return flows + [piece for units in self._units for piece in units.collect()]
+
+    def signs(self) -> tuple[dict[str, Value], list[Piece], bool]:
+        """Signs of NaN in a step: known already, and to be read; whether the drain should look at once."""
+        return ({}, [], False) if self._sentinel is None else self._sentinel.take()
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        self._hooks.disarm()

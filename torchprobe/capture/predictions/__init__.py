@@ -1,0 +1,1 @@
+"""Finds what a model says about its own uncertainty, and the targets that its predictions are judged by."""

@@ -1,0 +1,166 @@
+"""Targets from the gradient at an output: at a row of logits, cross-entropy's is s (p - y).
+
+So the one negative entry is the target, a row of zeros is an ignored one, and the entries beside the target are
+proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided a row, on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.predictions.forms import Form, are_distributions
+from torchprobe.statistics.dtypes import row_dtype
+
+IGNORED = -100
+_FEW_CLASSES = 3  # so few that a row alone can be anything
+_FEW_ROWS = 4
+_MOST_SMOOTHING = 0.5
+_SURE = 0.99
+_EPSILON = 1e-7
+_FAINT = 1e-4
+_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
+
+
+class Recovered(NamedTuple):
+    """targets: (n,) int64, IGNORED where the gradient is not that of a cross-entropy. evidence: see below."""
+
+    targets: Tensor
+    evidence: Tensor
+    """(3,): rows with a gradient, those of them that are a cross-entropy's, and rows with none or hardly any whose
+    prediction is so sure that it may have been lost in rounding."""
+
+
+def recover(logits: Tensor, gradient: Tensor, form: Form, precision: torch.dtype) -> Recovered:
+    """Targets of rows of logits, (n, classes) or (n, 1), and of their gradients, both float32 or wider.
+
+    precision: the gradient's type before. The loss may be scaled, per row too; labels may be smoothed.
+    """
+    tolerance = _TOLERANCE.get(precision, 2e-3)
+    tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
+    alive = gradient.isfinite().all(-1) & (gradient != 0).any(-1)
+    rows = _Rows(logits, torch.where(alive[:, None], gradient, 0.0), alive, tolerance, tiny)
+    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows)
+    passed &= alive
+    size = gradient.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0)
+    faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
+    evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
+    return Recovered(torch.where(passed, targets, IGNORED), evidence.to(row_dtype(logits.device)))
+
+
+class _Rows(NamedTuple):
+    z: Tensor
+    g: Tensor
+    alive: Tensor  # rows with a gradient
+    tolerance: float
+    tiny: float  # an entry smaller than this is rounded to 0
+
+
+def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
+    p = rows.z.softmax(-1)
+    top, favourite = p.max(-1)
+    least, target = rows.g.min(-1)
+    if p.shape[-1] <= _FEW_CLASSES:
+        target, passed = _of_few(rows, p, target)
+    else:
+        passed = _proportional(rows, p, target, smoothed=False) | _proportional(rows, p, target, smoothed=True)
+        # Where smoothing calls a prediction too sure, its own class is pushed down.
+        other = ~passed & _proportional(rows, p, favourite, smoothed=True)
+        target, passed = torch.where(other, favourite, target), passed | other
+    alone = _of_log_probabilities(rows, least)
+    return torch.where(alone, rows.g.argmin(-1), target), passed | alone, top > _SURE
+
+
+def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool) -> Tensor:
+    """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed."""
+    scale = rows.g.abs().amax(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    g, tiny = rows.g / scale[:, None], rows.tiny / scale * p.shape[-1]
+    others = torch.ones_like(p).scatter_(-1, target[:, None], 0.0)
+    mean_p, mean_g = ((x * others).sum(-1) / (p.shape[-1] - 1) for x in (p, g))
+    factor, base = mean_g / mean_p, torch.zeros_like(mean_p)
+    if smoothed:
+        dp, dg = (p - mean_p[:, None]) * others, (g - mean_g[:, None]) * others
+        factor = (dp * dg).sum(-1) / dp.square().sum(-1)
+        base = mean_g - factor * mean_p
+    away = ((g - factor[:, None] * p - base[:, None]).abs() * others).sum(-1)
+    fits = away <= rows.tolerance * (g * others).abs().sum(-1) + tiny + _EPSILON * p.shape[-1]
+    balanced = g.sum(-1).abs() <= 0.1 + tiny + 4 * _EPSILON * factor  # p - 1 is rounded where p is near 1
+    sane = _smoothing_is_sane(factor, base, p.shape[-1]) if smoothed else g.gather(-1, target[:, None])[:, 0] < 0
+    return fits & balanced & sane & (factor > 0) & (tiny < 0.1)
+
+
+def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets, and whether rows pass. With two or three classes a row alone can be anything: all rows of a class have
+    to agree on the factor, or all rows on factor and smoothing. Class weights and smoothing together are not known.
+    """
+    classes, g = p.shape[-1], rows.g / rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
+    others = (~torch.nn.functional.one_hot(target, classes).bool() & rows.alive[:, None]).to(p.dtype)
+    enough = rows.alive.sum() >= _FEW_ROWS
+    factor = _factor_by_class(g, p, others, target)
+    weighted = (_away(g, factor[:, None] * p, others) <= _allowed(rows, g, others)) & (factor > 0) & enough
+    slope, base = _common_line(g, p, others)
+    misfits = []
+    for c in range(classes):
+        beside = 1 - torch.nn.functional.one_hot(torch.full_like(target, c), classes).to(p.dtype)
+        misfits.append(_away(g, slope * p + base, beside) / _allowed(rows, g, beside))
+    misfit, best = torch.stack(misfits, -1).min(-1)
+    smoothed = (misfit <= 1) & _smoothing_is_sane(slope, base, classes) & enough
+    balanced = g.sum(-1).abs() <= 0.1 * g.abs().amax(-1) + 4 * _EPSILON * torch.maximum(factor.abs(), slope.abs())
+    return torch.where(weighted, target, best), (weighted | smoothed) & balanced
+
+
+def _factor_by_class(g: Tensor, p: Tensor, others: Tensor, target: Tensor) -> Tensor:
+    sums = [p.new_zeros(p.shape[-1]).index_add_(0, target, (x * others).sum(-1)) for x in (p * g, p * p)]
+    return (sums[0] / sums[1])[target]
+
+
+def _common_line(g: Tensor, p: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and base of g over p beside the targets; rows far from it, which have another target, are left out."""
+    for _ in range(4):
+        n = others.sum()
+        mean_p, mean_g = (p * others).sum() / n, (g * others).sum() / n
+        slope = ((p - mean_p) * (g - mean_g) * others).sum() / ((p - mean_p).square() * others).sum()
+        base = mean_g - slope * mean_p
+        away = torch.where(others > 0, (g - slope * p - base).abs(), torch.nan)
+        others = others * (away <= away.nanmedian())
+    return slope, base
+
+
+def _away(g: Tensor, line: Tensor, others: Tensor) -> Tensor:
+    return ((g - line).abs() * others).sum(-1)
+
+
+def _allowed(rows: _Rows, g: Tensor, others: Tensor) -> Tensor:
+    return rows.tolerance * ((g.abs() * others).sum(-1) + 0.01)
+
+
+def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
+    """base = -slope · smoothing / classes. At 1 it would be the gradient of a squared error near uniform p."""
+    smoothing = -base * classes / slope
+    return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
+
+
+def _of_log_probabilities(rows: _Rows, least: Tensor) -> Tensor:
+    """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
+    alone = (rows.g != 0).sum(-1) == 1
+    return alone & (least < 0) & ((rows.z.logsumexp(-1).abs() < 1e-2) | are_distributions(rows.z))
+
+
+def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary cross-entropy: s (p - y) with one s for y = 0 and one for y = 1; the sign tells y."""
+    z = rows.z[:, 0]
+    g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(z.dtype).tiny)
+    positive = (g < 0) & rows.alive
+    distance = torch.where(positive, -(-z).sigmoid(), z.sigmoid())
+    allowed = rows.tolerance * (g.abs() + 0.01)
+    agreed = torch.zeros_like(rows.alive)
+    for side in (positive, rows.alive & ~positive):
+        d = distance * side
+        factor = (d * g).sum() / d.square().sum()
+        spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
+        tells = spread > rows.tolerance * d.abs().amax()  # else any equal gradients would do
+        agreed |= side & tells & (factor > 0) & ((g - factor * d).abs() <= allowed)
+    return positive.long(), agreed & (rows.alive.sum() >= _FEW_ROWS), distance.abs() < 1 - _SURE

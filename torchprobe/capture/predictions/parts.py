@@ -1,0 +1,108 @@
+"""Outputs of the model's parts in one pass: chosen modules, and the members of ensembles inside the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+from weakref import ReferenceType
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.modules import chosen_modules
+from torchprobe.capture.predictions.identity import InputKey
+from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.naming import ROOT
+
+OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
+
+
+class Member(NamedTuple):
+    """One call of a member of an ensemble."""
+
+    number: int
+    key: InputKey
+    output: Any
+
+
+class Parts:
+    """Hooks on parts of the model, on between the start and the end of a sampled pass.
+
+    modules: patterns of the names of modules to read. on_output: called with the output of each such one. Ensembles
+    are `nn.ModuleList`s of two or more modules of one class, called with the same input.
+    """
+
+    def __init__(self, model: ReferenceType[nn.Module], modules: Sequence[str], on_output: OnOutput) -> None:
+        self._model = model
+        self._modules = modules
+        self._on_output = on_output
+        self._handles: list[RemovableHandle] = []
+        self._calls: defaultdict[str, list[Member]] = defaultdict(list)
+
+    def arm(self, training: bool) -> None:
+        """A sampled pass begins. Nothing inside a compiled model gets a hook: it would be compiled anew."""
+        self.disarm()
+        model = self._model()
+        if model is None or any(map(_is_compiled, model.modules())):
+            return
+        chosen = list(chosen_modules(model, lambda name, module: True))
+        may = {module for _, module, in_eval in chosen if training or in_eval}
+        for name, module, _ in chosen:
+            if module in may and name != ROOT and any(fnmatchcase(name, pattern) for pattern in self._modules):
+                self._handles.append(module.register_forward_hook(self._read_as(name), with_kwargs=True))
+            if _may_be_ensemble(module) and may.issuperset(module.children()):
+                for index, member in enumerate(module.children()):
+                    self._handles.append(member.register_forward_hook(self._collect(name, index), with_kwargs=True))
+
+    def disarm(self) -> None:
+        """The pass is over: hooks are off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def forget(self) -> None:
+        """No output is kept."""
+        self._calls.clear()
+
+    def ensembles(self) -> Iterator[tuple[str, list[Any]]]:
+        """Names of the ensembles that were called in this pass, and their members' outputs.
+
+        Members that were called with different inputs are layers, or something else.
+        """
+        for name, calls in self._calls.items():
+            if len({call.number for call in calls}) == len(calls) > 1:
+                first, *others = calls
+                if all(call.key.same_as(first.key) for call in others):
+                    yield name, [call.output for call in calls]
+
+    def _read_as(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if _is_first_pass():
+                self._on_output(name, module, args, kwargs, output)
+
+        return hook
+
+    def _collect(self, name: str, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if _is_first_pass():
+                self._calls[name].append(Member(index, InputKey(args, kwargs, 0), output))
+
+        return hook
+
+
+def _may_be_ensemble(module: nn.Module) -> bool:
+    """Members of one class with parameters of the same shapes."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    kinds = {(type(member), tuple(p.shape for p in member.parameters())) for member in module}
+    return len(kinds) == 1 and bool(next(iter(kinds))[1])
+
+
+def _is_first_pass() -> bool:
+    return not (torch.compiler.is_compiling() or under_transform() or in_backward())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"

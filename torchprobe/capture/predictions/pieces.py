@@ -1,0 +1,134 @@
+"""Predictions of a step as rows for the buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.predictions.capture import PredictionCapture
+from torchprobe.capture.predictions.phase import Phase
+from torchprobe.probes.base import Probe
+from torchprobe.probes.calibration import FLAGS, UNJUDGED, Calibration
+from torchprobe.probes.evidence import EVIDENCE
+from torchprobe.probes.uncertainty import Uncertainty
+from torchprobe.statistics import calibration
+
+_SAMPLES_A_PICTURE = 10  # sampled steps
+
+
+class PredictionPieces:
+    """The uncertainty and calibration probes on a model; they share what is read of its outputs."""
+
+    def __init__(
+        self, model: ReferenceType[nn.Module], gates: Mapping[Probe, Gate], meter: Meter, flush_every: int
+    ) -> None:
+        self._gates = {p: gate for p, gate in gates.items() if isinstance(p, Uncertainty | Calibration)}
+        self._uncertainty = next((p for p in self._gates if isinstance(p, Uncertainty)), None)
+        self.calibration = next((p for p in self._gates if isinstance(p, Calibration)), None)
+        self._shared = Gate("Uncertainty and Calibration", meter)
+        self._capture = PredictionCapture(model, self._uncertainty or Uncertainty(), self._shared)
+        self._flush_every = flush_every
+        self._window, self._sampled = 0, 0
+        self._pictures_due = False
+        self._following = False  # the pass that runs, or has just returned, is read
+        self.on_backward = self._capture.on_backward
+
+    def open_for(self, step: int) -> None:
+        """A step begins."""
+        self._window = step // self._flush_every
+        self._pictures_due = self._sampled % _SAMPLES_A_PICTURE == 0
+        self._sampled += self.is_open(training=True)
+
+    def is_open(self, training: bool) -> bool:
+        """Whether a pass is sampled."""
+        if self._shared.failed:
+            return False
+        return any(gate.train if training else gate.val for gate in self._gates.values())
+
+    def enter(self, due: bool, training: bool) -> None:
+        """A pass begins; due: whether any probe samples it."""
+        self._capture.end_pass()
+        self._following = due and self.is_open(training)
+        if self._following:
+            self._capture.enter(training)
+
+    def leave(self) -> None:
+        """A pass has ended, before `on_output`, or raised."""
+        if self._following:
+            self._capture.leave()
+
+    def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """A pass has returned."""
+        if self._following:
+            self._capture.on_output(module, args, kwargs, output)
+
+    def collect(self, training: bool) -> list[Piece]:
+        """Everything since the last call, for the probes that are due."""
+        if not self._capture.has_any(training):
+            return []
+        phase = self._capture.take(training)
+        due = [probe for probe, gate in self._gates.items() if (gate.train if training else gate.val)]
+        prefix = "" if training else "val/"
+        return [piece for probe in due if not self._shared.failed for piece in self._pieces(probe, phase, prefix)]
+
+    def explain(self, reason: str) -> None:
+        """Why nothing can be seen at all."""
+        for probe in (self._uncertainty, self.calibration):
+            if probe is not None:
+                probe.reason = reason
+
+    def given(self, predictions: Tensor, targets: Tensor, training: bool) -> Piece | None:
+        """Predictions that the user handed in."""
+        if self.calibration is None or self._shared.failed:
+            return None
+        row = None
+        with self._shared.boundary(), torch.no_grad(), torch._C.DisableTorchFunction():
+            row = calibration.compute(predictions, targets)
+            row = torch.cat((row, row.new_zeros(len(EVIDENCE)), self._flags(row, training)))
+        if row is None:
+            return None
+        return Piece(self.calibration, [_name("|given", training)], row[None], "" if training else "val/")
+
+    def detach(self) -> None:
+        """Take everything off."""
+        self._capture.detach()
+
+    def _pieces(self, probe: Probe, phase: Phase, prefix: str) -> Iterator[Piece]:
+        if isinstance(probe, Uncertainty):
+            probe.reason, probe.note = self._capture.unread, self._capture.note
+            yield from (Piece(probe, names, rows, prefix) for _, names, rows in phase.uncertainty.rows())
+        elif isinstance(probe, Calibration):
+            yield from self._of_calibration(probe, phase, prefix)
+            yield from _of_coverage(probe, phase, prefix, self._window)
+
+    def _of_calibration(self, probe: Calibration, phase: Phase, prefix: str) -> Iterator[Piece]:
+        training = phase.training
+        for _, names, rows in phase.calibration.rows():
+            flags = self._flags(rows, training).expand(len(rows), -1)
+            yield Piece(probe, [_name(name, training) for name in names], torch.cat((rows, flags), 1), prefix)
+        if phase.unjudged and not training and not phase.calibration:
+            nothing = torch.zeros(1, probe.width, dtype=torch.float64)
+            yield Piece(probe, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
+
+    def _flags(self, like: Tensor, training: bool) -> Tensor:
+        pictures = self._pictures_due or not training
+        values = zip(FLAGS, (float(self._window), float(pictures), 1.0), strict=True)
+        return torch.stack([like.new_full((), value) for _, value in values])
+
+
+def _of_coverage(probe: Calibration, phase: Phase, prefix: str, window: int) -> Iterator[Piece]:
+    for _, names, rows in phase.coverage.rows():
+        found = rows[:, : -len(EVIDENCE)]
+        number, one = found.new_full((len(found), 1), float(window)), found.new_ones(len(found), 1)
+        numbered = torch.cat((found, number, one), 1)
+        yield Piece(probe.coverage, ["train" if phase.training else "val"] * len(names), numbered, prefix)
+
+
+def _name(name: str, training: bool) -> str:
+    return f"{name}|{'train' if training else 'val'}"

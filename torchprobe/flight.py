@@ -1,0 +1,113 @@
+"""The flight recorder: the last sampled steps, written down when something goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchprobe._version import __version__
+from torchprobe.capture.notes import Note
+from torchprobe.records import Image, Record
+from torchprobe.rules.alert import Alert, TrainingAlert
+from torchprobe.rules.webhook import payload
+from torchprobe.writers.json_lines import json_value
+
+MAX_FILES = 20  # of a run; the one of an exception is written in any case
+
+_log = logging.getLogger("torchprobe")
+
+
+class FlightRecorder:
+    """Keeps the last `size` sampled records; at an alert, or when the loop raised, writes `<directory>/<step>.json`.
+
+    The file holds `step`, `reason`, `alerts`, `exception`, `versions`, `steps` (random state at the beginning of each
+    sampled step, shapes of its batch: see `random_state.set_random_state`) and `records` (as in JSON lines, without
+    pictures). All of it happens in the drain thread. notes: what is known of the steps.
+    """
+
+    def __init__(self, directory: Path, notes: Callable[[], Sequence[Note]], size: int = 20) -> None:
+        self.files: list[Path] = []
+        self._directory = directory
+        self._notes = notes
+        self._records: deque[Record] = deque(maxlen=size)
+        self._latest: Record | None = None
+        self._alerts: dict[int, list[Alert]] = {}
+        self._exception: list[str] = []
+        self._failed = False
+
+    def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
+        """After the rules, before the writer."""
+        self._latest = record
+        if record.sampled:
+            self._records.append(record)
+        begun = [alert for alert in alerts if not alert.ended]
+        if begun and (len(self._alerts) < MAX_FILES or record.step in self._alerts):
+            those = self._alerts.setdefault(record.step, [])
+            those += begun
+            self._write(record.step, "alert", those)
+
+    def crashed(self, error: BaseException) -> None:
+        """The training loop raised: `close` will write it down. Called in the training thread."""
+        if isinstance(error, Exception) and not isinstance(error, TrainingAlert):
+            self._exception = traceback.format_exception(error)
+
+    def close(self) -> None:
+        """The run has ended."""
+        if self._exception:
+            step = self._latest.step if self._latest is not None else 0
+            self._write(step, "exception", self._alerts.get(step, []))
+
+    def _write(self, step: int, reason: str, alerts: Sequence[Alert]) -> None:
+        try:
+            path = self._directory / f"{step}.json"
+            self._directory.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self._content(step, reason, alerts), allow_nan=False), encoding="utf-8")
+            os.replace(part, path)  # noqa: PTH105 - a reader never sees half a file
+            self.files += [path] if path not in self.files else []
+        except OSError as error:
+            if not self._failed:
+                _log.warning("the flight recording of step %d could not be written: %s", step, error)
+            self._failed = True
+
+    def _content(self, step: int, reason: str, alerts: Sequence[Alert]) -> dict[str, Any]:
+        latest = [] if self._latest is None or self._latest.sampled else [self._latest]
+        return {
+            "step": step,
+            "reason": reason,
+            "wall_time": time(),
+            "alerts": [payload(alert) for alert in alerts],
+            "exception": "".join(self._exception) or None,
+            "versions": versions(),
+            "steps": [dataclasses.asdict(note) for note in self._notes()],
+            "records": [_plain(record) for record in [*self._records, *latest]],
+        }
+
+
+def versions() -> dict[str, str | None]:
+    """What a run depends on."""
+    return {
+        "torchprobe": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    values = {tag: json_value(value) for tag, value in record.values.items() if not isinstance(value, Image)}
+    return {"step": record.step, "wall_time": record.wall_time, "values": values}

@@ -1,0 +1,1 @@
+"""Thin adapters for training frameworks. `instrument(model)` works there without them."""

@@ -1,0 +1,178 @@
+"""Calibration: whether a model that says 80 % hits in 80 % of the cases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
+from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
+from torchprobe.records import Histogram, Value
+from torchprobe.schedule import Schedule
+from torchprobe.statistics import calibration, intervals
+
+GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
+"""Where predictions and targets come from: `session.log_predictions`, or the loop; or targets were never seen."""
+
+FLAGS = ("window", "pictures", "rows")
+"""Columns behind the evidence: number of the flush interval, whether pictures are due, and 1, as rows are added up."""
+
+_COUNTS = ("count", "ignored", "invalid")
+_FAINT = 0.01
+_log = logging.getLogger("torchprobe")
+
+
+class Calibration(Probe):
+    """Calibration of class predictions: `calibration/ece`, `mce`, `adaptive_ece`, `brier`, `nll`, `accuracy`, ...
+
+    Targets come from, in this order: a `labels=` or `targets=` argument of the model; a loss module of torch's that
+    judges the model's output; for functional losses the gradient at the output, which is s (p - y) for a
+    cross-entropy (checked; of another loss nothing is claimed); `session.log_predictions(probs, targets)`, which
+    takes precedence. In validation without gradients the first two and the last work.
+
+    Training: over the sampled steps since the last flush. Validation: over the whole pass, under `val/`. Regression:
+    `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
+    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`). Memory is bounded: sums in bins.
+    """
+
+    source: ClassVar[Source] = "calibration"
+    found_everywhere: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
+
+    def __init__(self, every: int | Schedule | None = None) -> None:
+        super().__init__(every)
+        self.reason = ""
+        self.coverage = Coverage()
+        self.descriptions: Mapping[str, str] = _descriptions("")
+        self._evidence = Evidence()
+        self._training = Window(len(calibration.FIELDS))
+        self._warned: set[str] = set()
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """A name is `<form>|<origin>|<phase>`; one phase at a time."""
+        found = added_up(names, rows)
+        start = len(calibration.FIELDS)
+        evidence = {name: row[start : start + len(EVIDENCE)] for name, row in found.items()}
+        self._evidence.weigh(evidence)
+        name = _preferred([name for name in found if self._evidence.holds(name)])
+        if name is None:
+            self._explain(names)
+            return
+        self._note(name, evidence[name])
+        row, (window, pictures, added) = found[name][:start], found[name][-len(FLAGS) :]
+        if name.endswith("|train"):
+            row = self._training.add(window / added, row)
+        yield from self._tags(row)
+        if pictures:
+            yield from _pictures(row)
+
+    def _tags(self, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        found = calibration.summarise(row)
+        if found["invalid"]:
+            yield "calibration/invalid", found["invalid"]
+            self._warn_once(
+                "invalid",
+                f"calibration: {found['invalid']:.0f} predictions are no probabilities (negative, or not adding up to "
+                "1), or have a target that is no class, and are left out; log_predictions takes probs.softmax(-1), "
+                "not logits",
+            )
+        for key, value in found.items():
+            if key not in _COUNTS:
+                yield f"calibration/{key}", value
+        if found["count"]:
+            yield "calibration/count", found["count"]
+            yield "overview/ece", found["ece"]
+
+    def _explain(self, names: Sequence[str]) -> None:
+        if self._evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
+            self._warn_once(
+                UNJUDGED,
+                "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
+                "trace; use a loss module, hand the model its labels=, or call session.log_predictions(probs, targets)",
+            )
+
+    def _note(self, name: str, evidence: NDArray[np.float64]) -> None:
+        checked, _, faint, sampled = evidence
+        notes = ["a sample of rows"] if sampled else []
+        if faint > _FAINT * (checked + faint):
+            share = faint / (checked + faint)
+            notes.append(
+                f"without {share:.0%} of the rows: very sure ones without a gradient, ignored or lost in rounding"
+            )
+        self.descriptions = _descriptions(", ".join(notes))
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            _log.warning("%s", text)
+
+
+class Coverage:
+    """How often targets are inside the intervals that a regression predicts."""
+
+    descriptions: Mapping[str, str] = {
+        "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
+    }
+
+    def __init__(self) -> None:
+        self._training = Window(len(intervals.FIELDS))
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Names are phases; behind the row stand the number of the flush interval, and 1."""
+        for phase, row in added_up(names, rows).items():
+            total = self._training.add(row[-2] / row[-1], row[:-2]) if phase == "train" else row[:-2]
+            for key, value in intervals.summarise(total).items():
+                if key not in _COUNTS:
+                    yield f"calibration/{key}", value
+            edges, counts = intervals.pit_histogram(total)
+            if counts.any():
+                yield "calibration_pit/targets", Histogram(edges, counts)
+                yield "calibration_pit_chart/targets", pit_chart(edges, counts)
+
+
+class Window:
+    """Rows added up since the last flush."""
+
+    def __init__(self, width: int) -> None:
+        self._number = -1.0
+        self._total = np.zeros(width)
+
+    def add(self, number: float, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The total with one more row; a new number begins a new window."""
+        self._total = row if number != self._number else self._total + row
+        self._number = number
+        return self._total
+
+
+def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+    """What there is to draw: a binary task alone has precision and recall."""
+    drawers = (
+        ("reliability", calibration.reliability, reliability_diagram),
+        ("risk_coverage", calibration.risk_coverage, risk_coverage_curve),
+        ("precision_recall", calibration.precision_recall, precision_recall_curve),
+    )
+    for name, curve_of, draw in drawers:
+        curve = curve_of(row)
+        if curve:
+            yield f"calibration_{name}/predictions", draw(curve)
+
+
+def _preferred(names: Sequence[str]) -> str | None:
+    """What the user handed in, then what a loss module or labels told, then what the gradient did."""
+    judged = [name for name in names if f"|{UNJUDGED}|" not in name]
+    return min(judged, key=lambda name: (f"|{GIVEN}|" not in name, not name.startswith("|"))) if judged else None
+
+
+def _descriptions(notes: str) -> dict[str, str]:
+    text = "Top-label calibration in 15 equal-width bins; gap is mean confidence - accuracy, above 0 is over-confident"
+    return {
+        "calibration": f"{text} ({notes or 'exact'}).",
+        "calibration_reliability": "Accuracy over confidence, and how many predictions are in each bin.",
+        "calibration_risk_coverage": "Accuracy when only the share of the predictions that are most certain is kept.",
+        "calibration_precision_recall": "Precision over recall of class 1, as the threshold falls.",
+    }

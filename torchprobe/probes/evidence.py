@@ -1,0 +1,57 @@
+"""Whether a plain output is what its rows were computed for: decided on the host, from counts that come with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+EVIDENCE = ("checked", "passed", "faint", "sampled")
+"""Columns behind a row's statistics: gradient rows that were looked at; those of them that are a cross-entropy's;
+those whose gradient was lost in rounding; and whether the statistics are over a sample."""
+
+SURE = ""
+"""The form of what needs no evidence."""
+
+_ENOUGH = 0.9  # of the rows; those of another loss hardly pass, those of bfloat16 nearly all do
+
+Rows: TypeAlias = "Mapping[str, NDArray[np.float64]]"
+
+
+class Evidence:
+    """What has been decided about each form of the model's output; the last decision stays until there is another."""
+
+    def __init__(self) -> None:
+        self._decided: dict[str, bool] = {}
+
+    def weigh(self, rows: Rows) -> None:
+        """Decide on the forms of these rows, whose names begin with `<form>|`."""
+        for name, row in rows.items():
+            form, (checked, passed) = form_of(name), row[:2]
+            if form != SURE and checked > 0:
+                self._decided[form] = bool(passed >= _ENOUGH * checked)
+
+    def holds(self, name: str) -> bool:
+        """Whether a row counts."""
+        form = form_of(name)
+        return form == SURE or self._decided.get(form, False)
+
+    @property
+    def any(self) -> bool:
+        """Whether the output was recognised as something."""
+        return any(self._decided.values())
+
+
+def form_of(name: str) -> str:
+    """The form that a row's name begins with."""
+    return name.partition("|")[0]
+
+
+def added_up(names: Iterable[str], rows: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """One row a name: several devices, or passes that were written apart, add up."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, row in zip(names, rows, strict=True):
+        found[name] = found[name] + row if name in found else row
+    return found

@@ -1,0 +1,121 @@
+"""Provenance of NaN and inf: which module made them from finite numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.naming import ROOT
+from torchprobe.probes.base import Probe, Source
+from torchprobe.records import Text, Value
+
+NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
+
+
+class Event(NamedTuple):
+    """A tensor that a module saw: when, which one, in which call of the module, as what, and its extremes."""
+
+    turn: int
+    tensor: int
+    call: int
+    kind: str
+    name: str
+    low: float
+    high: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all elements are."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def sound(self) -> bool:
+        """Neither NaN nor inf; -inf is what masks are made of."""
+        return not math.isnan(self.low) and self.high < math.inf
+
+    @property
+    def made(self) -> str:
+        """What it holds that is not finite."""
+        return "NaN" if math.isnan(self.low) else "inf" if self.high == math.inf else "-inf"
+
+
+class Provenance(Probe):
+    """`provenance/<module>`: a sentence on the first module in execution order that made NaN or inf, when one did.
+
+    Looks at extremes of inputs, outputs, parameters and gradients of every module, from the model down to its leaves,
+    in eager training passes: on sampled steps, and on the steps after NaN or inf was seen (which the `non_finite` rule
+    asks for even without this probe). Costs two reductions a tensor.
+    """
+
+    source: ClassVar[Source] = "flow"
+    found_everywhere: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = ("low", "high")
+    descriptions: Mapping[str, str] = {
+        "provenance": "The first module in execution order that made NaN or inf from finite numbers."
+    }
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Names are `turn tensor call kind name` of the events; at most one value a step."""
+        events = sorted(_event(name, low, high) for name, (low, high) in zip(names, rows.tolist(), strict=True))
+        if all(event.sound for event in events):
+            return
+        found = _in_forward(events) or _in_backward(events)
+        if found is not None:
+            yield f"provenance/{found[0]}", Text(found[1])
+
+
+def _event(name: str, low: float, high: float) -> Event:
+    turn, tensor, call, kind, where = name.split(" ", 4)
+    return Event(int(turn), int(tensor), int(call), kind, where, low, high)
+
+
+def _in_forward(events: Sequence[Event]) -> tuple[str, str] | None:
+    calls = _by_call(events)
+    for event in events:
+        if event.kind == "parameter" and not event.finite:
+            text = f"{event.name} held {event.made} before the forward pass, as the optimizer's last update left it"
+            return event.name, text
+        if event.kind == "in" and event.name == ROOT and not event.sound:
+            return NO_MODULE, f"the model's input holds {event.made}"
+        if event.kind == "out" and not event.sound and all(e.finite for e in calls[event.call] if e.kind == "in"):
+            given = _range(e for e in calls[event.call] if e.kind == "in")
+            return event.name, f"{event.name} produced {event.made} from {given} in the forward pass"
+    bad = next((e for e in events if e.kind == "out" and not e.sound), None)
+    if bad is None:
+        return None
+    first = next(e for e in events if e.kind == "out" and not e.finite)  # -inf, from which NaN came later
+    return first.name, f"{first.name} produced {first.made}, which became {bad.made} in {bad.name}"
+
+
+def _in_backward(events: Sequence[Event]) -> tuple[str, str] | None:
+    gradients = [event for event in events if event.kind.startswith("grad")]
+    first = next((event for event in gradients if not event.finite), None)
+    if first is None:
+        return None
+    given = {event.call: event for event in gradients if event.kind == "grad_out" and event.turn < first.turn}
+    same = [event for event in gradients if event.tensor == first.tensor and not event.finite]
+    makers = [
+        event.call for event in same if event.kind == "grad_in" and event.call in given and given[event.call].finite
+    ]
+    if makers:  # the innermost module, called last, that got a finite gradient and gave this one
+        maker = given[max(makers)]
+        return maker.name, f"{maker.name} produced {first.made} from {_range([maker])} in the backward pass"
+    if given:
+        return first.name, f"the gradient of the output of {first.name} is the first that holds {first.made}"
+    return NO_MODULE, f"the gradient that the loss gives the model holds {first.made} already"
+
+
+def _by_call(events: Iterable[Event]) -> dict[int, list[Event]]:
+    calls: dict[int, list[Event]] = {}
+    for event in events:
+        calls.setdefault(event.call, []).append(event)
+    return calls
+
+
+def _range(events: Iterable[Event]) -> str:
+    largest = max((max(abs(e.low), abs(e.high)) for e in events), default=None)
+    return "finite inputs" if largest is None else f"finite inputs (max |x| = {largest:.3g})"

@@ -1,0 +1,125 @@
+"""Uncertainty: what a model's outputs say about how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
+from torchprobe.records import Histogram, Value
+from torchprobe.schedule import Schedule
+from torchprobe.statistics import uncertainty
+
+Task = Literal["classification", "regression"]
+
+_WHAT = {
+    "total": "all of it: entropy of the mean prediction in nats, or the prediction's variance",
+    "aleatoric": "what is in the data: mean entropy of the members' predictions, or the mean predicted variance",
+    "epistemic": "what the model does not know: the difference (mutual information), or the variance of the means",
+}
+_GROUPS = {
+    "entropy": "Differential entropy of the predicted distribution in nats, mean over the batch",
+    "vacuity": "Classes / sum of alpha of a Dirichlet output: 1 without evidence, mean over the batch",
+    "kl": "The divergence from the prior that the model returns beside its output, mean over passes",
+}
+
+
+class Uncertainty(Probe):
+    """Uncertainty of the model's outputs, found by itself: `uncertainty_total/<where>`, `_aleatoric/`, `_epistemic/`.
+
+    Read are, in training and validation: fields called epistemic, aleatoric, uncertainty, variance, log_var, std,
+    entropy, alpha, evidence (with nu and beta: normal-inverse-gamma), logits, probs; `torch.distributions` and
+    gpytorch objects; `(output, kl)` of Bayesian layers; plain logits, once a cross-entropy was recognised on them.
+    Passes over one and the same input tensor within a step, or one after the other in validation, are members of
+    one prediction, and so are an `nn.ModuleList`'s modules that get the same input and give what the model gives.
+
+    every: the cadence. sample_dim: the dimension of an output along which samples lie (`torch.func`, stacked
+    members). modules: name patterns of modules to read beside the model itself. task: what a plain output is, where
+    no loss tells.
+
+    Means over the examples of a batch; histograms of their logarithms. Of an output of more than 8 million numbers
+    a sample of rows is read, and the tags' descriptions say so. Raises TypeError or ValueError for other arguments.
+    """
+
+    source: ClassVar[Source] = "uncertainty"
+    found_everywhere: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = (*uncertainty.FIELDS, *EVIDENCE)
+
+    def __init__(
+        self,
+        every: int | Schedule | None = None,
+        *,
+        sample_dim: int | None = None,
+        modules: str | Iterable[str] = (),
+        task: Task | None = None,
+    ) -> None:
+        super().__init__(every)
+        if sample_dim is not None and (isinstance(sample_dim, bool) or not isinstance(sample_dim, int)):
+            raise TypeError(f"sample_dim={sample_dim!r}: takes a dimension of the output, such as 0, or None")
+        if task is not None and task not in get_args(Task):
+            raise ValueError(f"task={task!r}: takes 'classification', 'regression' or None")
+        self.sample_dim = sample_dim
+        self.modules = _patterns(modules)
+        self.task: Task | None = task
+        self.reason = ""
+        """Why nothing was found, when that is known."""
+        self.note = ""
+        """What else is known of the output, for the tags' descriptions."""
+        self.descriptions: Mapping[str, str] = _descriptions("exact", "")
+        self._evidence = Evidence()
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """A name is `<form>|<group>|<where>`."""
+        found = added_up(names, rows)
+        self._evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in found.items()})
+        how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
+        self.descriptions = _descriptions(how, self.note)
+        means: dict[str, dict[str, float]] = {}
+        for name, row in found.items():
+            if self._evidence.holds(name):
+                _, group, where = name.split("|", 2)
+                yield from _tags(group, where, row[: -len(EVIDENCE)])
+                if not group:
+                    means.setdefault(where, uncertainty.summarise(row[: -len(EVIDENCE)]))
+        yield from _overview(means)
+
+
+def _tags(group: str, where: str, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+    for kind, value in uncertainty.summarise(row).items():
+        name = kind.replace("total", group) if group else kind
+        if value or not kind.endswith("_nonfinite"):
+            yield f"uncertainty_{name}/{where}", value
+    if group != "kl":
+        for kind, (edges, counts) in uncertainty.histograms(row).items():
+            yield f"uncertainty_{group or kind}_histogram/{where}", Histogram(edges, counts)
+
+
+def _overview(means: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, Value]]:
+    """The model's own output, else the mean over what its parts say."""
+    for kind in ("epistemic", "aleatoric"):
+        values = {where: found[kind] for where, found in means.items() if kind in found}
+        if values:
+            yield f"overview/{kind}", values.get("root", float(np.mean(list(values.values()))))
+
+
+def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = (modules,) if isinstance(modules, str) else tuple(modules)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"modules: got {pattern!r}; takes module-name patterns, such as 'heads.*'")
+    return patterns
+
+
+def _descriptions(how: str, note: str) -> dict[str, str]:
+    texts, note = {}, f" {note}" if note else ""
+    for kind, what in _WHAT.items():
+        texts[f"uncertainty_{kind}"] = f"Uncertainty, {what}; mean over the batch ({how}).{note}"
+        texts[f"uncertainty_{kind}_histogram"] = f"log10 of every example's uncertainty, {kind} ({how}).{note}"
+    for group, what in _GROUPS.items():
+        texts[f"uncertainty_{group}"] = f"{what} ({how}).{note}"
+        texts[f"uncertainty_{group}_histogram"] = f"log10 of every example's value ({how}).{note}"
+    return texts

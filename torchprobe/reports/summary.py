@@ -1,0 +1,106 @@
+"""A run's story in one dictionary: what `torchprobe report` shows, and `--json` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchprobe.reports.run import Run, Series
+
+_WORST = 5  # layers of each kind
+_CURVES = ("overview", "train", "val", "best", "ood")
+_COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
+_ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
+_EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
+    "largest gradients": ("grad_norm_layer", max),
+    "smallest mean gradients": ("grad_mean_abs", min),
+    "largest update ratios": ("update_ratio", max),
+    "smallest update ratios": ("update_ratio", min),
+    "most zeros in the output": ("activation_zero_fraction", max),
+    "largest attention logits": ("attention_max_logit", max),
+}
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
+    return {
+        "run": str(run.path),
+        "steps": run.steps,
+        "seconds": round(run.seconds, 3),
+        "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
+        "counts": {tag.split("/")[1]: int(run.scalars[tag].last) for tag in _COUNTS if tag in run.scalars},
+        "probe_overhead": _of(run, "overview/probe_overhead"),
+        "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
+        "alerts": _alerts(run),
+        "layers": {title: _extremes(run.group(group), worst) for title, (group, worst) in _EXTREMES.items()},
+        "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
+        "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
+        "uncertainty": _uncertainty(run),
+        "flight_recordings": [_recording(flight) for flight in run.flights],
+    }
+
+
+def _is_curve(tag: str) -> bool:
+    group, _, name = tag.partition("/")
+    return group in _CURVES and "/" not in name and tag not in _COUNTS and name != "probe_overhead"
+
+
+def _curve(series: Series) -> dict[str, Any]:
+    finite = series.values[np.isfinite(series.values)]
+    return {
+        "first": _number(series.values[0]),
+        "last": _number(series.last),
+        "lowest": _number(finite.min()) if finite.size else None,
+        "highest": _number(finite.max()) if finite.size else None,
+        "points": len(series.values),
+        "not_finite": int(series.values.size - finite.size),
+    }
+
+
+def _alerts(run: Run) -> list[dict[str, Any]]:
+    """Per rule: the steps at which it fired, and what it said last."""
+    lines = [line for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for line in _plain(text)]
+    found = []
+    for rule, series in sorted(run.group("alerts").items()):
+        said = [line for line in lines if line.startswith(rule)]
+        found.append({"rule": rule, "steps": series.steps.tolist(), "said": said[-1] if said else None})
+    return found
+
+
+def _plain(markdown: str) -> list[str]:
+    """The entries of a Markdown list, without its escapes."""
+    return [line[2:].replace("\\", "").replace("&lt;", "<") for line in markdown.splitlines() if line[:2] == "- "]
+
+
+def _extremes(group: Mapping[str, Series], worst: Any) -> list[dict[str, Any]]:
+    values = {name: worst(series.values.tolist()) for name, series in group.items()}
+    finite = {name: value for name, value in values.items() if math.isfinite(value) and value != 0}
+    ordered = sorted(finite.items(), key=lambda item: item[1], reverse=worst is max)
+    return [{"where": name, "value": _number(value)} for name, value in ordered[:_WORST]]
+
+
+def _uncertainty(run: Run) -> dict[str, float | None]:
+    return {tag: _number(series.last) for tag, series in sorted(run.scalars.items()) if _is_uncertainty(tag)}
+
+
+def _is_uncertainty(tag: str) -> bool:
+    return tag.removeprefix("val/").startswith("uncertainty_")
+
+
+def _latest(run: Run, group: str) -> dict[str, float | None]:
+    return {name: _number(series.last) for name, series in sorted(run.group(group).items())}
+
+
+def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: flight[key] for key in ("file", "step", "reason", "alert", "alerts", "exception") if key in flight}
+
+
+def _of(run: Run, tag: str) -> float | None:
+    return _number(run.scalars[tag].last) if tag in run.scalars else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

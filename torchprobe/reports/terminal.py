@@ -1,0 +1,95 @@
+"""A run's summary as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from torchprobe.reports.run import Run
+from torchprobe.reports.sparkline import sparkline
+
+_STEPS = 6  # of an alert, named one by one
+
+
+def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
+    """Everything that is known, in the order in which a person asks: is it well, what goes on, where."""
+    return Group(*_parts(run, summary))
+
+
+def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
+    yield Text(f"{summary['run']}: {_headline(summary)}", style="bold")
+    yield _alerts(summary["alerts"])
+    yield from _flights(summary["flight_recordings"])
+    yield from _curves("course of the run", run, summary["curves"])
+    yield from _layers(summary["layers"])
+    entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
+    yield from _curves("attention entropy by layer, nats", run, entropies)
+    yield from _numbers("uncertainty", summary["uncertainty"])
+    for part, values in summary["calibration"].items():
+        yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    parts = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
+    if summary["probe_overhead"] is not None:
+        parts.append(f"{summary['probe_overhead']:.1%} of the time in probes")
+    parts += [f"{count} {name.replace('_', ' ')}" for name, count in summary["counts"].items()]
+    return ", ".join(parts)
+
+
+def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
+    if not alerts:
+        return Text("No alert.", style="green")
+    table = _table("alerts", "rule", "steps", "what it said last")
+    for alert in alerts:
+        steps = ", ".join(map(str, alert["steps"][:_STEPS])) + (", …" if len(alert["steps"]) > _STEPS else "")
+        table.add_row(alert["rule"], steps, escape(alert["said"] or ""), style="yellow")
+    return table
+
+
+def _flights(flights: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for flight in flights:
+        yield Text(f"Flight recording of step {flight.get('step', '?')}: {flight['file']}", style="yellow")
+
+
+def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    if curves:
+        table = _table(title, "tag", ">first", ">last", ">lowest", ">highest", "course")
+        for tag, curve in curves.items():
+            numbers = [short(curve[key]) for key in ("first", "last", "lowest", "highest")]
+            table.add_row(escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values))
+        yield table
+
+
+def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
+    if any(layers.values()):
+        table = _table("layers to look at", "what", "where", ">value")
+        for title, rows in layers.items():
+            for i, row in enumerate(rows[:3]):
+                table.add_row("" if i else title, escape(row["where"]), short(row["value"]))
+        yield table
+
+
+def _numbers(title: str, values: Mapping[str, float | None]) -> Iterator[Table]:
+    if values:
+        table = _table(title, "what", ">last value")
+        for name, value in values.items():
+            table.add_row(escape(name), short(value))
+        yield table
+
+
+def short(value: float | None) -> str:
+    """Four significant digits; a dash for what is not finite."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
+    return table

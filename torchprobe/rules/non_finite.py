@@ -1,0 +1,112 @@
+"""NaN and inf, and where they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torchprobe.records import Record, Text
+from torchprobe.rules.alert import Alert
+from torchprobe.rules.reading import Found, group, scalar
+
+ORIGIN = "provenance/"  # + module: Text that says what turned finite numbers into others
+NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
+
+_SEEN = {  # tag group -> what it counts, in the order in which numbers go bad within a step
+    "activation_nonfinite": "the module's output holds NaN or inf",
+    "activation_grad_nonfinite": "the gradient of the module's output holds NaN or inf",
+    "grad_nonfinite": "the gradient of the module's parameters holds NaN or inf",
+    "gradients_nonfinite": "the gradient of the parameter holds NaN or inf",
+    "parameters_nonfinite": "the parameter holds NaN or inf after the optimizer's step, though its gradient was finite",
+}
+_BACKWARD = ("activation_grad_nonfinite", "grad_nonfinite", "gradients_nonfinite")
+_SIGNS = {  # what is looked at in every step
+    "nonfinite/output": "the model's output is NaN, as seen at every step",
+    "nonfinite/gradient": "gradients are NaN or inf while the model's output is not, as seen at every step",
+    "nonfinite/parameter": "parameters are NaN or inf after the optimizer's step, as seen at every step",
+}
+
+
+class _Evidence(NamedTuple):
+    where: str | None
+    elements: float
+    message: str
+    origin: bool = False
+
+
+class NonFinite:
+    """Any NaN or inf in the loss, an activation, a gradient or a parameter.
+
+    Names the first module in execution order that made one from finite numbers, where that was seen (see the
+    `Provenance` probe); a second alert follows when it becomes known after the first. value: number of elements, where
+    they were counted, else 1. Ends with the first step after it that shows none.
+    """
+
+    name = "non_finite"
+
+    def __init__(self) -> None:
+        self._holding: dict[str | None, Alert] = {}
+        self._explained = False
+        self._last_bad = self._last_clean = 0
+
+    def __call__(self, record: Record) -> Found:
+        """One alert for all of it."""
+        evidence = next(_evidence(record), None)
+        if evidence is not None:
+            self._hold(record.step, evidence)
+        elif record.step == self._last_bad:  # a second record of that step: of what was logged after it
+            return None
+        else:
+            self._holding, self._explained = {}, False
+            self._last_clean = record.step
+        return list(self._holding.values())
+
+    def _hold(self, step: int, evidence: _Evidence) -> None:
+        self._last_bad = step
+        if self._holding and (self._explained or not evidence.origin):
+            return
+        self._explained = evidence.origin
+        since = f"; the last step without was {self._last_clean}" if 0 < self._last_clean < step - 1 else ""
+        message = evidence.message + since
+        self._holding[evidence.where] = Alert(self.name, step, evidence.where, evidence.elements, None, message)
+
+
+def _evidence(record: Record) -> Iterator[_Evidence]:
+    """What says that numbers are not finite, the most telling first."""
+    yield from _origins(record)
+    for name in ("activation_nonfinite", *_BACKWARD):
+        yield from _counts(record, name)
+    yield from _signs(record)
+    yield from _counts(record, "parameters_nonfinite")
+    yield from _losses(record)
+    yield from _counts(record, "val/activation_nonfinite")
+
+
+def _origins(record: Record) -> Iterator[_Evidence]:
+    for tag, value in reversed(list(record.values.items())):  # what module hooks saw stands after what was inferred
+        if tag.startswith(ORIGIN) and isinstance(value, Text):
+            where = tag.removeprefix(ORIGIN)
+            count = scalar(record, f"activation_nonfinite/{where}") or scalar(record, f"grad_nonfinite/{where}") or 1.0
+            yield _Evidence(None if where == NO_MODULE else where, count, value.markdown, origin=True)
+
+
+def _counts(record: Record, name: str) -> Iterator[_Evidence]:
+    validation = "in validation " if name.startswith("val/") else ""
+    group_name = name.removeprefix("val/")
+    found = [(where, count) for where, count in group(record, name) if count]
+    for where, count in reversed(found) if group_name in _BACKWARD else found:  # backward passes run backwards
+        yield _Evidence(where, count, validation + _SEEN[group_name])
+
+
+def _signs(record: Record) -> Iterator[_Evidence]:
+    for tag, message in _SIGNS.items():
+        if scalar(record, tag):
+            yield _Evidence(None, 1.0, message)
+
+
+def _losses(record: Record) -> Iterator[_Evidence]:
+    for tag in record.values:
+        number = scalar(record, tag) if tag.rpartition("/")[2].endswith("loss") else None
+        if number is not None and not math.isfinite(number):
+            yield _Evidence(None, 1.0, f"{tag} is {number}")

@@ -1,0 +1,157 @@
+"""Runs the rules over each record, in the drain thread, and does what an alert does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from time import time
+from typing import Any, Protocol
+
+from torchprobe.records import Record, Value
+from torchprobe.rules import showing
+from torchprobe.rules.alert import Alert, TrainingAlert
+from torchprobe.rules.choosing import Rule, checked_callback, checked_rules, checked_stops, name_of
+from torchprobe.rules.conditions import Conditions
+from torchprobe.rules.non_finite import NonFinite
+
+MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
+
+_log = logging.getLogger("torchprobe")
+
+
+class Follower(Protocol):
+    """Sees every record, and the alerts that it gave; in the drain thread."""
+
+    def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
+        """After the rules, before the writer."""
+
+    def crashed(self, error: BaseException) -> None:
+        """The training loop raised; in the training thread."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class Watch:
+    """Takes each record on its way to the writer and adds what its alerts show.
+
+    rules: see `choosing.Rule`. on_alert: the user's, called with each alert; what it raises is logged once. stops:
+    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on. The
+    training thread calls `check` only, which reads an attribute.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        on_alert: Callable[[Alert], object] | None = None,
+        stops: frozenset[str] = frozenset(),
+    ) -> None:
+        self.alerts: list[Alert] = []
+        self.progress: Callable[[], Hashable] = lambda: None
+        self._rules = [(rule, Conditions()) for rule in rules]
+        self._on_alert = on_alert
+        self._stops = stops
+        self.followers: list[Follower] = []
+        self._display = showing.Display()
+        self._stop: Alert | None = None
+        self._step = 0
+        self._callback_failed = False
+
+    def __call__(self, record: Record) -> Record:
+        """The record with the alerts in it."""
+        self._step = max(self._step, record.step)
+        alerts = self._all(lambda rule: rule(record), record.step)
+        shown = self._act(alerts) if alerts else self._count(record)
+        record = replace(record, values={**record.values, **shown}) if shown else record
+        for follower in self.followers:
+            follower.follow(record, alerts)
+        return record
+
+    def at_rest(self) -> Record | None:
+        """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
+        progress = self.progress()
+        resting = [(rule, conditions) for rule, conditions in self._rules if hasattr(rule, "at_rest")]
+        alerts = self._all(lambda rule: rule.at_rest(self._step, progress), self._step, resting)  # type: ignore[attr-defined]
+        if not alerts:
+            return None
+        record = Record(self._step, time(), self._act(alerts))
+        for follower in self.followers:
+            follower.follow(record, alerts)
+        return record
+
+    @property
+    def traces_nan(self) -> bool:
+        """Whether a rule wants to know where NaN and inf come from."""
+        return any(name_of(rule) == NonFinite.name for rule, _ in self._rules)
+
+    def check(self) -> None:
+        """Raise the TrainingAlert that `stop_on=` asked for, once."""
+        if self._stop is not None:
+            stop, self._stop, self._stops = self._stop, None, frozenset()
+            raise TrainingAlert(stop)
+
+    def crashed(self, error: BaseException | None) -> None:
+        """The training loop raised, and is being left; in the training thread."""
+        if error is not None:
+            for follower in self.followers:
+                follower.crashed(error)
+
+    def close(self) -> None:
+        """The run has ended: let followers finish, and a notifier send what it has."""
+        for follower in self.followers:
+            follower.close()
+        close = getattr(self._on_alert, "close", None)
+        if close is not None:
+            self._guarded(close)
+
+    def _all(
+        self, ask: Callable[[Rule], Any], step: int, rules: Sequence[tuple[Rule, Conditions]] | None = None
+    ) -> list[Alert]:
+        chosen = list(self._rules if rules is None else rules)
+        return [alert for rule, conditions in chosen for alert in self._one(ask, step, rule, conditions)]
+
+    def _one(self, ask: Callable[[Rule], Any], step: int, rule: Rule, conditions: Conditions) -> list[Alert]:
+        try:
+            return _turned(conditions, step, ask(rule))
+        except Exception:
+            self._rules = [(other, state) for other, state in self._rules if other is not rule]
+            _log.exception("rule %s failed and is switched off; training goes on", name_of(rule))
+            return []
+
+    def _act(self, alerts: Sequence[Alert]) -> dict[str, Value]:
+        self.alerts += alerts[: MAX_ALERTS - len(self.alerts)]
+        showing.log(alerts)
+        for alert in alerts:
+            if alert.rule in self._stops and not alert.ended and self._stop is None:
+                self._stop = alert
+            if self._on_alert is not None:
+                self._guarded(self._on_alert, alert)
+        return dict(self._display.values(alerts))
+
+    def _count(self, record: Record) -> dict[str, Value]:
+        return {"overview/alerts": float(self._display.count)} if "overview/dropped_records" in record.values else {}
+
+    def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception:
+            if not self._callback_failed:
+                _log.exception("on_alert failed, which is said once; training goes on")
+            self._callback_failed = True
+
+
+def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
+    """The watch of an `instrument` call. Raises TypeError or ValueError for an argument that does not fit."""
+    chosen = checked_rules(rules)
+    return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen))
+
+
+def _turned(conditions: Conditions, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:
+    if found is None:
+        return []
+    holding = [found] if isinstance(found, Alert) else list(found)
+    wrong = next((alert for alert in holding if not isinstance(alert, Alert)), None)
+    if wrong is not None:
+        raise TypeError(f"a rule returned {wrong!r}; takes torchprobe.Alert objects, an empty list or None")
+    return conditions.turn(step, holding)

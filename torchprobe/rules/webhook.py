@@ -1,0 +1,155 @@
+"""Sends alerts to a URL, from a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import queue
+import threading
+import urllib.error
+import urllib.request
+from time import monotonic
+from typing import Any
+from urllib.parse import urlsplit
+
+from torchprobe.rules.alert import Alert
+from torchprobe.rules.reading import positive
+
+MAX_WAITING = 100  # alerts
+_FIRST_PAUSE = 0.5  # seconds before the first retry; it doubles
+_FOR_GOOD = range(400, 500)  # answers that another attempt would not change, but for
+_FOR_NOW = (408, 425, 429)
+
+_log = logging.getLogger("torchprobe")
+
+
+class WebhookNotifier:
+    """Posts each alert as JSON to `url`: for `on_alert=`. The `text` is what Slack and its like show.
+
+    Neither training nor the drain thread ever waits for it: alerts wait in a queue of 100, and what does not fit, or
+    is not taken after `retries` further attempts with growing pauses, is counted in `dropped`. timeout: seconds for an
+    attempt; `close` waits for up to twice that.
+
+    Raises ValueError or TypeError for what is no http(s) URL or no number.
+    """
+
+    def __init__(self, url: str, timeout: float = 5.0, retries: int = 3) -> None:
+        self._url = _checked_url(url)
+        self._timeout = positive("timeout", timeout)
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries={retries!r}: takes a whole number of attempts after the first, 0 or more")
+        self._retries = retries
+        self.sent = 0
+        """Alerts that the receiver has taken."""
+        self.dropped = 0
+        """Alerts that it never got."""
+        self._lock = threading.Lock()
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        self._start_anew()
+
+    def __call__(self, alert: Alert) -> None:
+        """Queue an alert. Never blocks."""
+        with self._lock:
+            if self._thread is None:
+                self._start_anew()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._queue, self._closing), name="torchprobe-webhook", daemon=True
+                )
+                self._thread.start()
+            try:
+                self._queue.put_nowait(alert)
+            except queue.Full:
+                self._drop(f"{MAX_WAITING} alerts are waiting")
+
+    def close(self) -> None:
+        """Send what waits, for up to `timeout` seconds and without further retries; a later alert starts anew."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._deadline = monotonic() + self._timeout
+            self._closing.set()
+            with contextlib.suppress(queue.Full):  # then it is awake
+                self._queue.put_nowait(None)
+            thread.join(2 * self._timeout)  # an attempt that is under way may take all of it
+
+    def _start_anew(self) -> None:
+        self._queue: queue.Queue[Alert | None] = queue.Queue(MAX_WAITING)
+        self._closing = threading.Event()
+        self._deadline = math.inf
+
+    def _run(self, waiting: queue.Queue[Alert | None], closing: threading.Event) -> None:
+        while not (closing.is_set() and waiting.empty()):
+            alert = waiting.get()
+            if alert is None:
+                continue  # woken up to end
+            if monotonic() < self._deadline:
+                self._deliver(alert, closing)
+            else:
+                self._drop("the run is over")
+
+    def _deliver(self, alert: Alert, closing: threading.Event) -> None:
+        body = json.dumps(payload(alert)).encode()
+        for attempt in range(self._retries + 1):
+            reason, again = self._post(body)
+            if reason is None:
+                self.sent += 1
+                return
+            if not again or closing.is_set() or attempt == self._retries:
+                break
+            closing.wait(_FIRST_PAUSE * 2**attempt)
+        self._drop(reason or "")
+
+    def _post(self, body: bytes) -> tuple[str | None, bool]:
+        """What went wrong, or None; and whether another attempt may help."""
+        request = urllib.request.Request(
+            self._url, body, {"Content-Type": "application/json", "User-Agent": "torchprobe"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout):
+                return None, False
+        except urllib.error.HTTPError as error:
+            with error:
+                return f"answer {error.code}", error.code in _FOR_NOW or error.code not in _FOR_GOOD
+        except Exception as error:
+            return str(error) or type(error).__name__, True
+
+    def _drop(self, reason: str) -> None:
+        self.dropped += 1
+        if not self._warned:
+            self._warned = True
+            _log.warning("an alert could not be sent to %s (%s); dropped ones are counted", _host(self._url), reason)
+
+
+def payload(alert: Alert) -> dict[str, Any]:
+    """What is posted: `text` for people, and the alert's fields; numbers that JSON lacks are strings."""
+    return {
+        "text": f"torchprobe: {alert}",
+        "rule": alert.rule,
+        "step": alert.step,
+        "where": alert.where,
+        "value": _number(alert.value),
+        "threshold": None if alert.threshold is None else _number(alert.threshold),
+        "message": alert.message,
+        "ended": alert.ended,
+    }
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _checked_url(url: Any) -> str:
+    if not isinstance(url, str):
+        raise TypeError(f"url={url!r}: takes a string, not {type(url).__name__}")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url={url!r}: takes an http:// or https:// address")
+    return url
+
+
+def _host(url: str) -> str:
+    """Without the path, which is a secret with most webhooks."""
+    return str(urlsplit(url).hostname)

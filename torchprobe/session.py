@@ -123,7 +123,9 @@ def instrument(
     )
     sink = HParamsWriter(opened, hparams)
     reference = weakref.ref(root)
-    attention = [AttentionPieces(reference, p, gate) for p, gate in plan.gates.items() if isinstance(p, Attention)]
+    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
+    gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
+    attention = [AttentionPieces(reference, probe, gate, modules.current) for probe, gate in gated]
     decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
     exchange = open_exchange(ranks, [*plan.gates, *(pieces.heat_maps for pieces in attention)], decoder)
     parameters = sum(1 for _ in root.parameters())
@@ -134,7 +136,6 @@ def instrument(
         flush_every,
     )
     sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
-    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
     health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
     captures = Captures(
         modules,

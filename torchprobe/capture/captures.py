@@ -36,6 +36,7 @@ class Captures:
 
     def open_for(self, step: int) -> None:
         """A step begins."""
+        self.modules.follow_gates()
         for attention in self.attention:
             attention.open_for(step)
         self.predictions.open_for(step)
@@ -43,6 +44,7 @@ class Captures:
 
     def enter(self, module: nn.Module, due: bool, training: bool) -> None:
         """A forward pass begins; due: whether any probe samples it."""
+        self.modules.follow_gates()
         self.arm(due, training)
         self.health.enter()
         for attention in self.attention:
@@ -68,6 +70,9 @@ class Captures:
             self.modules.arm(training)
         else:
             self.modules.disarm()
+        if training:
+            for attention in self.attention:
+                attention.arm(due)
 
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
@@ -75,7 +80,7 @@ class Captures:
         if training:
             pieces += self.health.collect()
         for attention in self.attention:
-            pieces += attention.collect(training, compiled=self.modules.current.compiled)
+            pieces += attention.collect(training)
         if due and training and self.modules.current.compiled:
             self.predictions.explain(_COMPILED)
         return pieces + self.predictions.collect(training) if training else pieces
@@ -91,7 +96,8 @@ class Captures:
 
     def detach(self) -> None:
         """Take everything off the model."""
-        self.leave()
+        for attention in self.attention:
+            attention.detach()
         self.loss.disarm()
         self.modules.detach()
         self.predictions.detach()

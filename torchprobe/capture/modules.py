@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.graphs import keep_out
+from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, observe_output
 from torchprobe.capture.taps import Memo, Tap
@@ -66,18 +68,28 @@ class ModuleCapture:
     ) -> None:
         self._model = model
         self._gates = {probe: gate for probe, gate in gates.items() if probe.source.startswith("output")}
+        self._all_gates = [gate for probe, gate in gates.items() if probe in self._gates or probe.source == "attention"]
         self._wanted = wanted
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._armed: tuple[bool, int] | None = None
         self._memo = Memo()
         self.current = Pass()
+        self._late = LateGraphs(model, self.current)
+        keep_out(observe_output)
+
+    def follow_gates(self) -> None:
+        """The gates were opened or closed: compiled graphs go by one flag for all probes."""
+        self.current.sampled = any(gate.train for gate in self._all_gates)
+        self.current.sampled_val = any(gate.val for gate in self._gates.values())
 
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
         model = self._model()
         if model is None or not self._gates:
             return
+        if training:
+            self._late.before_pass()
         if self._armed == (training, _hooks_on(model)):
             return
         if self.current.compiled and self._handles:
@@ -109,12 +121,13 @@ class ModuleCapture:
         in_place: list[Tensor] = []
         for site in self._sites.values():
             for tap in (*site.outputs, *site.gradients):
-                if tap.probe not in due:
-                    continue
                 row = tap.take(training, self.current.compiled)
-                groups[tap.probe, row.device].append((site.name, row))
+                if tap.probe in due:  # a compiled graph feeds all probes whenever it feeds one
+                    groups[tap.probe, row.device].append((site.name, row))
                 if self.current.compiled or not row.is_cpu:
                     in_place.append(tap.train if training else tap.val)
+        if training and self._handles:
+            self._late.after_step()
         prefix = "" if training else "val/"
         pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
         if in_place:

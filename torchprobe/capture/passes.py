@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.inert import Inert
 from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
+from torchprobe.capture.tracing import scope
 
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
@@ -30,45 +33,51 @@ class PassObserver(Protocol):
         """It ended, with or without one."""
 
 
-class Root:
-    """What the root hooks find on the model. Copies and pickles become None, so that they are inert."""
+class Root(Inert):
+    """What the root hooks find on the model."""
 
     def __init__(self, observer: PassObserver, current: Pass) -> None:
         self.observer = observer
         self.current = current
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 def _enter(module: nn.Module, args: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is None:
         return
-    if torch.compiler.is_compiling():  # only plain flags: a call out of the graph would break it
-        root.current.compiled = True
-        root.current.seen = True
-        root.current.training = module.training and torch.is_grad_enabled()
-        if root.current.training:
-            root.current.began = True
-    elif not under_transform() and not in_backward():
-        root.observer.enter_pass(module, torch.is_grad_enabled())
+    if not torch.compiler.is_compiling():
+        beside(_enter_plain, root, module, torch.is_grad_enabled())
+    elif scope() == "graph":  # only plain flags: a call out of the graph would break it
+        _enter_graph(root.current, module.training and torch.is_grad_enabled())
+
+
+def _enter_plain(root: Root, module: nn.Module, grad_enabled: bool) -> None:
+    if not under_transform() and not in_backward():
+        root.observer.enter_pass(module, grad_enabled)
+
+
+def _enter_graph(current: Pass, training: bool) -> None:
+    current.compiled = current.seen = True
+    current.training = training
+    if training:
+        current.began = True
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
-    if root is None or torch.compiler.is_compiling() or under_transform() or in_backward():
-        return
-    root.observer.leave_pass(module, args, kwargs, output)
+    if root is not None and not torch.compiler.is_compiling():
+        beside(_leave_plain, root, module, args, kwargs, output)
+
+
+def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if not under_transform() and not in_backward():
+        root.observer.leave_pass(module, args, kwargs, output)
 
 
 def _always(module: nn.Module, args: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is not None and not torch.compiler.is_compiling():
-        root.observer.pass_is_over()
+        beside(root.observer.pass_is_over)
 
 
 class PassHooks:
@@ -79,6 +88,7 @@ class PassHooks:
         self._current = current
         self._handles: list[RemovableHandle] = []
         self._modules: WeakSet[nn.Module] = WeakSet()
+        keep_out(_enter, _leave, _always)
         self._put_on([model] if _has_forward(model) else list(_entries(model)))
 
     def move_to_parts(self, model: nn.Module) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture import opaque
+from torchprobe.capture.gate import no_autocast
+from torchprobe.capture.graphs import beside
+from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.taps import Tap
+from torchprobe.capture.tracing import run_in, scope
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
 
@@ -25,22 +29,19 @@ class Pass:
         self.entered = 0  # forward passes, a compiled model's not among them
         self.seen = False  # the model itself was called, not only its parts
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
+        self.fired = False  # a hook ran outside of graphs in this step
+        self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
+        self.sampled_val = False  # and in validation
 
 
-class Site:
-    """What the hook finds on a module. Copies and pickles become None, so that they are inert."""
+class Site(Inert):
+    """What the hook finds on a module."""
 
     def __init__(self, name: str, current: Pass, outputs: tuple[Tap, ...], gradients: tuple[Tap, ...]) -> None:
         self.name = name
         self.current = current
         self.outputs = outputs
         self.gradients = gradients
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 def observe_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -49,32 +50,52 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
     if site is None:
         return
     if torch.compiler.is_compiling():
-        site.current.compiled = True
-        _observe(site, output, first_pass=True)
-    elif not under_transform():
-        _observe(site, output, first_pass=not in_backward())
+        _trace(site, output)
+    else:
+        beside(_observe, site, output)
 
 
-def _observe(site: Site, output: Any, first_pass: bool) -> None:
-    tensor = main_tensor(output)
+def _observe(site: Site, output: Any) -> None:
+    site.current.fired = True
+    tensor = None if under_transform() else main_tensor(output)
     if tensor is None:
         return
     training = site.current.training
-    if first_pass:
+    if not in_backward():
         for tap in site.outputs:
             if tap.gate.train if training else tap.gate.val:
-                _observe_tensor(tap, tensor, training)
+                tap.record_tensor(tensor, training)
     # Recomputed outputs need the hook too: reentrant checkpointing builds its graph only then.
     if training and tensor.requires_grad:
         for tap in site.gradients:
             if tap.gate.train:
-                tensor.register_hook(functools.partial(_observe_tensor, tap))
+                tensor.register_hook(tap.record_tensor)
 
 
-def _observe_tensor(tap: Tap, tensor: Tensor, training: bool = True) -> None:
-    if torch.compiler.is_compiling():
-        tap.merge(tensor, training)
-    elif not tap.gate.failed:
-        with tap.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
-            if not is_unreduced(tensor):
-                tap.add(local_part(tensor), training)
+def _trace(site: Site, output: Any) -> None:
+    where = scope()
+    if where == "elsewhere":
+        return
+    run_in(where, _note_compiled, site.current)
+    training = site.current.training
+    tensor = main_tensor(output)
+    if tensor is None or not (site.current.sampled if training else site.current.sampled_val):
+        return
+    for tap in site.outputs:
+        _trace_tensor(tap, training, False, tensor)
+    if training and tensor.requires_grad:
+        for tap in site.gradients:
+            tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
+
+
+def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> None:
+    """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
+    with torch.no_grad(), no_autocast(tensor.device):
+        if tap.traces:
+            opaque.row(tap.handle, tap.probe.compute(tensor.detach()), training, gradient)
+        else:
+            opaque.tensor(tap.handle, tensor.detach(), training, gradient)
+
+
+def _note_compiled(current: Pass) -> None:
+    current.compiled = True

@@ -8,7 +8,9 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from torchprobe.capture import opaque
 from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.probes.base import Probe
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -47,6 +49,8 @@ class Tap:
         self.gate = gate
         self.train = torch.zeros(probe.width + 1, dtype=row_dtype(device), device=device)
         self.val = torch.zeros_like(self.train)
+        self.handle = opaque.handle(self)
+        self.traces = type(probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
         self._memo = memo
         self._waiting: dict[bool, list[Tensor]] = {True: [], False: []}
 
@@ -57,13 +61,31 @@ class Tap:
         else:
             self.merge(tensor, training)
 
+    def record_tensor(self, tensor: Tensor, training: bool = True) -> None:
+        """One more tensor, unless the probe is switched off; an exception switches it off."""
+        if torch.compiler.is_compiling():  # compiled autograd
+            self.merge(tensor, training)
+        elif not self.gate.failed:
+            with self.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
+                if not is_unreduced(tensor):
+                    self.add(local_part(tensor), training)
+
+    def record_row(self, new: Tensor, training: bool) -> None:
+        """What a compiled graph has computed of one more tensor."""
+        with self.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            self._merge_row(new, training)
+
     def merge(self, tensor: Tensor, training: bool) -> None:
-        """One more tensor, merged at once. Traces under `torch.compile`; the row keeps its identity."""
+        """One more tensor, merged at once."""
         with torch.no_grad(), no_autocast(tensor.device):
-            row = self._row_on(tensor.device, training)
-            new = self.probe.compute(tensor.detach()).to(row.dtype)
-            merged = torch.where(row[-1] > 0, self.probe.combine(row[:-1], new), new)
-            row.copy_(torch.cat([merged, row[-1:] + 1]))
+            self._merge_row(self.probe.compute(tensor.detach()), training)
+
+    def _merge_row(self, new: Tensor, training: bool) -> None:
+        """The row keeps its identity."""
+        row = self._row_on(new.device, training)
+        new = new.to(row.dtype)
+        merged = torch.where(row[-1] > 0, self.probe.combine(row[:-1], new), new)
+        row.copy_(torch.cat([merged, row[-1:] + 1]))
 
     def take(self, training: bool, compiled: bool) -> Tensor:
         """The row of all calls. What was merged in place is there until it is zeroed."""

@@ -17,9 +17,12 @@ from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.owner import Owners
 from torchprobe.capture.attention.reading import OnSource, Reader
 from torchprobe.capture.attention.sites import Found, Sites
+from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.attention.uncovered import Uncovered
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.graphs import in_compiled_call
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.sites import Pass
 
 
 class AttentionCapture:
@@ -38,6 +41,7 @@ class AttentionCapture:
         gate: Gate,
         rows: int | Literal["all"] = 512,
         on_source: OnSource | None = None,
+        current: Pass | None = None,
     ) -> None:
         self._model = model
         self._uncovered = Uncovered()
@@ -47,18 +51,38 @@ class AttentionCapture:
         self._mode = AttentionMode(self._observer)
         self._fast_paths = FastPaths(self._suspend, lambda: stack.push(self._mode))
         self._thread: threading.Thread | None = None
+        self._traced = None if current is None else TracedAttention(model, self._observer, current)
 
     @property
     def uncovered(self) -> Counter[str]:
         """How often each reason not to record an attention was met."""
         return self._uncovered.counts
 
-    def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
+    def arm(self) -> None:
+        """A step begins that is to be recorded: have the graphs that are compiled from now on do so."""
+        if self._traced is not None:
+            self._traced.arm()
+
+    def disarm(self) -> None:
+        """A step begins that is not."""
+        if self._traced is not None:
+            self._traced.disarm()
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        self.leave()
+        if self._traced is not None:
+            self._traced.detach()
+
+    def enter(
+        self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None, off: bool = False
+    ) -> None:
         """A forward pass begins that is to be recorded, as training or as validation.
 
         module: what is called, the model or a part of it. grad_enabled: whether the pass runs with gradients, if
-        that is not so where this is called. Does nothing while something traces, or recomputes, the pass; a pass that
-        cannot be recorded is counted.
+        that is not so where this is called. off: follow the pass and record nothing, so that graphs that were compiled
+        with our mode on the stack find it there. Does nothing while something traces, or recomputes, the pass, nor for
+        a module that is compiled as a whole; a pass that cannot be recorded is counted.
         """
         if torch.compiler.is_compiling() or under_transform() or in_backward() or self._observer.gate.failed:
             return
@@ -67,8 +91,10 @@ class AttentionCapture:
             return
         self.leave()  # a pass that was interrupted did not
         self._thread = threading.current_thread()
-        self._observer.training = training
+        self._observer.training, self._observer.off = training, off
         self._owners.begin_pass()
+        if in_compiled_call():
+            return
         self._fast_paths.arm(model)
         grad_enabled = torch.is_grad_enabled() if grad_enabled is None else grad_enabled
         if not self._fast_paths.suspended_by(module, (), grad_enabled):
@@ -82,6 +108,8 @@ class AttentionCapture:
         stack.remove(self._mode)
         self._fast_paths.disarm()
         self._mode.forget()
+        if self._traced is not None:
+            self._traced.interrupted()
 
     def note_uncovered(self, reason: str) -> None:
         """Count a pass that was not recorded; each reason is logged once."""
@@ -95,8 +123,6 @@ class AttentionCapture:
         reason = None
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             reason = "a forward pass beside another one, in a second thread"
-        elif any(_is_compiled(module) for module in model.modules()):
-            reason = "models with compiled parts"
         elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
             self._uncovered.add("parts of the model that torch.jit has compiled")  # the others are
         if reason is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -108,7 +134,3 @@ class AttentionCapture:
     def _suspend(self, reason: str) -> None:
         stack.remove(self._mode)
         self._uncovered.add(reason)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

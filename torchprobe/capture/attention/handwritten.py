@@ -20,7 +20,7 @@ from torchprobe.capture.attention.given import source_of
 from torchprobe.capture.attention.kinds import LEARNED, Exponentials, Normaliser, Pending, Scores, Weights
 from torchprobe.capture.attention.layout import by_head, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.owner import common_owner
+from torchprobe.capture.attention.owner import INSIDE_GRAPH, common_owner
 from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.attention.reading import Reading
 from torchprobe.capture.attention.subscripts import EITHER
@@ -104,6 +104,8 @@ class Handwritten:
         if reading is None:
             return
         here = (within and within.caller) or self._observer.owners.caller()
+        if here is INSIDE_GRAPH:
+            return
         name = pending.call.caller.name
         self._observer.record(pending.call, reading, common_owner(name, here.name) if here else name)
 
@@ -114,7 +116,7 @@ class Handwritten:
 
     def _call(self, operands: list[Tensor], result: Tensor, learned: bool) -> Call | None:
         caller = self._observer.owners.caller()
-        if caller is None:
+        if caller is None or caller is INSIDE_GRAPH or result.dim() < 2:
             return None
         lengths = result.size(-2), result.size(-1)
         cross = learned or (not under_transform() and is_cross(operands[0], operands[1], *lengths))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchprobe.capture.attention import dot_product, flex, functions, kernels, 
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.layout import unusual
 from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.owner import INSIDE_GRAPH
 from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.recompute import under_transform
 from torchprobe.statistics.attention import QueryKey
@@ -52,13 +52,13 @@ class AttentionMode(TorchFunctionMode):
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
         if is_compiling():
-            return func(*args, **kwargs)
+            return stack.call(func, args, kwargs)
         if func not in _OF_INTEREST and not isinstance(func, _OPERATORS):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
         result = func(*args, **kwargs)
-        if not self._observer.gate.failed:
+        if not self._observer.idle:
             self._after(func, args, kwargs, result)
         return result
 
@@ -80,7 +80,8 @@ class AttentionMode(TorchFunctionMode):
 
     def _after_operator(self, func: Function, args: Args, kwargs: Kwargs) -> None:
         if (call := flex.arguments(func, args, kwargs)) is not None:
-            self._record((call["query"], call["key"], None), partial(_without_heads, flex.query_key, call))
+            source_of = partial(_without_heads, flex.query_key, call)
+            self._record((call["query"], call["key"], None), source_of, beyond_graphs=True)  # it compiles itself
         elif (call := kernels.arguments(func, args, kwargs)) is not None:
             reason = kernels.unread(call)
             if reason is None:
@@ -88,9 +89,13 @@ class AttentionMode(TorchFunctionMode):
             else:
                 self._observer.uncovered.add(reason)
 
-    def _record(self, tensors: Tensors, source_of: Callable[[int | None], QueryKey]) -> None:
+    def _record(
+        self, tensors: Tensors, source_of: Callable[[int | None], QueryKey], beyond_graphs: bool = False
+    ) -> None:
         """tensors: query, key and mask, as the user has them; source_of: takes the module's number of heads."""
-        caller = self._within.caller if self._within else self._observer.owners.caller()
+        caller = self._within.caller if self._within else self._observer.owners.caller(beyond_graphs)
+        if caller is INSIDE_GRAPH:
+            return
         reason = "torch.func transforms" if under_transform() else unusual(*tensors)
         if caller is None or reason is not None:
             self._observer.uncovered.add(reason or "calls from outside of the model's modules")
@@ -100,16 +105,14 @@ class AttentionMode(TorchFunctionMode):
         except ValueError:
             self._observer.uncovered.add(f"calls in {caller.name}, whose shapes are of no known form")
             return
-        batch, _, queries, keys = source.shape
-        call = self._within or Call(caller, is_cross(tensors[0], tensors[1], queries, keys))
-        padding = self._observer.padding(call, source.mask, queries, keys, batch)
-        self._observer.record(call, self._observer.read(call, replace(source, padding=padding)))
+        call = self._within or Call(caller, is_cross(tensors[0], tensors[1], *source.shape[2:]))
+        self._observer.record_source(call, source, self._observer.training)
 
     # ---- nn.MultiheadAttention
 
     def _run_multi_head(self, types: Any, args: Args, kwargs: Kwargs) -> Any:
         within = None
-        if self._observer.gate.failed:
+        if self._observer.idle:
             return multi_head.FUNCTION(*args, **kwargs)
         with self._observer.guard():
             within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
@@ -125,6 +128,8 @@ class AttentionMode(TorchFunctionMode):
     def _multi_head_call(self, types: Any, call: Kwargs) -> Call | None:
         reason = "torch.func transforms" if under_transform() else unusual(call["query"], call["key"])
         caller = self._observer.owners.caller()
+        if caller is INSIDE_GRAPH:
+            return None
         if reason is None and any(map(_overrides, types)):
             reason = "multi-head attention of tensor subclasses"
         if reason is not None or caller is None:

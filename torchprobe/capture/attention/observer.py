@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torchprobe.capture.attention.reading import Reader, Reading
 from torchprobe.capture.attention.sites import Site, Sites
 from torchprobe.capture.attention.uncovered import Uncovered
 from torchprobe.capture.gate import Gate
-from torchprobe.statistics.attention import Source
+from torchprobe.statistics.attention import QueryKey, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,12 @@ class Observer:
     sites: Sites
     uncovered: Uncovered
     training: bool = True
+    off: bool = False  # the pass is followed, for the sake of compiled graphs, and not recorded
+
+    @property
+    def idle(self) -> bool:
+        """Whether calls are not looked at."""
+        return self.off or self.gate.failed
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -66,8 +72,14 @@ class Observer:
         """The statistic of a call, not recorded yet."""
         return self.reader.read(call.caller.name, source)
 
-    def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
-        """Add a reading to its site; name: of the module, if not the caller's."""
+    def record_source(self, call: Call, source: QueryKey, training: bool) -> None:
+        """Read a call and add it to its site."""
+        batch, _, queries, keys = source.shape
+        source = replace(source, padding=self.padding(call, source.mask, queries, keys, batch))
+        self.record(call, self.read(call, source), training=training)
+
+    def record(self, call: Call, reading: Reading, name: str | None = None, training: bool | None = None) -> None:
+        """Add a reading to its site; name: of the module, if not the caller's; training: if not the running pass's."""
         rows = reading.rows
         site = Site(name or call.caller.name, call.caller.path, call.cross, rows.size(0), rows.device)
-        self.sites.add(site, reading, self.training)
+        self.sites.add(site, reading, self.training if training is None else training)

@@ -15,6 +15,7 @@ from torchprobe.naming import ROOT, named_modules
 Path = tuple[tuple[str, str, int], ...]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+_GRAPH_CALLERS = frozenset({"torch._functorch._aot_autograd.runtime_wrappers", "torch._functorch.aot_autograd"})
 _READS_LOCALS = frozenset({"locals", "vars", "dir", "eval", "exec"})
 _MODULE_CALL = nn.Module.__module__  # where modules are called, by one function or another
 
@@ -31,6 +32,10 @@ class Caller(NamedTuple):
     heads: int | None
 
 
+INSIDE_GRAPH = Caller("", (), None)
+"""The caller where a compiled graph runs its operations one by one: what they are was recorded while it was traced."""
+
+
 class Owners:
     """The names of a model's modules, and the way from a frame to one of them."""
 
@@ -43,21 +48,26 @@ class Owners:
         """Modules may have come and gone: look again, if one is met that has no name."""
         self._are_new = False
 
-    def caller(self) -> Caller | None:
-        """Who is calling, as seen from the caller of this method; None outside the model's modules."""
+    def caller(self, beyond_graphs: bool = False) -> Caller | None:
+        """Who is calling, as seen from the caller of this method; None outside the model's modules.
+
+        A compiled graph that is running is nobody, `INSIDE_GRAPH`; beyond_graphs: whoever calls the graph.
+        """
         frame: FrameType | None = sys._getframe(1)
         owner: nn.Module | None = None
         path = []
         while frame is not None:
             code = frame.f_code
             if owner is None:
+                if not beyond_graphs and _is_graph(frame):
+                    return INSIDE_GRAPH
                 owner = self._module(frame)
             if owner is not None and frame.f_globals.get("__name__") == _MODULE_CALL:
                 break
             if not _is_ours(frame):
                 path.append((code.co_filename, code.co_name, frame.f_lasti))
             frame = frame.f_back
-        return None if owner is None else Caller(self._names[owner], tuple(path), _heads_of(owner))
+        return None if owner is None else Caller(self._names[owner], tuple(path), heads_of(owner))
 
     def _module(self, frame: FrameType) -> nn.Module | None:
         found = None if _is_ours(frame) else _self_of(frame)
@@ -83,6 +93,10 @@ def common_owner(one: str, other: str) -> str:
     return ".".join(shared) or ROOT
 
 
+def _is_graph(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith("<eval_with_key>") or frame.f_globals.get("__name__") in _GRAPH_CALLERS
+
+
 def _is_ours(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith(__package__)
 
@@ -99,6 +113,7 @@ def _self_of(frame: FrameType) -> Any:
     return found
 
 
-def _heads_of(module: nn.Module) -> int | None:
+def heads_of(module: nn.Module) -> int | None:
+    """How many heads a module says it has."""
     found = (getattr(module, name, None) for name in _HEADS)
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

@@ -12,6 +12,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.capture import AttentionCapture
 from torchprobe.capture.attention.sites import Found
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.sites import Pass
 from torchprobe.probes.attention import Attention, AttentionHeatMaps, AttentionMap
 from torchprobe.statistics.attention import Source, attention_map
 
@@ -21,10 +22,11 @@ _SAMPLES_A_MAP = 10  # sampled steps
 class AttentionPieces:
     """An attention probe on a model: follows passes while its gate is open, and keeps a map when one is due."""
 
-    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate, current: Pass) -> None:
         self.probe = probe
         self.gate = gate
-        self._capture = AttentionCapture(model, gate, probe.rows, self._map_of)
+        self._capture = AttentionCapture(model, gate, probe.rows, self._map_of, current)
+        self._current = current
         self._map_due = False
         self._sampled = 0
         self.heat_maps = AttentionHeatMaps(probe)
@@ -42,21 +44,33 @@ class AttentionPieces:
         self._map_due = self._sampled % _SAMPLES_A_MAP == 0 if schedule is None else schedule(step)
         self._sampled += self.gate.train
 
+    def arm(self, due: bool) -> None:
+        """A step begins; due: whether any probe samples it, for a compiled graph is for all of them."""
+        if due:
+            self._capture.arm()
+        else:
+            self._capture.disarm()
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        self._capture.detach()
+
     def enter(self, module: nn.Module, training: bool) -> None:
         """A forward pass begins."""
-        if self.gate.train if training else self.gate.val:
-            self._capture.enter(module, training)
+        due, current = self.gate.train if training else self.gate.val, self._current
+        if due or (current.compiled and (current.sampled if training else current.sampled_val)):
+            self._capture.enter(module, training, off=not due)
 
     def leave(self) -> None:
         """A forward pass has ended, also by an exception."""
         self._capture.leave()
 
-    def collect(self, training: bool, compiled: bool = False) -> Iterator[Piece]:
+    def collect(self, training: bool) -> Iterator[Piece]:
         """A piece for each attention: a row a head; and its map, when there is one."""
         prefix = "" if training else "val/"
         everything = self._capture.collect(training)
-        if compiled and not everything and self.gate.train:
-            self._capture.note_uncovered("models with compiled parts")
+        if self._current.compiled and not everything and (self.gate.train if training else self.gate.val):
+            self._capture.note_uncovered("compiled graphs" if training else "evaluation in compiled graphs")
         for found in everything:
             sampled = found.rows.new_full((len(found.rows), 1), float(found.sampled))
             names, rows = [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
@@ -30,8 +32,14 @@ def remove(mode: TorchFunctionMode) -> bool:
 
 
 def is_shared() -> bool:
-    """Whether the stack holds a mode that may want to see calls; a default device only looks at constructors."""
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    """Whether the stack holds a mode of the user's that may want to see calls.
+
+    A default device only looks at constructors.
+    """
+    return any(
+        not isinstance(mode, DeviceContext) and not type(mode).__module__.startswith(__package__)
+        for mode in _get_current_function_mode_stack()
+    )
 
 
 @contextmanager
@@ -43,3 +51,13 @@ def emptied() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call what a mode was asked about, while it is traced.
+
+    `Tensor.unflatten` is Python, with a `super()` that Dynamo does not follow; it knows the method as such.
+    """
+    if func is Tensor.unflatten:
+        return args[0].unflatten(*args[1:], **kwargs)
+    return func(*args, **kwargs)

@@ -1,0 +1,142 @@
+"""Ways to compile a model, one training loop for all of them, and how to compare what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchprobe
+from tests.models import Transformer, inputs
+from torchprobe.testing import MemoryWriter
+
+Callee = Callable[[torch.Tensor], torch.Tensor]
+
+
+def bare(model: nn.Module, **how: Any) -> Callee:
+    return model
+
+
+def wrapper(model: nn.Module, **how: Any) -> Callee:
+    return torch.compile(model, **how)
+
+
+def method(model: nn.Module, **how: Any) -> Callee:
+    model.compile(**how)
+    return model
+
+
+def each_block(model: nn.Module, **how: Any) -> Callee:
+    for block in model.blocks:
+        block.compile(**how)
+    return model
+
+
+def each_block_wrapped(model: nn.Module, **how: Any) -> Callee:
+    for name, block in list(model.blocks.named_children()):
+        model.blocks.register_module(name, torch.compile(block, **how))
+    return model
+
+
+def attentions(model: nn.Module, **how: Any) -> Callee:
+    for block in model.blocks:
+        block.attention.compile(**how)
+    return model
+
+
+def forward(model: nn.Module, **how: Any) -> Callee:
+    model.forward = torch.compile(model.forward, **how)
+    return model
+
+
+def function(model: nn.Module, **how: Any) -> Callee:
+    return torch.compile(lambda ids: model(ids), **how)
+
+
+WAYS = [wrapper, method, each_block, each_block_wrapped, attentions, forward, function]
+
+
+class Counting:
+    """A backend that counts the graphs that it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+@dataclass
+class Trained:
+    model: nn.Module
+    writer: MemoryWriter
+    graphs: list[int]
+    """How many there were after each step."""
+    summary: str = ""
+
+
+def train(
+    compiled: Callable[..., Callee] = bare,
+    *,
+    model: nn.Module | None = None,
+    backend: Any = None,
+    probed: bool = True,
+    when: str = "before",
+    every: int = 3,
+    steps: int = 7,
+    micro_batches: int = 1,
+    make_optimizer: Any = torch.optim.SGD,
+    **options: Any,
+) -> Trained:
+    """when: `instrument` comes before compiling, after it, or after the first call; or gets what compiling returned."""
+    torch.manual_seed(0)
+    model = Transformer(dropout=0.0) if model is None else model
+    counting = Counting() if backend is None else None
+    writer, session = MemoryWriter(), None
+    if probed and when == "before":
+        session = torchprobe.instrument(model, writer=writer, every=every, **options)
+    callee = compiled(model, fullgraph=True, backend=counting or backend)
+    if when == "late":
+        loss_of(callee, 99).backward()
+        model.zero_grad()
+    if probed and session is None:
+        session = torchprobe.instrument(callee if when == "wrapped" else model, writer=writer, every=every, **options)
+    optimizer = make_optimizer(model.parameters(), lr=0.1)
+    graphs = []
+    for step in range(steps):
+        for part in range(micro_batches):
+            loss_of(callee, step * micro_batches + part).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        graphs.append(len(counting.graphs) if counting else 0)
+    summary = "" if session is None else session.summary()
+    if session is not None:
+        session.detach()
+    return Trained(model, writer, graphs, summary)
+
+
+def loss_of(callee: Callee, seed: int) -> torch.Tensor:
+    ids = inputs("transformer", seed=seed)
+    return F.cross_entropy(callee(ids).flatten(0, 1), ids.flatten())
+
+
+def assert_same_values(found: MemoryWriter, expected: MemoryWriter) -> None:
+    """How many elements are exactly zero is rounding's affair: the gradient of a key's bias is zero but for noise."""
+    assert found.tags() == expected.tags()
+    for tag in expected.tags():
+        if tag == "overview/probe_overhead" or tag.startswith("gradients_zeros/"):
+            continue
+        assert [s for s, _ in found.scalars(tag)] == [s for s, _ in expected.scalars(tag)], tag
+        for (_, a), (_, b) in zip(found.scalars(tag), expected.scalars(tag), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5), tag
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,286 @@
+"""Inside `torch.compile`, however it is called: no break, two graphs, and every value of an eager run."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import torchprobe
+from tests.models import Transformer, inputs
+from tests.setups.compiled import (
+    WAYS,
+    Counting,
+    assert_same_values,
+    assert_same_weights,
+    attentions,
+    bare,
+    each_block,
+    function,
+    loss_of,
+    method,
+    train,
+    wrapper,
+)
+from torchprobe.testing import MemoryWriter
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def eager():
+    torch.manual_seed(0)
+    return train(bare)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs(way, eager):
+    found = train(way)
+    assert_same_values(found.writer, eager.writer)
+    assert found.graphs == [1, 2, 2, 2, 2, 2, 2], "one graph for sampled steps (1, 3, 6), one for the others"
+    assert not counters["graph_break"]
+    assert "not seen" not in found.summary
+    assert_same_weights(found.model, eager.model)
+
+
+@pytest.mark.parametrize("when", ["after", "wrapped"])
+def test_instrument_may_come_after_compiling_and_take_its_result(when, eager):
+    found = train(wrapper, when=when)
+    assert_same_values(found.writer, eager.writer)
+    assert found.graphs[-1] == 2
+
+
+@pytest.mark.parametrize("way", [wrapper, each_block, attentions])
+def test_instrument_may_come_after_the_first_compiled_call_which_is_said_once(way, eager, caplog):
+    found = train(way, when="late")
+    assert_same_values(found.writer, eager.writer)
+    assert found.graphs[-1] == 3
+    said = [r.message for r in caplog.records if "compiled" in r.message]
+    assert said == ["the model was compiled before torchprobe watched it; it is compiled once more, with probes"]
+
+
+def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(caplog):
+    found = train(function, when="late", every=1, steps=3)
+    assert [s for s, _ in found.writer.scalars("attention_entropy/blocks.0.attention")] == [2, 3]
+    assert [s for s, _ in found.writer.scalars("activation_mean/head")] == [2, 3]
+    assert "compiled before torchprobe watched it" in caplog.text
+
+
+def test_a_dozen_compiled_blocks_share_two_graphs_and_keep_their_own_values():
+    def deep() -> Transformer:
+        torch.manual_seed(4)
+        return Transformer(dropout=0.0, layers=12, width=8)
+
+    expected, found = train(bare, model=deep(), steps=4), train(each_block, model=deep(), steps=4)
+    assert_same_values(found.writer, expected.writer)
+    assert found.graphs[-1] == 2
+    entropies = {tag: found.writer.scalars(tag)[0][1] for tag in found.writer.tags() if "attention_entropy/" in tag}
+    assert len(set(entropies.values())) == 12
+
+
+def test_probes_with_cadences_of_their_own_and_validation_need_no_further_graph():
+    counting, model = Counting(), Transformer(dropout=0.0, layers=1)
+    callee, optimizer = wrapper(model, backend=counting, fullgraph=True), torch.optim.SGD(model.parameters(), lr=0.1)
+    writer = MemoryWriter()
+    probes = [torchprobe.Activations(every=2), torchprobe.Attention(every=3), torchprobe.Gradients(every=5)]
+    with torchprobe.instrument(model, writer=writer, probes=probes):
+        for step in range(8):
+            model.train()
+            loss_of(callee, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                callee(inputs("transformer", seed=50))
+    assert [s for s, _ in writer.scalars("activation_mean/head")] == [1, 2, 4, 6, 8]
+    assert [s for s, _ in writer.scalars("attention_entropy/blocks.0.attention")] == [1, 3, 6]
+    assert [s for s, _ in writer.scalars("val/activation_mean/head")] == [1, 2, 4, 6, 8]
+    assert len(counting.graphs) == 4, "a sampled and a plain one, for training and for validation"
+
+
+def test_dynamic_shapes():
+    model, counting = Transformer(dropout=0.0, layers=1), Counting()
+    twin, writers = copy.deepcopy(model), (MemoryWriter(), MemoryWriter())
+    callee = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
+    for callee_of, watched, writer in ((callee, model, writers[0]), (twin, twin, writers[1])):
+        optimizer = torch.optim.SGD(watched.parameters(), lr=0.1)
+        with torchprobe.instrument(watched, writer=writer, every=2):
+            for n in range(6):
+                ids = torch.arange((2 + n) * (5 + n)).reshape(2 + n, 5 + n) % 11
+                F.cross_entropy(callee_of(ids).flatten(0, 1), ids.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same_values(*writers)
+    assert len(counting.graphs) == 2
+
+
+def test_a_compiled_step_of_the_optimizer_is_compiled_once_and_counted():
+    model, counting, writer = Transformer(dropout=0.0, layers=1), Counting(), MemoryWriter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = torch.compile(optimizer.step, backend=counting)
+    with torchprobe.instrument(model, writer=writer, every=2) as session:
+        graphs = []
+        for n in range(5):
+            loss_of(model, n).backward()
+            step()
+            optimizer.zero_grad()
+            graphs.append(len(counting.graphs))
+        assert session.step == 5
+    assert graphs[0] == graphs[-1]
+    assert [s for s, _ in writer.scalars("overview/grad_norm")] == [1, 2, 4]
+
+
+def test_lbfgs_over_a_compiled_model():
+    counting, writer, model = Counting(), MemoryWriter(), Transformer(dropout=0.0, layers=1)
+    callee, optimizer = wrapper(model, backend=counting), torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(callee, 1)
+        loss.backward()
+        return loss
+
+    with torchprobe.instrument(model, writer=writer, every=2):
+        for _ in range(4):
+            optimizer.step(closure)
+    assert [s for s, _ in writer.scalars("attention_entropy/blocks.0.attention")] == [1, 2, 4]
+    assert len(counting.graphs) == 2
+
+
+def test_multi_head_attention_and_padding_in_a_compiled_model():
+    def passes(compiled: bool) -> MemoryWriter:
+        torch.manual_seed(2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model, writer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), MemoryWriter()
+        if compiled:
+            model.compile(backend="eager", fullgraph=True)
+        padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=writer, every=1):
+            for step in range(2):
+                x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(step))
+                model(x, src_key_padding_mask=padding)[~padding].square().mean().backward()
+                optimizer.step()
+        return writer
+
+    expected = passes(compiled=False)
+    assert "attention_entropy/layers.1.self_attn" in expected.tags()
+    assert_same_values(passes(compiled=True), expected)
+
+
+@pytest.mark.parametrize("way", [wrapper, function])
+def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, caplog):
+    class Largest(torchprobe.Probe):
+        source = "outputs"
+        fields = ("largest",)
+
+        def compute(self, tensor):
+            if tensor.sum().item() == -1 or tensor.size(-1) == 48:
+                raise RuntimeError("it cannot")
+            return tensor.max().reshape(1)
+
+        def report(self, name, values):
+            yield f"largest/{name}", values["largest"]
+
+    found = train(way, probes=[Largest()], include=["head"], steps=4)
+    expected = train(bare, probes=[Largest()], include=["head"], steps=4)
+    assert found.writer.scalars("largest/head") == expected.writer.scalars("largest/head") != []
+    assert found.graphs[-1] == 2
+    failing = train(way, probes=[Largest()], steps=4)
+    assert "it cannot" in caplog.text
+    assert_same_weights(failing.model, expected.model)
+
+
+def test_after_detach_the_graphs_are_the_plain_ones(traces):
+    model, counting = Transformer(dropout=0.0, layers=1), Counting()
+    callee = wrapper(model, backend=counting)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for n in range(2):
+            loss_of(callee, n).backward()
+    assert not traces(model)
+    loss_of(callee, 3)
+    torch._dynamo.reset()
+    loss_of(callee, 3)
+    *_, after, plain = counting.graphs
+    assert after.code == plain.code
+
+
+def test_a_copy_of_a_compiled_and_instrumented_model_is_neither(traces):
+    model = Transformer(dropout=0.0, layers=1)
+    callee, writer = method(model, backend="eager"), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        loss_of(callee, 1).backward()
+        twin = copy.deepcopy(model)
+        assert torchprobe.session_of(twin) is None
+        assert torch.equal(twin(inputs("transformer")), model(inputs("transformer")))
+
+
+def test_an_exception_in_a_compiled_pass_reaches_the_user_and_leaves_nothing_entered():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Transformer(dropout=0.0, layers=1)
+
+        def forward(self, ids, width):
+            return self.inner(ids) @ torch.ones(width, 1)
+
+    model, writer = Breaks(), MemoryWriter()
+    callee, optimizer = wrapper(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for width in (11, 12, 11):
+            with pytest.raises(Exception, match="reduction dim") if width == 12 else nullcontext():
+                callee(inputs("transformer"), width).mean().backward()
+                optimizer.step()
+            assert torch._C._len_torch_function_stack() == 0
+        assert session.step == 2
+    assert [s for s, _ in writer.scalars("attention_entropy/inner.blocks.0.attention")] == [1, 2]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_an_instrumented_model_gives_the_plain_program(strict):
+    model, ids = Transformer(dropout=0.0, layers=1), inputs("transformer")
+    plain = torch.export.export(model, (ids,), strict=strict)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        watched = torch.export.export(model, (ids,), strict=strict)
+        assert torch.equal(watched.module()(ids), model(ids))
+    assert watched.graph_module.code == plain.graph_module.code
+
+
+def test_functional_call_and_inference_mode_with_a_compiled_model():
+    model = Transformer(dropout=0.0, layers=1)
+    callee, ids = wrapper(model, backend="eager", fullgraph=True), inputs("transformer")
+    expected, halves = model(ids).detach(), {name: p.detach() / 2 for name, p in model.named_parameters()}
+    expected_half = torch.func.functional_call(model, halves, (ids,)).detach()
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        with torch.inference_mode():
+            assert torch.equal(callee(ids), expected)
+        assert torch.equal(torch.func.functional_call(model, halves, (ids,)), expected_half)
+        assert torch.equal(callee(ids), expected)
+
+
+def test_transforms_of_torch_func_inside_a_compiled_function():
+    model, ids = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(4, 3)
+
+    def per_sample(ids):
+        return torch.vmap(torch.func.grad(lambda row: model(row).sum()))(ids)
+
+    expected = per_sample(ids)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        found = torch.compile(per_sample, backend="eager", fullgraph=True)(ids)
+    assert torch.allclose(found, expected)

@@ -1,0 +1,264 @@
+"""Attention inside compiled graphs: a function mode that exists while a module is traced, and an operator in its place.
+
+Hooks on every module of the user's own push a mode when the module is called and take it off after; the innermost one
+tells whose attention it is. Dynamo traces the push, the mode and the operator into the graph of sampled steps, and
+nothing of it into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture import opaque
+from torchprobe.capture.attention import dot_product, multi_head, stack
+from torchprobe.capture.attention.layout import unusual
+from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.owner import Caller, heads_of
+from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.inert import Inert
+from torchprobe.capture.sites import Pass
+from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
+from torchprobe.naming import named_modules
+
+OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there
+
+_DOT_PRODUCT = dot_product.FUNCTIONS[0]
+
+
+class Owner(Inert):
+    """A module that may compute attention, as the hooks find it."""
+
+    def __init__(self, name: str, module: nn.Module, current: Pass, observer: Observer) -> None:
+        self.current = current
+        self.handle = opaque.handle(self)
+        self.mode = TracedMode(self.handle)
+        self._name = name
+        self._heads = heads_of(module)
+        self._observer = observer
+
+    def record_call(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, place: int
+    ) -> None:
+        """A compiled graph has computed an attention. Called by the graph."""
+        if self._observer.gate.failed or not self._observer.gate.train:
+            return
+        with self._observer.guard():
+            call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
+            self._record(call, place)
+
+    def _record(self, call: dict[str, Any], place: int) -> None:
+        reason = unusual(call["query"], call["key"], call["attn_mask"])
+        if reason is not None:
+            self._observer.uncovered.add(reason)
+            return
+        source = dot_product.query_key(call, self._heads)
+        _, _, queries, keys = source.shape
+        owner = Caller(self._name, (("compiled", "", place),), self._heads)
+        self._observer.record_source(Call(owner, queries != keys), source, training=True)
+
+
+class TracedMode(TorchFunctionMode):
+    """Adds an operator to the graph after each dot product. Does nothing where nothing is traced.
+
+    Modes of the modules around the owner see the same call: `nesting` tells the innermost.
+    """
+
+    def __init__(self, handle: Tensor) -> None:
+        self._handle = handle
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function, and record it where it is a dot product."""
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func is not _DOT_PRODUCT and func is not multi_head.FUNCTION:
+            return stack.call(func, args, kwargs)
+        innermost = enter_nesting()
+        result = func(*args, **kwargs)
+        leave_nesting()
+        if innermost and func is _DOT_PRODUCT:
+            _record(self._handle, *args, **kwargs)
+        elif innermost:
+            _record_multi_head(self._handle, *args, **kwargs)
+        return result
+
+
+def _record(
+    handle: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    with torch.no_grad():
+        mask = None if attn_mask is None else attn_mask.detach()
+        opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, place())
+
+
+def _record_multi_head(
+    handle: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    *others: Any,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    **further: Any,
+) -> None:
+    """Multi-head attention hides its dot product from modes, and not all of it traces under one: project once more.
+
+    query, key: (length, batch, width), as `nn.MultiheadAttention` hands them over.
+    """
+    if bias_k is not None or add_zero_attn or static_k is not None or query.dim() != 3:
+        return
+    with torch.no_grad():
+        if in_proj_weight is not None and not use_separate_proj_weight:
+            q_proj_weight, k_proj_weight, _ = in_proj_weight.chunk(3)
+        q_bias, k_bias = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
+        q = _projected(query, q_proj_weight, q_bias, num_heads)
+        k = _projected(key, k_proj_weight, k_bias, num_heads)
+        mask = _joined(attn_mask, key_padding_mask, num_heads)
+        opaque.attention(handle, q, k, mask, False, None, place())
+
+
+def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int) -> Tensor:
+    """(length, batch, width) -> (batch, heads, length, width of a head)."""
+    y = torch.nn.functional.linear(x.detach(), weight, bias)  # type: ignore[arg-type]
+    by_head: Tensor = y.unflatten(-1, (heads, y.size(-1) // heads))
+    return by_head.permute(1, 2, 0, 3)
+
+
+def _joined(mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Both masks as one that is added: (queries, keys) or (batch · heads, queries, keys), and (batch, keys)."""
+    if mask is not None:
+        mask = _added(mask)
+        mask = mask.unflatten(0, (mask.size(0) // heads, heads)) if mask.dim() == 3 else mask
+    if padding is None:
+        return mask
+    padding = _added(padding)[:, None, None]
+    return padding if mask is None else mask + padding
+
+
+def _added(mask: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask.detach()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    owner = module.__dict__.get(OWNER)
+    if owner is None or not (owner.current.training and owner.current.sampled):
+        return
+    if not torch.compiler.is_compiling():
+        beside(stack.push, owner.mode)
+        return
+    where = scope()
+    if where != "elsewhere":
+        run_in(where, _push_mode, owner.mode)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    owner = module.__dict__.get(OWNER)
+    if owner is None or not (owner.current.training and owner.current.sampled):
+        return
+    if not torch.compiler.is_compiling():
+        beside(stack.remove, owner.mode)
+        return
+    where = scope()
+    if where != "elsewhere":
+        run_in(where, _pop_mode)
+
+
+class TracedAttention:
+    """The hooks by which attention is found inside compiled graphs, on every module whose code may compute it."""
+
+    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, current: Pass) -> None:
+        self._model = model
+        self._observer = observer
+        self._current = current
+        self._handles: list[RemovableHandle] = []
+        self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
+        keep_out(_enter, _leave)
+
+    def arm(self) -> None:
+        """A step to sample begins."""
+        model = self._model()
+        if model is None or self._handles:
+            return
+        for name, module in named_modules(model):
+            if _may_own(module):
+                self._hook(name, module)
+
+    def disarm(self) -> None:
+        """Take the hooks off, unless a compiled graph holds them."""
+        if not self._current.compiled:
+            self._remove()
+
+    def detach(self) -> None:
+        """Take everything off."""
+        self._remove()
+        for module in list(self._owners):
+            module.__dict__.pop(OWNER, None)
+        self._owners.clear()
+
+    def interrupted(self) -> None:
+        """A forward pass has ended, perhaps by an exception: nothing stays entered."""
+        for owner in self._owners.values():
+            stack.remove(owner.mode)
+
+    def _hook(self, name: str, module: nn.Module) -> None:
+        if module not in self._owners:
+            self._owners[module] = Owner(name, module, self._current, self._observer)
+        module.__dict__[OWNER] = self._owners[module]
+        self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _may_own(module: nn.Module) -> bool:
+    """Whether a module's own code may compute attention, by its names.
+
+    Tracing under a mode is not what Dynamo does best, so that it is kept to where it is needed.
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return isinstance(module, nn.MultiheadAttention)
+    return "att" in kind.__name__.lower() or any(_says(name) for name in _names_in(kind))
+
+
+def _says(name: str) -> bool:
+    return any(word in name for word in ("scaled_dot_product", "sdpa", "attention_interface"))
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    """Names that a class's own methods use."""
+    for member in vars(kind).values():
+        code = getattr(member, "__code__", None)
+        if code is not None:
+            yield from code.co_names

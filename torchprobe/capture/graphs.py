@@ -1,0 +1,83 @@
+"""The frames that Dynamo has compiled: what runs beside them, and which of a model's there are."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep_out(*hooks: Callable[..., Any]) -> None:
+    """Have hooks run as they are where Dynamo calls them beside a compiled module's frame.
+
+    It would make frames of them too. Where they are part of a larger frame they are traced as ever.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    _untraced()
+    for function in (beside, *hooks):
+        skip_code(function.__code__)
+
+
+def beside(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function from such a hook, with nothing in it traced. Costs 1 µs."""
+    _untraced()(function, *args)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    return torch.compiler.disable(lambda function, *args: function(*args))  # type: ignore[no-any-return]
+
+
+def in_compiled_call() -> bool:
+    """Whether a callable that `torch.compile` returned is among the callers."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def compiled_codes(model: nn.Module) -> set[CodeType]:
+    """The code of the model's modules that Dynamo holds graphs of. Costs a microsecond for each class of module."""
+    if "torch._dynamo" not in sys.modules:
+        return set()
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return {code for code in set(_codes(model)) if _debug_get_cache_entry_list(code)}
+
+
+def all_compiled_codes() -> set[CodeType]:
+    """The code of every frame that Dynamo holds graphs of."""
+    if "torch._dynamo" not in sys.modules:
+        return set()
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    codes = [weak() for weak in input_codes.seen]
+    return {code for code in codes if code is not None and _debug_get_cache_entry_list(code)}
+
+
+def drop(codes: set[CodeType]) -> None:
+    """Forget the graphs of this code: its next call is traced anew."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    for code in codes:
+        reset_code(code)
+
+
+def _codes(model: nn.Module) -> Iterator[CodeType]:
+    for module in model.modules():
+        for function in (module.forward, type(module).forward, module._compiled_call_impl):
+            function = getattr(function, "_torchdynamo_orig_callable", function)
+            code = getattr(getattr(function, "__func__", function), "__code__", None)
+            if isinstance(code, CodeType):
+                yield code

@@ -1,0 +1,114 @@
+"""What a hook can know, and do, while Dynamo traces it into the user's graph."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+
+import torch
+
+from torchprobe.capture.recompute import under_transform
+
+Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_CHECKPOINT = "torch.utils.checkpoint.checkpoint"
+_UNCHECKED = "_disable_side_effect_safety_checks_for_current_subtracer"
+_PACKAGE = str(Path(__file__).parents[1])
+_MODULES = torch.nn.modules.module.__file__  # where modules call each other
+
+
+def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let calls run once, while a graph is traced, and be constants of it.
+
+    That is `torch.compiler.assume_constant_result` without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def scope() -> Scope:
+    """Where the hook is traced: in a graph, or in an activation checkpoint in one; statistics can be part of both.
+
+    Elsewhere nothing may be recorded: in an export, a `torch.func` transform, a branch of `torch.cond`.
+    """
+    translator = _translator()
+    if translator is None or getattr(translator, "export", False) or under_transform():
+        return "elsewhere"
+    tracer = translator.output.current_tracer
+    if tracer.parent is None:
+        return "graph"
+    while tracer.parent is not None:
+        if getattr(tracer, "description", None) != _CHECKPOINT:
+            return "elsewhere"
+        tracer = tracer.parent
+    return "checkpoint" if hasattr(sys.modules.get("torch._dynamo.utils"), _UNCHECKED) else "elsewhere"
+
+
+def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
+    """Change Python state from a traced hook.
+
+    In a checkpoint Dynamo forbids it, lest recomputation does it twice; ours is undone before the checkpoint ends,
+    or is the same twice.
+    """
+    if where == "checkpoint":
+        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+    else:
+        function(*args)
+
+
+@constant
+def place() -> int:
+    """A number for the line that is being traced, as reached from the innermost module: the same in equal modules."""
+    path: list[tuple[str, str, int | None]] = []
+    for frame in reversed(torch._guards.TracingContext.extract_stack()):
+        if frame.filename == _MODULES:
+            break
+        if not frame.filename.startswith(_PACKAGE):
+            path.append((frame.filename, frame.name, frame.lineno))
+    return zlib.crc32(repr(path).encode()) >> 1  # fits an int that a graph takes
+
+
+class _Nesting:
+    """How many modes are at work on one call, in the trace that is running."""
+
+    def __init__(self) -> None:
+        self._graph = 0
+        self._depth = 0
+
+    def move(self, by: int) -> int:
+        """The depth before the move. A trace that was given up does not count in the next."""
+        translator = _translator()
+        graph = id(translator.output) if translator is not None else 0
+        before = self._depth if graph == self._graph else 0
+        self._graph, self._depth = graph, max(before + by, 0)
+        return before
+
+
+_nesting = _Nesting()
+
+
+@constant
+def enter_nesting() -> bool:
+    """A mode takes on a call: whether it is the first to."""
+    return _nesting.move(+1) == 0
+
+
+@constant
+def leave_nesting() -> bool:
+    """A mode is done with a call."""
+    return _nesting.move(-1) == 1
+
+
+def _translator() -> Any:
+    """Dynamo's translator of the running frame; None when something else traces."""
+    module = sys.modules.get("torch._dynamo.symbolic_convert")
+    try:
+        return None if module is None else module.InstructionTranslator.current_tx()
+    except AttributeError:
+        return None

@@ -74,7 +74,7 @@ class Recorder:
         if self._pass.training:
             self._begin_training_pass(grad_enabled, trained)
         due = self._steps.current.due if self._pass.training else self._plan.due_in_validation
-        self._captures.enter(module, bool(due) or self._may_trace, self._pass.training)
+        self._captures.enter(module, bool(due), self._pass.training, self._may_trace)
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
@@ -95,8 +95,8 @@ class Recorder:
         self._plan.validation_ended()
 
     def _validated(self) -> Open:
-        follows = self.clock.has_optimizer and not self.clock.fresh
-        return self._last() if follows else self._steps.current
+        resumed = self.clock.fresh and self.clock.origin > 0  # whose last step is the other process's
+        return self._last() if self.clock.has_optimizer and not resumed else self._steps.current
 
     @protected
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -323,7 +323,7 @@ class Recorder:
         self._plan.open_for(current.step, self.clock.by_forward)
         current.due = self._plan.due
         self._captures.open_for(current.step)
-        self._captures.prepare(current.due, armed=bool(current.due) or self._may_trace)
+        self._captures.prepare(current.due, self._may_trace)
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.recompute import in_backward, in_reentrant_checkpoint, under_transform
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.tracing import scope
 
@@ -53,7 +53,8 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 def _enter_plain(root: Root, module: nn.Module, grad_enabled: bool) -> None:
     if not under_transform() and not in_backward():
-        root.observer.enter_pass(module, grad_enabled)
+        in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+        root.observer.enter_pass(module, in_training)
 
 
 def _enter_graph(current: Pass, training: bool) -> None:

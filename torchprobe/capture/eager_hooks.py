@@ -18,6 +18,8 @@ from torchprobe.capture.sites import Pass
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
 
+_COMPILED = "the model is compiled, and this is not watched inside a graph"
+
 
 class Watcher(Protocol):
     """What looks at module calls of a sampled training pass. Exceptions end at its gate."""
@@ -35,6 +37,9 @@ class Watcher(Protocol):
 
     def after(self, name: str, output: Any) -> None:
         """It has returned."""
+
+    def unseen(self, reason: str) -> None:
+        """There will be no calls to see."""
 
 
 class Marks:
@@ -64,13 +69,15 @@ class EagerHooks:
 
     def arm(self, training: bool) -> None:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
-        if self._current.compiled and self._armed:  # they were traced, and taking them off would compile again
-            return
         due = [watcher for watcher in self._watchers if training and watcher.gate.train]
         model = self._model()
-        if model is None or (due and self._is_compiled(model)):
+        if model is not None and due and self._is_compiled(model):
+            for watcher in due:
+                watcher.unseen(_COMPILED)
             due = []
-        if due == self._armed or model is None:
+        if model is None or due == self._armed:
+            return
+        if self._current.compiled and self._armed:  # they were traced, and taking them off would compile again
             return
         self.disarm()
         for watcher in due:

@@ -29,6 +29,9 @@ class PassObserver(Protocol):
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It ended without an exception."""
 
+    def leave_recomputation(self, output: Any) -> None:
+        """It was run again, inside a backward pass."""
+
     def pass_is_over(self) -> None:
         """It ended, with or without one."""
 
@@ -71,7 +74,11 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 
 def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if not under_transform() and not in_backward():
+    if under_transform():
+        return
+    if in_backward():
+        root.observer.leave_recomputation(output)
+    else:
         root.observer.leave_pass(module, args, kwargs, output)
 
 

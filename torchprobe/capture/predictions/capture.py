@@ -88,6 +88,16 @@ class PredictionCapture:
             # Process-wide, so it is there from the output to the backward pass, or to the next pass, only.
             self._on_modules = module_registry.register_module_forward_hook(self._after_module, with_kwargs=True)
 
+    def on_recomputed(self, output: Any) -> None:
+        """A pass was run again in backward; the last one without a graph of its own gets this one's gradient."""
+        with self._protected(output):
+            plain = read(output, False).plain
+            for waiting in reversed(self._train.waiting):
+                if plain is not None and not (waiting.nodes or waiting.judged) and waiting.shape == tuple(plain.shape):
+                    waiting.nodes = _nodes(plain)
+                    plain.register_hook(functools.partial(self._on_gradient, waiting, self._train))
+                    return
+
     def on_backward(self) -> None:
         """Gradients arrive: what was called on outputs before was the loss."""
         if self._on_modules is not None:

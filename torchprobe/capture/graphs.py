@@ -54,6 +54,14 @@ def in_wrapper_call() -> bool:
     return module is not None and any(True for _ in running(module.OptimizedModule.__call__.__code__))
 
 
+def hides_hooks(module: nn.Module) -> bool:
+    """Whether `torch.compile` returned this module and traces the inner one's hooks, as it does for torch's own."""
+    if type(module).__name__ != "OptimizedModule":
+        return False
+    compiled = getattr(module.forward, "_torchdynamo_orig_callable", None)
+    return getattr(compiled, "__self__", None) is not module._orig_mod
+
+
 def has_compiled_part(model: nn.Module) -> bool:
     """Whether a module of the model says that it is compiled. Costs 0.2 µs a module."""
     return any(_says_compiled(module) for module in model.modules())
@@ -100,3 +108,11 @@ def _codes(model: nn.Module) -> Iterator[CodeType]:
             code = getattr(getattr(function, "__func__", function), "__code__", None)
             if isinstance(code, CodeType):
                 yield code
+    if type(model).forward.__module__.startswith("torch.nn."):  # then torch.compile traces the call, from its own code
+        yield from _code_around_torchs_own()
+
+
+def _code_around_torchs_own() -> Iterator[CodeType]:
+    from torch._dynamo.external_utils import wrap_inline
+
+    return (const for const in wrap_inline.__code__.co_consts if isinstance(const, CodeType))

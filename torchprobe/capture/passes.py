@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.graphs import beside, hides_hooks, keep_out
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.recompute import in_backward, in_reentrant_checkpoint, under_transform
 from torchprobe.capture.sites import Pass
@@ -97,7 +97,7 @@ class PassHooks:
         self._handles: list[RemovableHandle] = []
         self._modules: WeakSet[nn.Module] = WeakSet()
         keep_out(_enter, _leave, _always)
-        self._put_on([model] if _has_forward(model) else list(_entries(model)))
+        self._put_on(list(_roots(model)))
 
     def move_to_parts(self, model: nn.Module) -> None:
         """The model itself is never called: follow the outermost parts that can be."""
@@ -121,6 +121,16 @@ class PassHooks:
                 module.register_forward_hook(_leave, with_kwargs=True),
             ]
             self._modules.add(module)
+
+
+def _roots(model: nn.Module) -> Iterator[nn.Module]:
+    """What is called: the model, or what torch.compile made of it too, when hooks inside are part of the graph."""
+    if _has_forward(model):
+        yield model
+        return
+    if hides_hooks(model):
+        yield model
+    yield from _entries(model)
 
 
 def _has_forward(module: nn.Module) -> bool:

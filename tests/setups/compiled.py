@@ -135,7 +135,7 @@ def assert_same_values(found: MemoryWriter, expected: MemoryWriter, output_insid
     """
     unseen = _UNSEEN + (_OF_OUTPUTS if output_inside else ())
     tags = [tag for tag in expected.tags() if not tag.startswith(unseen)]
-    assert [tag for tag in found.tags() if not tag.startswith(_UNSEEN + ("nothing_captured/",))] == tags
+    assert [tag for tag in found.tags() if not tag.startswith((*_UNSEEN, "nothing_captured/"))] == tags
     for tag in tags:
         if tag == "overview/probe_overhead" or tag.startswith("gradients_zeros/"):
             continue

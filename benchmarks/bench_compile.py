@@ -8,6 +8,8 @@ compile: for the variant the graph of sampled steps, then that of the others. Th
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
@@ -16,6 +18,7 @@ import torch
 
 import torchprobe
 import torchprobe.testing
+from benchmarks import gpt
 from benchmarks.gpt import Run
 
 ROUNDS = 15
@@ -35,10 +38,20 @@ class At:
         return step == 1 or self.on
 
 
-def compiled_run() -> Run:
-    run = Run()
+def compiled_run(kind: Callable[[], Run] = Run) -> Run:
+    run = kind()
     run.model.compile(fullgraph=True)
     return run
+
+
+def bare_run() -> Run:
+    """From code of its own: Dynamo keeps graphs by code, and would run the watched model with this one's."""
+    spec = importlib.util.spec_from_file_location("bare_gpt", gpt.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return compiled_run(module.Run)
 
 
 def timed(run: Run) -> float:
@@ -59,7 +72,7 @@ def fresh_compiler():
 def test_compiled(benchmark, sampled, probe):
     if not sampled and probe != "both":
         pytest.skip("idle steps do not depend on the probes")
-    bare, run, at = compiled_run(), compiled_run(), At()
+    bare, run, at = bare_run(), compiled_run(), At()
     probes = [torchprobe.Activations(every=at)] if probe != "attention" else []
     probes += [torchprobe.Attention(every=at)] if probe != "activations" else []
     with torchprobe.instrument(run.model, writer=torchprobe.testing.MemoryWriter(), probes=probes):

@@ -1,0 +1,47 @@
+"""Attention of compiled Hugging Face models is that of the eager run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import torchprobe
+from torchprobe.testing import MemoryWriter
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+from tests.integrations.test_huggingface_attention import FAMILIES, build, train_step  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_compiled_models_attention_is_that_of_the_eager_run(name):
+    model, inputs = build(FAMILIES[name], "sdpa"), FAMILIES[name].inputs()
+    writers = []
+    for compiled in (False, True):
+        twin, writer = copy.deepcopy(model), MemoryWriter()
+        callee = torch.compile(twin, backend="aot_eager") if compiled else twin
+        with torchprobe.instrument(twin, writer=writer, probes=[torchprobe.Attention(every=1, rows="all")]) as session:
+            train_step(callee, inputs)
+        assert "not seen" not in session.summary()
+        writers.append(writer)
+    eager, found = writers
+    tags = [tag for tag in eager.tags() if tag.startswith("attention_")]
+    assert len([tag for tag in tags if tag.startswith("attention_entropy/")]) == 2
+    assert [tag for tag in found.tags() if tag.startswith("attention_")] == tags
+    for tag in tags:
+        if isinstance(eager.value(tag, 1), float):
+            assert found.value(tag, 1) == pytest.approx(eager.value(tag, 1), abs=1e-4), tag

@@ -49,11 +49,15 @@ class PredictionPieces:
         """Whether a pass is sampled."""
         if self._shared.failed:
             return False
-        return any(gate.train if training else gate.val for gate in self._gates.values())
+        for gate in self._gates.values():
+            if gate.train if training else gate.val:
+                return True
+        return False
 
     def enter(self, due: bool, training: bool) -> None:
         """A pass begins; due: whether any probe samples it."""
-        self._capture.end_pass()
+        if self._following:
+            self._capture.end_pass()
         self._following = due and self.is_open(training)
         if self._following:
             self._capture.enter(training)

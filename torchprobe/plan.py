@@ -67,6 +67,8 @@ class Plan:
         self.gates: dict[Probe, Gate] = {probe: Gate(probe.name, meter) for probe in probes if isinstance(probe, Probe)}
         chosen = {p: common if common is not None and p.every is None else p.schedule for p in self.gates}
         self._cadences = _by_schedule(chosen)
+        self.rates = [probe for probe in probes if isinstance(probe, LearningRates)]
+        self.descriptions = {group: text for probe in probes for group, text in probe.descriptions.items()}
         self.loss_probes = [probe for probe in self.gates if isinstance(probe, Loss)]
         self.loss_gate = next((self.gates[probe] for probe in self.loss_probes), Gate("Loss", meter))
         self._budget = budget

@@ -87,6 +87,10 @@ class ModuleCapture:
             sampled_val |= gate.val
         self.current.sampled, self.current.sampled_val = sampled, sampled_val
 
+    def due(self, training: bool) -> bool:
+        """Whether a probe of outputs samples the coming pass."""
+        return any(gate.train if training else gate.val for gate in self._gates.values())
+
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
         model = self._model()

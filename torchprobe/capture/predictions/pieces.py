@@ -49,10 +49,8 @@ class PredictionPieces:
         """Whether a pass is sampled."""
         if self._shared.failed:
             return False
-        for gate in self._gates.values():
-            if gate.train if training else gate.val:
-                return True
-        return False
+        gates = self._gates.values()
+        return any([gate.train if training else gate.val for gate in gates])  # noqa: C419 - as a generator, more calls
 
     def enter(self, due: bool, training: bool) -> None:
         """A pass begins; due: whether any probe samples it."""

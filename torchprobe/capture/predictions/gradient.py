@@ -1,7 +1,9 @@
 """Targets from the gradient at an output: at a row of logits, cross-entropy's is s (p - y).
 
 So the one negative entry is the target, a row of zeros is an ignored one, and the entries beside the target are
-proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided a row, on the device.
+proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided on the device: of every
+row whether it has a target, from `_A_GLANCE` of its classes, and from more classes of a few rows what share of all
+rows is a cross-entropy's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torchprobe.statistics.dtypes import row_dtype
 IGNORED = -100
 _FEW_CLASSES = 3  # so few that a row alone can be anything
 _FEW_ROWS = 4
-_ENOUGH_CLASSES = 256
+_A_GLANCE = 64  # of a row's classes
+_ENOUGH_CLASSES, _ENOUGH_ROWS = 256, 32
+_GOLDEN = 0.6180339887  # its multiples spread evenly between whole numbers
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
 _EPSILON = 1e-7
@@ -41,51 +45,84 @@ def recover(logits: Tensor, gradient: Tensor, form: Form, precision: torch.dtype
     """
     tolerance = _TOLERANCE.get(precision, 2e-3)
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
-    alive = gradient.isfinite().all(-1) & (gradient != 0).any(-1)
-    rows = _Rows(logits, torch.where(alive[:, None], gradient, 0.0), alive, tolerance, tiny)
+    (least, lowest), most = gradient.min(-1), gradient.amax(-1)
+    alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))
+    rows = _Rows(logits, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
     targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows)
     passed &= alive
-    size = gradient.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0)
+    size = torch.where(alive, torch.maximum(-least, most), 0.0)
     faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
-    evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
+    checked = alive & ~faint
+    evidence = torch.stack((checked.sum(), _number_of_cross_entropies(rows, form, checked, passed), faint.sum()))
     return Recovered(torch.where(passed, targets, IGNORED), evidence.to(row_dtype(logits.device)))
+
+
+def _number_of_cross_entropies(rows: _Rows, form: Form, checked: Tensor, passed: Tensor) -> Tensor:
+    """Of the `checked` rows: all that `passed`, or, of many, the share of a few that are looked at closely."""
+    n, classes = rows.z.shape
+    if form.kind == "sigmoid" or classes <= _FEW_CLASSES or n <= 2 * _ENOUGH_ROWS:
+        return passed.sum()
+    spread = (torch.arange(n, device=checked.device, dtype=torch.float32) * _GOLDEN).frac()
+    some = (checked.to(spread.dtype) + spread).topk(_ENOUGH_ROWS).indices  # spread over those that are checked
+    few = rows.at(some)
+    p = few.z.softmax(-1)
+    close = _judged(few, p, p.argmax(-1), _ENOUGH_CLASSES)[1] & checked[some]
+    share = close.sum() / checked[some].sum().clamp(min=1)
+    return (share * checked.sum()).round()
 
 
 class _Rows(NamedTuple):
     z: Tensor
     g: Tensor
     alive: Tensor  # rows with a gradient
+    least: Tensor  # of a row's gradient, and where it is
+    lowest: Tensor
+    most: Tensor
+    total: Tensor
     tolerance: float
     tiny: float  # an entry smaller than this is rounded to 0
+
+    def at(self, index: Tensor) -> _Rows:
+        """Some of them."""
+        return _Rows(*(part[index] if isinstance(part, Tensor) else part for part in self))  # type: ignore[arg-type]
+
+    def cleared(self) -> _Rows:
+        """With zeros where the gradient is not finite, for what adds up over rows."""
+        return self._replace(g=torch.where(self.alive[:, None], self.g, 0.0))
 
 
 def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
     p = rows.z.softmax(-1)
     top, favourite = p.max(-1)
-    least, lowest = rows.g.min(-1)
-    target = lowest
+    close = len(p) <= 2 * _ENOUGH_ROWS
+    target, passed = _judged(rows, p, favourite, _ENOUGH_CLASSES if close else _A_GLANCE)
+    return target, passed, top > _SURE
+
+
+def _judged(rows: _Rows, p: Tensor, favourite: Tensor, enough: int) -> tuple[Tensor, Tensor]:
+    """Targets, and whether a row is a cross-entropy's, from `enough` of its classes."""
+    target = rows.lowest
     if p.shape[-1] <= _FEW_CLASSES:
-        target, passed = _of_few(rows, p, target)
+        target, passed = _of_few(rows.cleared(), p, target)
     else:
-        passed = _proportional(rows, p, target, smoothed=False) | _proportional(rows, p, target, smoothed=True)
+        passed = _proportional(rows, p, target, False, enough) | _proportional(rows, p, target, True, enough)
         # Where smoothing calls a prediction too sure, its own class is pushed down.
-        other = ~passed & _proportional(rows, p, favourite, smoothed=True)
+        other = ~passed & _proportional(rows, p, favourite, True, enough)
         target, passed = torch.where(other, favourite, target), passed | other
-    alone = _of_log_probabilities(rows, least)
-    return torch.where(alone, lowest, target), passed | alone, top > _SURE
+    alone = _of_log_probabilities(rows, enough)
+    return torch.where(alone, rows.lowest, target), passed | alone
 
 
-def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool) -> Tensor:
+def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool, enough: int) -> Tensor:
     """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed.
 
-    Of many classes a few hundred are looked at, at equal distances: enough to tell, in a fraction of the time.
+    Of many classes `enough` are looked at, at equal distances.
     """
     classes = p.shape[-1]
-    stride = max(1, classes // _ENOUGH_CLASSES)
-    least, most = rows.g.aminmax(dim=-1)
-    scale = torch.maximum(-least, most).clamp(min=torch.finfo(p.dtype).tiny)
-    total, own = rows.g.sum(-1) / scale, rows.g.gather(-1, target[:, None])[:, 0]
+    stride = max(1, classes // enough)
+    scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
+    total, own = rows.total / scale, rows.g.gather(-1, target[:, None])[:, 0]
     g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
     others = (torch.arange(0, classes, stride, device=p.device) != target[:, None]).to(p.dtype)
     n, tiny = others.sum(-1), rows.tiny / scale
@@ -153,14 +190,18 @@ def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
     return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
 
 
-def _of_log_probabilities(rows: _Rows, least: Tensor) -> Tensor:
+def _of_log_probabilities(rows: _Rows, enough: int) -> Tensor:
     """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
-    alone = (rows.g != 0).sum(-1) == 1
-    return alone & (least < 0) & ((rows.z.logsumexp(-1).abs() < 1e-2) | are_distributions(rows.z))
+    none_above = (rows.most == 0) if rows.g.shape[-1] > 1 else (rows.most < 0)
+    alone = none_above & (rows.least < 0) & (rows.total == rows.least)
+    stride = max(1, rows.g.shape[-1] // enough)
+    alone &= (rows.g[:, ::stride] != 0).sum(-1) <= 1  # the sum may hide what is far smaller
+    return alone & ((rows.z.logsumexp(-1).abs() < 1e-2) | are_distributions(rows.z))
 
 
 def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Binary cross-entropy: s (p - y) with one s for y = 0 and one for y = 1; the sign tells y."""
+    rows = rows.cleared()
     z = rows.z[:, 0]
     g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(z.dtype).tiny)
     positive = (g < 0) & rows.alive

@@ -1,9 +1,8 @@
 """Targets from the gradient at an output: at a row of logits, cross-entropy's is s (p - y).
 
 So the one negative entry is the target, a row of zeros is an ignored one, and the entries beside the target are
-proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided on the device: of every
-row whether it has a target, from `_A_GLANCE` of its classes, and from more classes of a few rows what share of all
-rows is a cross-entropy's.
+proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided a row, on the device,
+from some of its classes.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from torchprobe.statistics.dtypes import row_dtype
 IGNORED = -100
 _FEW_CLASSES = 3  # so few that a row alone can be anything
 _FEW_ROWS = 4
-_A_GLANCE = 64  # of a row's classes
-_ENOUGH_CLASSES, _ENOUGH_ROWS = 256, 32
-_GOLDEN = 0.6180339887  # its multiples spread evenly between whole numbers
+_ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
 _EPSILON = 1e-7
@@ -52,23 +49,8 @@ def recover(logits: Tensor, gradient: Tensor, form: Form, precision: torch.dtype
     passed &= alive
     size = torch.where(alive, torch.maximum(-least, most), 0.0)
     faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
-    checked = alive & ~faint
-    evidence = torch.stack((checked.sum(), _number_of_cross_entropies(rows, form, checked, passed), faint.sum()))
+    evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
     return Recovered(torch.where(passed, targets, IGNORED), evidence.to(row_dtype(logits.device)))
-
-
-def _number_of_cross_entropies(rows: _Rows, form: Form, checked: Tensor, passed: Tensor) -> Tensor:
-    """Of the `checked` rows: all that `passed`, or, of many, the share of a few that are looked at closely."""
-    n, classes = rows.z.shape
-    if form.kind == "sigmoid" or classes <= _FEW_CLASSES or n <= 2 * _ENOUGH_ROWS:
-        return passed.sum()
-    spread = (torch.arange(n, device=checked.device, dtype=torch.float32) * _GOLDEN).frac()
-    some = (checked.to(spread.dtype) + spread).topk(_ENOUGH_ROWS).indices  # spread over those that are checked
-    few = rows.at(some)
-    p = few.z.softmax(-1)
-    close = _judged(few, p, p.argmax(-1), _ENOUGH_CLASSES)[1] & checked[some]
-    share = close.sum() / checked[some].sum().clamp(min=1)
-    return (share * checked.sum()).round()
 
 
 class _Rows(NamedTuple):
@@ -82,10 +64,6 @@ class _Rows(NamedTuple):
     tolerance: float
     tiny: float  # an entry smaller than this is rounded to 0
 
-    def at(self, index: Tensor) -> _Rows:
-        """Some of them."""
-        return _Rows(*(part[index] if isinstance(part, Tensor) else part for part in self))  # type: ignore[arg-type]
-
     def cleared(self) -> _Rows:
         """With zeros where the gradient is not finite, for what adds up over rows."""
         return self._replace(g=torch.where(self.alive[:, None], self.g, 0.0))
@@ -95,48 +73,81 @@ def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
     p = rows.z.softmax(-1)
     top, favourite = p.max(-1)
-    close = len(p) <= 2 * _ENOUGH_ROWS
-    target, passed = _judged(rows, p, favourite, _ENOUGH_CLASSES if close else _A_GLANCE)
-    return target, passed, top > _SURE
-
-
-def _judged(rows: _Rows, p: Tensor, favourite: Tensor, enough: int) -> tuple[Tensor, Tensor]:
-    """Targets, and whether a row is a cross-entropy's, from `enough` of its classes."""
-    target = rows.lowest
     if p.shape[-1] <= _FEW_CLASSES:
-        target, passed = _of_few(rows.cleared(), p, target)
+        target, passed = _of_few(rows.cleared(), p, rows.lowest)
     else:
-        passed = _proportional(rows, p, target, False, enough) | _proportional(rows, p, target, True, enough)
+        some = _Some.of(rows, p)
+        beside = some.beside(rows.lowest)
+        target, passed = rows.lowest, some.fit(beside) | some.fit_smoothed(beside)
         # Where smoothing calls a prediction too sure, its own class is pushed down.
-        other = ~passed & _proportional(rows, p, favourite, True, enough)
+        other = ~passed & some.fit_smoothed(some.beside(favourite))
         target, passed = torch.where(other, favourite, target), passed | other
-    alone = _of_log_probabilities(rows, enough)
-    return torch.where(alone, rows.lowest, target), passed | alone
+    alone = _of_log_probabilities(rows, rows.z.gather(-1, favourite[:, None])[:, 0] - top.log())
+    return torch.where(alone, rows.lowest, target), passed | alone, top > _SURE
 
 
-def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool, enough: int) -> Tensor:
-    """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed.
+class _Others(NamedTuple):
+    """Some of the classes beside the target, the rest 0."""
 
-    Of many classes `enough` are looked at, at equal distances.
-    """
-    classes = p.shape[-1]
-    stride = max(1, classes // enough)
-    scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
-    total, own = rows.total / scale, rows.g.gather(-1, target[:, None])[:, 0]
-    g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
-    others = (torch.arange(0, classes, stride, device=p.device) != target[:, None]).to(p.dtype)
-    n, tiny = others.sum(-1), rows.tiny / scale
-    mean_p, mean_g = ((x * others).sum(-1) / n for x in (p, g))
-    factor, base = mean_g / mean_p, torch.zeros_like(mean_p)
-    if smoothed:
-        dp, dg = (p - mean_p[:, None]) * others, (g - mean_g[:, None]) * others
-        factor = (dp * dg).sum(-1) / dp.square().sum(-1)
-        base = mean_g - factor * mean_p
-    away = ((g - factor[:, None] * p - base[:, None]).abs() * others).sum(-1)
-    fits = away <= rows.tolerance * (g * others).abs().sum(-1) + (tiny + _EPSILON) * n
-    balanced = total.abs() <= 0.1 + tiny * classes + 4 * _EPSILON * factor  # p - 1 is rounded where p is near 1
-    sane = _smoothing_is_sane(factor, base, classes) if smoothed else own < 0
-    return fits & balanced & sane & (factor > 0) & (tiny * classes < 0.1)
+    mask: Tensor
+    n: Tensor
+    g: Tensor
+    p: Tensor
+    mean_g: Tensor
+    mean_p: Tensor
+    allowed: Tensor  # by how much the gradient may miss a line, all in all
+
+
+class _Some(NamedTuple):
+    """Some classes of each row, at equal distances: enough to tell, in a fraction of the time."""
+
+    columns: Tensor
+    g: Tensor  # the gradient over its largest element
+    p: Tensor
+    own_below: Tensor  # whether the lowest gradient is negative
+    total: Tensor
+    tiny: Tensor
+    classes: int
+    tolerance: float
+
+    @classmethod
+    def of(cls, rows: _Rows, p: Tensor) -> _Some:
+        """At least `_ENOUGH_CLASSES` of a row, and more of few rows."""
+        n, classes = p.shape
+        stride = max(1, classes // max(_ENOUGH_CLASSES, _ENOUGH_ELEMENTS // n))
+        scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
+        columns = torch.arange(0, classes, stride, device=p.device)
+        g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
+        return cls(
+            columns, g, p, rows.least < 0, (rows.total / scale).abs(), rows.tiny / scale, classes, rows.tolerance
+        )
+
+    def fit(self, beside: _Others) -> Tensor:
+        """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p."""
+        factor = beside.mean_g / beside.mean_p
+        return self._near(beside, factor, None) & self.own_below
+
+    def fit_smoothed(self, beside: _Others) -> Tensor:
+        """The same with entries a p + b, as where labels are smoothed."""
+        dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
+        factor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
+        base = beside.mean_g - factor * beside.mean_p
+        return self._near(beside, factor, base) & _smoothing_is_sane(factor, base, self.classes)
+
+    def beside(self, target: Tensor) -> _Others:
+        """All but the target."""
+        mask = (self.columns != target[:, None]).to(self.p.dtype)
+        n, g, p = mask.sum(-1), self.g * mask, self.p * mask
+        allowed = self.tolerance * g.abs().sum(-1) + (self.tiny + _EPSILON) * n
+        return _Others(mask, n, g, p, g.sum(-1) / n, p.sum(-1) / n, allowed)
+
+    def _near(self, beside: _Others, factor: Tensor, base: Tensor | None) -> Tensor:
+        away = beside.g - factor[:, None] * beside.p
+        away = away if base is None else away - base[:, None] * beside.mask
+        # p - 1 is rounded where p is near 1
+        balanced = self.total <= 0.1 + self.tiny * self.classes + 4 * _EPSILON * factor
+        fits = away.abs().sum(-1) <= beside.allowed
+        return fits & balanced & (factor > 0) & (self.tiny * self.classes < 0.1)
 
 
 def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +201,12 @@ def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
     return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
 
 
-def _of_log_probabilities(rows: _Rows, enough: int) -> Tensor:
+def _of_log_probabilities(rows: _Rows, logsumexp: Tensor) -> Tensor:
     """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
-    none_above = (rows.most == 0) if rows.g.shape[-1] > 1 else (rows.most < 0)
-    alone = none_above & (rows.least < 0) & (rows.total == rows.least)
-    stride = max(1, rows.g.shape[-1] // enough)
+    alone = (rows.most <= 0) & (rows.least < 0) & (rows.total == rows.least)
+    stride = max(1, rows.g.shape[-1] // _ENOUGH_CLASSES)
     alone &= (rows.g[:, ::stride] != 0).sum(-1) <= 1  # the sum may hide what is far smaller
-    return alone & ((rows.z.logsumexp(-1).abs() < 1e-2) | are_distributions(rows.z))
+    return alone & ((logsumexp.abs() < 1e-2) | are_distributions(rows.z))
 
 
 def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:

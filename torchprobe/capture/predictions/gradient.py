@@ -76,11 +76,13 @@ def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     if p.shape[-1] <= _FEW_CLASSES:
         target, passed = _of_few(rows.cleared(), p, rows.lowest)
     else:
-        some = _Some.of(rows, p)
+        some = _Some.of(rows, p, favourite[:, None])
         beside = some.beside(rows.lowest)
-        target, passed = rows.lowest, some.fit(beside) | some.fit_smoothed(beside)
+        own = p.gather(-1, rows.lowest[:, None])[:, 0], rows.least
+        target, passed = rows.lowest, some.fit(beside) | some.fit_smoothed(beside, *own)
         # Where smoothing calls a prediction too sure, its own class is pushed down.
-        other = ~passed & some.fit_smoothed(some.beside(favourite))
+        own = top, rows.g.gather(-1, favourite[:, None])[:, 0]
+        other = ~passed & some.fit_smoothed(some.beside(favourite), *own)
         target, passed = torch.where(other, favourite, target), passed | other
     alone = _of_log_probabilities(rows, rows.z.gather(-1, favourite[:, None])[:, 0] - top.log())
     return torch.where(alone, rows.lowest, target), passed | alone, top > _SURE
@@ -99,40 +101,48 @@ class _Others(NamedTuple):
 
 
 class _Some(NamedTuple):
-    """Some classes of each row, at equal distances: enough to tell, in a fraction of the time."""
+    """Some classes of each row, at equal distances: enough to tell, in a fraction of the time.
+
+    The favourite is among them: where smoothing pushes it down, any other class beside those would pass for the target.
+    """
 
     columns: Tensor
     g: Tensor  # the gradient over its largest element
     p: Tensor
-    own_below: Tensor  # whether the lowest gradient is negative
+    outweighs: Tensor  # whether the lowest gradient can be what all others add up to
+    scale: Tensor
     total: Tensor
     tiny: Tensor
     classes: int
     tolerance: float
 
     @classmethod
-    def of(cls, rows: _Rows, p: Tensor) -> _Some:
-        """At least `_ENOUGH_CLASSES` of a row, and more of few rows."""
+    def of(cls, rows: _Rows, p: Tensor, favourite: Tensor) -> _Some:
+        """At least `_ENOUGH_CLASSES` of a row; of few rows more."""
         n, classes = p.shape
         stride = max(1, classes // max(_ENOUGH_CLASSES, _ENOUGH_ELEMENTS // n))
         scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
-        columns = torch.arange(0, classes, stride, device=p.device)
-        g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
-        return cls(
-            columns, g, p, rows.least < 0, (rows.total / scale).abs(), rows.tiny / scale, classes, rows.tolerance
-        )
+        columns = torch.arange(0, classes, stride, device=p.device).expand(n, -1)
+        g, p_some = rows.g[:, ::stride], p[:, ::stride]
+        if stride > 1:
+            columns = torch.cat((columns, favourite), -1)
+            g, p_some = (torch.cat((few, x.gather(-1, favourite)), -1) for few, x in ((g, rows.g), (p_some, p)))
+        total, tiny = (rows.total / scale).abs(), rows.tiny / scale
+        outweighs = (rows.least < 0) & (-rows.least >= 0.8 * rows.most)
+        return cls(columns, g / scale[:, None], p_some, outweighs, scale, total, tiny, classes, rows.tolerance)
 
     def fit(self, beside: _Others) -> Tensor:
         """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p."""
         factor = beside.mean_g / beside.mean_p
-        return self._near(beside, factor, None) & self.own_below
+        return self._near(beside, factor, None) & self.outweighs
 
-    def fit_smoothed(self, beside: _Others) -> Tensor:
-        """The same with entries a p + b, as where labels are smoothed."""
+    def fit_smoothed(self, beside: _Others, p: Tensor, g: Tensor) -> Tensor:
+        """The same with entries a p + b, as where labels are smoothed. p, g: at the target, which is far below that."""
         dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
         factor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
-        return self._near(beside, factor, base) & _smoothing_is_sane(factor, base, self.classes)
+        below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
+        return self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
 
     def beside(self, target: Tensor) -> _Others:
         """All but the target."""

@@ -41,9 +41,10 @@ class ClassMembers:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """Of rows, in nats, with 0 log 0 = 0. A quarter of the time of `torch.special.entr`, which is not vectorized."""
+    """Of rows, in nats, with 0 log 0 = 0. In half the time of `torch.special.entr`, which is not vectorized."""
     least = torch.finfo(probabilities.dtype).tiny
-    return torch.linalg.vecdot(probabilities, probabilities.clamp(min=least).log()).neg()
+    information: Tensor = torch.linalg.vecdot(probabilities, probabilities.clamp(min=least).log())
+    return information.neg()
 
 
 class ValueMembers:

@@ -127,11 +127,11 @@ def instrument(
     gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
     attention = [AttentionPieces(reference, probe, gate, modules.current) for probe, gate in gated]
     decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
-    exchange = open_exchange(ranks, [*plan.gates, *(pieces.heat_maps for pieces in attention)], decoder)
+    exchange = open_exchange(ranks, [*plan.over_ranks, *(pieces.heat_maps for pieces in attention)], decoder)
     parameters = sum(1 for _ in root.parameters())
     outlet = Outlet(
         Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, decoder if exchange is None else exchange.read, flush_seconds, watch, exchange),
+        Drain(sink, exchange.read, flush_seconds, watch, exchange),
         decoder,
         flush_every,
     )
@@ -320,6 +320,7 @@ class Session:
             f"  dropped records   {outlet.drain.dropped}",
             f"  alerts            {len(self._watch.alerts)}",
         ]
+        lines += outlet.drain.ranks
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]

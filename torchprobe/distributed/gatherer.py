@@ -77,6 +77,13 @@ class Gatherer:
         heard = {peer.rank for peer in self._peers if peer.heard and not peer.late}
         return [rank for rank in range(1, self._world.size) if rank not in heard]
 
+    def summary(self) -> str:
+        """How many ranks, which of them are missing, and in how many steps one was."""
+        absent = ", ".join(map(str, self.absent))
+        lost = [f"absent or late: {absent}"] if absent else []
+        lost += [f"{self.late_steps} steps without a late one"] if self.late_steps else []
+        return "; ".join([str(self._world.size), *lost])
+
     def read(self, sealed: Sealed) -> Record | None:
         """Keep a step for `release`. Raises what a device raised."""
         key = self._numbering.next(sealed.step)

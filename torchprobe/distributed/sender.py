@@ -11,7 +11,7 @@ from torchprobe.buffer.step import Arrived, Reporter, seen_rows
 from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
-from torchprobe.distributed.world import is_connected
+from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")
@@ -31,9 +31,10 @@ class Sender:
 
     patience: float | None = PATIENCE
 
-    def __init__(self, rank: int, keys: Mapping[Reporter, str]) -> None:
+    def __init__(self, world: World, keys: Mapping[Reporter, str]) -> None:
         self.dropped = 0
-        self._rank = rank
+        self._world = world
+        self._rank = world.rank
         self._keys = keys
         self._numbering = Numbering()
         self._encode = Encoder()
@@ -51,6 +52,11 @@ class Sender:
         if parts and len(self._steps) < MAX_WAITING:
             self._steps.append(Step(self._mark, parts, sealed.same_data))
         return None
+
+    def summary(self) -> str:
+        """Which rank this is, and where its values go."""
+        lost = f"; {self.dropped} steps found no room on the way" if self.dropped else ""
+        return f"this is rank {self._rank} of {self._world.size}, whose values go to rank 0{lost}"
 
     def pause(self) -> float | None:
         """Other ranks wait for these steps, so they do not wait for the next flush."""

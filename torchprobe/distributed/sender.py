@@ -26,7 +26,8 @@ HELD = "parameters"  # where rank 0 says which parameters it sees whole
 class Sender:
     """Sends the rows of probes to rank 0, names and all; what is logged by hand is rank 0's own affair.
 
-    Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, steps are dropped and counted.
+    Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, and once the store is gone,
+    steps are dropped and counted.
     """
 
     patience: float | None = PATIENCE
@@ -51,11 +52,13 @@ class Sender:
         parts = [part for part in map(self._part, sealed.arrive()) if part is not None]
         if parts and len(self._steps) < MAX_WAITING:
             self._steps.append(Step(self._mark, parts, sealed.same_data))
+        else:
+            self.dropped += bool(parts)
         return None
 
     def summary(self) -> str:
         """Which rank this is, and where its values go."""
-        lost = f"; {self.dropped} steps found no room on the way" if self.dropped else ""
+        lost = f"; {self.dropped} steps were lost on the way" if self.dropped else ""
         return f"this is rank {self._rank} of {self._world.size}, whose values go to rank 0{lost}"
 
     def pause(self) -> float | None:
@@ -95,6 +98,8 @@ class Sender:
             step._replace(parts=[part for part in step.parts if not _is_known(part, held)]) for step in frame.steps
         ]
         outbox.send(self._encode(Frame(frame.mark, [step for step in steps if step.parts])))
+        if self._mailbox is not None and self._mailbox.failed:
+            self.dropped += len(frame.steps)
 
     def _held(self) -> frozenset[str]:
         if self._held_by_first is None and self._mailbox is not None:

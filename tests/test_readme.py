@@ -48,6 +48,8 @@ def test_every_tag_group_of_the_defaults_is_in_its_table():
     from torchprobe.plan import default_probes
 
     groups = {group for probe in default_probes() for group in probe.descriptions}
-    beside = {g for g in groups if g.endswith(("_nonfinite", "_zeros")) or g in ("momentum", "weight_decay")}
+    beside = {
+        g for g in groups if g.endswith(("_nonfinite", "_zeros", "_histogram")) or g in ("momentum", "weight_decay")
+    }
     shown = README.replace("`_", "`activation_") + README.replace("`_", "`attention_")
     assert [group for group in sorted(groups - beside) if f"{group}/" not in shown and f"{group}`" not in shown] == []

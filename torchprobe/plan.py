@@ -68,6 +68,8 @@ class Plan:
         self.schedules = {
             probe: common if common is not None and probe.every is None else probe.schedule for probe in self.gates
         }
+        self.rates = [probe for probe in probes if isinstance(probe, LearningRates)]
+        self.descriptions = {group: text for probe in probes for group, text in probe.descriptions.items()}
         self.loss_probes = [probe for probe in self.gates if isinstance(probe, Loss)]
         self.loss_gate = next((self.gates[probe] for probe in self.loss_probes), Gate("Loss", meter))
         self._budget = budget

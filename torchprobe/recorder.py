@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from time import monotonic, perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor, nn
@@ -25,35 +22,11 @@ from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.passes import PassHooks
 from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
+from torchprobe.overview import Overview
 from torchprobe.plan import Plan
+from torchprobe.protection import protected
 from torchprobe.records import Value
-from torchprobe.rules.alert import TrainingAlert
 from torchprobe.rules.watch import Watch
-
-_log = logging.getLogger("torchprobe")
-_P = ParamSpec("_P")
-_Method: TypeAlias = "Callable[Concatenate[Recorder, _P], None]"
-
-
-def _protected(method: _Method[_P]) -> _Method[_P]:
-    """Law 2: whatever goes wrong inside, training goes on; recording stops, with one traceback in the log."""
-
-    def call(self: Recorder, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        if self.stopped or os.getpid() != self.pid:  # a forked child must not write the parent's run
-            return
-        start = perf_counter()
-        try:
-            method(self, *args, **kwargs)
-        except TrainingAlert:  # what the user asked for
-            raise
-        except Exception:
-            self.stopped = True
-            _log.exception("torchprobe failed and stops recording; training goes on")
-        finally:
-            self.meter.seconds += perf_counter() - start
-
-    functools.update_wrapper(call, method)
-    return call
 
 
 class Recorder:
@@ -82,7 +55,7 @@ class Recorder:
         self._skips = SkipDetector(self._model)
         self._forward_unclocked = False  # a pass with gradients that is a step if no optimizer is in sight
         self._scale: Tensor | None = None
-        self._reported = (monotonic(), meter.seconds)
+        self._overview = Overview(outlet, meter)
         self._pass = captures.modules.current
         self._pass_hooks = PassHooks(model, self, self._pass)
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
@@ -90,7 +63,7 @@ class Recorder:
 
     # ---- forward passes
 
-    @_protected
+    @protected
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins. Training closes the step before it; validation belongs to that step."""
         self._pass.seen = True
@@ -101,7 +74,7 @@ class Recorder:
         if self._pass.training:
             self._begin_training_pass(grad_enabled, trained)
         due = self._steps.current.due if self._pass.training else self._plan.due_in_validation
-        self._captures.enter(module, bool(due) or self._may_trace, self._pass.training)
+        self._captures.enter(module, bool(due), self._pass.training, self._may_trace)
 
     def _begin_training_pass(self, grad_enabled: bool, trained: bool) -> None:
         self._settle_last_pass()
@@ -122,10 +95,10 @@ class Recorder:
         self._plan.validation_ended()
 
     def _validated(self) -> Open:
-        follows = self.clock.has_optimizer and not self.clock.fresh
-        return self._last() if follows else self._steps.current
+        resumed = self.clock.fresh and self.clock.origin > 0  # whose last step is the other process's
+        return self._last() if self.clock.has_optimizer and not resumed else self._steps.current
 
-    @_protected
+    @protected
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward pass has ended; by itself it is a step only while no optimizer is in sight."""
         watched = next((t for t in tensors_in(output) if t.requires_grad), None)
@@ -135,7 +108,7 @@ class Recorder:
             self._look_for_optimizers()
         self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
-            self._captures.loss.on_output(output)
+            self._captures.loss.on_output(output, kwargs)
             self._captures.health.on_output(output)
         else:
             self._validated().buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)
@@ -145,12 +118,12 @@ class Recorder:
         elif self.clock.by_forward:
             self._tick()
 
-    @_protected
+    @protected
     def pass_is_over(self) -> None:
         """A forward pass has ended or raised: nothing of ours stays entered."""
         self._captures.leave()
 
-    @_protected
+    @protected
     def _on_backward(self, gradient: Tensor) -> None:
         if not self._skips.begins_backward():
             return
@@ -162,7 +135,7 @@ class Recorder:
 
     # ---- optimizer steps
 
-    @_protected
+    @protected
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Gradients are final, unless a closure makes them."""
         self._start_training()
@@ -178,7 +151,7 @@ class Recorder:
             if not has_closure:
                 self._of_optimizer += self._captures.parameters.gradients(optimizer, due)
 
-    @_protected
+    @protected
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
         self._skips.in_closure = False
@@ -208,19 +181,19 @@ class Recorder:
 
     # ---- what the user asks for
 
-    @_protected
+    @protected
     def log(self, tag: str, value: Value | Tensor) -> None:
         """A value of the iteration that runs now, or of the one that has just ended."""
         self._step_for_log().put(tag, value)
 
-    @_protected
+    @protected
     def log_rows(self, piece: Piece | None) -> None:
         """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
         if piece is not None:
             pieces = self._step_for_log().buffer.pieces
             pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
 
-    @_protected
+    @protected
     def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
         """Predictions and targets of the pass that came last: training's, or validation's."""
         training = self._pass.training
@@ -228,7 +201,7 @@ class Recorder:
         if piece is not None:
             (self._step_for_log() if training else self._validated()).add(piece)
 
-    @_protected
+    @protected
     def next_step(self) -> None:
         """The user's own clock: from now on nothing else ends a step."""
         first, self.clock.manual = not self.clock.manual, True
@@ -236,14 +209,14 @@ class Recorder:
             return  # the optimizer has just ended this very step
         self._tick()
 
-    @_protected
+    @protected
     def flush(self) -> None:
         """Hand over the completed step as it is."""
         self._settle_last_pass()
         self._end_validation()
         self._steps.seal_last()
 
-    @_protected
+    @protected
     def close(self) -> None:
         """Hand over everything; values of an unfinished step too, but no half statistics."""
         self._settle_last_pass()
@@ -251,11 +224,11 @@ class Recorder:
         if self.clock.underway:
             self._tick()
         if not self.clock.fresh:
-            self._last().buffer.values.update(self._overview())
+            self._last().buffer.values.update(self._overview.values(self.clock.skipped))
         self._steps.seal_all()
         self.stopped = True
 
-    @_protected
+    @protected
     def resume(self) -> None:
         """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
         self._steps.resume(self.clock.completed)
@@ -318,7 +291,7 @@ class Recorder:
         ended.buffer.pieces += flags
         ended.buffer.due = ended.due if self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
-            ended.buffer.values.update(self._overview())
+            ended.buffer.values.update(self._overview.values(self.clock.skipped))
         if ended.step == self.clock.origin + 1 and not self._pass.seen:
             self._follow_parts()
         self._steps.turn()
@@ -350,7 +323,7 @@ class Recorder:
         self._plan.open_for(current.step, self.clock.by_forward)
         current.due = self._plan.due
         self._captures.open_for(current.step)
-        self._captures.prepare(current.due, armed=bool(current.due) or self._may_trace)
+        self._captures.prepare(current.due, self._may_trace)
         self._captures.loss.disarm()
         if self._plan.loss_gate.train:
             self._captures.loss.arm(first_trained(self._model()))
@@ -372,15 +345,6 @@ class Recorder:
         model = self._model()
         if model is not None:
             self._pass_hooks.move_to_parts(model)
-
-    def _overview(self) -> dict[str, Value]:
-        now, before = (monotonic(), self.meter.seconds), self._reported
-        self._reported = now
-        return {
-            "overview/probe_overhead": (now[1] - before[1]) / max(now[0] - before[0], 1e-9),
-            "overview/dropped_records": float(self._outlet.drain.dropped),
-            "overview/skipped_steps": float(self.clock.skipped + self._outlet.decoder.skipped),
-        }
 
     def _parameter_ids(self) -> set[int]:
         model = self._model()

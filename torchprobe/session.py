@@ -11,33 +11,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchprobe.arguments import check_seconds, checked_budget
+from torchprobe.assembly import captures_of, checked_model, lanes_for
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.buffer.seal import Lanes
-from torchprobe.capture.attention.pieces import AttentionPieces
-from torchprobe.capture.captures import Captures
-from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.health import Health
-from torchprobe.capture.loss import LossCapture
-from torchprobe.capture.modules import ModuleCapture
-from torchprobe.capture.parameters import ParameterCapture
-from torchprobe.capture.predictions.pieces import PredictionPieces
-from torchprobe.capture.sites import SITE
+from torchprobe.capture.gate import Meter
 from torchprobe.distributed.exchange import NoWriter, open_exchange
-from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
 from torchprobe.metrics import Metrics, Number
-from torchprobe.naming import named_modules, unwrapped, without_ranks
+from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
 from torchprobe.predictions import checked_predictions
-from torchprobe.probes.attention import Attention
-from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
 from torchprobe.records import Text
@@ -54,8 +42,6 @@ from torchprobe.writers.opening import open_writer
 
 _log = logging.getLogger("torchprobe")
 
-_SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
-_LEAST_SLOTS = 2**18
 _AT_EXIT_SECONDS = 30.0
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -106,48 +92,27 @@ def instrument(
         TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
         OSError: when `log_dir` cannot be written. ImportError: when it needs a package, which the message names.
     """
-    root = _checked_model(model)
-    watch = open_watch(rules, on_alert, stop_on)
-    parts = checked_probes(probes)
-    if watch.traces_nan:
-        parts = with_provenance(parts)
-    meter = Meter()
-    plan = Plan(parts, every, checked_budget(overhead_budget), meter)
-    selection = Selection(root, include, exclude)
+    root = checked_model(model, _sessions)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
-    hparams = None if hparams is None else checked_hparams(hparams)
+    watch, meter = open_watch(rules, on_alert, stop_on), Meter()
+    parts = checked_probes(probes)
+    parts = with_provenance(parts) if watch.traces_nan else parts
+    plan = Plan(parts, every, checked_budget(overhead_budget), meter)
+    selection = Selection(root, include, exclude)
+    known = None if hparams is None else checked_hparams(hparams)
     ranks = world()
     directory, opened = (
         open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
     )
-    sink = HParamsWriter(opened, hparams)
-    reference = weakref.ref(root)
-    modules = ModuleCapture(reference, plan.gates, selection.wants_module)
-    gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
-    attention = [AttentionPieces(reference, probe, gate, modules.current) for probe, gate in gated]
-    decoder = Decoder(_descriptions(parts), asked_for=probes is not None)
-    exchange = open_exchange(ranks, [*plan.over_ranks, *(pieces.heat_maps for pieces in attention)], decoder)
-    parameters = sum(1 for _ in root.parameters())
-    outlet = Outlet(
-        Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * parameters)),
-        Drain(sink, exchange.read, flush_seconds, watch, exchange),
-        decoder,
-        flush_every,
-    )
-    sentinel_gate = Gate("NonFinite", meter) if watch.traces_nan else None
-    health = Health(reference, plan.gates, selection.covers, modules.current, sentinel_gate)
-    captures = Captures(
-        modules,
-        ParameterCapture(reference, plan.gates, selection.wants_parameter),
-        attention,
-        LossCapture(plan.loss_gate),
-        [probe for probe in parts if isinstance(probe, LearningRates)],
-        PredictionPieces(reference, plan.gates, meter, flush_every),
-        health,
-    )
+    sink = HParamsWriter(opened, known)
+    captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
+    decoder = Decoder(plan.descriptions, asked_for=probes is not None)
+    exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
+    drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
+    outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
-        watch.followers.append(FlightRecorder(directory / "flight", health.notes.latest))
+        watch.followers.append(FlightRecorder(directory / "flight", captures.health.notes.latest))
     recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)
@@ -354,25 +319,3 @@ class Session:
         if os.getpid() != self._recorder.pid:  # a forked child has no drain thread, and not its own file
             return True
         return self._outlet.drain.close(timeout)
-
-
-def _checked_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
-    check_wrappers(model)
-    root = unwrapped(model)
-    if root in _sessions:
-        raise ValueError(
-            "model is already instrumented: torchprobe.session_of(model) returns its session; "
-            "call session.detach() before instrumenting it again"
-        )
-    for name, module in named_modules(root):
-        if module in _sessions or module.__dict__.get(SITE) is not None:
-            raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
-    return root
-
-
-def _descriptions(probes: Iterable[AnyProbe]) -> dict[str, str]:
-    return {group: text for probe in probes for group, text in probe.descriptions.items()}

@@ -42,14 +42,14 @@ class Captures:
         self.predictions.open_for(step)
         self.health.open_for(step)
 
-    def enter(self, module: nn.Module, due: bool, training: bool) -> None:
-        """A forward pass begins; due: whether any probe samples it."""
+    def enter(self, module: nn.Module, due: bool, training: bool, may_trace: bool = False) -> None:
+        """A forward pass begins; due: whether any probe samples it; may_trace: whether hooks are to be there anyway."""
         self.modules.follow_gates()
-        self.arm(due, training)
+        self.arm(due, training, may_trace)
         self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
-        self.predictions.enter(bool(due), training)
+        self.predictions.enter(due, training)
 
     def leave(self) -> None:
         """A forward pass has ended or raised: nothing stays entered."""
@@ -57,22 +57,22 @@ class Captures:
             attention.leave()
         self.predictions.leave()
 
-    def prepare(self, due: Sequence[Probe], armed: bool) -> None:
-        """A step begins that these probes sample; armed: whether its module hooks are on."""
-        self.arm(armed)
+    def prepare(self, due: Sequence[Probe], may_trace: bool) -> None:
+        """A step begins that these probes sample."""
+        self.arm(bool(due), may_trace=may_trace)
         if not any(probe.source == "updates" for probe in due):
             self.parameters.forget()
 
-    def arm(self, due: bool, training: bool = True) -> None:
+    def arm(self, due: bool, training: bool = True, may_trace: bool = False) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
         self.health.arm(training)
-        if due:
+        may_trace = may_trace and training
+        if may_trace or (due and self.modules.due(training)):
             self.modules.arm(training)
         else:
             self.modules.disarm()
-        if training:
-            for attention in self.attention:
-                attention.arm(due)
+        for attention in self.attention:  # a hook inside nn.MultiheadAttention ends its fast path in evaluation
+            attention.arm(training and (due or may_trace))
 
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""

@@ -83,6 +83,10 @@ class ModuleCapture:
         self.current.sampled = any(gate.train for gate in self._all_gates)
         self.current.sampled_val = any(gate.val for gate in self._gates.values())
 
+    def due(self, training: bool) -> bool:
+        """Whether a probe of outputs samples the coming pass."""
+        return any(gate.train if training else gate.val for gate in self._gates.values())
+
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
         model = self._model()

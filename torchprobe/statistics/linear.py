@@ -154,7 +154,8 @@ def _edges_around(value: float, buckets: int) -> NDArray[np.float64]:
 def _edges_of(low: float, high: float, buckets: int) -> NDArray[np.float64]:
     width = _width(low, high, buckets)
     numbers = math.floor(low / width) + np.arange(buckets + 1, dtype=np.int64)
-    return numbers * width
+    found: NDArray[np.float64] = numbers * np.float64(width)
+    return found
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,75 @@
+"""The parts of a session that watch the model, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import nn
+
+from torchprobe.buffer.seal import Lanes
+from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.captures import Captures
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.health import Health
+from torchprobe.capture.loss import LossCapture
+from torchprobe.capture.modules import ModuleCapture
+from torchprobe.capture.parameters import ParameterCapture
+from torchprobe.capture.predictions.pieces import PredictionPieces
+from torchprobe.capture.sites import SITE
+from torchprobe.distributed.refusals import check_wrappers
+from torchprobe.naming import named_modules, unwrapped
+from torchprobe.plan import Plan
+from torchprobe.probes.attention import Attention
+from torchprobe.selection import Selection
+
+_SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
+_LEAST_SLOTS = 2**18
+
+
+def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
+    """The model itself, without its wrappers. sessions: the models that have one.
+
+    Raises TypeError for what is no module that can be watched, ValueError for one that is watched already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    check_wrappers(model)
+    root = unwrapped(model)
+    if root in sessions:
+        raise ValueError(
+            "model is already instrumented: torchprobe.session_of(model) returns its session; "
+            "call session.detach() before instrumenting it again"
+        )
+    for name, module in named_modules(root):
+        if module in sessions or module.__dict__.get(SITE) is not None:
+            raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
+    return root
+
+
+def lanes_for(root: nn.Module) -> Lanes:
+    """Slots for the statistics of a model of this size."""
+    return Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
+
+
+def captures_of(
+    root: nn.Module, plan: Plan, selection: Selection, meter: Meter, flush_every: int, *, traces_nan: bool
+) -> Captures:
+    """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
+    model: ReferenceType[nn.Module] = ref(root)
+    modules = ModuleCapture(model, plan.gates, selection.wants_module)
+    gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
+    sentinel_gate = Gate("NonFinite", meter) if traces_nan else None
+    return Captures(
+        modules,
+        ParameterCapture(model, plan.gates, selection.wants_parameter),
+        [AttentionPieces(model, probe, gate, modules.current) for probe, gate in gated],
+        LossCapture(plan.loss_gate),
+        plan.rates,
+        PredictionPieces(model, plan.gates, meter, flush_every),
+        Health(model, plan.gates, selection.covers, modules.current, sentinel_gate),
+    )

@@ -211,7 +211,7 @@ def test_a_late_rank_is_left_out_until_it_is_back(ranks, impatient, caplog):
     world.see(0, 2, 1.0)
     assert world.totals() == {1: 1.0, 2: 1.0}
     assert caplog.text.count("rank 1 is late with step 1") == 1
-    assert world.first.summary() == "2; absent or late: 1; 2 steps lack some rank"
+    assert world.first.summary() == "2; absent or late: 1; steps that lack a rank: 2"
     for number in (1, 2, 3):
         world.see(1, number, 10.0)
     world.send(1)
@@ -277,7 +277,7 @@ def test_a_full_outbox_drops_steps_and_counts_them_and_goes_on_when_there_is_roo
         world.see(1, number, 10.0)
         world.send(1)
     assert world.others[1].dropped == 3
-    assert "3 steps were lost on the way" in world.others[1].summary()
+    assert "steps lost on the way: 3" in world.others[1].summary()
     for number in range(1, 6):
         world.see(0, number, 1.0)
     assert world.totals() == {1: 11.0, 2: 1.0, 3: 1.0, 4: 1.0}
@@ -316,7 +316,7 @@ def test_a_store_that_breaks_leaves_each_rank_alone(ranks, caplog):
     assert world.totals(urgent=True) == {}
     assert world.others[1].dropped == 2
     assert world.first.absent == [1]
-    assert world.first.summary() == "2; absent or late: 1; 2 steps lack some rank"
+    assert world.first.summary() == "2; absent or late: 1; steps that lack a rank: 2"
     assert caplog.text.count("is gone") == 2  # once a rank
 
 

@@ -82,7 +82,7 @@ class Gatherer:
         """How many ranks, which of them are missing, and in how many steps one was."""
         absent = ", ".join(map(str, self.absent))
         lost = [f"absent or late: {absent}"] if absent else []
-        lost += [f"{self.late_steps} steps lack some rank"] if self.late_steps else []
+        lost += [f"steps that lack a rank: {self.late_steps}"] if self.late_steps else []
         return "; ".join([str(self._world.size), *lost])
 
     def read(self, sealed: Sealed) -> Record | None:

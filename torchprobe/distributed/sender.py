@@ -58,7 +58,7 @@ class Sender:
 
     def summary(self) -> str:
         """Which rank this is, and where its values go."""
-        lost = f"; {self.dropped} steps were lost on the way" if self.dropped else ""
+        lost = f"; steps lost on the way: {self.dropped}" if self.dropped else ""
         return f"this is rank {self._rank} of {self._world.size}, whose values go to rank 0{lost}"
 
     def pause(self) -> float | None:

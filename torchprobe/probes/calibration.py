@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe, Source, Way
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value
 from torchprobe.schedule import Schedule
@@ -49,7 +49,7 @@ class Calibration(Probe):
         self.reason = ""
         self.coverage = Coverage()
         self.descriptions: Mapping[str, str] = _descriptions("")
-        self._evidence = Evidence()
+        self.evidence = Evidence()
         self._training = Window(len(calibration.FIELDS))
         self._warned: set[str] = set()
 
@@ -58,8 +58,8 @@ class Calibration(Probe):
         found = added_up(names, rows)
         start = len(calibration.FIELDS)
         evidence = {name: row[start : start + len(EVIDENCE)] for name, row in found.items()}
-        self._evidence.weigh(evidence)
-        name = _preferred([name for name in found if self._evidence.holds(name)])
+        self.evidence.weigh(evidence)
+        name = _preferred([name for name in found if self.evidence.holds(name)])
         if name is None:
             self._explain(names)
             return
@@ -89,7 +89,7 @@ class Calibration(Probe):
             yield "overview/ece", found["ece"]
 
     def _explain(self, names: Sequence[str]) -> None:
-        if self._evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
+        if self.evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
             self._warn_once(
                 UNJUDGED,
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
@@ -118,9 +118,15 @@ class Coverage:
     descriptions: Mapping[str, str] = {
         "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
     }
+    over_batches: ClassVar[Way] = "combine"
+    over_shards: ClassVar[Way] = "combine"
 
     def __init__(self) -> None:
         self._training = Window(len(intervals.FIELDS))
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The rows of the examples of two ranks together."""
+        return a + b
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases; behind the row stand the number of the flush interval, and 1."""

@@ -18,7 +18,6 @@ from tests.setups.compiled import (
     Counting,
     assert_same_values,
     assert_same_weights,
-    attentions,
     bare,
     each_block,
     function,
@@ -220,6 +219,7 @@ def test_after_detach_the_graphs_are_the_plain_ones(traces):
     assert after.code == plain.code
 
 
+@torch._dynamo.config.patch(recompile_limit=4)
 def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
     model, counting, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), Counting(), torch.randn(5, 3)
     callee, optimizer = wrapper(model, backend=counting), torch.optim.SGD(model.parameters(), lr=0.1)

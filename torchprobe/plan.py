@@ -65,9 +65,8 @@ class Plan:
     ) -> None:
         common = None if every is None else as_schedule("every", every)
         self.gates: dict[Probe, Gate] = {probe: Gate(probe.name, meter) for probe in probes if isinstance(probe, Probe)}
-        self.schedules = {
-            probe: common if common is not None and probe.every is None else probe.schedule for probe in self.gates
-        }
+        chosen = {p: common if common is not None and p.every is None else p.schedule for p in self.gates}
+        self._cadences = _by_schedule(chosen)
         self.rates = [probe for probe in probes if isinstance(probe, LearningRates)]
         self.descriptions = {group: text for probe in probes for group, text in probe.descriptions.items()}
         self.loss_probes = [probe for probe in self.gates if isinstance(probe, Loss)]
@@ -94,14 +93,17 @@ class Plan:
         passes are the clock, so that each is a step of its own.
         """
         self._awaits_validation.update(dict.fromkeys(self.due))
-        affordable = step == 1 or not self._over_budget()
-        scheduled = [probe for probe, schedule in self.schedules.items() if schedule(step)] if affordable else []
-        self.due = tuple(probe for probe in scheduled if not self.gates[probe].failed)
-        awaiting = self.due if by_forward else tuple(p for p in self._awaits_validation if not self.gates[p].failed)
-        self.due_in_validation = tuple(probe for probe in awaiting if probe in self._in_validation)
+        scheduled = self._scheduled(step)
+        due, in_validation = [], []
         for probe, gate in self.gates.items():
-            gate.train = probe in self.due
-            gate.val = probe in self.due_in_validation
+            gate.train = probe in scheduled and not gate.failed
+            awaited = gate.train if by_forward else probe in self._awaits_validation and not gate.failed
+            gate.val = awaited and probe in self._in_validation
+            if gate.train:
+                due.append(probe)
+            if gate.val:
+                in_validation.append(probe)
+        self.due, self.due_in_validation = tuple(due), tuple(in_validation)
 
     def validated(self) -> None:
         """A batch of validation was sampled: most probes want no more until the next sampled step."""
@@ -130,10 +132,30 @@ class Plan:
         self.due = ()
         self._awaits_validation = dict.fromkeys(probe for probe in self.gates if probe.name in awaiting)
 
+    def _scheduled(self, step: int) -> set[Probe]:
+        scheduled: set[Probe] = set()
+        if step == 1 or not self._over_budget():
+            for schedule, probes in self._cadences:
+                if schedule(step):
+                    scheduled.update(probes)
+        return scheduled
+
     def _over_budget(self) -> bool:
         if self._budget is None:
             return False
         return self._meter.seconds > self._budget * (monotonic() - self._start)
+
+
+def _by_schedule(schedules: Mapping[Probe, Schedule]) -> list[tuple[Schedule, list[Probe]]]:
+    """Probes that share a schedule, so that it is asked once; a user's need not be hashable."""
+    groups: list[tuple[Schedule, list[Probe]]] = []
+    for probe, schedule in schedules.items():
+        probes = next((probes for other, probes in groups if other is schedule or other == schedule), None)
+        if probes is None:
+            groups.append((schedule, [probe]))
+        else:
+            probes.append(probe)
+    return groups
 
 
 def _in_validation(probe: Probe) -> bool:

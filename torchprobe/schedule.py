@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 Schedule: TypeAlias = Callable[[int], bool]
 """Says whether a step is sampled. Called on the training thread when the step before has ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Every:
+    """A cadence; two of the same are equal, so that they are asked once."""
+
+    steps: int
+
+    def __call__(self, step: int) -> bool:
+        return step == 1 or step % self.steps == 0
+
+
 def every(steps: int) -> Schedule:
     """Step 1 and then every `steps`-th step: `every(100)` is 1, 100, 200, ..."""
-    check_count("steps", steps)
-    return lambda step: step == 1 or step % steps == 0
+    return _Every(check_count("steps", steps))
 
 
 def window(first: int, last: int) -> Schedule:

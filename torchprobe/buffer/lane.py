@@ -85,7 +85,7 @@ class Lane:
 
         None when there is no room. Raises what `torch.cat` raises; then the room is free again.
         """
-        size = sum(row.numel() for row in rows)
+        size = sum(map(Tensor.numel, rows))
         start = self._ring.reserve(size)
         if start is None:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ _COMPILED = "the model was compiled after instrument(), so that its output is in
 torch.compile returned"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Captures:
     """What watches modules, parameters, attention and the loss, and how values of a forward pass are gathered."""
 
@@ -33,6 +33,7 @@ class Captures:
     rates: list[LearningRates]
     predictions: PredictionPieces
     health: Health
+    _armed: bool = field(default=True, init=False)  # hooks may be on that an idle pass does not want
 
     def open_for(self, step: int) -> None:
         """A step begins."""
@@ -45,8 +46,9 @@ class Captures:
     def enter(self, module: nn.Module, due: bool, training: bool, may_trace: bool = False) -> None:
         """A forward pass begins; due: whether any probe samples it; may_trace: whether hooks are to be there anyway."""
         self.modules.follow_gates()
-        self.arm(due, training, may_trace)
-        self.health.enter()
+        if due or may_trace or self._armed or not training:
+            self.arm(due, training, may_trace)
+            self.health.enter()
         for attention in self.attention:
             attention.enter(module, training)
         self.predictions.enter(due, training)
@@ -59,12 +61,14 @@ class Captures:
 
     def prepare(self, due: Sequence[Probe], may_trace: bool) -> None:
         """A step begins that these probes sample."""
-        self.arm(bool(due), may_trace=may_trace)
+        if due or may_trace or self._armed or self.health.watches:
+            self.arm(bool(due), may_trace=may_trace)
         if not any(probe.source == "updates" for probe in due):
             self.parameters.forget()
 
     def arm(self, due: bool, training: bool = True, may_trace: bool = False) -> None:
         """Put the module hooks on for a sampled pass, and off for another."""
+        self._armed = due or may_trace or not training or self.health.watches
         self.health.arm(training)
         may_trace = may_trace and training
         if may_trace or (due and self.modules.due(training)):
@@ -92,7 +96,11 @@ class Captures:
 
     def optimizer_values(self, optimizer: Optimizer, step: int) -> dict[str, float | Tensor]:
         """Learning rates and the like of the step that an optimizer has just taken."""
-        return {tag: value for rates in self.rates if rates.schedule(step) for tag, value in rates.observe(optimizer)}
+        values: dict[str, float | Tensor] = {}
+        for rates in self.rates:
+            if rates.schedule(step):
+                values.update(rates.observe(optimizer))
+        return values
 
     def detach(self) -> None:
         """Take everything off the model."""

@@ -52,7 +52,7 @@ class Clock:
 
     def joins_last_step(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer's first step belongs to the step that has just been counted."""
-        return self.may_grow and optimizer not in self._known
+        return self._first_round and self.may_grow and optimizer not in self._known
 
     def begin(self, optimizer: Optimizer, new_pass: bool = False) -> bool:
         """An optimizer is about to step. True when that ended the step before: it steps twice.
@@ -76,7 +76,7 @@ class Clock:
         if joins:
             return True
         self._stepped.add(optimizer)
-        if self.manual or any(known not in self._stepped for known in self._known):
+        if self.manual or not self._known <= self._stepped:
             return False
         self.tick()
         return True

@@ -35,15 +35,23 @@ class Health:
         sentinel_gate: Gate | None,
     ) -> None:
         self.notes = Notes()
+        self.watches = True
+        """Whether the step that runs is one to watch module calls in."""
+        self._sampled = True  # since the last collection
         self.flows = [Flow(probe, gate) for probe, gate in gates.items() if isinstance(probe, Provenance)]
         self._units = [Units(probe, gate, wanted) for probe, gate in gates.items() if isinstance(probe, UnitActivity)]
-        self._hooks = EagerHooks(model, [*self.flows, *self._units], current)
+        self._watchers: list[Flow | Units] = [*self.flows, *self._units]
+        self._hooks = EagerHooks(model, self._watchers, current)
         self._sentinel = None if sentinel_gate is None else Sentinel(model, sentinel_gate)
 
     def open_for(self, step: int) -> None:
         """A step begins: one that deserves a close look gets it, whatever the schedule."""
         self._open_flows()
-        if any(flow.gate.train for flow in self.flows):
+        self.watches = False
+        for watcher in self._watchers:
+            self.watches |= watcher.gate.train
+        self._sampled |= self.watches
+        if self.watches and any(flow.gate.train for flow in self.flows):
             self.notes.open(step)
 
     def _open_flows(self) -> None:
@@ -76,6 +84,9 @@ class Health:
 
     def collect(self) -> list[Piece]:
         """What the passes of a step gave; starts anew."""
+        if not self._sampled:
+            return []
+        self._sampled = self.watches  # what a skipped step leaves goes on
         for flow in self.flows:
             self.notes.saw(flow.shapes)
         flows = [piece for flow in self.flows for piece in flow.collect()]

@@ -80,8 +80,12 @@ class ModuleCapture:
 
     def follow_gates(self) -> None:
         """The gates were opened or closed: compiled graphs go by one flag for all probes."""
-        self.current.sampled = any(gate.train for gate in self._all_gates)
-        self.current.sampled_val = any(gate.val for gate in self._gates.values())
+        sampled = sampled_val = False
+        for gate in self._all_gates:
+            sampled |= gate.train
+        for gate in self._gates.values():
+            sampled_val |= gate.val
+        self.current.sampled, self.current.sampled_val = sampled, sampled_val
 
     def due(self, training: bool) -> bool:
         """Whether a probe of outputs samples the coming pass."""

@@ -70,10 +70,15 @@ class OptimizerHooks:
 
     def _follows(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer trains the model, and its step is inside no other such one."""
-        return self._claimed(optimizer) and sum(self._claimed(caller["self"]) for caller in running(_STEP)) <= 1
+        if not self._claimed(optimizer):
+            return False
+        steps = running(_STEP)
+        return len(steps) <= 1 or sum(self._claimed(caller["self"]) for caller in steps) <= 1
 
     def _claimed(self, optimizer: Optimizer) -> bool:
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        size = 0
+        for group in optimizer.param_groups:
+            size += len(group["params"])
         known = self._claims.get(optimizer)
         if known is None or known[0] != size:
             known = self._claims[optimizer] = (size, self._holds_ours(optimizer))
@@ -86,7 +91,7 @@ class OptimizerHooks:
 
 def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `step` got a closure: `args` holds the optimizer itself first."""
-    return any(callable(argument) for argument in (*args[1:], kwargs.get("closure")))
+    return any(map(callable, (*args[1:], kwargs.get("closure"))))
 
 
 def parameter_ids(model: nn.Module) -> set[int]:

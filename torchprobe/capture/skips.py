@@ -61,7 +61,10 @@ class SkipDetector:
         if model is None:
             return 0
         parameters = lasting_parameters(model) if self._sharded else model.parameters()
-        return next((p._version for p in parameters if p.requires_grad), 0)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                return parameter._version
+        return 0
 
 
 def first_trained(model: nn.Module | None) -> nn.Parameter | None:

@@ -49,7 +49,7 @@ class Calibration(Probe):
         self.reason = ""
         self.coverage = Coverage()
         self.descriptions: Mapping[str, str] = _descriptions("")
-        self._evidence = Evidence()
+        self.evidence = Evidence()
         self._training = Window(len(calibration.FIELDS))
         self._warned: set[str] = set()
 
@@ -58,8 +58,8 @@ class Calibration(Probe):
         found = added_up(names, rows)
         start = len(calibration.FIELDS)
         evidence = {name: row[start : start + len(EVIDENCE)] for name, row in found.items()}
-        self._evidence.weigh(evidence)
-        name = _preferred([name for name in found if self._evidence.holds(name)])
+        self.evidence.weigh(evidence)
+        name = _preferred([name for name in found if self.evidence.holds(name)])
         if name is None:
             self._explain(names)
             return
@@ -89,7 +89,7 @@ class Calibration(Probe):
             yield "overview/ece", found["ece"]
 
     def _explain(self, names: Sequence[str]) -> None:
-        if self._evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
+        if self.evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
             self._warn_once(
                 UNJUDGED,
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "

@@ -39,6 +39,12 @@ class Evidence:
         return form == SURE or self._decided.get(form, False)
 
     @property
+    def recognised(self) -> str | None:
+        """The form that the output has, if it is but one. For any thread."""
+        holding = [form for form, holds in self._decided.copy().items() if holds]
+        return holding[0] if len(holding) == 1 else None
+
+    @property
     def any(self) -> bool:
         """Whether the output was recognised as something."""
         return any(self._decided.values())

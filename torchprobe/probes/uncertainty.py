@@ -70,17 +70,17 @@ class Uncertainty(Probe):
         self.note = ""
         """What else is known of the output, for the tags' descriptions."""
         self.descriptions: Mapping[str, str] = _descriptions("exact", "")
-        self._evidence = Evidence()
+        self.evidence = Evidence()
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is `<form>|<group>|<where>`."""
         found = added_up(names, rows)
-        self._evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in found.items()})
+        self.evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in found.items()})
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
         self.descriptions = _descriptions(how, self.note)
         means: dict[str, dict[str, float]] = {}
         for name, row in found.items():
-            if self._evidence.holds(name):
+            if self.evidence.holds(name):
                 _, group, where = name.split("|", 2)
                 yield from _tags(group, where, row[: -len(EVIDENCE)])
                 if not group:

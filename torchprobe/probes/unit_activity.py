@@ -32,6 +32,7 @@ class UnitActivity(Probe):
     descriptions: Mapping[str, str] = {
         "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
     }
+    reason: str
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """One tag a module; names repeat where several ranks have a share each."""

@@ -55,6 +55,8 @@ class Sites:
     def collect(self, training: bool) -> list[Found]:
         """The sites of the step or of the validation pass, in the order of their first calls; starts anew."""
         readings, self._readings[training] = self._readings[training], {}
+        if not readings:
+            return []
         self._name(list(readings))
         return [Found(self._names[site], r.rows, r.sampled, r.kept) for site, r in readings.items()]
 

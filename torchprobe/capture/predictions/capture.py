@@ -14,12 +14,13 @@ from torch.nn.modules import module as module_registry
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.graphs import in_wrapper_call
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms, stacked
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
 from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
 from torchprobe.capture.predictions.kl import carries_kl
@@ -27,6 +28,7 @@ from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, SURE, Pool
 from torchprobe.capture.predictions.reading import Reading
+from torchprobe.capture.predictions.settled import Settled
 from torchprobe.capture.skips import first_trained
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
@@ -37,13 +39,14 @@ _FORM_OF_TASK = {"classification": LAST, "regression": None}
 class PredictionCapture:
     """Follows the model's outputs while a gate is open, in training and in validation apart.
 
-    options: how to read outputs. gate: the boundary around everything here.
+    options: how to read outputs. gate: the boundary around everything here. settled: how a plain output is read.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], options: Uncertainty, gate: Gate) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], options: Uncertainty, gate: Gate, settled: Settled) -> None:
         self._model = model
         self._options = options
         self._gate = gate
+        self._settled = settled
         self._generators = Generators()
         self._parts = Parts(model, options.modules, self._on_part)
         self._train, self._val = Phase(training=True), Phase(training=False)
@@ -83,9 +86,19 @@ class PredictionCapture:
             for name, outputs in self._parts.ensembles():
                 self._follow_ensemble(name, outputs, main_tensor(output))
         self._parts.forget()
-        if self._phase.waiting and self._on_modules is None:
+        if self._phase.waiting and self._on_modules is None and not in_wrapper_call():
             # Process-wide, so it is there from the output to the backward pass, or to the next pass, only.
             self._on_modules = module_registry.register_module_forward_hook(self._after_module, with_kwargs=True)
+
+    def on_recomputed(self, output: Any) -> None:
+        """A pass was run again in backward; the last one without a graph of its own gets this one's gradient."""
+        with self._protected(output):
+            plain = read(output, False).plain
+            for waiting in reversed(self._train.waiting):
+                if plain is not None and not (waiting.nodes or waiting.judged) and waiting.shape == tuple(plain.shape):
+                    waiting.nodes = _nodes(plain)
+                    plain.register_hook(functools.partial(self._on_gradient, waiting, self._train))
+                    return
 
     def on_backward(self) -> None:
         """Gradients arrive: what was called on outputs before was the loss."""
@@ -98,6 +111,7 @@ class PredictionCapture:
         phase, fresh = (self._train if training else self._val), Phase(training)
         if training:
             self._train = fresh
+            self._settled.next_step()
         else:
             self._val = fresh
         if self._phase is phase:
@@ -135,26 +149,31 @@ class PredictionCapture:
         describe(self._phase.uncertainty, pool, reading, self._options.sample_dim)
         waiting = Waiting({}, (), [], pool, reading.mean, reading.variance)
         if reading.plain is not None and _is_usable(reading.plain):
-            waiting.rows = self._pool_plain(pool, reading, input_tensors(args, kwargs))
+            waiting.rows, waiting.predictions = self._pool_plain(pool, reading, input_tensors(args, kwargs))
             self._seek_targets(waiting, module, args, kwargs, reading.plain)
         elif reading.mean is not None:
             waiting.nodes = _nodes(reading.mean_in_graph)
             self._phase.wait_for(waiting)
 
-    def _pool_plain(self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]) -> dict[Form, Tensor]:
-        """Feeds a plain output to its pool in every way that it may be read; its rows by form."""
+    def _pool_plain(
+        self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]
+    ) -> tuple[dict[Form, Tensor], dict[Form, Tensor]]:
+        """Feeds a plain output to its pool in every way that it may be read; its rows and mean predictions by form."""
         plain = reading.plain
         assert plain is not None
         members = members_of(plain, self._options.sample_dim)
         known = self._known_form(reading, members[0])
-        forms = [known] if known else self._forms(members[0], inputs)
-        rows = {form: torch.stack([pool.rows(member, form) for member in members]) for form in forms}
-        for form, of_members in rows.items():
-            pool.add_classes(SURE if known else form.key, form, of_members.unbind())
-        if not known and not reading.says_something:
+        possible = [known] if known else self._forms(members[0], inputs)
+        forms = self._settled.of(possible) if self._phase.training else possible
+        rows = {form: stacked([pool.rows(member, form) for member in members]) for form in forms}
+        predictions = {
+            form: pool.add_classes(SURE if known else form.key, form, of_members.unbind())
+            for form, of_members in rows.items()
+        }
+        if not known and not reading.says_something and len(forms) == len(possible):
             name = SURE if self._options.task == "regression" else NUMBERS
             pool.add_numbers(name, [member.detach() for member in members])
-        return rows
+        return rows, predictions
 
     def _known_form(self, reading: Reading, member: Tensor) -> Form | None:
         if reading.form == "binary":

@@ -74,13 +74,21 @@ def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
     return ((strata + jitter) * (count / room)).long().clamp_(max=count - 1)
 
 
-def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
-    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: a copy, and never of more than was picked."""
+def rows_of(tensor: Tensor, form: Form, index: Tensor | None, copy: bool = True) -> Tensor:
+    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked.
+
+    copy: whether the tensor may change before they are used.
+    """
     tensor = tensor.detach()
     view = tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
     chosen = () if index is None else torch.unravel_index(index, view.shape[:-1])
     rows = view[chosen] if chosen else view.reshape(-1, view.shape[-1])
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy and index is None)
+
+
+def stacked(members: Sequence[Tensor]) -> Tensor:
+    """(members, n, classes); of one member no copy."""
+    return members[0][None] if len(members) == 1 else torch.stack(list(members))
 
 
 def probabilities_of(rows: Tensor, form: Form) -> Tensor:
@@ -92,7 +100,7 @@ def probabilities_of(rows: Tensor, form: Form) -> Tensor:
 
 def are_distributions(rows: Tensor) -> Tensor:
     """Whether all rows add up to 1 and none has a negative element: one flag on the device."""
-    return ((rows.sum(-1) - 1).abs() < _NEAR_ONE).all() & (rows >= 0).all()
+    return (((rows.sum(-1) - 1).abs() < _NEAR_ONE) & (rows.amin(-1) >= 0)).all()
 
 
 class Generators:

@@ -1,7 +1,8 @@
 """Targets from the gradient at an output: at a row of logits, cross-entropy's is s (p - y).
 
 So the one negative entry is the target, a row of zeros is an ignored one, and the entries beside the target are
-proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided a row, on the device.
+proportional to p, which tells that the loss was a cross-entropy at all. Everything is decided a row, on the device,
+from some of its classes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchprobe.statistics.dtypes import row_dtype
 IGNORED = -100
 _FEW_CLASSES = 3  # so few that a row alone can be anything
 _FEW_ROWS = 4
-_ENOUGH_CLASSES = 256
+_ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
 _EPSILON = 1e-7
@@ -41,11 +42,12 @@ def recover(logits: Tensor, gradient: Tensor, form: Form, precision: torch.dtype
     """
     tolerance = _TOLERANCE.get(precision, 2e-3)
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
-    alive = gradient.isfinite().all(-1) & (gradient != 0).any(-1)
-    rows = _Rows(logits, torch.where(alive[:, None], gradient, 0.0), alive, tolerance, tiny)
+    (least, lowest), most = gradient.min(-1), gradient.amax(-1)
+    alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))
+    rows = _Rows(logits, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
     targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows)
     passed &= alive
-    size = gradient.abs().amax(-1).nan_to_num(0.0, 0.0, 0.0)
+    size = torch.where(alive, torch.maximum(-least, most), 0.0)
     faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
     evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
     return Recovered(torch.where(passed, targets, IGNORED), evidence.to(row_dtype(logits.device)))
@@ -55,51 +57,107 @@ class _Rows(NamedTuple):
     z: Tensor
     g: Tensor
     alive: Tensor  # rows with a gradient
+    least: Tensor  # of a row's gradient, and where it is
+    lowest: Tensor
+    most: Tensor
+    total: Tensor
     tolerance: float
     tiny: float  # an entry smaller than this is rounded to 0
+
+    def cleared(self) -> _Rows:
+        """With zeros where the gradient is not finite, for what adds up over rows."""
+        return self._replace(g=torch.where(self.alive[:, None], self.g, 0.0))
 
 
 def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
     p = rows.z.softmax(-1)
     top, favourite = p.max(-1)
-    least, lowest = rows.g.min(-1)
-    target = lowest
     if p.shape[-1] <= _FEW_CLASSES:
-        target, passed = _of_few(rows, p, target)
+        target, passed = _of_few(rows.cleared(), p, rows.lowest)
     else:
-        passed = _proportional(rows, p, target, smoothed=False) | _proportional(rows, p, target, smoothed=True)
+        some = _Some.of(rows, p, favourite[:, None])
+        beside = some.beside(rows.lowest)
+        own = p.gather(-1, rows.lowest[:, None])[:, 0], rows.least
+        target, passed = rows.lowest, some.fit(beside) | some.fit_smoothed(beside, *own)
         # Where smoothing calls a prediction too sure, its own class is pushed down.
-        other = ~passed & _proportional(rows, p, favourite, smoothed=True)
+        own = top, rows.g.gather(-1, favourite[:, None])[:, 0]
+        other = ~passed & some.fit_smoothed(some.beside(favourite), *own)
         target, passed = torch.where(other, favourite, target), passed | other
-    alone = _of_log_probabilities(rows, least)
-    return torch.where(alone, lowest, target), passed | alone, top > _SURE
+    alone = _of_log_probabilities(rows, rows.z.gather(-1, favourite[:, None])[:, 0] - top.log())
+    return torch.where(alone, rows.lowest, target), passed | alone, top > _SURE
 
 
-def _proportional(rows: _Rows, p: Tensor, target: Tensor, smoothed: bool) -> Tensor:
-    """Whether a row adds up to 0, and its entries beside the target are a p + b; b only where labels are smoothed.
+class _Others(NamedTuple):
+    """Some of the classes beside the target, the rest 0."""
 
-    Of many classes a few hundred are looked at, at equal distances: enough to tell, in a fraction of the time.
+    mask: Tensor
+    n: Tensor
+    g: Tensor
+    p: Tensor
+    mean_g: Tensor
+    mean_p: Tensor
+    allowed: Tensor  # by how much the gradient may miss a line, all in all
+
+
+class _Some(NamedTuple):
+    """Some classes of each row, at equal distances: enough to tell, in a fraction of the time.
+
+    The favourite is among them: where smoothing pushes it down, any other class beside those would pass for the target.
     """
-    classes = p.shape[-1]
-    stride = max(1, classes // _ENOUGH_CLASSES)
-    least, most = rows.g.aminmax(dim=-1)
-    scale = torch.maximum(-least, most).clamp(min=torch.finfo(p.dtype).tiny)
-    total, own = rows.g.sum(-1) / scale, rows.g.gather(-1, target[:, None])[:, 0]
-    g, p = rows.g[:, ::stride] / scale[:, None], p[:, ::stride]
-    others = (torch.arange(0, classes, stride, device=p.device) != target[:, None]).to(p.dtype)
-    n, tiny = others.sum(-1), rows.tiny / scale
-    mean_p, mean_g = ((x * others).sum(-1) / n for x in (p, g))
-    factor, base = mean_g / mean_p, torch.zeros_like(mean_p)
-    if smoothed:
-        dp, dg = (p - mean_p[:, None]) * others, (g - mean_g[:, None]) * others
-        factor = (dp * dg).sum(-1) / dp.square().sum(-1)
-        base = mean_g - factor * mean_p
-    away = ((g - factor[:, None] * p - base[:, None]).abs() * others).sum(-1)
-    fits = away <= rows.tolerance * (g * others).abs().sum(-1) + (tiny + _EPSILON) * n
-    balanced = total.abs() <= 0.1 + tiny * classes + 4 * _EPSILON * factor  # p - 1 is rounded where p is near 1
-    sane = _smoothing_is_sane(factor, base, classes) if smoothed else own < 0
-    return fits & balanced & sane & (factor > 0) & (tiny * classes < 0.1)
+
+    columns: Tensor
+    g: Tensor  # the gradient over its largest element
+    p: Tensor
+    outweighs: Tensor  # whether the lowest gradient can be what all others add up to
+    scale: Tensor
+    total: Tensor
+    tiny: Tensor
+    classes: int
+    tolerance: float
+
+    @classmethod
+    def of(cls, rows: _Rows, p: Tensor, favourite: Tensor) -> _Some:
+        """At least `_ENOUGH_CLASSES` of a row; of few rows more."""
+        n, classes = p.shape
+        stride = max(1, classes // max(_ENOUGH_CLASSES, _ENOUGH_ELEMENTS // n))
+        scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
+        columns = torch.arange(0, classes, stride, device=p.device).expand(n, -1)
+        g, p_some = rows.g[:, ::stride], p[:, ::stride]
+        if stride > 1:
+            columns = torch.cat((columns, favourite), -1)
+            g, p_some = (torch.cat((few, x.gather(-1, favourite)), -1) for few, x in ((g, rows.g), (p_some, p)))
+        total, tiny = (rows.total / scale).abs(), rows.tiny / scale
+        outweighs = (rows.least < 0) & (-rows.least >= 0.8 * rows.most)
+        return cls(columns, g / scale[:, None], p_some, outweighs, scale, total, tiny, classes, rows.tolerance)
+
+    def fit(self, beside: _Others) -> Tensor:
+        """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p."""
+        factor = beside.mean_g / beside.mean_p
+        return self._near(beside, factor, None) & self.outweighs
+
+    def fit_smoothed(self, beside: _Others, p: Tensor, g: Tensor) -> Tensor:
+        """The same with entries a p + b, as where labels are smoothed. p, g: at the target, which is far below that."""
+        dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
+        factor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
+        base = beside.mean_g - factor * beside.mean_p
+        below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
+        return self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
+
+    def beside(self, target: Tensor) -> _Others:
+        """All but the target."""
+        mask = (self.columns != target[:, None]).to(self.p.dtype)
+        n, g, p = mask.sum(-1), self.g * mask, self.p * mask
+        allowed = self.tolerance * g.abs().sum(-1) + (self.tiny + _EPSILON) * n
+        return _Others(mask, n, g, p, g.sum(-1) / n, p.sum(-1) / n, allowed)
+
+    def _near(self, beside: _Others, factor: Tensor, base: Tensor | None) -> Tensor:
+        away = beside.g - factor[:, None] * beside.p
+        away = away if base is None else away - base[:, None] * beside.mask
+        # p - 1 is rounded where p is near 1
+        balanced = self.total <= 0.1 + self.tiny * self.classes + 4 * _EPSILON * factor
+        fits = away.abs().sum(-1) <= beside.allowed
+        return fits & balanced & (factor > 0) & (self.tiny * self.classes < 0.1)
 
 
 def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +211,17 @@ def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
     return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
 
 
-def _of_log_probabilities(rows: _Rows, least: Tensor) -> Tensor:
+def _of_log_probabilities(rows: _Rows, logsumexp: Tensor) -> Tensor:
     """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
-    alone = (rows.g != 0).sum(-1) == 1
-    return alone & (least < 0) & ((rows.z.logsumexp(-1).abs() < 1e-2) | are_distributions(rows.z))
+    alone = (rows.most <= 0) & (rows.least < 0) & (rows.total == rows.least)
+    stride = max(1, rows.g.shape[-1] // _ENOUGH_CLASSES)
+    alone &= (rows.g[:, ::stride] != 0).sum(-1) <= 1  # the sum may hide what is far smaller
+    return alone & ((logsumexp.abs() < 1e-2) | are_distributions(rows.z))
 
 
 def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Binary cross-entropy: s (p - y) with one s for y = 0 and one for y = 1; the sign tells y."""
+    rows = rows.cleared()
     z = rows.z[:, 0]
     g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(z.dtype).tiny)
     positive = (g < 0) & rows.alive

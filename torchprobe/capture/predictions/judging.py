@@ -9,7 +9,17 @@ from torch import Tensor
 
 from torchprobe.capture.loss import descends
 from torchprobe.capture.predictions.criteria import Call
-from torchprobe.capture.predictions.forms import BINARY, LAST, SECOND, Form, Generators, pick, probabilities_of, rows_of
+from torchprobe.capture.predictions.forms import (
+    BINARY,
+    LAST,
+    SECOND,
+    Form,
+    Generators,
+    pick,
+    probabilities_of,
+    rows_of,
+    stacked,
+)
 from torchprobe.capture.predictions.gradient import IGNORED, recover
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, SURE, same_rows
@@ -21,11 +31,11 @@ _CLOSE = 1e-2
 def judge_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]) -> None:
     """Targets from the gradient at the output, one for each sample; each form is judged, the host decides."""
     for form, rows in waiting.rows.items():
-        g = torch.stack([waiting.pool.rows(gradient, form) for gradient in gradients])
+        g = stacked([waiting.pool.rows(gradient, form, copy=False) for gradient in gradients])
         found = recover(rows.flatten(0, 1), g.flatten(0, 1), form, gradients[0].dtype)
         phase.support(form.key, found.evidence)
         targets = found.targets.view(len(rows), -1).amax(0)
-        _add(phase, form.key, probabilities_of(rows, form).mean(0), targets, waiting.pool.sampled(form))
+        _add(phase, form.key, waiting.predictions[form], targets, waiting.pool.sampled(form))
 
 
 def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Tensor, generators: Generators) -> None:
@@ -87,10 +97,10 @@ def _alike(waiting: Sequence[Waiting], call: Call) -> tuple[list[Waiting], Tenso
             if last.mean is not None and last.mean.shape == call.input.shape:
                 return [last], torch.isclose(call.input, last.mean).all()
             continue
-        for form, rows in last.rows.items():
+        for form, predicted in last.predictions.items():
             if (form.kind == call.form.kind) and rows_match(call, form, last.shape):
                 p = probabilities_of(last.pool.rows(call.input, call.form), call.form)
-                flag = (p - probabilities_of(rows, form).mean(0)).abs().amax() < _CLOSE
+                flag = (p - predicted).abs().amax() < _CLOSE
                 pooled = last.pool.mean_prediction(form)
                 return [last], flag if pooled is None else flag | ((p - pooled).abs().amax() < _CLOSE)
     return [], None

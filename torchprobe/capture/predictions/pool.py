@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from torchprobe.capture.predictions.forms import Form, Generators, pick, probabilities_of, row_count, rows_of
@@ -33,19 +34,21 @@ class Pool:
         self._sampled: set[Form] = set()
         self._numbers: dict[str, ValueMembers] = {}
 
-    def rows(self, tensor: Tensor, form: Form) -> Tensor:
-        """The rows of an output that are read: the same in every pass."""
+    def rows(self, tensor: Tensor, form: Form, copy: bool = True) -> Tensor:
+        """The rows of an output that are read: the same in every pass. copy: whether it may change before they are."""
         if form not in self._index:
             self._index[form] = pick(tensor, form, self._generators)
             if self._index[form] is not None:
                 self._sampled.add(form)
-        return rows_of(tensor, form, self._index[form])
+        return rows_of(tensor, form, self._index[form], copy)
 
-    def add_classes(self, name: str, form: Form, members: Sequence[Tensor]) -> None:
-        """Rows of scores, (n, classes) for each member."""
+    def add_classes(self, name: str, form: Form, members: Sequence[Tensor]) -> Tensor:
+        """Rows of scores, (n, classes) for each member. Returns these members' mean prediction."""
         sums = self._classes.setdefault((name, form), ClassMembers())
-        for rows in members:
-            sums.add(probabilities_of(rows, form))
+        predictions = [probabilities_of(rows, form) for rows in members]
+        for prediction in predictions:
+            sums.add(prediction)
+        return predictions[0] if len(predictions) == 1 else torch.stack(predictions).mean(0)
 
     def add_numbers(self, name: str, means: Sequence[Tensor], variances: Sequence[Tensor] | None = None) -> None:
         """Predicted numbers, and their variances; too many of them are left out."""

@@ -121,24 +121,14 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return
-    if (
-        marks is not None
-        and not torch.compiler.is_compiling()
-        and not under_transform()
-        and REPLICA not in module.__dict__
-    ):
+    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
             _guarded(watcher, watcher.before, name, module, args, kwargs or {})
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
-    if (
-        marks is not None
-        and not torch.compiler.is_compiling()
-        and not under_transform()
-        and REPLICA not in module.__dict__
-    ):
+    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
             _guarded(watcher, watcher.after, name, output)
 

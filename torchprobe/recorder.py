@@ -108,7 +108,7 @@ class Recorder:
             self._look_for_optimizers()
         self._captures.predictions.on_output(module, args, kwargs, output)
         if self._pass.training:
-            self._captures.loss.on_output(output)
+            self._captures.loss.on_output(output, kwargs)
             self._captures.health.on_output(output)
         else:
             self._validated().buffer.pieces += self._captures.collect(self._plan.due_in_validation, training=False)

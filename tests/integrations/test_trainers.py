@@ -150,7 +150,7 @@ def trainer_of(tmp_path, callbacks=(), **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}])
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_accumulation_steps": 4}])
 def test_one_line_is_enough_for_the_huggingface_trainer(options, tmp_path):
     bare = trainer_of(tmp_path, **options)
     bare.train()

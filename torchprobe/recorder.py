@@ -119,6 +119,14 @@ class Recorder:
             self._tick()
 
     @protected
+    def leave_recomputation(self, output: Any) -> None:
+        """A checkpoint around the whole model has run it again: a reentrant one's graph begins only here."""
+        watched = next((t for t in tensors_in(output) if t.requires_grad), None)
+        if watched is not None:
+            watched.register_hook(self._on_backward)
+            self._captures.predictions.on_recomputed(output)
+
+    @protected
     def pass_is_over(self) -> None:
         """A forward pass has ended or raised: nothing of ours stays entered."""
         self._captures.leave()

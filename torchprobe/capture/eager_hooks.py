@@ -11,11 +11,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.gate import Gate
+from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.recompute import under_transform
 from torchprobe.capture.sites import Pass
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
+
+_COMPILED = "the model is compiled, and this is not watched inside a graph"
 
 
 class Watcher(Protocol):
@@ -34,6 +37,9 @@ class Watcher(Protocol):
 
     def after(self, name: str, output: Any) -> None:
         """It has returned."""
+
+    def unseen(self, reason: str) -> None:
+        """There will be no calls to see."""
 
 
 class Marks:
@@ -59,20 +65,30 @@ class EagerHooks:
         self._handles: list[RemovableHandle] = []
         self._marked: WeakSet[nn.Module] = WeakSet()
         self._armed: list[Watcher] = []
+        self._compiled = False
 
     def arm(self, training: bool) -> None:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
-        due = [w for w in self._watchers if training and w.gate.train and not self._current.compiled]
-        if due == self._armed or (self._current.compiled and self._armed):  # taking hooks off would compile again
+        due = [watcher for watcher in self._watchers if training and watcher.gate.train]
+        model = self._model()
+        if model is not None and due and self._is_compiled(model):
+            for watcher in due:
+                watcher.unseen(_COMPILED)
+            due = []
+        if model is None or due == self._armed:
+            return
+        if self._current.compiled and self._armed:  # they were traced, and taking them off would compile again
             return
         self.disarm()
-        model = self._model()
-        if model is None or any(module._compiled_call_impl is not None for module in model.modules()):
-            return
         for watcher in due:
             for name, module in watcher.chosen(model):
                 self._put_on(module, watcher, name)
         self._armed = due
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        """Once it was, it is: a function around the model is known by its first traced hook only."""
+        self._compiled = self._compiled or self._current.compiled or has_compiled_part(model) or in_compiled_call()
+        return self._compiled
 
     def begin(self) -> None:
         """A pass of the model begins."""

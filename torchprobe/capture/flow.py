@@ -69,6 +69,9 @@ class Flow:
                 self._add(call, "out", name, tensor)
             self._follow(call, "grad_out", name, tensor)
 
+    def unseen(self, reason: str) -> None:
+        """The sentinel's own finding is all there is."""
+
     def collect(self) -> list[Piece]:
         """The events of a step; starts anew."""
         rows, self._rows = self._rows, defaultdict(list)

@@ -50,7 +50,8 @@ class LossCapture:
 
     def disarm(self) -> None:
         """Take off every hook."""
-        self._stop_watching_modules()
+        if self._on_modules is not None:
+            self._stop_watching_modules()
         if self._on_parameter is not None:
             self._on_parameter.remove()
             self._on_parameter = None
@@ -79,7 +80,8 @@ class LossCapture:
 
     def take(self, scale: Tensor | None = None) -> Tensor | None:
         """The step's loss, when one was seen; starts anew. scale: what GradScaler multiplied it with."""
-        self._end_batch()
+        if self._returned or self._of_modules or self._nodes:
+            self._end_batch()
         means, shares, sums = self._means, self._shares, self._sums
         self._passes = 0
         self.drop_batches()
@@ -98,12 +100,13 @@ class LossCapture:
     def _end_batch(self) -> None:
         self._means += self._returned or (self._of_modules if len(self._of_modules) == 1 else [])
         self._returned, self._of_modules, self._nodes = [], [], []
-        self._stop_watching_modules()
+        if self._on_modules is not None:
+            self._stop_watching_modules()
 
     def _stop_watching_modules(self) -> None:
         if self._on_modules is not None:
             self._on_modules.remove()
-            self._on_modules = None
+        self._on_modules = None
 
     def _after_backward(self, parameter: Tensor) -> None:
         if self._gate.train and not self._passes:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.graphs import beside, hides_hooks, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.recompute import in_backward, in_reentrant_checkpoint, under_transform
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.tracing import scope
 
@@ -28,6 +28,9 @@ class PassObserver(Protocol):
 
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It ended without an exception."""
+
+    def leave_recomputation(self, output: Any) -> None:
+        """It was run again, inside a backward pass."""
 
     def pass_is_over(self) -> None:
         """It ended, with or without one."""
@@ -53,7 +56,8 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 def _enter_plain(root: Root, module: nn.Module, grad_enabled: bool) -> None:
     if not under_transform() and not in_backward():
-        root.observer.enter_pass(module, grad_enabled)
+        in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+        root.observer.enter_pass(module, in_training)
 
 
 def _enter_graph(current: Pass, training: bool) -> None:
@@ -70,7 +74,11 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 
 def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if not under_transform() and not in_backward():
+    if under_transform():
+        return
+    if in_backward():
+        root.observer.leave_recomputation(output)
+    else:
         root.observer.leave_pass(module, args, kwargs, output)
 
 
@@ -89,7 +97,7 @@ class PassHooks:
         self._handles: list[RemovableHandle] = []
         self._modules: WeakSet[nn.Module] = WeakSet()
         keep_out(_enter, _leave, _always)
-        self._put_on([model] if _has_forward(model) else list(_entries(model)))
+        self._put_on(list(_roots(model)))
 
     def move_to_parts(self, model: nn.Module) -> None:
         """The model itself is never called: follow the outermost parts that can be."""
@@ -113,6 +121,16 @@ class PassHooks:
                 module.register_forward_hook(_leave, with_kwargs=True),
             ]
             self._modules.add(module)
+
+
+def _roots(model: nn.Module) -> Iterator[nn.Module]:
+    """What is called: the model, or what torch.compile made of it too, when hooks inside are part of the graph."""
+    if _has_forward(model):
+        yield model
+        return
+    if hides_hooks(model):
+        yield model
+    yield from _entries(model)
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
+
+from torchprobe.capture.frames import running
 
 
 def backward_id() -> int | None:
@@ -14,6 +17,11 @@ def backward_id() -> int | None:
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread: a forward pass here is a recomputation."""
     return backward_id() is not None
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this is the first pass of a checkpoint that runs it without gradients, and again in backward."""
+    return any(True for _ in running(torch.utils.checkpoint.CheckpointFunction.forward.__code__))
 
 
 def under_transform() -> bool:

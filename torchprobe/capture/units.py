@@ -68,6 +68,10 @@ class Units:
         else:
             counts[call] = new
 
+    def unseen(self, reason: str) -> None:
+        """Said with what else saw nothing."""
+        self._probe.reason = reason
+
     def collect(self) -> list[Piece]:
         """A row for each module of the step: a NaN while it has seen few inputs, else its share, and it starts anew."""
         called, self._called = self._called, set()

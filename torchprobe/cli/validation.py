@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,14 +44,24 @@ def epistemic_uncertainty(probabilities: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, held_out: TensorDataset, *, passes: int, batch_size: int, device: torch.device
+    model: nn.Module,
+    held_out: TensorDataset,
+    *,
+    passes: int,
+    batch_size: int,
+    device: torch.device,
+    log_predictions: Callable[[Tensor, Tensor], None] = lambda probabilities, labels: None,
 ) -> Validation:
-    """Predict every held-out passage `passes` times with dropout on, and judge the mean prediction."""
+    """Predict every held-out passage `passes` times with dropout on, and judge the mean prediction.
+
+    log_predictions: told each batch's mean prediction, (batch, classes), and its labels.
+    """
     results: list[_Judged] = []
     with monte_carlo_dropout(model):
         for words, labels in DataLoader(held_out, batch_size=batch_size):
             on_device = words.to(device)
             probabilities = torch.stack([model(on_device).softmax(dim=-1) for _ in range(passes)])
+            log_predictions(probabilities.mean(dim=0), labels)
             results.append(_judge(probabilities.cpu(), labels))
     return _summarise(_Judged(*(torch.cat(column) for column in zip(*results, strict=True))))
 

@@ -25,6 +25,7 @@ class UnitActivity(Probe):
     descriptions: Mapping[str, str] = {
         "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
     }
+    reason: str
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """One tag a module."""

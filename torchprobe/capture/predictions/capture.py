@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_registry
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.graphs import in_wrapper_call
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
@@ -85,9 +86,19 @@ class PredictionCapture:
             for name, outputs in self._parts.ensembles():
                 self._follow_ensemble(name, outputs, main_tensor(output))
         self._parts.forget()
-        if self._phase.waiting and self._on_modules is None:
+        if self._phase.waiting and self._on_modules is None and not in_wrapper_call():
             # Process-wide, so it is there from the output to the backward pass, or to the next pass, only.
             self._on_modules = module_registry.register_module_forward_hook(self._after_module, with_kwargs=True)
+
+    def on_recomputed(self, output: Any) -> None:
+        """A pass was run again in backward; the last one without a graph of its own gets this one's gradient."""
+        with self._protected(output):
+            plain = read(output, False).plain
+            for waiting in reversed(self._train.waiting):
+                if plain is not None and not (waiting.nodes or waiting.judged) and waiting.shape == tuple(plain.shape):
+                    waiting.nodes = _nodes(plain)
+                    plain.register_hook(functools.partial(self._on_gradient, waiting, self._train))
+                    return
 
     def on_backward(self) -> None:
         """Gradients arrive: what was called on outputs before was the loss."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.modules import chosen_modules
 from torchprobe.capture.predictions.identity import InputKey
 from torchprobe.capture.recompute import in_backward, under_transform
@@ -46,7 +47,7 @@ class Parts:
         """A sampled pass begins. Nothing inside a compiled model gets a hook: it would be compiled anew."""
         self.disarm()
         model = self._model()
-        if model is None or any(map(_is_compiled, model.modules())):
+        if model is None or has_compiled_part(model) or in_compiled_call():
             return
         chosen = list(chosen_modules(model, lambda name, module: True))
         may = {module for _, module, in_eval in chosen if training or in_eval}
@@ -102,7 +103,3 @@ def _may_be_ensemble(module: nn.Module) -> bool:
 
 def _is_first_pass() -> bool:
     return not (torch.compiler.is_compiling() or under_transform() or in_backward())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"

@@ -40,6 +40,7 @@ class PredictionPieces:
         self._pictures_due = False
         self._following = False  # the pass that runs, or has just returned, is read
         self.on_backward = self._capture.on_backward
+        self.on_recomputed = self._capture.on_recomputed
 
     def open_for(self, step: int) -> None:
         """A step begins."""

@@ -1,0 +1,106 @@
+"""Activation checkpointing, eager and compiled: each module counts once for each micro-batch, with the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import torchprobe
+from tests.models import Transformer
+from tests.setups.compiled import Trained, assert_same_values, assert_same_weights, bare, train, wrapper
+from torchprobe.capture.attention.observer import Observer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
+STEPS, MICRO_BATCHES = 2, 2
+
+
+def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "reentrant": {"use_reentrant": True},
+    "non-reentrant": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, keep_products),
+    },
+}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = part
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._checkpoint_wrapped_module, x, **self.options)
+
+
+class Calls(torchprobe.Probe):
+    """`calls_<source>/<module>`: how many tensors were seen in a step."""
+
+    source = "outputs"
+    fields = ("calls",)
+
+    def compute(self, tensor: Tensor) -> Tensor:
+        return tensor.new_ones(1)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def report(self, name, values):
+        yield f"calls_{self.source}/{name}", values["calls"]
+
+
+class GradientCalls(Calls):
+    source = "output_gradients"
+
+
+def run(compiled: Any, options: dict[str, Any] | None) -> Trained:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Transformer(dropout=0.0)
+    for block in model.blocks:
+        block.mlp[1].inplace = False  # selective checkpointing refuses to change what it keeps
+    for name, block in list(model.blocks.named_children()) if options else ():
+        setattr(model.blocks, name, Checkpointed(block, options))
+    probes = [torchprobe.Activations(), torchprobe.Gradients(), torchprobe.Attention()]
+    probes += [Calls(), GradientCalls()]
+    backend = None if compiled is bare else "aot_eager"
+    return train(
+        compiled, model=model, backend=backend, every=1, steps=STEPS, micro_batches=MICRO_BATCHES, probes=probes
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(bare, None)
+
+
+@pytest.mark.parametrize("compiled", [bare, wrapper], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_module_once_for_each_micro_batch_and_the_same_numbers(kind, compiled, plain, monkeypatch):
+    attentions: list[str] = []
+    record = Observer.record
+
+    def counted(self: Observer, call: Any, *args: Any, **kwargs: Any) -> None:
+        attentions.append(call.caller.name)
+        record(self, call, *args, **kwargs)
+
+    monkeypatch.setattr(Observer, "record", counted)
+    found = run(compiled, KINDS[kind])
+    assert_same_values(found.writer, plain.writer)
+    assert_same_weights(found.model, plain.model)
+    counts = {v for t in found.writer.tags() if t.startswith("calls_") for _, v in found.writer.scalars(t)}
+    assert counts == {float(MICRO_BATCHES)}
+    assert sorted(attentions) == sorted(["blocks.0.attention", "blocks.1.attention"] * STEPS * MICRO_BATCHES)

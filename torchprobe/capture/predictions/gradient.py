@@ -141,8 +141,9 @@ class _Some(NamedTuple):
         dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
         factor: Tensor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
-        below: Tensor = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
-        return self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
+        below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
+        fits: Tensor = self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
+        return fits
 
     def beside(self, target: Tensor) -> _Others:
         """All but the target."""

@@ -70,9 +70,8 @@ def test_the_summary_names_ranks_that_are_absent(group, monkeypatch):
     model = nn.Linear(3, 1)
     with torchprobe.instrument(model, writer=MemoryWriter()) as session:
         trained(session, model)
-        assert (
-            "  ranks             3; absent or late: 1, 2; steps that lack a rank: 1" in session.summary().splitlines()
-        )
+        line = "  ranks             3; absent or late: 1, 2; steps that lack a rank: 1"
+        assert line in session.summary().splitlines()
 
 
 def test_the_summary_of_another_rank_says_where_its_values_go(group):

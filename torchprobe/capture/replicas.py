@@ -1,10 +1,9 @@
-"""Copies of a model that DataParallel makes at every call, one a device, and runs in threads of their own."""
+"""Copies of a model that DataParallel makes at every call, one a device, and runs in threads of their own.
+
+Our hooks and marks are copied with it, and several threads would share them: hooks look for this mark and leave.
+"""
 
 from __future__ import annotations
 
-from torch import nn
-
-
-def is_replica(module: nn.Module) -> bool:
-    """Whether it is such a copy: our hooks and marks are copied with it, and several threads would share them."""
-    return "_is_replica" in module.__dict__
+REPLICA = "_is_replica"
+"""Key in the __dict__ of such a copy. Looked up in place: a function of ours would be a frame that Dynamo compiles."""

@@ -139,7 +139,7 @@ class _Some(NamedTuple):
     def fit_smoothed(self, beside: _Others, p: Tensor, g: Tensor) -> Tensor:
         """The same with entries a p + b, as where labels are smoothed. p, g: at the target, which is far below that."""
         dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
-        factor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
+        factor: Tensor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
         below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
         fits: Tensor = self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)

@@ -81,6 +81,11 @@ class Plan:
         self.due: tuple[Probe, ...] = ()
         self.due_in_validation: tuple[Probe, ...] = ()
 
+    @property
+    def over_ranks(self) -> list[Any]:
+        """Whose rows several ranks combine: the probes, and what reports beside one."""
+        return [*self.gates, *(probe.coverage for probe in self.gates if isinstance(probe, Calibration))]
+
     def open_for(self, step: int, by_forward: bool = False) -> None:
         """Set the gates for a coming training step, and for a validation pass before it.
 

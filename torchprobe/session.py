@@ -108,8 +108,8 @@ def instrument(
     sink = HParamsWriter(opened, known)
     captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, [*plan.gates, *(part.heat_maps for part in captures.attention)], decoder)
-    drain = Drain(sink, decoder if exchange is None else exchange.read, flush_seconds, watch, exchange)
+    exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
+    drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
         watch.followers.append(FlightRecorder(directory / "flight", captures.health.notes.latest))
@@ -285,6 +285,7 @@ class Session:
             f"  dropped records   {outlet.drain.dropped}",
             f"  alerts            {len(self._watch.alerts)}",
         ]
+        lines += outlet.drain.ranks
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]

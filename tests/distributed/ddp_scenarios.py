@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import torchprobe
+from tests.distributed import predicting as p
 from tests.distributed import training as t
 from torchprobe.testing import MemoryWriter
 
@@ -116,8 +117,20 @@ def only_rank_0() -> Any:
     return t.values(writer)
 
 
+def predicting() -> dict[str, Any]:
+    """Rank 0 has 48 of 96 examples, or 80."""
+    rank = dist.get_rank()
+    half, unequal = p.split(rank, 48), p.split(rank, 80)
+    return {
+        "classified": p.classify(half, DDP),
+        "classified, unequal": p.classify(unequal, DDP),
+        "predictions given": p.classify(half, DDP, log_predictions=True),
+        "regressed": p.regress(half, DDP),
+    }
+
+
 def main(out: Path) -> Any:
     found = {f"{name}": variant(options, "ddp") for name, options in VARIANTS.items()}
     found |= {"model": variant({}, "model"), "model before": variant({}, "model before")}
     found |= {"accumulated": accumulated(), "unequal": unequal(), "forked": forked(), "uneven": uneven_steps()}
-    return found | {"only rank 0": only_rank_0()}
+    return found | predicting() | {"only rank 0": only_rank_0()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.distributed import predicting as p
 from tests.distributed import training as t
 from tests.distributed.compare import differences
 from tests.distributed.launch import launch
@@ -61,3 +62,44 @@ def test_a_rank_that_stops_early_is_not_waited_for(ranks):
 
 def test_a_line_that_only_rank_0_runs_shows_rank_0(ranks):
     assert set(ranks[0]["only rank 0"]["overview/grad_norm"]) == {"1", "2", "3"}
+
+
+EVERYTHING = slice(None)
+PREDICTIONS = ("calibration", "uncertainty", "overview/ece", "overview/epistemic", "overview/aleatoric")
+
+
+def test_every_default_probe_says_of_an_ensemble_what_it_says_of_the_joined_batch(ranks):
+    expected = p.classify(EVERYTHING)
+    found = dict(ranks[0]["classified"])
+    shares = [tag for tag in expected if tag.startswith("dead_units/")]
+    assert shares
+    for tag in shares:  # a mean over ranks, each over its own inputs
+        of_ranks, joined = found.pop(tag), expected.pop(tag)
+        assert of_ranks.keys() == joined.keys()
+        assert all(0 <= share <= 1 for share in of_ranks.values())
+    assert len(p.tags_of(expected, PREDICTIONS)) >= 40
+    assert differences(found, expected) == []
+
+
+def test_calibration_and_uncertainty_weigh_examples_and_not_ranks(ranks):
+    found, expected = (p.tags_of(run, PREDICTIONS) for run in (ranks[0]["classified, unequal"], p.classify(EVERYTHING)))
+    assert set(found) == set(expected)
+    first = {tag: {"1": steps["1"]} for tag, steps in found.items() if not tag.startswith("val/")}
+    assert differences(first, {tag: {"1": expected[tag]["1"]} for tag in first}) == []  # weights differ from then on
+    counts = {tag: steps for tag, steps in expected.items() if tag.endswith("calibration/count")}
+    assert differences({tag: found[tag] for tag in counts}, counts) == []
+    assert counts["val/calibration/count"] == {"1": 192, "2": 192, "3": 192}
+
+
+def test_predictions_that_every_rank_hands_in_are_judged_together(ranks):
+    found, expected = (
+        p.tags_of(run, PREDICTIONS)
+        for run in (ranks[0]["predictions given"], p.classify(EVERYTHING, log_predictions=True))
+    )
+    assert differences(found, expected) == []
+
+
+def test_coverage_of_a_regression_is_that_of_the_joined_batch(ranks):
+    expected = p.regress(EVERYTHING)
+    assert {"calibration/coverage_50", "calibration/coverage_90", "calibration_pit/targets"} <= set(expected)
+    assert differences(ranks[0]["regressed"], expected) == []

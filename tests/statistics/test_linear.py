@@ -65,6 +65,21 @@ def test_the_histograms_of_two_parts_merge_to_that_of_the_whole_exactly(x, cut, 
     assert linear.combine(*parts[::-1]).tolist() == whole.tolist()
 
 
+@given(
+    values=st.lists(st.sampled_from((0.0, 1.0, -1.0)) | st.floats(-1, 1, width=32), min_size=1, max_size=20),
+    tiny=st.lists(st.sampled_from((0.0, 1e-45, -1e-45, -1e-40, -1e-38)), max_size=3),
+    scale=st.sampled_from([2.0**k for k in (-120, -60, -7, 0, 1, 5, 90)]),
+    offset=st.sampled_from((0.0, 1e-3, 3.0, -1e7)),
+    buckets=st.sampled_from((4, 7, 64)),
+)
+@settings(max_examples=200, deadline=None)
+def test_float32_arithmetic_puts_no_element_elsewhere_than_float64_does(values, tiny, scale, offset, buckets):
+    x = torch.cat((torch.tensor(values) * scale + offset, torch.tensor(tiny)))
+    repeated = x.repeat(5000)  # too many to be counted together with others
+    row = linear.linear_histogram(repeated, buckets)
+    assert row.tolist() == linear.linear_histogram(repeated.double(), buckets).tolist()
+
+
 def test_many_parts_merge_in_any_order():
     parts = [torch.randn(50) * 10.0**k + k for k in range(-5, 5)]
     rows = [linear.linear_histogram(part).numpy() for part in parts]

@@ -57,6 +57,12 @@ class Drain:
         lost = 0 if self._exchange is None else self._exchange.dropped
         return self._turned_away + self._unread + self._backlog.dropped + lost
 
+    @property
+    def ranks(self) -> list[str]:
+        """A line on the other ranks for a person, when there are any."""
+        words = "" if self._exchange is None else self._exchange.summary()
+        return [f"  ranks             {words}"] if words else []
+
     def admit(self) -> bool:
         """Whether there is room for one more step; when there is none, counts it as dropped. Never blocks."""
         full = self._ended or len(self._sealed) >= MAX_WAITING

@@ -18,6 +18,9 @@ class Exchange(Protocol):
     def dropped(self) -> int:
         """What was lost on the way, in steps."""
 
+    def summary(self) -> str:
+        """How it went with the other ranks, in a few words; empty when there are none."""
+
     def pause(self) -> float | None:
         """Seconds until `release` is worth another call; None while nothing is under way."""
 

@@ -14,6 +14,7 @@ from torchprobe.capture.gate import Gate
 from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.sites import Pass
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
@@ -117,7 +118,7 @@ class EagerHooks:
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    marks = module.__dict__.get(MARKS)
+    marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
@@ -126,7 +127,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
-    marks = module.__dict__.get(MARKS)
+    marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
             _guarded(watcher, watcher.after, name, output)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.graphs import beside, hides_hooks, keep_out
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.recompute import in_backward, in_reentrant_checkpoint, under_transform
+from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.tracing import scope
 
@@ -49,7 +50,8 @@ def _enter(module: nn.Module, args: Any) -> None:
     if root is None:
         return
     if not torch.compiler.is_compiling():
-        beside(_enter_plain, root, module, torch.is_grad_enabled())
+        if REPLICA not in module.__dict__:
+            beside(_enter_plain, root, module, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
         _enter_graph(root.current, module.training and torch.is_grad_enabled())
 
@@ -69,7 +71,7 @@ def _enter_graph(current: Pass, training: bool) -> None:
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
-    if root is not None and not torch.compiler.is_compiling():
+    if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
         beside(_leave_plain, root, module, args, kwargs, output)
 
 
@@ -84,7 +86,7 @@ def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: 
 
 def _always(module: nn.Module, args: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
-    if root is not None and not torch.compiler.is_compiling():
+    if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
         beside(root.observer.pass_is_over)
 
 

@@ -14,6 +14,7 @@ from torchprobe.capture.graphs import beside
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.taps import Tap
 from torchprobe.capture.tracing import run_in, scope
 
@@ -51,7 +52,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
         return
     if torch.compiler.is_compiling():
         _trace(site, output)
-    else:
+    elif REPLICA not in module.__dict__:
         beside(_observe, site, output)
 
 

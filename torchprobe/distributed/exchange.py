@@ -7,6 +7,7 @@ from typing import Any
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Reporter
+from torchprobe.distributed.alone import Alone
 from torchprobe.distributed.gatherer import Gatherer
 from torchprobe.distributed.sender import Sender
 from torchprobe.distributed.world import World
@@ -23,12 +24,12 @@ class NoWriter:
         """Nothing is open."""
 
 
-def open_exchange(world: World, reporters: Iterable[Any], decoder: Decoder) -> Gatherer | Sender | None:
-    """The exchange of a session; None in a world of one.
+def open_exchange(world: World, reporters: Iterable[Any], decoder: Decoder) -> Gatherer | Sender | Alone:
+    """The exchange of a session.
 
     reporters: what ranks combine, in the same order on every rank: each has `combine_rows`.
     """
     if world.is_alone:
-        return None
+        return Alone(decoder)
     keys: dict[Reporter, str] = {reporter: f"{i}:{type(reporter).__name__}" for i, reporter in enumerate(reporters)}
-    return Gatherer(world, keys, decoder) if world.writes else Sender(world.rank, keys)
+    return Gatherer(world, keys, decoder) if world.writes else Sender(world, keys)

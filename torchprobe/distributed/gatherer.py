@@ -51,7 +51,7 @@ class Gatherer:
     patience: float | None = None
 
     def __init__(self, world: World, keys: Mapping[Reporter, str], decoder: Decoder) -> None:
-        self.late_steps = 0  # written without some rank
+        self.late_steps = 0  # written while some rank was absent
         self._world = world
         self._keys = keys
         self._decoder = decoder
@@ -73,9 +73,17 @@ class Gatherer:
 
     @property
     def absent(self) -> list[int]:
-        """Ranks that have said nothing, or nothing for long."""
-        heard = {peer.rank for peer in self._peers if peer.heard and not peer.late}
+        """Ranks that have said nothing, or nothing for long, or that cannot be heard any more."""
+        cut_off = self._mailbox is None or self._mailbox.failed
+        heard = {peer.rank for peer in self._peers if peer.is_here and (peer.has_left or not cut_off)}
         return [rank for rank in range(1, self._world.size) if rank not in heard]
+
+    def summary(self) -> str:
+        """How many ranks, which of them are missing, and in how many steps one was."""
+        absent = ", ".join(map(str, self.absent))
+        lost = [f"absent or late: {absent}"] if absent else []
+        lost += [f"steps that lack a rank: {self.late_steps}"] if self.late_steps else []
+        return "; ".join([str(self._world.size), *lost])
 
     def read(self, sealed: Sealed) -> Record | None:
         """Keep a step for `release`. Raises what a device raised."""
@@ -155,7 +163,7 @@ class Gatherer:
         of_step = parts.pop(waiting.key, {})
         for key in sorted(parts):  # steps in which rank 0 saw nothing
             yield from self._record(Sealed(key.step, time(), {}), [], parts[key])
-        self.late_steps += any(peer.late for peer in self._peers)
+        self.late_steps += bool(self.absent)
         yield from self._record(waiting.sealed, waiting.arrived, of_step)
 
     def _record(self, sealed: Sealed, arrived: list[Arrived], others: Mapping[int, Sequence[Part]]) -> Iterator[Record]:

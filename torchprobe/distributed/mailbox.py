@@ -28,8 +28,7 @@ class Mailbox:
 
     def __init__(self, store: Any, session: int) -> None:
         self._keep = store  # a clone does not keep the server alive
-        self._store = store.clone()  # a connection of its own: another thread may be waiting in the first
-        self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+        self._store = _connection(store)
         self._session = session
         self.failed = False
 
@@ -135,6 +134,23 @@ def open_mailbox(rank: int) -> Mailbox:
 
     store: Any = _get_default_store()
     return Mailbox(store, store.add(f"torchprobe/sessions/{rank}", 1))
+
+
+def _connection(store: Any) -> Any:
+    """A connection of our own: in the store's own one another thread may be waiting.
+
+    Older versions of torch, and some stores, have no `clone`; then it is the store itself, with the timeout that the
+    user gave it, and the background thread may have to wait for the user's.
+    """
+    try:
+        own = store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    usual = store.timeout
+    own.set_timeout(timedelta(seconds=_STORE_SECONDS))
+    if store.timeout != usual:  # one that lives in this process gives itself for its clone
+        store.set_timeout(usual)
+    return own
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torchprobe.buffer.step import Arrived, Reporter, seen_rows
 from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
-from torchprobe.distributed.world import is_connected
+from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")
@@ -26,14 +26,16 @@ HELD = "parameters"  # where rank 0 says which parameters it sees whole
 class Sender:
     """Sends the rows of probes to rank 0, names and all; what is logged by hand is rank 0's own affair.
 
-    Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, steps are dropped and counted.
+    Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, and once the store is gone,
+    steps are dropped and counted.
     """
 
     patience: float | None = PATIENCE
 
-    def __init__(self, rank: int, keys: Mapping[Reporter, str]) -> None:
+    def __init__(self, world: World, keys: Mapping[Reporter, str]) -> None:
         self.dropped = 0
-        self._rank = rank
+        self._world = world
+        self._rank = world.rank
         self._keys = keys
         self._numbering = Numbering()
         self._encode = Encoder()
@@ -50,7 +52,14 @@ class Sender:
         parts = [part for part in map(self._part, sealed.arrive()) if part is not None]
         if parts and len(self._steps) < MAX_WAITING:
             self._steps.append(Step(self._mark, parts, sealed.same_data))
+        else:
+            self.dropped += bool(parts)
         return None
+
+    def summary(self) -> str:
+        """Which rank this is, and where its values go."""
+        lost = f"; steps lost on the way: {self.dropped}" if self.dropped else ""
+        return f"this is rank {self._rank} of {self._world.size}, whose values go to rank 0{lost}"
 
     def pause(self) -> float | None:
         """Other ranks wait for these steps, so they do not wait for the next flush."""
@@ -89,6 +98,8 @@ class Sender:
             step._replace(parts=[part for part in step.parts if not _is_known(part, held)]) for step in frame.steps
         ]
         outbox.send(self._encode(Frame(frame.mark, [step for step in steps if step.parts])))
+        if self._mailbox is not None and self._mailbox.failed:
+            self.dropped += len(frame.steps)
 
     def _held(self) -> frozenset[str]:
         if self._held_by_first is None and self._mailbox is not None:

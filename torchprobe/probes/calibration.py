@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe, Source, Way
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value
 from torchprobe.schedule import Schedule
@@ -118,9 +118,15 @@ class Coverage:
     descriptions: Mapping[str, str] = {
         "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
     }
+    over_batches: ClassVar[Way] = "combine"
+    over_shards: ClassVar[Way] = "combine"
 
     def __init__(self) -> None:
         self._training = Window(len(intervals.FIELDS))
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The rows of the examples of two ranks together."""
+        return a + b
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases; behind the row stand the number of the flush interval, and 1."""

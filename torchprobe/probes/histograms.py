@@ -16,7 +16,6 @@ from torchprobe.schedule import Schedule
 from torchprobe.statistics import exponents, linear
 
 _BUCKETS = 64
-_STEPS = np.arange(_BUCKETS + 1.0)
 
 
 class GradientHistograms(Probe):
@@ -69,19 +68,9 @@ class ParameterHistograms(Probe):
         header = len(linear.HEADER)
         counts = rows[:, header:].astype(np.int64)
         for name, (low, high, nonfinite), row in zip(names, rows[:, :header].tolist(), counts, strict=True):
-            yield f"parameters/{name}", Histogram(_edges(low, high), row)
+            yield f"parameters/{name}", Histogram(linear.edge_array(low, high, _BUCKETS), row)
             if nonfinite:
                 yield f"parameters_nonfinite/{name}", nonfinite
-
-
-def _edges(low: float, high: float) -> NDArray[np.float64]:
-    """`linear.edges` as an array: what is written of a whole model must not keep the interpreter busy."""
-    if low == high:
-        return np.asarray(linear.edges(low, high, _BUCKETS))
-    edges: NDArray[np.float64] = 2 * (low / 2 + _STEPS * ((high / 2 - low / 2) / _BUCKETS))
-    np.clip(edges, low, high, out=edges)
-    edges[-1] = high
-    return edges
 
 
 class Histograms(GradientHistograms):

@@ -58,6 +58,10 @@ class Provenance(Probe):
         "provenance": "The first module in execution order that made NaN or inf from finite numbers."
     }
 
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The extremes of two ranks' tensors together; NaN stays NaN."""
+        return np.stack((np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])), axis=1)
+
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are `turn tensor call kind name` of the events; at most one value a step."""
         events = sorted(_event(name, low, high) for name, (low, high) in zip(names, rows.tolist(), strict=True))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from torchprobe.probes.base import Probe, Report, Source
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.probes.base import Probe, Source, Way
+from torchprobe.records import Value
 
 
 class UnitActivity(Probe):
@@ -16,18 +21,24 @@ class UnitActivity(Probe):
     watch, and what leaks below zero (LeakyReLU, GELU, SiLU, ELU) passes a gradient there and is not dead. A unit is a
     channel of a (N, C, …) image with two or more spatial dimensions, else an element of the last dimension; its inputs
     are all examples and positions. Under 32 inputs say little: they are gathered over sampled steps until there are as
-    many.
+    many. Of several ranks it is the mean share, each over its own inputs.
     """
 
     source: ClassVar[Source] = "units"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("dead",)
+    over_batches: ClassVar[Way] = "append"
+    over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {
         "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
     }
     reason: str
 
-    def report(self, name: str, values: Mapping[str, float]) -> Report:
-        """One tag a module."""
-        if not math.isnan(values["dead"]):
-            yield f"dead_units/{name}", values["dead"]
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """One tag a module; names repeat where several ranks have a share each."""
+        shares: defaultdict[str, list[float]] = defaultdict(list)
+        for name, share in zip(names, rows[:, 0].tolist(), strict=True):
+            if not math.isnan(share):
+                shares[name].append(share)
+        for name, known in shares.items():
+            yield f"dead_units/{name}", math.fsum(known) / len(known)

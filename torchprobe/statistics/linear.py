@@ -39,7 +39,8 @@ def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
     more are in use. A bucket holds its lower edge. Counts are exact, and add up to the number of finite elements.
     Equal elements all are in the middle bucket.
 
-    Makes no host read; reads the data twice, and costs 2.0 ns an element of finite float32 on two busy CPU cores.
+    Makes no host read; reads the data twice. On one CPU core an element of finite float32 costs 1.9 ns, from
+    100,000 elements, and 2.8 where a bucket is wider than 1; one of other types, or beside NaN or inf, 4.5 to 6.5 ns.
     Raises TypeError for integers and ValueError for fewer than four buckets.
     """
     return linear_histograms([x], buckets)[0]
@@ -93,10 +94,12 @@ def _dense(x: Tensor, buckets: int) -> Tensor | None:
 def _count_between(x: Tensor, low: float, high: float, counted: Tensor) -> None:
     width = _width(low, high, len(counted) - 1)
     first = math.floor(low / width)
-    wide = torch.empty(min(x.numel(), dense.PIECE), dtype=torch.float64, device=x.device)
-    codes = torch.empty_like(wide, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
+    # Multiplied by a power of two of at least 1, no float32 is rounded; by a smaller one, those next to 0 vanish.
+    exact = torch.float32 if width <= 1 else torch.float64
+    scratch = torch.empty(min(x.numel(), dense.PIECE), dtype=exact, device=x.device)
+    codes = torch.empty_like(scratch, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
     for piece in pieces(x, dense.PIECE):
-        position = wide[: piece.numel()].copy_(piece).mul_(1 / width).floor_().sub_(first)
+        position = scratch[: piece.numel()].copy_(piece).mul_(1 / width).floor_().sub_(first)
         counted += count_halves(codes[: piece.numel()].copy_(position), len(counted))
 
 
@@ -128,15 +131,31 @@ def edges(low: float, high: float, buckets: int = 64) -> list[float]:
 
     Where they are equal the edges lie around them. Raises ValueError for low > high and for fewer than four buckets.
     """
+    found: list[float] = edge_array(low, high, buckets).tolist()
+    return found
+
+
+def edge_array(low: float, high: float, buckets: int = 64) -> NDArray[np.float64]:
+    """`edges` as an array, for the many of a whole model."""
     _check(buckets)
     if not low <= high:
         raise ValueError(f"low, high: got {low} and {high}, takes low <= high, as linear_histogram returns them")
-    if low == high:
-        half = max(0.5, math.ldexp(abs(low), -10))
-        return [low + half * (2 * i / buckets - 1) for i in range(buckets + 1)]
+    with np.errstate(over="ignore"):  # edges beyond the largest number are that
+        found = _edges_around(low, buckets) if low == high else _edges_of(low, high, buckets)
+        return np.clip(found, -sys.float_info.max, sys.float_info.max)
+
+
+def _edges_around(value: float, buckets: int) -> NDArray[np.float64]:
+    half = max(0.5, math.ldexp(abs(value), -10))
+    shares: NDArray[np.float64] = 2 * np.arange(buckets + 1) / buckets - 1
+    return value + half * shares
+
+
+def _edges_of(low: float, high: float, buckets: int) -> NDArray[np.float64]:
     width = _width(low, high, buckets)
-    first = math.floor(low / width)
-    return [_within_float(first + i, width) for i in range(buckets + 1)]
+    numbers = math.floor(low / width) + np.arange(buckets + 1, dtype=np.int64)
+    found: NDArray[np.float64] = numbers * np.float64(width)
+    return found
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -211,12 +230,6 @@ def _count(x: Tensor, low: Tensor, high: Tensor, buckets: int, scratch: Scratch)
         position = wide.mul_(per_unit).floor_().sub_(first).nan_to_num_(*3 * [float(buckets)])
         codes += count_codes(position.int(), buckets + 1)
     return codes
-
-
-def _within_float(number: int, width: float) -> float:
-    """number times width, kept finite."""
-    limit = sys.float_info.max
-    return math.copysign(limit, number) if abs(number) > limit / width else number * width
 
 
 def _check(buckets: int) -> None:

@@ -142,7 +142,8 @@ class _Some(NamedTuple):
         factor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
         below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
-        return self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
+        fits: Tensor = self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
+        return fits
 
     def beside(self, target: Tensor) -> _Others:
         """All but the target."""

@@ -1,0 +1,94 @@
+"""Models whose predictions are judged and whose uncertainty is read: their training, alone or on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchprobe
+from tests.distributed import training as t
+from torchprobe.testing import MemoryWriter
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Ensemble(nn.Module):
+    """Three classifiers of five classes, and the mean of their logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.members = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class Gaussian(nn.Module):
+    """A mean and a variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mean, self.spread = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"mean": self.mean(x), "variance": self.spread(x).exp()}
+
+
+def inputs(step: int) -> Tensor:
+    return torch.randn(96, 4, generator=torch.Generator().manual_seed(step))
+
+
+def classify(rows: slice, wrap: Wrap = lambda m: m, log_predictions: bool = False) -> Any:
+    """Every probe there is, in three steps with a validation pass of two batches after each."""
+    writer, judge = MemoryWriter(), nn.CrossEntropyLoss()
+    model = wrap(Ensemble())
+    optimizer = t.sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1, flush_every=2) as session:
+        for k in range(t.STEPS):
+            x = inputs(k)[rows]
+            logits = model(x)
+            if log_predictions:
+                session.log_predictions(logits.softmax(-1), _classes(x))
+            torch.nn.functional.cross_entropy(logits, _classes(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                for seed in (100 + k, 200 + k):
+                    x = inputs(seed)[rows]
+                    judge(model(x), _classes(x))
+            model.train()
+    return t.values(writer)
+
+
+def regress(rows: slice, wrap: Wrap = lambda m: m) -> Any:
+    """A regression that says how sure it is."""
+    writer, judge = MemoryWriter(), nn.GaussianNLLLoss()
+    model = wrap(Gaussian())
+    optimizer = t.sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1, flush_every=2):
+        for k in range(t.STEPS):
+            x = inputs(k)[rows]
+            out = model(x)
+            judge(out["mean"], x.sum(1, keepdim=True), out["variance"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return t.values(writer)
+
+
+def split(rank: int, at: int) -> slice:
+    """The rows of one of two ranks."""
+    return slice(0, at) if rank == 0 else slice(at, None)
+
+
+def tags_of(found: Any, prefixes: Sequence[str]) -> dict[str, Any]:
+    return {tag: steps for tag, steps in found.items() if tag.removeprefix("val/").startswith(tuple(prefixes))}
+
+
+def _classes(x: Tensor) -> Tensor:
+    return (x.sum(1).abs() * 2).long().clamp(max=4)

@@ -18,6 +18,7 @@ from torchprobe.statistics import attention
 
 SINK_THRESHOLD = 0.3  # Gu et al. 2024: a head whose first key takes more than this is a sink head
 
+_UNITS = {"entropy": ", nats", "distance": ", tokens"}
 _EXACT = "exact: all query rows"
 _TAG_OF = {  # statistic of a head -> tag of its mean over heads
     "entropy": "attention_entropy",
@@ -109,7 +110,7 @@ class AttentionHeatMaps:
         """The same rows as the probe's."""
         layers = [_summaries(rows[[n == name for n in names], :-1]) for name in dict.fromkeys(names)]
         for statistic, matrix in _matrices(layers):
-            title = f"attention: {statistic.replace('_', ' ')}"
+            title = f"attention: {statistic.replace('_', ' ')}{_UNITS.get(statistic, '')}"
             yield f"attention_heatmap/{statistic}", heat_map(matrix, rows="layer", columns="head", title=title)
 
 
@@ -124,8 +125,14 @@ class AttentionMap:
         """One row a head: its pooled probabilities, flattened."""
         heads = list(rows.reshape(-1, *self._shape))
         titles = [f"head {i}" for i in range(len(heads))]
-        title = f"{self._module}: queries down, keys across"
-        yield f"attention_map/{self._module}", grid(heads, titles, title=title, columns=2 if len(heads) < 5 else 4)
+        axes, high = "queries down, keys across; yellow: that probability or more", _brightest(rows)
+        yield f"attention_map/{self._module}", grid(heads, titles, title=self._module, axes=axes, high=high)
+
+
+def _brightest(rows: NDArray[np.float64]) -> float:
+    """Where the colours end: the first queries of a causal attention see few keys and would leave the rest dark."""
+    seen = rows[rows > 0]
+    return float(np.quantile(seen, 0.99)) if seen.size else 1.0
 
 
 def _summaries(rows: NDArray[np.float64]) -> list[dict[str, float]]:
@@ -159,4 +166,5 @@ def _descriptions(how: str) -> dict[str, str]:
     texts = {
         group: f"{text} ({bound if group == 'attention_max_logit' else how})." for group, text in _MEANINGS.items()
     }
-    return {**texts, "attention_map": "Attention of the first sequence, pooled; every row adds up to 1."}
+    pooled = "Attention of the first sequence, pooled to at most 128 by 128 pixels, which the axes count"
+    return {**texts, "attention_map": f"{pooled}; every row adds up to 1."}

@@ -87,9 +87,9 @@ def extra_mib(keys: int, rows: str) -> float:
     return peak_mib(f"{make}; compute(x, {rows}, None)") - peak_mib(make)
 
 
-@pytest.mark.parametrize(("keys", "rows"), [(131072, "512"), (16384, "None")])
+@pytest.mark.parametrize(("keys", "rows"), [(131072, "512"), (16384, "'all'")])
 def test_memory_beyond_queries_and_keys(benchmark, keys, rows):
-    """One layer: 512 rows of very many keys, and all rows (None) without a matrix of queries by keys."""
+    """One layer: 512 rows of very many keys, and all rows without a matrix of queries by keys."""
     extra = benchmark.pedantic(lambda: extra_mib(keys, rows), rounds=1)
     benchmark.extra_info["extra_mib"] = extra
     print(f"\n{keys} keys, rows {rows}: {extra:.0f} MiB beyond queries and keys")

@@ -61,7 +61,8 @@ def train(model: nn.Module, data: Data, settings: Settings, progress: Progress) 
     loss_function = nn.CrossEntropyLoss()
     validate_every = max(MIN_STEPS_BETWEEN_VALIDATIONS, math.ceil(settings.steps / VALIDATIONS))
     model.train()
-    with torchprobe.instrument(model, log_dir=settings.log_dir, every=settings.every) as session:
+    hparams = {name: getattr(settings, name) for name in ("steps", "batch_size", "learning_rate", "passes", "seed")}
+    with torchprobe.instrument(model, log_dir=settings.log_dir, every=settings.every, hparams=hparams) as session:
         for step, (words, labels) in enumerate(_batches(data, settings), start=1):
             loss = loss_function(model(words), labels)
             optimizer.zero_grad()

@@ -46,23 +46,28 @@ def handle(target: _Attention | _Output) -> Tensor:
         return torch.tensor(number, device="cpu")
 
 
+def _target(handle: Tensor) -> Any:
+    """The object of a handle, which is in host memory: nothing waits."""
+    return _objects.get(int(handle.numpy()))
+
+
 def _attention(handle: Tensor, *call: Any) -> None:
     if not in_backward():  # a recomputation
-        target = _objects.get(int(handle.numpy()))
+        target = _target(handle)
         if target is not None:
             target.record_call(*call)
 
 
 def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
     if gradient or not in_backward():
-        target = _objects.get(int(handle.numpy()))
+        target = _target(handle)
         if target is not None:
             target.record_tensor(tensor, training)
 
 
 def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
     if gradient or not in_backward():
-        target = _objects.get(int(handle.numpy()))
+        target = _target(handle)
         if target is not None:
             target.record_row(row, training)
 

@@ -58,7 +58,7 @@ def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
     if coordinate is None or len(data) == mesh.ndim:
         return ()
     own = tuple(coordinate[i] if i in data else slice(None) for i in range(mesh.ndim))
-    return tuple(int(rank) for rank in mesh.mesh[own].flatten().tolist())
+    return tuple(int(rank) for rank in mesh.mesh[own].flatten().tolist())  # a mesh's ranks are in host memory
 
 
 def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:

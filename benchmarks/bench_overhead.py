@@ -58,7 +58,20 @@ def every_step_except(*left_out: type) -> list:
     return [type(probe)(every=1) for probe in default_probes() if type(probe) not in left_out]
 
 
+SPINE = (
+    *(torchprobe.Gradients, torchprobe.Parameters, torchprobe.Updates, torchprobe.Activations),
+    *(torchprobe.Histograms, torchprobe.LearningRates, torchprobe.Loss),
+)
+"""What watches weights and layers, whatever the model's outputs mean."""
+
+
+def spine(*left_out: type) -> dict:
+    return {"probes": [probe(every=1) for probe in SPINE if probe not in left_out]}
+
+
 VARIANTS: dict[str, Callable[[], dict]] = {
+    "weights, gradients, activations and their histograms, every step": spine,
+    "weights, gradients and activations, every step": lambda: spine(torchprobe.Histograms),
     "every probe, every step": lambda: {"probes": every_step_except()},
     "every probe but attention, every step": lambda: {"probes": every_step_except(torchprobe.Attention)},
     "neither attention nor histograms, every step": lambda: {

@@ -20,13 +20,14 @@ from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms, stacked
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
 from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
 from torchprobe.capture.predictions.kl import carries_kl
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, SURE, Pool
+from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.reading import Reading
 from torchprobe.capture.predictions.settled import Settled
 from torchprobe.capture.skips import first_trained
@@ -149,31 +150,28 @@ class PredictionCapture:
         describe(self._phase.uncertainty, pool, reading, self._options.sample_dim)
         waiting = Waiting({}, (), [], pool, reading.mean, reading.variance)
         if reading.plain is not None and _is_usable(reading.plain):
-            waiting.rows, waiting.predictions = self._pool_plain(pool, reading, input_tensors(args, kwargs))
+            waiting.predicted = self._pool_plain(pool, reading, input_tensors(args, kwargs))
             self._seek_targets(waiting, module, args, kwargs, reading.plain)
         elif reading.mean is not None:
             waiting.nodes = _nodes(reading.mean_in_graph)
             self._phase.wait_for(waiting)
 
-    def _pool_plain(
-        self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Form, Tensor], dict[Form, Tensor]]:
-        """Feeds a plain output to its pool in every way that it may be read; its rows and mean predictions by form."""
+    def _pool_plain(self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]) -> dict[Form, Predicted]:
+        """Feeds a plain output to its pool in every way that it may be read; what it then predicts."""
         plain = reading.plain
         assert plain is not None
         members = members_of(plain, self._options.sample_dim)
         known = self._known_form(reading, members[0])
         possible = [known] if known else self._forms(members[0], inputs)
         forms = self._settled.of(possible) if self._phase.training else possible
-        rows = {form: stacked([pool.rows(member, form) for member in members]) for form in forms}
-        predictions = {
-            form: pool.add_classes(SURE if known else form.key, form, of_members.unbind())
-            for form, of_members in rows.items()
+        predicted = {
+            form: pool.add_classes(SURE if known else form.key, form, [pool.rows(member, form) for member in members])
+            for form in forms
         }
         if not known and not reading.says_something and len(forms) == len(possible):
             name = SURE if self._options.task == "regression" else NUMBERS
             pool.add_numbers(name, [member.detach() for member in members])
-        return rows, predictions
+        return predicted
 
     def _known_form(self, reading: Reading, member: Tensor) -> Form | None:
         if reading.form == "binary":
@@ -225,7 +223,7 @@ class PredictionCapture:
             judge_labels(self._phase, form, rows, targets, self._generators)
             return
         waiting.shape, waiting.nodes = tuple(plain.shape), _nodes(plain)
-        if waiting.rows and self._phase.training and plain.requires_grad:
+        if waiting.predicted and self._phase.training and plain.requires_grad:
             plain.register_hook(functools.partial(self._on_gradient, waiting, self._phase))
         self._phase.wait_for(waiting)
 

@@ -74,28 +74,18 @@ def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
     return ((strata + jitter) * (count / room)).long().clamp_(max=count - 1)
 
 
-def rows_of(tensor: Tensor, form: Form, index: Tensor | None, copy: bool = True) -> Tensor:
-    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked.
-
-    copy: whether the tensor may change before they are used.
-    """
+def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
+    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked; perhaps a view."""
     tensor = tensor.detach()
     view = tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
     chosen = () if index is None else torch.unravel_index(index, view.shape[:-1])
     rows = view[chosen] if chosen else view.reshape(-1, view.shape[-1])
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy and index is None)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def stacked(members: Sequence[Tensor]) -> Tensor:
     """(members, n, classes); of one member no copy."""
     return members[0][None] if len(members) == 1 else torch.stack(list(members))
-
-
-def probabilities_of(rows: Tensor, form: Form) -> Tensor:
-    """(..., n, classes) probabilities; rows that are such already stay."""
-    if form.kind == "sigmoid":
-        return torch.cat((rows.neg().sigmoid(), rows.sigmoid()), -1)
-    return torch.where(are_distributions(rows), rows, rows.softmax(-1))
 
 
 def are_distributions(rows: Tensor) -> Tensor:

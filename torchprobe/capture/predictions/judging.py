@@ -16,13 +16,13 @@ from torchprobe.capture.predictions.forms import (
     Form,
     Generators,
     pick,
-    probabilities_of,
     rows_of,
     stacked,
 )
 from torchprobe.capture.predictions.gradient import IGNORED, recover
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, SURE, same_rows
+from torchprobe.capture.predictions.predicted import probabilities_of
 from torchprobe.statistics import calibration, intervals
 
 _CLOSE = 1e-2
@@ -30,12 +30,12 @@ _CLOSE = 1e-2
 
 def judge_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]) -> None:
     """Targets from the gradient at the output, one for each sample; each form is judged, the host decides."""
-    for form, rows in waiting.rows.items():
-        g = stacked([waiting.pool.rows(gradient, form, copy=False) for gradient in gradients])
-        found = recover(rows.flatten(0, 1), g.flatten(0, 1), form, gradients[0].dtype)
+    for form, predicted in waiting.predicted.items():
+        g = stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
+        found = recover(predicted, g, form, gradients[0].dtype)
         phase.support(form.key, found.evidence)
-        targets = found.targets.view(len(rows), -1).amax(0)
-        _add(phase, form.key, waiting.predictions[form], targets, waiting.pool.sampled(form))
+        targets, favourite = found.targets.amax(0), found.favourite[0] if len(g) == 1 else None
+        _add(phase, form.key, predicted.mean, targets, waiting.pool.sampled(form), favourite=favourite)
 
 
 def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Tensor, generators: Generators) -> None:
@@ -67,8 +67,16 @@ def judge_call(phase: Phase, call: Call, generators: Generators) -> None:
     _add(phase, SURE, p, _targets(call.target, call.form, index), index is not None, certain)
 
 
-def _add(phase: Phase, name: str, p: Tensor, targets: Tensor, sampled: bool, certain: Tensor | None = None) -> None:
-    row = calibration.compute(p, targets, ignore_index=IGNORED)
+def _add(
+    phase: Phase,
+    name: str,
+    p: Tensor,
+    targets: Tensor,
+    sampled: bool,
+    certain: Tensor | None = None,
+    favourite: Tensor | None = None,
+) -> None:
+    row = calibration.compute(p, targets, ignore_index=IGNORED, favourite=favourite)
     phase.calibration.add(f"{name}|found", row if certain is None else row * certain, sampled)
 
 
@@ -97,10 +105,10 @@ def _alike(waiting: Sequence[Waiting], call: Call) -> tuple[list[Waiting], Tenso
             if last.mean is not None and last.mean.shape == call.input.shape:
                 return [last], torch.isclose(call.input, last.mean).all()
             continue
-        for form, predicted in last.predictions.items():
+        for form, predicted in last.predicted.items():
             if (form.kind == call.form.kind) and rows_match(call, form, last.shape):
                 p = probabilities_of(last.pool.rows(call.input, call.form), call.form)
-                flag = (p - predicted).abs().amax() < _CLOSE
+                flag = (p - predicted.mean).abs().amax() < _CLOSE
                 pooled = last.pool.mean_prediction(form)
                 return [last], flag if pooled is None else flag | ((p - pooled).abs().amax() < _CLOSE)
     return [], None

@@ -22,6 +22,7 @@ _FEW_ROWS = 4
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
+_NEAR_ZERO = 1e-2
 _EPSILON = 1e-7
 _FAINT = 1e-4
 _TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
@@ -48,21 +49,22 @@ def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
     (least, lowest), most = gradient.min(-1), gradient.amax(-1)
     alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))
-    normalized = predicted.normalized.flatten()
-    rows = _Rows(p, normalized, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
-    favourite = p.max(-1)
-    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows, *favourite)
+    raw = predicted.largest.flatten(), predicted.already.flatten()
+    rows = _Rows(p, *raw, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
+    top, favourite = p.max(-1)
+    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows, top, favourite)
     passed &= alive
     size = torch.where(alive, torch.maximum(-least, most), 0.0)
     faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
     evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
     targets = torch.where(passed, targets, IGNORED).view(shape)
-    return Recovered(targets, favourite.indices.view(shape), evidence.to(row_dtype(p.device)))
+    return Recovered(targets, favourite.view(shape), evidence.to(row_dtype(p.device)))
 
 
 class _Rows(NamedTuple):
     p: Tensor
-    normalized: Tensor
+    largest: Tensor  # of what p is the softmax of, and whether that was probabilities already
+    already: Tensor
     g: Tensor
     alive: Tensor  # rows with a gradient
     least: Tensor  # of a row's gradient, and where it is
@@ -82,7 +84,7 @@ def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tenso
     few = rows.p.shape[-1] <= _FEW_CLASSES
     target, passed = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
     if not known(passed | ~rows.alive):
-        alone = _of_log_probabilities(rows)
+        alone = _of_log_probabilities(rows, top)
         target, passed = torch.where(alone, rows.lowest, target), passed | alone
     return target, passed, top > _SURE
 
@@ -225,12 +227,13 @@ def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
     return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
 
 
-def _of_log_probabilities(rows: _Rows) -> Tensor:
+def _of_log_probabilities(rows: _Rows, top: Tensor) -> Tensor:
     """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
     alone = (rows.most <= 0) & (rows.least < 0) & (rows.total == rows.least)
     stride = max(1, rows.g.shape[-1] // _ENOUGH_CLASSES)
     alone &= (rows.g[:, ::stride] != 0).sum(-1) <= 1  # the sum may hide what is far smaller
-    return alone & rows.normalized
+    logsumexp = rows.largest - top.log()
+    return alone & ((logsumexp.abs() < _NEAR_ZERO) | rows.already)
 
 
 def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:

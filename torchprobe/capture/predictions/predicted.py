@@ -10,19 +10,18 @@ from torch import Tensor
 
 from torchprobe.capture.predictions.forms import Form, are_distributions
 
-_NEAR = 1e-2
-
 
 class Predicted(NamedTuple):
     """(samples, n, classes) in all, two classes for yes and no; nothing of it shares memory that the user may write to.
 
     probabilities: as predicted. softmax: of the rows as logits, of which a loss's gradient tells; mostly the same
-    tensor. normalized: (samples, n), rows that are probabilities or their logarithms already.
+    tensor. largest: (samples, n), of each row. already: (samples, n), whether all rows were probabilities.
     """
 
     probabilities: Tensor
     softmax: Tensor
-    normalized: Tensor
+    largest: Tensor
+    already: Tensor
 
     @classmethod
     def of(cls, members: Sequence[Tensor], form: Form) -> Predicted:
@@ -48,11 +47,13 @@ def known(flags: Tensor) -> bool:
     return flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.numpy().all())
 
 
-def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    already = are_distributions(rows[:1])
     if form.kind == "sigmoid":
         yes_or_no = torch.cat((rows.neg().sigmoid(), rows.sigmoid()), -1)
-        return yes_or_no, yes_or_no, torch.zeros_like(rows[..., 0], dtype=torch.bool)
-    softmax, already = rows.softmax(-1), are_distributions(rows)
-    probabilities = softmax if known(~already) else torch.where(already, rows, softmax)
-    logsumexp = rows.amax(-1) - softmax.amax(-1).log()
-    return probabilities, softmax, (logsumexp.abs() < _NEAR) | already
+        return yes_or_no, yes_or_no, yes_or_no[:, 0], already.expand(len(rows))
+    softmax = probabilities = rows.softmax(-1)
+    if not known(~already):  # the first row may be one
+        already = are_distributions(rows)
+        probabilities = torch.where(already, rows, softmax)
+    return probabilities, softmax, rows.amax(-1), already.expand(len(rows))

@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from time import perf_counter
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from torchprobe.capture.gate import Meter
@@ -33,7 +32,7 @@ def protected(method: Callable[Concatenate[_S, _P], None]) -> Callable[Concatena
     def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
         if self.stopped or os.getpid() != self.pid:  # a forked child must not write the parent's run
             return
-        start = perf_counter()
+        self.meter.enter()
         try:
             method(self, *args, **kwargs)
         except TrainingAlert:  # what the user asked for
@@ -42,7 +41,7 @@ def protected(method: Callable[Concatenate[_S, _P], None]) -> Callable[Concatena
             self.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")
         finally:
-            self.meter.seconds += perf_counter() - start
+            self.meter.leave()
 
     functools.update_wrapper(call, method)
     return call

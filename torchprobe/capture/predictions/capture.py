@@ -26,12 +26,13 @@ from torchprobe.capture.predictions.judging import judge_call, judge_gradient, j
 from torchprobe.capture.predictions.kl import carries_kl
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
-from torchprobe.capture.predictions.pool import NUMBERS, SURE, Pool
+from torchprobe.capture.predictions.pool import NUMBERS, Pool
 from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.reading import Reading
 from torchprobe.capture.predictions.settled import Settled
 from torchprobe.capture.skips import first_trained
 from torchprobe.naming import ROOT
+from torchprobe.probes.evidence import SURE
 from torchprobe.probes.uncertainty import Uncertainty
 
 _FORM_OF_TASK = {"classification": LAST, "regression": None}

@@ -21,8 +21,9 @@ from torchprobe.capture.predictions.forms import (
 )
 from torchprobe.capture.predictions.gradient import IGNORED, recover
 from torchprobe.capture.predictions.phase import Phase, Waiting
-from torchprobe.capture.predictions.pool import NUMBERS, SURE, same_rows
+from torchprobe.capture.predictions.pool import NUMBERS, same_rows
 from torchprobe.capture.predictions.predicted import probabilities_of
+from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 
 _CLOSE = 1e-2

@@ -16,9 +16,6 @@ from torchprobe.statistics import uncertainty
 NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""
 
-SURE = ""
-"""The form of what needs no evidence."""
-
 _MOST_NUMBERS = 2**20
 
 

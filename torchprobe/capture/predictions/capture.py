@@ -20,7 +20,7 @@ from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms, too_few
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
 from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
 from torchprobe.capture.predictions.kl import carries_kl
@@ -56,6 +56,8 @@ class PredictionCapture:
         self._on_modules: RemovableHandle | None = None
         self.unread = ""
         """Why the last output said nothing."""
+        self.untold = ""
+        """Why the gradient at the last output can tell nothing."""
         self.note = ""
         """What else is known of the model's output."""
 
@@ -180,7 +182,7 @@ class PredictionCapture:
         several = member.dim() > 1 and member.shape[-1] > 1
         if reading.form in ("logits", "probabilities") and several:
             return LAST
-        return LAST if self._options.task == "classification" and several else None
+        return (LAST if several else BINARY) if self._options.task == "classification" and member.dim() else None
 
     def _forms(self, member: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
         if self._options.task == "regression":
@@ -189,6 +191,7 @@ class PredictionCapture:
             return [LAST]
         forms = possible_forms(member, inputs)
         self.unread = "" if LAST in forms or BINARY in forms else _doubt(member)
+        self.untold = too_few(member, forms)
         return forms
 
     def _follow_ensemble(self, name: str, outputs: Sequence[Any], root: Tensor | None) -> None:

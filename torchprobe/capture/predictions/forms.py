@@ -12,6 +12,10 @@ MAX_ELEMENTS = 2**22
 """Numbers read of one output: 16 MiB. A language model's (8, 1024, 50 k) logits give 83 rows."""
 
 MAX_ROWS = 2**14
+FEW_CLASSES = 3
+"""So few that a gradient at one prediction alone can be that of any loss: it takes as many as `FEW_ROWS` of them."""
+
+FEW_ROWS = 4
 _LARGE = 2**20
 _NEAR_ONE = 1e-3
 
@@ -50,6 +54,15 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     if forms and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
         return forms
     return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
+
+
+def too_few(tensor: Tensor, forms: Sequence[Form]) -> str:
+    """Why a gradient would not tell which of the forms an output has; empty where it would."""
+    form = next((form for form in forms if form in (LAST, BINARY)), None)
+    if form is None or row_count(tensor, form) >= FEW_ROWS or (form == LAST and tensor.shape[-1] > FEW_CLASSES):
+        return ""
+    classes = tensor.shape[-1] if form == LAST else 2
+    return f"the gradients of fewer than {FEW_ROWS} predictions of {classes} classes may be those of any loss"
 
 
 def is_sequence(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:

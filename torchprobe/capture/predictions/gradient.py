@@ -12,13 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import Form
+from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, Form
 from torchprobe.capture.predictions.predicted import Predicted, known
 from torchprobe.statistics.dtypes import row_dtype
 
 IGNORED = -100
-_FEW_CLASSES = 3  # so few that a row alone can be anything
-_FEW_ROWS = 4
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
@@ -81,7 +79,7 @@ class _Rows(NamedTuple):
 
 def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
-    few = rows.p.shape[-1] <= _FEW_CLASSES
+    few = rows.p.shape[-1] <= FEW_CLASSES
     target, passed = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
     if not known(passed | ~rows.alive):
         alone = _of_log_probabilities(rows, top)
@@ -182,7 +180,7 @@ def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     classes, g = p.shape[-1], rows.g / rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
     others = (~torch.nn.functional.one_hot(target, classes).bool() & rows.alive[:, None]).to(p.dtype)
-    enough = rows.alive.sum() >= _FEW_ROWS
+    enough = rows.alive.sum() >= FEW_ROWS
     factor = _factor_by_class(g, p, others, target)
     weighted = (_away(g, factor[:, None] * p, others) <= _allowed(rows, g, others)) & (factor > 0) & enough
     slope, base = _common_line(g, p, others)
@@ -250,4 +248,4 @@ def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
         tells = spread > rows.tolerance * d.abs().amax()  # else any equal gradients would do
         agreed |= side & tells & (factor > 0) & ((g - factor * d).abs() <= allowed)
-    return positive.long(), agreed & (rows.alive.sum() >= _FEW_ROWS), distance.abs() < 1 - _SURE
+    return positive.long(), agreed & (rows.alive.sum() >= FEW_ROWS), distance.abs() < 1 - _SURE

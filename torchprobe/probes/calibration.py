@@ -48,7 +48,7 @@ class Calibration(Probe):
     def __init__(self, every: int | Schedule | None = None) -> None:
         super().__init__(every)
         self.reason = ""
-        self.coverage = Coverage()
+        self.coverage = Coverage(self)
         self.descriptions: Mapping[str, str] = _descriptions("")
         self.evidence = Evidence()
         self._training = Window(len(calibration.FIELDS))
@@ -124,7 +124,8 @@ class Coverage:
     over_batches: ClassVar[Way] = "combine"
     over_shards: ClassVar[Way] = "combine"
 
-    def __init__(self) -> None:
+    def __init__(self, speaks_for: Probe) -> None:
+        self.speaks_for = speaks_for
         self._training = Window(len(intervals.FIELDS))
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms, too_few
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
 from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
 from torchprobe.capture.predictions.kl import carries_kl
@@ -29,6 +29,7 @@ from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
 from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.reading import Reading
+from torchprobe.capture.predictions.reasons import NO_TARGETS, NO_VARIANCE, doubt, too_few
 from torchprobe.capture.predictions.settled import Settled
 from torchprobe.capture.skips import first_trained
 from torchprobe.naming import ROOT
@@ -56,8 +57,8 @@ class PredictionCapture:
         self._on_modules: RemovableHandle | None = None
         self.unread = ""
         """Why the last output said nothing."""
-        self.untold = ""
-        """Why the gradient at the last output can tell nothing."""
+        self.unjudged = ""
+        """Why the last output could not be judged."""
         self.note = ""
         """What else is known of the model's output."""
 
@@ -157,6 +158,7 @@ class PredictionCapture:
             self._seek_targets(waiting, module, args, kwargs, reading.plain)
         elif reading.mean is not None:
             waiting.nodes = _nodes(reading.mean_in_graph)
+            self.unjudged = NO_TARGETS
             self._phase.wait_for(waiting)
 
     def _pool_plain(self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]) -> dict[Form, Predicted]:
@@ -190,8 +192,11 @@ class PredictionCapture:
         if self._options.sample_dim is not None and member.dim() > 1 and member.shape[-1] > 1:
             return [LAST]
         forms = possible_forms(member, inputs)
-        self.unread = "" if LAST in forms or BINARY in forms else _doubt(member)
-        self.untold = too_few(member, forms)
+        few = too_few(member, forms)
+        self.unread = few and f"{few}Uncertainty(task='classification')"
+        self.unjudged = few and f"{few}call session.log_predictions(probs, targets)"
+        if LAST not in forms and BINARY not in forms:
+            self.unread = doubt(member)
         return forms
 
     def _follow_ensemble(self, name: str, outputs: Sequence[Any], root: Tensor | None) -> None:
@@ -243,8 +248,8 @@ class PredictionCapture:
             return
         with self._protected(output):
             call = read_call(module, args, kwargs)
-            if call is not None:
-                judge_call(self._phase, call, self._generators)
+            if call is not None and judge_call(self._phase, call, self._generators):
+                self.unjudged = NO_VARIANCE
 
     # ---- machinery
 
@@ -288,11 +293,3 @@ def _is_one_of(member: Tensor, output: Tensor) -> bool:
     """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
     shape, own = list(output.shape), list(member.shape)
     return _is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
-
-
-def _doubt(tensor: Tensor) -> str:
-    return (
-        f"the model's output is a plain tensor of shape {tuple(tensor.shape)}, whose first dimensions can be samples, "
-        "batch or time: Uncertainty(sample_dim=0) says that the first one is samples, "
-        "Uncertainty(task='classification') that the last one is classes"
-    )

@@ -56,15 +56,6 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
 
 
-def too_few(tensor: Tensor, forms: Sequence[Form]) -> str:
-    """Why a gradient would not tell which of the forms an output has; empty where it would."""
-    form = next((form for form in forms if form in (LAST, BINARY)), None)
-    if form is None or row_count(tensor, form) >= FEW_ROWS or (form == LAST and tensor.shape[-1] > FEW_CLASSES):
-        return ""
-    classes = tensor.shape[-1] if form == LAST else 2
-    return f"the gradients of fewer than {FEW_ROWS} predictions of {classes} classes may be those of any loss"
-
-
 def is_sequence(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether a 3-D output's first two dimensions are those of an input: batch and time, not samples."""
     return tensor.dim() == 3 and any(x.shape[:2] == tensor.shape[:2] for x in inputs)

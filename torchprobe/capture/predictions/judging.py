@@ -47,17 +47,19 @@ def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Te
     _add(phase, SURE, p, _targets(labels, form, index), index is not None)
 
 
-def judge_call(phase: Phase, call: Call, generators: Generators) -> None:
-    """Targets that a loss module was called with, on what follows from outputs of the model."""
+def judge_call(phase: Phase, call: Call, generators: Generators) -> bool:
+    """Targets that a loss module was called with, on what follows from outputs of the model.
+
+    Whether they are there, but the variance is missing that numbers need.
+    """
     fitting = [waiting for waiting in phase.waiting if _comes_from(call.input, waiting)]
     certain: Tensor | None = None
     if not fitting and not phase.training:
         fitting, certain = _alike(phase.waiting, call)
     if not fitting:
-        return
+        return False
     if call.form is None:
-        _judge_numbers(phase, call, fitting[-1], certain)
-        return
+        return not _judge_numbers(phase, call, fitting[-1], certain)
     for waiting in fitting:
         waiting.judged = True
     for key, right in _told_forms(call, fitting[-1].shape):
@@ -66,6 +68,7 @@ def judge_call(phase: Phase, call: Call, generators: Generators) -> None:
     rows = rows_of(call.input, call.form, index)
     p = torch.cat((1 - rows, rows), -1) if call.are_probabilities else probabilities_of(rows, call.form)
     _add(phase, SURE, p, _targets(call.target, call.form, index), index is not None, certain)
+    return False
 
 
 def _add(
@@ -81,7 +84,8 @@ def _add(
     phase.calibration.add(f"{name}|found", row if certain is None else row * certain, sampled)
 
 
-def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor | None) -> None:
+def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor | None) -> bool:
+    """Whether there was a variance to judge by."""
     for form in (LAST, SECOND, BINARY):
         phase.settle_form(form.key, False, certain)
     phase.settle_form(NUMBERS, True, certain)
@@ -90,6 +94,7 @@ def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor |
         waiting.judged = True
         row = intervals.compute(call.input.detach(), variance.detach(), call.target.detach())
         phase.coverage.add(SURE, row if certain is None else row * certain)
+    return variance is not None
 
 
 def _comes_from(tensor: Tensor, waiting: Waiting) -> bool:

@@ -106,10 +106,10 @@ class PredictionPieces:
 
     def _pieces(self, probe: Probe, phase: Phase, prefix: str) -> Iterator[Piece]:
         if isinstance(probe, Uncertainty):
-            probe.reason, probe.note = self._capture.unread or _advice(self._capture.untold, True), self._capture.note
+            probe.reason, probe.note = self._capture.unread, self._capture.note
             yield from (Piece(probe, names, rows, prefix) for _, names, rows in phase.uncertainty.rows())
         elif isinstance(probe, Calibration):
-            probe.reason = _advice(self._capture.untold, False)
+            probe.reason = self._capture.unjudged
             yield from self._of_calibration(probe, phase, prefix)
             yield from _of_coverage(probe, phase, prefix, self._window)
 
@@ -131,14 +131,6 @@ class PredictionPieces:
         pictures = self._pictures_due or not training
         values = zip(FLAGS, (float(self._window), float(pictures), 1.0), strict=True)
         return torch.stack([like.new_full((), value) for _, value in values])
-
-
-def _advice(untold: str, to_uncertainty: bool) -> str:
-    """What settles how an output is read, or judged, when its gradient does not."""
-    if not untold:
-        return ""
-    last = "Uncertainty(task='classification')" if to_uncertainty else "call session.log_predictions(probs, targets)"
-    return f"{untold}: use a loss module such as nn.CrossEntropyLoss(), hand the model its labels=, or {last}"
 
 
 def _of_coverage(probe: Calibration, phase: Phase, prefix: str, window: int) -> Iterator[Piece]:

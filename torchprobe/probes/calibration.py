@@ -38,7 +38,8 @@ class Calibration(Probe):
 
     Training: over the sampled steps since the last flush. Validation: over the whole pass, under `val/`. Regression:
     `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
-    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`). Memory is bounded: sums in bins.
+    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`); in training also from the gradients of a Gaussian
+    likelihood in any form, such as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
     """
 
     source: ClassVar[Source] = "calibration"
@@ -126,6 +127,7 @@ class Coverage:
 
     def __init__(self, speaks_for: Probe) -> None:
         self.speaks_for = speaks_for
+        self.reason = ""
         self._training = Window(len(intervals.FIELDS))
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,10 +20,11 @@ from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, is_one_of, is_usable, possible_forms
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
-from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
+from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels, judge_likelihood
 from torchprobe.capture.predictions.kl import carries_kl
+from torchprobe.capture.predictions.likelihood import Pair, Spread
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
@@ -153,13 +154,14 @@ class PredictionCapture:
         pool = self._pool(where, args, kwargs)
         describe(self._phase.uncertainty, pool, reading, self._options.sample_dim)
         waiting = Waiting({}, (), [], pool, reading.mean, reading.variance)
-        if reading.plain is not None and _is_usable(reading.plain):
+        if reading.plain is not None and is_usable(reading.plain):
             waiting.predicted = self._pool_plain(pool, reading, input_tensors(args, kwargs))
             self._seek_targets(waiting, module, args, kwargs, reading.plain)
         elif reading.mean is not None:
             waiting.nodes = _nodes(reading.mean_in_graph)
             self.unjudged = NO_TARGETS
             self._phase.wait_for(waiting)
+            self._seek_numbers(waiting, reading)
 
     def _pool_plain(self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]) -> dict[Form, Predicted]:
         """Feeds a plain output to its pool in every way that it may be read; what it then predicts."""
@@ -208,7 +210,7 @@ class PredictionCapture:
         if len(means) == len(variances) == len(readings):
             pool.add_numbers(SURE, means, variances)
         plains = [reading.plain for reading in readings if reading.plain is not None]
-        if root is not None and len(plains) == len(readings) and all(_is_one_of(plain, root) for plain in plains):
+        if root is not None and len(plains) == len(readings) and all(is_one_of(plain, root) for plain in plains):
             self._pool_members(pool, plains)
         pool.settle(self._phase.uncertainty)
 
@@ -235,6 +237,18 @@ class PredictionCapture:
         if waiting.predicted and self._phase.training and plain.requires_grad:
             plain.register_hook(functools.partial(self._on_gradient, waiting, self._phase))
         self._phase.wait_for(waiting)
+
+    def _seek_numbers(self, waiting: Waiting, reading: Reading) -> None:
+        mean, (source, spread) = reading.mean_in_graph, reading.source or (None, Spread())
+        if mean is None or source is None or mean.shape != source.shape or self._options.sample_dim is not None:
+            return
+        if self._phase.training and mean.grad_fn is not None and source.grad_fn is not None:  # on a leaf it would stay
+            Pair(functools.partial(self._on_gradients, waiting, self._phase, spread)).watch(mean, source)
+
+    def _on_gradients(self, waiting: Waiting, phase: Phase, spread: Spread, of_mean: Tensor, of_spread: Tensor) -> None:
+        if not waiting.judged and phase is self._train:
+            with self._protected(of_mean):
+                judge_likelihood(phase, waiting, of_mean, of_spread, spread)
 
     def _on_gradient(self, waiting: Waiting, phase: Phase, gradient: Tensor) -> None:
         if waiting.judged or phase is not self._train:
@@ -275,21 +289,5 @@ class PredictionCapture:
             self._on_modules = None
 
 
-def _is_usable(tensor: Tensor) -> bool:
-    """A strided tensor of ordinary floats with all of its values here."""
-    return (
-        tensor.is_floating_point()
-        and tensor.layout is torch.strided
-        and not hasattr(tensor, "full_tensor")
-        and tensor.numel() > 0
-    )
-
-
 def _nodes(tensor: Tensor | None) -> list[Any]:
     return [] if tensor is None or tensor.grad_fn is None else [tensor.grad_fn]
-
-
-def _is_one_of(member: Tensor, output: Tensor) -> bool:
-    """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
-    shape, own = list(output.shape), list(member.shape)
-    return _is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))

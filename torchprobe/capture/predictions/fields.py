@@ -57,6 +57,8 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     for name, tensor in fields.items():
         meaning = meaning_of(name)
         if meaning is not None:
+            if meaning.quantity == "variance" and reading.source is None:
+                reading.source = tensor, meaning.spread
             _put(reading, meaning.quantity, meaning.convert(_wide(tensor)))
     reading.nu = _with_words(fields, {"nu", "v"}) if reading.alpha is not None else None
     reading.beta = _with_words(fields, {"beta"}) if reading.nu is not None else None

@@ -56,6 +56,22 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
 
 
+def is_usable(tensor: Tensor) -> bool:
+    """A strided tensor of ordinary floats with all of its values here."""
+    return (
+        tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and not hasattr(tensor, "full_tensor")
+        and tensor.numel() > 0
+    )
+
+
+def is_one_of(member: Tensor, output: Tensor) -> bool:
+    """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
+    shape, own = list(output.shape), list(member.shape)
+    return is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
+
+
 def is_sequence(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether a 3-D output's first two dimensions are those of an input: batch and time, not samples."""
     return tensor.dim() == 3 and any(x.shape[:2] == tensor.shape[:2] for x in inputs)

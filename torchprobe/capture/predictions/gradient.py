@@ -23,7 +23,7 @@ _SURE = 0.99
 _NEAR_ZERO = 1e-2
 _EPSILON = 1e-7
 _FAINT = 1e-4
-_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
+TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
 
 
 class Recovered(NamedTuple):
@@ -43,7 +43,7 @@ def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch
     precision: the gradient's type before. The loss may be scaled, per row too; labels may be smoothed.
     """
     shape, p, gradient = gradient.shape[:-1], predicted.softmax.flatten(0, 1), gradient.flatten(0, 1)
-    tolerance = _TOLERANCE.get(precision, 2e-3)
+    tolerance = TOLERANCE.get(precision, 2e-3)
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
     (least, lowest), most = gradient.min(-1), gradient.amax(-1)
     alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))

@@ -12,6 +12,7 @@ from torchprobe.capture.predictions.criteria import Call
 from torchprobe.capture.predictions.forms import (
     BINARY,
     LAST,
+    MAX_ELEMENTS,
     SECOND,
     Form,
     Generators,
@@ -20,6 +21,7 @@ from torchprobe.capture.predictions.forms import (
     stacked,
 )
 from torchprobe.capture.predictions.gradient import IGNORED, recover
+from torchprobe.capture.predictions.likelihood import Spread, targets_of
 from torchprobe.capture.predictions.phase import Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS, same_rows
 from torchprobe.capture.predictions.predicted import probabilities_of
@@ -45,6 +47,18 @@ def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Te
     p = torch.stack([probabilities_of(rows_of(member, form, index), form) for member in members]).mean(0)
     phase.settle_form(form.key, True)
     _add(phase, SURE, p, _targets(labels, form, index), index is not None)
+
+
+def judge_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_spread: Tensor, spread: Spread) -> None:
+    """Targets of numbers from the gradients at their mean and at what gives their variance."""
+    if waiting.mean is None or waiting.variance is None:
+        return
+    waiting.judged = True
+    stride = 1 + waiting.mean.numel() // MAX_ELEMENTS
+    some = [x.reshape(-1)[::stride] for x in (waiting.mean, waiting.variance, of_mean, of_spread)]
+    mean, variance = some[:2]
+    targets, found = targets_of(mean, variance, some[2], some[3], spread)
+    phase.coverage.add(SURE, intervals.compute(mean, variance, targets) * found)
 
 
 def judge_call(phase: Phase, call: Call, generators: Generators) -> bool:

@@ -13,8 +13,8 @@ NO_VARIANCE = (
     "such as a field called variance or log_var, or train with nn.GaussianNLLLoss()"
 )
 NO_TARGETS = (
-    "the model returns a mean and a variance, but no target was seen, as a functional loss does not tell those of "
-    "numbers: use nn.GaussianNLLLoss() or nn.MSELoss()"
+    "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
+    "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean"
 )
 
 

@@ -77,6 +77,22 @@ def test_another_functional_loss_on_numbers_tells_no_target():
     )
 
 
+def test_a_loss_that_leaves_the_variance_out_trains_undisturbed():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            mean, spread = self.layer(x).unbind(-1)  # one node with two outputs, one of them unused
+            return {"mean": mean, "std": spread}
+
+    writer = trained(Both(), lambda out, y: F.mse_loss(out["mean"], y[:, 0]))
+    assert len(writer.records) == 4
+    assert "no target was seen" in writer.value("nothing_captured/Calibration", 3).markdown
+
+
 def test_numbers_without_a_variance_have_no_interval():
     writer = trained(nn.Linear(4, 1), lambda out, y: nn.MSELoss()(out, y))
     assert "without a variance" in writer.value("nothing_captured/Calibration", 3).markdown

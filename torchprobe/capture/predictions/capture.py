@@ -248,10 +248,10 @@ class PredictionCapture:
     def _on_gradients(self, waiting: Waiting, phase: Phase, spread: Spread, of_mean: Tensor, of_spread: Tensor) -> None:
         if not waiting.judged and phase is self._train:
             with self._protected(of_mean):
-                judge_likelihood(phase, waiting, of_mean, of_spread, spread)
+                judge_likelihood(phase, waiting, of_mean.detach(), of_spread.detach(), spread)
 
-    def _on_gradient(self, waiting: Waiting, phase: Phase, gradient: Tensor) -> None:
-        if waiting.judged or phase is not self._train:
+    def _on_gradient(self, waiting: Waiting, phase: Phase, gradient: Tensor | None) -> None:
+        if gradient is None or waiting.judged or phase is not self._train:
             return
         waiting.judged = True
         with self._protected(gradient):

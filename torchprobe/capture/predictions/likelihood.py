@@ -31,7 +31,8 @@ STD = Spread(2.0, 0.5)
 
 
 class Pair:
-    """Gradients at a mean and at what gives its variance, which arrive one after the other."""
+    """Gradients at a mean and at what gives its variance, which arrive one after the other, or not: autograd hands None
+    to the hook of what the loss does not depend on."""
 
     def __init__(self, then: Callable[[Tensor, Tensor], None]) -> None:
         self._then = then
@@ -43,12 +44,12 @@ class Pair:
         mean.register_hook(self._take_mean)
         spread.register_hook(self._take_spread)
 
-    def _take_mean(self, gradient: Tensor) -> None:
-        self._of_mean = gradient.detach()
+    def _take_mean(self, gradient: Tensor | None) -> None:
+        self._of_mean = gradient
         self._go_on()
 
-    def _take_spread(self, gradient: Tensor) -> None:
-        self._of_spread = gradient.detach()
+    def _take_spread(self, gradient: Tensor | None) -> None:
+        self._of_spread = gradient
         self._go_on()
 
     def _go_on(self) -> None:

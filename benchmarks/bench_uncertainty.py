@@ -123,7 +123,7 @@ def test_a_sampled_step(benchmark, monkeypatch, make, rounds):
 
 def _measured(run: Training, session: torchprobe.Session) -> tuple[float, float]:
     """Seconds of a step, and those that torchprobe took of it."""
-    meter = session._recorder.meter
+    meter = session._recorder.guard.meter
     before = meter.seconds
     return run.step(), meter.seconds - before
 

@@ -89,7 +89,6 @@ def test_a_loss_that_leaves_the_variance_out_trains_undisturbed():
             return {"mean": mean, "std": spread}
 
     writer = trained(Both(), lambda out, y: F.mse_loss(out["mean"], y[:, 0]))
-    assert len(writer.records) == 4
     assert "no target was seen" in writer.value("nothing_captured/Calibration", 3).markdown
 
 

@@ -23,7 +23,7 @@ from torchprobe.capture.predictions.fields import read
 from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, is_one_of, is_usable, possible_forms
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
 from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels, judge_likelihood
-from torchprobe.capture.predictions.kl import carries_kl
+from torchprobe.capture.predictions.kl import divergence_beside
 from torchprobe.capture.predictions.likelihood import Pair, Spread
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
@@ -99,7 +99,7 @@ class PredictionCapture:
     def on_recomputed(self, output: Any) -> None:
         """A pass was run again in backward; the last one without a graph of its own gets this one's gradient."""
         with self._protected(output):
-            plain = read(output, False).plain
+            plain = read(output).plain
             for waiting in reversed(self._train.waiting):
                 if plain is not None and not (waiting.nodes or waiting.judged) and waiting.shape == tuple(plain.shape):
                     waiting.nodes = _nodes(plain)
@@ -120,6 +120,7 @@ class PredictionCapture:
             self._settled.next_step()
         else:
             self._val = fresh
+        self._parts.look_again()
         if self._phase is phase:
             self.end_pass()
             self._phase = fresh
@@ -135,7 +136,9 @@ class PredictionCapture:
     # ---- one output
 
     def _read(self, module: nn.Module, output: Any) -> Reading:
-        reading = read(output, carries_kl(module))
+        reading = read(output)
+        if reading.kl is None:
+            reading.kl = divergence_beside(module, output)
         if reading.form == "logits" and not labels.form_is_known(module):
             reading.form = ""
         return reading

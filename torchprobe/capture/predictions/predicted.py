@@ -44,7 +44,7 @@ def probabilities_of(rows: Tensor, form: Form) -> Tensor:
 
 def known(flags: Tensor) -> bool:
     """Whether all flags are set, where looking waits for nothing: on the CPU. Elsewhere it is never known."""
-    return flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.numpy().all())
+    return type(flags) is Tensor and flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.numpy().all())
 
 
 def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ ALLOWED = {
     "checkpoint": {"naming", "schedule", "session", "state"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
-    "reports": set(),
+    "reports": {"run_directory", "writers"},
     "rules": {"records", "naming", "schedule"},
     "random_state": set(),
     "flight": {"_version", "capture", "records", "rules", "writers"},

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from torchprobe.reports.run import Run, Series
+from torchprobe.reports.sparkline import ROUNDING
+from torchprobe.reports.words import counted, headline, listed, reason
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen
@@ -36,10 +38,13 @@ def page(run: Run, summary: Mapping[str, Any]) -> str:
 
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<p>{summary['steps']} steps in {summary['seconds']:.0f} s.</p>"
+    yield f"<p>{escape(headline(summary))}.</p>"
+    if summary["hparams"]:
+        yield f"<p>{escape(listed(summary['hparams']))}</p>"
     yield from _alerts(summary["alerts"])
     for flight in summary["flight_recordings"]:
-        yield f'<p class="alert">Flight recording: {escape(str(flight["file"]))}</p>'
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}: {flight['file']}"
+        yield f'<p class="alert">{escape(about)}</p>'
     yield from _layers(summary["layers"])
     for group in _GROUPS:
         series = run.group(group)
@@ -53,16 +58,17 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield '<p class="well">No alert.</p>'
     for alert in alerts:
         said = escape(alert["said"] or alert["rule"])
-        yield f'<p class="alert">{said} ({len(alert["steps"])} times, first at step {alert["steps"][0]})</p>'
+        first, steps = alert["steps"][0], counted(len(alert["steps"]), "steps")
+        yield f'<p class="alert">{said} (begins and ends at {steps}, the first is {first})</p>'
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     rows = [(title, row) for title, found in layers.items() for row in found]
     if rows:
         yield "<h2>layers to look at</h2><table>"
-        for title, row in rows:
-            where = escape(row["where"])
-            yield f'<tr><td>{escape(title)}</td><td>{where}</td><td class="n">{row["value"]:.4g}</td></tr>'
+        for above, (title, row) in zip([None, *(title for title, _ in rows)], rows, strict=False):
+            where, what = escape(row["where"]), "" if title == above else escape(title)
+            yield f'<tr><td>{what}</td><td>{where}</td><td class="n">{row["value"]:.4g}</td></tr>'
         yield "</table>"
 
 
@@ -76,6 +82,8 @@ def plot(series: Series) -> str:
     steps, values = series.steps[keep].astype(np.float64), series.values[keep]
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if high - low <= ROUNDING * max(abs(high), abs(low)):
+        values, low = np.where(np.isfinite(values), high, values), high
     x = _LEFT + (steps - steps[0]) / max(steps[-1] - steps[0], 1.0) * (_WIDTH - _LEFT - 4)
     y = 6 + (high - values) / ((high - low) or 1.0) * (_HEIGHT - _BOTTOM - 12)
     return (

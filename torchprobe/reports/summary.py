@@ -28,6 +28,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
     return {
         "run": str(run.path),
+        "hparams": run.hparams,
         "steps": run.steps,
         "seconds": round(run.seconds, 3),
         "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
@@ -61,10 +62,10 @@ def _curve(series: Series) -> dict[str, Any]:
 
 
 def _alerts(run: Run) -> list[dict[str, Any]]:
-    """Per rule: the steps at which it fired, and what it said last."""
+    """Per rule, in the order in which they first fired: the steps at which it did, and what it said last."""
     lines = [line for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for line in _plain(text)]
     found = []
-    for rule, series in sorted(run.group("alerts").items()):
+    for rule, series in sorted(run.group("alerts").items(), key=lambda item: (item[1].steps[0], item[0])):
         said = [line for line in lines if line.startswith(rule)]
         found.append({"rule": rule, "steps": series.steps.tolist(), "said": said[-1] if said else None})
     return found

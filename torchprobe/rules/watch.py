@@ -26,6 +26,9 @@ class Follower(Protocol):
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""
 
+    def at_rest(self) -> None:
+        """The drain has caught up; in the drain thread."""
+
     def crashed(self, error: BaseException) -> None:
         """The training loop raised; in the training thread."""
 
@@ -64,20 +67,19 @@ class Watch:
         alerts = self._all(lambda rule: rule(record), record.step)
         shown = self._act(alerts) if alerts else self._count(record)
         record = replace(record, values={**record.values, **shown}) if shown else record
-        for follower in self.followers:
-            follower.follow(record, alerts)
+        self._tell(lambda follower: follower.follow(record, alerts))
         return record
 
     def at_rest(self) -> Record | None:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
+        self._tell(lambda follower: follower.at_rest())
         progress = self.progress()
         resting = [(rule, conditions) for rule, conditions in self._rules if hasattr(rule, "at_rest")]
         alerts = self._all(lambda rule: rule.at_rest(self._step, progress), self._step, resting)  # type: ignore[attr-defined]
         if not alerts:
             return None
         record = Record(self._step, time(), self._act(alerts))
-        for follower in self.followers:
-            follower.follow(record, alerts)
+        self._tell(lambda follower: follower.follow(record, alerts))
         return record
 
     @property
@@ -111,8 +113,7 @@ class Watch:
 
     def close(self) -> None:
         """The run has ended: let followers finish, and a notifier send what it has."""
-        for follower in self.followers:
-            follower.close()
+        self._tell(lambda follower: follower.close())
         close = getattr(self._on_alert, "close", None)
         if close is not None:
             self._guarded(close)
@@ -143,6 +144,15 @@ class Watch:
 
     def _count(self, record: Record) -> dict[str, Value]:
         return {"overview/alerts": float(self._display.count)} if "overview/dropped_records" in record.values else {}
+
+    def _tell(self, what: Callable[[Follower], None]) -> None:
+        """Whatever a follower does wrong, alerts go on."""
+        for follower in list(self.followers):
+            try:
+                what(follower)
+            except Exception:  # noqa: PERF203 - there is one or none
+                self.followers.remove(follower)
+                _log.exception("%s failed and is switched off; training goes on", type(follower).__name__)
 
     def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
         try:

@@ -47,7 +47,7 @@ ALLOWED = {
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "distributed": {"buffer", "capture", "probes", "records"},
+    "distributed": {"buffer", "capture", "probes", "records", "rules"},
 }
 
 

@@ -50,6 +50,7 @@ class Recorder:
         self._watch = watch
         clock, current = self.clock, captures.modules.current
         watch.progress = lambda: (clock.completed, current.entered)
+        watch.completed = lambda: clock.completed
         self._steps = Ledger(outlet)
         self._of_optimizer: list[Piece] = []  # what a running optimizer step uses
         self._skips = SkipDetector(self._model)

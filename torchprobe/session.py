@@ -110,6 +110,8 @@ def instrument(
     captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
+    if exchange.stopping is not None and watch.may_stop:
+        watch.together, exchange.stopping.hold = exchange.stopping, watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if directory is not None:

@@ -22,10 +22,9 @@ def check_readable(url: str) -> None:
         tf.io.gfile.isdir(url)  # raises what the next line would hide
         found = next(iter(io_wrapper.GetLogdirSubdirectories(url)), None)
     except (ImportError, ValueError) as error:
-        package = _PACKAGES.get(protocol, f"the fsspec package for {protocol}://")
-        raise CommandError(
-            f"TensorBoard cannot read {protocol}:// here ({_line(error)}). Run: pip install fsspec {package}"
-        ) from error
+        package = _PACKAGES.get(protocol)
+        fix = f"Run: pip install fsspec {package}" if package else "It reads s3://, gs://, az:// and what fsspec knows"
+        raise CommandError(f"TensorBoard cannot read {protocol}:// here ({_line(error)}). {fix}") from error
     except Exception as error:  # stores have exceptions of their own
         raise CommandError(f"'{url}' cannot be read: {_line(error)}") from error
     if found is None:

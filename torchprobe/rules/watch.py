@@ -36,12 +36,23 @@ class Follower(Protocol):
         """The run has ended."""
 
 
+class Together(Protocol):
+    """Other ranks, which are to stop at the same step."""
+
+    def propose(self, alert: Alert, completed: int) -> None:
+        """A rule ends the run; the training thread is held already, after so many steps."""
+
+    def reached(self, completed: int) -> bool:
+        """Whether to stop after so many steps. May wait, in the training thread."""
+
+
 class Watch:
     """Takes each record on its way to the writer and adds what its alerts show.
 
     rules: see `choosing.Rule`. on_alert: the user's, called with each alert; what it raises is logged once. stops:
-    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on. The
-    training thread calls `check` only, which reads an attribute.
+    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on;
+    completed: the steps that have ended; together: the other ranks, if there are any. The training thread calls `check`
+    only, which reads an attribute.
     """
 
     def __init__(
@@ -52,6 +63,8 @@ class Watch:
     ) -> None:
         self.alerts: list[Alert] = []
         self.progress: Callable[[], Hashable] = lambda: None
+        self.completed: Callable[[], int] = lambda: 0
+        self.together: Together | None = None
         self._rules = [(rule, Conditions()) for rule in rules]
         self._on_alert = on_alert
         self._stops = stops
@@ -89,9 +102,19 @@ class Watch:
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""
-        if self._stop is not None:
+        if self._stop is not None and (self.together is None or self.together.reached(self.completed())):
             stop, self._stop, self._stops = self._stop, None, frozenset()
             raise TrainingAlert(stop)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a rule may end the run."""
+        return bool(self._stops)
+
+    def hold(self, alert: Alert) -> int:
+        """Let `check` raise this alert from its next call on; the steps completed by then, or one fewer."""
+        self._stop = alert
+        return self.completed()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of alerts so far, and what rules with a `state_dict` remember, for a resumed run."""
@@ -137,7 +160,9 @@ class Watch:
         showing.log(alerts)
         for alert in alerts:
             if alert.rule in self._stops and not alert.ended and self._stop is None:
-                self._stop = alert
+                completed = self.hold(alert)
+                if self.together is not None:
+                    self.together.propose(alert, completed)
             if self._on_alert is not None:
                 self._guarded(self._on_alert, alert)
         return dict(self._display.values(alerts))

@@ -10,10 +10,11 @@ from urllib.parse import quote
 # The page takes up to ten pins, by hand or from its address; those of tags that a run lacks are not shown.
 PINNED = (
     "overview/loss",
-    "overview/grad_norm",
     "overview/update_ratio",
     "overview/attention_entropy_min",
-    "overview/ece",
+    "val/overview/epistemic",
+    "val/overview/ece",
+    "overview/grad_norm",
     "overview/epistemic",
     "overview/alerts",
 )

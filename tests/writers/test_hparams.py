@@ -72,7 +72,6 @@ def test_the_page_shows_hparams_final_metrics_and_success(tmp_path, page):
     assert metrics["Final/train/step"] == (3, 2)
     # The page shows five columns of all scalars, the first by the alphabet.
     assert [tag for tag in sorted(metrics)[:5] if tag.startswith("Final/")] == [
-        "Final/overview/loss",
         "Final/train/loss",
         "Final/train/step",
         "Final/val/accuracy",

@@ -10,7 +10,7 @@ import numpy as np
 
 from torchprobe.reports.run import Run, Series
 from torchprobe.reports.sparkline import ROUNDING
-from torchprobe.reports.words import counted, headline, listed, reason
+from torchprobe.reports.words import headline, listed, reason
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen
@@ -58,8 +58,9 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield '<p class="well">No alert.</p>'
     for alert in alerts:
         said = escape(alert["said"] or alert["rule"])
-        first, steps = alert["steps"][0], counted(len(alert["steps"]), "steps")
-        yield f'<p class="alert">{said} (begins and ends at {steps}, the first is {first})</p>'
+        steps = alert["steps"]
+        others = f", {len(steps) - 1} more" if len(steps) > 1 else ""
+        yield f'<p class="alert">{said} (first at step {steps[0]}{others})</p>'
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -86,9 +87,10 @@ def plot(series: Series) -> str:
         values, low = np.where(np.isfinite(values), high, values), high
     x = _LEFT + (steps - steps[0]) / max(steps[-1] - steps[0], 1.0) * (_WIDTH - _LEFT - 4)
     y = 6 + (high - values) / ((high - low) or 1.0) * (_HEIGHT - _BOTTOM - 12)
+    width = 1.5 if finite.size > 1 else 5  # one point is a dot
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">'
-        f'<path d="{_path(x, y)}" fill="none" stroke="#21918c" stroke-width="1.5" stroke-linecap="round"/>'
+        f'<path d="{_path(x, y)}" fill="none" stroke="#21918c" stroke-width="{width}" stroke-linecap="round"/>'
         f'<text x="2" y="12">{high:.3g}</text><text x="2" y="{_HEIGHT - _BOTTOM - 4}">{low:.3g}</text>'
         f'<text x="{_LEFT}" y="{_HEIGHT - 4}">step {int(steps[0])}</text>'
         f'<text x="{_WIDTH - 4}" y="{_HEIGHT - 4}" text-anchor="end">{int(steps[-1])}</text></svg>'

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torchprobe.writers.filesystems import filesystem_of
+
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
 
 
 @contextmanager
@@ -29,8 +31,8 @@ def copied(url: str) -> Iterator[tuple[Path, str]]:
 
 def _fetch(store: Any, url: str, folder: Path) -> str:
     root = store._strip_protocol(url).rstrip("/")
-    paths = store.find(url)
-    run = _newest(root, [path for path in paths if "tfevents" in _name(path)])
+    paths: dict[str, Any] = store.find(url, detail=True)
+    run = _newest(root, {path: details for path, details in paths.items() if "tfevents" in _name(path)})
     (folder / "flight").mkdir()
     for path in paths:
         if _parent(path) == run and "tfevents" in _name(path):
@@ -40,11 +42,16 @@ def _fetch(store: Any, url: str, folder: Path) -> str:
     return url + run[len(root) :]
 
 
-def _newest(root: str, event_files: Sequence[str]) -> str:
-    """The root itself when it holds event files, else the folder of the newest: their names begin with their time."""
+def _newest(root: str, event_files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The root itself when it holds event files, else the folder of the one that was written last."""
     if any(_parent(path) == root for path in event_files):
         return root
-    return _parent(max(event_files, key=_name, default=f"{root}/"))
+    return _parent(max(event_files, key=lambda path: (_written(event_files[path]), _name(path)), default=f"{root}/"))
+
+
+def _written(details: Mapping[str, Any]) -> str:
+    """When, in a form that sorts; empty where a store does not say: then names decide, which hold a time too."""
+    return next((str(details[key]) for key in _TIMES if details.get(key)), "")
 
 
 def _name(path: str) -> str:

@@ -33,7 +33,7 @@ ALLOWED = {
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
     "state": {"naming"},
-    "checkpoint": {"naming", "schedule", "session", "state"},
+    "checkpoint": {"naming", "random_state", "schedule", "session", "state"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
     "reports": {"run_directory", "writers"},

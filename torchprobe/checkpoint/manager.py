@@ -17,10 +17,10 @@ from torchprobe.checkpoint.best import Mode, check_best, chosen_metric, is_bette
 from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, name_of, prune, read_file, remove, stored, write_file
 from torchprobe.checkpoint.models import model_state, states_of
 from torchprobe.checkpoint.plain import plain
-from torchprobe.checkpoint.randomness import random_states
 from torchprobe.checkpoint.ranks import agreed, own_rank
 from torchprobe.checkpoint.restoring import Target, apply, read_sharded
 from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
+from torchprobe.random_state import random_states
 from torchprobe.schedule import check_count
 from torchprobe.session import Session, session_of
 

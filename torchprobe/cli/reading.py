@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchprobe.cli.errors import CommandError
-from torchprobe.run_directory import as_url, is_url
+from torchprobe.run_directory import as_url, is_url, local_path
 
 if TYPE_CHECKING:
     from torchprobe.reports.run import Run
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def place(text: str) -> Path | str:
     """A folder, or a URL as it stands: for argparse."""
-    return as_url(text) if is_url(text) else Path(text)
+    return as_url(text) if is_url(text) else local_path(text)
 
 
 def recorded(where: Path | str) -> Run:

@@ -33,7 +33,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "seconds": round(run.seconds, 3),
         "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
         "counts": {tag.split("/")[1]: int(run.scalars[tag].last) for tag in _COUNTS if tag in run.scalars},
-        "probe_overhead": _of(run, "overview/probe_overhead"),
+        "probe_overhead": _overhead(run),
         "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
         "alerts": _alerts(run),
         "layers": {title: _extremes(run.group(group), worst) for title, (group, worst) in _EXTREMES.items()},
@@ -99,8 +99,10 @@ def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
     return {key: flight[key] for key in ("file", "step", "reason", "alert", "alerts", "exception") if key in flight}
 
 
-def _of(run: Run, tag: str) -> float | None:
-    return _number(run.scalars[tag].last) if tag in run.scalars else None
+def _overhead(run: Run) -> float | None:
+    """The middle one of what was written every so many steps."""
+    series = run.scalars.get("overview/probe_overhead")
+    return None if series is None else _number(float(np.median(series.values)))
 
 
 def _number(value: float) -> float | None:

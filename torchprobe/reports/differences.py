@@ -49,7 +49,9 @@ def _table(title: str, found: Sequence[Difference], most: int) -> Iterator[Rende
             table.add_row(escape(one.tag), short(one.a), short(one.b), size)
         yield table
     if len(found) > most:
-        yield Text(f" {len(found) - most} smaller differences are not shown; --most shows them.", style="dim")
+        rest = len(found) - most
+        are = "smaller difference is" if rest == 1 else "smaller differences are"
+        yield Text(f" {rest} {are} not shown; --most shows more.", style="dim")
 
 
 def _of_whole_run(tag: str) -> bool:

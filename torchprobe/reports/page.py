@@ -18,6 +18,7 @@ _GROUPS = (
     "overview", "train", "val", "calibration", "grad_norm_layer", "update_ratio", "activation_std",
     "attention_entropy", "attention_max_logit", "uncertainty_epistemic", "lr",
 )  # fmt: skip
+_OF_THE_RUN = 3  # so many of them; then the layers
 _STYLE = """
 body{font:14px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -45,12 +46,18 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
     for flight in summary["flight_recordings"]:
         about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}: {flight['file']}"
         yield f'<p class="alert">{escape(about)}</p>'
-    yield from _layers(summary["layers"])
-    for group in _GROUPS:
-        series = run.group(group)
+    for i, group in enumerate(_GROUPS):
+        if i == _OF_THE_RUN:
+            yield from _layers(summary["layers"])
+        series = {name: curve for name, curve in run.group(group).items() if group != "val" or _is_general(name)}
         if series:
             yield f"<h2>{escape(group)}</h2>"
             yield from (_figure(name, curve) for name, curve in series.items())
+
+
+def _is_general(name: str) -> bool:
+    """Whether a number of validation is of the whole model."""
+    return "/" not in name or name.startswith(("overview/", "calibration/"))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

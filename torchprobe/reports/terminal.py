@@ -14,6 +14,7 @@ from torchprobe.reports.run import Run
 from torchprobe.reports.sparkline import sparkline
 from torchprobe.reports.words import headline, listed, reason
 
+_BARS = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
 
 
@@ -62,7 +63,9 @@ def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> It
         table = plain_table(title, "tag", ">first", ">last", ">lowest", ">highest", "course")
         for tag, curve in curves.items():
             numbers = [short(curve[key]) for key in ("first", "last", "lowest", "highest")]
-            table.add_row(escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values))
+            table.add_row(
+                escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values, _BARS)
+            )
         yield table
 
 

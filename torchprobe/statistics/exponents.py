@@ -47,7 +47,8 @@ def log_histogram(x: Tensor) -> Tensor:
 
     `x` is any strided floating or complex tensor. Counts are exact, and zeros and buckets add up to the number of
     finite elements. Histograms of two tensors merge by addition. Makes no host read, keeps temporaries below about
-    2**22 elements, and costs 1.3 ns an element of float32 on two busy CPU cores. Raises TypeError for integers.
+    2**22 elements, and costs 1.1 ns an element of a million of float32 on one CPU core, and 2.2 of 100,000. Raises
+    TypeError for integers.
     """
     return log_histograms([x])[0]
 

@@ -12,10 +12,24 @@ _log = logging.getLogger("torchprobe")
 
 
 class Meter:
-    """Host seconds spent in torchprobe on the training thread."""
+    """Host seconds spent in torchprobe on the training thread. What runs inside something else counts once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._depth = 0
+        self._start = 0.0
+
+    def enter(self) -> None:
+        """Something of ours begins."""
+        if not self._depth:
+            self._start = perf_counter()
+        self._depth += 1
+
+    def leave(self) -> None:
+        """It has ended, by an exception or not."""
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += perf_counter() - self._start
 
 
 class Gate:
@@ -28,37 +42,23 @@ class Gate:
         self.failed = False
         self._meter = meter
 
-    def boundary(self) -> Boundary:
-        """Run probe code: an exception switches the probe off, with one logged traceback."""
-        return Boundary(self)
+    def boundary(self) -> Gate:
+        """Run probe code: an exception switches the probe off, with one logged traceback.
 
-    def took(self, seconds: float) -> None:
-        """Count what the probe cost."""
-        self._meter.seconds += seconds
+        The gate itself is entered, as often as need be: a generator would take three times as long, on every layer.
+        """
+        return self
 
-    def fail(self, error: Exception) -> None:
-        """Switch the probe off."""
+    def __enter__(self) -> None:
+        self._meter.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._meter.leave()
+        if not isinstance(error, Exception):
+            return False
         self.failed = True
         self.train = self.val = False
         _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
-
-
-class Boundary:
-    """Probe code runs inside. A class, since each layer enters one: a generator takes three times as long."""
-
-    __slots__ = ("_gate", "_start")
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._start = perf_counter()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        self._gate.took(perf_counter() - self._start)
-        if not isinstance(error, Exception):
-            return False
-        self._gate.fail(error)
         return True
 
 

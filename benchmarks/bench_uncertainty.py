@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchprobe
+from tests.modes import Largest
 from torchprobe.statistics import calibration, uncertainty
 from torchprobe.testing import MemoryWriter
 
@@ -59,19 +59,6 @@ class LanguageModel(Classifier):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return process_time() - start
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that one operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 @pytest.mark.parametrize(("make", "rounds"), [(Classifier, 25), (LanguageModel, 2)])

@@ -9,6 +9,7 @@ from tests.setups.matrix import cases, outcome
 
 @pytest.mark.parametrize(("family", "setup"), cases())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles")  # inductor of torch 2.6
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo hides by itself, unless it is an error
 def test_a_set_up_gives_the_numbers_of_the_plain_eager_run(family, setup):
     found = outcome(family, setup)

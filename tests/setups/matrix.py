@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.models import FAMILIES, inputs
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.naming import unwrapped
 from torchprobe.records import Histogram
 from torchprobe.testing import MemoryWriter
@@ -128,7 +127,7 @@ def checkpointed(reentrant: bool) -> Callable[[nn.Module], nn.Module]:
 
 _NO_LSTM = {"lstm": "Dynamo does not trace LSTM"}
 _SLOW = {"cnn": "compiled with the other backends already"}
-_COMPILED = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad", "nothing_captured/ActivationGrad")))
+_COMPILED = ("dead_units/",)
 _BATCH_NORM = {"cnn": "batch normalisation sees other batches"}
 
 SETUPS: dict[str, Setup] = {

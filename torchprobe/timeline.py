@@ -90,21 +90,25 @@ class Timeline:
 
     def tick(self) -> None:
         """A step ends, by a forward pass or because the user says so."""
+        trained = self.skips.gradients_await_step
         self.skips.settled()
         self.forward_unclocked = False
         if self.clock.by_forward:
             self.end_validation()
         self.clock.tick()
-        self.roll()
+        self.roll(trained=trained)
 
-    def roll(self) -> None:
-        """The step that the clock has just counted is complete: gather it, and decide on the next."""
+    def roll(self, *, trained: bool = True) -> None:
+        """The step that the clock has just counted is complete: gather it, and decide on the next.
+
+        trained: whether gradients were made. Of a step of mere inference nobody misses them.
+        """
         ended = self.current
         ended.buffer.pieces += [*self._captures.collect(ended.due, training=True, scale=self.scale), *self._loss()]
         signs, flags, ended.buffer.urgent = self._captures.health.signs()
         ended.buffer.values.update(signs)
         ended.buffer.pieces += flags
-        ended.buffer.due = ended.due if self.clock.has_optimizer else ()
+        ended.buffer.due = ended.due if trained or self.clock.has_optimizer else ()
         if ended.step % self._outlet.flush_every == 0:
             ended.buffer.values.update(self._overview.values(self.clock.skipped))
         if ended.step == self.clock.origin + 1 and not self._pass.seen:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.modes import Largest, NoHostRead
 from tests.statistics.attention_sources import blocks_of, causal_bias, decaying, query_key
 from torchprobe.statistics import attention
 from torchprobe.statistics.attention import Logits, QueryKey, Source
@@ -48,27 +48,6 @@ def tensors(source: Source) -> list[torch.Tensor]:
 def like(source: Source, change) -> Source:
     """The same call with other tensors."""
     return type(source)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in vars(source).items()})
-
-
-class NoHostRead(TorchDispatchMode):
-    FORBIDDEN = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in self.FORBIDDEN, "host read"
-        return function(*args, **(kwargs or {}))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that one operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 @pytest.mark.parametrize("block", [50, 2**18])

@@ -122,8 +122,7 @@ def _fill(columns: Tensor, block: Block, workspace: Workspace) -> None:
     else:
         sink.copy_(_of_first(weight, block.visible.first))
         count.copy_(block.visible.count)
-    for column, sums in zip((total, distance), totals(weight, block.distances), strict=True):
-        column.copy_(sums)
+    totals(weight, block.distances, total, distance)
 
 
 def _of_first(weight: Tensor, first: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
-_WRITTEN_OUT = functions.PRODUCTS | functions.SOFTMAXES | functions.EXPONENTIALS | functions.CARRIERS
+_SOFTMAXES = functions.SOFTMAXES | functions.LOG_SOFTMAXES | functions.EXPONENTIALS
+_WRITTEN_OUT = functions.PRODUCTS | _SOFTMAXES | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
 _OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)

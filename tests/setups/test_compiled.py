@@ -26,6 +26,7 @@ from tests.setups.compiled import (
     train,
     wrapper,
 )
+from torchprobe.capture.attention import dot_product
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -228,6 +229,38 @@ def test_keys_that_multi_head_attention_adds_count_in_compiled_models_too(option
     expected = passes(compiled=False)
     assert "attention_entropy/attention" in expected.tags()
     assert_same_values(passes(compiled=True), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_shapes_of_no_known_form_are_told_of_and_the_others_go_on(compiled, monkeypatch):
+    query_key = dot_product.query_key
+
+    def of_few(call, heads):
+        if call["query"].dim() == 3:
+            raise ValueError("mask: got another shape")
+        return query_key(call, heads)
+
+    monkeypatch.setattr(dot_product, "query_key", of_few)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            unknown = F.scaled_dot_product_attention(x, x, x * self.scale)[None]
+            return F.scaled_dot_product_attention(unknown, unknown, unknown)
+
+    torch.manual_seed(2)
+    model, writer = Attention(), MemoryWriter()
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Attention(every=1)]) as session:
+        run(torch.randn(3, 5, 4)).square().mean().backward()
+        optimizer.step()
+        session.flush()
+        assert "calls in root, whose shapes are of no known form" in str(session.summary())
+    assert len(writer.scalars("attention_entropy/root")) == 1
 
 
 @pytest.mark.parametrize("way", [wrapper, function])

@@ -118,7 +118,7 @@ class Handwritten:
 
     def _call(self, operands: list[Tensor], result: Tensor, learned: bool) -> Call | None:
         caller = self._observer.owners.caller()
-        if caller is None or caller is INSIDE_GRAPH or result.dim() < 2:
+        if caller is None or caller is INSIDE_GRAPH:
             return None
         lengths = result.size(-2), result.size(-1)
         cross = learned or (not under_transform() and is_cross(operands[0], operands[1], *lengths))

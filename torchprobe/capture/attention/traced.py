@@ -23,6 +23,7 @@ from torchprobe.capture.attention.layout import unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import Caller, heads_of
 from torchprobe.capture.attention.projected import projected
+from torchprobe.capture.attention.uncovered import unknown_shapes
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass
@@ -60,7 +61,11 @@ class Owner(Inert):
         if reason is not None:
             self._observer.uncovered.add(reason)
             return
-        source = dot_product.query_key(call, self._heads)
+        try:
+            source = dot_product.query_key(call, self._heads)
+        except ValueError:
+            self._observer.uncovered.add(unknown_shapes(self._name))
+            return
         batch, _, queries, keys = source.shape
         tokens = keys - added
         of = Call(Caller(self._name, (("compiled", "", place),), self._heads), queries != tokens)

@@ -56,7 +56,7 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
 
     Costs a matrix product of the chosen rows with the keys, and as much again: on a CPU core about 3 ns for each of
     rows times heads times keys, two thirds of it where `causal`. Memory is a few blocks of `parts.budget` logits,
-    and six numbers a row: 400 MiB for 512 rows of 12 heads by 131,072 keys. Makes no host read and leaves the global
+    and six numbers a row: 105 MiB for 512 rows of 12 heads by 131,072 keys. Makes no host read and leaves the global
     generators alone. Call it with autocast off.
     Raises ValueError for a `rows` that is neither "all" nor a positive integer.
     """

@@ -11,12 +11,14 @@ from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
 from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
+_NOT_HELD = "no torch.optim optimizer held a parameter of the model that include= and exclude= leave"
+
 _REASONS = {
     "outputs": "no chosen module ran with a floating-point output; look at include= and exclude=",
     "output_gradients": "no chosen module's output needed a gradient; look at include= and exclude=",
-    "gradients": "no parameter of the model had a gradient when an optimizer stepped",
-    "parameters": "no optimizer held a parameter of the model that include= and exclude= leave",
-    "updates": "no optimizer held a parameter of the model that include= and exclude= leave",
+    "gradients": "no parameter of the model had a gradient when a torch.optim optimizer stepped, or none stepped",
+    "parameters": _NOT_HELD,
+    "updates": _NOT_HELD,
     "attention": "no attention was seen; session.summary() counts what was not covered, and why",
     "uncertainty": "the model returned no named uncertainty, no distribution, and no logits that a cross-entropy told; "
     "Uncertainty(task='classification') or task='regression' says what a plain output is",

@@ -20,10 +20,11 @@ from torch import nn
 
 import torchprobe
 from benchmarks.memory import peak_mib
+from torchprobe.statistics.attention import QueryKey, compute
 from torchprobe.testing import MemoryWriter
 
 TOKENS, WIDTH, HEADS = 4096, 768, 12
-ROUNDS = 10
+ROUNDS = 8
 
 pytestmark = pytest.mark.timeout(900)  # on a machine that others use
 
@@ -99,6 +100,23 @@ def test_a_sampled_step(benchmark, length):
     print(f"\nlength {length}: ratio {summary(ratios)}, of both bare ones {summary([b / a for a, _, b in times])}")
     print(f"bare step {1e3 * median(a for a, _, _ in times):.0f} ms")
     assert all(time > 0 for round_ in times for time in round_)
+
+
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+def test_the_statistic_after_a_bare_step(benchmark, length):
+    """The same by itself, which resolves more than the difference of two steps; finding the call is not in it."""
+    run, generator = Run(length), torch.Generator().manual_seed(0)
+    q, k, _ = torch.randn(TOKENS // length, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+    source = QueryKey(q, k, scale=0.125, causal=True)
+    run.step(), compute(source, 512, generator)
+    times: list[tuple[float, float]] = []
+    benchmark.pedantic(
+        lambda: times.append((seconds(run.step), seconds(lambda: compute(source, 512, generator)))), rounds=7
+    )
+    shares = [statistic / step for step, statistic in times]
+    benchmark.extra_info["share"] = median(shares)
+    print(f"\nlength {length}: {summary(shares)} of a bare step, {1e3 * median(t for _, t in times):.1f} ms")
+    assert min(shares) > 0
 
 
 def test_the_measure_of_memory_sees_what_a_process_takes_and_not_what_its_parent_has():

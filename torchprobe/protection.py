@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from torchprobe.capture.gate import Meter
@@ -51,7 +50,7 @@ def protected(method: Callable[Concatenate[_G, _P], None]) -> Callable[Concatena
         guard = self.guard
         if guard.stopped or os.getpid() != guard.pid:  # a forked child must not write the parent's run
             return
-        start = perf_counter()
+        guard.meter.enter()
         try:
             method(self, *args, **kwargs)
         except TrainingAlert:  # what the user asked for
@@ -60,7 +59,7 @@ def protected(method: Callable[Concatenate[_G, _P], None]) -> Callable[Concatena
             guard.stopped = True
             _log.exception("torchprobe failed and stops recording; training goes on")
         finally:
-            guard.meter.seconds += perf_counter() - start
+            guard.meter.leave()
 
     functools.update_wrapper(call, method)
     return call

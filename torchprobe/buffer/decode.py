@@ -77,7 +77,7 @@ class Decoder:
             _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
             return {}
         if tagged or (names and not hasattr(reporter, "reason")):  # one that has a reason may report nothing
-            self._seen.add(reporter)
+            self._seen.add(getattr(reporter, "speaks_for", reporter))
         if names:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged

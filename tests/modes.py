@@ -23,7 +23,31 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        self.elements = max(self.elements, _allocated(result, args, kwargs))
         return result
+
+
+class Allocations(TorchDispatchMode):
+    """How many operations allocated so many elements or more."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += _allocated(result, args, kwargs) >= self.elements
+        return result
+
+
+def _allocated(result, args, kwargs) -> int:
+    """Elements of the memory of a result that is in none of the arguments' memory."""
+    known = {_address(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
+    if not isinstance(result, torch.Tensor) or _address(result) in known:
+        return 0
+    return result.untyped_storage().nbytes() // result.element_size()
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()

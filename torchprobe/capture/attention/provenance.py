@@ -39,13 +39,21 @@ def _before(frontier: _Nodes, seen: _Nodes, ends: list[bool], side: int) -> _Nod
     """The nodes one step back; notes in `ends` where something without a graph, so unknown, was projected."""
     found: _Nodes = set()
     for node in frontier:
-        for before, _ in node.next_functions:
+        for behind, _ in node.next_functions:
+            before = _beyond_slices(behind)
             if before is None:
                 ends[side] |= node.name().startswith(_PROJECTIONS)
             elif not hasattr(before, "variable") and before not in seen:  # a parameter is shared by everything
                 found.add(before)
     seen |= found
     return found
+
+
+def _beyond_slices(node: Any) -> Any:
+    """Slices do not count: in torch 2.6, half of the last dimension is one slice for each dimension."""
+    while node is not None and node.name().startswith("Slice"):
+        node = node.next_functions[0][0]
+    return node
 
 
 def is_cross(query: Tensor, key: Tensor, queries: int, keys: int) -> bool:

@@ -169,11 +169,13 @@ def _added(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
 
 
-def _enter(module: nn.Module, args: Any) -> None:
+def put_mode_on(module: nn.Module, args: Any) -> None:
+    """The forward pre-hook."""
     owner = module.__dict__.get(OWNER)
     if owner is None or not (owner.current.training and owner.current.sampled):
         return
     if not torch.compiler.is_compiling():
+        owner.current.fired = True
         beside(stack.push, owner.mode)
         return
     where = scope()
@@ -181,7 +183,8 @@ def _enter(module: nn.Module, args: Any) -> None:
         run_in(where, _push_mode, owner.mode)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
+    """The forward hook."""
     owner = module.__dict__.get(OWNER)
     if owner is None or not (owner.current.training and owner.current.sampled):
         return
@@ -202,7 +205,7 @@ class TracedAttention:
         self._current = current
         self._handles: list[RemovableHandle] = []
         self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-        keep_out(_enter, _leave)
+        keep_out(put_mode_on, take_mode_off)
 
     def arm(self) -> None:
         """A step to sample begins."""
@@ -234,7 +237,7 @@ class TracedAttention:
         if module not in self._owners:
             self._owners[module] = Owner(name, module, self._current, self._observer)
         module.__dict__[OWNER] = self._owners[module]
-        self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
+        self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 
     def _remove(self) -> None:
         while self._handles:

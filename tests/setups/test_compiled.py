@@ -80,6 +80,17 @@ def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(ca
     assert "compiled before torchprobe watched it" in caplog.text
 
 
+@pytest.mark.parametrize("probe", [torchprobe.Attention, torchprobe.Activations])
+def test_a_single_probe_needs_no_more_graphs_and_may_come_late(probe, caplog):
+    options = {"model": Transformer(dropout=0.0, layers=1), "probes": [probe()], "every": 2, "steps": 4}
+    expected = train(bare, **copy.deepcopy(options))
+    found = train(wrapper, **copy.deepcopy(options))
+    assert found.graphs == [1, 1, 2, 2]
+    assert "compiled" not in caplog.text
+    assert_same_values(found.writer, expected.writer)
+    assert_same_values(train(wrapper, when="late", **options).writer, expected.writer)
+
+
 def test_a_dozen_compiled_blocks_share_two_graphs_and_keep_their_own_values():
     def deep() -> Transformer:
         torch.manual_seed(4)

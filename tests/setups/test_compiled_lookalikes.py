@@ -1,4 +1,4 @@
-"""Models of one class in one process, all compiled, which share Dynamo's graphs: each is recorded as if it were alone."""
+"""Models of one class in one process, which share Dynamo's graphs: each is recorded as if it were alone."""
 
 from __future__ import annotations
 

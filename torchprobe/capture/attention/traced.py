@@ -23,7 +23,7 @@ from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import Caller, heads_of
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.sites import Pass, note_compiled
 from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.naming import named_modules
 
@@ -172,15 +172,18 @@ def _added(mask: Tensor) -> Tensor:
 def put_mode_on(module: nn.Module, args: Any) -> None:
     """The forward pre-hook."""
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.training and owner.current.sampled):
+    if owner is None:
         return
-    if not torch.compiler.is_compiling():
+    sampled = owner.current.training and owner.current.sampled
+    if torch.compiler.is_compiling():
+        where = scope()
+        if where != "elsewhere":
+            run_in(where, note_compiled, owner.current)
+            if sampled:
+                run_in(where, _push_mode, owner.mode)
+    elif sampled:
         owner.current.fired = True
         beside(stack.push, owner.mode)
-        return
-    where = scope()
-    if where != "elsewhere":
-        run_in(where, _push_mode, owner.mode)
 
 
 def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ import torchprobe
 
 PACKAGE = Path(torchprobe.__file__).parent
 
-# Each folder may import these and itself; `session`, `logger` and `recorder` wire everything.
+# Each folder may import these and itself; `session` and `logger` wire everything.
 ALLOWED = {
     "records": set(),
     "schedule": set(),
@@ -42,7 +42,10 @@ ALLOWED = {
     "flight": {"_version", "capture", "records", "rules", "writers"},
     "overview": {"buffer", "capture", "records"},
     "protection": {"capture", "rules"},
-    "recorder": {"buffer", "capture", "ledger", "logbook", "overview", "plan", "protection", "records", "rules"},
+    "timeline": {"buffer", "capture", "ledger", "overview", "plan"},
+    "passes": {"capture", "plan", "protection", "timeline"},
+    "recorder": {"buffer", "capture", "passes", "plan", "protection", "records", "rules", "timeline"},
+    "logs": {"metrics", "predictions", "probes", "recorder", "records", "scores", "writers"},
     "assembly": {"buffer", "capture", "distributed", "naming", "plan", "probes", "selection"},
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},

@@ -22,18 +22,14 @@ from torchprobe.capture.gate import Meter
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
-from torchprobe.metrics import Metrics, Number
+from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
-from torchprobe.predictions import checked_predictions
-from torchprobe.probes.separation import Separation
 from torchprobe.recorder import Recorder
-from torchprobe.records import Text
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
-from torchprobe.scores import separation_piece
 from torchprobe.selection import Patterns, Selection
 from torchprobe.state import RunState
 from torchprobe.writers.hparams import checked_hparams
@@ -123,7 +119,7 @@ def session_of(model: nn.Module) -> Session | None:
     return _sessions.get(unwrapped(model))
 
 
-class Session:
+class Session(Logs):
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
@@ -138,13 +134,10 @@ class Session:
     ) -> None:
         self.log_dir = directory
         """The run's directory, a str if it is a URL; None when a writer was handed over."""
+        super().__init__(recorder, sink)
         self._watch = watch
-        self._recorder = recorder
         self._outlet = outlet
-        self._sink = sink
         self._state = state
-        self._metrics = Metrics()
-        self._separation = Separation()
         self._model = weakref.ref(root)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
@@ -168,54 +161,6 @@ class Session:
         """Whether the session still watches its model."""
         return self._finalizer.alive
 
-    def log_metrics(self, metrics: Mapping[str, Number], prefix: str = "") -> None:
-        """Log numbers of this iteration under `<prefix>/<name>`, at every step, with the step's number.
-
-        A value may be a device tensor of one element: it is copied on the device and read later, so that
-        nothing waits. Of two values for one tag and step the later counts. A tensor of several elements
-        is dropped with one warning. Raises TypeError for what is no number.
-        """
-        for tag, value in self._metrics.tagged(metrics, prefix):
-            self._recorder.log(tag, value)
-
-    def log_text(self, tag: str, text: str) -> None:
-        """Log Markdown for TensorBoard's Text page, with the step's number."""
-        for argument, value in (("tag", tag), ("text", text)):
-            if not isinstance(value, str):
-                raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
-        self._recorder.log(tag, Text(text))
-
-    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Hyperparameters that `instrument` was not given. TensorBoard keeps those of the run's first steps.
-
-        Raises TypeError for a value that is no bool, number or string.
-        """
-        self._sink.begin(hparams)
-
-    def log_predictions(self, probs: Any, targets: Any) -> None:
-        """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
-
-        They count for the step and for training or validation as the model's last pass was, at every call, and
-        replace what was found without a call. Tensors stay on their device, and nothing waits.
-
-        probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
-        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
-        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
-        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
-        """
-        predictions, classes = checked_predictions(probs, targets)
-        self._recorder.log_predictions(predictions, classes)
-
-    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
-        """Log how well a score separates data from outside the training distribution from data inside it.
-
-        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
-        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
-        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
-        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
-        """
-        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))
-
     def next_step(self) -> None:
         """End a step by hand. From the first call on, nothing else does.
 
@@ -228,7 +173,7 @@ class Session:
 
         Waits up to `timeout` seconds, or as long as it takes; False when time ran out or writing failed.
         """
-        if os.getpid() != self._recorder.pid or not self.attached:
+        if os.getpid() != self._recorder.guard.pid or not self.attached:
             return False
         self._recorder.flush()
         return self._outlet.drain.flush(timeout)
@@ -262,7 +207,7 @@ class Session:
 
     def paused(self) -> AbstractContextManager[None]:
         """Nothing is recorded or counted inside, such as a step that an optimizer takes to make its state."""
-        return self._recorder.paused()
+        return self._recorder.guard.paused()
 
     def detach(self, timeout: float | None = None) -> bool:
         """Take off every hook, write what is left, end the thread. Safe to call twice.
@@ -280,7 +225,7 @@ class Session:
         lines = [
             f"torchprobe: {self.step} steps, {'attached' if self.attached else 'detached'}",
             f"  run directory     {self.log_dir or 'the writer that was handed over'}",
-            f"  time in probes    {recorder.meter.seconds:.3f} s",
+            f"  time in probes    {recorder.guard.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
             f"  alerts            {len(self._watch.alerts)}",
@@ -316,6 +261,6 @@ class Session:
             _sessions.pop(root, None)
         self._recorder.close()
         self._recorder.detach()
-        if os.getpid() != self._recorder.pid:  # a forked child has no drain thread, and not its own file
+        if os.getpid() != self._recorder.guard.pid:  # a forked child has no drain thread, and not its own file
             return True
         return self._outlet.drain.close(timeout)

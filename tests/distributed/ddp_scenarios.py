@@ -126,6 +126,8 @@ def predicting() -> dict[str, Any]:
         "classified, unequal": p.classify(unequal, DDP),
         "predictions given": p.classify(half, DDP, log_predictions=True),
         "regressed": p.regress(half, DDP),
+        "settled": p.settle(half, DDP),
+        "never settled": p.settle(half, DDP, classes=False),
     }
 
 

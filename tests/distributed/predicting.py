@@ -81,6 +81,31 @@ def regress(rows: slice, wrap: Wrap = lambda m: m) -> Any:
     return t.values(writer)
 
 
+def settle(rows: slice, wrap: Wrap = lambda m: m, classes: bool = True) -> dict[str, Any]:
+    """Training, by a cross-entropy or a squared error, that drains after each step.
+
+    Its values, what it says that it missed, and in which forms the output of each step was judged.
+    """
+    writer = MemoryWriter()
+    model = wrap(Ensemble())
+    optimizer, judged = t.sgd(model), []
+    probes = [torchprobe.Uncertainty(every=1), torchprobe.Calibration(every=1)]
+    with torchprobe.instrument(model, writer=writer, probes=probes, flush_every=1) as session:
+        phase = session._recorder._captures.predictions._capture
+        for k in range(2 * t.STEPS):
+            x = inputs(k)[rows]
+            logits = model(x)
+            judged.append([form.key for form in phase._train.waiting[-1].predicted])
+            loss = nn.functional.cross_entropy(logits, _classes(x)) if classes else (logits - x[:, :1]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.flush(30)
+    found = [item for record in writer.records for item in record.values.items()]
+    missed = [str(value) for tag, value in found if tag.startswith("nothing_captured/")]
+    return {"judged": judged, "values": t.values(writer), "missed": missed}
+
+
 def split(rank: int, at: int) -> slice:
     """The rows of one of two ranks."""
     return slice(0, at) if rank == 0 else slice(at, None)

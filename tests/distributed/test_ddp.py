@@ -103,3 +103,21 @@ def test_coverage_of_a_regression_is_that_of_the_joined_batch(ranks):
     expected = p.regress(EVERYTHING)
     assert {"calibration/coverage_50", "calibration/coverage_90", "calibration_pit/targets"} <= set(expected)
     assert differences(ranks[0]["regressed"], expected) == []
+
+
+def test_every_rank_settles_on_what_the_outputs_are(ranks):
+    """Else the others would judge outputs in every way there is, at each sampled step, and rank 0 would wait."""
+    expected = p.settle(EVERYTHING)["judged"]
+    assert expected[0] == ["softmax-1", "sigmoid-1"]
+    assert expected[-1] == ["softmax-1"]
+    assert [rank["settled"]["judged"] for rank in ranks] == [expected, expected]
+
+
+@pytest.mark.parametrize("how", ["settled", "never settled"])
+def test_what_is_settled_and_what_is_not_is_that_of_the_joined_batch(ranks, how):
+    expected = p.settle(EVERYTHING, classes=how == "settled")
+    assert differences(ranks[0][how]["values"], expected["values"]) == []
+    assert ranks[0][how]["missed"] == expected["missed"]
+    assert ("calibration/ece" in expected["values"], len(expected["missed"])) == (
+        (True, 0) if how == "settled" else (False, 2)
+    )

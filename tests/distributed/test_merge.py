@@ -19,7 +19,6 @@ from torchprobe.distributed.merge import merge
 from torchprobe.probes.activations import ActivationGradients
 from torchprobe.probes.attention_weights import AttentionWeights
 from torchprobe.probes.base import Probe
-from torchprobe.probes.calibration import Coverage
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
 from torchprobe.probes.parameters import Parameters
 from torchprobe.probes.provenance import Provenance
@@ -132,7 +131,7 @@ def test_calibration_uncertainty_and_coverage_of_all_examples(sizes):
     rows = {
         torchprobe.Calibration(): lambda at: calibration.compute(logits[at].softmax(-1), targets[at]),
         torchprobe.Uncertainty(): lambda at: uncertainty.compute(uncertainty.classification(members[:, at])),
-        Coverage(): lambda at: intervals.compute(mean[at], variance[at], target[at]),
+        torchprobe.Calibration().coverage: lambda at: intervals.compute(mean[at], variance[at], target[at]),
     }
     starts = np.cumsum([0, *sizes])
     for probe, row in rows.items():

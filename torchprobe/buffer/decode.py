@@ -11,12 +11,14 @@ from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
 from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
+_NOT_HELD = "no torch.optim optimizer held a parameter of the model that include= and exclude= leave"
+
 _REASONS = {
     "outputs": "no chosen module ran with a floating-point output; look at include= and exclude=",
     "output_gradients": "no chosen module's output needed a gradient; look at include= and exclude=",
-    "gradients": "no parameter of the model had a gradient when an optimizer stepped",
-    "parameters": "no optimizer held a parameter of the model that include= and exclude= leave",
-    "updates": "no optimizer held a parameter of the model that include= and exclude= leave",
+    "gradients": "no parameter of the model had a gradient when a torch.optim optimizer stepped, or none stepped",
+    "parameters": _NOT_HELD,
+    "updates": _NOT_HELD,
     "attention": "no attention was seen; session.summary() counts what was not covered, and why",
     "uncertainty": "the model returned no named uncertainty, no distribution, and no logits that a cross-entropy told; "
     "Uncertainty(task='classification') or task='regression' says what a plain output is",
@@ -75,7 +77,7 @@ class Decoder:
             _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
             return {}
         if tagged or (names and not hasattr(reporter, "reason")):  # one that has a reason may report nothing
-            self._seen.add(reporter)
+            self._seen.add(getattr(reporter, "speaks_for", reporter))
         if names:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged

@@ -13,10 +13,24 @@ _log = logging.getLogger("torchprobe")
 
 
 class Meter:
-    """Host seconds spent in torchprobe on the training thread."""
+    """Host seconds spent in torchprobe on the training thread. What runs inside something else counts once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._depth = 0
+        self._start = 0.0
+
+    def enter(self) -> None:
+        """Something of ours begins."""
+        if not self._depth:
+            self._start = perf_counter()
+        self._depth += 1
+
+    def leave(self) -> None:
+        """It has ended, by an exception or not."""
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += perf_counter() - self._start
 
 
 class Gate:
@@ -32,7 +46,7 @@ class Gate:
     @contextmanager
     def boundary(self) -> Iterator[None]:
         """Run probe code: an exception switches the probe off, with one logged traceback."""
-        start = perf_counter()
+        self._meter.enter()
         try:
             yield
         except Exception:
@@ -40,7 +54,7 @@ class Gate:
             self.train = self.val = False
             _log.exception("probe %s failed and is switched off; training goes on", self.name)
         finally:
-            self._meter.seconds += perf_counter() - start
+            self._meter.leave()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:

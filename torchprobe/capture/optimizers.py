@@ -48,13 +48,6 @@ class OptimizerHooks:
             register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
         ]
 
-    def any_alive(self) -> bool:
-        """Whether an optimizer of the model exists that may never have stepped. Looks at all objects: 50 ms.
-
-        Remembers nothing: the call may run on other weights than the optimizer's (`functional_call`).
-        """
-        return any(issubclass(type(o), Optimizer) and self._holds_ours(o) for o in gc.get_objects())
-
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""
         while self._handles:
@@ -85,13 +78,24 @@ class OptimizerHooks:
         return known[1]
 
     def _holds_ours(self, optimizer: Optimizer) -> bool:
-        mine = self._parameters()
-        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        return _holds(optimizer, self._parameters())
 
 
 def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `step` got a closure: `args` holds the optimizer itself first."""
     return any(map(callable, (*args[1:], kwargs.get("closure"))))
+
+
+def any_alive(parameters: set[int]) -> bool:
+    """Whether an optimizer of these parameters exists that may never have stepped. Looks at all objects: 50 ms.
+
+    Remembers nothing: the call may run on other weights than the optimizer's (`functional_call`).
+    """
+    return any(issubclass(type(o), Optimizer) and _holds(o, parameters) for o in gc.get_objects())
+
+
+def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
+    return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
 
 def parameter_ids(model: nn.Module) -> set[int]:

@@ -40,6 +40,11 @@ class SkipDetector:
             self._sharded = model is not None and is_fully_sharded(model)
         self._weights_used = self._weights_version()
 
+    @property
+    def gradients_await_step(self) -> bool:
+        """Whether a backward pass ran that no step has followed yet."""
+        return self._weights_used is not None
+
     def settled(self) -> None:
         """A step used the gradients, or they were given up."""
         self._weights_used = None

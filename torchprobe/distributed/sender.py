@@ -12,6 +12,7 @@ from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
 from torchprobe.distributed.world import World, is_connected
+from torchprobe.probes.base import Probe
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")
@@ -113,6 +114,8 @@ class Sender:
         if key is None:
             return None
         names, rows = seen_rows(arrived)
+        if isinstance(heading.reporter, Probe):
+            heading.reporter.learn(names, rows)
         return Part(key, heading.prefix, names, rows, heading.shares) if len(names) else None
 
 

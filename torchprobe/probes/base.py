@@ -105,6 +105,9 @@ class Probe:
         pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a
 
+    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
+        """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""
+
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
 

@@ -22,6 +22,7 @@ GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
 FLAGS = ("window", "pictures", "rows")
 """Columns behind the evidence: number of the flush interval, whether pictures are due, and 1, as rows are added up."""
 
+_EVIDENCE = slice(-len(EVIDENCE) - len(FLAGS), -len(FLAGS))
 _COUNTS = ("count", "ignored", "invalid")
 _FAINT = 0.01
 _log = logging.getLogger("torchprobe")
@@ -37,7 +38,8 @@ class Calibration(Probe):
 
     Training: over the sampled steps since the last flush. Validation: over the whole pass, under `val/`. Regression:
     `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
-    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`). Memory is bounded: sums in bins.
+    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`); in training also from the gradients of a Gaussian
+    likelihood in any form, such as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
     """
 
     source: ClassVar[Source] = "calibration"
@@ -47,24 +49,26 @@ class Calibration(Probe):
     def __init__(self, every: int | Schedule | None = None) -> None:
         super().__init__(every)
         self.reason = ""
-        self.coverage = Coverage()
+        self.coverage = Coverage(self)
         self.descriptions: Mapping[str, str] = _descriptions("")
         self.evidence = Evidence()
         self._training = Window(len(calibration.FIELDS))
         self._warned: set[str] = set()
 
+    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
+        """Whether the model's plain output holds classes."""
+        self.evidence.weigh({name: row[_EVIDENCE] for name, row in added_up(names, rows).items()})
+
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is `<form>|<origin>|<phase>`; one phase at a time."""
         found = added_up(names, rows)
-        start = len(calibration.FIELDS)
-        evidence = {name: row[start : start + len(EVIDENCE)] for name, row in found.items()}
-        self.evidence.weigh(evidence)
+        self.learn(names, rows)
         name = _preferred([name for name in found if self.evidence.holds(name)])
         if name is None:
             self._explain(names)
             return
-        self._note(name, evidence[name])
-        row, (window, pictures, added) = found[name][:start], found[name][-len(FLAGS) :]
+        self._note(name, found[name][_EVIDENCE])
+        row, (window, pictures, added) = found[name][: len(calibration.FIELDS)], found[name][-len(FLAGS) :]
         if name.endswith("|train"):
             row = self._training.add(window / added, row)
         yield from self._tags(row)
@@ -121,7 +125,9 @@ class Coverage:
     over_batches: ClassVar[Way] = "combine"
     over_shards: ClassVar[Way] = "combine"
 
-    def __init__(self) -> None:
+    def __init__(self, speaks_for: Probe) -> None:
+        self.speaks_for = speaks_for
+        self.reason = ""
         self._training = Window(len(intervals.FIELDS))
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

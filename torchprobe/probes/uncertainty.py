@@ -72,10 +72,14 @@ class Uncertainty(Probe):
         self.descriptions: Mapping[str, str] = _descriptions("exact", "")
         self.evidence = Evidence()
 
+    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
+        """Whether the model's plain output holds classes."""
+        self.evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in added_up(names, rows).items()})
+
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is `<form>|<group>|<where>`."""
         found = added_up(names, rows)
-        self.evidence.weigh({name: row[-len(EVIDENCE) :] for name, row in found.items()})
+        self.learn(names, rows)
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
         self.descriptions = _descriptions(how, self.note)
         means: dict[str, dict[str, float]] = {}

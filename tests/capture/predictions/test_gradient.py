@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchprobe.capture.predictions.forms import BINARY, LAST
-from torchprobe.capture.predictions.gradient import IGNORED, recover
+from torchprobe.capture.predictions.gradient import IGNORED, Recovered, recover
+from torchprobe.capture.predictions.predicted import Predicted
 
 ROWS = 40
 
 
 def recovered(z: Tensor, loss: Tensor, form=LAST):
     (gradient,) = torch.autograd.grad(loss, z)
-    return recover(z.detach().float(), gradient.float(), form, gradient.dtype)
+    return of_one_pass(z.detach().float(), gradient.float(), form, gradient.dtype)
+
+
+def of_one_pass(z: Tensor, gradient: Tensor, form, precision: torch.dtype) -> Recovered:
+    found = recover(Predicted.of([z], form), gradient[None], form, precision)
+    return found._replace(targets=found.targets[0])
 
 
 def drawn(seed: int, classes: int, spread: float, dtype=torch.float32) -> tuple[Tensor, Tensor]:
@@ -145,10 +151,10 @@ def test_rows_that_are_not_finite_are_left_out(bad):
     z, y = drawn(0, 6, 1.0)
     gradient = torch.autograd.grad(F.cross_entropy(z, y), z)[0].clone()
     gradient[2, 3] = bad
-    found = recover(z.detach(), gradient, LAST, torch.float32)
+    found = of_one_pass(z.detach(), gradient, LAST, torch.float32)
     assert found.targets[2] == IGNORED
     assert found.evidence.tolist() == [ROWS - 1, ROWS - 1, 0]
 
 
 def test_no_rows_at_all():
-    assert recover(torch.zeros(1, 4), torch.zeros(1, 4), LAST, torch.float32).evidence.tolist() == [0, 0, 0]
+    assert of_one_pass(torch.zeros(1, 4), torch.zeros(1, 4), LAST, torch.float32).evidence.tolist() == [0, 0, 0]

@@ -164,3 +164,15 @@ def test_other_arguments_that_do_not_fit_are_refused():
         calibration.compute(torch.ones(2, 2), torch.zeros(3).long())
     with pytest.raises(ValueError, match=r"row: got shape \(2,\)"):
         calibration.summarise([1.0, 2.0])
+
+
+@pytest.mark.parametrize("piece", [1, 2**18])
+def test_the_likeliest_class_may_be_handed_in(piece, monkeypatch):
+    from torchprobe.statistics import dtypes
+
+    monkeypatch.setattr(dtypes, "CPU_PIECE", piece)
+    p = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    targets = torch.arange(24).view(4, 6) % 9
+    assert calibration.compute(p, targets, favourite=p.argmax(-1)).equal(calibration.compute(p, targets))
+    other = calibration.compute(p, targets, favourite=p.argmin(-1))
+    assert calibration.summarise(other.numpy())["confidence"] < 1 / 9

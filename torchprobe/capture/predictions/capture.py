@@ -20,17 +20,21 @@ from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call
 from torchprobe.capture.predictions.describing import describe, members_of
 from torchprobe.capture.predictions.fields import read
-from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, possible_forms, stacked
+from torchprobe.capture.predictions.forms import BINARY, LAST, Form, Generators, is_one_of, is_usable, possible_forms
 from torchprobe.capture.predictions.identity import InputKey, input_tensors
-from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels
-from torchprobe.capture.predictions.kl import carries_kl
+from torchprobe.capture.predictions.judging import judge_call, judge_gradient, judge_labels, judge_likelihood
+from torchprobe.capture.predictions.kl import divergence_beside
+from torchprobe.capture.predictions.likelihood import Pair, Spread
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Phase, Waiting
-from torchprobe.capture.predictions.pool import NUMBERS, SURE, Pool
+from torchprobe.capture.predictions.pool import NUMBERS, Pool
+from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.reading import Reading
+from torchprobe.capture.predictions.reasons import NO_TARGETS, NO_VARIANCE, doubt, too_few
 from torchprobe.capture.predictions.settled import Settled
 from torchprobe.capture.skips import first_trained
 from torchprobe.naming import ROOT
+from torchprobe.probes.evidence import SURE
 from torchprobe.probes.uncertainty import Uncertainty
 
 _FORM_OF_TASK = {"classification": LAST, "regression": None}
@@ -54,6 +58,8 @@ class PredictionCapture:
         self._on_modules: RemovableHandle | None = None
         self.unread = ""
         """Why the last output said nothing."""
+        self.unjudged = ""
+        """Why the last output could not be judged."""
         self.note = ""
         """What else is known of the model's output."""
 
@@ -93,7 +99,7 @@ class PredictionCapture:
     def on_recomputed(self, output: Any) -> None:
         """A pass was run again in backward; the last one without a graph of its own gets this one's gradient."""
         with self._protected(output):
-            plain = read(output, False).plain
+            plain = read(output).plain
             for waiting in reversed(self._train.waiting):
                 if plain is not None and not (waiting.nodes or waiting.judged) and waiting.shape == tuple(plain.shape):
                     waiting.nodes = _nodes(plain)
@@ -114,6 +120,7 @@ class PredictionCapture:
             self._settled.next_step()
         else:
             self._val = fresh
+        self._parts.look_again()
         if self._phase is phase:
             self.end_pass()
             self._phase = fresh
@@ -129,7 +136,9 @@ class PredictionCapture:
     # ---- one output
 
     def _read(self, module: nn.Module, output: Any) -> Reading:
-        reading = read(output, carries_kl(module))
+        reading = read(output)
+        if reading.kl is None:
+            reading.kl = divergence_beside(module, output)
         if reading.form == "logits" and not labels.form_is_known(module):
             reading.form = ""
         return reading
@@ -148,32 +157,31 @@ class PredictionCapture:
         pool = self._pool(where, args, kwargs)
         describe(self._phase.uncertainty, pool, reading, self._options.sample_dim)
         waiting = Waiting({}, (), [], pool, reading.mean, reading.variance)
-        if reading.plain is not None and _is_usable(reading.plain):
-            waiting.rows, waiting.predictions = self._pool_plain(pool, reading, input_tensors(args, kwargs))
+        if reading.plain is not None and is_usable(reading.plain):
+            waiting.predicted = self._pool_plain(pool, reading, input_tensors(args, kwargs))
             self._seek_targets(waiting, module, args, kwargs, reading.plain)
         elif reading.mean is not None:
             waiting.nodes = _nodes(reading.mean_in_graph)
+            self.unjudged = NO_TARGETS
             self._phase.wait_for(waiting)
+            self._seek_numbers(waiting, reading)
 
-    def _pool_plain(
-        self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Form, Tensor], dict[Form, Tensor]]:
-        """Feeds a plain output to its pool in every way that it may be read; its rows and mean predictions by form."""
+    def _pool_plain(self, pool: Pool, reading: Reading, inputs: Sequence[Tensor]) -> dict[Form, Predicted]:
+        """Feeds a plain output to its pool in every way that it may be read; what it then predicts."""
         plain = reading.plain
         assert plain is not None
         members = members_of(plain, self._options.sample_dim)
         known = self._known_form(reading, members[0])
         possible = [known] if known else self._forms(members[0], inputs)
         forms = self._settled.of(possible) if self._phase.training else possible
-        rows = {form: stacked([pool.rows(member, form) for member in members]) for form in forms}
-        predictions = {
-            form: pool.add_classes(SURE if known else form.key, form, of_members.unbind())
-            for form, of_members in rows.items()
+        predicted = {
+            form: pool.add_classes(SURE if known else form.key, form, [pool.rows(member, form) for member in members])
+            for form in forms
         }
         if not known and not reading.says_something and len(forms) == len(possible):
             name = SURE if self._options.task == "regression" else NUMBERS
             pool.add_numbers(name, [member.detach() for member in members])
-        return rows, predictions
+        return predicted
 
     def _known_form(self, reading: Reading, member: Tensor) -> Form | None:
         if reading.form == "binary":
@@ -181,7 +189,7 @@ class PredictionCapture:
         several = member.dim() > 1 and member.shape[-1] > 1
         if reading.form in ("logits", "probabilities") and several:
             return LAST
-        return LAST if self._options.task == "classification" and several else None
+        return (LAST if several else BINARY) if self._options.task == "classification" and member.dim() else None
 
     def _forms(self, member: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
         if self._options.task == "regression":
@@ -189,7 +197,11 @@ class PredictionCapture:
         if self._options.sample_dim is not None and member.dim() > 1 and member.shape[-1] > 1:
             return [LAST]
         forms = possible_forms(member, inputs)
-        self.unread = "" if LAST in forms or BINARY in forms else _doubt(member)
+        few = too_few(member, forms)
+        self.unread = few and f"{few}Uncertainty(task='classification')"
+        self.unjudged = few and f"{few}call session.log_predictions(probs, targets)"
+        if LAST not in forms and BINARY not in forms:
+            self.unread = doubt(member)
         return forms
 
     def _follow_ensemble(self, name: str, outputs: Sequence[Any], root: Tensor | None) -> None:
@@ -201,7 +213,7 @@ class PredictionCapture:
         if len(means) == len(variances) == len(readings):
             pool.add_numbers(SURE, means, variances)
         plains = [reading.plain for reading in readings if reading.plain is not None]
-        if root is not None and len(plains) == len(readings) and all(_is_one_of(plain, root) for plain in plains):
+        if root is not None and len(plains) == len(readings) and all(is_one_of(plain, root) for plain in plains):
             self._pool_members(pool, plains)
         pool.settle(self._phase.uncertainty)
 
@@ -225,12 +237,24 @@ class PredictionCapture:
             judge_labels(self._phase, form, rows, targets, self._generators)
             return
         waiting.shape, waiting.nodes = tuple(plain.shape), _nodes(plain)
-        if waiting.rows and self._phase.training and plain.requires_grad:
+        if waiting.predicted and self._phase.training and plain.requires_grad:
             plain.register_hook(functools.partial(self._on_gradient, waiting, self._phase))
         self._phase.wait_for(waiting)
 
-    def _on_gradient(self, waiting: Waiting, phase: Phase, gradient: Tensor) -> None:
-        if waiting.judged or phase is not self._train:
+    def _seek_numbers(self, waiting: Waiting, reading: Reading) -> None:
+        mean, (source, spread) = reading.mean_in_graph, reading.source or (None, Spread())
+        if mean is None or source is None or mean.shape != source.shape or self._options.sample_dim is not None:
+            return
+        if self._phase.training and mean.grad_fn is not None and source.grad_fn is not None:  # on a leaf it would stay
+            Pair(functools.partial(self._on_gradients, waiting, self._phase, spread)).watch(mean, source)
+
+    def _on_gradients(self, waiting: Waiting, phase: Phase, spread: Spread, of_mean: Tensor, of_spread: Tensor) -> None:
+        if not waiting.judged and phase is self._train:
+            with self._protected(of_mean):
+                judge_likelihood(phase, waiting, of_mean.detach(), of_spread.detach(), spread)
+
+    def _on_gradient(self, waiting: Waiting, phase: Phase, gradient: Tensor | None) -> None:
+        if gradient is None or waiting.judged or phase is not self._train:
             return
         waiting.judged = True
         with self._protected(gradient):
@@ -241,8 +265,8 @@ class PredictionCapture:
             return
         with self._protected(output):
             call = read_call(module, args, kwargs)
-            if call is not None:
-                judge_call(self._phase, call, self._generators)
+            if call is not None and judge_call(self._phase, call, self._generators):
+                self.unjudged = NO_VARIANCE
 
     # ---- machinery
 
@@ -268,29 +292,5 @@ class PredictionCapture:
             self._on_modules = None
 
 
-def _is_usable(tensor: Tensor) -> bool:
-    """A strided tensor of ordinary floats with all of its values here."""
-    return (
-        tensor.is_floating_point()
-        and tensor.layout is torch.strided
-        and not hasattr(tensor, "full_tensor")
-        and tensor.numel() > 0
-    )
-
-
 def _nodes(tensor: Tensor | None) -> list[Any]:
     return [] if tensor is None or tensor.grad_fn is None else [tensor.grad_fn]
-
-
-def _is_one_of(member: Tensor, output: Tensor) -> bool:
-    """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
-    shape, own = list(output.shape), list(member.shape)
-    return _is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
-
-
-def _doubt(tensor: Tensor) -> str:
-    return (
-        f"the model's output is a plain tensor of shape {tuple(tensor.shape)}, whose first dimensions can be samples, "
-        "batch or time: Uncertainty(sample_dim=0) says that the first one is samples, "
-        "Uncertainty(task='classification') that the last one is classes"
-    )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchprobe.capture.predictions.pool import SURE, Pool
+from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Reading
 from torchprobe.capture.predictions.tally import Tally
+from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import uncertainty
 from torchprobe.statistics.uncertainty import Decomposition
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, distributions
 
+from torchprobe.capture.predictions.likelihood import STD
 from torchprobe.capture.predictions.reading import Reading
 
 _OBSERVED = "The model returns a distribution of what is observed."
@@ -39,6 +40,8 @@ def _of_number(found: distributions.Distribution) -> Reading:
         reading.mean = reading.mean_in_graph.detach()
     except NotImplementedError:
         return reading
+    if isinstance(found, distributions.Normal):
+        reading.source = found.scale, STD
     if isinstance(found, distributions.MixtureSameFamily):
         reading.spread_of_means = _spread_of_means(found)
     reading.entropy = _entropy(found, reading.variance)

@@ -18,18 +18,15 @@ from torchprobe.capture.predictions.reading import Reading
 _DEPTH = 2
 
 
-def read(output: Any, carries_kl: bool = False) -> Reading:
-    """What an output says. carries_kl: a tuple's second part, a scalar, is a divergence (as in bayesian-torch)."""
+def read(output: Any) -> Reading:
+    """What an output says."""
     distribution = _first_distribution(output)
     if distribution is not None:
-        reading = read_distribution(distribution)
-    else:
-        reading = _read_fields(dict(fields_of(output)))
-        if reading.plain is None and not reading.says_something:
-            tensor = main_tensor(output)
-            reading.plain = tensor if tensor is not None and not tensor.is_complex() else None
-    if carries_kl and reading.kl is None:
-        reading.kl = _second_scalar(output)
+        return read_distribution(distribution)
+    reading = _read_fields(dict(fields_of(output)))
+    if reading.plain is None and not reading.says_something:
+        tensor = main_tensor(output)
+        reading.plain = tensor if tensor is not None and not tensor.is_complex() else None
     return reading
 
 
@@ -57,6 +54,8 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     for name, tensor in fields.items():
         meaning = meaning_of(name)
         if meaning is not None:
+            if meaning.quantity == "variance" and reading.source is None:
+                reading.source = tensor, meaning.spread
             _put(reading, meaning.quantity, meaning.convert(_wide(tensor)))
     reading.nu = _with_words(fields, {"nu", "v"}) if reading.alpha is not None else None
     reading.beta = _with_words(fields, {"beta"}) if reading.nu is not None else None
@@ -99,12 +98,6 @@ def _first_distribution(output: Any) -> Distribution | None:
         return output
     parts = output if isinstance(output, tuple | list) else [part for _, part in _items(output)]
     return next((part for part in parts if isinstance(part, Distribution)), None)
-
-
-def _second_scalar(output: Any) -> Tensor | None:
-    if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[1], Tensor):
-        return _wide(output[1]) if output[1].numel() == 1 else None
-    return None
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ MAX_ELEMENTS = 2**22
 """Numbers read of one output: 16 MiB. A language model's (8, 1024, 50 k) logits give 83 rows."""
 
 MAX_ROWS = 2**14
+FEW_CLASSES = 3
+"""So few that a gradient at one prediction alone can be that of any loss: it takes as many as `FEW_ROWS` of them."""
+
+FEW_ROWS = 4
 _LARGE = 2**20
 _NEAR_ONE = 1e-3
 
@@ -52,6 +56,22 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
 
 
+def is_usable(tensor: Tensor) -> bool:
+    """A strided tensor of ordinary floats with all of its values here."""
+    return (
+        tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and not hasattr(tensor, "full_tensor")
+        and tensor.numel() > 0
+    )
+
+
+def is_one_of(member: Tensor, output: Tensor) -> bool:
+    """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
+    shape, own = list(output.shape), list(member.shape)
+    return is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
+
+
 def is_sequence(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether a 3-D output's first two dimensions are those of an input: batch and time, not samples."""
     return tensor.dim() == 3 and any(x.shape[:2] == tensor.shape[:2] for x in inputs)
@@ -74,28 +94,18 @@ def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
     return ((strata + jitter) * (count / room)).long().clamp_(max=count - 1)
 
 
-def rows_of(tensor: Tensor, form: Form, index: Tensor | None, copy: bool = True) -> Tensor:
-    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked.
-
-    copy: whether the tensor may change before they are used.
-    """
+def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
+    """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked; perhaps a view."""
     tensor = tensor.detach()
     view = tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
     chosen = () if index is None else torch.unravel_index(index, view.shape[:-1])
     rows = view[chosen] if chosen else view.reshape(-1, view.shape[-1])
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy and index is None)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def stacked(members: Sequence[Tensor]) -> Tensor:
     """(members, n, classes); of one member no copy."""
     return members[0][None] if len(members) == 1 else torch.stack(list(members))
-
-
-def probabilities_of(rows: Tensor, form: Form) -> Tensor:
-    """(..., n, classes) probabilities; rows that are such already stay."""
-    if form.kind == "sigmoid":
-        return torch.cat((rows.neg().sigmoid(), rows.sigmoid()), -1)
-    return torch.where(are_distributions(rows), rows, rows.softmax(-1))
 
 
 def are_distributions(rows: Tensor) -> Tensor:

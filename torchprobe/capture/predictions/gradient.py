@@ -12,49 +12,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import Form, are_distributions
+from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, Form
+from torchprobe.capture.predictions.predicted import Predicted, known
 from torchprobe.statistics.dtypes import row_dtype
 
 IGNORED = -100
-_FEW_CLASSES = 3  # so few that a row alone can be anything
-_FEW_ROWS = 4
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99
+_NEAR_ZERO = 1e-2
 _EPSILON = 1e-7
 _FAINT = 1e-4
-_TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
+TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
 
 
 class Recovered(NamedTuple):
-    """targets: (n,) int64, IGNORED where the gradient is not that of a cross-entropy. evidence: see below."""
+    """targets: int64, IGNORED where the gradient is not that of a cross-entropy. favourite: the likeliest class."""
 
     targets: Tensor
+    favourite: Tensor
     evidence: Tensor
     """(3,): rows with a gradient, those of them that are a cross-entropy's, and rows with none or hardly any whose
     prediction is so sure that it may have been lost in rounding."""
 
 
-def recover(logits: Tensor, gradient: Tensor, form: Form, precision: torch.dtype) -> Recovered:
-    """Targets of rows of logits, (n, classes) or (n, 1), and of their gradients, both float32 or wider.
+def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch.dtype) -> Recovered:
+    """Targets of predictions, from the gradients at their rows: (samples, n, classes) or (samples, n, 1), float32 or
+    wider; targets of shape (samples, n).
 
     precision: the gradient's type before. The loss may be scaled, per row too; labels may be smoothed.
     """
-    tolerance = _TOLERANCE.get(precision, 2e-3)
+    shape, p, gradient = gradient.shape[:-1], predicted.softmax.flatten(0, 1), gradient.flatten(0, 1)
+    tolerance = TOLERANCE.get(precision, 2e-3)
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
     (least, lowest), most = gradient.min(-1), gradient.amax(-1)
     alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))
-    rows = _Rows(logits, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
-    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows)
+    raw = predicted.largest.flatten(), predicted.already.flatten()
+    rows = _Rows(p, *raw, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
+    top, favourite = p.max(-1)
+    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows, top, favourite)
     passed &= alive
     size = torch.where(alive, torch.maximum(-least, most), 0.0)
     faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
     evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
-    return Recovered(torch.where(passed, targets, IGNORED), evidence.to(row_dtype(logits.device)))
+    targets = torch.where(passed, targets, IGNORED).view(shape)
+    return Recovered(targets, favourite.view(shape), evidence.to(row_dtype(p.device)))
 
 
 class _Rows(NamedTuple):
-    z: Tensor
+    p: Tensor
+    largest: Tensor  # of what p is the softmax of, and whether that was probabilities already
+    already: Tensor
     g: Tensor
     alive: Tensor  # rows with a gradient
     least: Tensor  # of a row's gradient, and where it is
@@ -69,23 +77,28 @@ class _Rows(NamedTuple):
         return self._replace(g=torch.where(self.alive[:, None], self.g, 0.0))
 
 
-def _classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
-    p = rows.z.softmax(-1)
-    top, favourite = p.max(-1)
-    if p.shape[-1] <= _FEW_CLASSES:
-        target, passed = _of_few(rows.cleared(), p, rows.lowest)
-    else:
-        some = _Some.of(rows, p, favourite[:, None])
-        beside = some.beside(rows.lowest)
-        own = p.gather(-1, rows.lowest[:, None])[:, 0], rows.least
-        target, passed = rows.lowest, some.fit(beside) | some.fit_smoothed(beside, *own)
-        # Where smoothing calls a prediction too sure, its own class is pushed down.
-        own = top, rows.g.gather(-1, favourite[:, None])[:, 0]
-        other = ~passed & some.fit_smoothed(some.beside(favourite), *own)
-        target, passed = torch.where(other, favourite, target), passed | other
-    alone = _of_log_probabilities(rows, rows.z.gather(-1, favourite[:, None])[:, 0] - top.log())
-    return torch.where(alone, rows.lowest, target), passed | alone, top > _SURE
+    few = rows.p.shape[-1] <= FEW_CLASSES
+    target, passed = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
+    if not known(passed | ~rows.alive):
+        alone = _of_log_probabilities(rows, top)
+        target, passed = torch.where(alone, rows.lowest, target), passed | alone
+    return target, passed, top > _SURE
+
+
+def _of_many(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets, and whether rows pass."""
+    some = _Some.of(rows, rows.p, favourite[:, None])
+    beside = some.beside(rows.lowest)
+    passed = some.fit(beside)
+    if known(passed | ~rows.alive):  # nothing was smoothed
+        return rows.lowest, passed
+    passed |= some.fit_smoothed(beside, rows.p.gather(-1, rows.lowest[:, None])[:, 0], rows.least)
+    # Where smoothing calls a prediction too sure, its own class is pushed down.
+    own = top, rows.g.gather(-1, favourite[:, None])[:, 0]
+    other = ~passed & some.fit_smoothed(some.beside(favourite), *own)
+    return torch.where(other, favourite, rows.lowest), passed | other
 
 
 class _Others(NamedTuple):
@@ -167,7 +180,7 @@ def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     classes, g = p.shape[-1], rows.g / rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
     others = (~torch.nn.functional.one_hot(target, classes).bool() & rows.alive[:, None]).to(p.dtype)
-    enough = rows.alive.sum() >= _FEW_ROWS
+    enough = rows.alive.sum() >= FEW_ROWS
     factor = _factor_by_class(g, p, others, target)
     weighted = (_away(g, factor[:, None] * p, others) <= _allowed(rows, g, others)) & (factor > 0) & enough
     slope, base = _common_line(g, p, others)
@@ -212,21 +225,21 @@ def _smoothing_is_sane(slope: Tensor, base: Tensor, classes: int) -> Tensor:
     return (slope > 0) & (smoothing > 0) & (smoothing <= _MOST_SMOOTHING)
 
 
-def _of_log_probabilities(rows: _Rows, logsumexp: Tensor) -> Tensor:
+def _of_log_probabilities(rows: _Rows, top: Tensor) -> Tensor:
     """Whether a row of (log-)probabilities has a gradient at the target alone: that of `nll_loss`."""
     alone = (rows.most <= 0) & (rows.least < 0) & (rows.total == rows.least)
     stride = max(1, rows.g.shape[-1] // _ENOUGH_CLASSES)
     alone &= (rows.g[:, ::stride] != 0).sum(-1) <= 1  # the sum may hide what is far smaller
-    return alone & ((logsumexp.abs() < 1e-2) | are_distributions(rows.z))
+    logsumexp = rows.largest - top.log()
+    return alone & ((logsumexp.abs() < _NEAR_ZERO) | rows.already)
 
 
 def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Binary cross-entropy: s (p - y) with one s for y = 0 and one for y = 1; the sign tells y."""
     rows = rows.cleared()
-    z = rows.z[:, 0]
-    g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(z.dtype).tiny)
+    g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(rows.p.dtype).tiny)
     positive = (g < 0) & rows.alive
-    distance = torch.where(positive, -(-z).sigmoid(), z.sigmoid())
+    distance = torch.where(positive, -rows.p[:, 0], rows.p[:, 1])
     allowed = rows.tolerance * (g.abs() + 0.01)
     agreed = torch.zeros_like(rows.alive)
     for side in (positive, rows.alive & ~positive):
@@ -235,4 +248,4 @@ def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
         tells = spread > rows.tolerance * d.abs().amax()  # else any equal gradients would do
         agreed |= side & tells & (factor > 0) & ((g - factor * d).abs() <= allowed)
-    return positive.long(), agreed & (rows.alive.sum() >= _FEW_ROWS), distance.abs() < 1 - _SURE
+    return positive.long(), agreed & (rows.alive.sum() >= FEW_ROWS), distance.abs() < 1 - _SURE

@@ -12,17 +12,20 @@ from torchprobe.capture.predictions.criteria import Call
 from torchprobe.capture.predictions.forms import (
     BINARY,
     LAST,
+    MAX_ELEMENTS,
     SECOND,
     Form,
     Generators,
     pick,
-    probabilities_of,
     rows_of,
     stacked,
 )
 from torchprobe.capture.predictions.gradient import IGNORED, recover
+from torchprobe.capture.predictions.likelihood import Spread, targets_of
 from torchprobe.capture.predictions.phase import Phase, Waiting
-from torchprobe.capture.predictions.pool import NUMBERS, SURE, same_rows
+from torchprobe.capture.predictions.pool import NUMBERS, same_rows
+from torchprobe.capture.predictions.predicted import probabilities_of
+from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 
 _CLOSE = 1e-2
@@ -30,12 +33,12 @@ _CLOSE = 1e-2
 
 def judge_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]) -> None:
     """Targets from the gradient at the output, one for each sample; each form is judged, the host decides."""
-    for form, rows in waiting.rows.items():
-        g = stacked([waiting.pool.rows(gradient, form, copy=False) for gradient in gradients])
-        found = recover(rows.flatten(0, 1), g.flatten(0, 1), form, gradients[0].dtype)
+    for form, predicted in waiting.predicted.items():
+        g = stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
+        found = recover(predicted, g, form, gradients[0].dtype)
         phase.support(form.key, found.evidence)
-        targets = found.targets.view(len(rows), -1).amax(0)
-        _add(phase, form.key, waiting.predictions[form], targets, waiting.pool.sampled(form))
+        targets, favourite = found.targets.amax(0), found.favourite[0] if len(g) == 1 else None
+        _add(phase, form.key, predicted.mean, targets, waiting.pool.sampled(form), favourite=favourite)
 
 
 def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Tensor, generators: Generators) -> None:
@@ -46,17 +49,31 @@ def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Te
     _add(phase, SURE, p, _targets(labels, form, index), index is not None)
 
 
-def judge_call(phase: Phase, call: Call, generators: Generators) -> None:
-    """Targets that a loss module was called with, on what follows from outputs of the model."""
+def judge_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_spread: Tensor, spread: Spread) -> None:
+    """Targets of numbers from the gradients at their mean and at what gives their variance."""
+    if waiting.mean is None or waiting.variance is None:
+        return
+    waiting.judged = True
+    stride = 1 + waiting.mean.numel() // MAX_ELEMENTS
+    some = [x.reshape(-1)[::stride] for x in (waiting.mean, waiting.variance, of_mean, of_spread)]
+    mean, variance = some[:2]
+    targets, found = targets_of(mean, variance, some[2], some[3], spread)
+    phase.coverage.add(SURE, intervals.compute(mean, variance, targets) * found)
+
+
+def judge_call(phase: Phase, call: Call, generators: Generators) -> bool:
+    """Targets that a loss module was called with, on what follows from outputs of the model.
+
+    Whether they are there, but the variance is missing that numbers need.
+    """
     fitting = [waiting for waiting in phase.waiting if _comes_from(call.input, waiting)]
     certain: Tensor | None = None
     if not fitting and not phase.training:
         fitting, certain = _alike(phase.waiting, call)
     if not fitting:
-        return
+        return False
     if call.form is None:
-        _judge_numbers(phase, call, fitting[-1], certain)
-        return
+        return not _judge_numbers(phase, call, fitting[-1], certain)
     for waiting in fitting:
         waiting.judged = True
     for key, right in _told_forms(call, fitting[-1].shape):
@@ -65,14 +82,24 @@ def judge_call(phase: Phase, call: Call, generators: Generators) -> None:
     rows = rows_of(call.input, call.form, index)
     p = torch.cat((1 - rows, rows), -1) if call.are_probabilities else probabilities_of(rows, call.form)
     _add(phase, SURE, p, _targets(call.target, call.form, index), index is not None, certain)
+    return False
 
 
-def _add(phase: Phase, name: str, p: Tensor, targets: Tensor, sampled: bool, certain: Tensor | None = None) -> None:
-    row = calibration.compute(p, targets, ignore_index=IGNORED)
+def _add(
+    phase: Phase,
+    name: str,
+    p: Tensor,
+    targets: Tensor,
+    sampled: bool,
+    certain: Tensor | None = None,
+    favourite: Tensor | None = None,
+) -> None:
+    row = calibration.compute(p, targets, ignore_index=IGNORED, favourite=favourite)
     phase.calibration.add(f"{name}|found", row if certain is None else row * certain, sampled)
 
 
-def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor | None) -> None:
+def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor | None) -> bool:
+    """Whether there was a variance to judge by."""
     for form in (LAST, SECOND, BINARY):
         phase.settle_form(form.key, False, certain)
     phase.settle_form(NUMBERS, True, certain)
@@ -81,6 +108,7 @@ def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor |
         waiting.judged = True
         row = intervals.compute(call.input.detach(), variance.detach(), call.target.detach())
         phase.coverage.add(SURE, row if certain is None else row * certain)
+    return variance is not None
 
 
 def _comes_from(tensor: Tensor, waiting: Waiting) -> bool:
@@ -97,10 +125,10 @@ def _alike(waiting: Sequence[Waiting], call: Call) -> tuple[list[Waiting], Tenso
             if last.mean is not None and last.mean.shape == call.input.shape:
                 return [last], torch.isclose(call.input, last.mean).all()
             continue
-        for form, predicted in last.predictions.items():
+        for form, predicted in last.predicted.items():
             if (form.kind == call.form.kind) and rows_match(call, form, last.shape):
                 p = probabilities_of(last.pool.rows(call.input, call.form), call.form)
-                flag = (p - predicted).abs().amax() < _CLOSE
+                flag = (p - predicted.mean).abs().amax() < _CLOSE
                 pooled = last.pool.mean_prediction(form)
                 return [last], flag if pooled is None else flag | ((p - pooled).abs().amax() < _CLOSE)
     return [], None

@@ -65,6 +65,8 @@ def _problem(module: nn.Module) -> str | None:
 
 
 def _by_position(module: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
+    if len(args) < 2:  # the input alone
+        return {}
     try:
         names = list(inspect.signature(unwrapped(module).forward).parameters)
     except (TypeError, ValueError):  # a forward written in C

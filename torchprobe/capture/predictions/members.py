@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.uncertainty import Decomposition
+from torchprobe.statistics.uncertainty.decomposition import entropy
 
 
 class ClassMembers:
@@ -25,9 +26,9 @@ class ClassMembers:
 
     def add(self, probabilities: Tensor) -> None:
         """One more member, (n, classes)."""
-        entropy = _entropy(probabilities)
+        information = entropy(probabilities)
         self._probabilities = probabilities if self._probabilities is None else self._probabilities + probabilities
-        self._entropy = entropy if self._entropy is None else self._entropy + entropy
+        self._entropy = information if self._entropy is None else self._entropy + information
         self.count += 1
 
     def decomposition(self) -> Decomposition:
@@ -35,16 +36,9 @@ class ClassMembers:
         assert self._entropy is not None
         if self.count == 1:
             return Decomposition(self._entropy, None, None)
-        total = _entropy(self.mean)
+        total = entropy(self.mean)
         aleatoric = self._entropy / self.count
         return Decomposition(total, aleatoric, (total - aleatoric).clamp(min=0))
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """Of rows, in nats, with 0 log 0 = 0. In half the time of `torch.special.entr`, which is not vectorized."""
-    least = torch.finfo(probabilities.dtype).tiny
-    information: Tensor = torch.linalg.vecdot(probabilities, probabilities.clamp(min=least).log())
-    return information.neg()
 
 
 class ValueMembers:

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from torchprobe.capture.predictions.likelihood import STD, Spread
+
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -27,10 +29,11 @@ PROBABILITIES = {"probs", "probabilities", "probability"}
 
 
 class Meaning(NamedTuple):
-    """A quantity, and how to get it from the field's tensor."""
+    """A quantity, and how to get it from the field's tensor; of a variance also what stands for it there."""
 
     quantity: Quantity
     convert: Callable[[Tensor], Tensor]
+    spread: Spread
 
 
 def meaning_of(field: str) -> Meaning | None:
@@ -40,7 +43,7 @@ def meaning_of(field: str) -> Meaning | None:
         return None
     for quantity, names in _QUANTITIES.items():
         if words & names:
-            return Meaning(quantity, _conversion(words))
+            return Meaning(quantity, *_conversion(words))
     return None
 
 
@@ -49,14 +52,14 @@ def words_of(field: str) -> set[str]:
     return {word.lower() for word in _WORDS.findall(field)}
 
 
-def _conversion(words: set[str]) -> Callable[[Tensor], Tensor]:
+def _conversion(words: set[str]) -> tuple[Callable[[Tensor], Tensor], Spread]:
     """A variance from what is the logarithm of one, or a standard deviation; alpha from evidence."""
     logarithm = any(
         word == "log" or word in ("logvar", "logvars", "logvariance", "logstd", "logsigma") for word in words
     )
     squared = bool(words & _STD)
     if words & {"evidence", "evidences"}:
-        return lambda x: x + 1
+        return lambda x: x + 1, Spread()
     if logarithm:
-        return (lambda x: (2 * x).exp()) if squared else (lambda x: x.exp())
-    return (lambda x: x.square()) if squared else (lambda x: x)
+        return (lambda x: (2 * x).exp(), Spread(2.0, 1.0)) if squared else (lambda x: x.exp(), Spread(1.0, 1.0))
+    return (lambda x: x.square(), STD) if squared else (lambda x: x, Spread())

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
-from weakref import ReferenceType
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -29,6 +29,14 @@ class Member(NamedTuple):
     output: Any
 
 
+class Site(NamedTuple):
+    """A module that gets a hook: as a part that was chosen, or as a member of an ensemble."""
+
+    module: ReferenceType[nn.Module]
+    name: str
+    number: int | None  # of the member
+
+
 class Parts:
     """Hooks on parts of the model, on between the start and the end of a sampled pass.
 
@@ -40,23 +48,40 @@ class Parts:
         self._model = model
         self._modules = modules
         self._on_output = on_output
+        self._sites: dict[bool, list[Site]] = {}  # in training, and in validation
         self._handles: list[RemovableHandle] = []
         self._calls: defaultdict[str, list[Member]] = defaultdict(list)
 
     def arm(self, training: bool) -> None:
         """A sampled pass begins. Nothing inside a compiled model gets a hook: it would be compiled anew."""
         self.disarm()
+        if training not in self._sites:
+            self._sites[training] = list(self._find(training))
+        if in_compiled_call():
+            return
+        for site in self._sites[training]:
+            module = site.module()
+            if module is not None:
+                hook = self._read_as(site.name) if site.number is None else self._collect(site.name, site.number)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def look_again(self) -> None:
+        """The model may be another one at the next pass. Looking costs microseconds a module."""
+        self._sites.clear()
+
+    def _find(self, training: bool) -> Iterator[Site]:
         model = self._model()
-        if model is None or has_compiled_part(model) or in_compiled_call():
+        if model is None or not (self._modules or any(isinstance(part, nn.ModuleList) for part in model.modules())):
+            return
+        if has_compiled_part(model):
             return
         chosen = list(chosen_modules(model, lambda name, module: True))
         may = {module for _, module, in_eval in chosen if training or in_eval}
         for name, module, _ in chosen:
             if module in may and name != ROOT and any(fnmatchcase(name, pattern) for pattern in self._modules):
-                self._handles.append(module.register_forward_hook(self._read_as(name), with_kwargs=True))
+                yield Site(ref(module), name, None)
             if _may_be_ensemble(module) and may.issuperset(module.children()):
-                for index, member in enumerate(module.children()):
-                    self._handles.append(member.register_forward_hook(self._collect(name, index), with_kwargs=True))
+                yield from (Site(ref(member), name, index) for index, member in enumerate(module.children()))
 
     def disarm(self) -> None:
         """The pass is over: hooks are off."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchprobe.capture.predictions.forms import Form
 from torchprobe.capture.predictions.pool import Pool
+from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.tally import Tally
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -18,20 +19,19 @@ MAX_WAITING = 16  # passes before one backward
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A pass whose targets are not known yet. Holds the rows that are read, never the output itself.
+    """A pass whose targets are not known yet. Holds what the rows that are read predict, never the output.
 
-    rows: by form, (samples, n, classes); predictions: the samples' mean probabilities of them. shape: of the plain
-    output. nodes: of the graph, for what is computed from the output. mean, variance: a number's prediction.
+    predicted: by form. shape: of the plain output. nodes: of the graph, for what is computed from the output. mean,
+    variance: a number's prediction.
     """
 
-    rows: dict[Form, Tensor]
+    predicted: dict[Form, Predicted]
     shape: tuple[int, ...]
     nodes: list[Any]
     pool: Pool
     mean: Tensor | None = None
     variance: Tensor | None = None
     judged: bool = False
-    predictions: dict[Form, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

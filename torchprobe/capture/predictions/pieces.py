@@ -109,6 +109,7 @@ class PredictionPieces:
             probe.reason, probe.note = self._capture.unread, self._capture.note
             yield from (Piece(probe, names, rows, prefix) for _, names, rows in phase.uncertainty.rows())
         elif isinstance(probe, Calibration):
+            probe.reason = self._capture.unjudged
             yield from self._of_calibration(probe, phase, prefix)
             yield from _of_coverage(probe, phase, prefix, self._window)
 

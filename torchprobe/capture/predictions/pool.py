@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import Form, Generators, pick, probabilities_of, row_count, rows_of
+from torchprobe.capture.predictions.forms import Form, Generators, pick, row_count, rows_of
 from torchprobe.capture.predictions.identity import InputKey
 from torchprobe.capture.predictions.members import ClassMembers, ValueMembers
+from torchprobe.capture.predictions.predicted import Predicted
 from torchprobe.capture.predictions.tally import Tally
 from torchprobe.statistics import uncertainty
 
 NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""
-
-SURE = ""
-"""The form of what needs no evidence."""
 
 _MOST_NUMBERS = 2**20
 
@@ -34,21 +31,21 @@ class Pool:
         self._sampled: set[Form] = set()
         self._numbers: dict[str, ValueMembers] = {}
 
-    def rows(self, tensor: Tensor, form: Form, copy: bool = True) -> Tensor:
-        """The rows of an output that are read: the same in every pass. copy: whether it may change before they are."""
+    def rows(self, tensor: Tensor, form: Form) -> Tensor:
+        """The rows of an output that are read: the same in every pass."""
         if form not in self._index:
             self._index[form] = pick(tensor, form, self._generators)
             if self._index[form] is not None:
                 self._sampled.add(form)
-        return rows_of(tensor, form, self._index[form], copy)
+        return rows_of(tensor, form, self._index[form])
 
-    def add_classes(self, name: str, form: Form, members: Sequence[Tensor]) -> Tensor:
-        """Rows of scores, (n, classes) for each member. Returns these members' mean prediction."""
+    def add_classes(self, name: str, form: Form, members: Sequence[Tensor]) -> Predicted:
+        """Rows of scores, (n, classes) for each member. Returns what they predict."""
         sums = self._classes.setdefault((name, form), ClassMembers())
-        predictions = [probabilities_of(rows, form) for rows in members]
-        for prediction in predictions:
-            sums.add(prediction)
-        return predictions[0] if len(predictions) == 1 else torch.stack(predictions).mean(0)
+        predicted = Predicted.of(members, form)
+        for probabilities in predicted.probabilities:
+            sums.add(probabilities)
+        return predicted
 
     def add_numbers(self, name: str, means: Sequence[Tensor], variances: Sequence[Tensor] | None = None) -> None:
         """Predicted numbers, and their variances; too many of them are left out."""

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from torchprobe.capture.predictions.likelihood import Spread
+
 
 @dataclass(slots=True)
 class Reading:
     """What an output says, each part in its own shape and detached; None is what it does not say.
 
-    named: epistemic, aleatoric and total by their names. mean, variance: of a number's prediction. spread_of_means:
-    the variance's epistemic part, when the output is a mixture. alpha: of a Dirichlet distribution, (..., classes).
+    named: epistemic, aleatoric and total by their names. mean, variance: of a number's prediction; source: what gives
+    the variance, still in the graph, and what it is to it. spread_of_means: its epistemic part, of a mixture.
+    alpha: of a Dirichlet distribution, (..., classes).
     nu, beta: with alpha, of a normal-inverse-gamma one. kl: a divergence from the prior, one number. entropy: a
     differential one. plain: the tensor that may hold logits, still in the graph; form says what is known of it.
     """
@@ -21,6 +24,7 @@ class Reading:
     mean: Tensor | None = None
     mean_in_graph: Tensor | None = None
     variance: Tensor | None = None
+    source: tuple[Tensor, Spread] | None = None
     spread_of_means: Tensor | None = None
     alpha: Tensor | None = None
     nu: Tensor | None = None

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from torchprobe.statistics.dtypes import row_dtype
 
-EVIDENCE = ("checked", "passed", "faint", "sampled")
-"""What stands behind a row's statistics: how many gradient rows were looked at, how many were a cross-entropy's, how
-many were lost in rounding; and whether the statistics are over a sample."""
-
 
 class Tally:
     """Rows by name. A name is `<form>|<rest>`: the evidence of a form says whether its rows count."""
@@ -34,7 +30,7 @@ class Tally:
             self._sampled.add(name)
 
     def support(self, form: str, evidence: Tensor) -> None:
-        """Add to what is known of a form: (3,), see `EVIDENCE`."""
+        """Add to what is known of a form: (3,), see `probes.evidence`."""
         before = self._evidence.get(form)
         self._evidence[form] = evidence if before is None else before + evidence.to(before.device)
 

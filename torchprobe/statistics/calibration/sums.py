@@ -14,7 +14,7 @@ from torchprobe.statistics.calibration.layout import BINS, FIELDS, SECTIONS
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.portions import arithmetic, portions
 
-_Judge: TypeAlias = "Callable[[Tensor, Tensor, bool], Judged]"
+_Judge: TypeAlias = "Callable[..., Judged]"
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def compute(
     ignore_index: int = -100,
     from_logits: bool = False,
     uncertainty: Tensor | None = None,
+    favourite: Tensor | None = None,
 ) -> Tensor:
     """The row of a batch: shape (len(FIELDS),), `row_dtype`, on the device. Rows merge by addition.
 
@@ -35,6 +36,7 @@ def compute(
         - a binary task: probabilities (or log-odds) of class 1 and targets from 0 to 1, of one shape, (...), or with a
           last dimension of 1 on either. Floating targets of two columns or more are soft labels instead.
     uncertainty: as many numbers as examples; by it `risk_coverage` refuses them, otherwise by confidence.
+    favourite: of (..., classes), the class with the largest number, when it is known; to look for it costs a fifth.
 
     Top-label: confidence is the largest probability. Brier is the sum over classes, 0 to 2, for a binary task too. An
     example whose class was given a probability of 0 adds 87.3 nats to NLL. An example is judged in float32, or in
@@ -49,7 +51,8 @@ def compute(
     target = target.to(dtype) if judge is not judge_classes else target.long()
     if uncertainty is not None and uncertainty.numel() != len(target):
         raise ValueError(f"uncertainty: got shape {tuple(uncertainty.shape)}, takes a number for each of {len(target)}")
-    parts = list(_judged(judge, predictions.detach(), target, dtype, from_logits))
+    best = favourite.reshape(-1) if favourite is not None and judge is judge_classes else None
+    parts = list(_judged(judge, predictions.detach(), target, dtype, from_logits, best))
     if not parts:
         return torch.zeros(len(FIELDS), dtype=row_dtype(predictions.device), device=predictions.device)
     judged = parts[0] if len(parts) == 1 else joined(parts)
@@ -78,11 +81,14 @@ def _task(predictions: Tensor, targets: Tensor) -> _Judge:
     )
 
 
-def _judged(judge: _Judge, predictions: Tensor, target: Tensor, dtype: torch.dtype, logits: bool) -> Iterator[Judged]:
+def _judged(
+    judge: _Judge, predictions: Tensor, target: Tensor, dtype: torch.dtype, logits: bool, best: Tensor | None
+) -> Iterator[Judged]:
     binary, at = judge is judge_binary, 0
     for part in portions(predictions.reshape(-1, 1) if binary else predictions, 1):
         end = at + len(part)
-        yield judge((part[:, 0] if binary else part).to(dtype), target[at:end], logits)
+        some = () if best is None else (best[at:end],)
+        yield judge((part[:, 0] if binary else part).to(dtype), target[at:end], logits, *some)
         at = end
 
 

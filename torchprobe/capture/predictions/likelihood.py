@@ -1,0 +1,77 @@
+"""Targets of numbers, from the gradients of a Gaussian likelihood at a predicted mean and at its variance.
+
+With d = mean - target and weight s, -s log N(target) has the gradients s d / v at the mean and s (1 - d²/v) / 2v at the
+variance v. Two equations for s and d, so that each number gives its own s; that all give the same one tells that the
+loss was such a likelihood at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.predictions.forms import FEW_ROWS
+from torchprobe.capture.predictions.gradient import TOLERANCE
+from torchprobe.statistics.dtypes import row_dtype
+
+_NEARLY_ALL = 0.99
+
+
+class Spread(NamedTuple):
+    """What a model returns in place of a variance: its derivative there is factor · variance ** power."""
+
+    factor: float = 1.0
+    power: float = 0.0
+
+
+STD = Spread(2.0, 0.5)
+
+
+class Pair:
+    """Gradients at a mean and at what gives its variance, which arrive one after the other, or not: autograd hands None
+    to the hook of what the loss does not depend on."""
+
+    def __init__(self, then: Callable[[Tensor, Tensor], None]) -> None:
+        self._then = then
+        self._of_mean: Tensor | None = None
+        self._of_spread: Tensor | None = None
+
+    def watch(self, mean: Tensor, spread: Tensor) -> None:
+        """Hear of both, in the backward pass of this graph."""
+        mean.register_hook(self._take_mean)
+        spread.register_hook(self._take_spread)
+
+    def _take_mean(self, gradient: Tensor | None) -> None:
+        self._of_mean = gradient
+        self._go_on()
+
+    def _take_spread(self, gradient: Tensor | None) -> None:
+        self._of_spread = gradient
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._of_mean is not None and self._of_spread is not None:
+            of_mean, of_spread, self._of_mean, self._of_spread = self._of_mean, self._of_spread, None, None
+            self._then(of_mean, of_spread)
+
+
+def targets_of(
+    mean: Tensor, variance: Tensor, of_mean: Tensor, of_spread: Tensor, spread: Spread
+) -> tuple[Tensor, Tensor]:
+    """Targets, and a flag: whether these are gradients of a Gaussian likelihood. All of one shape.
+
+    NaN where there is no gradient, as of a number that is left out of the loss.
+    """
+    tolerance = TOLERANCE.get(of_mean.dtype, 2e-3)
+    m, v, g, h = (x.to(row_dtype(x.device)) for x in (mean, variance, of_mean, of_spread))
+    a, b = 2 * h * v ** (1 - spread.power) / spread.factor, v * g.square()  # s (1 - d²/v) and s² d²/v
+    root = (a.square() + 4 * b).sqrt()
+    weight = torch.where(a > 0, (root + a) / 2, 2 * b / (root - a))
+    alive = weight.isfinite() & (weight > 0)
+    count, known = alive.sum(), weight.where(alive, 0.0)
+    common = known.sum() / count
+    agree = (alive & ((known - common).abs() <= tolerance * common)).sum()
+    return (m - v * g / weight).where(alive, torch.nan), (count >= FEW_ROWS) & (agree >= _NEARLY_ALL * count)

@@ -1,0 +1,72 @@
+"""What a training script tells a session by itself, beside what is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchprobe.metrics import Metrics, Number
+from torchprobe.predictions import checked_predictions
+from torchprobe.probes.separation import Separation
+from torchprobe.recorder import Recorder
+from torchprobe.records import Text
+from torchprobe.scores import separation_piece
+from torchprobe.writers.hparams_writer import HParamsWriter
+
+
+class Logs:
+    """The calls of a session that log values. Each belongs to the running step, or to the one that has just ended."""
+
+    def __init__(self, recorder: Recorder, sink: HParamsWriter) -> None:
+        self._recorder = recorder
+        self._sink = sink
+        self._metrics = Metrics()
+        self._separation = Separation()
+
+    def log_metrics(self, metrics: Mapping[str, Number], prefix: str = "") -> None:
+        """Log numbers of this iteration under `<prefix>/<name>`, at every step, with the step's number.
+
+        A value may be a device tensor of one element: it is copied on the device and read later, so that
+        nothing waits. Of two values for one tag and step the later counts. A tensor of several elements
+        is dropped with one warning. Raises TypeError for what is no number.
+        """
+        for tag, value in self._metrics.tagged(metrics, prefix):
+            self._recorder.log(tag, value)
+
+    def log_text(self, tag: str, text: str) -> None:
+        """Log Markdown for TensorBoard's Text page, with the step's number."""
+        for argument, value in (("tag", tag), ("text", text)):
+            if not isinstance(value, str):
+                raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
+        self._recorder.log(tag, Text(text))
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Hyperparameters that `instrument` was not given. TensorBoard keeps those of the run's first steps.
+
+        Raises TypeError for a value that is no bool, number or string.
+        """
+        self._sink.begin(hparams)
+
+    def log_predictions(self, probs: Any, targets: Any) -> None:
+        """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
+
+        They count for the step and for training or validation as the model's last pass was, at every call, and
+        replace what was found without a call. Tensors stay on their device, and nothing waits.
+
+        probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
+        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
+        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
+        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
+        """
+        predictions, classes = checked_predictions(probs, targets)
+        self._recorder.log_predictions(predictions, classes)
+
+    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
+        """Log how well a score separates data from outside the training distribution from data inside it.
+
+        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
+        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
+        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
+        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
+        """
+        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))

@@ -51,8 +51,6 @@ class Captures:
         if due or may_trace or self._armed or not training:
             self.arm(due, training, may_trace)
             self.health.enter()
-        if training and (due or may_trace):
-            self.late.before_pass()
         for attention in self.attention:
             attention.enter(module, training)
         self.predictions.enter(due, training)
@@ -81,6 +79,8 @@ class Captures:
             self.modules.disarm()
         for attention in self.attention:  # a hook inside nn.MultiheadAttention ends its fast path in evaluation
             attention.arm(training and (due or may_trace))
+        if training and (due or may_trace):
+            self.late.before_pass()
 
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""

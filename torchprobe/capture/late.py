@@ -9,7 +9,14 @@ from weakref import ReferenceType
 from torch import nn
 
 from torchprobe.capture.attention.traced import OWNER, take_mode_off
-from torchprobe.capture.graphs import all_compiled_codes, compiled_codes, drop, has_compiled_part, in_compiled_call
+from torchprobe.capture.graphs import (
+    all_compiled_codes,
+    compiled_codes,
+    drop,
+    has_compiled_part,
+    in_compiled_call,
+    is_torchs_own,
+)
 from torchprobe.capture.lookalikes import Lookalikes
 from torchprobe.capture.sites import SITE, Pass, observe_output
 
@@ -31,12 +38,15 @@ class LateGraphs:
         self._said = self._gave_up = False
 
     def before_pass(self) -> None:
-        """A pass to sample begins. Graphs that exist, while no hook was ever traced, do not have them."""
+        """A step to sample begins, or a pass of it. Graphs that exist, while no hook was traced, do not have them.
+
+        An eager model may be of a class that is compiled elsewhere: its graphs are left alone.
+        """
         model = self._model()
         if model is None or self._current.compiled:
             return
         codes = compiled_codes(model) & self._unguarded
-        if codes and (in_compiled_call() or has_compiled_part(model)):
+        if codes and (in_compiled_call() or has_compiled_part(model) or is_torchs_own(model)):
             self._drop(codes)
 
     def after_step(self) -> None:

@@ -22,9 +22,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchprobe
+from tests.modes import Largest
 from torchprobe.capture import gate
 from torchprobe.statistics import calibration, uncertainty
 from torchprobe.testing import MemoryWriter
@@ -87,19 +87,6 @@ def language_model() -> Training:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(WORDS, 32), nn.LayerNorm(32), nn.Linear(32, WORDS, bias=False))
     return Training(model, torch.randint(WORDS, (8, 1024)), torch.randint(WORDS, (8, 1024)))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that one operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 @pytest.mark.parametrize(("make", "rounds"), [(perceptron, 25), (residual_network, 7), (language_model, 5)])

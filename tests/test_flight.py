@@ -13,6 +13,7 @@ import torchprobe
 from tests.models import inputs, mlp
 from torchprobe import flight
 from torchprobe.random_state import random_state, set_random_state
+from torchprobe.writers.places import LocalPlace
 
 
 def train(session, model, steps, poison=None):
@@ -69,7 +70,7 @@ def test_a_healthy_run_and_a_foreign_writer_leave_no_file(tmp_path):
 
 
 def test_the_number_of_files_is_bounded(tmp_path):
-    recorder = flight.FlightRecorder(tmp_path, list, size=3)
+    recorder = flight.FlightRecorder(LocalPlace(tmp_path), list, size=3)
     for step in range(50):
         record = torchprobe.Record(step, 0.0, {"x": float("nan")}, sampled=True)
         recorder.follow(record, [torchprobe.Alert("mine", step, None, 1.0, None, "m")])
@@ -80,7 +81,7 @@ def test_the_number_of_files_is_bounded(tmp_path):
 
 def test_a_full_disk_is_said_once(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    recorder = flight.FlightRecorder(tmp_path / "file" / "flight", list)
+    recorder = flight.FlightRecorder(LocalPlace(tmp_path / "file" / "flight"), list)
     for step in range(2):
         recorder.follow(torchprobe.Record(step, 0.0, {}), [torchprobe.Alert("mine", step, None, 1.0, None, "m")])
     assert len(caplog.records) == 1

@@ -7,20 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchprobe
 from tests.models import FAMILIES, Transformer, inputs
+from tests.modes import NoHostRead
 from torchprobe.capture import sites
 from torchprobe.testing import MemoryWriter
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails on any operation that copies a device value to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a device value was read on the host"
-        return func(*args, **(kwargs or {}))
 
 
 def one_step(model, optimizer, family, session):

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
 
 import torchprobe
-from tests.test_idle import NoHostRead
+from tests.modes import NoHostRead
 from torchprobe.statistics import calibration
 from torchprobe.testing import MemoryWriter
 

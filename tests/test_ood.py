@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchprobe
-from tests.test_idle import NoHostRead
+from tests.modes import NoHostRead
 from torchprobe.testing import MemoryWriter
 
 

@@ -33,10 +33,10 @@ ALLOWED = {
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
     "state": {"naming"},
-    "checkpoint": {"naming", "schedule", "session", "state"},
+    "checkpoint": {"naming", "random_state", "schedule", "session", "state"},
     "ledger": {"buffer", "probes", "records"},
     "integrations": {"session"},
-    "reports": set(),
+    "reports": {"run_directory", "writers"},
     "rules": {"records", "naming", "schedule"},
     "random_state": set(),
     "flight": {"_version", "capture", "records", "rules", "writers"},
@@ -50,7 +50,7 @@ ALLOWED = {
     "scores": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
     "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
-    "distributed": {"buffer", "capture", "probes", "records"},
+    "distributed": {"buffer", "capture", "probes", "records", "rules"},
 }
 
 

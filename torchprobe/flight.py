@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
 import platform
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import time
 from typing import Any
 
@@ -23,29 +20,29 @@ from torchprobe.records import Image, Record
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.json_lines import json_value
+from torchprobe.writers.outbox import Outbox
+from torchprobe.writers.places import Place
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
-
-_log = logging.getLogger("torchprobe")
+_LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
 
 class FlightRecorder:
-    """Keeps the last `size` sampled records; at an alert, or when the loop raised, writes `<directory>/<step>.json`.
+    """Keeps the last `size` sampled records; at an alert, or when the loop raised, writes `<step>.json` into `place`.
 
     The file holds `step`, `reason`, `alerts`, `exception`, `versions`, `steps` (random state at the beginning of each
     sampled step, shapes of its batch: see `random_state.set_random_state`) and `records` (as in JSON lines, without
-    pictures). All of it happens in the drain thread. notes: what is known of the steps.
+    pictures). All of it happens in the drain thread; a file that cannot be written is tried again, and at the end given
+    up after 10 s. notes: what is known of the steps.
     """
 
-    def __init__(self, directory: Path, notes: Callable[[], Sequence[Note]], size: int = 20) -> None:
-        self.files: list[Path] = []
-        self._directory = directory
+    def __init__(self, place: Place, notes: Callable[[], Sequence[Note]], size: int = 20) -> None:
+        self._files = Outbox(place, "flight recording")
         self._notes = notes
         self._records: deque[Record] = deque(maxlen=size)
         self._latest: Record | None = None
         self._alerts: dict[int, list[Alert]] = {}
         self._exception: list[str] = []
-        self._failed = False
 
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""
@@ -57,6 +54,12 @@ class FlightRecorder:
             those = self._alerts.setdefault(record.step, [])
             those += begun
             self._write(record.step, "alert", those)
+        else:
+            self._files.retry()
+
+    def at_rest(self) -> None:
+        """Nothing has happened for a while."""
+        self._files.retry()
 
     def crashed(self, error: BaseException) -> None:
         """The training loop raised: `close` will write it down. Called in the training thread."""
@@ -68,19 +71,11 @@ class FlightRecorder:
         if self._exception:
             step = self._latest.step if self._latest is not None else 0
             self._write(step, "exception", self._alerts.get(step, []))
+        self._files.close(_LAST_SECONDS)
 
     def _write(self, step: int, reason: str, alerts: Sequence[Alert]) -> None:
-        try:
-            path = self._directory / f"{step}.json"
-            self._directory.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(self._content(step, reason, alerts), allow_nan=False), encoding="utf-8")
-            os.replace(part, path)  # noqa: PTH105 - a reader never sees half a file
-            self.files += [path] if path not in self.files else []
-        except OSError as error:
-            if not self._failed:
-                _log.warning("the flight recording of step %d could not be written: %s", step, error)
-            self._failed = True
+        text = json.dumps(self._content(step, reason, alerts), allow_nan=False)
+        self._files.put(f"{step}.json", text.encode())
 
     def _content(self, step: int, reason: str, alerts: Sequence[Alert]) -> dict[str, Any]:
         latest = [] if self._latest is None or self._latest.sampled else [self._latest]

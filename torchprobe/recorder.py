@@ -39,6 +39,7 @@ class Recorder:
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
         clock, current = self.clock, self._pass
         watch.progress = lambda: (clock.completed, current.entered)
+        watch.completed = lambda: clock.completed
         self._timeline.open_gates()
 
     # ---- optimizer steps

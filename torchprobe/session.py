@@ -35,6 +35,7 @@ from torchprobe.state import RunState
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
+from torchprobe.writers.places import place_of
 
 _log = logging.getLogger("torchprobe")
 
@@ -105,10 +106,12 @@ def instrument(
     captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
+    if exchange.stopping is not None and watch.may_stop:
+        watch.together, exchange.stopping.hold = exchange.stopping, watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
-    if isinstance(directory, Path):  # not for a remote one, whose run has no flight recorder
-        watch.followers.append(FlightRecorder(directory / "flight", captures.health.notes.latest))
+    if directory is not None:
+        watch.followers.append(FlightRecorder(place_of(f"{directory}/flight"), captures.health.notes.latest))
     recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)

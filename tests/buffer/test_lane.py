@@ -114,7 +114,7 @@ def test_a_slot_is_free_although_reading_it_failed(broken):
 def test_rows_that_cannot_be_sent_leave_the_lane_as_it_was():
     lane = Lane(CPU, 4)
     for _ in range(3):
-        with pytest.raises(TypeError, match="can't be cast"):
+        with pytest.raises((TypeError, RuntimeError), match="can't be cast"):  # a RuntimeError in torch 2.6
             lane.send([torch.ones(3, dtype=torch.complex64)])
     assert lane.send([torch.ones(4)]).take()[0].tolist() == [1.0] * 4
 

@@ -12,10 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.models import Transformer, inputs
+from torchprobe.capture.autopsy import READS_GRAPHS
 from torchprobe.capture.eager_hooks import MARKS
+from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 AT = 5
+reads_graphs = pytest.mark.skipif(not READS_GRAPHS, reason="this torch does not show what a graph keeps")
 
 
 class Poisoned:
@@ -49,7 +52,7 @@ class Poisoned:
         return session.alerts
 
 
-@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("every", [1, pytest.param(100, marks=reads_graphs)])
 @pytest.mark.parametrize("name", ["embedding", "blocks.0.attention.qkv", "blocks.1.ln1", "blocks.2.mlp.2", "head"])
 def test_a_module_that_makes_nan_in_the_forward_pass_is_named(name, every):
     run = Poisoned()
@@ -60,13 +63,22 @@ def test_a_module_that_makes_nan_in_the_forward_pass_is_named(name, every):
     assert "in the forward pass" in alert.message
 
 
-@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("every", [1, pytest.param(100, marks=reads_graphs)])
 def test_the_range_of_the_inputs_is_told(every):
     run = Poisoned()
     run.in_forward("blocks.1.mlp.0", float("inf"))
     [alert] = run.train(every)
     assert "blocks.1.mlp.0 produced inf" in alert.message
     assert 0 < float(alert.message.split("max |x| = ")[1].split(")")[0]) < 10
+
+
+@pytest.mark.skipif(READS_GRAPHS, reason="this torch shows what a graph keeps")
+def test_what_cannot_be_told_is_not_guessed():
+    run = Poisoned()
+    run.in_forward("blocks.1.ln1")
+    [alert] = run.train(100)
+    assert (alert.step, alert.where) == (AT, None)
+    assert "the model's output holds NaN; a later torch" in alert.message
 
 
 def test_a_module_without_parameters_is_named_on_a_sampled_step():
@@ -114,6 +126,7 @@ def test_an_update_that_breaks_parameters_is_told_apart(every):
     assert "optimizer's" in alert.message
 
 
+@reads_graphs
 def test_nan_in_the_batch_is_no_modules_fault():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -125,6 +138,7 @@ def test_nan_in_the_batch_is_no_modules_fault():
     assert "the model's input holds NaN" in session.alerts[0].message
 
 
+@reads_graphs
 def test_a_loop_that_skips_a_nan_loss_goes_on_and_the_alert_ends():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     model[1].register_forward_hook(lambda m, i, out: out * float("nan") if bad[0] else out)
@@ -232,5 +246,6 @@ def test_a_compiled_model_is_left_alone_and_its_nan_is_still_seen(whole):
             (loss * (float("nan") if run.step == AT else 1.0)).backward()
             run.optimizer.step()
     torch._dynamo.reset()
-    assert graphs[0] <= (1 if whole else 3)
+    # An older torch guards on the number of hooks: one graph with those of the first step, one without.
+    assert graphs[0] <= (1 if whole else 3) + (not TRACES_GRADIENT_HOOKS)
     assert session.alerts[0].step == AT

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import torchprobe
 from tests.models import inputs, mlp
 from torchprobe import CheckpointManager
+from torchprobe.checkpoint.files import stored
 from torchprobe.testing import MemoryWriter
 
 
@@ -98,6 +99,22 @@ def test_the_newest_and_the_best_are_kept(manager):
     assert manager.load_best()["metrics"] == {"val_loss": 0.1}
     assert manager.load_latest()["step"] == 6
     assert CheckpointManager(manager.directory).restore(*run.parts, which="best")["step"] == 2
+
+
+def test_a_run_that_goes_back_to_its_best_goes_on_from_there(manager):
+    """What it left behind is older, whatever its step, and is not what a second restart finds."""
+    run = Run()
+    for step, loss in ((10, 0.1), (20, 0.5), (30, 0.9)):
+        manager.save_checkpoint(*run.parts, 0, step, {"val_loss": loss})
+    again = CheckpointManager(manager.directory)
+    assert again.restore(*run.parts, which="best")["step"] == 10
+    assert again.save_checkpoint(*run.parts, 0, 15, {"val_loss": 0.3}).exists()
+    assert again.load_latest()["step"] == 15
+    assert CheckpointManager(manager.directory).restore(*run.parts)["step"] == 15
+    again.save_checkpoint(*run.parts, 0, 20, {"val_loss": 0.2})
+    again.save_checkpoint(*run.parts, 0, 25, {"val_loss": 0.05})
+    assert [one.step for one in stored(manager.directory)] == [15, 20, 25]
+    assert again.load_latest()["step"] == again.load_best()["step"] == 25
 
 
 def test_a_new_manager_knows_the_best_of_the_one_before(manager):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchprobe.checkpoint.plain import plain
-from torchprobe.checkpoint.randomness import random_states, set_random_states
+from torchprobe.random_state import random_states, set_random_states
 
 
 def through_a_file(value):

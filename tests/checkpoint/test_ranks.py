@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.distributed.launch import need_sharding
 from torchprobe import CheckpointManager
 
 dist = pytest.importorskip("torch.distributed")
@@ -164,6 +165,7 @@ def run_on_two_ranks(script: str, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
+    need_sharding()
     directory = tmp_path_factory.mktemp("sharded")
     run_on_two_ranks(SHARDED, directory)
     return directory

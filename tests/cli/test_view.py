@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import time
 import urllib.request
 import webbrowser
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -155,6 +158,21 @@ def test_a_tensorboard_that_cannot_be_imported(
     assert message in capsys.readouterr().err
 
 
+@contextlib.contextmanager
+def serving(directory: str) -> Iterator[str]:
+    """The address at which `torchprobe view` shows a directory."""
+    command = [sys.executable, "-W", "ignore", "-m", "torchprobe", "view", directory, "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, process.communicate()
+            yield line.split()[-1]
+        finally:
+            process.kill()
+            process.communicate(timeout=60)
+
+
 def _view(runs: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torchprobe", "view", str(runs), "--no-browser", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -191,3 +209,51 @@ def _is_alive(pid: int) -> bool:
     except (ProcessLookupError, FileNotFoundError):
         return False
     return state != "Z"  # a zombie has ended, and waits for the init process to notice
+
+
+def test_its_first_page_has_the_overview_pinned(runs: Path):
+    with serving(str(runs)) as address:
+        where = fetch(address, timeout=60).geturl()
+        pins = json.loads(parse_qs(urlsplit(where).query)["pinnedCards"][0])
+        assert {"plugin": "scalars", "tag": "overview/loss"} in pins
+        assert len(pins) < 10, "the page takes ten, so that the user can add some"
+        chosen = f"{address}?tagFilter=loss"
+        assert fetch(chosen, timeout=60).geturl() == chosen
+
+
+@pytest.mark.slow
+def test_a_url_is_handed_on_to_tensorboard(s3):
+    from torchprobe.records import Record
+    from torchprobe.writers.event_file import EventFileWriter
+
+    writer = EventFileWriter("s3://bucket/runs/first")
+    writer.write([Record(1, 1.7e9, {"train/loss": 0.5})])
+    writer.close()
+    with serving("s3://bucket/runs") as address:
+        assert _runs_served(address) == ["first"]
+        points = json.load(fetch(f"{address}data/plugin/scalars/scalars?run=first&tag=train/loss", timeout=60))
+        assert [(step, value) for _, step, value in points] == [(1, 0.5)]
+
+
+@pytest.mark.slow
+def test_a_url_without_a_run(s3, capsys: pytest.CaptureFixture[str]):
+    assert main(["view", "s3://bucket/none"]) == 1
+    assert "no run is recorded in 's3://bucket/none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nowhere://x", "TensorBoard cannot read nowhere:// here (Protocol not known: nowhere). It reads s3://"),
+        ("az://x", "TensorBoard cannot read az:// here (Install adlfs"),
+    ],
+)
+def test_a_url_that_tensorboard_cannot_read(url: str, message: str, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("fsspec", reason="needs fsspec")
+    if url.startswith("az") and find_spec("adlfs") is not None:
+        pytest.skip("adlfs is installed")
+    assert main(["view", url]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert ("pip install fsspec adlfs" in said) == (url == "az://x")
+    assert len(said.splitlines()) == 1

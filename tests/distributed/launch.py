@@ -14,6 +14,15 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def need_sharding() -> None:
+    """Skip where `fully_shard` cannot run on the CPU."""
+    import pytest
+    import torch
+
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"fully_shard of torch {torch.__version__} does not run on the CPU")
+
+
 def launch(module: str, ranks: int, out: Path, timeout: float = 150.0) -> list[Any]:
     """What each rank's `main(out)` returned, through JSON; None for a rank that did not get so far.
 

@@ -63,7 +63,10 @@ def test_batches_of_unequal_size_are_one_batch(probe, x, places):
     else:
         scaled = row_of(probe, flat)
     assert found.names == ["m"]
-    np.testing.assert_allclose(found.rows, scaled, rtol=1e-5, atol=1e-9)
+    rounding = np.full_like(scaled, 1e-9)
+    if by_name(probe) == "Activations":
+        rounding[:, 1] += 1e-7 * flat[flat.isfinite()].double().abs().sum().item()  # of a sum that cancels
+    assert np.isclose(found.rows, scaled, rtol=1e-5, atol=rounding, equal_nan=True).all(), (found.rows, scaled)
 
 
 @pytest.mark.parametrize("probe", OF_SHARDS, ids=by_name)

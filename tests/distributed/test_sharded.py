@@ -6,13 +6,14 @@ import pytest
 
 from tests.distributed import training as t
 from tests.distributed.compare import differences
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, need_sharding
 
 NORMS = ("0.weight", "0.bias", "4.weight", "4.bias")  # of layers that see a part of the sequence
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
+    need_sharding()
     return launch("tests.distributed.sharded_scenarios", 4, tmp_path_factory.mktemp("sharded"))
 
 

@@ -27,7 +27,7 @@ def ill_run(tmp_path: Path) -> Path:
         {
             "overview/loss": [2.0, 1.0, 5.0, float("nan")],
             "overview/skipped_steps": [0.0, 0.0, 0.0, 2.0],
-            "overview/probe_overhead": [0.01, 0.01, 0.02, 0.02],
+            "overview/probe_overhead": [0.01, 0.02, 0.02, 0.9],
             "train/accuracy": [0.1, 0.5, 0.4, 0.1],
             "grad_norm_layer/fc1": [1.0, 2.0, 90.0, 1.0],
             "grad_norm_layer/fc2": [0.5, 0.5, 0.5, 0.5],

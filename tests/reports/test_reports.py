@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
+from torchprobe.records import Record
 from torchprobe.reports.comparison import compare
 from torchprobe.reports.page import page
 from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.sparkline import BARS, sparkline
 from torchprobe.reports.summary import summarise
+from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.hparams_writer import HParamsWriter
 
 
 def series(values: list[float]) -> Series:
@@ -180,3 +183,61 @@ def test_two_points_of_one_step_count_as_one(tmp_path: Path):
     run = read_run(tmp_path)
     assert run.scalars["train/loss"].values.tolist() == [2.0]
     assert run.texts["alerts/text_summary"] == [(0, "- non_finite, step 5: somewhere")]
+
+
+# ---- what a person reads
+
+
+def test_one_is_one_and_many_are_many_and_none_is_not_said():
+    from torchprobe.reports.words import headline
+
+    summary = {"steps": 1, "seconds": 0.42, "probe_overhead": None, "counts": {"alerts": 1, "skipped_steps": 0}}
+    assert headline(summary) == "1 step in 0.42 s, 1 alert"
+    summary = {"steps": 300, "seconds": 75.3, "probe_overhead": 0.02, "counts": {"alerts": 2, "skipped_steps": 1}}
+    assert headline(summary) == "300 steps in 75 s, 2.0% of the time in probes, 2 alerts, 1 skipped step"
+
+
+def test_hyperparameters_are_told_and_compared(tmp_path, capsys):
+    for name, lr, tied in (("a", 1e-3, True), ("b", 1e-2, True)):
+        writer = HParamsWriter(EventFileWriter(tmp_path / name), {"lr": lr, "batch": 32, "tied": tied})
+        writer.write([Record(1, 1000.0, {"train/loss": lr})])
+        writer.close()
+    assert read_run(tmp_path / "a").hparams == {"batch": 32.0, "lr": 0.001, "tied": True}
+    assert not any("Final" in tag for tag in read_run(tmp_path / "a").scalars)
+    assert main(["report", str(tmp_path / "a")]) == 0
+    assert "batch 32, lr 0.001, tied True" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    table = capsys.readouterr().out
+    assert "hyperparameters that differ" in table
+    assert [line.split()[0] for line in table.splitlines() if "0.001 │" in line] == ["lr", "train/loss"]
+    assert "tied" not in table
+
+
+def test_the_whole_run_stands_before_its_layers(tmp_path, capsys):
+    a, b = (
+        write_run(tmp_path / name, {"train/loss": [loss], "val/loss": [loss], "activation_mean/fc": [mean]})
+        for name, loss, mean in (("a", 1.0, 0.1), ("b", 2.0, -0.1))
+    )
+    assert main(["compare", str(a), str(b), "--most", "1"]) == 0
+    said = capsys.readouterr().out
+    order = ["the whole run", "train/loss", "1 smaller difference is", "inside the model", "activation_mean/fc"]
+    assert sorted(order, key=said.index) == order
+
+
+def test_rounding_is_no_course():
+    clipped = np.array([0.9999996, 0.9999998, 0.9999997])
+    assert sparkline(clipped) == BARS[0] * 3
+
+
+def test_a_flight_recording_says_why(ill_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    (ill_run / "flight").mkdir()
+    for step, more in (
+        (3, {"alerts": [{"rule": "exploding_gradient"}]}),
+        (4, {"exception": "Traceback\nKeyError: 1\n"}),
+    ):
+        (ill_run / "flight" / f"{step}.json").write_text(json.dumps({"step": step, **more}))
+    assert main(["report", str(ill_run)]) == 0
+    said = capsys.readouterr().out
+    assert "Flight recording of step 3 (exploding_gradient): " in said
+    assert "Flight recording of step 4 (KeyError: 1): " in said

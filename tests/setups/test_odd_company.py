@@ -100,7 +100,7 @@ def test_averaged_copies_of_the_weights_are_not_watched(traces):
 # ---- torch.func
 
 
-def test_function_transforms_over_the_model_are_left_alone():
+def test_function_transforms_over_the_model_are_left_alone_and_told_once(caplog):
     model, writer = net(), MemoryWriter()
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -123,6 +123,7 @@ def test_function_transforms_over_the_model_are_left_alone():
         train(model, 2, optimizer)
         assert session.step == 2
     assert steps(writer, ACTIVATION) == [1, 2]
+    assert ["torch.func" in line for line in caplog.messages] == [True]
 
 
 def test_calls_with_other_weights_before_training_are_no_step_of_it():

@@ -28,7 +28,8 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def assert_moments(writer: MemoryWriter, where: str, elements: Tensor, step: int = 1) -> None:
     for key, value in moments(elements).items():
         found = writer.value(f"activation_{key}/{where}", step=step)
-        assert found == pytest.approx(value, rel=1e-6, abs=1e-12), f"{key} of {where} in step {step}"
+        rounding = 1e-7 * elements.abs().max().item() if key == "mean" else 1e-12  # of the sum that cancels
+        assert found == pytest.approx(value, rel=1e-6, abs=rounding), f"{key} of {where} in step {step}"
 
 
 # ---- what a module returns

@@ -10,8 +10,10 @@ from torchprobe.statistics import counts, dense, dtypes
 
 @contextmanager
 def _in_pieces_of(size: int):
-    small = min(size, counts.SMALL)
-    patches = ((dtypes, "CPU_PIECE", size), (dense, "PIECE", size), (counts, "SMALL", small))
+    patches = (
+        *((dtypes, "CPU_PIECE", size), (dense, "PIECE", size)),
+        *((counts, "SMALL", min(size, counts.SMALL)), (counts, "PORTION", 2 * size)),
+    )
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.modes import Allocations, Largest, NoHostRead
 from tests.statistics.attention_sources import blocks_of, causal_bias, decaying, query_key
 from torchprobe.statistics import attention
-from torchprobe.statistics.attention import Logits, QueryKey, Source
+from torchprobe.statistics.attention import Logits, QueryKey, Source, parts
 
 SOURCES = {
     "plain": query_key(queries=40),
@@ -48,27 +49,6 @@ def tensors(source: Source) -> list[torch.Tensor]:
 def like(source: Source, change) -> Source:
     """The same call with other tensors."""
     return type(source)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in vars(source).items()})
-
-
-class NoHostRead(TorchDispatchMode):
-    FORBIDDEN = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in self.FORBIDDEN, "host read"
-        return function(*args, **(kwargs or {}))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that one operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 @pytest.mark.parametrize("block", [50, 2**18])
@@ -125,6 +105,20 @@ def test_no_temporary_is_as_large_as_the_keys_or_a_head_of_the_matrix(dtype, cau
     with blocks_of(2000), Largest() as largest:
         attention.compute(source, 32, None)
     assert 0 < largest.elements <= 16000
+
+
+def test_each_head_is_worked_on_in_the_memory_of_the_one_before():
+    """Fresh pages for every head would cost a tenth of the statistic."""
+
+    def large_allocations(heads: int) -> int:
+        source = query_key(1, heads, queries=400, width=16, causal=True)
+        strided = like(source, lambda x: torch.stack((x, x), -1)[..., 0])
+        in_pieces = mock.patch.multiple(parts, CPU_LOGITS_PER_THREAD=2000, PRODUCT_ROWS=8)
+        with in_pieces, Allocations(400 * 16) as allocations:
+            attention.compute(strided, 32, None)
+        return allocations.count
+
+    assert 0 < large_allocations(16) < 4, "with the queries of all heads"
 
 
 @contextmanager

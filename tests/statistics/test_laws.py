@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.modes import Largest, NoHostRead
 from torchprobe.statistics import energy, exponents, linear, moments, norms
 
 
@@ -47,25 +47,6 @@ def samples() -> Iterator[torch.Tensor]:
 
 def all_finite() -> torch.Tensor:
     return torch.randn(20, 30)
-
-
-class NoHostRead(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, "host read"
-        return function(*args, **(kwargs or {}))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that one operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 def test_the_mode_catches_a_host_read():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.statistics.test_laws import Largest, NoHostRead
+from tests.modes import Largest, NoHostRead
 from torchprobe.statistics import calibration, intervals, separation, uncertainty
 
 STATISTICS = {

@@ -1,54 +1,17 @@
 """TensorBoard's Rust loader, the default of `tensorboard`, reads the same as its Python one."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
+from tests.loaders import has_rust_loader, rust_series
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Record, Text
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import START_TAG, plugin_data
 from torchprobe.writers.layout_writer import LAYOUT_TAG
 
+pytestmark = pytest.mark.skipif(not has_rust_loader(), reason="no data server for this platform")
+
 data_server = pytest.importorskip("tensorboard_data_server")
-
-# In a process of its own: the client leaves its pipes and temporary directory to the garbage collector.
-SHOW = """
-import json, sys, time
-from tensorboard import context
-from tensorboard.data import server_ingester
-from tensorboard.util import grpc_util
-
-ingester = server_ingester.SubprocessServerDataIngester(
-    server_ingester.get_server_binary(), sys.argv[1], reload_interval=3600,
-    channel_creds_type=grpc_util.ChannelCredsType.LOCAL,
-)
-ingester.start()
-provider, request = ingester.data_provider, context.RequestContext()
-options = dict(experiment_id="", downsample=1000)
-shown = {}
-while not provider.list_scalars(request, experiment_id="", plugin_name="scalars"):
-    time.sleep(0.05)
-for tag, series in provider.list_scalars(request, experiment_id="", plugin_name="scalars")["run"].items():
-    points = provider.read_scalars(request, plugin_name="scalars", **options)["run"][tag]
-    shown[tag] = series.description, [(p.step, p.value) for p in points]
-for plugin in ("histograms", "text", "torchprobe"):
-    for tag, series in provider.list_tensors(request, experiment_id="", plugin_name=plugin)["run"].items():
-        points = provider.read_tensors(request, plugin_name=plugin, **options)["run"][tag]
-        shown[tag] = series.description, [(p.step, p.numpy.tolist()) for p in points]
-for plugin in ("hparams", "custom_scalars"):
-    for tag, series in provider.list_tensors(request, experiment_id="", plugin_name=plugin)["run"].items():
-        points = provider.read_tensors(request, plugin_name=plugin, experiment_id="", downsample=1)["run"][tag]
-        shown[tag] = len(series.plugin_content), [(p.step, len(p.numpy.tobytes())) for p in points]
-images = provider.list_blob_sequences(request, experiment_id="", plugin_name="images")["run"]
-for tag, series in images.items():
-    points = provider.read_blob_sequences(request, plugin_name="images", **options)["run"][tag]
-    blobs = [[provider.read_blob(request, blob_key=v.blob_key) for v in p.values] for p in points]
-    shown[tag] = series.description, [(p.step, b[:2]) for p, b in zip(points, blobs)]
-print(json.dumps(shown, default=bytes.decode))
-"""
 
 
 @pytest.fixture
@@ -58,8 +21,7 @@ def shown(tmp_path):
         writer = EventFileWriter(tmp_path / "run")
         writer.write([record(step) for step in steps])
         writer.close()
-    command = [sys.executable, "-W", "ignore", "-c", SHOW, str(tmp_path)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    return rust_series(tmp_path / "run")
 
 
 def record(step):
@@ -76,7 +38,6 @@ def record(step):
     return Record(step, 1.7e9 + step, values, {name.split("/")[0]: f"about {name}" for name in values})
 
 
-@pytest.mark.skipif(data_server.server_binary() is None, reason="no data server for this platform")
 def test_values_steps_and_descriptions_reach_the_page(shown):
     assert shown == {
         "loss/train": ["about loss/train", [[1, 0.5], [2, 1.0], [4, 2.0]]],

@@ -68,10 +68,14 @@ def test_the_page_shows_hparams_final_metrics_and_success(tmp_path, page):
     types = {info.name: info.type for info in experiment.hparam_infos}
     assert (types["tied"], types["lr"]) == (api_pb2.DATA_TYPE_BOOL, api_pb2.DATA_TYPE_FLOAT64)
     metrics = {value.name.tag: (value.training_step, value.value) for value in group.metric_values}
-    assert metrics["hparam/val/accuracy"] == (3, 0.75)
-    assert metrics["hparam/train/step"] == (3, 2)
-    assert "hparam/overview/loss" in metrics
-    assert not any(tag.startswith("hparam/grad_norm") for tag in metrics)
+    assert metrics["Final/val/accuracy"] == (3, 0.75)
+    assert metrics["Final/train/step"] == (3, 2)
+    # The page shows five columns of all scalars, the first by the alphabet.
+    assert [tag for tag in sorted(metrics)[:5] if tag.startswith("Final/")] == [
+        "Final/train/loss",
+        "Final/train/step",
+        "Final/val/accuracy",
+    ]
     (session_pb,) = group.sessions
     assert session_pb.status == api_pb2.STATUS_SUCCESS
     assert 0 < session_pb.start_time_secs <= session_pb.end_time_secs
@@ -158,7 +162,7 @@ def test_late_hparams_join_the_first_and_come_too_late_once_these_are_written(ca
     wrapped.close()
     assert writer.value(START_TAG).values == {"lr": 1, "dropout": 0.5}
     assert "late" in caplog.text
-    assert writer.scalars("hparam/loss") == [(2, 2.0)]
+    assert writer.scalars("Final/loss") == [(2, 2.0)]
     assert writer.closed
 
 

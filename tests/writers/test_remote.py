@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,8 @@ import torchprobe
 from tests.models import inputs, mlp
 from torchprobe.buffer import backlog
 from torchprobe.records import Record
-from torchprobe.writers import remote_file
+from torchprobe.reports.run import NoRunError, read_run
+from torchprobe.writers import outbox, remote_file
 from torchprobe.writers.event_file import EventFileWriter
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
@@ -92,6 +91,40 @@ def test_a_session_writes_there_and_says_where(memory, tmp_path):
     assert "memory://runs/a" in session.summary()
 
 
+def test_an_alert_leaves_its_flight_recording_there(memory):
+    model = mlp()
+    with torchprobe.instrument(model, log_dir="memory://runs/a", every=1, rules=[on_step_5]):
+        train(model, 6)
+    assert files(memory, "memory://runs/a/flight") == ["/runs/a/flight/5.json"]
+    content = json.loads(memory.cat_file("/runs/a/flight/5.json"))
+    assert [record["step"] for record in content["records"]] == [1, 2, 3, 4, 5]
+
+
+def test_an_exception_in_the_loop_is_recorded_there(memory):
+    def loop():
+        with torchprobe.instrument(model := mlp(), log_dir="memory://runs/a", every=1, rules=[]):
+            train(model, 2)
+            raise KeyError("batch")
+
+    with pytest.raises(KeyError):
+        loop()
+    content = json.loads(memory.cat_file("/runs/a/flight/2.json"))
+    assert (content["reason"], "KeyError" in content["exception"]) == ("exception", True)
+
+
+def test_a_remote_run_is_read_back_with_its_recordings(memory):
+    for name in ("a", "b"):
+        with torchprobe.instrument(model := mlp(), log_dir="memory://runs", run_name=name, every=1, rules=[on_step_5]):
+            train(model, 6)
+    run = read_run("memory://runs/b")
+    assert run.path == "memory://runs/b"
+    assert run.scalars["overview/grad_norm"].steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert [flight["file"] for flight in run.flights] == ["memory://runs/b/flight/5.json"]
+    assert read_run("memory://runs").path == "memory://runs/b"
+    with pytest.raises(NoRunError, match="no run is recorded in 'memory://runs/c'"):
+        read_run("memory://runs/c")
+
+
 def test_a_path_object_names_the_same_place(memory):
     EventFileWriter(Path("memory://runs/a")).write(records(1))
     assert len(files(memory)) == 1
@@ -159,85 +192,46 @@ def test_a_missing_package_is_named_with_what_to_install(module, monkeypatch):
         torchprobe.instrument(mlp(), log_dir="s3://bucket/runs/run")
 
 
-# An S3 store
+# An S3 store (fixture `s3`)
 
 
-class Store:
-    """moto's server on a port of its own; what it holds is gone when it goes down."""
-
-    def __init__(self):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    def up(self):
-        command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not self._has_bucket():
-            assert time.monotonic() < deadline, "moto's server does not answer"
-            time.sleep(0.1)
-
-    def _has_bucket(self):
-        try:
-            request = urllib.request.Request(f"{self.url}/bucket", method="PUT")
-            urllib.request.urlopen(request, timeout=5).close()
-        except OSError:
+def eventually(flush, seconds=60.0):
+    """A flush tries once; a connection that the store has closed meanwhile costs the first attempt."""
+    deadline = time.monotonic() + seconds
+    while not flush(seconds):
+        if time.monotonic() > deadline:
             return False
-        return True
-
-    def down(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """A store, and s3fs without patience."""
-    pytest.importorskip("moto", reason="needs moto")
-    pytest.importorskip("flask", reason="needs flask for moto's server")
-    s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
-    store = Store()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": store.url,
-        "AWS_MAX_ATTEMPTS": "1",
-        "S3_ENDPOINT": store.url,
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    store.up()
-    yield store
-    store.down()
-    s3fs.S3FileSystem.clear_instance_cache()
+        time.sleep(0.05)
+    return True
 
 
 @pytest.mark.slow
 def test_a_store_that_goes_down_and_comes_back_has_everything(s3, monkeypatch, caplog):
-    monkeypatch.setattr(backlog, "_FIRST_RETRY", 0.1)
-    monkeypatch.setattr(backlog, "_LAST_RETRY", 0.2)
+    for part in (backlog, outbox):
+        monkeypatch.setattr(part, "_FIRST_RETRY", 0.1)
+        monkeypatch.setattr(part, "_LAST_RETRY", 0.2)
     model = mlp()
     with torchprobe.instrument(
-        model, log_dir="s3://bucket/runs/run", every=1, probes=[torchprobe.Gradients()]
+        model, log_dir="s3://bucket/runs/run", every=1, probes=[torchprobe.Gradients()], rules=[on_step_5]
     ) as session:
         train(model, 3)
-        assert session.flush(60)
+        assert eventually(session.flush)
         s3.down()
         train(model, 3)
-        with caplog.at_level(logging.ERROR, "torchprobe"):
-            assert not session.flush(60)
+        assert not session.flush(60)
         assert "tried again" in caplog.text
         s3.up()
         train(model, 2)
-        assert session.flush(60)
-    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=120)
+        assert eventually(session.flush)
+    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
     assert steps.stdout.split() == [str(step) for step in range(1, 9)], steps.stderr
+    [flight] = read_run("s3://bucket/runs/run").flights
+    assert (flight["step"], flight["file"]) == (5, "s3://bucket/runs/run/flight/5.json")
+
+
+def on_step_5(record):
+    there = record.step == 5
+    return [torchprobe.Alert("on_step_5", record.step, None, 5.0, None, "while the store is down")] if there else []
 
 
 READ = """
@@ -271,8 +265,8 @@ for _ in range(3):
         "AWS_ENDPOINT_URL": s3.url.replace("127.0.0.1", "localhost"),
     }
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
-    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=120)
+    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
     assert steps.stdout.split() == ["1", "2", "3"], result.stderr + steps.stderr

@@ -26,6 +26,9 @@ _NAMES = 3  # in a message
 _MOST_NODES = 50_000
 _REACH = 4  # nodes between an operation and a parameter that it uses: a transposition, a cast
 
+READS_GRAPHS = hasattr(torch._C._autograd.SavedTensor, "data")
+"""Whether what a graph keeps can be looked at without running hooks; not in torch 2.6."""
+
 _Named = Sequence[tuple[str, nn.Parameter]]
 
 
@@ -67,6 +70,9 @@ def of_output(named: _Named, outputs: Sequence[Tensor]) -> Finding | None:
     damaged = of_parameters(named)
     if damaged is not None:
         return damaged
+    if not READS_GRAPHS:
+        text = f"the model's output holds {_kind(outputs)}; a later torch than {torch.__version__} tells where from"
+        return Finding(NO_MODULE, text)
     graph = _Graph(outputs, {id(p): owner_of(name) for name, p in named})
     for i in range(len(graph.nodes)):
         inputs, results = graph.saved(i)

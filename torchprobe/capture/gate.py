@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 
 import torch
@@ -43,18 +42,29 @@ class Gate:
         self.failed = False
         self._meter = meter
 
-    @contextmanager
-    def boundary(self) -> Iterator[None]:
-        """Run probe code: an exception switches the probe off, with one logged traceback."""
+    def boundary(self) -> Gate:
+        """Run probe code: an exception switches the probe off, with one logged traceback.
+
+        The gate itself is entered, as often as need be: a generator would take three times as long, on every layer.
+        """
+        return self
+
+    def __enter__(self) -> None:
         self._meter.enter()
-        try:
-            yield
-        except Exception:
-            self.failed = True
-            self.train = self.val = False
-            _log.exception("probe %s failed and is switched off; training goes on", self.name)
-        finally:
-            self._meter.leave()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._meter.leave()
+        if not isinstance(error, Exception):
+            return False
+        self.failed = True
+        self.train = self.val = False
+        _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
+        return True
+
+
+def no_graph() -> AbstractContextManager[None]:
+    """`torch.no_grad()`, for nothing in a backward pass, which builds none."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -51,7 +51,9 @@ def in_compiled_call() -> bool:
 def in_wrapper_call() -> bool:
     """Whether a module that `torch.compile` returned is among the callers. It warns of process-wide hooks."""
     module = sys.modules.get("torch._dynamo.eval_frame")
-    return module is not None and any(True for _ in running(module.OptimizedModule.__call__.__code__))
+    # Before torch 2.8 it has none of its own, and gives no warning.
+    call = None if module is None else vars(module.OptimizedModule).get("__call__")
+    return call is not None and bool(running(call.__code__))
 
 
 def hides_hooks(module: nn.Module) -> bool:

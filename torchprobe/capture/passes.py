@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -12,11 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.graphs import beside, hides_hooks, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.recompute import in_backward, in_reentrant_checkpoint, under_transform
+from torchprobe.capture.recompute import (
+    in_backward,
+    in_reentrant_checkpoint,
+    under_function_transform,
+    under_transform,
+)
 from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.tracing import scope
 
+_log = logging.getLogger("torchprobe")
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 
@@ -43,6 +50,13 @@ class Root(Inert):
     def __init__(self, observer: PassObserver, current: Pass) -> None:
         self.observer = observer
         self.current = current
+        self._told = False
+
+    def tell_of_transform(self) -> None:
+        """A pass is not recorded because a function transform runs it: say so once."""
+        if not self._told and under_function_transform():
+            self._told = True
+            _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
 
 def _enter(module: nn.Module, args: Any) -> None:
@@ -57,7 +71,9 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 
 def _enter_plain(root: Root, module: nn.Module, grad_enabled: bool) -> None:
-    if not under_transform() and not in_backward():
+    if under_transform():
+        root.tell_of_transform()
+    elif not in_backward():
         in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
         root.observer.enter_pass(module, in_training)
 

@@ -26,7 +26,10 @@ def in_reentrant_checkpoint() -> bool:
 
 def under_transform() -> bool:
     """Whether values are not plain tensors of this step: `torch.func` transforms, tracing, export."""
-    if torch._C._get_tracing_state() is not None:
-        return True
+    return torch._C._get_tracing_state() is not None or under_function_transform()
+
+
+def under_function_transform() -> bool:
+    """Whether a `torch.func` transform, such as `vmap` or `grad`, runs the caller."""
     peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
     return peek is not None and peek() is not None

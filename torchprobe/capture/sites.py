@@ -16,7 +16,7 @@ from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.taps import Tap
-from torchprobe.capture.tracing import run_in, scope
+from torchprobe.capture.tracing import gradient_hooks_trace, run_in, scope
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
 
@@ -84,7 +84,7 @@ def _trace(site: Site, output: Any) -> None:
         return
     for tap in site.outputs:
         _trace_tensor(tap, training, False, tensor)
-    if training and tensor.requires_grad:
+    if training and tensor.requires_grad and gradient_hooks_trace():
         for tap in site.gradients:
             tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture import opaque
-from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.gate import Gate, no_autocast, no_graph
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.probes.base import Probe
 from torchprobe.statistics.dtypes import row_dtype
@@ -102,7 +102,7 @@ class Tap:
         return torch.zeros_like(row)  # the boundary took an exception
 
     def _keep(self, tensor: Tensor, waiting: list[Tensor]) -> None:
-        with torch.no_grad(), no_autocast(tensor.device):
+        with no_graph(), no_autocast(tensor.device):
             waiting.append(self._memo.row(self.probe, tensor))
             if len(waiting) == _MANY:
                 waiting[:] = [functools.reduce(self._merged, waiting)]
@@ -126,6 +126,5 @@ class Tap:
 
 
 def _row(probe: Probe, tensor: Tensor) -> Tensor:
-    row = torch.ones(probe.width + 1, dtype=row_dtype(tensor.device), device=tensor.device)
-    row[:-1] = probe.compute(tensor.detach())
-    return row
+    row = probe.compute(tensor.detach()).to(row_dtype(tensor.device))
+    return torch.cat((row, row.new_ones(1)))

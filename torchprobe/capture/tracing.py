@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 import zlib
 from collections.abc import Callable
@@ -15,6 +17,9 @@ from torchprobe.capture.recompute import under_transform
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_log = logging.getLogger("torchprobe")
+
+TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint"
 _UNCHECKED = "_disable_side_effect_safety_checks_for_current_subtracer"
@@ -60,6 +65,19 @@ def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
         torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
     else:
         function(*args)
+
+
+@constant
+def gradient_hooks_trace() -> bool:
+    """Whether a graph takes hooks of tensors inside it. Before torch 2.11 they break it."""
+    if not TRACES_GRADIENT_HOOKS:
+        _say_once()
+    return TRACES_GRADIENT_HOOKS
+
+
+@functools.cache
+def _say_once() -> None:
+    _log.warning("activation gradients inside compiled graphs need torch 2.11, this is %s", torch.__version__)
 
 
 @constant

@@ -17,31 +17,35 @@ import torch
 SHARDED = ".sharded"  # a directory of torch.distributed.checkpoint
 WHOLE = ".pt"
 
-_NAME = re.compile(r"step_(\d{10,})(\.best)?(\.pt|\.sharded)")
+_NAME = re.compile(r"step_(\d{10,})(?:\.restart(\d+))?(\.best)?(\.pt|\.sharded)")
 _RANK = re.compile(r"step_(\d{10,})\.rank\d+\.pt")
 _TEMPORARY = re.compile(r"\.step_.*\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Stored:
-    """A complete checkpoint; in the order of steps."""
+    """A complete checkpoint; in the order in which they were written."""
 
+    restart: int
+    """How often the run had gone back to an earlier step by then."""
     step: int
     best: bool
     """Whether it was the best so far when it was written."""
     path: Path
 
 
-def name_of(step: int, best: bool, suffix: str) -> str:
-    """A checkpoint's file name, or its directory's."""
-    return f"step_{step:010d}{'.best' if best else ''}{suffix}"
+def next_name(directory: Path, step: int, best: bool, suffix: str) -> str:
+    """A checkpoint's file name, or its directory's; it sorts behind those that are there, also after a step back."""
+    last = stored(directory)[-1:]
+    restart = sum(one.restart + (step < one.step) for one in last)
+    return f"step_{step:010d}{f'.restart{restart}' if restart else ''}{'.best' if best else ''}{suffix}"
 
 
 def stored(directory: Path) -> list[Stored]:
     """All complete checkpoints, oldest first."""
     paths = directory.iterdir() if directory.is_dir() else ()
     matches = ((path, _NAME.fullmatch(path.name)) for path in paths)
-    return sorted(Stored(int(match[1]), match[2] is not None, path) for path, match in matches if match)
+    return sorted(Stored(int(m[2] or 0), int(m[1]), m[3] is not None, path) for path, m in matches if m)
 
 
 def prune(directory: Path, max_keep: int) -> None:

@@ -14,13 +14,13 @@ from torch import nn
 
 from torchprobe.checkpoint.arguments import check_helper, checked_metrics, checked_step
 from torchprobe.checkpoint.best import Mode, check_best, chosen_metric, is_better
-from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, name_of, prune, read_file, remove, stored, write_file
+from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, next_name, prune, read_file, remove, stored, write_file
 from torchprobe.checkpoint.models import model_state, states_of
 from torchprobe.checkpoint.plain import plain
-from torchprobe.checkpoint.randomness import random_states
 from torchprobe.checkpoint.ranks import agreed, own_rank
 from torchprobe.checkpoint.restoring import Target, apply, read_sharded
 from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
+from torchprobe.random_state import random_states
 from torchprobe.schedule import check_count
 from torchprobe.session import Session, session_of
 
@@ -206,7 +206,8 @@ class CheckpointManager:
 
     def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
         step = payload["step"]
-        path = self.directory / name_of(step, best, SHARDED if sharded else WHOLE)
+        path = self.directory / next_name(self.directory, step, best, SHARDED if sharded else WHOLE)
+        path = agreed(path) if sharded else path
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if own_rank():

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from torchprobe.checkpoint.models import check_groups, check_model, load_model, load_states
-from torchprobe.checkpoint.randomness import set_random_states
 from torchprobe.checkpoint.ranks import own_rank
 from torchprobe.checkpoint.sharded import load_sharded_states, read_directory, saved_names, sharded_states
+from torchprobe.random_state import set_random_states
 from torchprobe.session import Session
 
 _log = logging.getLogger("torchprobe")

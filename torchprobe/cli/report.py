@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from torchprobe.cli.errors import CommandError
+from torchprobe.cli.reading import place, recorded
 
 _DESCRIPTION = """\
 Tell what a recorded run says: alerts, the course of its numbers, the layers to look at,
@@ -19,6 +20,7 @@ examples:
   torchprobe report                          the newest run below ./runs
   torchprobe report runs/demo --html demo.html
   torchprobe report runs/exp1 --json | jq .alerts
+  torchprobe report s3://bucket/runs/exp1
 """
 
 
@@ -33,7 +35,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "run_folder", nargs="?", type=Path, default=Path("runs"), metavar="RUN", help="a run (default: newest in runs)"
+        "run_folder",
+        nargs="?",
+        type=place,
+        default="runs",
+        metavar="RUN",
+        help="a run or its URL (default: newest in runs)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots that needs nothing else")
@@ -41,18 +48,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or write the page. Returns the exit code."""
-    from torchprobe.reports.run import NoRunError, read_run
     from torchprobe.reports.summary import summarise
 
-    try:
-        recorded = read_run(arguments.run_folder)
-    except NoRunError as error:
-        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
-    summary = summarise(recorded)
+    found = recorded(arguments.run_folder)
+    summary = summarise(found)
     if arguments.html is not None:
         from torchprobe.reports.page import page
 
-        _write(arguments.html, page(recorded, summary))
+        _write(arguments.html, page(found, summary))
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     elif arguments.html is None:
@@ -60,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         from torchprobe.reports.terminal import rendered
 
-        Console().print(rendered(recorded, summary))
+        Console().print(rendered(found, summary))
     else:
-        print(f"{arguments.html} shows {recorded.path}")
+        print(f"{arguments.html} shows {found.path}")
     return 0
 
 

@@ -15,16 +15,20 @@ from types import ModuleType
 
 from torchprobe.cli.arguments import port_number
 from torchprobe.cli.errors import CommandError
+from torchprobe.cli.pinned import with_overview
+from torchprobe.cli.reading import place
+from torchprobe.cli.tensorboard_url import check_readable
 
 _DESCRIPTION = """\
 Show recorded runs in TensorBoard: start it, print its address, open the browser.
-Ctrl-C ends it.
+Its first page has the overview of the runs pinned on top. Ctrl-C ends it.
 """
 
 _EXAMPLES = """\
 examples:
   torchprobe view                         every run below ./runs
   torchprobe view runs/demo --port 6010
+  torchprobe view s3://bucket/runs        runs in a remote store
   torchprobe view --no-browser            over ssh: forward the port it prints
 """
 
@@ -40,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)"
+        "directory", nargs="?", type=place, default="runs", metavar="DIR", help="folder or URL of runs (default: runs)"
     )
     parser.add_argument("--port", type=port_number, metavar="N", help="port (default: the first free one from 6006)")
     parser.add_argument(
@@ -67,7 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
 
-def _check_has_runs(directory: Path) -> None:
+def _check_has_runs(directory: Path | str) -> None:
+    if isinstance(directory, str):
+        _tensorboard_program()  # the better message when it is missing
+        check_readable(directory)
+        return
     fix = "Record a run first: torchprobe demo"
     if not directory.is_dir():
         raise CommandError(f"'{directory}' is not a folder. {fix}")
@@ -75,9 +83,10 @@ def _check_has_runs(directory: Path) -> None:
         raise CommandError(f"no run is recorded in '{directory}' (it holds no TensorBoard event file). {fix}")
 
 
-def _serve(directory: Path, host: str, port: int | None) -> str:
+def _serve(directory: Path | str, host: str, port: int | None) -> str:
     """Start TensorBoard in a daemon thread of this process, so that nothing can outlive it. Returns its address."""
     program = _tensorboard_program()
+    listen = program.create_port_scanning_werkzeug_server
     # Windows may list .js files as plain text, which no browser runs.
     mimetypes.add_type("text/javascript", ".js")
     options = ["tensorboard", "--logdir", str(directory), "--host", host]
@@ -85,7 +94,7 @@ def _serve(directory: Path, host: str, port: int | None) -> str:
     said = io.StringIO()  # advice about TensorBoard's own options, or why it gave up
     try:
         with contextlib.redirect_stderr(said):
-            server = program.TensorBoard()
+            server = program.TensorBoard(server_class=lambda app, flags: listen(with_overview(app), flags))
             server.configure(options)
             address: str = server.launch()
     except program.TensorBoardPortInUseError as error:

@@ -18,6 +18,7 @@ class Alone:
 
     patience: float | None = None
     dropped = 0
+    stopping = None
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

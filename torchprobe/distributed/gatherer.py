@@ -18,6 +18,7 @@ from torchprobe.distributed.mailbox import Mailbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
 from torchprobe.distributed.peer import Peer
 from torchprobe.distributed.sender import HELD
+from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
 
@@ -64,6 +65,7 @@ class Gatherer:
         self._published = False
         self._mailbox: Mailbox | None = None
         self._peers: list[Peer] = []
+        self.stopping = Stopping(world)
         self._connect()
 
     @property
@@ -93,8 +95,8 @@ class Gatherer:
         return None
 
     def pause(self) -> float | None:
-        """Look again soon while a step waits."""
-        return POLL if self._waiting and self._mailbox is not None else None
+        """Look again soon while a step waits, or the ranks agree where to stop."""
+        return self.stopping.pause() or (POLL if self._waiting and self._mailbox is not None else None)
 
     def release(self, urgent: bool) -> Iterable[Record]:
         """The records of steps for which nobody needs to be waited any more."""
@@ -104,6 +106,7 @@ class Gatherer:
             self._hurry()
         while self._waiting and (urgent or self._is_ready(self._waiting[0])):
             yield from self._records(self._waiting.popleft())
+        self.stopping.poll(self._mailbox)
 
     def close(self) -> None:
         """Nothing to say: the others notice when they leave."""

@@ -11,6 +11,7 @@ from torchprobe.buffer.step import Arrived, Reporter, seen_rows
 from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
+from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.probes.base import Probe
 from torchprobe.records import Record
@@ -45,6 +46,7 @@ class Sender:
         self._held_by_first: frozenset[str] | None = None
         self._mailbox: Mailbox | None = None
         self._outbox: Outbox | None = None
+        self.stopping = Stopping(world)
         self._connect()
 
     def read(self, sealed: Sealed) -> Record | None:
@@ -64,7 +66,7 @@ class Sender:
 
     def pause(self) -> float | None:
         """Other ranks wait for these steps, so they do not wait for the next flush."""
-        return CYCLE
+        return self.stopping.pause() or CYCLE
 
     def release(self, urgent: bool) -> Iterable[Record]:
         """Send what there is."""
@@ -72,6 +74,7 @@ class Sender:
         if self._outbox is not None and self._mark is not None:
             frame, self._steps, self._mark = Frame(self._mark, self._steps), [], None
             self._send(self._outbox, frame)
+        self.stopping.poll(self._mailbox)
         return ()
 
     def close(self) -> None:

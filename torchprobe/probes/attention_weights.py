@@ -36,11 +36,6 @@ class AttentionWeights(Attention):
         sampled = rows.new_full((len(rows), 1), float(attention.is_sampled(source, self.rows)))
         return torch.cat((rows, sampled), dim=1)
 
-    def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Several calls: their query rows together."""
-        sampled = torch.maximum(a[..., -1:], b[..., -1:])
-        return torch.cat((attention.combine(a[..., :-1], b[..., :-1]), sampled), dim=-1)
-
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names repeat: a row for each head."""
         for tag, value in super().report_all(names, rows):

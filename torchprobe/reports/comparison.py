@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torchprobe.reports.run import Run, Series
 
@@ -24,11 +26,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Differences of common tags, biggest first, and the tags that one run alone has."""
+    """Differences of common tags, biggest first, and the tags that one run alone has.
+
+    hparams: the hyperparameters that differ, as (name, first run's, second run's); None where a run has none.
+    """
 
     differences: list[Difference]
     only_a: list[str]
     only_b: list[str]
+    hparams: list[tuple[str, Any, Any]]
 
 
 def compare(a: Run, b: Run) -> Comparison:
@@ -36,7 +42,14 @@ def compare(a: Run, b: Run) -> Comparison:
     common = a.scalars.keys() & b.scalars.keys()
     found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
     found.sort(key=lambda difference: difference.size, reverse=True)
-    return Comparison(found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common))
+    return Comparison(
+        found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), _hparams(a.hparams, b.hparams)
+    )
+
+
+def _hparams(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    pairs = ((name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()))
+    return [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
 
 
 def _difference(tag: str, one: Series, other: Series) -> Difference:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from torchprobe.reports.run import Run, Series
+from torchprobe.reports.sparkline import ROUNDING
+from torchprobe.reports.words import headline, listed, reason
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen
@@ -16,6 +18,7 @@ _GROUPS = (
     "overview", "train", "val", "calibration", "grad_norm_layer", "update_ratio", "activation_std",
     "attention_entropy", "attention_max_logit", "uncertainty_epistemic", "lr",
 )  # fmt: skip
+_OF_THE_RUN = 3  # so many of them; then the layers
 _STYLE = """
 body{font:14px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -36,16 +39,25 @@ def page(run: Run, summary: Mapping[str, Any]) -> str:
 
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<p>{summary['steps']} steps in {summary['seconds']:.0f} s.</p>"
+    yield f"<p>{escape(headline(summary))}.</p>"
+    if summary["hparams"]:
+        yield f"<p>{escape(listed(summary['hparams']))}</p>"
     yield from _alerts(summary["alerts"])
     for flight in summary["flight_recordings"]:
-        yield f'<p class="alert">Flight recording: {escape(str(flight["file"]))}</p>'
-    yield from _layers(summary["layers"])
-    for group in _GROUPS:
-        series = run.group(group)
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}: {flight['file']}"
+        yield f'<p class="alert">{escape(about)}</p>'
+    for i, group in enumerate(_GROUPS):
+        if i == _OF_THE_RUN:
+            yield from _layers(summary["layers"])
+        series = {name: curve for name, curve in run.group(group).items() if group != "val" or _is_general(name)}
         if series:
             yield f"<h2>{escape(group)}</h2>"
             yield from (_figure(name, curve) for name, curve in series.items())
+
+
+def _is_general(name: str) -> bool:
+    """Whether a number of validation is of the whole model."""
+    return "/" not in name or name.startswith(("overview/", "calibration/"))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -53,16 +65,18 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield '<p class="well">No alert.</p>'
     for alert in alerts:
         said = escape(alert["said"] or alert["rule"])
-        yield f'<p class="alert">{said} ({len(alert["steps"])} times, first at step {alert["steps"][0]})</p>'
+        steps = alert["steps"]
+        others = f", {len(steps) - 1} more" if len(steps) > 1 else ""
+        yield f'<p class="alert">{said} (first at step {steps[0]}{others})</p>'
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     rows = [(title, row) for title, found in layers.items() for row in found]
     if rows:
         yield "<h2>layers to look at</h2><table>"
-        for title, row in rows:
-            where = escape(row["where"])
-            yield f'<tr><td>{escape(title)}</td><td>{where}</td><td class="n">{row["value"]:.4g}</td></tr>'
+        for above, (title, row) in zip([None, *(title for title, _ in rows)], rows, strict=False):
+            where, what = escape(row["where"]), "" if title == above else escape(title)
+            yield f'<tr><td>{what}</td><td>{where}</td><td class="n">{row["value"]:.4g}</td></tr>'
         yield "</table>"
 
 
@@ -76,11 +90,14 @@ def plot(series: Series) -> str:
     steps, values = series.steps[keep].astype(np.float64), series.values[keep]
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if high - low <= ROUNDING * max(abs(high), abs(low)):
+        values, low = np.where(np.isfinite(values), high, values), high
     x = _LEFT + (steps - steps[0]) / max(steps[-1] - steps[0], 1.0) * (_WIDTH - _LEFT - 4)
     y = 6 + (high - values) / ((high - low) or 1.0) * (_HEIGHT - _BOTTOM - 12)
+    width = 1.5 if finite.size > 1 else 5  # one point is a dot
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">'
-        f'<path d="{_path(x, y)}" fill="none" stroke="#21918c" stroke-width="1.5" stroke-linecap="round"/>'
+        f'<path d="{_path(x, y)}" fill="none" stroke="#21918c" stroke-width="{width}" stroke-linecap="round"/>'
         f'<text x="2" y="12">{high:.3g}</text><text x="2" y="{_HEIGHT - _BOTTOM - 4}">{low:.3g}</text>'
         f'<text x="{_LEFT}" y="{_HEIGHT - 4}">step {int(steps[0])}</text>'
         f'<text x="{_WIDTH - 4}" y="{_HEIGHT - 4}" text-anchor="end">{int(steps[-1])}</text></svg>'

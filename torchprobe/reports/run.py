@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from torchprobe.reports.remote import copied
+from torchprobe.run_directory import as_url, is_url, local_path
+from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
 
 
 class NoRunError(ValueError):
@@ -43,12 +47,16 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All scalars by tag, all texts by tag as (step, Markdown), and the flight recorder's files."""
+    """All scalars by tag, all texts by tag as (step, Markdown), the flight recorder's files, and hyperparameters.
 
-    path: Path
+    path is a str for a URL. The final metrics of the HParams page, which repeat others, are left out.
+    """
+
+    path: Path | str
     scalars: dict[str, Series]
     texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     flights: list[dict[str, Any]] = field(default_factory=list)
+    hparams: dict[str, Any] = field(default_factory=dict)
 
     def group(self, name: str) -> dict[str, Series]:
         """The series of a tag group, by what follows it: `grad_norm` gives {"fc.weight": ...}."""
@@ -80,26 +88,45 @@ def newest_run(folder: Path) -> Path:
     return files[-1].parent
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run's event files, all points of them, with TensorBoard's own reader. Raises NoRunError."""
+def read_run(where: Path | str) -> Run:
+    """Read the event files of a run, all points of them, with TensorBoard's own reader.
+
+    where: the run's folder or URL, or one above it, of which the newest run is taken. Raises NoRunError; for a URL also
+    what `remote.copied` raises.
+    """
+    if not is_url(str(where)):
+        return _read(newest_run(local_path(str(where))))
+    with copied(as_url(str(where))) as (folder, url):
+        if next(folder.glob("*tfevents*"), None) is None:
+            raise NoRunError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")
+        run = _read(folder)
+    flights = [{**flight, "file": f"{url}/flight/{Path(flight['file']).name}"} for flight in run.flights]
+    return replace(run, path=url, flights=flights)
+
+
+def _read(path: Path) -> Run:
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    path = newest_run(folder)
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0})
     events.Reload()
     found: dict[str, list[tuple[int, float, float]]] = {}
     texts: dict[str, list[tuple[int, str]]] = {}
+    hparams: dict[str, Any] = {}
     for tag in events.Tags()["scalars"]:
         found[tag] = [(event.step, event.value, event.wall_time) for event in events.Scalars(tag)]
     for tag in events.Tags()["tensors"]:
-        plugin = events.SummaryMetadata(tag).plugin_data.plugin_name
+        plugin = events.SummaryMetadata(tag).plugin_data
+        if tag == START_TAG:
+            hparams = read_hparams(plugin.content)
+            continue
         arrays = [(event.step, make_ndarray(event.tensor_proto), event.wall_time) for event in events.Tensors(tag)]
-        if plugin == "text":
+        if plugin.plugin_name == "text":
             texts[tag] = [(step, _text(array)) for step, array, _ in arrays]
-        elif plugin == "scalars":
+        elif plugin.plugin_name == "scalars":
             found[tag] = [(step, float(array), time) for step, array, time in arrays]
-    return Run(path, {tag: _series(points) for tag, points in found.items() if points}, texts, _flights(path))
+    series = {tag: _series(points) for tag, points in found.items() if points and not tag.startswith(f"{FINAL}/")}
+    return Run(path, series, texts, _flights(path), hparams)
 
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -28,11 +28,12 @@ def summarise(run: Run) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
     return {
         "run": str(run.path),
+        "hparams": run.hparams,
         "steps": run.steps,
         "seconds": round(run.seconds, 3),
         "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
         "counts": {tag.split("/")[1]: int(run.scalars[tag].last) for tag in _COUNTS if tag in run.scalars},
-        "probe_overhead": _of(run, "overview/probe_overhead"),
+        "probe_overhead": _overhead(run),
         "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
         "alerts": _alerts(run),
         "layers": {title: _extremes(run.group(group), worst) for title, (group, worst) in _EXTREMES.items()},
@@ -61,10 +62,10 @@ def _curve(series: Series) -> dict[str, Any]:
 
 
 def _alerts(run: Run) -> list[dict[str, Any]]:
-    """Per rule: the steps at which it fired, and what it said last."""
+    """Per rule, in the order in which they first fired: the steps at which it did, and what it said last."""
     lines = [line for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for line in _plain(text)]
     found = []
-    for rule, series in sorted(run.group("alerts").items()):
+    for rule, series in sorted(run.group("alerts").items(), key=lambda item: (item[1].steps[0], item[0])):
         said = [line for line in lines if line.startswith(rule)]
         found.append({"rule": rule, "steps": series.steps.tolist(), "said": said[-1] if said else None})
     return found
@@ -98,8 +99,10 @@ def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
     return {key: flight[key] for key in ("file", "step", "reason", "alert", "alerts", "exception") if key in flight}
 
 
-def _of(run: Run, tag: str) -> float | None:
-    return _number(run.scalars[tag].last) if tag in run.scalars else None
+def _overhead(run: Run) -> float | None:
+    """The middle one of what was written every so many steps."""
+    series = run.scalars.get("overview/probe_overhead")
+    return None if series is None else _number(float(np.median(series.values)))
 
 
 def _number(value: float) -> float | None:

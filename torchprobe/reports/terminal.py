@@ -12,7 +12,9 @@ from rich.text import Text
 
 from torchprobe.reports.run import Run
 from torchprobe.reports.sparkline import sparkline
+from torchprobe.reports.words import headline, listed, reason
 
+_BARS = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
 
 
@@ -22,7 +24,8 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
-    yield Text(f"{summary['run']}: {_headline(summary)}", style="bold")
+    yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
+    yield from _hparams(summary["hparams"])
     yield _alerts(summary["alerts"])
     yield from _flights(summary["flight_recordings"])
     yield from _curves("course of the run", run, summary["curves"])
@@ -34,18 +37,15 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
 
 
-def _headline(summary: Mapping[str, Any]) -> str:
-    parts = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
-    if summary["probe_overhead"] is not None:
-        parts.append(f"{summary['probe_overhead']:.1%} of the time in probes")
-    parts += [f"{count} {name.replace('_', ' ')}" for name, count in summary["counts"].items()]
-    return ", ".join(parts)
+def _hparams(hparams: Mapping[str, Any]) -> Iterator[RenderableType]:
+    if hparams:
+        yield Text(listed(hparams))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
     if not alerts:
         return Text("No alert.", style="green")
-    table = _table("alerts", "rule", "steps", "what it said last")
+    table = plain_table("alerts", "rule", "steps", "what it said last")
     for alert in alerts:
         steps = ", ".join(map(str, alert["steps"][:_STEPS])) + (", …" if len(alert["steps"]) > _STEPS else "")
         table.add_row(alert["rule"], steps, escape(alert["said"] or ""), style="yellow")
@@ -54,21 +54,24 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _flights(flights: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for flight in flights:
-        yield Text(f"Flight recording of step {flight.get('step', '?')}: {flight['file']}", style="yellow")
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
+        yield Text(f"{about}: {flight['file']}", style="yellow")
 
 
 def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     if curves:
-        table = _table(title, "tag", ">first", ">last", ">lowest", ">highest", "course")
+        table = plain_table(title, "tag", ">first", ">last", ">lowest", ">highest", "course")
         for tag, curve in curves.items():
             numbers = [short(curve[key]) for key in ("first", "last", "lowest", "highest")]
-            table.add_row(escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values))
+            table.add_row(
+                escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values, _BARS)
+            )
         yield table
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
     if any(layers.values()):
-        table = _table("layers to look at", "what", "where", ">value")
+        table = plain_table("layers to look at", "what", "where", ">value")
         for title, rows in layers.items():
             for i, row in enumerate(rows[:3]):
                 table.add_row("" if i else title, escape(row["where"]), short(row["value"]))
@@ -77,7 +80,7 @@ def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table
 
 def _numbers(title: str, values: Mapping[str, float | None]) -> Iterator[Table]:
     if values:
-        table = _table(title, "what", ">last value")
+        table = plain_table(title, "what", ">last value")
         for name, value in values.items():
             table.add_row(escape(name), short(value))
         yield table
@@ -88,8 +91,10 @@ def short(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+def plain_table(title: str, *columns: str) -> Table:
+    """A table under a blank line and its title; a column whose name begins with > is aligned to the right."""
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", show_edge=False)
+    table.min_width = len(title) + 1  # else a long title is wrapped over a narrow table
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
     return table

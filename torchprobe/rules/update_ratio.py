@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torchprobe.naming import owner_of
 from torchprobe.records import Record
@@ -29,6 +30,14 @@ class UpdateRatio:
         self.high = positive("high", high)
         self.low = positive("low", low)
         self._largest_rate = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest learning rate seen, for a resumed run."""
+        return {"largest_rate": self._largest_rate}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._largest_rate = float(state["largest_rate"])
 
     def __call__(self, record: Record) -> Found:
         """One alert a parameter."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
@@ -24,6 +26,14 @@ class VanishingGradient:
     def __init__(self, threshold: float = 1e-7) -> None:
         self.threshold = positive("threshold", threshold)
         self._largest_loss = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest loss seen, for a resumed run."""
+        return {"largest_loss": self._largest_loss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._largest_loss = float(state["largest_loss"])
 
     def __call__(self, record: Record) -> Found:
         """One alert a layer."""

@@ -26,6 +26,9 @@ class Follower(Protocol):
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""
 
+    def at_rest(self) -> None:
+        """The drain has caught up; in the drain thread."""
+
     def crashed(self, error: BaseException) -> None:
         """The training loop raised; in the training thread."""
 
@@ -33,12 +36,23 @@ class Follower(Protocol):
         """The run has ended."""
 
 
+class Together(Protocol):
+    """Other ranks, which are to stop at the same step."""
+
+    def propose(self, alert: Alert, completed: int) -> None:
+        """A rule ends the run; the training thread is held already, after so many steps."""
+
+    def reached(self, completed: int) -> bool:
+        """Whether to stop after so many steps. May wait, in the training thread."""
+
+
 class Watch:
     """Takes each record on its way to the writer and adds what its alerts show.
 
     rules: see `choosing.Rule`. on_alert: the user's, called with each alert; what it raises is logged once. stops:
-    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on. The
-    training thread calls `check` only, which reads an attribute.
+    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on;
+    completed: the steps that have ended; together: the other ranks, if there are any. The training thread calls `check`
+    only, which reads an attribute.
     """
 
     def __init__(
@@ -49,6 +63,8 @@ class Watch:
     ) -> None:
         self.alerts: list[Alert] = []
         self.progress: Callable[[], Hashable] = lambda: None
+        self.completed: Callable[[], int] = lambda: 0
+        self.together: Together | None = None
         self._rules = [(rule, Conditions()) for rule in rules]
         self._on_alert = on_alert
         self._stops = stops
@@ -64,20 +80,19 @@ class Watch:
         alerts = self._all(lambda rule: rule(record), record.step)
         shown = self._act(alerts) if alerts else self._count(record)
         record = replace(record, values={**record.values, **shown}) if shown else record
-        for follower in self.followers:
-            follower.follow(record, alerts)
+        self._tell(lambda follower: follower.follow(record, alerts))
         return record
 
     def at_rest(self) -> Record | None:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
+        self._tell(lambda follower: follower.at_rest())
         progress = self.progress()
         resting = [(rule, conditions) for rule, conditions in self._rules if hasattr(rule, "at_rest")]
         alerts = self._all(lambda rule: rule.at_rest(self._step, progress), self._step, resting)  # type: ignore[attr-defined]
         if not alerts:
             return None
         record = Record(self._step, time(), self._act(alerts))
-        for follower in self.followers:
-            follower.follow(record, alerts)
+        self._tell(lambda follower: follower.follow(record, alerts))
         return record
 
     @property
@@ -87,9 +102,19 @@ class Watch:
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""
-        if self._stop is not None:
+        if self._stop is not None and (self.together is None or self.together.reached(self.completed())):
             stop, self._stop, self._stops = self._stop, None, frozenset()
             raise TrainingAlert(stop)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a rule may end the run."""
+        return bool(self._stops)
+
+    def hold(self, alert: Alert) -> int:
+        """Let `check` raise this alert from its next call on; the steps completed by then, or one fewer."""
+        self._stop = alert
+        return self.completed()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of alerts so far, and what rules with a `state_dict` remember, for a resumed run."""
@@ -111,8 +136,7 @@ class Watch:
 
     def close(self) -> None:
         """The run has ended: let followers finish, and a notifier send what it has."""
-        for follower in self.followers:
-            follower.close()
+        self._tell(lambda follower: follower.close())
         close = getattr(self._on_alert, "close", None)
         if close is not None:
             self._guarded(close)
@@ -136,13 +160,24 @@ class Watch:
         showing.log(alerts)
         for alert in alerts:
             if alert.rule in self._stops and not alert.ended and self._stop is None:
-                self._stop = alert
+                completed = self.hold(alert)
+                if self.together is not None:
+                    self.together.propose(alert, completed)
             if self._on_alert is not None:
                 self._guarded(self._on_alert, alert)
         return dict(self._display.values(alerts))
 
     def _count(self, record: Record) -> dict[str, Value]:
         return {"overview/alerts": float(self._display.count)} if "overview/dropped_records" in record.values else {}
+
+    def _tell(self, what: Callable[[Follower], None]) -> None:
+        """Whatever a follower does wrong, alerts go on."""
+        for follower in list(self.followers):
+            try:
+                what(follower)
+            except Exception:  # noqa: PERF203 - there is one or none
+                self.followers.remove(follower)
+                _log.exception("%s failed and is switched off; training goes on", type(follower).__name__)
 
     def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
         try:

@@ -12,6 +12,10 @@ SMALL = 2**12
 """Tensors of fewer elements in host memory are counted together, at the cost of a few operations for all."""
 
 
+PORTION = 2**22
+"""Elements in host memory that are counted at a time: a table has its price, and codes are small."""
+
+
 def count_codes(codes: Tensor, size: int) -> Tensor:
     """Occurrences of 0 ... size - 1 in 1-D integer `codes`, which holds nothing else: int64 of shape (size,)."""
     if codes.is_cpu:

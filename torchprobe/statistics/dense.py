@@ -11,8 +11,6 @@ dropout or ReLU), and `torch.linalg.vector_norm` of a whole tensor by 1e-3 at 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,26 +36,28 @@ def applies_to(x: Tensor) -> bool:
 def sum_squares(x: Tensor) -> float | None:
     """The sum of squares of the elements; None when they are not the common case after all."""
     size = _STREAM * PIECE if x.is_contiguous() else PIECE  # other layouts are copied piece by piece
-    return _ordinary(sum(map(_squares, pieces(x, size))))
+    return _ordinary(_squares([_row_norms(part) for part in pieces(x, size)]))
 
 
 def sums(x: Tensor) -> tuple[float, float] | None:
     """The sums of squares and of magnitudes; None when not the common case after all."""
     scratch = _scratch(x)
-    squares = magnitudes = 0.0
+    norms, magnitudes = [], 0.0
     for part in pieces(x, PIECE):
-        squares += _squares(part)
-        magnitudes += on_host(torch.abs(part, out=scratch[: part.numel()]).sum())
+        norms.append(_row_norms(part))
+        magnitudes += on_host(torch.abs(part, out=_first(scratch, len(part))).sum())
+    squares = _squares(norms)
     return None if _ordinary(squares) is None else (squares, magnitudes)
 
 
 def distance(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """The sums of squares of x - y and of y, contiguous and of one shape; None when not the common case after all."""
     scratch = _scratch(x)
-    between = size = 0.0
+    changes, sizes = [], []
     for a, b in zip(pieces(x, PIECE), pieces(y, PIECE), strict=True):
-        between += _squares(torch.sub(a, b, out=scratch[: a.numel()]))
-        size += _squares(b)
+        changes.append(_row_norms(torch.sub(a, b, out=_first(scratch, len(a)))))
+        sizes.append(_row_norms(b))
+    between, size = _squares(changes), _squares(sizes)
     ordinary = _ordinary(size) is not None and (between == 0 or _ordinary(between) is not None)
     return (between, size) if ordinary else None
 
@@ -65,41 +65,43 @@ def distance(x: Tensor, y: Tensor) -> tuple[float, float] | None:
 def moments(x: Tensor) -> tuple[float, ...] | None:
     """count, mean, sum of squared deviations, largest magnitude, zeros, 0; None when not the common case after all."""
     scratch = _scratch(x)
-    parts = [_moments(part, scratch[: part.numel()]) for part in pieces(x, PIECE)]
-    if not all(math.isfinite(part.m2) for part in parts):
+    norms, totals, max_abs, zeros = [], [], 0.0, 0.0
+    for part in pieces(x, PIECE):
+        norms.append(_row_norms(part))
+        totals.append(on_host(part.sum()))
+        largest, without = _magnitudes(part, _first(scratch, len(part)))
+        max_abs, zeros = max(max_abs, largest), zeros + without
+    count, squares = x.numel(), _squares(norms)
+    if not squares < math.inf:
         return None
-    count, max_abs = x.numel(), max(part.max_abs for part in parts)
-    mean = math.fsum(part.size * part.mean for part in parts) / count
-    m2 = math.fsum(part.m2 + part.size * (part.mean - mean) ** 2 for part in parts)
+    mean = math.fsum(totals) / count
+    m2 = squares - count * mean * mean
+    if not m2 > squares / 2:  # it cancels
+        mean, m2 = _deviations(x, mean, scratch)
     if m2 < _TINY**2 and max_abs and _varies(x):
         return None
-    return float(count), mean, m2, max_abs, math.fsum(part.zeros for part in parts), 0.0
+    return float(count), mean, m2, max_abs, zeros, 0.0
 
 
-class _Moments(NamedTuple):
-    """Those of one piece."""
-
-    size: int
-    mean: float
-    m2: float
-    max_abs: float
-    zeros: float
-
-
-def _moments(x: Tensor, scratch: Tensor) -> _Moments:
-    """Deviations are taken one by one only where the sum of squares would cancel."""
-    count, squares = x.numel(), _squares(x)
-    mean = on_host(x.sum()) / count
-    m2 = squares - count * mean * mean
-    if not m2 > squares / 2:
-        pivot = x.mean()
-        shift = on_host(torch.sub(x, pivot, out=scratch).sum()) / count
-        mean, m2 = on_host(pivot) + shift, max(_squares(scratch) - count * shift * shift, 0.0)
+def _magnitudes(x: Tensor, scratch: Tensor) -> tuple[float, float]:
+    """The largest magnitude and the number of zeros of a 1-D tensor."""
     magnitude = torch.abs(x, out=scratch)
-    bits = magnitude.view(torch.int32)  # in the order of the floats, and compared faster
-    max_abs = on_host(bits.amax().view(torch.float32))
-    zeros = 0.0 if on_host(bits.amin()) else count - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
-    return _Moments(count, mean, m2, max_abs, zeros)
+    low, high = magnitude.view(torch.int32).aminmax()  # in the order of the floats, and compared faster
+    max_abs = on_host(high.view(torch.float32))
+    zeros = 0.0 if on_host(low) else len(x) - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
+    return max_abs, zeros
+
+
+def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:
+    """The mean, and the sum of squared deviations from it, taken one by one from a number near the mean."""
+    pivot = torch.tensor(near, dtype=x.dtype, device=x.device)
+    norms, shifts = [], []
+    for part in pieces(x, PIECE):
+        deviations = torch.sub(part, pivot, out=_first(scratch, len(part)))
+        norms.append(_row_norms(deviations))
+        shifts.append(on_host(deviations.sum()))
+    shift = math.fsum(shifts) / x.numel()
+    return on_host(pivot) + shift, max(_squares(norms) - x.numel() * shift * shift, 0.0)
 
 
 def _varies(x: Tensor) -> bool:
@@ -107,17 +109,20 @@ def _varies(x: Tensor) -> bool:
     return on_host(low) != on_host(high)
 
 
-def _squares(x: Tensor) -> float:
-    """The sum of squares of a 1-D tensor; not finite when an element is not, or is huge."""
-    return math.fsum(on_host(torch.dot(norms, norms)) for norms in map(Tensor.double, _row_norms(x)))
+def _row_norms(x: Tensor) -> Tensor:
+    """The norms of short rows of a 1-D tensor; not finite where an element is not, or is huge."""
+    whole = len(x) // _ROW * _ROW
+    if whole < len(x):
+        rest = torch.linalg.vector_norm(x[whole:]).view(1)
+        return torch.cat((_row_norms(x[:whole]), rest)) if whole else rest
+    norms: Tensor = torch.linalg.vector_norm(x.view(-1, _ROW), dim=1)
+    return norms
 
 
-def _row_norms(x: Tensor) -> Iterator[Tensor]:
-    whole = x.numel() // _ROW * _ROW
-    if whole:
-        yield torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=1)
-    if whole < x.numel():
-        yield torch.linalg.vector_norm(x[whole:]).view(1)
+def _squares(norms: list[Tensor]) -> float:
+    """The sum of squares of the elements that norms are of."""
+    wide = torch.cat(norms).double()
+    return on_host(torch.dot(wide, wide))
 
 
 def _ordinary(squares: float) -> float | None:
@@ -126,3 +131,7 @@ def _ordinary(squares: float) -> float | None:
 
 def _scratch(x: Tensor) -> Tensor:
     return torch.empty(min(x.numel(), PIECE), dtype=x.dtype, device=x.device)
+
+
+def _first(scratch: Tensor, size: int) -> Tensor:
+    return scratch if size == len(scratch) else scratch[:size]

@@ -32,6 +32,8 @@ def real(x: Tensor) -> Tensor:
     norm stays what it was. 8-bit floats become float32. Raises TypeError for integers and booleans.
     """
     x = x.detach()
+    if x.dtype == torch.float32:  # most of what comes
+        return x.resolve_neg()
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj())
     if not x.is_floating_point():

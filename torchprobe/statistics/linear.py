@@ -39,8 +39,8 @@ def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
     more are in use. A bucket holds its lower edge. Counts are exact, and add up to the number of finite elements.
     Equal elements all are in the middle bucket.
 
-    Makes no host read; reads the data twice. On one CPU core an element of finite float32 costs 1.9 ns, from
-    100,000 elements, and 2.8 where a bucket is wider than 1; one of other types, or beside NaN or inf, 4.5 to 6.5 ns.
+    Makes no host read; reads the data twice. On one CPU core an element of finite float32 costs 1.8 ns of a million,
+    and 2.2 of 100,000, however wide the buckets are; one of other types, or beside NaN or inf, 4.5 to 6.5 ns.
     Raises TypeError for integers and ValueError for fewer than four buckets.
     """
     return linear_histograms([x], buckets)[0]
@@ -94,13 +94,24 @@ def _dense(x: Tensor, buckets: int) -> Tensor | None:
 def _count_between(x: Tensor, low: float, high: float, counted: Tensor) -> None:
     width = _width(low, high, len(counted) - 1)
     first = math.floor(low / width)
-    # Multiplied by a power of two of at least 1, no float32 is rounded; by a smaller one, those next to 0 vanish.
-    exact = torch.float32 if width <= 1 else torch.float64
-    scratch = torch.empty(min(x.numel(), dense.PIECE), dtype=exact, device=x.device)
-    codes = torch.empty_like(scratch, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
-    for piece in pieces(x, dense.PIECE):
-        position = scratch[: piece.numel()].copy_(piece).mul_(1 / width).floor_().sub_(first)
-        counted += count_halves(codes[: piece.numel()].copy_(position), len(counted))
+    far = 0 if abs(first) < 2**14 else first  # what is near fits 16 bits, where taking it off is cheaper
+    scratch = torch.empty(min(x.numel(), dense.PIECE), dtype=x.dtype, device=x.device)
+    for portion in pieces(x, counts.PORTION):
+        codes = torch.empty_like(portion, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
+        for piece, part in zip(portion.split(dense.PIECE), codes.split(dense.PIECE), strict=True):
+            floored = _floored(piece, width, scratch[: len(piece)])
+            part.copy_(floored.sub_(far) if far else floored)
+        counted += count_halves(codes.sub_(first - far), len(counted))
+
+
+def _floored(x: Tensor, width: float, out: Tensor) -> Tensor:
+    """The largest integers that are no larger than x / width, exact in float32.
+
+    Multiplied by a power of two of at least 1, nothing is rounded; by a smaller one, what is next to 0 could vanish,
+    but not once it is an integer.
+    """
+    scaled = torch.mul(x, 1 / width, out=out) if width <= 1 else torch.floor(x, out=out).mul_(1 / width)
+    return scaled.floor_()
 
 
 def _together(tensors: Sequence[Tensor], buckets: int) -> list[Tensor | None]:

@@ -8,11 +8,14 @@ from typing import TypeAlias
 
 from torchprobe.records import Layout, Lines, Margin
 from torchprobe.writers.bands import band_tags
+from torchprobe.writers.hparams import FINAL
 
 _MAX_SERIES = 40  # of one chart: more colours nobody tells apart
 
+_NOT_FINAL = f"(?!{FINAL}/)"  # the last value alone makes no line
+
 CHARTED = re.compile(
-    r"(val/)?("
+    _NOT_FINAL + r"(val/)?("
     r"(.+/)?(loss|acc|accuracy)$|(overview|lr|layers|calibration)/|epistemic$"
     r"|(grad_norm_layer|activation_rms|attention_entropy|attention_entropy_min|attention_max_logit)/"
     r"|uncertainty_(total|aleatoric|epistemic)/)"
@@ -31,7 +34,7 @@ def layout_of(tags: Collection[str]) -> Layout:
 
 def _lines(title: str, *patterns: str) -> _Maker:
     """A chart of the tags that fit the patterns as a whole, in training and in validation."""
-    whole = [f"(val/)?{pattern}$" for pattern in patterns]
+    whole = [f"{_NOT_FINAL if pattern.startswith('(.+/)') else ''}(val/)?{pattern}$" for pattern in patterns]
 
     def make(tags: Collection[str]) -> Lines | None:
         fitting = tuple(pattern for pattern in whole if any(map(re.compile(pattern).match, tags)))

@@ -16,6 +16,8 @@ from torchprobe.records import HParam, HParams, Outcome
 
 START_TAG = "_hparams_/session_start_info"
 END_TAG = "_hparams_/session_end_info"
+FINAL = "Final"
+"""The group of final metrics. The page shows the first five of all scalar tags, by the alphabet: these sort first."""
 
 _EXACT_INTEGERS = 2**53  # the page knows numbers as float64
 
@@ -44,6 +46,14 @@ def plugin_data(value: HParams | Outcome) -> bytes:
         data.session_end_info.end_time_secs = value.ended
         data.session_end_info.status = api_pb2.STATUS_SUCCESS if value.success else api_pb2.STATUS_FAILURE
     return bytes(data.SerializeToString())
+
+
+def read_hparams(plugin_content: bytes) -> dict[str, HParam]:
+    """The hyperparameters of a record that `plugin_data` has made of them, sorted by name."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    stored = plugin_data_pb2.HParamsPluginData.FromString(plugin_content).session_start_info.hparams
+    return {name: getattr(stored[name], stored[name].WhichOneof("kind")) for name in sorted(stored)}
 
 
 def _checked_name(name: object) -> str:

@@ -10,20 +10,21 @@ from time import time
 from typing import Any
 
 from torchprobe.records import HParams, Outcome, Record, Value, group_of
-from torchprobe.writers.hparams import END_TAG, START_TAG, checked_hparams
+from torchprobe.writers.hparams import END_TAG, FINAL, START_TAG, checked_hparams
 from torchprobe.writers.protocol import Writer, restart
 
 _log = logging.getLogger("torchprobe")
 
-FINAL = "hparam"  # the group in which HParams users look for final metrics
+_OURS = frozenset({"overview", "alerts", "nonfinite"})  # groups of ours that no probe describes
+_LOSS = "overview/loss"
 DESCRIPTION = "Last value of the run's metrics, for the HParams page."
 
 
 class HParamsWriter:
     """Wraps a writer. Without hyperparameters it passes everything on as it is.
 
-    The final metrics are the last values of what the user logged and of the `overview` group, under
-    `hparam/<tag>` at the last step. Created on the training thread, used by the drain thread; `failed` is set
+    The final metrics are the last values of what the user logged, or of `overview/loss` when that has no loss, under
+    `Final/<tag>` at the last step. Created on the training thread, used by the drain thread; `failed` is set
     before the last `close`.
     """
 
@@ -82,14 +83,16 @@ class HParamsWriter:
 
     def _end(self) -> Record:
         now = time()
-        values: dict[str, Value] = {f"{FINAL}/{tag}": value for tag, value in self._last.items()}
+        has_loss = any(tag.endswith("loss") for tag in self._last if tag != _LOSS)
+        final = {tag: value for tag, value in self._last.items() if not (has_loss and tag == _LOSS)}
+        values: dict[str, Value] = {f"{FINAL}/{tag}": value for tag, value in final.items()}
         values[END_TAG] = Outcome(success=not self.failed, ended=now)
         return Record(self._step, now, values, {FINAL: DESCRIPTION})
 
 
 def _metrics(record: Record) -> Iterator[tuple[str, float]]:
-    """Scalars of the user's, whose group no probe describes, and of the overview."""
+    """Scalars of the user's, whose group no probe describes, and the loss of the overview."""
     for tag, value in record.values.items():
-        group = group_of(tag)
-        if isinstance(value, Real) and (group not in record.descriptions or group == "overview"):
+        own = group_of(tag) not in record.descriptions and group_of(tag) not in _OURS
+        if isinstance(value, Real) and (own or tag == _LOSS):
             yield tag, float(value)

@@ -1,4 +1,4 @@
-"""Where event files are made: a local directory, or one in a remote store."""
+"""Where a run's files are made: a local directory, or one in a remote store."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from torchprobe.run_directory import as_url, is_url, local_path, protocol_of
+from torchprobe.run_directory import as_url, is_url, local_path
 from torchprobe.writers.append_file import AppendFile
+from torchprobe.writers.filesystems import filesystem_of
 from torchprobe.writers.remote_file import RemoteFile
-
-# s3fs else keeps listings, in which another process's files are missing.
-_NO_CACHE: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
 
 
 class GrowingFile(Protocol):
@@ -45,6 +43,9 @@ class Place(Protocol):
 
     def begin(self, name: str, head: bytes) -> GrowingFile:
         """A new file that starts with `head`. Raises OSError, with no file left."""
+
+    def put(self, name: str, data: bytes) -> str:
+        """A whole file, in place of an older one of this name; its path. Raises OSError; no reader sees half of it."""
 
 
 def place_of(log_dir: str | os.PathLike[str]) -> Place:
@@ -84,13 +85,23 @@ class LocalPlace:
                 raise
         return file
 
+    def put(self, name: str, data: bytes) -> str:
+        """See `Place`."""
+        path = self._directory / name
+        unfinished = path.with_suffix(".part")
+        with _explained(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        return str(path)
+
 
 class RemotePlace:
     """A directory of a store that fsspec knows, such as `s3://bucket/run`."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._filesystem = _filesystem(url)
+        self._filesystem = filesystem_of(url)
 
     def names(self) -> list[str]:
         """See `Place`. A store makes a directory with its first object."""
@@ -111,28 +122,14 @@ class RemotePlace:
             raise _unreachable(error, self._url) from error
         return file
 
-
-def _filesystem(url: str) -> Any:
-    protocol = protocol_of(url)
-    try:
-        import fsspec
-    except ImportError as error:
-        raise _not_installed(url, "fsspec is not installed") from error
-    try:
-        return fsspec.filesystem(protocol, **_NO_CACHE.get(protocol, {}))
-    except ImportError as error:
-        raise _not_installed(url, str(error).rstrip(".")) from error
-    except ValueError as error:
-        raise ValueError(
-            f"log_dir={url!r}: fsspec knows no {protocol!r}: use s3://, gs://, az:// or the like"
-        ) from error
-
-
-def _not_installed(url: str, reason: str) -> ImportError:
-    return ImportError(
-        f"log_dir={url!r} needs a package for {protocol_of(url)}:// ({reason}). "
-        "pip install 'torchprobe[remote]' brings fsspec, and s3fs for s3://"
-    )
+    def put(self, name: str, data: bytes) -> str:
+        """See `Place`. A store replaces an object as a whole."""
+        path = f"{self._url}/{name}"
+        try:
+            self._filesystem.pipe_file(path, data)
+        except Exception as error:
+            raise _unreachable(error, self._url) from error
+        return path
 
 
 def _unreachable(error: Exception, url: str) -> OSError:

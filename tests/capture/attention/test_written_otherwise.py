@@ -167,7 +167,18 @@ def in_place(model, q, k, v):
     return weights @ v
 
 
-@pytest.mark.parametrize("attend", [normalised_before, normalised_after, stabilised])
+def logarithm(model, q, k, v):
+    return torch.nn.functional.log_softmax(q @ k.mT * SCALE, dim=-1).exp() @ v
+
+
+def logarithm_of_keys_down(model, q, k, v):
+    return (k @ q.mT * SCALE).log_softmax(-2).exp().mT @ v
+
+
+WRITTEN_OUT = [normalised_before, normalised_after, stabilised, logarithm, logarithm_of_keys_down]
+
+
+@pytest.mark.parametrize("attend", WRITTEN_OUT)
 def test_exp_and_sum_are_a_softmax(attend):
     model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
     seen = record(model, x)
@@ -175,6 +186,12 @@ def test_exp_and_sum_are_a_softmax(attend):
     assert_close(seen.heads["root"], per_head(logits(model, x)))
     assert seen.uncovered == {}
     assert_untouched(model, x)
+
+
+def test_a_log_softmax_alone_is_no_attention():
+    """As of similarities, for a loss."""
+    model, x = Written(lambda model, q, k, v: torch.log_softmax(q @ k.mT, -1) @ v), torch.randn(2, LENGTH, WIDTH)
+    assert record(model, x).heads == {}
 
 
 def test_so_they_are_in_place():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
 import torchprobe
-from tests.test_idle import NoHostRead
+from tests.modes import NoHostRead
 from torchprobe.capture.predictions import capture, forms
 from torchprobe.testing import MemoryWriter
 

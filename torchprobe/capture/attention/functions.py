@@ -35,6 +35,8 @@ SWAPPED = frozenset(_named("rmatmul"))
 
 SOFTMAXES = frozenset(_named("softmax"))
 
+LOG_SOFTMAXES = frozenset(_named("log_softmax"))
+
 EXPONENTIALS = frozenset(_named("exp"))
 
 SUMS = frozenset(_named("sum"))

@@ -17,7 +17,7 @@ from torchprobe.capture.attention import exponential, subscripts
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.functions import Function
 from torchprobe.capture.attention.given import source_of
-from torchprobe.capture.attention.kinds import LEARNED, Exponentials, Normaliser, Pending, Scores, Weights
+from torchprobe.capture.attention.kinds import LEARNED, Exponentials, LogWeights, Normaliser, Pending, Scores, Weights
 from torchprobe.capture.attention.layout import by_head, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import INSIDE_GRAPH, common_owner
@@ -52,12 +52,14 @@ class Handwritten:
                 return
             with self._observer.guard():
                 self._after_product(func, args, kwargs, result, within)
-        elif func in fn.SOFTMAXES or func in fn.EXPONENTIALS:
+        elif func in fn.SOFTMAXES or func in fn.LOG_SOFTMAXES or func in fn.EXPONENTIALS:
             x: Any = args[0] if args else kwargs.get("input")
-            scores = self._tags.of(x)
-            if isinstance(scores, Scores):
+            tag = self._tags.of(x)
+            if isinstance(tag, LogWeights) and func in fn.EXPONENTIALS:
+                self._tags.put(result, tag.weights)
+            elif isinstance(tag, Scores):
                 with self._observer.guard():
-                    self._after_softmax(func, x, scores, args, kwargs, result)
+                    self._after_softmax(func, x, tag, args, kwargs, result)
         elif self._concerns(args, kwargs):
             with self._observer.guard():
                 self._after_carrier(func, args, kwargs, result)
@@ -116,7 +118,7 @@ class Handwritten:
 
     def _call(self, operands: list[Tensor], result: Tensor, learned: bool) -> Call | None:
         caller = self._observer.owners.caller()
-        if caller is None or caller is INSIDE_GRAPH or result.dim() < 2:
+        if caller is None or caller is INSIDE_GRAPH:
             return None
         lengths = result.size(-2), result.size(-1)
         cross = learned or (not under_transform() and is_cross(operands[0], operands[1], *lengths))
@@ -139,7 +141,8 @@ class Handwritten:
             self._observer.uncovered.add(reason)
             return
         pending = self._pending(plain(x), scores, *role)
-        self._tags.put(weights, Exponentials(pending) if func in fn.EXPONENTIALS else Weights(pending, role[1]))
+        tag: Any = Exponentials(pending) if func in fn.EXPONENTIALS else Weights(pending, role[1])
+        self._tags.put(weights, LogWeights(tag) if func in fn.LOG_SOFTMAXES else tag)
 
     def _pending(self, logits: Tensor, scores: Scores, queries: int, keys: int) -> Pending:
         if (queries, keys) == (-2, -1):

@@ -43,6 +43,13 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class LogWeights:
+    """The logarithm of attention weights, which are its exponential."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
 class Exponentials:
     """exp(logits), which are weights once they are divided by their sum; multiplied: with values, before that."""
 

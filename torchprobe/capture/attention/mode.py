@@ -18,6 +18,7 @@ from torchprobe.capture.attention.layout import unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import INSIDE_GRAPH
 from torchprobe.capture.attention.provenance import is_cross
+from torchprobe.capture.attention.uncovered import unknown_shapes
 from torchprobe.capture.recompute import under_transform
 from torchprobe.statistics.attention import QueryKey
 
@@ -26,7 +27,8 @@ Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
-_WRITTEN_OUT = functions.PRODUCTS | functions.SOFTMAXES | functions.EXPONENTIALS | functions.CARRIERS
+_SOFTMAXES = functions.SOFTMAXES | functions.LOG_SOFTMAXES | functions.EXPONENTIALS
+_WRITTEN_OUT = functions.PRODUCTS | _SOFTMAXES | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
 _OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
@@ -103,7 +105,7 @@ class AttentionMode(TorchFunctionMode):
         try:
             source = source_of(caller.heads)
         except ValueError:
-            self._observer.uncovered.add(f"calls in {caller.name}, whose shapes are of no known form")
+            self._observer.uncovered.add(unknown_shapes(caller.name))
             return
         call = self._within or Call(caller, is_cross(tensors[0], tensors[1], *source.shape[2:]))
         self._observer.record_source(call, source, self._observer.training)

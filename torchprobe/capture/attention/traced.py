@@ -8,6 +8,7 @@ nothing of it into the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -21,6 +22,8 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.layout import unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import Caller, heads_of
+from torchprobe.capture.attention.projected import projected
+from torchprobe.capture.attention.uncovered import unknown_shapes
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass, note_compiled
@@ -44,24 +47,31 @@ class Owner(Inert):
         self._observer = observer
 
     def record_call(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, place: int
+        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, added: int, place: int
     ) -> None:
-        """A compiled graph has computed an attention. Called by the graph."""
+        """A compiled graph has computed an attention. added: keys at the end that are no tokens."""
         if self._observer.gate.failed or not self._observer.gate.train:
             return
         with self._observer.guard():
             call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
-            self._record(call, place)
+            self._record(call, added, place)
 
-    def _record(self, call: dict[str, Any], place: int) -> None:
+    def _record(self, call: dict[str, Any], added: int, place: int) -> None:
         reason = unusual(call["query"], call["key"], call["attn_mask"])
         if reason is not None:
             self._observer.uncovered.add(reason)
             return
-        source = dot_product.query_key(call, self._heads)
-        _, _, queries, keys = source.shape
-        owner = Caller(self._name, (("compiled", "", place),), self._heads)
-        self._observer.record_source(Call(owner, queries != keys), source, training=True)
+        try:
+            source = dot_product.query_key(call, self._heads)
+        except ValueError:
+            self._observer.uncovered.add(unknown_shapes(self._name))
+            return
+        batch, _, queries, keys = source.shape
+        tokens = keys - added
+        of = Call(Caller(self._name, (("compiled", "", place),), self._heads), queries != tokens)
+        mask = None if source.mask is None else source.mask[..., :tokens]
+        padding = self._observer.padding(of, mask, queries, tokens, batch)
+        self._observer.record_source(replace(of, padding=padding), source, training=True)
 
 
 class TracedMode(TorchFunctionMode):
@@ -105,68 +115,13 @@ def _record(
 ) -> None:
     with torch.no_grad():
         mask = None if attn_mask is None else attn_mask.detach()
-        opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, place())
+        opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
 
 
-def _record_multi_head(
-    handle: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    *others: Any,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    **further: Any,
-) -> None:
-    """Multi-head attention hides its dot product from modes, and not all of it traces under one: project once more.
-
-    query, key: (length, batch, width), as `nn.MultiheadAttention` hands them over.
-    """
-    if bias_k is not None or add_zero_attn or static_k is not None or query.dim() != 3:
-        return
+def _record_multi_head(handle: Tensor, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
-        if in_proj_weight is not None and not use_separate_proj_weight:
-            q_proj_weight, k_proj_weight, _ = in_proj_weight.chunk(3)
-        q_bias, k_bias = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
-        q = _projected(query, q_proj_weight, q_bias, num_heads)
-        k = _projected(key, k_proj_weight, k_bias, num_heads)
-        mask = _joined(attn_mask, key_padding_mask, num_heads)
-        opaque.attention(handle, q, k, mask, False, None, place())
-
-
-def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int) -> Tensor:
-    """(length, batch, width) -> (batch, heads, length, width of a head)."""
-    y = torch.nn.functional.linear(x.detach(), weight, bias)  # type: ignore[arg-type]
-    by_head: Tensor = y.unflatten(-1, (heads, y.size(-1) // heads))
-    return by_head.permute(1, 2, 0, 3)
-
-
-def _joined(mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks as one that is added: (queries, keys) or (batch · heads, queries, keys), and (batch, keys)."""
-    if mask is not None:
-        mask = _added(mask)
-        mask = mask.unflatten(0, (mask.size(0) // heads, heads)) if mask.dim() == 3 else mask
-    if padding is None:
-        return mask
-    padding = _added(padding)[:, None, None]
-    return padding if mask is None else mask + padding
-
-
-def _added(mask: Tensor) -> Tensor:
-    if mask.dtype is not torch.bool:
-        return mask.detach()
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
+        query, key, mask, added = projected(*args, **kwargs)
+        opaque.attention(handle, query, key, mask, False, None, added, place())
 
 
 def put_mode_on(module: nn.Module, args: Any) -> None:

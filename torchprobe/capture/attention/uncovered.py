@@ -8,6 +8,11 @@ from collections import Counter
 _log = logging.getLogger("torchprobe")
 
 
+def unknown_shapes(module: str) -> str:
+    """The reason where a call succeeded with shapes that cannot be told apart into batch, heads and rows."""
+    return f"calls in {module}, whose shapes are of no known form"
+
+
 class Uncovered:
     """How often each reason was met."""
 

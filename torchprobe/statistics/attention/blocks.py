@@ -84,10 +84,10 @@ def _multiplied(
 
     for part in same_rows:
         masked = visibility.through_mask(source, rows, part) if per_head else shared
-        key = rows.of_sequences(source.key[:, part.key_heads], part).to(source.dtype)
+        key = rows.of_sequences(source.key[:, part.key_heads], part)
         several = pieces(part, keys, size)
-        if len(several) > 1:
-            key = key.contiguous()  # a head's worth; products are faster then
+        # A head's worth is copied: products are faster then.
+        key = key.to(source.dtype) if len(several) == 1 else workspace.keys(key)
         across = key.flatten(0, 1).transpose(1, 2)
         for piece in several:
             reach, far, unmasked = of_all_heads(piece.rows.start, piece.rows.stop)
@@ -107,9 +107,10 @@ def _product(query: Tensor, across: Tensor, scale: float, workspace: Workspace) 
     """scale · query · keyᵀ: (sequences, heads, rows, keys), in the workspace. across: (sequences · key heads, width,
     keys); heads that share a key head are rows of one product."""
     folded = query.reshape(across.size(0), -1, query.size(3))
-    room = workspace.logits((*folded.shape[:2], across.size(2)))
+    logits = workspace.logits((*query.shape[:3], across.size(2)))
+    room = logits.view(*folded.shape[:2], across.size(2))
     torch.baddbmm(workspace.zero, folded, across, beta=0, alpha=scale, out=room)
-    return room.view(*query.shape[:3], across.size(2))
+    return logits
 
 
 def _to_softmax(source: QueryKey, rows: Rows, part: Part, logits: Tensor, sight: Sight) -> Visible | None:

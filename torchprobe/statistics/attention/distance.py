@@ -48,23 +48,26 @@ def _before(position: Tensor, start: int, keys: int) -> Side:
     return Side(slice(0, keys), position - start, ramp)
 
 
-def totals(weight: Tensor, of: Distances) -> tuple[Tensor, Tensor]:
-    """Σ weight and Σ weight · distance over the keys of (sequences, heads, rows, keys); overwrites the weights.
+def totals(weight: Tensor, of: Distances, total: Tensor, distance: Tensor) -> None:
+    """Σ weight and Σ weight · distance over the keys of (sequences, heads, rows, keys), into (sequences, heads, rows);
+    overwrites the weights.
 
     The side of causal attention reaches over the block's own positions, where its two distances cancel: an error of
     1e-7 times as many tokens as the block's queries lie apart.
     """
-    sums = [_of_side(weight[..., side.keys], side) for side in of.sides]
-    if of.of_between is not None:
-        between = weight[..., of.between]
-        sums.append((between.sum(-1), between.mul_(of.of_between).sum(-1)))
-    (total, distance), *others = sums
-    for more, further in others:
-        total, distance = total + more, distance + further
-    return total, distance
+    if of.of_between is None:
+        _of_side(weight, of.sides[0], total, distance)
+        return
+    between = weight[..., of.between]
+    torch.sum(between, -1, out=total)
+    torch.sum(between.mul_(of.of_between), -1, out=distance)
+    for side in of.sides:
+        more, further = torch.empty_like(total), torch.empty_like(distance)
+        _of_side(weight[..., side.keys], side, more, further)
+        total.add_(more)
+        distance.add_(further)
 
 
-def _of_side(weight: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-    total = weight.sum(-1)
-    to_between = torch.mv(weight.flatten(0, 2), side.ramp).view_as(total)
-    return total, to_between.addcmul_(total, side.queries)
+def _of_side(weight: Tensor, side: Side, total: Tensor, distance: Tensor) -> None:
+    torch.sum(weight, -1, out=total)
+    torch.addcmul(weight.matmul(side.ramp), total, side.queries, out=distance)

@@ -1,0 +1,142 @@
+"""Several optimizers over one model: what belongs to one step."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+import torchprobe
+from tests.setups.loops import TOTAL, TwoParts, batch, loss_of, net, sgd, steps, train_step, values
+from tests.setups.reference import gradients, l2, parameters
+from torchprobe.testing import MemoryWriter
+
+
+def test_two_optimizers_after_one_backward_are_one_step_from_the_first_iteration_on():
+    model, writer = net(), MemoryWriter()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizers = [torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(vectors, lr=1e-3)]
+    expected, norms = [], []
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(3):
+            model.zero_grad()
+            loss_of(model, k).backward()
+            expected.append(gradients(model))
+            for optimizer in optimizers:
+                optimizer.step()
+            norms.append(l2(*parameters(model).values()))
+            session.log_metrics({"k": k + 1})
+            assert session.step == k + 1
+    assert writer.scalars(TOTAL) == [(k + 1, pytest.approx(l2(*g.values()))) for k, g in enumerate(expected)]
+    for name in expected[0]:
+        assert values(writer, f"grad_norm/{name}") == pytest.approx([l2(g[name]) for g in expected])
+        assert steps(writer, f"update_ratio/{name}") == [1, 2, 3]
+    assert values(writer, "overview/param_norm") == pytest.approx(norms)
+    assert steps(writer, "lr/SGD/group_0") == steps(writer, "lr/AdamW/group_0") == [1, 2, 3]
+    assert writer.scalars("k") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_step_one_shows_both_optimizers_at_any_cadence():
+    model, writer = net(), MemoryWriter()
+    optimizers = [sgd(model[0]), sgd(model[2])]
+    with torchprobe.instrument(model, writer=writer, every=100) as session:
+        for k in range(3):
+            model.zero_grad()
+            loss_of(model, k).backward()
+            if k == 0:
+                expected = l2(*gradients(model).values())
+            for optimizer in optimizers:
+                optimizer.step()
+        assert session.step == 3
+    assert writer.scalars(TOTAL) == [(1, pytest.approx(expected))]
+    assert steps(writer, "update_ratio/0.weight") == steps(writer, "update_ratio/2.weight") == [1]
+
+
+def gan_iteration(model: TwoParts, critic, generator, session, n_critic: int = 1) -> dict[str, list[torch.Tensor]]:
+    """An iteration of a GAN: what both used, in the order of use."""
+    used: dict[str, list[torch.Tensor]] = {"critic": [], "generator": []}
+    for _ in range(n_critic):
+        critic.zero_grad()
+        fake = model.generator(torch.randn(5, 3)).detach()
+        (model.critic(fake).mean() - model.critic(torch.randn(5, 4)).mean()).backward()
+        used["critic"].append(l2(*gradients(model.critic).values()))
+        critic.step()
+        session.log_metrics({"critic": len(used["critic"])}, prefix="loss")
+    generator.zero_grad()
+    (-model.critic(model.generator(torch.randn(5, 3))).mean()).backward()
+    used["generator"].append(l2(*gradients(model.generator).values()))
+    session.log_metrics({"generator": 1}, prefix="loss")
+    generator.step()
+    return used
+
+
+def test_a_gan_iteration_is_one_step_from_the_first_on():
+    model, writer = TwoParts(), MemoryWriter()
+    critic = torch.optim.AdamW(model.critic.parameters())
+    generator = torch.optim.AdamW(model.generator.parameters())
+    used = []
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(3):
+            used.append(gan_iteration(model, critic, generator, session))
+            assert session.step == k + 1
+    assert values(writer, "grad_norm_layer/critic") == pytest.approx([u["critic"][0] for u in used])
+    assert values(writer, "grad_norm_layer/generator") == pytest.approx([u["generator"][0] for u in used])
+    assert values(writer, TOTAL) == pytest.approx([math.hypot(u["critic"][0], u["generator"][0]) for u in used])
+    for tag in ("lr/AdamW/group_0", "lr/AdamW_1/group_0", "loss/critic", "loss/generator"):
+        assert steps(writer, tag) == [1, 2, 3], tag
+    assert steps(writer, "activation_mean/generator") == steps(writer, "activation_mean/critic") == [1, 2, 3]
+
+
+def test_five_critic_steps_to_a_generator_step_are_five_steps_an_iteration():
+    model, writer = TwoParts(), MemoryWriter()
+    critic = torch.optim.SGD(model.critic.parameters(), lr=0.1)
+    generator = torch.optim.SGD(model.generator.parameters(), lr=0.1)
+    critic_norms, generator_norms = [], []
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(4):
+            used = gan_iteration(model, critic, generator, session, n_critic=5)
+            critic_norms += used["critic"]
+            generator_norms += used["generator"]
+        assert session.step == 20
+    assert writer.scalars("grad_norm_layer/critic") == [(k + 1, pytest.approx(n)) for k, n in enumerate(critic_norms)]
+    assert values(writer, "grad_norm_layer/generator") == pytest.approx(generator_norms)
+    assert steps(writer, "lr/SGD/group_0") == list(range(1, 21))
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("old", ["deleted", "kept"])
+def test_an_optimizer_replaced_midway_goes_on_counting(old, first):
+    model, writer, keep = net(), MemoryWriter(), []
+    optimizer = torch.optim.AdamW(model.parameters())
+    expected = []
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        expected += [train_step(model, optimizer, k) for k in range(first)]
+        if old == "kept":
+            keep.append(optimizer)
+        del optimizer
+        gc.collect()
+        optimizer = sgd(model)
+        expected += [train_step(model, optimizer, k) for k in range(first, 15)]
+        assert session.step == 15
+    assert writer.scalars(TOTAL) == [(k + 1, pytest.approx(norm)) for k, norm in enumerate(expected)]
+    assert steps(writer, "lr/AdamW/group_0") == list(range(1, first + 1))
+    assert steps(writer, "lr/SGD/group_0") == list(range(first + 1, 16))
+
+
+def test_validation_after_training_is_over_still_belongs_to_the_last_step():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(2):
+            train_step(model, optimizer, k)
+        del optimizer
+        gc.collect()
+        model.eval()
+        for k in range(3):
+            with torch.no_grad():
+                model(batch(k))
+        assert session.step == 2
+    assert steps(writer, "val/activation_mean/0") == [2]

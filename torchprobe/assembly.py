@@ -14,6 +14,7 @@ from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.health import Health
+from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
@@ -72,4 +73,5 @@ def captures_of(
         plan.rates,
         PredictionPieces(model, plan.gates, meter, flush_every),
         Health(model, plan.gates, selection.covers, modules.current, sentinel_gate),
+        LateGraphs(model, modules.current),
     )

@@ -84,6 +84,41 @@ def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(ca
     assert "compiled before torchprobe watched it" in caplog.text
 
 
+def test_behind_aot_autograd_values_are_those_of_eager_and_weights_bitwise_those_of_the_bare_compiled_run(eager):
+    found, plain = train(wrapper, backend="aot_eager"), train(wrapper, backend="aot_eager", probed=False)
+    assert_same_values(found.writer, eager.writer)
+    assert_same_weights(found.model, plain.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductor_gives_the_values_of_eager_in_each_mode(mode):
+    def way(model, **how):
+        return torch.compile(model, mode=mode, **how)
+
+    def shallow() -> Transformer:
+        torch.manual_seed(4)
+        return Transformer(dropout=0.0, layers=1)
+
+    expected = train(bare, model=shallow(), steps=4)
+    counters.clear()
+    found = train(way, model=shallow(), steps=4, backend="inductor")
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert_same_values(found.writer, expected.writer)
+
+
+@pytest.mark.parametrize("probe", [torchprobe.Attention, torchprobe.Activations])
+def test_a_single_probe_needs_no_more_graphs_and_may_come_late(probe, caplog):
+    options = {"model": Transformer(dropout=0.0, layers=1), "probes": [probe()], "every": 2, "steps": 4}
+    expected = train(bare, **copy.deepcopy(options))
+    found = train(wrapper, **copy.deepcopy(options))
+    assert found.graphs == [1, 1, 2, 2]
+    assert "compiled" not in caplog.text
+    assert_same_values(found.writer, expected.writer)
+    assert_same_values(train(wrapper, when="late", **options).writer, expected.writer)
+
+
 def test_a_dozen_compiled_blocks_share_two_graphs_and_keep_their_own_values():
     def deep() -> Transformer:
         torch.manual_seed(4)

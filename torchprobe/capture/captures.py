@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.health import Health
+from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
@@ -33,6 +34,7 @@ class Captures:
     rates: list[LearningRates]
     predictions: PredictionPieces
     health: Health
+    late: LateGraphs
     _armed: bool = field(default=True, init=False)  # hooks may be on that an idle pass does not want
 
     def open_for(self, step: int) -> None:
@@ -77,10 +79,14 @@ class Captures:
             self.modules.disarm()
         for attention in self.attention:  # a hook inside nn.MultiheadAttention ends its fast path in evaluation
             attention.arm(training and (due or may_trace))
+        if training and (due or may_trace):
+            self.late.before_pass()
 
     def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
+        if training and due:
+            self.late.after_step()
         if training:
             pieces += self.health.collect()
         for attention in self.attention:
@@ -110,3 +116,4 @@ class Captures:
         self.modules.detach()
         self.predictions.detach()
         self.health.detach()
+        self.late.detach()

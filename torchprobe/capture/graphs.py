@@ -75,6 +75,11 @@ def _says_compiled(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
+def is_torchs_own(model: nn.Module) -> bool:
+    """Whether a class of torch's says what calling the model does: torch.compile then traces the call, with hooks."""
+    return type(model).forward.__module__.startswith("torch.nn.")
+
+
 def compiled_codes(model: nn.Module) -> set[CodeType]:
     """The code of the model's modules that Dynamo holds graphs of. Costs a microsecond for each class of module."""
     if "torch._dynamo" not in sys.modules:
@@ -110,7 +115,7 @@ def _codes(model: nn.Module) -> Iterator[CodeType]:
             code = getattr(getattr(function, "__func__", function), "__code__", None)
             if isinstance(code, CodeType):
                 yield code
-    if type(model).forward.__module__.startswith("torch.nn."):  # then torch.compile traces the call, from its own code
+    if is_torchs_own(model):
         yield from _code_around_torchs_own()
 
 

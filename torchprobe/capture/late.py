@@ -8,8 +8,17 @@ from weakref import ReferenceType
 
 from torch import nn
 
-from torchprobe.capture.graphs import all_compiled_codes, compiled_codes, drop
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.attention.traced import OWNER, take_mode_off
+from torchprobe.capture.graphs import (
+    all_compiled_codes,
+    compiled_codes,
+    drop,
+    has_compiled_part,
+    in_compiled_call,
+    is_torchs_own,
+)
+from torchprobe.capture.lookalikes import Lookalikes
+from torchprobe.capture.sites import SITE, Pass, observe_output
 
 _log = logging.getLogger("torchprobe")
 
@@ -23,26 +32,39 @@ class LateGraphs:
     def __init__(self, model: ReferenceType[nn.Module], current: Pass) -> None:
         self._model = model
         self._current = current
-        self._dropped: set[CodeType] = set()
-        self._gave_up = False
+        self._lookalikes = Lookalikes(model, {SITE: observe_output, OWNER: take_mode_off})
+        self._unguarded = self._lookalikes.unguarded
+        self._unguarded |= all_compiled_codes()
+        self._said = self._gave_up = False
 
     def before_pass(self) -> None:
-        """Hooks are on for a step to sample. Graphs that exist, while no hook was ever traced, do not have them."""
+        """A step to sample begins, or a pass of it. Graphs that exist, while no hook was traced, do not have them.
+
+        An eager model may be of a class that is compiled elsewhere: its graphs are left alone.
+        """
         model = self._model()
-        self._current.fired = False
-        if model is not None and not self._current.compiled:
-            self._drop(compiled_codes(model) - self._dropped)
+        if model is None or self._current.compiled:
+            return
+        codes = compiled_codes(model) & self._unguarded
+        if codes and (in_compiled_call() or has_compiled_part(model) or is_torchs_own(model)):
+            self._drop(codes)
 
     def after_step(self) -> None:
-        """The step is over. When no hook ran, a function of the user's around the model was compiled."""
+        """A sampled step is over. When no hook ran, a function of the user's around the model was compiled."""
         if not (self._current.fired or self._current.compiled or self._gave_up):
             self._gave_up = True
-            self._drop(all_compiled_codes())
+            self._drop(all_compiled_codes() & self._unguarded)
+        self._current.fired = False
+
+    def detach(self) -> None:
+        """What is compiled later is none of ours."""
+        self._lookalikes.detach()
 
     def _drop(self, codes: set[CodeType]) -> None:
-        if not codes:
+        if not codes or not self._lookalikes.watching:
             return
-        if not self._dropped:
+        if not self._said:
             _log.warning("the model was compiled before torchprobe watched it; it is compiled once more, with probes")
-        self._dropped |= codes
+        self._said = True
+        self._unguarded -= codes
         drop(codes)

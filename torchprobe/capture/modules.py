@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.graphs import keep_out
-from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, observe_output
 from torchprobe.capture.taps import Memo, Tap
@@ -75,7 +74,6 @@ class ModuleCapture:
         self._armed: tuple[bool, int] | None = None
         self._memo = Memo()
         self.current = Pass()
-        self._late = LateGraphs(model, self.current)
         keep_out(observe_output)
 
     def follow_gates(self) -> None:
@@ -96,8 +94,6 @@ class ModuleCapture:
         model = self._model()
         if model is None or not self._gates:
             return
-        if training:
-            self._late.before_pass()
         if self._armed == (training, _hooks_on(model)):
             return
         if self.current.compiled and self._handles:
@@ -134,8 +130,6 @@ class ModuleCapture:
                     groups[tap.probe, row.device].append((site.name, row))
                 if self.current.compiled or not row.is_cpu:
                     in_place.append(tap.train if training else tap.val)
-        if training and self._handles:
-            self._late.after_step()
         prefix = "" if training else "val/"
         pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
         if in_place:

@@ -77,7 +77,7 @@ def _trace(site: Site, output: Any) -> None:
     where = scope()
     if where == "elsewhere":
         return
-    run_in(where, _note_compiled, site.current)
+    run_in(where, note_compiled, site.current)
     training = site.current.training
     tensor = main_tensor(output)
     if tensor is None or not (site.current.sampled if training else site.current.sampled_val):
@@ -98,5 +98,6 @@ def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> N
             opaque.tensor(tap.handle, tensor.detach(), training, gradient)
 
 
-def _note_compiled(current: Pass) -> None:
+def note_compiled(current: Pass) -> None:
+    """A hook is being traced."""
     current.compiled = True

@@ -26,7 +26,7 @@ from torchprobe.capture.attention.projected import projected
 from torchprobe.capture.attention.uncovered import unknown_shapes
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.sites import Pass, note_compiled
 from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.naming import named_modules
 
@@ -124,19 +124,25 @@ def _record_multi_head(handle: Tensor, *args: Any, **kwargs: Any) -> None:
         opaque.attention(handle, query, key, mask, False, None, added, place())
 
 
-def _enter(module: nn.Module, args: Any) -> None:
+def put_mode_on(module: nn.Module, args: Any) -> None:
+    """The forward pre-hook."""
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.training and owner.current.sampled):
+    if owner is None:
         return
-    if not torch.compiler.is_compiling():
+    sampled = owner.current.training and owner.current.sampled
+    if torch.compiler.is_compiling():
+        where = scope()
+        if where != "elsewhere":
+            run_in(where, note_compiled, owner.current)
+            if sampled:
+                run_in(where, _push_mode, owner.mode)
+    elif sampled:
+        owner.current.fired = True
         beside(stack.push, owner.mode)
-        return
-    where = scope()
-    if where != "elsewhere":
-        run_in(where, _push_mode, owner.mode)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
+    """The forward hook."""
     owner = module.__dict__.get(OWNER)
     if owner is None or not (owner.current.training and owner.current.sampled):
         return
@@ -157,7 +163,7 @@ class TracedAttention:
         self._current = current
         self._handles: list[RemovableHandle] = []
         self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-        keep_out(_enter, _leave)
+        keep_out(put_mode_on, take_mode_off)
 
     def arm(self) -> None:
         """A step to sample begins."""
@@ -189,7 +195,7 @@ class TracedAttention:
         if module not in self._owners:
             self._owners[module] = Owner(name, module, self._current, self._observer)
         module.__dict__[OWNER] = self._owners[module]
-        self._handles += [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave)]
+        self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 
     def _remove(self) -> None:
         while self._handles:

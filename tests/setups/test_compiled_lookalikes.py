@@ -1,0 +1,173 @@
+"""Models of one class in one process, which share Dynamo's graphs: each is recorded as if it were alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from types import CodeType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.convert_frame import _bytecode_hooks
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+import torchprobe
+from tests.models import Transformer, inputs
+from tests.setups.compiled import (
+    Callee,
+    Counting,
+    assert_same_values,
+    assert_same_weights,
+    bare,
+    each_block,
+    function,
+    loss_of,
+    wrapper,
+)
+from torchprobe.testing import MemoryWriter
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass
+class Pair:
+    """Two equal models, trained in turn on data of their own."""
+
+    models: list[Transformer]
+    writers: list[MemoryWriter]
+    counting: Counting
+    graphs: list[int] = field(default_factory=list)
+    """How many there were after each step."""
+
+
+def train_in_turn(way, *, order=(0, 1), watched=(0,), detach_after=None, steps=4, layers=1, **options) -> Pair:
+    torch.manual_seed(0)
+    model, counting = Transformer(dropout=0.0, layers=layers), Counting()
+    pair = Pair([model, copy.deepcopy(model)], [MemoryWriter(), MemoryWriter()], counting)
+    callees = [way(model, backend=counting, fullgraph=True) for model in pair.models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in pair.models]
+    sessions = {
+        at: torchprobe.instrument(pair.models[at], writer=pair.writers[at], every=3, **options) for at in watched
+    }
+    for step in range(1, steps + 1):
+        for at in order:
+            loss_of(callees[at], step + 100 * at).backward()
+            optimizers[at].step()
+            optimizers[at].zero_grad()
+        pair.graphs.append(len(counting.graphs))
+        if step == detach_after:
+            sessions.pop(watched[0]).detach()
+    for session in sessions.values():
+        session.detach()
+    return pair
+
+
+def assert_same(found: Pair, expected: Pair, output_inside: bool = False) -> None:
+    for at in (0, 1):
+        assert_same_values(found.writers[at], expected.writers[at], output_inside)
+        assert_same_weights(found.models[at], expected.models[at])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["watched first", "watched second"])
+@pytest.mark.parametrize("way", [wrapper, each_block, function])
+def test_one_of_two_models_is_watched(way, order, caplog):
+    found = train_in_turn(way, order=order)
+    assert_same(found, train_in_turn(bare, order=order), output_inside=way is function)
+    assert found.writers[0].scalars("attention_entropy/blocks.0.attention")
+    assert not found.writers[1].tags()
+    assert found.graphs == [2, 3, 3, 3], "a sampled and a plain one, and one for the other model"
+    assert "compiled" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("way", "probe"),
+    [(wrapper, torchprobe.Attention), (function, torchprobe.Attention), (function, torchprobe.Gradients)],
+)
+def test_one_of_two_models_is_watched_by_a_single_probe(way, probe):
+    found = train_in_turn(way, order=(1, 0), probes=[probe()])
+    assert_same(found, train_in_turn(bare, order=(1, 0), probes=[probe()]), output_inside=way is function)
+    assert found.writers[0].tags()
+
+
+@pytest.mark.parametrize("way", [wrapper, function])
+def test_both_are_watched_and_the_sessions_keep_apart(way):
+    found = train_in_turn(way, watched=(0, 1))
+    assert_same(found, train_in_turn(bare, watched=(0, 1)), output_inside=way is function)
+    if way is wrapper:
+        assert found.graphs[-1] == 2, "equal models share graphs, and each has its own numbers"
+
+
+@pytest.mark.parametrize("watched", [(0,), (0, 1), (1, 0)])
+def test_one_session_ends_and_the_models_train_on(watched):
+    found = train_in_turn(wrapper, watched=watched, detach_after=2)
+    assert_same(found, train_in_turn(bare, watched=watched, detach_after=2))
+    assert found.graphs[-1] == 3
+
+
+@pytest.mark.parametrize("watched", ["teacher", "student"])
+def test_a_teacher_and_its_student(watched):
+    def distil(way) -> tuple[MemoryWriter, Transformer]:
+        torch.manual_seed(0)
+        teacher, writer, counting = Transformer(dropout=0.0, layers=1), MemoryWriter(), Counting()
+        student = copy.deepcopy(teacher)
+        callees: list[Callee] = [way(model, backend=counting, fullgraph=True) for model in (teacher, student)]
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        with torchprobe.instrument(student if watched == "student" else teacher, writer=writer, every=2):
+            for step in range(3):
+                ids = inputs("transformer", seed=step)
+                with torch.no_grad():
+                    target = callees[0](ids).softmax(-1)
+                F.cross_entropy(callees[1](ids).flatten(0, 1), target.flatten(0, 1)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return writer, student
+
+    (found, student), (expected, twin) = distil(wrapper), distil(bare)
+    assert_same_weights(student, twin)
+    if watched == "student":
+        assert_same_values(found, expected)
+
+
+def test_blocks_that_are_not_to_be_watched_do_not_lend_their_graph_to_one_that_is():
+    options = {"include": ["blocks.1*"], "watched": (0,), "order": (0,), "layers": 2}
+    found = train_in_turn(each_block, **options)
+    assert_same(found, train_in_turn(bare, **options))
+    assert [s for s, _ in found.writers[0].scalars("activation_mean/blocks.1.mlp.0")] == [1, 3]
+
+
+def test_graphs_of_other_classes_get_no_guard_and_detach_takes_the_compilers_hook_off():
+    before = len(_bytecode_hooks)
+    model, other = Transformer(dropout=0.0, layers=1), Named()
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        torch.compile(other, backend="eager")(torch.ones(2))
+        torch.compile(copy.deepcopy(model), backend="eager")(inputs("transformer"))
+        guards = {code: str(_guards(code)) for code in (Transformer.forward.__code__, Named.forward.__code__)}
+    assert "_torchprobe" in guards.pop(Transformer.forward.__code__)
+    assert "_torchprobe" not in guards.popitem()[1]
+    assert len(_bytecode_hooks) == before
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def _guards(code: CodeType) -> str:
+    (entry,) = _debug_get_cache_entry_list(code)
+    return str(entry.guard_manager)

@@ -8,8 +8,6 @@ compile: for the variant the graph of sampled steps, then that of the others. Th
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
@@ -18,10 +16,11 @@ import torch
 
 import torchprobe
 import torchprobe.testing
-from benchmarks import gpt
 from benchmarks.gpt import Run
+from torchprobe.plan import default_probes
 
 ROUNDS = 15
+LAYERS, BATCH = 4, 16  # 4,096 tokens a step: more layers only take longer to compile
 pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
@@ -38,20 +37,10 @@ class At:
         return step == 1 or self.on
 
 
-def compiled_run(kind: Callable[[], Run] = Run) -> Run:
-    run = kind()
+def compiled_run() -> Run:
+    run = Run(batch=BATCH, layers=LAYERS)
     run.model.compile(fullgraph=True)
     return run
-
-
-def bare_run() -> Run:
-    """From code of its own: Dynamo keeps graphs by code, and would run the watched model with this one's."""
-    spec = importlib.util.spec_from_file_location("bare_gpt", gpt.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return compiled_run(module.Run)
 
 
 def timed(run: Run) -> float:
@@ -67,15 +56,27 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+PROBES = {
+    "attention": (torchprobe.Attention,),
+    "gradients": (torchprobe.Gradients,),
+    "activations": (torchprobe.Activations,),
+    "attention, gradients, activations": (torchprobe.Attention, torchprobe.Gradients, torchprobe.Activations),
+    "all defaults": None,
+}
+
+
+def probes_at(cadence: At, kinds: tuple[type, ...] | None) -> list:
+    return [kind(every=cadence) for kind in kinds or (type(probe) for probe in default_probes())]
+
+
 @pytest.mark.parametrize("sampled", [False, True], ids=["not sampled", "every step sampled"])
-@pytest.mark.parametrize("probe", ["attention", "activations", "both"])
-def test_compiled(benchmark, sampled, probe):
-    if not sampled and probe != "both":
+@pytest.mark.parametrize("probes", PROBES)
+def test_compiled(benchmark, sampled, probes):
+    if not sampled and probes != "all defaults":
         pytest.skip("idle steps do not depend on the probes")
-    bare, run, at = bare_run(), compiled_run(), At()
-    probes = [torchprobe.Activations(every=at)] if probe != "attention" else []
-    probes += [torchprobe.Attention(every=at)] if probe != "activations" else []
-    with torchprobe.instrument(run.model, writer=torchprobe.testing.MemoryWriter(), probes=probes):
+    bare, run, at = compiled_run(), compiled_run(), At()
+    watched = {"writer": torchprobe.testing.MemoryWriter(), "probes": probes_at(at, PROBES[probes])}
+    with torchprobe.instrument(run.model, **watched):
         compiling = {"bare": timed(bare), "sampled": timed(run)}
         compiling["other"] = timed(run)
         at.on = sampled

@@ -39,11 +39,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -54,11 +54,13 @@ class GPT(nn.Module):
 class Run:
     """One model with its optimizer; `step()` is a whole training step, `extra` what a logger adds to it."""
 
-    def __init__(self, extra: Callable[[GPT, int], None] | None = None) -> None:
+    def __init__(
+        self, extra: Callable[[GPT, int], None] | None = None, *, batch: int = BATCH, layers: int = LAYERS
+    ) -> None:
         torch.manual_seed(0)
-        self.model = GPT()
+        self.model = GPT(layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
+        self.ids = torch.randint(0, VOCABULARY, (batch, LENGTH))
         self.extra = extra
         self.steps = 0
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 START = """
 import os, sys, torch, torchprobe
+from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 from torchprobe import CheckpointManager
@@ -93,6 +94,16 @@ except ValueError as error:
     assert "only in the saved one: 2.bias, 2.weight" in str(error), error
 else:
     raise AssertionError("another model was restored")
+
+alone = CheckpointManager(directory + "_alone")
+alone._rank_file = lambda step: Path(directory) / "missing" / "states.pt"
+try:
+    alone.save_checkpoint(second, step=9)
+except OSError:
+    assert rank == 1
+else:
+    assert rank == 0, "rank 1 did not hear that its random states are lost"
+dist.barrier()  # and nobody waits for it
 
 if rank == 0:
     folder = os.path.join(directory, "step_0000000003.sharded")

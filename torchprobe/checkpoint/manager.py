@@ -210,12 +210,12 @@ class CheckpointManager:
         path = agreed(path) if sharded else path
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if own_rank():
-                write_file(self._rank_file(step), payload["random"])
             if sharded:
                 write_directory(path, payload)
             else:
                 write_file(path, payload)
+            if own_rank():  # last: a rank that failed alone before would leave the others waiting
+                write_file(self._rank_file(step), payload["random"])
         except OSError as error:
             raise _explained(error, step, self.directory) from error
         if not own_rank():

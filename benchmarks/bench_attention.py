@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 pytest benchmarks/bench_attention.py --benchmark-enable -n0 -p no:randomly -s
 
 Processor time of the whole process on one thread, the drain thread included, so that other programs count less. The
-layer has the width and heads of GPT-2 (768, 12); a step has 4096 tokens at every length. About four minutes.
+layer has the width and heads of GPT-2 (768, 12); a step has 4096 tokens at every length. About nine minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torchprobe.statistics.attention import QueryKey, compute
 from torchprobe.testing import MemoryWriter
 
 TOKENS, WIDTH, HEADS = 4096, 768, 12
+WORDS, LAYERS = 50_257, 12  # of GPT-2
 ROUNDS = 8
 
 pytestmark = pytest.mark.timeout(900)  # on a machine that others use
@@ -68,6 +69,22 @@ class Run:
         self.optimizer.step()
 
 
+class Ends(Run):
+    """What GPT-2 has before and after its layers."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        ends = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+        self.model = nn.Sequential(*ends)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+        self.x = torch.randint(WORDS, (TOKENS,))
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.x).backward()
+        self.optimizer.step()
+
+
 def probe() -> torchprobe.Attention:
     return torchprobe.Attention(every=1, maps_every=10**9)
 
@@ -105,18 +122,36 @@ def test_a_sampled_step(benchmark, length):
 @pytest.mark.parametrize("length", [256, 1024, 4096])
 def test_the_statistic_after_a_bare_step(benchmark, length):
     """The same by itself, which resolves more than the difference of two steps; finding the call is not in it."""
-    run, generator = Run(length), torch.Generator().manual_seed(0)
-    q, k, _ = torch.randn(TOKENS // length, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-    source = QueryKey(q, k, scale=0.125, causal=True)
-    run.step(), compute(source, 512, generator)
+    run, statistic = Run(length), statistic_of(length)
+    run.step(), statistic()
     times: list[tuple[float, float]] = []
-    benchmark.pedantic(
-        lambda: times.append((seconds(run.step), seconds(lambda: compute(source, 512, generator)))), rounds=7
-    )
+    benchmark.pedantic(lambda: times.append((seconds(run.step), seconds(statistic))), rounds=7)
     shares = [statistic / step for step, statistic in times]
     benchmark.extra_info["share"] = median(shares)
     print(f"\nlength {length}: {summary(shares)} of a bare step, {1e3 * median(t for _, t in times):.1f} ms")
     assert min(shares) > 0
+
+
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+def test_the_statistic_in_a_whole_model(benchmark, length):
+    """Twelve such layers between GPT-2's ends, added up from the time of one and of the ends."""
+    layer, ends, statistic = Run(length), Ends(), statistic_of(length)
+    layer.step(), ends.step(), statistic()
+    times: list[list[float]] = []
+    parts = (layer.step, statistic, ends.step)
+    benchmark.pedantic(lambda: times.append([seconds(part) for part in parts]), rounds=3)
+    shares = [LAYERS * statistic / (LAYERS * layer + ends) for layer, statistic, ends in times]
+    benchmark.extra_info["share"] = median(shares)
+    print(f"\nGPT-2, length {length}: {summary(shares)} of a bare step, ends {median(t for *_, t in times):.1f} s")
+    assert min(shares) > 0
+
+
+def statistic_of(length: int) -> Callable[[], object]:
+    """What a layer's attention costs at the default of 512 rows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, _ = torch.randn(TOKENS // length, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+    source = QueryKey(q, k, scale=0.125, causal=True)
+    return lambda: compute(source, 512, generator)
 
 
 def test_the_measure_of_memory_sees_what_a_process_takes_and_not_what_its_parent_has():

@@ -9,29 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BATCH, LENGTH, WIDTH, LAYERS, HEADS, VOCABULARY = 4, 256, 384, 12, 6, 512
+BATCH, LENGTH, WIDTH, LAYERS, HEAD, VOCABULARY = 4, 256, 384, 12, 64, 512
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj = nn.Linear(WIDTH, WIDTH)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, width // HEAD, HEAD).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.ln2 = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.ln1 = nn.LayerNorm(width)
+        self.attention = Attention(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.ln1(x))
@@ -39,13 +39,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, layers: int = LAYERS) -> None:
+    def __init__(self, layers: int = LAYERS, width: int = WIDTH) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.position = nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Embedding(LENGTH, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.embedding(ids) + self.position.weight)))
@@ -55,10 +55,15 @@ class Run:
     """One model with its optimizer; `step()` is a whole training step, `extra` what a logger adds to it."""
 
     def __init__(
-        self, extra: Callable[[GPT, int], None] | None = None, *, batch: int = BATCH, layers: int = LAYERS
+        self,
+        extra: Callable[[GPT, int], None] | None = None,
+        *,
+        batch: int = BATCH,
+        layers: int = LAYERS,
+        width: int = WIDTH,
     ) -> None:
         torch.manual_seed(0)
-        self.model = GPT(layers)
+        self.model = GPT(layers, width)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.ids = torch.randint(0, VOCABULARY, (batch, LENGTH))
         self.extra = extra

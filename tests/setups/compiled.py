@@ -13,9 +13,10 @@ from torch import nn
 
 import torchprobe
 from tests.models import Transformer, inputs
+from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
-_UNSEEN = ("dead_units/",)
+_UNSEEN = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad_norm/",)))
 _OF_OUTPUTS = ("calibration", "uncertainty", "overview/ece")  # of an output inside the graph: not seen
 Callee = Callable[[torch.Tensor], torch.Tensor]
 

@@ -26,9 +26,13 @@ from tests.setups.compiled import (
     loss_of,
     wrapper,
 )
+from torchprobe.capture.lookalikes import Lookalikes
+from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
+    # Values and weights are the same there; graphs are counted as later ones make them.
+    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="this torch makes other graphs"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
 ]
@@ -171,3 +175,17 @@ class Named(nn.Module):
 def _guards(code: CodeType) -> str:
     (entry,) = _debug_get_cache_entry_list(code)
     return str(entry.guard_manager)
+
+
+def test_a_guard_that_cannot_be_made_is_said_once_and_stops_no_compiler(monkeypatch, caplog):
+    def fail(self):
+        raise RuntimeError("another Dynamo")
+
+    monkeypatch.setattr(Lookalikes, "_guard", fail)
+    model = Transformer()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for seed in range(2):
+            loss_of(compiled, seed).backward()
+            compiled(inputs("transformer", seed=seed)[:, :3])  # another shape, another graph
+    assert caplog.text.count("compiled graphs are not guarded") == 1

@@ -30,6 +30,7 @@ class Lookalikes:
         """The code of graphs that were compiled while hooks were off, and may serve any module."""
         self._model = model
         self._marks = marks
+        self._failed = False
         compiled = WeakMethod(self._compiled)  # Dynamo's list of hooks keeps no session alive
         self._handle = register_bytecode_hook(lambda code, new_code: _call(compiled, code))
 
@@ -44,14 +45,25 @@ class Lookalikes:
 
     def _compiled(self, code: CodeType) -> None:
         """Dynamo has traced a frame of this code, and will now make its guards."""
+        guarded = False
+        try:
+            guarded = not self._failed and self._guard()
+        except Exception:  # the compiler must not hear of it
+            self._failed = True
+            _log.exception("compiled graphs are not guarded, and may serve watched modules too; training goes on")
+        if not guarded:
+            self.unguarded.add(code)
+
+    def _guard(self) -> bool:
+        """Whether there is something to guard the graph that is made now against."""
         watched, graph = set(self._watched()), _traced_graph()
         if not watched or graph is None:
-            self.unguarded.add(code)
-            return
+            return False
         for source, module in list(_called_without_hooks(graph)):
             for mark in self._marks:
                 if (type(module), mark) in watched and mark not in vars(module):
                     graph.guards.add(source.make_guard(_absence_of(mark)))
+        return True
 
     def _watched(self) -> Iterator[tuple[type[nn.Module], str]]:
         """Classes of modules that have a hook, each with its mark."""
@@ -64,11 +76,8 @@ class Lookalikes:
 
 def _call(method: Callable[[], Callable[[CodeType], None] | None], code: CodeType) -> None:
     found = method()
-    try:
-        if found is not None:
-            found(code)
-    except Exception:  # the compiler must not hear of it
-        _log.exception("a compiled graph is not guarded, and may serve watched modules too; training goes on")
+    if found is not None:
+        found(code)
 
 
 def _traced_graph() -> Any:
@@ -86,7 +95,7 @@ def _called_without_hooks(graph: Any) -> Iterator[tuple[Any, nn.Module]]:
     scope = {"L": graph.local_scope, "G": graph.global_scope}
     for guard in graph.guards:
         source = guard.originating_source
-        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT" and source.member == "_forward_hooks":
+        if guard.inner_create_fn().__name__ == "EMPTY_NN_MODULE_HOOKS_DICT" and source.member == "_forward_hooks":
             module = _value(guard.name.removesuffix("._forward_hooks"), scope)
             if isinstance(module, nn.Module):
                 yield source.base, module

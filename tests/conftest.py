@@ -15,6 +15,7 @@ from torch.optim import optimizer as optim
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
+from torchprobe.capture.graphs import all_compiled_codes
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE
 
@@ -26,6 +27,13 @@ def nothing_is_left_behind():
     if _left_behind() != before:
         gc.collect()
     assert _left_behind() == before
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """Dynamo keeps graphs by code, so that those of one test would serve, and be looked at by, the next."""
+    if all_compiled_codes():
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

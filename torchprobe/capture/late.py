@@ -50,8 +50,8 @@ class LateGraphs:
             self._drop(codes)
 
     def after_step(self) -> None:
-        """A sampled step is over. When no hook ran, a function of the user's around the model was compiled."""
-        if not (self._current.fired or self._current.compiled or self._gave_up):
+        """A sampled step is over. When the model was trained and no hook ran, a function around it was compiled."""
+        if not (self._current.fired or self._current.compiled or self._gave_up) and self._has_gradients():
             self._gave_up = True
             self._drop(all_compiled_codes() & self._unguarded)
         self._current.fired = False
@@ -59,6 +59,10 @@ class LateGraphs:
     def detach(self) -> None:
         """What is compiled later is none of ours."""
         self._lookalikes.detach()
+
+    def _has_gradients(self) -> bool:
+        model = self._model()
+        return model is not None and any(p.grad is not None for p in model.parameters())
 
     def _drop(self, codes: set[CodeType]) -> None:
         if not codes or not self._lookalikes.watching:

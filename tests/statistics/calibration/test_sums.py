@@ -138,7 +138,8 @@ def test_unequal_parts_merge_to_the_whole(p, cut, seed):
         calibration.compute(p[part], targets[part], from_logits=True, uncertainty=doubt[part])
         for part in (slice(None), slice(0, at), slice(at, None))
     )
-    torch.testing.assert_close(calibration.combine(*parts), whole, rtol=1e-9, atol=1e-12)
+    # Counts exactly; the softmax of a row of float32 may round otherwise beside other rows.
+    torch.testing.assert_close(calibration.combine(*parts), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_a_sequence_task_wants_its_classes_last():

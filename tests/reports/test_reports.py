@@ -241,3 +241,12 @@ def test_a_flight_recording_says_why(ill_run, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "Flight recording of step 3 (exploding_gradient): " in said
     assert "Flight recording of step 4 (KeyError: 1): " in said
+
+
+def test_tags_that_begin_alike_stay_apart_in_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    tags = ["overview/attention_entropy_min", "overview/attention_max_logit"]
+    write_run(tmp_path, {tag: [1.0 / step for step in range(1, 30)] for tag in tags})
+    assert main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert all(tag in told for tag in tags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -15,7 +16,6 @@ from torch.optim import optimizer as optim
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
-from torchprobe.capture.graphs import all_compiled_codes
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE
 
@@ -32,7 +32,8 @@ def nothing_is_left_behind():
 @pytest.fixture(autouse=True)
 def no_graphs_of_other_tests():
     """Dynamo keeps graphs by code, so that those of one test would serve, and be looked at by, the next."""
-    if all_compiled_codes():
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    if compiler is not None and compiler.input_codes.seen:
         torch._dynamo.reset()
 
 

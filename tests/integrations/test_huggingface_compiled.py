@@ -8,23 +8,14 @@ import pytest
 import torch
 
 import torchprobe
+from tests.setups.compiled import COMPILERS_WARNINGS
 from torchprobe.testing import MemoryWriter
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from tests.integrations.test_huggingface_attention import FAMILIES, build, train_step  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = COMPILERS_WARNINGS
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

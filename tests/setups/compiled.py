@@ -16,6 +16,10 @@ from tests.models import Transformer, inputs
 from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
+COMPILERS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+]
 _UNSEEN = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad_norm/",)))
 _OF_OUTPUTS = ("calibration", "uncertainty", "overview/ece")  # of an output inside the graph: not seen
 Callee = Callable[[torch.Tensor], torch.Tensor]

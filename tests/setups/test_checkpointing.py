@@ -12,14 +12,19 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import torchprobe
 from tests.models import Transformer
-from tests.setups.compiled import Trained, assert_same_values, assert_same_weights, bare, train, wrapper
+from tests.setups.compiled import (
+    COMPILERS_WARNINGS,
+    Trained,
+    assert_same_values,
+    assert_same_weights,
+    bare,
+    train,
+    wrapper,
+)
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
-]
+pytestmark = COMPILERS_WARNINGS
 STEPS, MICRO_BATCHES = 2, 2
 
 

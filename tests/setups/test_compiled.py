@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 import torchprobe
 from tests.models import Transformer, inputs
 from tests.setups.compiled import (
+    COMPILERS_WARNINGS,
     WAYS,
     Counting,
     assert_same_values,
@@ -33,17 +34,13 @@ from torchprobe.testing import MemoryWriter
 pytestmark = [
     # What is promised there is tested in test_compiled_older.py.
     pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+    *COMPILERS_WARNINGS,
 ]
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
+def fresh_counters():
     counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

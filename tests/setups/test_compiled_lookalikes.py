@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 import torchprobe
 from tests.models import Transformer, inputs
 from tests.setups.compiled import (
+    COMPILERS_WARNINGS,
     Callee,
     Counting,
     assert_same_values,
@@ -33,16 +34,8 @@ from torchprobe.testing import MemoryWriter
 pytestmark = [
     # Values and weights are the same there; graphs are counted as later ones make them.
     pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="this torch makes other graphs"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
+    *COMPILERS_WARNINGS,
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @dataclass

@@ -22,13 +22,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def assert_same(row: torch.Tensor, x: torch.Tensor) -> None:
     torch.testing.assert_close(row, moments.compute(x), rtol=2e-6, atol=1e-6)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.outputs import is_numeric
 from torchprobe.naming import owner_of
+from torchprobe.statistics.dtypes import on_host
 
 NO_MODULE = "(loss)"
 _RAW = "_raw_saved_"
@@ -129,7 +130,7 @@ def _blamed(graph: _Graph, i: int, made: str) -> Finding:
 
 
 def _range(graph: _Graph, i: int) -> str:
-    largest = [float(t.abs().max().numpy()) for t in graph.data(i) if t.numel() and _sound(t)]
+    largest = [on_host(t.abs().max()) for t in graph.data(i) if t.numel() and _sound(t)]
     return f"finite inputs (max |x| = {max(largest):.3g})" if largest else "finite inputs"
 
 
@@ -174,16 +175,16 @@ def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x.detach()).all().numpy())
+    return bool(on_host(torch.isfinite(x.detach()).all()))
 
 
 def _sound(x: Tensor) -> bool:
     """Neither NaN nor inf; -inf is what masks are made of."""
-    return not bool((x.detach().isnan() | (x.detach() == torch.inf)).any().numpy())
+    return not on_host((x.detach().isnan() | (x.detach() == torch.inf)).any())
 
 
 def _kind(tensors: Iterable[Tensor]) -> str:
-    return "NaN" if any(bool(t.detach().isnan().any().numpy()) for t in tensors) else "inf"
+    return "NaN" if any(on_host(t.detach().isnan().any()) for t in tensors) else "inf"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,10 +13,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from torchprobe.capture.recompute import in_backward
 
-_library = torch.library.Library("torchprobe_graph", "FRAGMENT")
+_library = Library("torchprobe_graph", "FRAGMENT")
 _numbers = itertools.count()
 
 
@@ -48,7 +49,7 @@ def handle(target: _Attention | _Output) -> Tensor:
 
 def _target(handle: Tensor) -> Any:
     """The object of a handle, which is in host memory: nothing waits."""
-    return _objects.get(int(handle.numpy()))
+    return _objects.get(int(handle.numpy()))  # made by `handle`, in host memory
 
 
 def _attention(handle: Tensor, *call: Any) -> None:
@@ -76,7 +77,7 @@ def _define(name: str, arguments: str, body: Any) -> Any:
     tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
     _library.define(f"{name}(Tensor(a!) handle, {arguments}) -> ()", tags=tags)
     _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
+    register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 

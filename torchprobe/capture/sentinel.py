@@ -20,7 +20,7 @@ from torchprobe.capture.gate import Gate
 from torchprobe.capture.outputs import loss_in, main_tensor
 from torchprobe.naming import named_parameters
 from torchprobe.records import Text, Value
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.statistics.dtypes import on_host, row_dtype
 
 _ELEMENTS = 1024  # of one tensor
 _FIRST, _IN_TURN = 4, 4  # parameters looked at in a step: those nearest to the input, and others in turn
@@ -98,7 +98,7 @@ class Sentinel:
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """The signs that a device gave; in the drain thread."""
-        for name, seen in zip(names, rows[:, 0].tolist(), strict=True):
+        for name, seen in zip(names, rows[:, 0].tolist(), strict=True):  # of numpy
             if seen:
                 self.wants_look = True
                 yield name, 1.0
@@ -113,7 +113,7 @@ class Sentinel:
         for device, parts in groups.items():
             total = (parts[0] if len(parts) == 1 else torch.cat(parts)).sum(dtype=row_dtype(device))
             if device.type == "cpu":
-                value = float(total.numpy())  # in host memory: nothing waits
+                value = on_host(total)
                 seen |= math.isnan(value) or (sign != "output" and math.isinf(value))
             else:
                 flag = total.isnan() if sign == "output" else total.isfinite().logical_not()

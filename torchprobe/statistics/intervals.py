@@ -48,7 +48,7 @@ def combine(a: Tensor, b: Tensor) -> Tensor:
 
 def summarise(row: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
     """coverage_50 and coverage_90 (right are 0.5 and 0.9), count and invalid; without an example the counts alone."""
-    values = dict(zip(FIELDS, np.asarray(row, dtype=np.float64).tolist(), strict=True))
+    values = dict(zip(FIELDS, np.asarray(row, dtype=np.float64).tolist(), strict=True))  # on the host
     counts = {name: values[name] for name in ("count", "invalid")}
     if not values["count"]:
         return counts

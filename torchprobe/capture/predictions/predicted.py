@@ -44,7 +44,8 @@ def probabilities_of(rows: Tensor, form: Form) -> Tensor:
 
 def known(flags: Tensor) -> bool:
     """Whether all flags are set, where looking waits for nothing: on the CPU. Elsewhere it is never known."""
-    return type(flags) is Tensor and flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.numpy().all())
+    in_host_memory = type(flags) is Tensor and flags.is_cpu and not torch.compiler.is_compiling()
+    return in_host_memory and bool(flags.numpy().all())  # just computed there: nothing waits
 
 
 def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,171 @@
+"""Compiled models that are detached, copied, exported, or fail."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import torchprobe
+from tests.models import Transformer, inputs
+from tests.setups.compiled import (
+    COMPILERS_WARNINGS,
+    Counting,
+    assert_same_weights,
+    bare,
+    function,
+    loss_of,
+    method,
+    train,
+    wrapper,
+)
+from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.testing import MemoryWriter
+
+pytestmark = [
+    # What is promised there is tested in test_compiled_older.py.
+    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"),
+    *COMPILERS_WARNINGS,
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    counters.clear()
+
+
+@pytest.mark.parametrize("way", [wrapper, function])
+def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, caplog):
+    class Largest(torchprobe.Probe):
+        source = "outputs"
+        fields = ("largest",)
+
+        def compute(self, tensor):
+            if tensor.sum().item() == -1 or tensor.size(-1) == 48:
+                raise RuntimeError("it cannot")
+            return tensor.max().reshape(1)
+
+        def report(self, name, values):
+            yield f"largest/{name}", values["largest"]
+
+    found = train(way, probes=[Largest()], include=["head"], steps=4)
+    expected = train(bare, probes=[Largest()], include=["head"], steps=4)
+    assert found.writer.scalars("largest/head") == expected.writer.scalars("largest/head") != []
+    assert found.graphs[-1] == 2
+    failing = train(way, probes=[Largest()], steps=4)
+    assert "it cannot" in caplog.text
+    assert_same_weights(failing.model, expected.model)
+
+
+def test_after_detach_the_graphs_are_the_plain_ones(traces):
+    model, counting = Transformer(dropout=0.0, layers=1), Counting()
+    callee = wrapper(model, backend=counting)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for n in range(2):
+            loss_of(callee, n).backward()
+    assert not traces(model)
+    loss_of(callee, 3)
+    torch._dynamo.reset()
+    loss_of(callee, 3)
+    *_, after, plain = counting.graphs
+    assert after.code == plain.code
+
+
+@torch._dynamo.config.patch(recompile_limit=4)
+def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
+    model, counting, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), Counting(), torch.randn(5, 3)
+    callee, optimizer = wrapper(model, backend=counting), torch.optim.SGD(model.parameters(), lr=0.1)
+    rounds = torch._dynamo.config.recompile_limit + 2
+    for n in range(rounds):
+        writer = MemoryWriter()
+        with torchprobe.instrument(model, writer=writer, every=3):
+            for _ in range(3):
+                callee(x).square().mean().backward()
+                optimizer.step()
+        assert [s for s, _ in writer.scalars("activation_mean/2")] == [1, 3], n
+        callee(x)
+    assert "recompile_limit" not in caplog.text
+    assert len(counting.graphs) <= 3 * rounds
+
+
+def test_a_compiled_model_hears_of_no_process_wide_hook(recwarn):
+    model, criterion = Transformer(dropout=0.0, layers=1), nn.CrossEntropyLoss()
+    callee, optimizer = wrapper(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for ids in (inputs("transformer", seed=1), inputs("transformer", seed=2)):
+            passes = [callee(ids), callee(ids)]
+            sum(criterion(output.flatten(0, 1), ids.flatten()) for output in passes).backward()
+            optimizer.step()
+            model.eval()
+            criterion(callee(ids).flatten(0, 1), ids.flatten())
+            model.train()
+    assert not [warning for warning in recwarn if "global hooks" in str(warning.message)]
+
+
+def test_a_copy_of_a_compiled_and_instrumented_model_is_neither(traces):
+    model = Transformer(dropout=0.0, layers=1)
+    callee, writer = method(model, backend="eager"), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        loss_of(callee, 1).backward()
+        twin = copy.deepcopy(model)
+        assert torchprobe.session_of(twin) is None
+        assert torch.equal(twin(inputs("transformer")), model(inputs("transformer")))
+
+
+def test_an_exception_in_a_compiled_pass_reaches_the_user_and_leaves_nothing_entered():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Transformer(dropout=0.0, layers=1)
+
+        def forward(self, ids, width):
+            return self.inner(ids) @ torch.ones(width, 1)
+
+    model, writer = Breaks(), MemoryWriter()
+    callee, optimizer = wrapper(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for width in (11, 12, 11):
+            with pytest.raises(Exception, match="reduction dim") if width == 12 else nullcontext():
+                callee(inputs("transformer"), width).mean().backward()
+                optimizer.step()
+            assert torch._C._len_torch_function_stack() == 0
+        assert session.step == 2
+    assert [s for s, _ in writer.scalars("attention_entropy/inner.blocks.0.attention")] == [1, 2]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_an_instrumented_model_gives_the_plain_program(strict):
+    model, ids = Transformer(dropout=0.0, layers=1), inputs("transformer")
+    plain = torch.export.export(model, (ids,), strict=strict)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        watched = torch.export.export(model, (ids,), strict=strict)
+        assert torch.equal(watched.module()(ids), model(ids))
+    assert watched.graph_module.code == plain.graph_module.code
+
+
+def test_functional_call_and_inference_mode_with_a_compiled_model():
+    model = Transformer(dropout=0.0, layers=1)
+    callee, ids = wrapper(model, backend="eager", fullgraph=True), inputs("transformer")
+    expected, halves = model(ids).detach(), {name: p.detach() / 2 for name, p in model.named_parameters()}
+    expected_half = torch.func.functional_call(model, halves, (ids,)).detach()
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        with torch.inference_mode():
+            assert torch.equal(callee(ids), expected)
+        assert torch.equal(torch.func.functional_call(model, halves, (ids,)), expected_half)
+        assert torch.equal(callee(ids), expected)
+
+
+def test_transforms_of_torch_func_inside_a_compiled_function():
+    model, ids = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(4, 3)
+
+    def per_sample(ids):
+        return torch.vmap(torch.func.grad(lambda row: model(row).sum()))(ids)
+
+    expected = per_sample(ids)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        found = torch.compile(per_sample, backend="eager", fullgraph=True)(ids)
+    assert torch.allclose(found, expected)

@@ -171,6 +171,6 @@ def loss_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
     if isinstance(scale, Tensor):
         return scale
     for caller in running(torch.amp.GradScaler.step.__code__):
-        scale = caller["self"]._scale
+        scale = getattr(caller["self"], "_scale", None)  # a disabled scaler has none
         return scale if isinstance(scale, Tensor) else None
     return None

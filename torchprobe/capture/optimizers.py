@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as optim
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -47,6 +48,9 @@ class OptimizerHooks:
             register_optimizer_step_pre_hook(torch.compiler.disable(self._before)),
             register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
         ]
+        # First in line: behind ours, a user's hook that takes itself off would make torch raise.
+        for hooks, handle in zip((optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks), self._handles):
+            hooks.move_to_end(handle.id, last=False)
 
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""

@@ -10,7 +10,7 @@ from torchprobe.random_state import random_state
 
 
 @dataclass(slots=True)
-class Note:
+class StepSnapshot:
     """One step. shapes: of the tensors that the model was called with, by position or keyword."""
 
     step: int
@@ -18,21 +18,21 @@ class Note:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class Notes:
+class StepSnapshots:
     """The last of them. Written by the training thread, read by any other."""
 
     def __init__(self, size: int = 20) -> None:
-        self._notes: deque[Note] = deque(maxlen=size)
+        self._snapshots: deque[StepSnapshot] = deque(maxlen=size)
 
     def open(self, step: int) -> None:
         """A sampled step begins."""
-        self._notes.append(Note(step, random_state()))
+        self._snapshots.append(StepSnapshot(step, random_state()))
 
     def saw(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """What its model was called with."""
-        if self._notes and shapes:
-            self._notes[-1].shapes = shapes
+        if self._snapshots and shapes:
+            self._snapshots[-1].shapes = shapes
 
-    def latest(self) -> list[Note]:
+    def latest(self) -> list[StepSnapshot]:
         """All that are kept, oldest first."""
-        return list(self._notes)
+        return list(self._snapshots)

@@ -1,8 +1,9 @@
-"""Forward passes of the whole model: three hooks at its root, the only ones on an idle step."""
+"""Forward passes of the whole model: two hooks at its root, the only ones on an idle step."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.graphs import beside, hides_hooks, keep_out
 from torchprobe.capture.inert import Inert
+from torchprobe.capture.marks import mark, unmark
 from torchprobe.capture.recompute import (
     in_backward,
     in_reentrant_checkpoint,
@@ -20,7 +22,7 @@ from torchprobe.capture.recompute import (
     under_transform,
 )
 from torchprobe.capture.replicas import REPLICA
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.source import Running
 from torchprobe.capture.tracing import scope
 
 _log = logging.getLogger("torchprobe")
@@ -37,19 +39,20 @@ class PassObserver(Protocol):
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It ended without an exception."""
 
+    def raise_pass(self) -> None:
+        """It ended by an exception."""
+
     def leave_recomputation(self, output: Any) -> None:
         """It was run again, inside a backward pass."""
-
-    def pass_is_over(self) -> None:
-        """It ended, with or without one."""
 
 
 class Root(Inert):
     """What the root hooks find on the model."""
 
-    def __init__(self, observer: PassObserver, current: Pass) -> None:
+    def __init__(self, observer: PassObserver, running: Running) -> None:
         self.observer = observer
-        self.current = current
+        self.running = running
+        self.error: BaseException | None = None  # that is handled while the pass runs
         self._told = False
 
     def tell_of_transform(self) -> None:
@@ -58,6 +61,27 @@ class Root(Inert):
             self._told = True
             _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
+    def enter(self, module: nn.Module, grad_enabled: bool) -> None:
+        """The model is called."""
+        self.error = sys.exc_info()[1]
+        if under_transform():
+            self.tell_of_transform()
+        elif not in_backward():
+            in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+            self.observer.enter_pass(module, in_training)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It has returned, or raised: then there is no output."""
+        error, self.error = self.error, None
+        if under_transform():
+            return
+        if in_backward():
+            self.observer.leave_recomputation(output)
+        elif output is None and sys.exc_info()[1] is not error:
+            self.observer.raise_pass()
+        else:
+            self.observer.leave_pass(module, args, kwargs, output)
+
 
 def _enter(module: nn.Module, args: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
@@ -65,56 +89,31 @@ def _enter(module: nn.Module, args: Any) -> None:
         return
     if not torch.compiler.is_compiling():
         if REPLICA not in module.__dict__:
-            beside(_enter_plain, root, module, torch.is_grad_enabled())
+            beside(root.enter, module, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
-        _enter_graph(root.current, module.training and torch.is_grad_enabled())
+        _enter_graph(root.running, module.training and torch.is_grad_enabled())
 
 
-def _enter_plain(root: Root, module: nn.Module, grad_enabled: bool) -> None:
-    if under_transform():
-        root.tell_of_transform()
-    elif not in_backward():
-        in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
-        root.observer.enter_pass(module, in_training)
-
-
-def _enter_graph(current: Pass, training: bool) -> None:
-    current.compiled = current.seen = True
-    current.training = training
-    if training:
-        current.began = True
+def _enter_graph(running: Running, training: bool) -> None:
+    running.compiled = running.seen = True
+    running.training = training
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
-        beside(_leave_plain, root, module, args, kwargs, output)
-
-
-def _leave_plain(root: Root, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if under_transform():
-        return
-    if in_backward():
-        root.observer.leave_recomputation(output)
-    else:
-        root.observer.leave_pass(module, args, kwargs, output)
-
-
-def _always(module: nn.Module, args: Any, output: Any) -> None:
-    root = module.__dict__.get(ROOT_KEY)
-    if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
-        beside(root.observer.pass_is_over)
+        beside(root.leave, module, args, kwargs, output)
 
 
 class PassHooks:
     """The root hooks: on the model, or on its parts when only these are ever called."""
 
-    def __init__(self, model: nn.Module, observer: PassObserver, current: Pass) -> None:
+    def __init__(self, model: nn.Module, observer: PassObserver, running: Running) -> None:
         self._observer = observer
-        self._current = current
+        self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakSet[nn.Module] = WeakSet()
-        keep_out(_enter, _leave, _always)
+        keep_out(_enter, _leave)
         self._put_on(list(_roots(model)))
 
     def move_to_parts(self, model: nn.Module) -> None:
@@ -126,17 +125,16 @@ class PassHooks:
         """Take hooks and state off. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
-        for module in self._modules:
-            module.__dict__.pop(ROOT_KEY, None)
+        for module in list(self._modules):
+            unmark(module, ROOT_KEY)
         self._modules.clear()
 
     def _put_on(self, modules: list[nn.Module]) -> None:
         for module in modules:
-            module.__dict__[ROOT_KEY] = Root(self._observer, self._current)
+            mark(module, ROOT_KEY, Root(self._observer, self._running))
             self._handles += [
                 module.register_forward_pre_hook(_enter),
-                module.register_forward_hook(_always, always_call=True),
-                module.register_forward_hook(_leave, with_kwargs=True),
+                module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             ]
             self._modules.add(module)
 

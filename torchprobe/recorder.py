@@ -38,8 +38,7 @@ class Recorder:
         self._passes = Passes(model, self.guard, self._timeline, plan, captures)
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
         clock, current = self.clock, self._pass
-        watch.progress = lambda: (clock.completed, current.entered)
-        watch.completed = lambda: clock.completed
+        watch.follow_clock(lambda: (clock.completed, current.entered), lambda: clock.completed)
         self._timeline.open_gates()
 
     # ---- optimizer steps

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchprobe.records import Record, Text
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.reading import Found, group, scalar
+from torchprobe.rules.base import BuiltIn, Found, group, scalar
 
 ORIGIN = "provenance/"  # + module: Text that says what turned finite numbers into others
 NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
@@ -35,7 +36,8 @@ class _Evidence(NamedTuple):
     origin: bool = False
 
 
-class NonFinite:
+@dataclass(frozen=True)
+class NonFinite(BuiltIn):
     """Any NaN or inf in the loss, an activation, a gradient or a parameter.
 
     Names the first module in execution order that made one from finite numbers, where that was seen (see the
@@ -44,6 +46,14 @@ class NonFinite:
     """
 
     name = "non_finite"
+
+    def watcher(self) -> _NonFiniteWatcher:
+        """Without anything seen, for one run."""
+        return _NonFiniteWatcher()
+
+
+class _NonFiniteWatcher:
+    """Remembers what holds since when, and whether its origin is known."""
 
     def __init__(self) -> None:
         self._holding: dict[str | None, Alert] = {}
@@ -69,7 +79,7 @@ class NonFinite:
         self._explained = evidence.origin
         since = f"; the last step without was {self._last_clean}" if 0 < self._last_clean < step - 1 else ""
         message = evidence.message + since
-        self._holding[evidence.where] = Alert(self.name, step, evidence.where, evidence.elements, None, message)
+        self._holding[evidence.where] = Alert(NonFinite.name, step, evidence.where, evidence.elements, None, message)
 
 
 def _evidence(record: Record) -> Iterator[_Evidence]:

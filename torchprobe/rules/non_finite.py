@@ -49,13 +49,14 @@ class NonFinite(BuiltIn):
 
     def watcher(self) -> _NonFiniteWatcher:
         """Without anything seen, for one run."""
-        return _NonFiniteWatcher()
+        return _NonFiniteWatcher(self.name)
 
 
 class _NonFiniteWatcher:
     """Remembers what holds since when, and whether its origin is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._holding: dict[str | None, Alert] = {}
         self._explained = False
         self._last_bad = self._last_clean = 0
@@ -79,7 +80,7 @@ class _NonFiniteWatcher:
         self._explained = evidence.origin
         since = f"; the last step without was {self._last_clean}" if 0 < self._last_clean < step - 1 else ""
         message = evidence.message + since
-        self._holding[evidence.where] = Alert(NonFinite.name, step, evidence.where, evidence.elements, None, message)
+        self._holding[evidence.where] = Alert(self._name, step, evidence.where, evidence.elements, None, message)
 
 
 def _evidence(record: Record) -> Iterator[_Evidence]:

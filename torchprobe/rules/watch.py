@@ -183,7 +183,7 @@ class Watch:
         return {"overview/alerts": float(self._display.count)} if "overview/dropped_records" in record.values else {}
 
     def _tell(self, what: Callable[[Follower], None], only: type[BaseException] = BaseException) -> None:
-        for name, follower in self._followers.items():
+        for name, follower in list(self._followers.items()):  # one may be added meanwhile
             self._safely(name, what, follower, only=only)
 
     def _safely(

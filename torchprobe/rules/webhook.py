@@ -22,7 +22,7 @@ MAX_WAITING = 100  # alerts
 _FIRST_PAUSE = 0.5  # seconds before the first retry; it doubles
 _FOR_GOOD = range(300, 500)  # answers that another attempt would not change, but for
 _FOR_NOW = (408, 425, 429)
-_ADDRESS = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:]+)(:\d+)?([/?#][!-~]*)?", re.IGNORECASE)
+_ADDRESS = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?([/?#][!-~]*)?", re.IGNORECASE)
 
 _log = logging.getLogger("torchprobe")
 
@@ -160,5 +160,5 @@ def _checked_url(url: Any) -> str:
     if not isinstance(url, str):
         raise TypeError(f"url= takes a string, not {type(url).__name__}")
     if not _ADDRESS.fullmatch(url):
-        raise ValueError("url= takes an http:// or https:// address in ASCII, without spaces, user name and password")
+        raise ValueError("url= takes an http:// or https:// address: no spaces, no user name, a number as port")
     return url

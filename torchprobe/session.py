@@ -107,11 +107,12 @@ def instrument(
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
     if exchange.stopping is not None and watch.may_stop:
-        watch.together, exchange.stopping.hold = exchange.stopping, watch.hold
+        watch.stop_together(exchange.stopping)
+        exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if directory is not None:
-        watch.followers.append(FlightRecorder(place_of(f"{directory}/flight"), captures.health.notes.latest))
+        watch.add_follower(FlightRecorder(place_of(f"{directory}/flight"), captures.health.notes.latest))
     recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)

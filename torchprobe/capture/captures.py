@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.health import Health
 from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
@@ -29,7 +29,7 @@ class Captures:
 
     modules: ModuleCapture
     parameters: ParameterCapture
-    attention: list[AttentionPieces]
+    attention: list[AttentionSource]
     loss: LossCapture
     rates: list[LearningRates]
     predictions: PredictionPieces

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchprobe.buffer.seal import Lanes
-from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.captures import Captures
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.health import Health
@@ -68,7 +68,7 @@ def captures_of(
     return Captures(
         modules,
         ParameterCapture(model, plan.gates, selection.wants_parameter),
-        [AttentionPieces(model, probe, gate, modules.current) for probe, gate in gated],
+        [AttentionSource(model, probe, gate, modules.current) for probe, gate in gated],
         LossCapture(plan.loss_gate),
         plan.rates,
         PredictionPieces(model, plan.gates, meter, flush_every),

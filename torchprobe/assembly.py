@@ -22,9 +22,8 @@ from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.plan import Plan
-from torchprobe.probes.attention import Attention
 from torchprobe.selection import Selection
+from torchprobe.steps.cadence import Plan
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -62,16 +61,16 @@ def captures_of(
 ) -> Captures:
     """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
     model: ReferenceType[nn.Module] = ref(root)
-    modules = ModuleCapture(model, plan.gates, selection.wants_module)
-    gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
+    modules = ModuleCapture(model, plan.reporters, selection.wants_module)
+    attention = [reporter for reporter in plan.reporters if reporter.source == "attention"]
     sentinel_gate = Gate("NonFinite", meter) if traces_nan else None
     return Captures(
         modules,
-        ParameterCapture(model, plan.gates, selection.wants_parameter),
-        [AttentionPieces(model, probe, gate, modules.current) for probe, gate in gated],
+        ParameterCapture(model, selection.wants_parameter),
+        [AttentionPieces(model, reporter, modules.current) for reporter in attention],
         LossCapture(plan.loss_gate),
         plan.rates,
-        PredictionPieces(model, plan.gates, meter, flush_every),
-        Health(model, plan.gates, selection.covers, modules.current, sentinel_gate),
+        PredictionPieces(model, plan.reporters, meter, flush_every),
+        Health(model, plan.reporters, selection.covers, modules.current, sentinel_gate),
         LateGraphs(model, modules.current),
     )

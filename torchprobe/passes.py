@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchprobe.capture.captures import Captures
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.passes import PassHooks
-from torchprobe.plan import Plan
 from torchprobe.protection import Guard, protected
 from torchprobe.timeline import Timeline
+from torchprobe.steps.cadence import Plan
 
 
 class Passes:

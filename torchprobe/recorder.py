@@ -14,11 +14,11 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.loss import loss_scale
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.passes import Passes
-from torchprobe.plan import Plan
 from torchprobe.protection import Guard, protected
 from torchprobe.records import Value
 from torchprobe.rules.watch import Watch
 from torchprobe.timeline import Timeline
+from torchprobe.steps.cadence import Plan
 
 
 class Recorder:
@@ -81,7 +81,7 @@ class Recorder:
         if due:
             buffer.pieces += [*self._of_optimizer, *self._captures.parameters.after_step(optimizer, due)]
             buffer.same_data = self._captures.parameters.same_data
-        for tag, value in self._captures.optimizer_values(optimizer, step.step).items():
+        for tag, value in self._captures.optimizer_values(optimizer).items():
             step.put(tag, value)
         self._captures.health.after_step(optimizer)
         timeline.skips.settled()

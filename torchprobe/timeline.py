@@ -16,7 +16,7 @@ from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
 from torchprobe.overview import Overview
-from torchprobe.plan import Plan
+from torchprobe.steps.cadence import Plan
 
 
 class Timeline:
@@ -134,7 +134,7 @@ class Timeline:
     def _loss(self) -> list[Piece]:
         loss = self._captures.loss.take(self.scale)
         rows = None if loss is None else loss.double().reshape(1, 1)
-        return [] if rows is None else [Piece(probe, ["loss"], rows) for probe in self._plan.loss_probes]
+        return [] if rows is None else [Piece(reporter, ["loss"], rows) for reporter in self._plan.losses]
 
     # ---- while no optimizer is in sight
 

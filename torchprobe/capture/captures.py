@@ -16,8 +16,8 @@ from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.predictions.pieces import PredictionPieces
-from torchprobe.probes.base import Probe
-from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.base import Reporter
+from torchprobe.probes.learning_rates import LearningRatesReporter
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
 torch.compile returned"
@@ -31,7 +31,7 @@ class Captures:
     parameters: ParameterCapture
     attention: list[AttentionPieces]
     loss: LossCapture
-    rates: list[LearningRates]
+    rates: list[LearningRatesReporter]
     predictions: PredictionPieces
     health: Health
     late: LateGraphs
@@ -61,11 +61,11 @@ class Captures:
             attention.leave()
         self.predictions.leave()
 
-    def prepare(self, due: Sequence[Probe], may_trace: bool) -> None:
+    def prepare(self, due: Sequence[Reporter], may_trace: bool) -> None:
         """A step begins that these probes sample."""
         if due or may_trace or self._armed or self.health.watches:
             self.arm(bool(due), may_trace=may_trace)
-        if not any(probe.source == "updates" for probe in due):
+        if not any(reporter.source == "updates" for reporter in due):
             self.parameters.forget()
 
     def arm(self, due: bool, training: bool = True, may_trace: bool = False) -> None:
@@ -82,7 +82,7 @@ class Captures:
         if training and (due or may_trace):
             self.late.before_pass()
 
-    def collect(self, due: Sequence[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
+    def collect(self, due: Sequence[Reporter], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """What the forward and backward passes of a step, or a validation pass, add up to; starts anew."""
         pieces = self.modules.collect(due, training=training, scale=scale) if due else []
         if training and due:
@@ -100,12 +100,13 @@ class Captures:
         self.loss.on_backward()
         self.predictions.on_backward()
 
-    def optimizer_values(self, optimizer: Optimizer, step: int) -> dict[str, float | Tensor]:
+    def optimizer_values(self, optimizer: Optimizer) -> dict[str, float | Tensor]:
         """Learning rates and the like of the step that an optimizer has just taken."""
         values: dict[str, float | Tensor] = {}
         for rates in self.rates:
-            if rates.schedule(step):
-                values.update(rates.observe(optimizer))
+            if rates.gate.train:
+                with rates.gate.boundary():
+                    values.update(rates.observe(optimizer))
         return values
 
     def detach(self) -> None:

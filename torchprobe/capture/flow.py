@@ -15,7 +15,7 @@ from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
 from torchprobe.capture.recompute import in_backward
 from torchprobe.naming import ROOT, named_modules
-from torchprobe.probes.provenance import Provenance
+from torchprobe.probes.base import Reporter
 from torchprobe.statistics.dtypes import real, row_dtype
 
 _MOST_EVENTS = 20_000  # in a step
@@ -27,9 +27,9 @@ class Flow:
     One reduction a tensor, NaN and inf included: its extremes are NaN or inf then.
     """
 
-    def __init__(self, probe: Provenance, gate: Gate) -> None:
-        self.gate = gate
-        self._probe = probe
+    def __init__(self, reporter: Reporter) -> None:
+        self.gate: Gate = reporter.gate
+        self._reporter = reporter
         self._rows: defaultdict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
         self._turn = self._tensor = self._call = self._place = 0
         self._calls: list[int] = []  # those that are running
@@ -80,7 +80,7 @@ class Flow:
         pieces = []
         for device, named in rows.items():
             stacked = torch.stack([row.to(row_dtype(device)) for _, row in named])
-            pieces.append(Piece(self._probe, [name for name, _ in named], stacked))
+            pieces.append(Piece(self._reporter, [name for name, _ in named], stacked))
         return pieces
 
     def _follow(self, call: int, kind: str, name: str, tensor: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ReferenceType
 
@@ -17,9 +17,7 @@ from torchprobe.capture.notes import Notes
 from torchprobe.capture.sentinel import Sentinel
 from torchprobe.capture.sites import Pass
 from torchprobe.capture.units import Units
-from torchprobe.probes.base import Probe
-from torchprobe.probes.provenance import Provenance
-from torchprobe.probes.unit_activity import UnitActivity
+from torchprobe.probes.base import Reporter
 from torchprobe.records import Value
 
 
@@ -29,7 +27,7 @@ class Health:
     def __init__(
         self,
         model: ReferenceType[nn.Module],
-        gates: Mapping[Probe, Gate],
+        reporters: Iterable[Reporter],
         wanted: Callable[[str], bool],
         current: Pass,
         sentinel_gate: Gate | None,
@@ -38,8 +36,9 @@ class Health:
         self.watches = True
         """Whether the step that runs is one to watch module calls in."""
         self._sampled = True  # since the last collection
-        self.flows = [Flow(probe, gate) for probe, gate in gates.items() if isinstance(probe, Provenance)]
-        self._units = [Units(probe, gate, wanted) for probe, gate in gates.items() if isinstance(probe, UnitActivity)]
+        reporters = list(reporters)
+        self.flows = [Flow(reporter) for reporter in reporters if reporter.source == "flow"]
+        self._units = [Units(reporter, wanted) for reporter in reporters if reporter.source == "units"]
         self._watchers: list[Flow | Units] = [*self.flows, *self._units]
         self._hooks = EagerHooks(model, self._watchers, current)
         self._sentinel = None if sentinel_gate is None else Sentinel(model, sentinel_gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, observe_output
 from torchprobe.capture.taps import Memo, Tap
 from torchprobe.naming import named_modules
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Probe, Reporter
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
@@ -62,12 +62,13 @@ class ModuleCapture:
     def __init__(
         self,
         model: ReferenceType[nn.Module],
-        gates: Mapping[Probe, Gate],
-        wanted: Callable[[str, nn.Module], bool],
+        reporters: Sequence[Reporter],
+        wanted: Callable[[str, nn.Module, Probe], bool],
     ) -> None:
         self._model = model
-        self._gates = {probe: gate for probe, gate in gates.items() if probe.source.startswith("output")}
-        self._all_gates = [gate for probe, gate in gates.items() if probe in self._gates or probe.source == "attention"]
+        self._reporters = [reporter for reporter in reporters if reporter.source in ("outputs", "output_gradients")]
+        self._gates: list[Gate] = [reporter.gate for reporter in self._reporters]
+        self._all_gates = [*self._gates, *(r.gate for r in reporters if r.source == "attention")]
         self._wanted = wanted
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
@@ -81,25 +82,25 @@ class ModuleCapture:
         sampled = sampled_val = False
         for gate in self._all_gates:
             sampled |= gate.train
-        for gate in self._gates.values():
+        for gate in self._gates:
             sampled_val |= gate.val
         self.current.sampled, self.current.sampled_val = sampled, sampled_val
 
     def due(self, training: bool) -> bool:
         """Whether a probe of outputs samples the coming pass."""
-        return any(gate.train if training else gate.val for gate in self._gates.values())
+        return any(gate.train if training else gate.val for gate in self._gates)
 
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
         model = self._model()
-        if model is None or not self._gates:
+        if model is None or not self._reporters:
             return
         if self._armed == (training, _hooks_on(model)):
             return
         if self.current.compiled and self._handles:
             return
         self._remove()
-        for name, module, in_eval in chosen_modules(model, self._wanted):
+        for name, module, in_eval in chosen_modules(model, self._is_wanted):
             if training or in_eval:
                 self._hook(name, module, model)
         self._armed = training, _hooks_on(model)
@@ -116,22 +117,22 @@ class ModuleCapture:
             module.__dict__.pop(SITE, None)
         self._sites.clear()
 
-    def collect(self, due: Container[Probe], training: bool, scale: Tensor | None = None) -> list[Piece]:
+    def collect(self, due: Container[Reporter], training: bool, scale: Tensor | None = None) -> list[Piece]:
         """The merged rows of the step or of the validation pass, for the probes due; the rows start anew.
 
         scale: what GradScaler multiplied the loss with, and so the gradients of outputs.
         """
-        groups: defaultdict[tuple[Probe, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+        groups: defaultdict[tuple[Reporter, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
         in_place: list[Tensor] = []
         for site in self._sites.values():
             for tap in (*site.outputs, *site.gradients):
                 row = tap.take(training, self.current.compiled)
-                if tap.probe in due:  # a compiled graph feeds all probes whenever it feeds one
-                    groups[tap.probe, row.device].append((site.name, row))
+                if tap.reporter in due:  # a compiled graph feeds all probes whenever it feeds one
+                    groups[tap.reporter, row.device].append((site.name, row))
                 if self.current.compiled or not row.is_cpu:
                     in_place.append(tap.train if training else tap.val)
         prefix = "" if training else "val/"
-        pieces = [_piece(probe, rows, prefix, scale) for (probe, _), rows in groups.items()]
+        pieces = [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
         if in_place:
             torch._foreach_zero_(in_place)
         return pieces
@@ -145,10 +146,26 @@ class ModuleCapture:
 
     def _site(self, name: str, module: nn.Module, model: nn.Module) -> Site:
         device = _device_of(module) or _device_of(model) or torch.device("cpu")
-        taps = [Tap(probe, gate, device, self._memo) for probe, gate in self._gates.items()]
-        outputs = tuple(tap for tap in taps if tap.probe.source == "outputs")
-        gradients = tuple(tap for tap in taps if tap.probe.source == "output_gradients")
+        wanting = [reporter for reporter in self._reporters if self._wants(reporter, name, module)]
+        taps = [Tap(reporter, reporter.gate, device, self._memo) for reporter in wanting]
+        outputs = tuple(tap for tap in taps if tap.reporter.source == "outputs")
+        gradients = tuple(tap for tap in taps if tap.reporter.source == "output_gradients")
         return Site(name, self.current, outputs, gradients)
+
+    def _is_wanted(self, name: str, module: nn.Module) -> bool:
+        known = self._sites.get(module)
+        if known is not None and known.name == name:
+            return True
+        return any([self._wants(reporter, name, module) for reporter in self._reporters])  # noqa: C419 - each may fail
+
+    def _wants(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
+        """Whether a probe watches a module; a predicate of the user's that raises switches it off."""
+        gate: Gate = reporter.gate
+        if gate.failed:
+            return False
+        with gate.boundary():
+            return self._wanted(name, module, reporter.probe)
+        return False  # the boundary took an exception
 
     def _remove(self) -> None:
         while self._handles:
@@ -166,9 +183,9 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return None if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
-def _piece(probe: Probe, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
+def _piece(reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
     names, rows = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
-    if scale is not None and probe.source == "output_gradients":
-        stacked = probe.unscale(stacked, scale.to(stacked.device, stacked.dtype))
-    return Piece(probe, names, stacked, prefix, counted=True)
+    if scale is not None and reporter.source == "output_gradients":
+        stacked = reporter.unscale(stacked, scale.to(stacked.device, stacked.dtype))
+    return Piece(reporter, names, stacked, prefix, counted=True)

@@ -17,7 +17,7 @@ from torchprobe.capture.fully_sharded import flat_shares, is_flattened
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Probe, Reporter
 
 _log = logging.getLogger("torchprobe")
 
@@ -27,6 +27,7 @@ class Named(NamedTuple):
 
     name: str
     tensor: Tensor
+    parameter: nn.Parameter
     share: Share = WHOLE
 
 
@@ -38,10 +39,9 @@ class ParameterCapture:
     """
 
     def __init__(
-        self, model: ReferenceType[nn.Module], gates: Mapping[Probe, Gate], wanted: Callable[[str], bool]
+        self, model: ReferenceType[nn.Module], wanted: Callable[[str, nn.Parameter, Probe], bool]
     ) -> None:
         self._model = model
-        self._gates = gates
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
@@ -54,34 +54,34 @@ class ParameterCapture:
         model = self._model()
         return () if model is None else ranks_on_same_data(model)
 
-    def gradients(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
+    def gradients(self, optimizer: Optimizer, due: Iterable[Reporter]) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
-        probes = [probe for probe in due if probe.source == "gradients"]
-        if probes:
+        reporters = [reporter for reporter in due if reporter.source == "gradients"]
+        if reporters:
             parameters = self._parameters(optimizer)
-            usable = [(name, g, s) for name, p, s in parameters if (g := self._usable(name, p.grad)) is not None]
-            found = [Named(name, _dense(local_part(gradient)), share) for name, gradient, share in usable]
-            yield from self._pieces(probes, _unscaled(found, optimizer))
+            usable = [(name, g, p, s) for name, p, s in parameters if (g := self._usable(name, p.grad)) is not None]
+            found = [Named(name, _dense(local_part(gradient)), p, share) for name, gradient, p, share in usable]
+            yield from self._pieces(reporters, _unscaled(found, optimizer))
 
-    def remember(self, optimizer: Optimizer, due: Iterable[Probe]) -> None:
+    def remember(self, optimizer: Optimizer, due: Iterable[Reporter]) -> None:
         """Copy the parameters before the step, when an update is to be measured."""
         self._before = {}
-        if any(probe.source == "updates" for probe in due):
+        if any(reporter.source == "updates" for reporter in due):
             with torch.no_grad():
                 self._before = _copies(
                     ((n, local_part(p.detach())) for n, p, _ in self._parameters(optimizer)), self._room
                 )
 
-    def after_step(self, optimizer: Optimizer, due: Iterable[Probe]) -> Iterator[Piece]:
+    def after_step(self, optimizer: Optimizer, due: Iterable[Reporter]) -> Iterator[Piece]:
         """Rows of the parameters after the step, and of what the step changed."""
-        now = [Named(name, local_part(p.detach()), share) for name, p, share in self._parameters(optimizer)]
-        yield from self._pieces([probe for probe in due if probe.source == "parameters"], now)
+        now = [Named(name, local_part(p.detach()), p, share) for name, p, share in self._parameters(optimizer)]
+        yield from self._pieces([reporter for reporter in due if reporter.source == "parameters"], now)
         moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
-        updates = [probe for probe in due if probe.source == "updates"]
-        for probe in updates:
-            last = probe is updates[-1]
+        updates = [reporter for reporter in due if reporter.source == "updates"]
+        for reporter in updates:
+            last = reporter is updates[-1]
             before = self._before if last else {name: copy.clone() for name, copy in self._before.items()}
-            yield from self._pieces([probe], moved, before)
+            yield from self._pieces([reporter], moved, before)
         self._room |= {name: copy for name, copy in self._before.items() if _reusable(copy)}
         self._before = {}
 
@@ -97,7 +97,7 @@ class ParameterCapture:
         return [
             (name, p, self._share(model, p))
             for name, p in named_parameters(model)
-            if id(p) in held and self._wanted(name)
+            if id(p) in held
         ]
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
@@ -120,22 +120,31 @@ class ParameterCapture:
         return None
 
     def _pieces(
-        self, probes: Sequence[Probe], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
+        self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
     ) -> Iterator[Piece]:
-        for probe in probes:
-            for group in _by_device(tensors):
+        for reporter in reporters:
+            for group in _by_device([named for named in tensors if self._wants(reporter, named)]):
                 names = [named.name for named in group]
-                piece = self._measure(probe, group, [] if before is None else [before[name] for name in names])
+                piece = self._measure(reporter, group, [] if before is None else [before[name] for name in names])
                 if piece is not None:
                     yield piece
 
-    def _measure(self, probe: Probe, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:
-        gate = self._gates[probe]
+    def _wants(self, reporter: Reporter, named: Named) -> bool:
+        """Whether a probe watches a parameter; a predicate of the user's that raises switches it off."""
+        gate: Gate = reporter.gate
+        if gate.failed:
+            return False
+        with gate.boundary():
+            return self._wanted(named.name, named.parameter, reporter.probe)
+        return False  # the boundary took an exception
+
+    def _measure(self, reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:
+        gate: Gate = reporter.gate
         if gate.failed:
             return None
         with gate.boundary(), torch.no_grad():
-            rows = probe.compute_all([named.tensor for named in group], before)
-            return Piece(probe, [named.name for named in group], rows, shares=[named.share for named in group])
+            rows = reporter.probe.rows([named.tensor for named in group], before)
+            return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
         return None  # the boundary took an exception
 
 
@@ -157,7 +166,7 @@ def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
     scale = getattr(optimizer, "grad_scale", None)
     if not isinstance(scale, Tensor):
         return tensors
-    return [Named(name, _wide(tensor) / scale.to(tensor.device), share) for name, tensor, share in tensors]
+    return [named._replace(tensor=_wide(named.tensor) / scale.to(named.tensor.device)) for named in tensors]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchprobe.capture import opaque
 from torchprobe.capture.gate import Gate, no_autocast, no_graph
 from torchprobe.capture.sharding import is_unreduced, local_part
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import row_dtype
 
 _MANY = 64  # rows that wait to be merged
@@ -44,7 +44,9 @@ class Tap:
     gathered: most modules run once in a step, and then there is nothing to merge.
     """
 
-    def __init__(self, probe: Probe, gate: Gate, device: torch.device, memo: Memo) -> None:
+    def __init__(self, reporter: Reporter, gate: Gate, device: torch.device, memo: Memo) -> None:
+        probe = reporter.probe
+        self.reporter = reporter
         self.probe = probe
         self.gate = gate
         self.train = torch.zeros(probe.width + 1, dtype=row_dtype(device), device=device)
@@ -78,7 +80,7 @@ class Tap:
     def merge(self, tensor: Tensor, training: bool) -> None:
         """One more tensor, merged at once."""
         with torch.no_grad(), no_autocast(tensor.device):
-            self._merge_row(self.probe.compute(tensor.detach()), training)
+            self._merge_row(self.probe.row(tensor.detach()), training)
 
     def _merge_row(self, new: Tensor, training: bool) -> None:
         """The row keeps its identity."""
@@ -126,5 +128,5 @@ class Tap:
 
 
 def _row(probe: Probe, tensor: Tensor) -> Tensor:
-    row = probe.compute(tensor.detach()).to(row_dtype(tensor.device))
+    row = probe.row(tensor.detach()).to(row_dtype(tensor.device))
     return torch.cat((row, row.new_ones(1)))

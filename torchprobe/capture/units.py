@@ -13,7 +13,7 @@ from torchprobe.capture.gate import Gate
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward
 from torchprobe.naming import named_modules
-from torchprobe.probes.unit_activity import UnitActivity
+from torchprobe.probes.base import Reporter
 from torchprobe.statistics.activity import active_units, inactive_share
 
 _KINDS = (nn.ReLU, nn.ReLU6, nn.Threshold)
@@ -31,9 +31,9 @@ class _Count:
 class Units:
     """Adds up over micro-batches, and over sampled steps while there are few inputs."""
 
-    def __init__(self, probe: UnitActivity, gate: Gate, wanted: Callable[[str], bool]) -> None:
-        self.gate = gate
-        self._probe = probe
+    def __init__(self, reporter: Reporter, wanted: Callable[[str], bool]) -> None:
+        self.gate: Gate = reporter.gate
+        self._reporter = reporter
         self._wanted = wanted
         self._counts: dict[str, list[_Count]] = {}
         self._calls: dict[str, int] = {}  # of the running pass
@@ -41,7 +41,9 @@ class Units:
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Modules of the ReLU family that include= and exclude= leave."""
-        return [(n, m) for n, m in named_modules(model) if isinstance(m, _KINDS) and self._wanted(n)]
+        found = [(name, module) for name, module in named_modules(model) if isinstance(module, _KINDS)]
+        selects = self._reporter.probe.selects
+        return [(name, module) for name, module in found if self._wanted(name) and selects(name, module)]
 
     def begin(self) -> None:
         """A pass of the model begins."""
@@ -70,12 +72,12 @@ class Units:
 
     def unseen(self, reason: str) -> None:
         """Said with what else saw nothing."""
-        self._probe.reason = reason
+        self._reporter.explain(reason)
 
     def collect(self) -> list[Piece]:
         """A row for each module of the step: a NaN while it has seen few inputs, else its share, and it starts anew."""
         called, self._called = self._called, set()
-        return [Piece(self._probe, [name], self._share(name).reshape(1, 1)) for name in sorted(called)]
+        return [Piece(self._reporter, [name], self._share(name).reshape(1, 1)) for name in sorted(called)]
 
     def _share(self, name: str) -> Tensor:
         counts = self._counts[name]

@@ -9,7 +9,7 @@ from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.reading import Found, loss_of, positive
 from torchprobe.rules.window import Window
-from torchprobe.schedule import check_count
+from torchprobe.arguments import check_count
 
 
 class Spike:

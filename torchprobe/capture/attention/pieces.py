@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 from weakref import ReferenceType
 
 import torch
@@ -13,7 +14,8 @@ from torchprobe.capture.attention.capture import AttentionCapture
 from torchprobe.capture.attention.sites import Found
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.sites import Pass
-from torchprobe.probes.attention import Attention, AttentionHeatMaps, AttentionMap
+from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
+from torchprobe.probes.base import Reporter
 from torchprobe.statistics.attention import Source, attention_map
 
 _SAMPLES_A_MAP = 10  # sampled steps
@@ -22,14 +24,14 @@ _SAMPLES_A_MAP = 10  # sampled steps
 class AttentionPieces:
     """An attention probe on a model: follows passes while its gate is open, and keeps a map when one is due."""
 
-    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate, current: Pass) -> None:
-        self.probe = probe
-        self.gate = gate
+    def __init__(self, model: ReferenceType[nn.Module], reporter: Reporter, current: Pass) -> None:
+        self.reporter = cast("AttentionReporter", reporter)
+        self.probe = probe = cast("Attention", reporter.probe)
+        self.gate = gate = cast("Gate", reporter.gate)
         self._capture = AttentionCapture(model, gate, probe.rows, self._map_of, current)
         self._current = current
         self._map_due = False
         self._sampled = 0
-        self.heat_maps = AttentionHeatMaps(probe)
         self._mapped: set[str] = set()
         self._reporters: dict[tuple[str, int, int], AttentionMap] = {}
 
@@ -40,9 +42,11 @@ class AttentionPieces:
 
     def open_for(self, step: int) -> None:
         """A step begins: whether it gives maps."""
-        schedule = self.probe.map_schedule
-        self._map_due = self._sampled % _SAMPLES_A_MAP == 0 if schedule is None else schedule(step)
-        self._sampled += self.gate.train
+        schedule, sampled = self.probe.map_schedule, self.gate.train
+        regular = self.reporter.is_regular(step)
+        by_number = self._sampled % _SAMPLES_A_MAP == 0 and (regular or not sampled)
+        self._map_due = by_number if schedule is None else schedule(step)
+        self._sampled += sampled and regular
 
     def arm(self, due: bool) -> None:
         """A step begins; due: whether any probe samples it, for a compiled graph is for all of them."""
@@ -74,9 +78,9 @@ class AttentionPieces:
         for found in everything:
             sampled = found.rows.new_full((len(found.rows), 1), float(found.sampled))
             names, rows = [found.name] * len(found.rows), torch.cat((found.rows, sampled), 1)
-            yield Piece(self.probe, names, rows, prefix)
+            yield Piece(self.reporter, names, rows, prefix)
             if self._map_due:
-                yield Piece(self.heat_maps, names, rows, prefix)
+                yield Piece(self.reporter.heat_maps, names, rows, prefix)
             if found.kept is not None:
                 yield self._map_piece(found, found.kept, prefix)
 

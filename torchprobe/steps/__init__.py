@@ -1,0 +1,1 @@
+"""Which step a value belongs to."""

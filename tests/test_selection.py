@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.models import FAMILIES
 from torchprobe.naming import ROOT, named_modules, named_parameters
-from torchprobe.selection import Selection
+from torchprobe.capture.selection import Selection
 
 
 @pytest.fixture

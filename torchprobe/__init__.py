@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchprobe.logger import TrainingLogger
     from torchprobe.probes.activations import ActivationGradients, Activations
     from torchprobe.probes.attention import Attention
-    from torchprobe.probes.base import Probe
+    from torchprobe.probes.base import Probe, Reporter
     from torchprobe.probes.calibration import Calibration
     from torchprobe.probes.gradients import Gradients
     from torchprobe.probes.histograms import Histograms
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike
     from torchprobe.rules.thresholds import AttentionCollapse, AttentionLogitGrowth, DeadUnits, Overconfidence
     from torchprobe.rules.webhook import WebhookNotifier
-    from torchprobe.schedule import every, window
+    from torchprobe.probes.schedule import every, window
     from torchprobe.session import Session, instrument, session_of
     from torchprobe.writers.event_file import EventFileWriter
     from torchprobe.writers.json_lines import JsonLinesWriter
@@ -68,6 +68,7 @@ _HOMES = {
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",
+    "Reporter": "probes.base",
     "Session": "session",
     "Stalled": "rules.missing",
     "Text": "records",
@@ -80,10 +81,10 @@ _HOMES = {
     "VanishingGradient": "rules.magnitudes",
     "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",
-    "every": "schedule",
+    "every": "probes.schedule",
     "instrument": "session",
     "session_of": "session",
-    "window": "schedule",
+    "window": "probes.schedule",
 }
 
 __all__ = [
@@ -114,6 +115,7 @@ __all__ = [
     "Probe",
     "Provenance",
     "Record",
+    "Reporter",
     "Session",
     "Stalled",
     "Text",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def checked_budget(fraction: float | None) -> float | None:
     """A fraction of wall time, or None. Raises TypeError or ValueError for anything else."""
@@ -20,3 +22,21 @@ def check_seconds(argument: str, value: float) -> None:
         raise TypeError(f"{argument}={value!r}: takes seconds, not {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
+
+
+def check_count(argument: str, value: object) -> int:
+    """`value` itself when it is a whole number of at least 1, else an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}={value!r}: takes a whole number of steps, 1 or more, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{argument}={value}: takes a whole number of steps, 1 or more (1 is every step)")
+    return value
+
+
+def checked_patterns(argument: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:
+    """One pattern or several, as a tuple. Raises TypeError, with an example, for what is no string."""
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as {example!r}")
+    return patterns

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Container
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import nn
 
 from torchprobe.buffer.seal import Lanes
-from torchprobe.capture.attention.source import AttentionSource
-from torchprobe.capture.captures import Captures
 from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.health import Health
-from torchprobe.capture.late import LateGraphs
-from torchprobe.capture.loss import LossCapture
-from torchprobe.capture.modules import ModuleCapture
-from torchprobe.capture.parameters import ParameterCapture
-from torchprobe.capture.predictions.pieces import PredictionPieces
+from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
+from torchprobe.capture.sources import Sources
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.plan import Plan
-from torchprobe.probes.attention import Attention
-from torchprobe.selection import Selection
+from torchprobe.steps.cadence import Plan
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -57,21 +49,15 @@ def lanes_for(root: nn.Module) -> Lanes:
     return Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
 
 
-def captures_of(
+def sources_of(
     root: nn.Module, plan: Plan, selection: Selection, meter: Meter, flush_every: int, *, traces_nan: bool
-) -> Captures:
+) -> Sources:
     """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
-    model: ReferenceType[nn.Module] = ref(root)
-    modules = ModuleCapture(model, plan.gates, selection.wants_module)
-    gated = [(probe, gate) for probe, gate in plan.gates.items() if isinstance(probe, Attention)]
-    sentinel_gate = Gate("NonFinite", meter) if traces_nan else None
-    return Captures(
-        modules,
-        ParameterCapture(model, plan.gates, selection.wants_parameter),
-        [AttentionSource(model, probe, gate, modules.current) for probe, gate in gated],
-        LossCapture(plan.loss_gate),
-        plan.rates,
-        PredictionPieces(model, plan.gates, meter, flush_every),
-        Health(model, plan.gates, selection.covers, modules.current, sentinel_gate),
-        LateGraphs(model, modules.current),
+    return Sources(
+        ref(root),
+        plan.reporters,
+        selection,
+        Gate("Uncertainty and Calibration", meter),
+        flush_every,
+        Gate("NonFinite", meter) if traces_nan else None,
     )

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchprobe.buffer.step import Piece
 from torchprobe.logbook import Page
 from torchprobe.naming import named_parameters
-from torchprobe.probes.attention_weights import AttentionWeights
-from torchprobe.probes.base import Probe
+from torchprobe.probes.attention import AttentionWeights
+from torchprobe.probes.base import Reporter
 from torchprobe.probes.calibration import FLAGS, GIVEN, Calibration
 from torchprobe.probes.evidence import EVIDENCE, SURE
 from torchprobe.probes.gradients import Gradients
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
-from torchprobe.probes.learning_rates import LearningRates
+from torchprobe.probes.learning_rates import LearningRates, LearningRatesReporter
 from torchprobe.probes.uncertainty import Uncertainty
 from torchprobe.records import Text
 from torchprobe.scores import floats
@@ -34,12 +34,12 @@ class Probes:
     """The probes of `instrument`, fed by hand."""
 
     def __init__(self) -> None:
-        self.rates = LearningRates()
-        self._gradients = Gradients()
-        self._histograms = GradientHistograms(), ParameterHistograms()
-        self._attention = AttentionWeights()
-        self._uncertainty = Uncertainty()
-        self._calibration = Calibration()
+        self.rates = LearningRatesReporter(LearningRates())
+        self._gradients = Gradients().reporter()
+        self._histograms = GradientHistograms().reporter(), ParameterHistograms().reporter()
+        self._attention = AttentionWeights().reporter()
+        self._uncertainty = Uncertainty().reporter()
+        self._calibration = Calibration().reporter()
 
     def of_gradients(self, model: nn.Module) -> Iterator[Piece]:
         """Norms of the gradients that there are."""
@@ -53,8 +53,9 @@ class Probes:
 
     def add_attention(self, page: Page, layers: _Tensors, prefix: str) -> None:
         """A row a head of each layer."""
+        probe = self._attention.probe
         for name, weights in layers:
-            page.accumulate(self._attention, name, self._attention.compute(weights), prefix, self._attention.combine)
+            page.accumulate(self._attention, name, probe.compute(weights), prefix, probe.combine)
 
     def add_uncertainty(self, page: Page, parts: Decomposition, name: str, prefix: str) -> None:
         """The row of a batch; no evidence is needed for what the user says it is."""
@@ -116,13 +117,13 @@ def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, grad.coalesce().values() if grad.is_sparse else grad) for name, grad in found]
 
 
-def _rows(probe: Probe, tensors: _Tensors) -> Iterator[Piece]:
+def _rows(reporter: Reporter, tensors: _Tensors) -> Iterator[Piece]:
     """A row a tensor, in one piece a device."""
     groups: defaultdict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in tensors:
         groups[tensor.device].append((name, tensor))
     for group in groups.values():
-        yield Piece(probe, [name for name, _ in group], probe.compute_all([tensor for _, tensor in group]))
+        yield Piece(reporter, [name for name, _ in group], reporter.probe.compute_all([tensor for _, tensor in group]))
 
 
 def _four_dimensional(name: str, weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, StepBuffer
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Reporter
 from torchprobe.records import Value
 
 
@@ -17,7 +17,7 @@ class Open:
     """A step that takes values: the one that runs now, and the one before it until the next training pass."""
 
     step: int
-    due: tuple[Probe, ...] = ()
+    due: tuple[Reporter, ...] = ()
     buffer: StepBuffer = field(default_factory=StepBuffer)
 
     def put(self, tag: str, value: Value | Tensor) -> None:

@@ -18,7 +18,7 @@ from torchprobe.naming import ROOT
 from torchprobe.predictions import checked_predictions
 from torchprobe.records import Text
 from torchprobe.run_directory import check_run_name
-from torchprobe.schedule import as_schedule
+from torchprobe.probes.schedule import as_schedule
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
 

@@ -91,3 +91,9 @@ def _without(prefixes: Iterable[str], name: str) -> str:
 def owner_of(parameter_name: str) -> str:
     """The module that owns a parameter: `blocks.0.fc.weight` -> `blocks.0.fc`."""
     return parameter_name.rpartition(".")[0] or ROOT
+
+
+def with_parents(name: str) -> list[str]:
+    """The modules around a module or parameter, outermost first, and itself: `a.b` -> `a`, `a.b`."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from torchprobe.arguments import check_seconds, checked_budget
+from torchprobe.arguments import check_count, check_seconds, checked_budget
 from torchprobe.assembly import captures_of, checked_model, lanes_for
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
@@ -24,14 +24,16 @@ from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
-from torchprobe.plan import AnyProbe, Plan, checked_probes, with_provenance
+from torchprobe.probes.base import Probe
+from torchprobe.probes.choosing import checked_probes, with_provenance
+from torchprobe.probes.schedule import Schedule
 from torchprobe.recorder import Recorder
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
-from torchprobe.schedule import Schedule, check_count
-from torchprobe.selection import Patterns, Selection
+from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.state import RunState
+from torchprobe.steps.cadence import Plan
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
@@ -50,7 +52,7 @@ def instrument(
     log_dir: str | os.PathLike[str] | None = None,
     run_name: str | None = None,
     writer: Any = None,
-    probes: Iterable[AnyProbe] | None = None,
+    probes: Iterable[Probe] | None = None,
     every: int | Schedule | None = None,
     flush_every: int = 100,
     flush_seconds: float = 30.0,
@@ -97,6 +99,7 @@ def instrument(
     parts = with_provenance(parts) if watch.traces_nan else parts
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
+    selection.check(root, parts)
     known = None if hparams is None else checked_hparams(hparams)
     ranks = world()
     directory, opened = (
@@ -105,7 +108,7 @@ def instrument(
     sink = HParamsWriter(opened, known)
     captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, [*plan.over_ranks, *(part.heat_maps for part in captures.attention)], decoder)
+    exchange = open_exchange(ranks, plan.over_ranks, decoder)
     if exchange.stopping is not None and watch.may_stop:
         watch.stop_together(exchange.stopping)
         exchange.stopping.hold = watch.hold

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torchprobe.buffer.seal import SKIPPED, Sealed
-from torchprobe.buffer.step import Arrived, Reporter, grouped, joined
+from torchprobe.buffer.step import Arrived, Reporter, by_reporter, grouped
 from torchprobe.records import Record, Text, Value
 
 _PATIENCE = 3  # sampled steps
@@ -70,15 +71,15 @@ class Decoder:
         if reporter in self._failed:
             return {}
         try:
-            names, rows = joined(parts)
-            tagged = {prefix + tag: value for tag, value in reporter.report_all(names, rows)} if names else {}
+            found = by_reporter(parts)
+            tagged = {prefix + tag: value for tag, value in _reported(reporter, found)}
         except Exception:
             self._failed.add(reporter)
-            _log.exception("the report of %s failed and is left out from now on", type(reporter).__name__)
+            _log.exception("the report of %s failed and is left out from now on", _name(reporter))
             return {}
-        if tagged or (names and not hasattr(reporter, "reason")):  # one that has a reason may report nothing
-            self._seen.add(getattr(reporter, "speaks_for", reporter))
-        if names:
+        if tagged or getattr(reporter, "rows_suffice", True):
+            self._seen.update(getattr(part, "speaks_for", part) for part in found)
+        if found:
             self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
@@ -94,8 +95,9 @@ class Decoder:
         self._asked.update(due)
         texts: dict[str, Value] = {}
         for reporter in due:
-            if self._asked[reporter] == _PATIENCE and reporter not in self._seen | self._failed:
-                name, source = type(reporter).__name__, getattr(reporter, "source", "")
+            failed = getattr(reporter, "whole", reporter) in self._failed
+            if self._asked[reporter] == _PATIENCE and reporter not in self._seen and not failed:
+                name, source = _name(reporter), getattr(reporter, "source", "")
                 self.missing.append(name)
                 known = _REASONS.get(source, "nothing of the kind it watches occurred")
                 reason = getattr(reporter, "reason", "") or known
@@ -105,3 +107,15 @@ class Decoder:
                 if serious:
                     texts[f"nothing_captured/{name}"] = Text(text)
         return texts
+
+
+def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[tuple[str, Value]]:
+    """Tags and values of one source, or of several together."""
+    if reporter in found:
+        return cast("Iterable[tuple[str, Value]]", reporter.report_all(*found[reporter]))
+    rows = {getattr(part, "source", ""): named for part, named in found.items()}
+    return cast("Iterable[tuple[str, Value]]", reporter.report_sources(rows)) if rows else ()
+
+
+def _name(reporter: Reporter) -> str:
+    return str(getattr(reporter, "name", type(reporter).__name__))

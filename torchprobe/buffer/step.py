@@ -88,11 +88,21 @@ class Arrived(NamedTuple):
 
 
 def grouped(arrived: Iterable[Arrived]) -> Mapping[tuple[Reporter, str], list[Arrived]]:
-    """The parts of each probe, from several devices or optimizers, by the probe and its prefix."""
+    """The parts of each probe, from several devices, optimizers or sources, by who reports them and the prefix."""
     groups: defaultdict[tuple[Reporter, str], list[Arrived]] = defaultdict(list)
     for part in arrived:
-        groups[part.heading.reporter, part.heading.prefix].append(part)
+        reporter = part.heading.reporter
+        groups[getattr(reporter, "whole", reporter), part.heading.prefix].append(part)
     return groups
+
+
+def by_reporter(parts: Iterable[Arrived]) -> Mapping[Reporter, tuple[list[str], NDArray[np.float64]]]:
+    """Names and rows of each source of one probe, those without any left out. Raises ValueError as `joined` does."""
+    groups: defaultdict[Reporter, list[Arrived]] = defaultdict(list)
+    for part in parts:
+        groups[part.heading.reporter].append(part)
+    found = {reporter: joined(some) for reporter, some in groups.items()}
+    return {reporter: (names, rows) for reporter, (names, rows) in found.items() if names}
 
 
 def joined(parts: Sequence[Arrived]) -> tuple[list[str], NDArray[np.float64]]:

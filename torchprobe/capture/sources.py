@@ -27,7 +27,7 @@ from torchprobe.capture.source import Pass, Running, Source, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
 from torchprobe.records import Value
-from torchprobe.selection import Selection
+from torchprobe.capture.selection import Selection
 from torchprobe.statistics.dtypes import row_dtype
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \

@@ -21,7 +21,7 @@ from torchprobe.checkpoint.ranks import agreed, own_rank
 from torchprobe.checkpoint.restoring import Target, apply, read_sharded
 from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
 from torchprobe.random_state import random_states
-from torchprobe.schedule import check_count
+from torchprobe.arguments import check_count
 from torchprobe.session import Session, session_of
 
 _log = logging.getLogger("torchprobe")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from torchprobe.buffer.step import Share
 from torchprobe.distributed.frames import Part
-from torchprobe.probes.base import Probe, Way
+from torchprobe.probes.base import Way
 
 Rows: TypeAlias = "dict[str, NDArray[np.float64]]"
 """What one rank has under each name: (occurrences, fields), as several optimizers or heads have a row each."""
@@ -94,11 +94,12 @@ def _of_shards(probe: Combines, ranks: Sequence[Rows]) -> Rows:
 
 def _averaged(probe: Combines, rows: Rows, batches: int) -> Rows:
     """The training loss is the mean of the ranks' losses, and each has seen the gradient of its own."""
-    if batches == 1 or not isinstance(probe, Probe) or probe.source != "output_gradients":
+    unscale = getattr(probe, "unscale", None)
+    if batches == 1 or unscale is None or getattr(probe, "source", "") != "output_gradients":
         return rows
     scale = torch.tensor(float(batches), dtype=torch.float64)
     return {
-        n: probe.unscale(torch.from_numpy(np.pad(some, ((0, 0), (0, 1)))), scale).numpy()[:, :-1]
+        n: unscale(torch.from_numpy(np.pad(some, ((0, 0), (0, 1)))), scale).numpy()[:, :-1]
         for n, some in rows.items()
     }
 

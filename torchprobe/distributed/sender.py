@@ -13,7 +13,7 @@ from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Reporter as ProbeReporter
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")
@@ -117,7 +117,7 @@ class Sender:
         if key is None:
             return None
         names, rows = seen_rows(arrived)
-        if isinstance(heading.reporter, Probe):
+        if isinstance(heading.reporter, ProbeReporter):
             heading.reporter.learn(names, rows)
         return Part(key, heading.prefix, names, rows, heading.shares) if len(names) else None
 

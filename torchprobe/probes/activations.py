@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.probes.base import Probe, Report, Source
-from torchprobe.schedule import Schedule
+from torchprobe.probes.base import Probe, Report
+from torchprobe.probes.checks import Select
+from torchprobe.probes.schedule import Schedule
 from torchprobe.statistics import energy, moments
 
 
@@ -23,7 +24,7 @@ class Activations(Probe):
     gradients: also the norm of the gradient with respect to each output (`ActivationGradients`).
     """
 
-    source: ClassVar[Source] = "outputs"
+    source: ClassVar[str] = "outputs"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
     descriptions: Mapping[str, str] = {
         "activation_mean": "Mean of the module's output (exact, finite elements).",
@@ -34,13 +35,15 @@ class Activations(Probe):
         "activation_nonfinite": "Number of NaN and inf elements in the module's output; only when not 0.",
     }
 
-    def __init__(self, every: int | Schedule | None = None, *, gradients: bool = True) -> None:
-        super().__init__(every)
+    def __init__(
+        self, every: int | Schedule | None = None, *, gradients: bool = True, select: Select | None = None
+    ) -> None:
+        super().__init__(every, select=select)
         self._gradients = gradients
 
     def parts(self) -> tuple[Probe, ...]:
         """The outputs, and their gradients unless switched off."""
-        return (self, ActivationGradients(self.every)) if self._gradients else (self,)
+        return (self, ActivationGradients(self.every, select=self.select)) if self._gradients else (self,)
 
     def compute(self, tensor: Tensor) -> Tensor:
         """One pass of `statistics.moments`."""
@@ -64,8 +67,9 @@ class Activations(Probe):
 class ActivationGradients(Probe):
     """L2 norm of the loss's gradient with respect to each module's output, over finite elements."""
 
-    source: ClassVar[Source] = "output_gradients"
+    source: ClassVar[str] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = energy.FIELDS
+    reduce = "sum"
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",

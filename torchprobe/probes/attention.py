@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -10,14 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.arguments import check_count
 from torchprobe.images import grid, heat_map
-from torchprobe.probes.base import Probe, Source, Way
+from torchprobe.probes.base import InValidation, Probe, Reporter, Way
 from torchprobe.records import Value
-from torchprobe.schedule import Schedule, as_schedule, check_count
+from torchprobe.probes.schedule import Schedule, as_schedule
 from torchprobe.statistics import attention
 
 SINK_THRESHOLD = 0.3  # Gu et al. 2024: a head whose first key takes more than this is a sink head
 
+COLLAPSE = 0.1  # nats: a head whose mean entropy is below this attends to one key
+
+_COLLAPSED = f"1 when the mean entropy of a head is below {COLLAPSE} nats, else 0."
 _UNITS = {"entropy": ", nats", "distance": ", tokens"}
 _EXACT = "exact: all query rows"
 _TAG_OF = {  # statistic of a head -> tag of its mean over heads
@@ -41,6 +45,15 @@ _MEANINGS = {
 }
 
 
+def _descriptions(how: str) -> dict[str, str]:
+    bound = how if how == _EXACT else f"{how}: a lower bound"
+    texts = {
+        group: f"{text} ({bound if group == 'attention_max_logit' else how})." for group, text in _MEANINGS.items()
+    }
+    pooled = "Attention of the first sequence, pooled to at most 128 by 128 pixels, which the axes count"
+    return {**texts, "attention_map": f"{pooled}; every row adds up to 1."}
+
+
 class Attention(Probe):
     """Statistics of every attention of the model, found where it is computed, per head.
 
@@ -53,10 +66,11 @@ class Attention(Probe):
     Cost: a matrix product of the chosen rows with all keys, on sampled steps.
     """
 
-    source: ClassVar[Source] = "attention"
+    source: ClassVar[str] = "attention"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
     over_shards: ClassVar[Way] = "append"  # tensor parallel ranks have some of the heads each
+    descriptions: Mapping[str, str] = _descriptions(_EXACT)
 
     def __init__(
         self,
@@ -72,7 +86,15 @@ class Attention(Probe):
         self.map_schedule = None if maps_every is None else as_schedule("maps_every", maps_every)
         self.map_layers = check_count("map_layers", map_layers)
         self.eval = eval
-        self.descriptions = _descriptions(_EXACT)
+
+    @property
+    def in_validation(self) -> InValidation:
+        """The first batch, if `eval`."""
+        return "first" if self.eval else "never"
+
+    def reporter(self) -> AttentionReporter:
+        """Also draws the heads of all layers, where a picture is due."""
+        return AttentionReporter(self)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """A head's rows of two batches together."""
@@ -85,8 +107,6 @@ class Attention(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names repeat: a row for each head. Per layer, the heads of all layers, and the overview."""
-        if rows[:, -1].any():
-            self.descriptions = _descriptions(f"sampled: {self.rows} query rows a head")
         layers = {name: _summaries(rows[[n == name for n in names], :-1]) for name in dict.fromkeys(names)}
         for name, heads in layers.items():
             yield from _layer(name, heads)
@@ -99,12 +119,56 @@ class Attention(Probe):
             yield "overview/attention_max_logit", max(logits)
 
 
-class AttentionHeatMaps:
+class AttentionWeights(Attention):
+    """Statistics of the probabilities of an attention: as `Attention` has them, but for its logits.
+
+    An entry of 0 is a key that is not visible. Rows are taken relative to their sum, which dropout changes.
+    """
+
+    descriptions: Mapping[str, str] = {**Attention.descriptions, "attention_collapse": _COLLAPSED}
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def compute(self, tensor: Tensor) -> Tensor:
+        """tensor: (batch, heads, queries, keys), floating. Returns (heads, len(fields)). Takes a log of every entry."""
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        source = attention.Logits(wide.log())
+        rows = attention.compute(source, self.rows, None)
+        sampled = rows.new_full((len(rows), 1), float(attention.is_sampled(source, self.rows)))
+        return torch.cat((rows, sampled), dim=1)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Names repeat: a row for each head."""
+        for tag, value in super().report_all(names, rows):
+            if "max_logit" not in tag:  # which probabilities do not tell
+                yield tag, value
+            if tag.startswith("attention_entropy_min/") and isinstance(value, float):
+                yield tag.replace("entropy_min", "collapse", 1), float(value < COLLAPSE)
+
+
+class AttentionReporter(Reporter):
+    """Attention in one session: whether all of its query rows are read."""
+
+    def __init__(self, probe: Attention) -> None:
+        super().__init__(probe)
+        self._rows = probe.rows
+        self.heat_maps = AttentionHeatMaps(probe)
+        self.beside = (self.heat_maps,)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """The probe's; the tags' descriptions say so once rows were sampled."""
+        if rows[:, -1].any():
+            self.descriptions = {**self.descriptions, **_descriptions(f"sampled: {self._rows} query rows a head")}
+        yield from super().report_all(names, rows)
+
+
+class AttentionHeatMaps(Reporter):
     """Draws every statistic, layers down and heads across. Drawing takes the time of many records."""
 
     def __init__(self, probe: Attention) -> None:
-        self.over_batches, self.over_shards = probe.over_batches, probe.over_shards
-        self.combine_rows = probe.combine_rows
+        super().__init__(probe)
+        self.descriptions = {}
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """The same rows as the probe's."""
@@ -159,12 +223,3 @@ def _matrices(layers: list[list[dict[str, float]]]) -> Iterator[tuple[str, NDArr
         for i, heads in enumerate(layers):
             matrix[i, : len(heads)] = [head.get(statistic, np.nan) for head in heads]
         yield statistic, matrix
-
-
-def _descriptions(how: str) -> dict[str, str]:
-    bound = how if how == _EXACT else f"{how}: a lower bound"
-    texts = {
-        group: f"{text} ({bound if group == 'attention_max_logit' else how})." for group, text in _MEANINGS.items()
-    }
-    pooled = "Attention of the first sequence, pooled to at most 128 by 128 pixels, which the axes count"
-    return {**texts, "attention_map": f"{pooled}; every row adds up to 1."}

@@ -1,61 +1,77 @@
-"""The extension point: what a probe is."""
+"""The extension point: what a probe is, and what one session makes of it."""
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias, get_args
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.naming import with_parents
+from torchprobe.probes.checks import Select, check_probe_class, checked_reduce, checked_select, offered_sources
+from torchprobe.probes.schedule import Cadence, Schedule, as_schedule, default_cadence
 from torchprobe.records import Value
-from torchprobe.schedule import Schedule, as_schedule
-
-Source: TypeAlias = Literal[
-    "outputs",
-    "output_gradients",
-    "gradients",
-    "parameters",
-    "updates",
-    "attention",
-    "loss",
-    "uncertainty",
-    "calibration",
-    "flow",
-    "units",
-]
-SOURCES: tuple[Source, ...] = get_args(Source)
+from torchprobe.statistics.reductions import REDUCTIONS, Reduce
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
-
+Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
 Way: TypeAlias = Literal["combine", "append"]
 """How rows of one name from several ranks become those of the whole: merged by the probe, or listed side by side."""
+InValidation: TypeAlias = Literal["never", "first", "all"]
+"""Which batches of a validation pass a probe sees, after a sampled training step."""
 
 
-class Probe:
+class _Frozen(ABCMeta):
+    """Makes objects that cannot be changed once their constructors have returned."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made.__dict__["_made"] = True
+        return made
+
+
+class Probe(metaclass=_Frozen):
     """What to capture, which statistic of it, under which tags, and how often.
 
-    A subclass names its `source` and the `fields` of its statistic, and writes `compute` and `report`:
+    It is configuration: one object serves any number of sessions, and cannot be changed once it is made. What a run
+    adds up is kept by the `Reporter` that each session gets from `reporter()`.
 
-    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the
-      optimizer is about to use), ``"parameters"`` or ``"updates"`` (after the optimizer's step).
+    A subclass names its `source` and the `fields` of its statistic, writes `compute` and `report`, and says how parts
+    are merged:
+
+    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the optimizer is
+      about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"`` or ``"updates"`` (after the
+      optimizer's step); or several in a tuple: then ``compute`` sees the tensors of each, and ``report`` gets
+      ``values[source][field]``, without a source that had nothing of that name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
-    - ``combine(a, b)`` merges the statistics of two parts, such as two micro-batches of a step, the batches of
-      two ranks, or two shards of a parameter.
+    - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a
+      module, the batches of two ranks, or two shards of a parameter. ``"sum"`` and ``"max"`` are of each field;
+      ``"mean"`` weighs each part with the number of elements of the tensor it was computed of; ``"last"`` keeps the
+      later part, of several ranks that of the highest.
     - ``report(name, values)`` runs on the host, in a background thread, and yields ``(tag, value)``.
 
-    every: a number of steps, or a schedule `step -> bool`.
-    Raises TypeError or ValueError for any other cadence, and for a subclass without `source` or `fields`.
+    every: a number of steps, or a schedule `step -> bool`. select: which modules or parameters this probe alone
+    watches, of those that include= and exclude= leave: name patterns with `*`, or a predicate `(name, module) -> bool`,
+    `(name, parameter) -> bool`. A pattern also fits the parameters below a module. reduce: see above.
+    Raises TypeError or ValueError for anything else, and for a subclass without `source` or `fields`.
     """
 
-    source: ClassVar[Source]
+    source: ClassVar[str | tuple[str, ...]]
     fields: ClassVar[tuple[str, ...]]
+    reduce: Reduce | None = None
     descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
+    dense_start: ClassVar[bool] = True
+    """Whether the default cadence begins with 1, 2, 5, 10, 20 and 50, as far as they lie below it."""
+    sampled: ClassVar[bool] = True
+    """Whether it costs something: then `instrument(every=)` and a budget hold for it, and its steps count as sampled."""
     over_batches: ClassVar[Way] = "combine"
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"
@@ -63,10 +79,25 @@ class Probe:
     found_everywhere: ClassVar[bool] = True
     """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
-    def __init__(self, every: int | Schedule | None = None) -> None:
+    def __init__(
+        self, every: int | Schedule | None = None, *, select: Select | None = None, reduce: Reduce | None = None
+    ) -> None:
+        check_probe_class(type(self), offered_sources())
         self.every = every
-        self.schedule: Schedule = as_schedule("every", self.default_every if every is None else every)
-        check_probe_class(type(self))
+        self.schedule: Schedule = (
+            default_cadence(self.default_every, self.dense_start) if every is None else as_schedule("every", every)
+        )
+        self.select = None if select is None else checked_select(self.name, self.sources, select)
+        if reduce is not None:
+            self.reduce = checked_reduce(type(self), reduce, self.combines)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__:
+            raise AttributeError(
+                f"{self.name}.{name} cannot be set: a probe is configuration, and may serve several sessions; what one "
+                "of them adds up belongs to the torchprobe.Reporter that reporter() returns"
+            )
+        super().__setattr__(name, value)
 
     @property
     def name(self) -> str:
@@ -74,13 +105,46 @@ class Probe:
         return type(self).__name__
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The names in `source`."""
+        return (self.source,) if isinstance(self.source, str) else tuple(dict.fromkeys(self.source))
+
+    @property
     def width(self) -> int:
-        """How many values `compute` returns."""
-        return len(self.fields)
+        """How many values a row holds: one for each field, and the number of elements where `reduce` is "mean"."""
+        return len(self.fields) + self.weighted
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a number of elements stands behind the fields."""
+        return self.reduce == "mean" and not self.combines
+
+    @property
+    def combines(self) -> bool:
+        """Whether it has a `combine` of its own."""
+        return type(self).combine is not Probe.combine
+
+    @property
+    def in_validation(self) -> InValidation:
+        """Which batches of a validation pass it sees."""
+        return "first" if "outputs" in self.sources else "never"
 
     def parts(self) -> tuple[Probe, ...]:
-        """The probes that this one stands for: itself, unless it watches several sources."""
+        """The probes that this one stands for: itself, unless it is made of several."""
         return (self,)
+
+    def reporter(self) -> Reporter:
+        """What one session makes of it: all running state lives there."""
+        return Reporter(self)
+
+    def selects(self, name: str, module_or_parameter: Any) -> bool:
+        """Whether `select=` leaves it a module or parameter. Raises what a predicate of the user's raises."""
+        if self.select is None:
+            return True
+        if callable(self.select):
+            return bool(self.select(name, module_or_parameter))
+        names = with_parents(name) if isinstance(module_or_parameter, Tensor) else (name,)
+        return any(fnmatchcase(part, pattern) for part in names for pattern in self.select)
 
     def compute(self, tensor: Tensor) -> Tensor:
         """The statistic of one tensor: shape (len(fields),), on the tensor's device."""
@@ -94,29 +158,40 @@ class Probe:
         """
         return torch.stack([self.compute(tensor) for tensor in tensors])
 
+    def row(self, tensor: Tensor) -> Tensor:
+        """What `compute` gives, with what merging needs behind it: shape (width,)."""
+        row = self.compute(tensor)
+        return torch.cat((row, row.new_full((1,), tensor.numel()))) if self.weighted else row
+
+    def rows(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """The same of `compute_all`: shape (len(tensors), width)."""
+        rows = self.compute_all(tensors, before)
+        if not self.weighted:
+            return rows
+        return torch.cat((rows, rows.new_tensor([[tensor.numel()] for tensor in tensors])), dim=1)
+
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Merge the statistics of two parts, shape (len(fields),) each. The default adds them."""
-        return a + b
+        """Merge the rows of two parts, shape (len(fields),) each. By default as `reduce` says."""
+        if self.reduce is None:
+            raise TypeError(f"{self.name} has neither a combine(a, b) of its own nor a reduce")
+        return REDUCTIONS[self.reduce](a, b)
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """`combine` for many rows at once, on the host: shapes (names, fields). Merges what ranks have seen."""
-        if type(self).combine is Probe.combine:
-            return a + b
+        if not self.combines:
+            return self.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
         pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a
-
-    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
-        """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
 
-        rows has shape (modules, len(fields) + 1), its last column to be left as it is. The default
-        changes nothing, so that the statistic is that of the scaled loss.
+        rows has shape (modules, width + 1), of which what stands behind the fields is to be left as it is. The
+        default changes nothing, so that the statistic is that of the scaled loss.
         """
         return rows
 
-    def report(self, name: str, values: Mapping[str, float]) -> Report:
+    def report(self, name: str, values: Mapping[str, Any]) -> Report:
         """Tags and values for one module or parameter."""
         raise TypeError(f"{self.name} defines neither report(name, values) nor report_all(names, rows)")
 
@@ -125,12 +200,96 @@ class Probe:
         for name, row in zip(names, rows.tolist(), strict=True):
             yield from self.report(name, dict(zip(self.fields, row, strict=True)))
 
+    def report_sources(self, values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Report:
+        """The same of a probe of several sources: values[name][source][field]."""
+        for name, by_source in values.items():
+            yield from self.report(name, by_source)
 
-def check_probe_class(cls: type[Probe]) -> None:
-    """Raise a TypeError that says what a probe class lacks."""
-    source = getattr(cls, "source", None)
-    if source not in SOURCES:
-        raise TypeError(f"{cls.__name__}.source is {source!r}; takes one of {', '.join(map(repr, SOURCES))}")
-    fields = getattr(cls, "fields", None)
-    if not isinstance(fields, tuple) or not fields or not all(isinstance(f, str) for f in fields):
-        raise TypeError(f"{cls.__name__}.fields is {fields!r}; takes a tuple of names, one per value of compute()")
+
+class Reporter:
+    """What one session makes of a probe: its running state, and rows as tags and values, in the drain thread.
+
+    A probe that learns something in the course of a run returns a subclass from `reporter()`. gate: the probe's switch
+    in this session, set once by the plan, as is the schedule.
+    """
+
+    rows_suffice: ClassVar[bool] = True
+    """Whether rows that give no tag mean that there was nothing to tell, and not that nothing was found."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe, self.name, self.source = probe, probe.name, probe.sources[0]
+        self.over_batches, self.over_shards = probe.over_batches, probe.over_shards
+        self.found_everywhere = probe.found_everywhere
+        self.gate: Any = None
+        self.schedule = probe.schedule
+        self.reason = ""
+        """Why nothing was found, when that is known."""
+        self.descriptions: Mapping[str, str] = probe.descriptions
+        self.beside: tuple[Reporter, ...] = ()
+        """Reporters whose rows come with this one's."""
+
+    @property
+    def whole(self) -> Reporter:
+        """The one that reports these rows: itself, unless the probe has several sources."""
+        return self
+
+    def by_source(self) -> tuple[Reporter, ...]:
+        """One for each source, for captures to feed: itself, when there is but one."""
+        sources = self.probe.sources
+        return (self,) if len(sources) == 1 else tuple(SourceReporter(self, source) for source in sources)
+
+    def begin(self, gate: Any, schedule: Schedule) -> None:
+        """The session's plan says when to sample."""
+        self.gate, self.schedule = gate, schedule
+
+    def is_regular(self, step: int) -> bool:
+        """Whether a sampled step is one of every N: not of a dense start, nor one that follows for an optimizer."""
+        return not isinstance(self.schedule, Cadence) or step == 1 or step % self.schedule.steps == 0
+
+    def explain(self, reason: str) -> None:
+        """Why nothing can be found, as far as a capture knows."""
+        self.reason = reason
+
+    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
+        """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What rows of the same names from two ranks are together."""
+        return self.probe.combine_rows(a, b)
+
+    def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The rows of gradients of outputs for the loss divided by `scale`."""
+        return self.probe.unscale(rows, scale)
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Tags and values of a step; rows has shape (len(names), the probe's width)."""
+        yield from self.probe.report_all(names, rows[:, :-1] if self.probe.weighted else rows)
+
+    def report_sources(self, found: Mapping[str, Rows]) -> Iterator[tuple[str, Value]]:
+        """The same, of several sources: names and rows by source."""
+        values: dict[str, dict[str, Mapping[str, float]]] = {}
+        for source, (names, rows) in found.items():
+            for name, row in zip(names, rows.tolist(), strict=True):
+                values.setdefault(name, {})[source] = dict(zip(self.probe.fields, row, strict=False))
+        yield from self.probe.report_sources(values)
+
+
+class SourceReporter(Reporter):
+    """One source of a probe that has several: its rows are reported with those of the others."""
+
+    def __init__(self, whole: Reporter, source: str) -> None:
+        super().__init__(whole.probe)
+        self._whole, self.source = whole, source
+
+    @property
+    def whole(self) -> Reporter:
+        """The one that reports."""
+        return self._whole
+
+    def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
+        """What the whole may learn."""
+        self._whole.learn(names, rows)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As the whole does."""
+        return self._whole.combine_rows(a, b)

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
-from torchprobe.probes.base import Probe, Source, Way
+from torchprobe.probes.base import InValidation, Probe, Reporter
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value
-from torchprobe.schedule import Schedule
 from torchprobe.statistics import calibration, intervals
 
 GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
@@ -26,6 +25,16 @@ _EVIDENCE = slice(-len(EVIDENCE) - len(FLAGS), -len(FLAGS))
 _COUNTS = ("count", "ignored", "invalid")
 _FAINT = 0.01
 _log = logging.getLogger("torchprobe")
+
+
+def _descriptions(notes: str) -> dict[str, str]:
+    text = "Top-label calibration in 15 equal-width bins; gap is mean confidence - accuracy, above 0 is over-confident"
+    return {
+        "calibration": f"{text} ({notes or 'exact'}).",
+        "calibration_reliability": "Accuracy over confidence, and how many predictions are in each bin.",
+        "calibration_risk_coverage": "Accuracy when only the share of the predictions that are most certain is kept.",
+        "calibration_precision_recall": "Precision over recall of class 1, as the threshold falls.",
+    }
 
 
 class Calibration(Probe):
@@ -42,15 +51,31 @@ class Calibration(Probe):
     likelihood in any form, such as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
     """
 
-    source: ClassVar[Source] = "calibration"
+    source: ClassVar[str] = "calibration"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
+    reduce = "sum"
+    descriptions: Mapping[str, str] = _descriptions("")
 
-    def __init__(self, every: int | Schedule | None = None) -> None:
-        super().__init__(every)
-        self.reason = ""
+    @property
+    def in_validation(self) -> InValidation:
+        """All batches."""
+        return "all"
+
+    def reporter(self) -> CalibrationReporter:
+        """Keeps sums since the last flush, and what has been learnt of the output."""
+        return CalibrationReporter(self)
+
+
+class CalibrationReporter(Reporter):
+    """Calibration in one session."""
+
+    rows_suffice: ClassVar[bool] = False
+
+    def __init__(self, probe: Calibration) -> None:
+        super().__init__(probe)
         self.coverage = Coverage(self)
-        self.descriptions: Mapping[str, str] = _descriptions("")
+        self.beside = (self.coverage,)
         self.evidence = Evidence()
         self._training = Window(len(calibration.FIELDS))
         self._warned: set[str] = set()
@@ -116,23 +141,18 @@ class Calibration(Probe):
             _log.warning("%s", text)
 
 
-class Coverage:
+class Coverage(Reporter):
     """How often targets are inside the intervals that a regression predicts."""
 
-    descriptions: Mapping[str, str] = {
-        "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
-    }
-    over_batches: ClassVar[Way] = "combine"
-    over_shards: ClassVar[Way] = "combine"
+    rows_suffice: ClassVar[bool] = False
 
-    def __init__(self, speaks_for: Probe) -> None:
+    def __init__(self, speaks_for: CalibrationReporter) -> None:
+        super().__init__(speaks_for.probe)
         self.speaks_for = speaks_for
-        self.reason = ""
+        self.descriptions = {
+            "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
+        }
         self._training = Window(len(intervals.FIELDS))
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The rows of the examples of two ranks together."""
-        return a + b
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases; behind the row stand the number of the flush interval, and 1."""
@@ -178,13 +198,3 @@ def _preferred(names: Sequence[str]) -> str | None:
     """What the user handed in, then what a loss module or labels told, then what the gradient did."""
     judged = [name for name in names if f"|{UNJUDGED}|" not in name]
     return min(judged, key=lambda name: (f"|{GIVEN}|" not in name, not name.startswith("|"))) if judged else None
-
-
-def _descriptions(notes: str) -> dict[str, str]:
-    text = "Top-label calibration in 15 equal-width bins; gap is mean confidence - accuracy, above 0 is over-confident"
-    return {
-        "calibration": f"{text} ({notes or 'exact'}).",
-        "calibration_reliability": "Accuracy over confidence, and how many predictions are in each bin.",
-        "calibration_risk_coverage": "Accuracy when only the share of the predictions that are most certain is kept.",
-        "calibration_precision_recall": "Precision over recall of class 1, as the threshold falls.",
-    }

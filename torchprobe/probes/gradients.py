@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.naming import owner_of
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe
 from torchprobe.records import Value
 from torchprobe.statistics import norms
 
@@ -23,8 +23,9 @@ class Gradients(Probe):
     After accumulation, unscaling, the all-reduce and clipping. Exact, over finite elements.
     """
 
-    source: ClassVar[Source] = "gradients"
+    source: ClassVar[str] = "gradients"
     fields: ClassVar[tuple[str, ...]] = norms.FIELDS
+    reduce = "sum"
     descriptions: Mapping[str, str] = {
         "grad_norm": "L2 norm of the gradient that the optimizer is about to use (exact, finite elements).",
         "grad_norm_layer": "L2 norm of the gradients of the module's own parameters (exact).",

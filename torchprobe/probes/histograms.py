@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe
+from torchprobe.probes.checks import Select
 from torchprobe.records import Histogram, Value
-from torchprobe.schedule import Schedule
+from torchprobe.probes.schedule import Schedule
 from torchprobe.statistics import exponents, linear
 
 _BUCKETS = 64
@@ -21,9 +22,11 @@ _BUCKETS = 64
 class GradientHistograms(Probe):
     """Magnitudes on a log10 axis, one bucket per binary exponent; zeros and non-finite counted beside it."""
 
-    source: ClassVar[Source] = "gradients"
+    source: ClassVar[str] = "gradients"
     fields: ClassVar[tuple[str, ...]] = ("zeros", "nonfinite", "counts")
+    reduce = "sum"
     default_every: ClassVar[int] = 500
+    dense_start: ClassVar[bool] = False
     descriptions: Mapping[str, str] = {
         "gradients": "log10 of the gradient's magnitude (exact counts); zeros are in `gradients_zeros`.",
         "gradients_zeros": "Number of gradient elements that are exactly zero.",
@@ -47,9 +50,10 @@ class GradientHistograms(Probe):
 class ParameterHistograms(Probe):
     """Values on a linear axis of up to 64 buckets, whose width is a power of two."""
 
-    source: ClassVar[Source] = "parameters"
+    source: ClassVar[str] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("low", "high", "nonfinite", "counts")
     default_every: ClassVar[int] = 500
+    dense_start: ClassVar[bool] = False
     descriptions: Mapping[str, str] = {
         "parameters": "Values of the parameter after the step (exact counts).",
         "parameters_nonfinite": "Number of NaN and inf elements in the parameter; only when not 0.",
@@ -76,9 +80,9 @@ class ParameterHistograms(Probe):
 class Histograms(GradientHistograms):
     """Histograms of gradients (log10 of magnitude) and of parameters (linear), exact counts."""
 
-    def __init__(self, every: int | Schedule | None = None) -> None:
-        super().__init__(every)
+    def __init__(self, every: int | Schedule | None = None, *, select: Select | None = None) -> None:
+        super().__init__(every, select=select)
 
     def parts(self) -> tuple[Probe, ...]:
         """One probe for each source."""
-        return (GradientHistograms(self.every), ParameterHistograms(self.every))
+        return (GradientHistograms(self.every, select=self.select), ParameterHistograms(self.every, select=self.select))

@@ -4,56 +4,81 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchprobe.schedule import Schedule, as_schedule
+from torchprobe.probes.base import Probe, Reporter
 
 _ON_CHANGE = ("momentum", "weight_decay")
 
 
-class LearningRates:
-    """`lr/<Optimizer>/group_<i>`, at every step by default.
+class LearningRates(Probe):
+    """`lr/<Optimizer>/group_<i>`, at every step by default; of a second optimizer of one class `<Optimizer>_1`.
 
-    Costs a dictionary look-up a group; a learning rate that is a device tensor is not read here.
+    Costs a dictionary look-up a group; a learning rate that is a device tensor is not read here. What is no number,
+    such as `lr=None`, is left out.
     """
 
+    source: ClassVar[str] = "optimizers"
+    fields: ClassVar[tuple[str, ...]] = ("value",)
+    reduce = "last"
+    default_every: ClassVar[int] = 1
+    sampled: ClassVar[bool] = False
     descriptions: Mapping[str, str] = {
         "lr": "Learning rate that the optimizer used in this step.",
         "momentum": "Momentum (beta1 for Adam), written when it changes.",
         "weight_decay": "Weight decay, written when it changes.",
     }
 
-    def __init__(self, every: int | Schedule | None = None) -> None:
-        self.schedule = as_schedule("every", 1 if every is None else every)
+    def reporter(self) -> LearningRatesReporter:
+        """Tells optimizers of one class apart, and values that changed from those that did not."""
+        return LearningRatesReporter(self)
+
+    def observe(self, optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
+        """Tags and values of the step that this optimizer has just taken, under the name of its class.
+
+        A subclass may add to these. The session numbers optimizers of one class, and leaves out momentum and weight
+        decay that have not changed.
+        """
+        name = type(optimizer).__name__
+        for i, group in enumerate(optimizer.param_groups):
+            where, rate = f"{name}/group_{i}", group.get("lr")
+            if isinstance(rate, Tensor) and rate.numel() == 1:
+                yield f"lr/{where}", rate.detach().clone()  # a scheduler changes it in place
+            elif isinstance(rate, Real):
+                yield f"lr/{where}", float(rate)
+            for key, value in (("momentum", _momentum(group)), ("weight_decay", group.get("weight_decay"))):
+                if isinstance(value, Real):
+                    yield f"{key}/{where}", float(value)
+
+
+class LearningRatesReporter(Reporter):
+    """What the optimizers of one session are called, and what they used last."""
+
+    def __init__(self, probe: LearningRates) -> None:
+        super().__init__(probe)
+        self._observe = probe.observe
         self._labels: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
-    @property
-    def name(self) -> str:
-        """How messages and summaries call the probe."""
-        return type(self).__name__
-
-    def observe(self, optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
-        """Tags and values of the step that this optimizer has just taken."""
-        label = self._label(optimizer)
-        for i, group in enumerate(optimizer.param_groups):
-            rate = group["lr"]  # a tensor is copied: a scheduler changes it in place
-            yield f"lr/{label}/group_{i}", rate.detach().clone() if isinstance(rate, Tensor) else rate
-            yield from self._changed(optimizer, group, f"{label}/group_{i}")
-
-    def _changed(self, optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:
+    def observe(self, optimizer: Optimizer) -> list[tuple[str, float | Tensor]]:
+        """Tags and values of the step that this optimizer has just taken. Raises what a user's `observe` raises."""
+        name, label = type(optimizer).__name__, self._label(optimizer)
         last = self._last.setdefault(optimizer, {})
-        for key in _ON_CHANGE:
-            value = group.get(key)
-            if key == "momentum" and "betas" in group:
-                value = group["betas"][0]
-            if isinstance(value, int | float) and last.get(f"{key}/{where}") != value:
-                last[f"{key}/{where}"] = value
-                yield f"{key}/{where}", value
+        found = []
+        for tag, value in self._observe(optimizer):
+            group, _, where = tag.partition("/")
+            if group in _ON_CHANGE and isinstance(value, Real):
+                if last.get(tag) == value:
+                    continue
+                last[tag] = value
+            named = where.startswith(f"{name}/")
+            found.append((f"{group}/{label}{where[len(name) :]}" if named else tag, value))
+        return found
 
     def _label(self, optimizer: Optimizer) -> str:
         if optimizer not in self._labels:
@@ -61,3 +86,9 @@ class LearningRates:
             numbered = (f"{name}_{i}" if i else name for i in itertools.count())
             self._labels[optimizer] = next(label for label in numbered if label not in taken)
         return self._labels[optimizer]
+
+
+def _momentum(group: Mapping[str, Any]) -> Any:
+    """Of a group with `betas` the first of these."""
+    betas = group.get("betas")
+    return betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.probes.base import Probe, Source, Way
+from torchprobe.probes.base import Probe, Way
 from torchprobe.records import Value
 
 
@@ -19,8 +19,9 @@ class Loss(Probe):
     ran on the model's output, or what `backward()` was called on, without GradScaler's scale.
     """
 
-    source: ClassVar[Source] = "loss"
+    source: ClassVar[str] = "loss"
     fields: ClassVar[tuple[str, ...]] = ("loss",)
+    reduce = "mean"
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {"overview": "What to look at first."}

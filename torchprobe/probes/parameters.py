@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe
 from torchprobe.records import Value
 from torchprobe.statistics import norms
 
@@ -19,7 +19,7 @@ from torchprobe.statistics import norms
 class Parameters(Probe):
     """L2 norm of every parameter after the step, and of all together. Exact, over finite elements."""
 
-    source: ClassVar[Source] = "parameters"
+    source: ClassVar[str] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("norm",)
     descriptions: Mapping[str, str] = {
         "param_norm": "L2 norm of the parameter after the step (exact, finite elements)."
@@ -53,7 +53,7 @@ class Updates(Probe):
     where the next step is sampled too.
     """
 
-    source: ClassVar[Source] = "updates"
+    source: ClassVar[str] = "updates"
     fields: ClassVar[tuple[str, ...]] = ("update", "before")
     descriptions: Mapping[str, str] = {
         "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3."

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from torchprobe.naming import ROOT
-from torchprobe.probes.base import Probe, Source
+from torchprobe.probes.base import Probe
 from torchprobe.records import Text, Value
 
 NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
@@ -51,12 +53,16 @@ class Provenance(Probe):
     asks for even without this probe). Costs two reductions a tensor.
     """
 
-    source: ClassVar[Source] = "flow"
+    source: ClassVar[str] = "flow"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("low", "high")
     descriptions: Mapping[str, str] = {
         "provenance": "The first module in execution order that made NaN or inf from finite numbers."
     }
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The extremes of two tensors together; NaN stays NaN."""
+        return torch.stack((torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])))
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """The extremes of two ranks' tensors together; NaN stays NaN."""

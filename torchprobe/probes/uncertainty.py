@@ -8,10 +8,11 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.probes.base import Probe, Source
+from torchprobe.arguments import checked_patterns
+from torchprobe.probes.base import InValidation, Probe, Reporter
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value
-from torchprobe.schedule import Schedule
+from torchprobe.probes.schedule import Schedule
 from torchprobe.statistics import uncertainty
 
 Task = Literal["classification", "regression"]
@@ -26,6 +27,17 @@ _GROUPS = {
     "vacuity": "Classes / sum of alpha of a Dirichlet output: 1 without evidence, mean over the batch",
     "kl": "The divergence from the prior that the model returns beside its output, mean over passes",
 }
+
+
+def _descriptions(how: str, note: str) -> dict[str, str]:
+    texts, note = {}, f" {note}" if note else ""
+    for kind, what in _WHAT.items():
+        texts[f"uncertainty_{kind}"] = f"Uncertainty, {what}; mean over the batch ({how}).{note}"
+        texts[f"uncertainty_{kind}_histogram"] = f"log10 of every example's uncertainty, {kind} ({how}).{note}"
+    for group, what in _GROUPS.items():
+        texts[f"uncertainty_{group}"] = f"{what} ({how}).{note}"
+        texts[f"uncertainty_{group}_histogram"] = f"log10 of every example's value ({how}).{note}"
+    return texts
 
 
 class Uncertainty(Probe):
@@ -45,9 +57,11 @@ class Uncertainty(Probe):
     a sample of rows is read, and the tags' descriptions say so. Raises TypeError or ValueError for other arguments.
     """
 
-    source: ClassVar[Source] = "uncertainty"
+    source: ClassVar[str] = "uncertainty"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*uncertainty.FIELDS, *EVIDENCE)
+    reduce = "sum"
+    descriptions: Mapping[str, str] = _descriptions("exact", "")
 
     def __init__(
         self,
@@ -63,14 +77,32 @@ class Uncertainty(Probe):
         if task is not None and task not in get_args(Task):
             raise ValueError(f"task={task!r}: takes 'classification', 'regression' or None")
         self.sample_dim = sample_dim
-        self.modules = _patterns(modules)
+        self.modules = checked_patterns("modules", modules, "heads.*")
         self.task: Task | None = task
-        self.reason = ""
-        """Why nothing was found, when that is known."""
-        self.note = ""
-        """What else is known of the output, for the tags' descriptions."""
-        self.descriptions: Mapping[str, str] = _descriptions("exact", "")
+
+    @property
+    def in_validation(self) -> InValidation:
+        """All batches."""
+        return "all"
+
+    def reporter(self) -> UncertaintyReporter:
+        """Learns what the model's output is."""
+        return UncertaintyReporter(self)
+
+
+class UncertaintyReporter(Reporter):
+    """Uncertainty in one session: what has been learnt of the output."""
+
+    rows_suffice: ClassVar[bool] = False
+
+    def __init__(self, probe: Uncertainty) -> None:
+        super().__init__(probe)
         self.evidence = Evidence()
+        self._note = ""
+
+    def describe(self, note: str) -> None:
+        """What else is known of the output, for the tags' descriptions."""
+        self._note = note
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
@@ -81,7 +113,7 @@ class Uncertainty(Probe):
         found = added_up(names, rows)
         self.learn(names, rows)
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
-        self.descriptions = _descriptions(how, self.note)
+        self.descriptions = _descriptions(how, self._note)
         means: dict[str, dict[str, float]] = {}
         for name, row in found.items():
             if self.evidence.holds(name):
@@ -108,22 +140,3 @@ def _overview(means: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, V
         values = {where: found[kind] for where, found in means.items() if kind in found}
         if values:
             yield f"overview/{kind}", values.get("root", float(np.mean(list(values.values()))))
-
-
-def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    patterns = (modules,) if isinstance(modules, str) else tuple(modules)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"modules: got {pattern!r}; takes module-name patterns, such as 'heads.*'")
-    return patterns
-
-
-def _descriptions(how: str, note: str) -> dict[str, str]:
-    texts, note = {}, f" {note}" if note else ""
-    for kind, what in _WHAT.items():
-        texts[f"uncertainty_{kind}"] = f"Uncertainty, {what}; mean over the batch ({how}).{note}"
-        texts[f"uncertainty_{kind}_histogram"] = f"log10 of every example's uncertainty, {kind} ({how}).{note}"
-    for group, what in _GROUPS.items():
-        texts[f"uncertainty_{group}"] = f"{what} ({how}).{note}"
-        texts[f"uncertainty_{group}_histogram"] = f"log10 of every example's value ({how}).{note}"
-    return texts

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.probes.base import Probe, Source, Way
+from torchprobe.probes.base import Probe, Way
 from torchprobe.records import Value
 
 
@@ -24,15 +24,15 @@ class UnitActivity(Probe):
     many. Of several ranks it is the mean share, each over its own inputs.
     """
 
-    source: ClassVar[Source] = "units"
+    source: ClassVar[str] = "units"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("dead",)
+    reduce = "mean"
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {
         "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
     }
-    reason: str
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """One tag a module; names repeat where several ranks have a share each."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.schedule import check_count
+from torchprobe.arguments import check_count
 
 Found: TypeAlias = "list[Alert] | None"
 """What a watcher returns: the conditions that hold in this record; None when the record does not say."""

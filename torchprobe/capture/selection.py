@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from torchprobe.capture.modules import PARAMETRIZATIONS, interesting
-from torchprobe.naming import named_modules, owner_of
+from torchprobe.naming import named_modules, named_parameters, owner_of, with_parents
+from torchprobe.probes.base import Probe
+from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
 
 Patterns = str | Sequence[str] | None
 
@@ -35,32 +37,46 @@ class Selection:
                         f"{', '.join(map(repr, names[1:4])) or repr(names[0])}, where * stands for anything"
                     )
 
-    def wants_module(self, name: str, module: nn.Module) -> bool:
-        """Whether a module's outputs are captured."""
+    def wants_module(self, name: str, module: nn.Module, probe: Probe) -> bool:
+        """Whether a module's outputs are captured for a probe. Raises what a predicate in its `select=` raises."""
         if self._excluded(name):
             return False
+        if probe.select is not None:
+            return self.covers(name) and probe.selects(name, module)
         if self._include:
             return self._included(name)
         return interesting(module) and PARAMETRIZATIONS not in name.split(".")
 
-    def wants_parameter(self, name: str) -> bool:
-        """Whether a parameter is captured: with its module, or with a module around it."""
-        return self.covers(owner_of(name))
+    def wants_parameter(self, name: str, parameter: nn.Parameter, probe: Probe) -> bool:
+        """Whether a parameter is captured for a probe: with its module, or with a module around it."""
+        return self.covers(owner_of(name)) and probe.selects(name, parameter)
+
+    def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
+        """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""
+        modules = [name for name, _ in named_modules(model) if self.covers(name)]
+        parameters = [name for name, _ in named_parameters(model) if self.covers(owner_of(name))]
+        for probe in probes:
+            sources = set(probe.sources)
+            names = [] if sources <= {*OF_PARAMETERS} else modules
+            below = [] if sources <= {*OF_MODULES} else parameters
+            fitted = {*names, *(part for name in below for part in with_parents(name))}
+            for pattern in probe.select if isinstance(probe.select, tuple) else ():
+                if not any(fnmatchcase(name, pattern) for name in fitted):
+                    known = ", ".join(map(repr, (names or below)[:3]))
+                    raise ValueError(
+                        f"select={pattern!r} of {probe.name} fits nothing that include= and exclude= leave; takes "
+                        f"names such as {known}, where * stands for anything"
+                    )
 
     def covers(self, owner: str) -> bool:
         """Whether a module is left by include= and exclude=, by itself or with a module around it."""
-        return not self._excluded(owner) and (not self._include or any(map(self._included, _with_parents(owner))))
+        return not self._excluded(owner) and (not self._include or any(map(self._included, with_parents(owner))))
 
     def _included(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._include)
 
     def _excluded(self, name: str) -> bool:
-        return any(fnmatchcase(part, pattern) for part in _with_parents(name) for pattern in self._exclude)
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatchcase(part, pattern) for part in with_parents(name) for pattern in self._exclude)
 
 
 def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+"""What a probe class has to say for itself: its source, its fields, how parts are merged, what it selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, cast
+
+from torchprobe.arguments import checked_patterns
+from torchprobe.statistics.reductions import REDUCTIONS, Reduce
+
+OF_MODULES = ("outputs", "output_gradients", "units")
+OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
+OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
+"""The sources that a user's probe may name."""
+BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers")
+"""Those that are wired to one probe of ours each."""
+
+Select: TypeAlias = "str | Iterable[str] | Callable[[str, Any], bool]"
+
+_registered: dict[str, None] = {}  # names of sources of a user's own, process-wide as classes are
+
+
+def register(source: str) -> None:
+    """Offer a source of a user's own to probes, by name."""
+    _registered[source] = None
+
+
+def offered_sources() -> tuple[str, ...]:
+    """The names that a user's probe may use now."""
+    return (*OFFERED, *_registered)
+
+
+def check_probe_class(cls: type[Any], offered: Iterable[str]) -> None:
+    """Raise a TypeError or ValueError that says what a probe class lacks. offered: the sources it may name.
+
+    A class that inherits its source from a probe of ours may name that one too.
+    """
+    source, offered = getattr(cls, "source", None), tuple(offered)
+    allowed = (*offered, *BUILT_IN) if _is_ours(cls, "source") else offered
+    sources = source if isinstance(source, tuple) else (source,)
+    if not sources or any(name not in allowed for name in sources):
+        known = ", ".join(map(repr, offered))
+        raise TypeError(f"{cls.__name__}.source is {source!r}; takes one of {known}, or a tuple of these")
+    fields = getattr(cls, "fields", None)
+    if not isinstance(fields, tuple) or not fields or not all(isinstance(f, str) for f in fields):
+        raise TypeError(f"{cls.__name__}.fields is {fields!r}; takes a tuple of names, one per value of compute()")
+    if cls.reduce not in (None, *REDUCTIONS):
+        raise ValueError(f"{cls.__name__}.reduce is {cls.reduce!r}; takes one of {', '.join(map(repr, REDUCTIONS))}")
+
+
+def checked_reduce(cls: type[Any], reduce: Any, combines: bool) -> Reduce:
+    """A way to merge parts, as a constructor's argument. combines: whether the class has a `combine` of its own."""
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r}: takes one of {', '.join(map(repr, REDUCTIONS))}")
+    if combines or (cls.reduce is not None and _is_ours(cls, "reduce")):
+        raise TypeError(f"reduce={reduce!r}: {cls.__name__} merges its parts by a rule of its own")
+    return cast("Reduce", reduce)
+
+
+def check_merging(name: str, reduce: Reduce | None, combines: bool) -> None:
+    """Raise a TypeError unless a probe says what two parts of a step are together."""
+    if reduce is None and not combines:
+        raise TypeError(
+            f"{name} does not say how parts of a step are merged (micro-batches, ranks): give it a "
+            "combine(self, a, b), or reduce = 'sum', 'mean', 'max' or 'last'"
+        )
+
+
+def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[str, ...] | Callable[[str, Any], bool]:
+    """Patterns or a predicate. Raises TypeError for anything else, and where there is nothing to choose from."""
+    if not {*OF_MODULES, *OF_PARAMETERS, *_registered}.intersection(sources):
+        raise TypeError(f"select: {name} watches no modules or parameters to choose from")
+    return select if callable(select) else checked_patterns("select", select, "blocks.*.fc")
+
+
+def _is_ours(cls: type, attribute: str) -> bool:
+    """Whether a class has an attribute from a probe of this package."""
+    giver = next((c for c in cls.__mro__ if attribute in vars(c)), cls)
+    return giver.__module__.partition(".")[0] == __name__.partition(".")[0]

@@ -1,0 +1,249 @@
+"""Which probes sample which step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.learning_rates import LearningRatesReporter
+from torchprobe.probes.schedule import Cadence, Never, Schedule, as_schedule
+
+_FURTHER = 8  # steps beyond the cadence, at most, for optimizers that take turns
+
+_log = logging.getLogger("torchprobe")
+
+
+class Plan:
+    """The reporters of a session, and their gates, opened and closed when a step begins.
+
+    every: the cadence of each sampled probe that names none of its own. budget: the largest fraction of wall
+    time to spend; while more than that is spent, no step is sampled.
+    """
+
+    def __init__(
+        self, probes: Sequence[Probe], every: int | Schedule | None, budget: float | None, meter: Meter
+    ) -> None:
+        common = None if every is None else as_schedule("every", every)
+        self.reporters: list[Reporter] = []
+        for probe in probes:
+            gate = Gate(probe.name, meter)
+            schedule = common if common is not None and probe.every is None and probe.sampled else probe.schedule
+            for reporter in probe.reporter().by_source():
+                reporter.begin(gate, schedule)
+                self.reporters.append(reporter)
+        self.descriptions = {group: text for r in self.reporters for group, text in r.descriptions.items()}
+        self.rates = [cast("LearningRatesReporter", r) for r in self.reporters if r.source == "optimizers"]
+        self.losses = [r for r in self.reporters if r.source == "loss"]
+        self.loss_gate: Gate = self.losses[0].gate if self.losses else Gate("Loss", meter)
+        self.due: tuple[Reporter, ...] = ()
+        self.due_in_validation: tuple[Reporter, ...] = ()
+        self._samplers = _by_schedule(self.reporters)
+        self._gates: list[Gate] = [r.gate for r in self.reporters if r.probe.sampled]
+        self._optimizers = _Optimizers()
+        self._budget, self._meter, self._start = budget, meter, monotonic()
+        self._awaits_validation = dict.fromkeys(self.reporters)
+        self._validating = False  # a pass was sampled since training last went on
+        self._step, self._by_forward = 0, False
+        self._quiet = range(0)  # steps in which nothing changes, unless an optimizer joins
+
+    @property
+    def over_ranks(self) -> list[Reporter]:
+        """Whose rows several ranks combine: all of them, and what reports beside one."""
+        return [one for reporter in self.reporters for one in (reporter, *reporter.beside)]
+
+    def open_for(self, step: int, by_forward: bool = False) -> None:
+        """Set the gates for a training step that begins, and for a validation pass before it.
+
+        A validation pass is sampled when a training step was, since the last one. by_forward: forward
+        passes are the clock, so that each is a step of its own. Costs a microsecond where nothing is to change.
+        """
+        self._step = step
+        if step in self._quiet and by_forward is self._by_forward:
+            for gate in self._gates:
+                if gate.train:
+                    break
+            else:
+                return
+        self._open(step, by_forward)
+
+    def optimizer_stepped(self, optimizer: Optimizer) -> None:
+        """An optimizer of the model has stepped in the step that runs. Keeps no hold on it."""
+        if self._optimizers.stepped(optimizer, self._step):
+            self._quiet = range(0)
+
+    def validated(self) -> None:
+        """A batch of validation was sampled: most probes want no more until the next sampled step."""
+        self._validating = True
+        self._close_validation([r for r in self.reporters if r.probe.in_validation != "all"])
+
+    def validation_ended(self) -> None:
+        """Training goes on: validation is sampled again after the next sampled step."""
+        if self._validating:
+            self._validating = False
+            self._close_validation(self.reporters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the cadence cannot tell from a step's number."""
+        return {
+            "awaits_validation": sorted(reporter.name for reporter in self._awaits_validation),
+            "optimizers": self._optimizers.steps(),
+            "samplers": [sampler.state() for sampler in self._samplers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        awaiting = set(state["awaits_validation"])
+        self.due, self._quiet = (), range(0)
+        self._awaits_validation = dict.fromkeys(r for r in self.reporters if r.name in awaiting)
+        self._optimizers = _Optimizers(state.get("optimizers", ()))
+        for sampler, values in zip(self._samplers, state.get("samplers", ()), strict=False):
+            sampler.load(values)
+
+    def _open(self, step: int, by_forward: bool) -> None:
+        self._awaits_validation.update(dict.fromkeys(self.due))
+        scheduled = self._scheduled(step)
+        due, in_validation = [], []
+        for reporter in self.reporters:
+            gate, probe = reporter.gate, reporter.probe
+            gate.train = reporter in scheduled and not gate.failed
+            awaited = gate.train if by_forward else reporter in self._awaits_validation and not gate.failed
+            gate.val = awaited and probe.in_validation != "never"
+            if gate.train and probe.sampled:
+                due.append(reporter)
+            if gate.val:
+                in_validation.append(reporter)
+        self.due, self.due_in_validation = tuple(due), tuple(in_validation)
+        self._by_forward = by_forward
+        self._quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
+
+    def _scheduled(self, step: int) -> set[Reporter]:
+        affordable = step == 1 or not self._over_budget()
+        scheduled: set[Reporter] = set()
+        for sampler in self._samplers:
+            if (affordable or not sampler.costs) and sampler.samples(step, self._optimizers):
+                scheduled.update(sampler.reporters)
+        return scheduled
+
+    def _close_validation(self, done: Sequence[Reporter]) -> None:
+        for reporter in done:
+            self._awaits_validation.pop(reporter, None)
+            reporter.gate.val = False
+        self.due_in_validation = tuple(reporter for reporter in self.due_in_validation if reporter not in done)
+
+    def _over_budget(self) -> bool:
+        if self._budget is None:
+            return False
+        return self._meter.seconds > self._budget * (monotonic() - self._start)
+
+
+class _Optimizers:
+    """In which step each optimizer stepped last. resumed: those of the process that this one goes on for, in order."""
+
+    def __init__(self, resumed: Sequence[int] = ()) -> None:
+        self.joined = 0  # the last step in which one was first met
+        self._last: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._resumed = list(resumed)
+
+    def stepped(self, optimizer: Optimizer, step: int) -> bool:
+        """Note a step. True for an optimizer that is new to the run."""
+        is_new = optimizer not in self._last
+        self._last[optimizer] = step
+        if is_new and self._resumed:
+            del self._resumed[0]
+        elif is_new:
+            self.joined = step
+            return True
+        return False
+
+    def steps(self) -> list[int]:
+        """When each stepped last, in the order in which they were met."""
+        return [*self._last.values(), *self._resumed]
+
+    def any_between(self, after: int, before: int) -> bool:
+        """Whether one stepped last between two steps, both excluded."""
+        return any(after < step < before for step in self.steps())
+
+
+class _Sampler:
+    """Reporters that share a schedule, and what was sampled last.
+
+    After a sampled step of a cadence more are, until each optimizer that has stepped since the sampled step before has
+    stepped again; and one that was first met in a step that was not sampled is sampled at its next.
+    """
+
+    def __init__(self, schedule: Schedule, costs: bool) -> None:
+        self.reporters: list[Reporter] = []
+        self.schedule = schedule
+        self.costs = costs  # whether a budget, and the quiet between sampled steps, hold for it
+        self._last = 0  # sampled step
+        self._after, self._from = 0, 0  # optimizers that last stepped between these are waited for
+        self._further = 0  # steps since that of the cadence
+
+    def samples(self, step: int, optimizers: _Optimizers) -> bool:
+        """Whether the step that begins is sampled."""
+        if self._asked(step):
+            self._after, self._from, self._further = min(self._last, step - 1), step, 0
+        elif not isinstance(self.schedule, Cadence) or not self._waits(step, optimizers):
+            return False
+        self._last = step
+        return True
+
+    def next(self, step: int) -> int:
+        """The first step from `step` on that may be sampled, as far as the schedule tells without being asked."""
+        if not isinstance(self.schedule, Cadence | Never):
+            return step
+        always_open = not self.costs and self.schedule == Cadence(1)
+        return Never().next(step) if always_open else self.schedule.next(step)
+
+    def state(self) -> list[int]:
+        """For a run that is resumed."""
+        return [self._last, self._after, self._from, self._further]
+
+    def load(self, state: Sequence[int]) -> None:
+        """Go on from there."""
+        self._last, self._after, self._from, self._further = state
+
+    def _waits(self, step: int, optimizers: _Optimizers) -> bool:
+        if self._further == _FURTHER:
+            return False
+        if self._last < step - 1 == optimizers.joined:
+            self._after, self._from = step - 2, step
+        elif self._last != step - 1 or not optimizers.any_between(self._after, self._from):
+            return False
+        self._further += 1
+        return True
+
+    def _asked(self, step: int) -> bool:
+        """What the schedule says; a user's that raises switches its probes off."""
+        gates = [reporter.gate for reporter in self.reporters]
+        if all([gate.failed for gate in gates]):  # noqa: C419 - a generator costs a call a turn
+            return False
+        try:
+            return bool(self.schedule(step))
+        except Exception:
+            names = ", ".join(dict.fromkeys(gate.name for gate in gates))
+            _log.exception("the schedule of %s raised, which is switched off; training goes on", names)
+            for gate in gates:
+                gate.failed, gate.train, gate.val = True, False, False
+            return False
+
+
+def _by_schedule(reporters: Sequence[Reporter]) -> list[_Sampler]:
+    """Reporters that share a schedule, so that it is asked once; a user's need not be hashable."""
+    samplers: list[_Sampler] = []
+    for reporter in reporters:
+        schedule, costs = reporter.schedule, reporter.probe.sampled
+        same = (s for s in samplers if s.costs == costs and (s.schedule is schedule or s.schedule == schedule))
+        found = next(same, None)
+        if found is None:
+            found = _Sampler(schedule, costs)
+            samplers.append(found)
+        found.reporters.append(reporter)
+    return samplers

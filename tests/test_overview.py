@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchprobe import overview
-from torchprobe.overview import Overview
+from torchprobe.buffer import outlet
+from torchprobe.buffer.outlet import Overview
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock that stands still until it is set."""
     clock = [100.0]
-    monkeypatch.setattr(overview, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(outlet, "monotonic", lambda: clock[0])
     return clock
 
 

@@ -7,7 +7,7 @@ from weakref import ReferenceType
 
 from torch import Tensor, nn
 
-from torchprobe.buffer.outlet import Outlet
+from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.captures import Captures
 from torchprobe.capture.clock import Clock
@@ -15,7 +15,6 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.skips import SkipDetector, first_trained
 from torchprobe.ledger import Ledger, Open
-from torchprobe.overview import Overview
 from torchprobe.plan import Plan
 
 

@@ -29,9 +29,12 @@ class Outlet:
 
         A step of three host values costs about 2 us.
         """
+        wake = buffer.urgent or step == 1 or step % self.flush_every == 0
         if buffer and self.drain.admit():
-            self.drain.put(self.transfers.send(step, time(), buffer))
-        if buffer.urgent or step == 1 or step % self.flush_every == 0 or self.transfers.crowded:
+            sent = self.transfers.send(step, time(), buffer)
+            self.drain.put(sent)
+            wake = wake or ((bool(sent.transfers) or sent.lost) and self.transfers.crowded)
+        if wake:
             self.drain.wake()
 
     def stopped(self, reason: str) -> None:

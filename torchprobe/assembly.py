@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 from torch import nn
 
-from torchprobe.buffer.seal import Lanes
+from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
@@ -44,9 +44,9 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
     return root
 
 
-def lanes_for(root: nn.Module) -> Lanes:
+def lanes_for(root: nn.Module) -> TransferBuffers:
     """Slots for the statistics of a model of this size."""
-    return Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
+    return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
 
 
 def sources_of(

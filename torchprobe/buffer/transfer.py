@@ -1,7 +1,8 @@
-"""One device's way to the host: a preallocated slot, an asynchronous copy, a ticket."""
+"""One device's way to the host: preallocated slots, given out in order, and asynchronous copies out of them."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.buffer.ring import Ring
 from torchprobe.statistics.dtypes import row_dtype
 
 # Devices with streams and pinned host memory, and how to make an event whose waiter sleeps instead of spinning.
@@ -26,7 +26,52 @@ def records_graph(device: torch.device) -> bool:
     return asked is not None and bool(asked())
 
 
-class Ticket:
+class Ring:
+    """Contiguous ranges of a buffer of `capacity` elements, first in, first out.
+
+    Another thread may call `release`, and only that. No lock is shared, so that neither waits for the other.
+    A range of up to half of what is free always finds room; a larger one if it does so in one run.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        # (start, end) of the ranges that are out, oldest first. Positions count on beyond the end of the
+        # buffer; modulo capacity they are places in it.
+        self._out: deque[tuple[int, int]] = deque()
+
+    def reserve(self, size: int) -> int | None:
+        """The start of a free range of `size` elements, or None when there is no room."""
+        oldest, start = self._span()
+        if start % self.capacity + size > self.capacity:
+            start += self.capacity - start % self.capacity
+        if start + size > oldest + self.capacity:
+            return None
+        self._out.append((start, start + size))
+        return start % self.capacity
+
+    def cancel(self) -> None:
+        """Undo the last `reserve`, before another thread hears of the range."""
+        self._out.pop()
+
+    def release(self) -> None:
+        """Give back the range that was reserved first."""
+        self._out.popleft()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more than half of the buffer is taken: time to drain."""
+        oldest, newest = self._span()
+        return 2 * (newest - oldest) > self.capacity
+
+    def _span(self) -> tuple[int, int]:
+        """Where the ranges that are out begin and end; with none, positions start anew."""
+        try:
+            return self._out[0][0], self._out[-1][1]
+        except IndexError:
+            return 0, 0
+
+
+class Transfer:
     """A copy under way. `take` is for the drain thread: it may wait for the device."""
 
     def __init__(
@@ -50,11 +95,11 @@ class Ticket:
         finally:
             self._free()
         ends = np.cumsum([shape.numel() for shape in self._shapes], dtype=np.int64)
-        parts = np.split(flat, ends)[:-1]  # what is behind the last end is empty
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        arrays = np.split(flat, ends)[:-1]  # what is behind the last end is empty
+        return [array.reshape(shape) for array, shape in zip(arrays, self._shapes, strict=True)]
 
 
-class Lane:
+class TransferBuffer:
     """Sends rows of one device to the host without making the training thread wait.
 
     capacity: elements that can be under way; a send that does not fit is refused. Costs 8 bytes an element
@@ -80,7 +125,7 @@ class Lane:
         """Whether the drain thread had better wake up."""
         return self._ring.crowded
 
-    def send(self, rows: Sequence[Tensor]) -> Ticket | None:
+    def send(self, rows: Sequence[Tensor]) -> Transfer | None:
         """Start the copy of rows of any shapes and real types. One concatenation, one copy; no host read.
 
         None when there is no room. Raises what `torch.cat` raises; then the room is free again.
@@ -94,7 +139,7 @@ class Lane:
         except BaseException:
             self._ring.cancel()
             raise
-        return Ticket(host, [row.shape for row in rows], wait, self._ring.release)
+        return Transfer(host, [row.shape for row in rows], wait, self._ring.release)
 
     def _copy(self, rows: Sequence[Tensor], start: int, end: int) -> tuple[Tensor, Callable[[], Any]]:
         slot = self._slots[start:end]

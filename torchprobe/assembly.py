@@ -57,7 +57,7 @@ def sources_of(
         ref(root),
         plan.reporters,
         selection,
-        Gate("Uncertainty and Calibration", meter),
+        meter,
         flush_every,
         Gate("NonFinite", meter) if traces_nan else None,
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from torchprobe._version import __version__
-from torchprobe.capture.notes import Note
+from torchprobe.capture.nan_origin.snapshots import StepSnapshot
 from torchprobe.records import Image, Record
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
@@ -36,7 +36,7 @@ class FlightRecorder:
     up after 10 s. notes: what is known of the steps.
     """
 
-    def __init__(self, place: Place, notes: Callable[[], Sequence[Note]], size: int = 20) -> None:
+    def __init__(self, place: Place, notes: Callable[[], Sequence[StepSnapshot]], size: int = 20) -> None:
         self._files = Outbox(place, "flight recording")
         self._notes = notes
         self._records: deque[Record] = deque(maxlen=size)

@@ -16,7 +16,7 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, Reporter, TransferBuffers
 from torchprobe.capture.gate import no_autocast
-from torchprobe.ledger import Open
+from torchprobe.steps.open_step import OpenStep as Open
 from torchprobe.records import Value
 from torchprobe.writers.protocol import Writer
 

@@ -73,7 +73,7 @@ class Decoder:
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
-        return Record(sent.step, sent.wall_time, values, self._descriptions, bool(sent.due)) if values else None
+        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due)) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
@@ -158,6 +158,11 @@ def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]
         return cast("Iterable[Any]", reporter.report_all(*found[reporter]))
     rows = {getattr(part, "source", ""): named for part, named in found.items()}
     return cast("Iterable[Any]", reporter.report_sources(rows)) if rows else ()
+
+
+def _sampled(due: Sequence[Reporter]) -> bool:
+    """Whether a probe was due that is not at every step."""
+    return any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in due)
 
 
 def _name(reporter: Reporter) -> str:

@@ -18,7 +18,8 @@ from torchprobe.capture.graphs import (
     is_torchs_own,
 )
 from torchprobe.capture.lookalikes import Lookalikes
-from torchprobe.capture.sites import SITE, Pass, observe_output
+from torchprobe.capture.sites import SITE, observe_output
+from torchprobe.capture.source import Running
 
 _log = logging.getLogger("torchprobe")
 
@@ -29,9 +30,9 @@ class LateGraphs:
     Other models of the same classes lose their graphs too, which costs them one more compilation.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], current: Pass) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], running: Running) -> None:
         self._model = model
-        self._current = current
+        self._running = running
         self._lookalikes = Lookalikes(model, {SITE: observe_output, OWNER: take_mode_off})
         self._unguarded = self._lookalikes.unguarded
         self._unguarded |= all_compiled_codes()
@@ -43,7 +44,7 @@ class LateGraphs:
         An eager model may be of a class that is compiled elsewhere: its graphs are left alone.
         """
         model = self._model()
-        if model is None or self._current.compiled:
+        if model is None or self._running.compiled:
             return
         codes = compiled_codes(model) & self._unguarded
         if codes and (in_compiled_call() or has_compiled_part(model) or is_torchs_own(model)):
@@ -51,10 +52,10 @@ class LateGraphs:
 
     def after_step(self) -> None:
         """A sampled step is over. When the model was trained and no hook ran, a function around it was compiled."""
-        if not (self._current.fired or self._current.compiled or self._gave_up) and self._has_gradients():
+        if not (self._running.fired or self._running.compiled or self._gave_up) and self._has_gradients():
             self._gave_up = True
             self._drop(all_compiled_codes() & self._unguarded)
-        self._current.fired = False
+        self._running.forget_fired()
 
     def detach(self) -> None:
         """What is compiled later is none of ours."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.sharding import is_unreduced, local_part, share_of
 from torchprobe.naming import named_parameters
-from torchprobe.probes.base import Reporter
+from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import measurable
 
 KeptRows: TypeAlias = "dict[tuple[Reporter, torch.device], dict[str, Tensor]]"
@@ -27,7 +27,10 @@ class MicroGradientSource:
     names = ("micro_gradients",)
 
     def __init__(
-        self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], wanted: Callable[[str], bool]
+        self,
+        model: ReferenceType[nn.Module],
+        reporters: Sequence[Reporter],
+        wanted: Callable[[str, nn.Parameter, Probe], bool],
     ) -> None:
         self._model = model
         self._reporters = [r for r in reporters if r.source == "micro_gradients"]
@@ -53,7 +56,7 @@ class MicroGradientSource:
         for reporter in self._reporters:
             if reporter in due and not reporter.gate.failed:
                 with reporter.gate.boundary(), torch.no_grad():
-                    selected = [(name, g) for name, p, g in added if reporter.probe.selects(name, p)]
+                    selected = [(name, g) for name, p, g in added if self._wanted(name, p, reporter.probe)]
                     for name, gradient in selected:
                         row = reporter.probe.row(gradient)
                         kept.setdefault((reporter, row.device), {})[name] = row
@@ -67,7 +70,7 @@ class MicroGradientSource:
                 mine[name] = key[0].probe.combine(mine[name], row) if name in mine else row
         return a
 
-    def collect(self, kept: KeptRows) -> list[Piece]:
+    def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """As rows for the buffer."""
         shares = {name: share_of(p) for name, p in self._named()}
         return [
@@ -86,4 +89,4 @@ class MicroGradientSource:
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         model = self._model()
-        return [] if model is None else [(n, p) for n, p in named_parameters(model) if self._wanted(n)]
+        return [] if model is None else list(named_parameters(model))

@@ -18,7 +18,7 @@ from torchprobe.capture.root_hooks import ROOT_KEY
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Pass, Running
 from torchprobe.naming import named_modules
-from torchprobe.probes.base import Reporter
+from torchprobe.probes.base import Probe, Reporter
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
@@ -65,7 +65,7 @@ class OutputSource:
         self,
         model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
-        wanted: Callable[[str, nn.Module], bool],
+        wanted: Callable[[str, nn.Module, Probe], bool],
         running: Running,
     ) -> None:
         self._model = model
@@ -93,7 +93,7 @@ class OutputSource:
         if self._running.compiled and self._handles:
             return
         self._remove()
-        for name, module, in_eval in chosen_modules(model, self._wanted):
+        for name, module, in_eval in chosen_modules(model, self._is_wanted):
             if training or in_eval:
                 self._hook(name, module)
         self._armed = training, _hooks_on(model)
@@ -134,12 +134,27 @@ class OutputSource:
         self._handles.append(module.register_forward_hook(observe_output, prepend=is_root))
         self._hooked.append(ReferenceType(module))
 
+    def _is_wanted(self, name: str, module: nn.Module) -> bool:
+        known = self._sites.get(module)
+        if known is not None and known.name == name:
+            return True
+        return any([self._wants(reporter, name, module) for reporter in self._reporters])  # noqa: C419 - each may fail
+
+    def _wants(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
+        """Whether a probe watches a module; a predicate of the user's that raises switches it off."""
+        gate = reporter.gate
+        if gate.failed:
+            return False
+        with gate.boundary():
+            return self._wanted(name, module, reporter.probe)
+        return False  # the boundary took an exception
+
     def _site(self, name: str, module: nn.Module) -> Site:
         outputs, gradients = (
             tuple(
                 Tap(name, reporter, self, self._running, self._memo)
                 for reporter in self._reporters
-                if reporter.source == source and reporter.probe.selects(name, module)
+                if reporter.source == source and self._wants(reporter, name, module)
             )
             for source in self.names
         )

@@ -29,10 +29,10 @@ class _Attention(Protocol):
 
 
 class _Output(Protocol):
-    def record_tensor(self, tensor: Tensor, training: bool) -> None:
+    def record_tensor(self, tensor: Tensor, training: bool, gradient: bool) -> None:
         """A tensor was computed."""
 
-    def record_row(self, new: Tensor, training: bool) -> None:
+    def record_row(self, new: Tensor, training: bool, gradient: bool) -> None:
         """The statistic of a tensor was computed."""
 
 
@@ -63,14 +63,14 @@ def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> N
     if gradient or not in_backward():
         target = _target(handle)
         if target is not None:
-            target.record_tensor(tensor, training)
+            target.record_tensor(tensor, training, gradient)
 
 
 def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
     if gradient or not in_backward():
         target = _target(handle)
         if target is not None:
-            target.record_row(row, training)
+            target.record_row(row, training, gradient)
 
 
 def _define(name: str, arguments: str, body: Any) -> Any:

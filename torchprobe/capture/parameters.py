@@ -16,7 +16,7 @@ from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
 from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
-from torchprobe.probes.base import Reporter
+from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import measurable
 
 _log = logging.getLogger("torchprobe")
@@ -51,7 +51,10 @@ class ParameterSource:
     """
 
     def __init__(
-        self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], wanted: Callable[[str], bool]
+        self,
+        model: ReferenceType[nn.Module],
+        reporters: Sequence[Reporter],
+        wanted: Callable[[str, nn.Parameter, Probe], bool],
     ) -> None:
         self._model = model
         self._of = {source: [r for r in reporters if r.source == source] for source in _SOURCES}
@@ -75,7 +78,7 @@ class ParameterSource:
             held = self._held(optimizer)
             usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
             found = [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
-            yield from _pieces(reporters, _unscaled(found, optimizer))
+            yield from self._pieces(reporters, _unscaled(found, optimizer))
 
     def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """Copy the parameters before the step, when an update is to be measured."""
@@ -101,18 +104,37 @@ class ParameterSource:
         stepped, self._stepped = self._stepped, []
         for due, held, before in stepped:
             now = [Named(name, p, local_part(p.detach()), share) for name, p, share in held if measurable(p)]
-            yield from _pieces(self._due("parameters", due), now)
+            yield from self._pieces(self._due("parameters", due), now)
             moved = [named for named in now if _same_kind(before.get(named.name), named.tensor)]
             updates = self._due("updates", due)
             for reporter in updates:
                 last = reporter is updates[-1]
                 copies = before if last else {name: copy.clone() for name, copy in before.items()}
-                yield from _pieces([reporter], moved, copies)
+                yield from self._pieces([reporter], moved, copies)
             self._room |= {name: copy for name, copy in before.items() if _reusable(copy)}
 
     def forget(self) -> None:
         """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
         self._room = {}
+
+    def _pieces(
+        self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Piece]:
+        for reporter in reporters:
+            for group in _by_device([named for named in tensors if self._wants(reporter, named)]):
+                names = [named.name for named in group]
+                piece = _measure(reporter, group, [] if before is None else [before[name] for name in names])
+                if piece is not None:
+                    yield piece
+
+    def _wants(self, reporter: Reporter, named: Named) -> bool:
+        """Whether a probe watches a parameter; a predicate of the user's that raises switches it off."""
+        gate = reporter.gate
+        if gate.failed:
+            return False
+        with gate.boundary():
+            return self._wanted(named.name, named.parameter, reporter.probe)
+        return False  # the boundary took an exception
 
     def _due(self, source: str, due: frozenset[Reporter]) -> list[Reporter]:
         return [reporter for reporter in self._of[source] if reporter in due] if due else []
@@ -125,7 +147,7 @@ class ParameterSource:
         return [
             Held(name, p, self._share(model, p))
             for name, p in named_parameters(model)
-            if id(p) in held and self._wanted(name)
+            if id(p) in held
         ]
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
@@ -148,18 +170,6 @@ class ParameterSource:
 
 def _is_odd(gradient: Tensor) -> bool:
     return not gradient.is_sparse and not measurable(gradient)
-
-
-def _pieces(
-    reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
-) -> Iterator[Piece]:
-    for reporter in reporters:
-        selected = [named for named in tensors if reporter.probe.selects(named.name, named.parameter)]
-        for group in _by_device(selected):
-            names = [named.name for named in group]
-            piece = _measure(reporter, group, [] if before is None else [before[name] for name in names])
-            if piece is not None:
-                yield piece
 
 
 def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:

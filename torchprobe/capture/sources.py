@@ -14,7 +14,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
 from torchprobe.capture.eager_hooks import EagerHooks
-from torchprobe.capture.gate import Gate
+from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
@@ -23,6 +23,7 @@ from torchprobe.capture.nan_origin.snapshots import StepSnapshots
 from torchprobe.capture.nan_origin.value_trace import ValueTrace
 from torchprobe.capture.parameters import ParameterSource
 from torchprobe.capture.predictions.source import PredictionSource
+from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, Source, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
@@ -45,7 +46,7 @@ class Sources:
         model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
         selection: Selection,
-        shared: Gate,
+        meter: Meter,
         flush_every: int,
         nan_gate: Gate | None,
     ) -> None:
@@ -53,7 +54,7 @@ class Sources:
         self.running = running = Running()
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.wants_parameter)
-        self.predictions = PredictionSource(model, reporters, shared, flush_every)
+        self.predictions = PredictionSource(model, reporters, meter, flush_every)
         self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
@@ -77,12 +78,17 @@ class Sources:
             due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
         self._due = due
         self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
-        for source in (*self._attention, self.predictions, *self._own):
+        for attention in self._attention:
+            attention.open(step, due)
+        self.predictions.open(step, due)
+        for source in self._own:
             source.open(step)
         if due:
             if any(trace.reporter in due for trace in self._traces):
                 self.snapshots.open(step)
-        self.parameters.open(due)
+            if any(reporter.source == "updates" for reporter in due):
+                return due
+        self.parameters.forget()
         return due
 
     def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
@@ -106,8 +112,8 @@ class Sources:
         if passing.due or self._armed or (may_trace and training):
             self._arm(passing, may_trace and training)
             for attention in self._attention:
-                attention.enter(module, training)
-            self.predictions.enter(bool(passing.due), training)
+                attention.enter(passing, module)
+            self.predictions.enter(passing)
             for source in self._own:
                 source.enter(passing, module)
 
@@ -203,6 +209,9 @@ class Sources:
                 pieces += source.rows(found, training, due)
             else:
                 pieces += source.rows(found, training, due)
+        for attention in self._attention:
+            if attention.reporter in due and attention not in kept:
+                attention.saw_nothing(training)
         if due and training and self.running.compiled:
             self.predictions.explain(_COMPILED)
         return pieces

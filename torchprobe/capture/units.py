@@ -68,8 +68,10 @@ class Units:
             a[name] = _added(a.get(name, []), counts)
         return a
 
-    def collect(self, counts: Counts) -> list[Piece]:
+    def rows(self, counts: Counts, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """A row for each module: a NaN while it has seen few inputs, else its share, and it starts anew."""
+        if not training or self.reporter.gate.failed:
+            return []
         self._few = self.merge(self._few, counts)
         return [Piece(self.reporter, [name], self._share(name).reshape(1, 1)) for name in sorted(counts)]
 

@@ -116,3 +116,13 @@ def _cut(x: Tensor, size: int) -> Iterator[Tensor]:
         yield from x.split(size)
     elif x.numel():
         yield x
+
+
+def measurable(tensor: Tensor) -> bool:
+    """Whether statistics can be computed of a tensor."""
+    return (
+        (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.device.type != "meta"
+    )

@@ -34,6 +34,11 @@ class StepMachine:
         return self.completed == self.origin
 
     @property
+    def untouched(self) -> bool:
+        """Whether nothing has happened in this process yet that a resumed state would undo."""
+        return self.fresh and self.number == self.origin and not self.optimizer_seen
+
+    @property
     def ended(self) -> bool:
         """Whether a training pass would begin a step."""
         return self._ended and not (self.manual and self.number)

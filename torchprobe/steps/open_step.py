@@ -31,6 +31,7 @@ class OpenStep:
     scale: Tensor | None = None
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
+    loss_due: bool = False
     loss_written: bool = False
 
     def put(self, tag: str, value: Value | Tensor) -> None:
@@ -102,10 +103,11 @@ class OpenStep:
         """It was no step of training."""
         self.number = number
 
-    def report(self) -> None:
-        """Say what was due, once; what was there already need not be looked for."""
+    def report(self, losses: Sequence[Reporter]) -> None:
+        """Say what was due, once; a loss that is there need not be looked for. losses: the probes of the loss."""
         self.reported = True
-        self.buffer.due = [r for r in self.due if not (r.source == "loss" and self.loss_written)]
+        missing = losses if self.loss_due and not self.loss_written else ()
+        self.buffer.due = [*(r for r in self.due if r.source != "loss"), *missing]
 
     def take_used(self) -> list[Backward]:
         """The backward passes whose rows are yet to be gathered."""
@@ -115,7 +117,7 @@ class OpenStep:
     def take_loss(self) -> float | Tensor | None:
         """The loss of the step, unscaled, when all of it is known."""
         loss, self.loss = self.loss, None
-        if loss is None or self.unknown:
+        if loss is None or self.unknown or not self.loss_due:
             return None
         self.loss_written = True
         if self.scale is None:

@@ -81,11 +81,7 @@ class Recorder:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
         step.put_all(self._sources.optimizer_values(optimizer, step.due))
-        step.end()
-        self.clock.end(optimizer)
-        self._plan.optimizer_stepped(optimizer)
-        if self._sources.running.compiled:  # graphs are told before the next pass begins
-            self._steps.decide_anew()
+        self._steps.optimizer_stepped(optimizer)
         self._watch.check()
 
     def _use(self, optimizer: Optimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.capture.nan_origin.check import Sign
@@ -43,12 +44,13 @@ class Steps:
         self._device_skips: Tensor | None = None
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
+        self._loss_due = False
         self.due_in(1)
 
     @property
     def due_in_validation(self) -> frozenset[Reporter]:
         """Whose rows the next validation pass gives."""
-        return self._plan.due_in_validation
+        return frozenset(self._plan.due_in_validation)
 
     # ---- how a step begins and ends
 
@@ -58,14 +60,20 @@ class Steps:
             self._decide(number)
         return self._due
 
-    def decide_anew(self) -> None:
-        """An optimizer has stepped: it may have a say in what the next step samples, which graphs must know now."""
-        self._decide(self.clock.following)
+    def optimizer_stepped(self, optimizer: Optimizer) -> None:
+        """It has a say in what the next step samples, which compiled graphs must know now."""
+        self.current.end()
+        self.clock.end(optimizer)
+        self._plan.optimizer_stepped(optimizer, self.current.number)
+        self._decided = 0
+        if self._sources.running.compiled:
+            self._decide(self.clock.following)
 
     def _decide(self, number: int) -> None:
-        self._decided = number
-        self._plan.open_for(number, self.clock.by_forward)
-        self._due = self._sources.open(number, self._plan.due, self._plan.due_in_validation)
+        self._decided, plan = number, self._plan
+        plan.open_for(number, self.clock.by_forward)
+        self._due = self._sources.open(number, frozenset(plan.due), frozenset(plan.due_in_validation))
+        self._loss_due = any(reporter.gate.train for reporter in plan.losses)
 
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
@@ -75,7 +83,8 @@ class Steps:
             self._sources.step_ended(bool(ended.due))
         self._plan.validation_ended()
         number = self.clock.number
-        self.current = OpenStep(number, self.due_in(number))
+        due = self.due_in(number)
+        self.current = OpenStep(number, due, loss_due=self._loss_due)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
@@ -87,7 +96,7 @@ class Steps:
             self._gather(step)
         self._put_loss(step)
         if step.trained and not step.reported:
-            step.report()
+            step.report(self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
         buffer = step.take()
@@ -105,12 +114,11 @@ class Steps:
         step.extend(self._sources.settled())
 
     def _put_loss(self, step: OpenStep) -> None:
-        reporter = self._plan.loss
-        loss = None if reporter is None or reporter not in step.due else step.take_loss()
-        if loss is None or reporter is None:
+        loss = step.take_loss()
+        if loss is None:
             return
         if isinstance(loss, Tensor) or not self._host_loss:
-            step.extend([self._sources.loss_rows(reporter, loss)])
+            step.extend([self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses])
         else:
             step.buffer.values["overview/loss"] = loss
 
@@ -135,7 +143,7 @@ class Steps:
 
     def validated(self, kept: dict[Any, Any]) -> None:
         """What a pass kept that was validation: it belongs to the open step."""
-        for piece in self._sources.rows(kept, False, self._plan.due_in_validation):
+        for piece in self._sources.rows(kept, False, self.due_in_validation):
             self.current.add(piece)
         self._plan.validated()
 

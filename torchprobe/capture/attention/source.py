@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 from weakref import ReferenceType
 
 import torch
@@ -17,11 +16,11 @@ from torchprobe.capture.attention.multi_head import FastPaths
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
-from torchprobe.capture.gate import Gate
 from torchprobe.capture.graphs import in_compiled_call
 from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.sites import Pass
-from torchprobe.probes.attention import Attention, AttentionHeatMaps, AttentionMap
+from torchprobe.capture.source import Pass, Running
+from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
+from torchprobe.probes.base import Reporter
 from torchprobe.statistics.attention import Source, attention_map
 
 _SAMPLES_A_MAP = 10  # sampled steps
@@ -49,29 +48,26 @@ class AttentionSource:
     pass its caller takes what it recorded, and decides when, and whether, it becomes rows.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], probe: Attention, gate: Gate, current: Pass) -> None:
-        self.probe = probe
-        self.gate = gate
-        self.heat_maps = AttentionHeatMaps(probe)
+    def __init__(self, model: ReferenceType[nn.Module], reporter: Reporter, running: Running) -> None:
+        self.reporter = cast("AttentionReporter", reporter)
+        probe = cast("Attention", reporter.probe)
         self._model = model
-        self._current = current
-        self._maps = _Maps(probe)
-        self._observer = Observer(model, gate, probe.rows, self._maps.drawn)
+        self._running = running
+        self._maps = _Maps(self.reporter, probe)
+        self._observer = Observer(model, reporter.gate, probe.rows, self._maps.drawn)
         self._mode = AttentionMode(self._observer)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
-        self._traced = TracedAttention(model, self._observer, current)
+        self._traced = TracedAttention(model, self._observer, running)
         self._entered = False
-        self._kept: dict[bool, Taken] = {}  # for `collect`
-        self._training = True
 
     @property
     def uncovered(self) -> Mapping[str, int]:
         """How often attention was not recorded, by reason."""
         return self._observer.uncovered
 
-    def open_for(self, step: int) -> None:
-        """A step begins: whether it gives maps."""
-        self._maps.open_for(step, self.gate.train)
+    def open(self, step: int, due: frozenset[Reporter]) -> None:
+        """A step is about to begin: whether it gives maps."""
+        self._maps.open(step, self.reporter in due)
 
     def arm(self, due: bool) -> None:
         """A step begins; due: whether any probe samples it, for a compiled graph is for all of them.
@@ -90,24 +86,23 @@ class AttentionSource:
 
     # ---- a forward pass
 
-    def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
-        """A forward pass begins, as training or as validation.
+    def enter(self, passing: Pass, module: nn.Module) -> None:
+        """A forward pass begins; module: what is called, the model or a part of it.
 
-        module: what is called, the model or a part of it. grad_enabled: whether the pass runs with gradients, if
-        that is not so where this is called. Does nothing while something traces, or recomputes, the pass, nor for
-        a module that is compiled as a whole; a pass that cannot be recorded is counted.
+        Does nothing while something traces, or recomputes, the pass, nor for a module that is compiled as a whole; a
+        pass that cannot be recorded is counted.
         """
-        due, current = self.gate.train if training else self.gate.val, self._current
+        due, running, gate = self.reporter in passing.due, self._running, self.reporter.gate
         # Graphs that were compiled with our mode on the stack are to find it there, though nothing is recorded.
-        followed = due or (current.compiled and (current.sampled if training else current.sampled_val))
-        if not followed or self.gate.failed:
+        followed = due or (running.compiled and (running.sampled if passing.training else running.sampled_val))
+        if not followed or gate.failed:
             return
         if torch.compiler.is_compiling() or under_transform() or in_backward():
             return
-        with self.gate.boundary():
+        with gate.boundary():
             if self._may_enter():
-                self._begin(training, due)
-                self._watch(module, torch.is_grad_enabled() if grad_enabled is None else grad_enabled)
+                self._begin(due)
+                self._watch(module, torch.is_grad_enabled())
 
     def leave(self) -> None:
         """The pass has ended, with or without an exception. Safe to call at any time; costs nothing after the first."""
@@ -141,10 +136,10 @@ class AttentionSource:
             uncovered.add(reason)
         return reason is None and model is not None
 
-    def _begin(self, training: bool, due: bool) -> None:
+    def _begin(self, due: bool) -> None:
         self.leave()  # a pass that was interrupted did not
-        self._keep()
-        self._training, self._entered = training, True
+        self.take()
+        self._entered = True
         self._observer.begin_pass(off=not due)
 
     def _watch(self, module: nn.Module, grad_enabled: bool) -> None:
@@ -157,53 +152,47 @@ class AttentionSource:
 
     # ---- what passes make of a step
 
-    def rows_of(self, taken: Sequence[Taken], training: bool) -> list[Piece]:
-        """The rows of some passes, a row for each head of each attention; and its maps, when they are due.
+    def merge(self, a: Taken, b: Taken) -> Taken:
+        """Two passes as one, a before b."""
+        return merged(a, b)
 
-        An empty sequence, of a step that was to be sampled, is explained where the model is compiled.
-        """
-        if not taken:
-            if self._current.compiled and (self.gate.train if training else self.gate.val):
-                self._observer.uncovered.add("compiled graphs" if training else "evaluation in compiled graphs")
+    def rows(self, taken: Taken, training: bool, due: frozenset[Reporter]) -> list[Piece]:
+        """The rows of passes, a row for each head of each attention; and its maps, when they are due."""
+        if self.reporter not in due:
             return []
-        readings, maps = reduce(merged, taken)
         prefix, rows = "" if training else "val/", []
-        for name, reading in self._observer.sites.named(readings):
+        reporters = (self.reporter, self.reporter.heat_maps)[: 1 + taken.maps]
+        for name, reading in self._observer.sites.named(taken.readings):
             sampled = reading.rows.new_full((len(reading.rows), 1), float(reading.sampled))
             names, heads = [name] * len(reading.rows), torch.cat((reading.rows, sampled), 1)
-            rows += [Piece(reporter, names, heads, prefix) for reporter in (self.probe, self.heat_maps)[: 1 + maps]]
+            rows += [Piece(reporter, names, heads, prefix) for reporter in reporters]
             if reading.kept is not None:
                 rows.append(self._maps.row_of(name, reading, reading.kept, prefix))
         return rows
 
-    def collect(self, training: bool) -> list[Piece]:
-        """For a caller that does not take: rows of all training, or validation, passes since the last call."""
-        self._keep()
-        self._training = True
-        kept = self._kept.pop(training, None)
-        return self.rows_of([] if kept is None else [kept], training)
-
-    def _keep(self) -> None:
-        taken, before = self.take(), self._kept.get(self._training)
-        if taken is not None:
-            self._kept[self._training] = taken if before is None else merged(before, taken)
+    def saw_nothing(self, training: bool) -> None:
+        """A step that was to be sampled has no attention: where the model is compiled, that is why."""
+        if self._running.compiled:
+            self._observer.uncovered.add("compiled graphs" if training else "evaluation in compiled graphs")
 
 
 class _Maps:
     """Pictures of attention: in which steps, and of which modules."""
 
-    def __init__(self, probe: Attention) -> None:
+    def __init__(self, reporter: AttentionReporter, probe: Attention) -> None:
         self.due = False
+        self._reporter = reporter
         self._probe = probe
         self._sampled = 0
         self._modules: set[str] = set()
         self._reporters: dict[tuple[str, int, int], AttentionMap] = {}
 
-    def open_for(self, step: int, sampled: bool) -> None:
-        """A step begins."""
-        schedule = self._probe.map_schedule
-        self.due = self._sampled % _SAMPLES_A_MAP == 0 if schedule is None else schedule(step)
-        self._sampled += sampled
+    def open(self, step: int, sampled: bool) -> None:
+        """A step is about to begin."""
+        schedule, regular = self._probe.map_schedule, self._reporter.is_regular(step)
+        by_number = self._sampled % _SAMPLES_A_MAP == 0 and (regular or not sampled)
+        self.due = by_number if schedule is None else schedule(step)
+        self._sampled += sampled and regular
 
     def drawn(self, module: str, source: Source, generator: torch.Generator) -> Tensor | None:
         """The map of a call, (heads, height, width), if it is due."""

@@ -24,7 +24,8 @@ from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.graphs import beside, keep_out
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.sites import Pass, note_compiled
+from torchprobe.capture.sites import note_compiled
+from torchprobe.capture.source import Running
 from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.naming import named_modules
 
@@ -37,8 +38,8 @@ _SAYS = ("scaled_dot_product", "sdpa", "attention_interface")  # names that a me
 class Owner(Inert):
     """A module that may compute attention, as the hooks find it."""
 
-    def __init__(self, name: str, module: nn.Module, current: Pass, observer: Observer) -> None:
-        self.current = current
+    def __init__(self, name: str, module: nn.Module, running: Running, observer: Observer) -> None:
+        self.running = running
         self.handle = opaque.handle(self)
         self.mode = TracedMode(self.handle)
         self._name = name
@@ -128,22 +129,22 @@ def put_mode_on(module: nn.Module, args: Any) -> None:
     owner = module.__dict__.get(OWNER)
     if owner is None:
         return
-    sampled = owner.current.training and owner.current.sampled
+    sampled = owner.running.training and owner.running.sampled
     if torch.compiler.is_compiling():
         where = scope()
         if where != "elsewhere":
-            run_in(where, note_compiled, owner.current)
+            run_in(where, note_compiled, owner.running)
             if sampled:
                 run_in(where, stack.push_mode, owner.mode)
     elif sampled:
-        owner.current.fired = True
+        owner.running.note_fired()
         beside(stack.push_mode, owner.mode)
 
 
 def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
     """The forward hook."""
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.training and owner.current.sampled):
+    if owner is None or not (owner.running.training and owner.running.sampled):
         return
     if not torch.compiler.is_compiling():
         beside(stack.remove, owner.mode)
@@ -156,10 +157,10 @@ def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
 class TracedAttention:
     """The hooks by which attention is found inside compiled graphs, on every module whose code may compute it."""
 
-    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, current: Pass) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running) -> None:
         self._model = model
         self._observer = observer
-        self._current = current
+        self._running = running
         self._handles: list[RemovableHandle] = []
         self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
         keep_out(put_mode_on, take_mode_off)
@@ -176,7 +177,7 @@ class TracedAttention:
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
-        if not self._current.compiled:
+        if not self._running.compiled:
             self._remove()
 
     def detach(self) -> None:
@@ -193,7 +194,7 @@ class TracedAttention:
 
     def _hook(self, name: str, module: nn.Module) -> None:
         if module not in self._owners:
-            self._owners[module] = Owner(name, module, self._current, self._observer)
+            self._owners[module] = Owner(name, module, self._running, self._observer)
         module.__dict__[OWNER] = self._owners[module]
         self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 

@@ -84,9 +84,11 @@ class ValueTrace:
         a.shapes = b.shapes or a.shapes
         return a
 
-    def collect(self, trace: Trace) -> list[Piece]:
+    def rows(self, trace: Trace, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """The events as rows."""
-        pieces = []
+        pieces: list[Piece] = []
+        if not training or self.reporter.gate.failed:
+            return pieces
         for device, named in trace.rows.items():
             stacked = torch.stack([row.to(row_dtype(device)) for _, row in named])
             pieces.append(Piece(self.reporter, [name for name, _ in named], stacked))

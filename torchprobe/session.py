@@ -32,8 +32,7 @@ from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.selection import Patterns, Selection
 from torchprobe.state import RunState
-from torchprobe.writers.hparams import checked_hparams
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import open_writer
 from torchprobe.writers.places import place_of
 

@@ -14,7 +14,7 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import StepBuffer, TransferBuffers
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 PATIENCE = 30.0
 

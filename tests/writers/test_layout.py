@@ -16,11 +16,10 @@ import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.records import Layout, Lines, Margin, Record, Text
 from torchprobe.testing import MemoryWriter
-from torchprobe.writers import bands
-from torchprobe.writers.charts import _CATEGORIES, CHARTED, layout_of
+from torchprobe.writers import layout as bands
+from torchprobe.writers.encode import serialized
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.layout import serialized
-from torchprobe.writers.layout_writer import LAYOUT_TAG, LayoutWriter
+from torchprobe.writers.layout import _CATEGORIES, CHARTED, LAYOUT_TAG, LayoutWriter, layout_of
 
 OVERVIEW = (
     "grad_norm", "update_ratio", "attention_entropy_min", "attention_max_logit", "epistemic", "aleatoric", "ece",

@@ -20,8 +20,7 @@ from torchprobe.records import Image, Record
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.json_lines import json_value
-from torchprobe.writers.outbox import Outbox
-from torchprobe.writers.places import Place
+from torchprobe.writers.places import Outbox, Place
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception

@@ -11,7 +11,7 @@ from torchprobe.probes.separation import Separation
 from torchprobe.steps.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.scores import separation_piece
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.writers.hparams import HParamsWriter
 
 
 class Logs:

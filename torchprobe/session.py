@@ -34,8 +34,7 @@ from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
-from torchprobe.writers.hparams import checked_hparams
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import open_writer
 from torchprobe.writers.places import place_of
 

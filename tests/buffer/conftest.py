@@ -7,7 +7,7 @@ import pytest
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.step import StepInFlight
 from torchprobe.records import Record
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 PATIENCE = 30.0  # seconds after which a test gives up; nothing measures time
 

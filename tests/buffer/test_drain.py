@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.buffer.draining import PATIENCE, put_all
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 # ---- writing
 

@@ -13,7 +13,7 @@ import pytest
 from tests.buffer.draining import PATIENCE, put_all
 from torchprobe.buffer import backlog as backlog_module
 from torchprobe.buffer import drain as drain_module
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 # ---- a slow disk
 

@@ -11,7 +11,7 @@ from torchprobe.buffer.drain import STOPPED_TAG, Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import StepBuffer, StepInFlight, TransferBuffers
 from torchprobe.records import Record, Text
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 ANY_KIND = [ValueError("odd"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()]
 

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from torchprobe.buffer import outlet as outlet_module
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet, Overview
-from torchprobe.buffer.step import StepBuffer, TransferBuffers
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.buffer.step import Piece, StepBuffer, TransferBuffers
+from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 PATIENCE = 30.0
 
@@ -95,3 +98,24 @@ def test_steps_whose_rows_run_short_of_room_are_written_without_a_flush():
         out.hand_over(n, StepBuffer(scalars={"loss": torch.tensor(float(n))}))
     assert written.wait(PATIENCE)
     assert drain.close(PATIENCE)
+
+
+def test_what_a_run_lost_is_read_in_tensorboard(tmp_path):
+    class Odd:
+        def report_all(self, names, rows):
+            yield "mine/odd", "high"
+            yield "mine/sound", float(rows.sum())
+
+    decoder = Decoder({})
+    drain = Drain(EventFileWriter(tmp_path), decoder, 3600.0)
+    out = Outlet(TransferBuffers(100), drain, decoder, 1000)
+    for n in range(1, 4):
+        out.hand_over(n, StepBuffer(values={"lr": None}, pieces=[Piece(Odd(), ["a"], torch.ones(1, 2))]))
+    out.stopped("ValueError: no such phase")
+    assert drain.close(PATIENCE) is False
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("mine/sound")] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert shown.SummaryMetadata("torchprobe/stopped").plugin_data.plugin_name == "text"
+    (text,) = shown.Tensors("torchprobe/stopped")
+    assert text.step == 3
+    assert "no such phase" in make_ndarray(text.tensor_proto).item().decode()

@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from torchprobe.writers.append_file import AppendFile
+from torchprobe.writers.files import AppendFile
 
 
 class FailingDisk:

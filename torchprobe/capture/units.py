@@ -14,7 +14,7 @@ from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.recompute import in_backward
 from torchprobe.naming import named_modules
 from torchprobe.probes.unit_activity import UnitActivity
-from torchprobe.statistics.activity import active_units, inactive_share
+from torchprobe.statistics.moments import active_units, inactive_share
 
 _KINDS = (nn.ReLU, nn.ReLU6, nn.Threshold)
 _LEAST = 32  # inputs

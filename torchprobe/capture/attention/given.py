@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchprobe.statistics.attention import Logits, QueryKey, Source
-from torchprobe.statistics.attention.visibility import threshold
+from torchprobe.statistics.attention.keys import threshold
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torchprobe.capture.recompute import in_backward
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
-from torchprobe.statistics.activity import active_units, inactive_share
+from torchprobe.statistics.moments import active_units, inactive_share
 
 _KINDS = (nn.ReLU, nn.ReLU6, nn.Threshold)
 _LEAST = 32  # inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.attention import Logits, QueryKey, Source
-from torchprobe.statistics.attention.visibility import threshold
+from torchprobe.statistics.attention.keys import threshold
 
 _MASKED = -9e3  # at or below this a float mask hides its key: the mildest custom is -10000
 _PROBES = 16  # rows and columns that stand for all

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.uncertainty import Decomposition
-from torchprobe.statistics.uncertainty.decomposition import entropy
+from torchprobe.statistics.uncertainty import Decomposition, entropy
 
 
 class ClassMembers:

@@ -66,15 +66,6 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     return found
 
 
-def auroc_of_counts(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> float | None:
-    """The same from two histograms with equal edges, rising; scores of one bucket tie. None when one is empty."""
-    pairs = float(inside.sum() * outside.sum())
-    if not pairs:
-        return None
-    below = np.cumsum(inside) - inside
-    return float(outside @ (below + inside / 2)) / pairs
-
-
 def _flat(x: Tensor, name: str) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"{name}: got a tensor of {x.dtype}, takes a floating one; convert it with {name}.float()")

@@ -1,4 +1,4 @@
-"""Which keys a query row sees: how many, which is the first, and what hides the others."""
+"""The keys of a query row: which ones it sees, what hides the others, and how far they are from it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.attention.parts import Part
-from torchprobe.statistics.attention.rows import Rows
+from torchprobe.statistics.attention.rows import Rows, Tile
 from torchprobe.statistics.attention.sources import QueryKey, Source
 
 HIDDEN = -1e30
@@ -56,23 +55,23 @@ def threshold(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).min / 2, NEVER_A_LOGIT)
 
 
-def through_mask(source: QueryKey, rows: Rows, part: Part) -> Sight | None:
-    """What the rows of a part see through the mask, in one head where all are alike; None where there is no mask."""
+def through_mask(source: QueryKey, rows: Rows, tile: Tile) -> Sight | None:
+    """What the rows of a tile see through the mask, in one head where all are alike; None where there is no mask."""
     if source.mask is None:
         return None
-    bias = _bias(source.mask, rows, part, source.dtype)
+    bias = _bias(source.mask, rows, tile, source.dtype)
     if source.causal:
-        position = rows.positions(part, source.device)[:, None].to(source.dtype)
+        position = rows.positions(tile, source.device)[:, None].to(source.dtype)
         bias = bias + _future(position, 0, source.shape.keys)
     bias = bias.expand(*bias.shape[:-1], source.shape.keys)
     return Sight(bias, of_values(bias) if source.modify is None else None)
 
 
-def without_mask(source: QueryKey, rows: Rows, part: Part, position: Tensor, keys: int) -> Sight:
-    """What the rows of a part see without one, of the first keys: all, or those up to the query's own index."""
+def without_mask(source: QueryKey, rows: Rows, tile: Tile, position: Tensor, keys: int) -> Sight:
+    """What the rows of a tile see without one, of the first keys: all, or those up to the query's own index."""
     if not source.causal:
         return Sight(None, None)
-    start = min(keys, rows.start(part))
+    start = min(keys, rows.start(tile))
     return Sight(_future(position, start, keys), None, start)
 
 
@@ -82,7 +81,7 @@ def by_position(source: Source, rows: Rows) -> Tensor | None:
     if not isinstance(source, QueryKey) or source.mask is not None or source.modify is not None:
         return None
     keys = source.shape.keys
-    everything = Part(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
+    everything = Tile(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
     position = rows.positions(everything, source.device)[:, None]
     return (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
 
@@ -99,10 +98,10 @@ def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
     return Visible(count, keys - seen.mul_(from_the_end).amax(-1))
 
 
-def _bias(mask: Tensor, rows: Rows, part: Part, dtype: torch.dtype) -> Tensor:
+def _bias(mask: Tensor, rows: Rows, tile: Tile, dtype: torch.dtype) -> Tensor:
     """The rows of a mask as something finite to add, HIDDEN for keys that are not visible."""
     mask = mask[(None,) * (4 - mask.dim())]
-    bias = rows.take(mask, part).to(dtype)
+    bias = rows.take(mask, tile).to(dtype)
     if mask.dtype == torch.bool:
         return (bias - 1) * -HIDDEN
     if threshold(mask.dtype) > NEVER_A_LOGIT:
@@ -119,3 +118,64 @@ def _future(position: Tensor, start: int, keys: int) -> Tensor:
 def _narrowed(x: Tensor, rows: slice) -> Tensor:
     """Some rows, the third dimension; a single one is for all and stays."""
     return x if x.size(2) == 1 else x[:, :, rows]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys on one side of every query of a block. Their distance is that of the query to a key between, plus that of
+    this key to them: `queries` (sequences or 1, 1, rows) + `ramp` (keys,)."""
+
+    keys: slice
+    queries: Tensor
+    ramp: Tensor
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Of all keys from the queries of a block: on their sides, and (sequences or 1, 1, rows, keys) of those between."""
+
+    sides: tuple[Side, ...]
+    between: slice
+    of_between: Tensor | None
+
+
+def distances(source: Source, rows: Rows, tile: Tile, position: Tensor, keys: int) -> Distances:
+    """Of the first `keys` keys. position: the query indices of the tile, floating, (sequences or 1, 1, rows)."""
+    start, stop = min(keys, rows.start(tile)), min(keys, rows.end(tile))
+    if isinstance(source, QueryKey) and source.causal:  # no weight after the query: one side, that reaches over it
+        return Distances((_before(position, start, keys),), slice(0, 0), None)
+    index = torch.arange(start, stop, dtype=position.dtype, device=position.device)
+    after = torch.arange(keys - stop, dtype=position.dtype, device=position.device)
+    sides = (_before(position, start, start), Side(slice(stop, keys), stop - position, after))
+    nonempty = tuple(side for side in sides if side.keys.stop > side.keys.start)
+    return Distances(nonempty, slice(start, stop), (index - position[..., None]).abs_())
+
+
+def _before(position: Tensor, start: int, keys: int) -> Side:
+    ramp = torch.arange(start, start - keys, -1, dtype=position.dtype, device=position.device)
+    return Side(slice(0, keys), position - start, ramp)
+
+
+def totals(weight: Tensor, of: Distances, total: Tensor, distance: Tensor) -> None:
+    """Σ weight and Σ weight · distance over the keys of (sequences, heads, rows, keys), into (sequences, heads, rows);
+    overwrites the weights.
+
+    The side of causal attention reaches over the block's own positions, where its two distances cancel: an error of
+    1e-7 times as many tokens as the block's queries lie apart.
+    """
+    if of.of_between is None:
+        _of_side(weight, of.sides[0], total, distance)
+        return
+    between = weight[..., of.between]
+    torch.sum(between, -1, out=total)
+    torch.sum(between.mul_(of.of_between), -1, out=distance)
+    for side in of.sides:
+        more, further = torch.empty_like(total), torch.empty_like(distance)
+        _of_side(weight[..., side.keys], side, more, further)
+        total.add_(more)
+        distance.add_(further)
+
+
+def _of_side(weight: Tensor, side: Side, total: Tensor, distance: Tensor) -> None:
+    torch.sum(weight, -1, out=total)
+    torch.addcmul(weight.matmul(side.ramp), total, side.queries, out=distance)

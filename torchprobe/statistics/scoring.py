@@ -1,14 +1,16 @@
-"""One prediction against its target, for a portion of examples at a time."""
+"""Predictions against their targets: confidence, whether it was right, Brier and logarithmic score of every example."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from torchprobe.statistics.dtypes import arithmetic, examples
 
 IMPOSSIBLE = 2.0**-126
 """A probability below this counts as this, the smallest normal float32: one example then adds 87.3 nats, not inf."""
@@ -31,7 +33,49 @@ class Judged(NamedTuple):
     positive: Tensor | None
 
 
-def judge_classes(predictions: Tensor, target: Tensor, from_logits: bool, favourite: Tensor | None = None) -> Judged:
+_Judge: TypeAlias = "Callable[..., Judged]"
+
+
+def judge(
+    predictions: Tensor, targets: Tensor, from_logits: bool, favourite: Tensor | None = None
+) -> tuple[Judged, Tensor]:
+    """The examples of `calibration.compute`, a chunk at a time, and their targets: (n,), or (n, classes) soft labels.
+
+    In float32, in float64 for float64. Raises ValueError for shapes that do not go together, TypeError for integers.
+    """
+    dtype, task = arithmetic(predictions, "predictions"), _task(predictions, targets)
+    target = targets.detach().reshape(-1, targets.size(-1)) if task is _judge_soft else targets.detach().reshape(-1)
+    target = target.long() if task is _judge_classes else target.to(dtype)
+    best = favourite.reshape(-1) if favourite is not None and task is _judge_classes else None
+    rows = predictions.detach().reshape(-1, 1) if task is _judge_binary else predictions.detach()
+    found, at = [], 0
+    for chunk in examples(rows, 1):
+        end = at + len(chunk)
+        known = () if best is None else (best[at:end],)
+        values = (chunk[:, 0] if task is _judge_binary else chunk).to(dtype)
+        found.append(task(values, target[at:end], from_logits, *known))
+        at = end
+    columns = zip(*found, strict=True)
+    return Judged._make(None if column[0] is None else torch.cat(column) for column in columns), target
+
+
+def _task(predictions: Tensor, targets: Tensor) -> _Judge:
+    """What kind of task the shapes tell."""
+    shape, goal = tuple(predictions.shape), tuple(targets.shape)
+    many = len(shape) > 0 and shape[-1] > 1
+    if shape == goal:
+        return _judge_soft if many and len(shape) > 1 and targets.is_floating_point() else _judge_binary
+    if shape[:-1] == goal and len(shape) > 0 and shape[-1] > 0:
+        return _judge_classes if many else _judge_binary
+    if shape == goal[:-1] and goal[-1] == 1:
+        return _judge_binary
+    raise ValueError(
+        f"targets: got shape {goal} for predictions of shape {shape}, takes {shape[:-1]} class numbers or {shape} "
+        "probabilities; put classes last, such as with predictions.movedim(1, -1)"
+    )
+
+
+def _judge_classes(predictions: Tensor, target: Tensor, from_logits: bool, favourite: Tensor | None = None) -> Judged:
     """predictions: (n, classes). target: (n,), class numbers. favourite: (n,), the likeliest classes, when known."""
     named = target.clamp(0, predictions.size(-1) - 1).long()
     predicted = predictions.max(dim=-1).indices if favourite is None else favourite  # argmax takes longer
@@ -59,7 +103,7 @@ def _of_probabilities(probability: Tensor, top: Tensor, named: Tensor) -> tuple[
     return probability, torch.ones_like(top), nll, _is_distribution(probability)
 
 
-def judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
+def _judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
     """predictions and target: (n, classes), target the probabilities of the classes. Correct is argmax agreement."""
     log, probability = _distributions(predictions, from_logits)
     confidence, predicted = probability.max(dim=-1)
@@ -71,7 +115,7 @@ def judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged
     return Judged(confidence, predicted == target.argmax(dim=-1), brier, _bounded(nll), valid, *two)
 
 
-def judge_binary(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
+def _judge_binary(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
     """predictions: (n,), the probability of class 1 or its log-odds. target: (n,), 0 to 1."""
     score = predictions.sigmoid() if from_logits else predictions
     target = target.to(score.dtype)
@@ -84,14 +128,6 @@ def judge_binary(predictions: Tensor, target: Tensor, from_logits: bool) -> Judg
     valid = (score >= 0) & (score <= 1) & (target >= 0) & (target <= 1)
     brier = 2 * (score - target).square()
     return Judged(confidence, (score >= 0.5) == positive, brier, _bounded(nll), valid, score, positive)
-
-
-def joined(parts: Sequence[Judged]) -> Judged:
-    """Portions of one task as one."""
-    rest = list(zip(*(part[:5] for part in parts), strict=True))
-    scores = [(part.score, part.positive) for part in parts if part.score is not None and part.positive is not None]
-    two = (torch.cat(column) for column in zip(*scores, strict=True)) if scores else (None, None)
-    return Judged(*map(torch.cat, rest), *two)
 
 
 def _distributions(predictions: Tensor, from_logits: bool) -> tuple[Tensor | None, Tensor]:

@@ -18,7 +18,7 @@ from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
-from torchprobe.capture.predictions.pieces import PredictionPieces
+from torchprobe.capture.predictions.source import PredictionSource
 from torchprobe.capture.sites import SITE
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
@@ -71,7 +71,7 @@ def captures_of(
         [AttentionPieces(model, probe, gate, modules.current) for probe, gate in gated],
         LossCapture(plan.loss_gate),
         plan.rates,
-        PredictionPieces(model, plan.gates, meter, flush_every),
+        PredictionSource(model, plan.gates, meter, flush_every),
         Health(model, plan.gates, selection.covers, modules.current, sentinel_gate),
         LateGraphs(model, modules.current),
     )

@@ -15,7 +15,7 @@ from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
-from torchprobe.capture.predictions.pieces import PredictionPieces
+from torchprobe.capture.predictions.source import PredictionSource
 from torchprobe.probes.base import Probe
 from torchprobe.probes.learning_rates import LearningRates
 
@@ -32,7 +32,7 @@ class Captures:
     attention: list[AttentionPieces]
     loss: LossCapture
     rates: list[LearningRates]
-    predictions: PredictionPieces
+    predictions: PredictionSource
     health: Health
     late: LateGraphs
     _armed: bool = field(default=True, init=False)  # hooks may be on that an idle pass does not want

@@ -176,7 +176,6 @@ class Sources:
         """Before any gradient of a parameter."""
         if due:
             self._micro.begin(due)
-            self.predictions.on_backward()
 
     def backward_ends(self, due: frozenset[Reporter]) -> tuple[dict[Any, Any], Sign | Tensor | None]:
         """After all of them: what is kept of the backward pass, and whether gradients hold NaN or inf."""
@@ -218,7 +217,7 @@ class Sources:
 
     def end_validation(self) -> list[Piece]:
         """What a whole validation pass adds up to."""
-        return self.predictions.collect(training=False)
+        return self.predictions.end_validation()
 
     def loss_rows(self, reporter: Reporter, loss: float | Tensor) -> Piece:
         """The loss as rows, which several ranks combine."""

@@ -12,9 +12,9 @@ from torch import nn
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
+from torchprobe.capture.compiled.retrace import LateGraphs
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.health import Health
-from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture

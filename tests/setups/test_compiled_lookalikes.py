@@ -27,8 +27,8 @@ from tests.setups.compiled import (
     loss_of,
     wrapper,
 )
-from torchprobe.capture.lookalikes import Lookalikes
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.guards import Lookalikes
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [

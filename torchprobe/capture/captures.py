@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.pieces import AttentionPieces
+from torchprobe.capture.compiled.retrace import LateGraphs
 from torchprobe.capture.health import Health
-from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture

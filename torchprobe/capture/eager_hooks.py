@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.compat import REPLICA, under_transform
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.passes import ROOT_KEY
-from torchprobe.capture.recompute import under_transform
-from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.sites import Pass
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import in_backward
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
-from torchprobe.capture.recompute import in_backward
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.probes.provenance import Provenance
 from torchprobe.statistics.dtypes import real, row_dtype

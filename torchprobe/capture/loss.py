@@ -14,9 +14,9 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.frames import running
+from torchprobe.capture.compat import running
+from torchprobe.capture.compiled.graphs import in_wrapper_call
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import in_wrapper_call
 from torchprobe.capture.outputs import loss_in, tensors_in
 
 _REACH = 64  # autograd nodes between the model's output and a loss, at most

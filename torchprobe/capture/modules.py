@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import skip_frames as keep_out
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import keep_out
 from torchprobe.capture.passes import ROOT_KEY
 from torchprobe.capture.sites import SITE, Pass, Site, observe_output
 from torchprobe.capture.taps import Memo, Tap

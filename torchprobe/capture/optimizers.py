@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.frames import running
+from torchprobe.capture.compat import running
 from torchprobe.capture.fully_sharded import lasting_parameters
 
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer

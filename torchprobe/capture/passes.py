@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import beside, hides_hooks, keep_out
-from torchprobe.capture.inert import Inert
-from torchprobe.capture.recompute import (
+from torchprobe.capture.compat import (
+    REPLICA,
+    beside,
     in_backward,
     in_reentrant_checkpoint,
     under_function_transform,
     under_transform,
 )
-from torchprobe.capture.replicas import REPLICA
+from torchprobe.capture.compat import skip_frames as keep_out
+from torchprobe.capture.compiled.graphs import hides_hooks
+from torchprobe.capture.compiled.tracing import scope
+from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass
-from torchprobe.capture.tracing import scope
 
 _log = logging.getLogger("torchprobe")
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})

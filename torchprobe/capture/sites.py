@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture import opaque
+from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
+from torchprobe.capture.compiled import operators as opaque
+from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
 from torchprobe.capture.gate import no_autocast
-from torchprobe.capture.graphs import beside
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.taps import Tap
-from torchprobe.capture.tracing import gradient_hooks_trace, run_in, scope
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
 

@@ -7,9 +7,9 @@ from weakref import ReferenceType
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchprobe.capture.compat import backward_id
 from torchprobe.capture.fully_sharded import has_gradients, is_flattened, is_fully_sharded, lasting_parameters
 from torchprobe.capture.loss import backward_call
-from torchprobe.capture.recompute import backward_id
 
 
 class SkipDetector:

@@ -8,7 +8,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from torchprobe.capture import opaque
+from torchprobe.capture.compiled import operators as opaque
 from torchprobe.capture.gate import Gate, no_autocast, no_graph
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.probes.base import Probe

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import in_backward
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.recompute import in_backward
 from torchprobe.naming import named_modules
 from torchprobe.probes.unit_activity import UnitActivity
 from torchprobe.statistics.activity import active_units, inactive_share

@@ -19,9 +19,9 @@ from torchprobe.capture.attention.reading import OnSource, Reader
 from torchprobe.capture.attention.sites import Found, Sites
 from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.attention.uncovered import Uncovered
+from torchprobe.capture.compat import in_backward, under_transform
+from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import in_compiled_call
-from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.capture.sites import Pass
 
 

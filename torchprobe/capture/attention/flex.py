@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.overrides import _enable_torch_function
 
 from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.layout import plain
+from torchprobe.capture.compat import HigherOrderOperator
+from torchprobe.capture.compat import enable_torch_function as _enable_torch_function
 from torchprobe.statistics.attention import QueryKey
 
 _PARAMETERS = (

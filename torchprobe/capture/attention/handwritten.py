@@ -25,7 +25,7 @@ from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.attention.reading import Reading
 from torchprobe.capture.attention.subscripts import EITHER
 from torchprobe.capture.attention.tags import Tags
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.compat import under_transform
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]

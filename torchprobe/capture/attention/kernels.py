@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 
 from torchprobe.capture.attention.layout import plain
+from torchprobe.capture.compat import OpOverload, OpOverloadPacket
 from torchprobe.statistics.attention import QueryKey
 
 OPERATORS = frozenset(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +18,7 @@ from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import INSIDE_GRAPH
 from torchprobe.capture.attention.provenance import is_cross
 from torchprobe.capture.attention.uncovered import unknown_shapes
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, under_transform
 from torchprobe.statistics.attention import QueryKey
 
 Function = Callable[..., Any]

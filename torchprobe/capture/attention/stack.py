@@ -7,9 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch._C import _len_torch_function_stack
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
+
+from torchprobe.capture.compat import (
+    DeviceContext,
+)
+from torchprobe.capture.compat import (
+    count_function_modes as _len_torch_function_stack,
+)
+from torchprobe.capture.compat import (
+    function_modes as _get_current_function_mode_stack,
+)
+from torchprobe.capture.compat import (
+    pop_mode as _pop_mode,
+)
+from torchprobe.capture.compat import (
+    push_mode as _push_mode,
+)
 
 
 def push(mode: TorchFunctionMode) -> None:

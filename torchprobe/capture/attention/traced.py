@@ -14,20 +14,23 @@ from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture import opaque
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.layout import unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import Caller, heads_of
 from torchprobe.capture.attention.projected import projected
 from torchprobe.capture.attention.uncovered import unknown_shapes
-from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.compat import beside
+from torchprobe.capture.compat import pop_mode as _pop_mode
+from torchprobe.capture.compat import push_mode as _push_mode
+from torchprobe.capture.compat import skip_frames as keep_out
+from torchprobe.capture.compiled import operators as opaque
+from torchprobe.capture.compiled.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass, note_compiled
-from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.naming import named_modules
 
 OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there

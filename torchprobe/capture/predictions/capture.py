@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.compiled.graphs import in_wrapper_call
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.graphs import in_wrapper_call
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.predictions import labels
 from torchprobe.capture.predictions.criteria import KINDS, read_call

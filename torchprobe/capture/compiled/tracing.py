@@ -12,7 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.compat import under_transform
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
 _P = ParamSpec("_P")

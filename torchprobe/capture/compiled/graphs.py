@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchprobe.capture.frames import running
+from torchprobe.capture.compat import running
 
 
 def keep_out(*hooks: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ from weakref import ReferenceType
 from torch import nn
 
 from torchprobe.capture.attention.traced import OWNER, take_mode_off
-from torchprobe.capture.graphs import (
+from torchprobe.capture.compiled.graphs import (
     all_compiled_codes,
     compiled_codes,
     drop,
@@ -17,7 +17,7 @@ from torchprobe.capture.graphs import (
     in_compiled_call,
     is_torchs_own,
 )
-from torchprobe.capture.lookalikes import Lookalikes
+from torchprobe.capture.compiled.guards import Lookalikes
 from torchprobe.capture.sites import SITE, Pass, observe_output
 
 _log = logging.getLogger("torchprobe")

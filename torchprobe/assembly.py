@@ -12,7 +12,7 @@ from torch import nn
 from torchprobe.buffer.seal import Lanes
 from torchprobe.capture.attention.pieces import AttentionPieces
 from torchprobe.capture.captures import Captures
-from torchprobe.capture.compiled.retrace import LateGraphs
+from torchprobe.capture.compiled.retrace import Retrace as LateGraphs
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.pieces import AttentionPieces
-from torchprobe.capture.compiled.retrace import LateGraphs
+from torchprobe.capture.compiled.retrace import Retrace as LateGraphs
 from torchprobe.capture.health import Health
 from torchprobe.capture.loss import LossCapture
 from torchprobe.capture.modules import ModuleCapture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from torchprobe.schedule import as_schedule, check_count, every, next_active, window
 
 

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from tests.models import FAMILIES
-from torchprobe.naming import ROOT, named_modules, named_parameters
 from torchprobe.capture.selection import Selection
+from torchprobe.naming import ROOT, named_modules, named_parameters
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, Reporter, TransferBuffers
 from torchprobe.capture.gate import no_autocast
-from torchprobe.steps.open_step import OpenStep as Open
 from torchprobe.records import Value
+from torchprobe.steps.open_step import OpenStep as Open
 from torchprobe.writers.protocol import Writer
 
 _SLOTS = 2**18

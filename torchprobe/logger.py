@@ -16,8 +16,8 @@ from torchprobe.logbook import VALIDATION, Logbook
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import ROOT
 from torchprobe.predictions import checked_predictions
-from torchprobe.records import Text
 from torchprobe.probes.schedule import as_schedule
+from torchprobe.records import Text
 from torchprobe.writers.hparams import HParamsWriter
 from torchprobe.writers.opening import check_run_name, open_writer
 

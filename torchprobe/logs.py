@@ -8,9 +8,9 @@ from typing import Any
 from torchprobe.metrics import Metrics, Number
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.separation import Separation
-from torchprobe.steps.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.scores import separation_piece
+from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter
 
 

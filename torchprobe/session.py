@@ -19,6 +19,7 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
+from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
@@ -30,7 +31,6 @@ from torchprobe.probes.schedule import Schedule
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
-from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder

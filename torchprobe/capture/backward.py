@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.capture.frames import running
+from torchprobe.capture.compat import running
 
 _BACKWARD = torch.autograd.backward.__code__
 _GRAD = torch.autograd.grad.__code__

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
+from torchprobe.capture.compat import REPLICA, in_backward, under_transform
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import mark, unmark
-from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.root_hooks import ROOT_KEY
 from torchprobe.capture.source import Pass, Running
 from torchprobe.probes.base import Reporter

@@ -1,8 +1,13 @@
 """Temporary."""
+
 from collections import deque
 from typing import Any
+
 from torch import Tensor
-_REACH=64
+
+_REACH = 64
+
+
 def descends(tensor: Tensor, nodes: list[Any]) -> bool:
     """Whether a tensor was computed from one of the autograd nodes, a few operations away."""
     queue, seen = deque([tensor.grad_fn]), 0
@@ -15,6 +20,3 @@ def descends(tensor: Tensor, nodes: list[Any]) -> bool:
             return True
         queue.extend(following for following, _ in node.next_functions)
     return False
-
-
-

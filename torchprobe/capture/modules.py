@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.graphs import keep_out
+from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.marks import mark, unmark
 from torchprobe.capture.root_hooks import ROOT_KEY
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
-from torchprobe.capture.source import Pass, Running
+from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe, Reporter
 
@@ -77,7 +77,7 @@ class OutputSource:
         self._hooked: list[ReferenceType[nn.Module]] = []
         self._armed: tuple[bool, int] | None = None
         self._memo = Memo()
-        keep_out(observe_output)
+        skip_frames(observe_output)
 
     def wants(self, due: frozenset[Reporter]) -> bool:
         """Whether a probe of outputs is among those due."""
@@ -178,9 +178,7 @@ def _hooks_on(model: nn.Module) -> int:
     return total
 
 
-def _piece(
-    reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None
-) -> Piece:
+def _piece(reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
     names, rows = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
     if scale is not None and reporter.source == "output_gradients":

@@ -18,9 +18,9 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture import compat
-from torchprobe.capture.frames import running
+from torchprobe.capture.compat import running
+from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.fully_sharded import lasting_parameters
-from torchprobe.capture.graphs import in_compiled_call
 
 _FEW = 1024  # elements of a gradient that are looked at
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer

@@ -144,11 +144,7 @@ class ParameterSource:
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
-            Held(name, p, self._share(model, p))
-            for name, p in named_parameters(model)
-            if id(p) in held
-        ]
+        return [Held(name, p, self._share(model, p)) for name, p in named_parameters(model) if id(p) in held]
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
         if not is_flattened(parameter):

@@ -12,18 +12,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import beside, hides_hooks, keep_out
-from torchprobe.capture.inert import Inert
-from torchprobe.capture.marks import mark, unmark
-from torchprobe.capture.recompute import (
+from torchprobe.capture.compat import (
+    REPLICA,
+    beside,
     in_backward,
     in_reentrant_checkpoint,
+    skip_frames,
     under_function_transform,
     under_transform,
 )
-from torchprobe.capture.replicas import REPLICA
+from torchprobe.capture.compiled.graphs import hides_hooks
+from torchprobe.capture.compiled.tracing import scope
+from torchprobe.capture.inert import Inert
+from torchprobe.capture.marks import mark, unmark
 from torchprobe.capture.source import Running
-from torchprobe.capture.tracing import scope
 
 _log = logging.getLogger("torchprobe")
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
@@ -113,7 +115,7 @@ class PassHooks:
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakSet[nn.Module] = WeakSet()
-        keep_out(_enter, _leave)
+        skip_frames(_enter, _leave)
         self._put_on(list(_roots(model)))
 
     def move_to_parts(self, model: nn.Module) -> None:

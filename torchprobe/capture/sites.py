@@ -10,16 +10,14 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture import opaque
+from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
+from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
 from torchprobe.capture.gate import no_autocast, no_graph
-from torchprobe.capture.graphs import beside
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.replicas import REPLICA
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.source import Pass, Running
-from torchprobe.capture.tracing import gradient_hooks_trace, run_in, scope
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import measurable, row_dtype
 
@@ -57,7 +55,7 @@ class Tap:
         self.name = name
         self.reporter = reporter
         self.probe = reporter.probe
-        self.handle = opaque.handle(self)
+        self.handle = operators.handle(self)
         self.traces = type(self.probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
         self._keeper = keeper  # under which a pass keeps its rows
         self._running = running
@@ -66,7 +64,10 @@ class Tap:
     def add(self, passing: Pass, tensor: Tensor) -> None:
         """One more tensor, in eager code, unless the probe is switched off; an exception switches it off."""
         if not self.reporter.gate.failed:
-            with self.reporter.gate.boundary(), torch._C.DisableTorchFunction():  # no mode, the user's or ours, need see it
+            with (
+                self.reporter.gate.boundary(),
+                torch._C.DisableTorchFunction(),
+            ):  # no mode, the user's or ours, need see it
                 if not is_unreduced(tensor):
                     local = local_part(tensor)
                     with no_graph(), no_autocast(local.device):
@@ -188,9 +189,9 @@ def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> N
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
-            opaque.row(tap.handle, tap.probe.row(tensor.detach()), training, gradient)
+            operators.row(tap.handle, tap.probe.row(tensor.detach()), training, gradient)
         else:
-            opaque.tensor(tap.handle, tensor.detach(), training, gradient)
+            operators.tensor(tap.handle, tensor.detach(), training, gradient)
 
 
 def note_compiled(running: Running) -> None:

@@ -48,9 +48,7 @@ class Pass:
     __slots__ = ("__weakref__", "_backward", "_dropped", "_handles", "due", "kept", "kind", "sign", "task")
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
 
-    def __init__(
-        self, kind: str, due: frozenset[Reporter], backward: Callable[[Pass], None], dropped: Dropped
-    ) -> None:
+    def __init__(self, kind: str, due: frozenset[Reporter], backward: Callable[[Pass], None], dropped: Dropped) -> None:
         self.kind = kind
         self.due = due
         self.kept: dict[Any, Any] = {}
@@ -119,9 +117,7 @@ class Running:
         self._in_backward: Callable[[], Pass | None] = lambda: None
         self._in_graph: Callable[[bool], Pass | None] = lambda training: None
 
-    def ask(
-        self, in_backward: Callable[[], Pass | None], in_graph: Callable[[bool], Pass | None]
-    ) -> None:
+    def ask(self, in_backward: Callable[[], Pass | None], in_graph: Callable[[bool], Pass | None]) -> None:
         """Where values belong that come in a backward pass, and from a graph that is called outside of a pass."""
         self._in_backward, self._in_graph = in_backward, in_graph
 

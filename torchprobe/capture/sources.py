@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
+from torchprobe.capture.compiled.retrace import Retrace
 from torchprobe.capture.eager_hooks import EagerHooks
 from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.late import LateGraphs
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
 from torchprobe.capture.nan_origin.check import NanCheck, Sign
@@ -28,7 +28,6 @@ from torchprobe.capture.source import Pass, Running, Source, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
 from torchprobe.records import Value
-from torchprobe.capture.selection import Selection
 from torchprobe.statistics.dtypes import row_dtype
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
@@ -64,7 +63,7 @@ class Sources:
         self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
         self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
         self._check = None if nan_gate is None else NanCheck(model, nan_gate)
-        self._late = LateGraphs(model, running)
+        self._late = Retrace(model, running)
         self._due: frozenset[Reporter] = frozenset()
         self._armed = True  # hooks may be on that an idle pass does not want
         self._scaled: bool | None = None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import in_backward
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.recompute import in_backward
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter

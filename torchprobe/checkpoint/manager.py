@@ -12,12 +12,12 @@ from zipfile import BadZipFile
 
 from torch import nn
 
+from torchprobe.arguments import check_count
 from torchprobe.checkpoint import arguments, files
 from torchprobe.checkpoint.files import Stored, plain, write_file
 from torchprobe.checkpoint.sharded import agreed, is_sharded, own_rank, read_directory, sharded_states, write_directory
 from torchprobe.checkpoint.states import Target, apply, check_sharded_names, model_state, read_sharded, states_of
 from torchprobe.random_state import random_states
-from torchprobe.arguments import check_count
 from torchprobe.session import Session, session_of
 
 _log = logging.getLogger("torchprobe")

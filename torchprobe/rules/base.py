@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
+from torchprobe.arguments import check_count
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.arguments import check_count
 
 Found: TypeAlias = "list[Alert] | None"
 """What a watcher returns: the conditions that hold in this record; None when the record does not say."""

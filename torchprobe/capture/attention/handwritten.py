@@ -29,7 +29,7 @@ from torchprobe.capture.attention.tags import (
     Tags,
     Weights,
 )
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.compat import under_transform
 
 _KINDS = (Weights, Exponentials, Scores, Normaliser)
 """Which tag is followed where a function takes several."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.layout import padded_queries, unusual
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
+from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.recompute import under_transform
 from torchprobe.statistics.attention import QueryKey, Source, compute, is_sampled
 
 OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"

@@ -16,8 +16,8 @@ from torchprobe.capture.attention.multi_head import FastPaths
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
-from torchprobe.capture.graphs import in_compiled_call
-from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.compat import in_backward, under_transform
+from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
 from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
 from torchprobe.probes.base import Reporter

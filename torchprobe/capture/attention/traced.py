@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture import opaque
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.sites import Caller, heads_of
-from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.compat import beside, skip_frames
+from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
-from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.naming import named_modules
 
 OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there
@@ -40,7 +40,7 @@ class Owner(Inert):
 
     def __init__(self, name: str, module: nn.Module, running: Running, observer: Observer) -> None:
         self.running = running
-        self.handle = opaque.handle(self)
+        self.handle = operators.handle(self)
         self.mode = TracedMode(self.handle)
         self._name = name
         self._heads = heads_of(module)
@@ -115,13 +115,13 @@ def _record(
 ) -> None:
     with torch.no_grad():
         mask = None if attn_mask is None else attn_mask.detach()
-        opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
+        operators.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
 
 
 def _record_multi_head(handle: Tensor, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
         query, key, mask, added = multi_head.projected(*args, **kwargs)
-        opaque.attention(handle, query, key, mask, False, None, added, place())
+        operators.attention(handle, query, key, mask, False, None, added, place())
 
 
 def put_mode_on(module: nn.Module, args: Any) -> None:
@@ -163,7 +163,7 @@ class TracedAttention:
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-        keep_out(put_mode_on, take_mode_off)
+        skip_frames(put_mode_on, take_mode_off)
 
     def arm(self) -> None:
         """A step to sample begins."""

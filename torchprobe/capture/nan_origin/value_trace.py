@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import in_backward
 from torchprobe.capture.gate import no_autocast
 from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
-from torchprobe.capture.recompute import in_backward
 from torchprobe.capture.source import Pass
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.probes.base import Reporter

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.compat import under_transform
 from torchprobe.capture.predictions.targets import KINDS
-from torchprobe.capture.recompute import under_transform
 
 OnCall = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]
 

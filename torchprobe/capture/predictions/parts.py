@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
+from torchprobe.capture.compat import in_backward, under_transform
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.modules import chosen_modules
 from torchprobe.capture.predictions.pool import InputKey
-from torchprobe.capture.recompute import in_backward, under_transform
 from torchprobe.naming import ROOT
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]

@@ -13,8 +13,7 @@ from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import Form, Generators, Predicted, pick, rows_of
 from torchprobe.statistics import uncertainty
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.uncertainty import Decomposition
-from torchprobe.statistics.uncertainty import entropy
+from torchprobe.statistics.uncertainty import Decomposition, entropy
 
 NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from torchprobe.capture.recompute import in_backward
+from torchprobe.capture.compat import in_backward
 
 _library = Library("torchprobe_graph", "FRAGMENT")
 _numbers = itertools.count()

@@ -8,32 +8,22 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.compat import constant, find, under_transform
+from torchprobe.capture.compiled.graphs import attach_guards
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _log = logging.getLogger("torchprobe")
 
 TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint"
-_UNCHECKED = "_disable_side_effect_safety_checks_for_current_subtracer"
-_PACKAGE = str(Path(__file__).parents[1])
+_UNCHECKED = "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer"
+_PACKAGE = str(Path(__file__).parents[2])
 _MODULES = torch.nn.modules.module.__file__  # where modules call each other
-
-
-def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let calls run once, while a graph is traced, and be constants of it.
-
-    That is `torch.compiler.assume_constant_result` without its import of the whole compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant
@@ -42,6 +32,7 @@ def scope() -> Scope:
 
     Elsewhere nothing may be recorded: in an export, a `torch.func` transform, a branch of `torch.cond`.
     """
+    attach_guards()
     translator = _translator()
     if translator is None or getattr(translator, "export", False) or under_transform():
         return "elsewhere"
@@ -52,7 +43,7 @@ def scope() -> Scope:
         if getattr(tracer, "description", None) != _CHECKPOINT:
             return "elsewhere"
         tracer = tracer.parent
-    return "checkpoint" if hasattr(sys.modules.get("torch._dynamo.utils"), _UNCHECKED) else "elsewhere"
+    return "checkpoint" if find(_UNCHECKED) is not None else "elsewhere"
 
 
 def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
@@ -84,7 +75,8 @@ def _say_once() -> None:
 def place() -> int:
     """A number for the line that is being traced, as reached from the innermost module: the same in equal modules."""
     path: list[tuple[str, str, int | None]] = []
-    for frame in reversed(torch._guards.TracingContext.extract_stack()):
+    stack = find("torch._guards:TracingContext.extract_stack")
+    for frame in reversed(stack() if stack is not None else ()):
         if frame.filename == _MODULES:
             break
         if not frame.filename.startswith(_PACKAGE):
@@ -125,8 +117,10 @@ def leave_nesting() -> bool:
 
 def _translator() -> Any:
     """Dynamo's translator of the running frame; None when something else traces."""
-    module = sys.modules.get("torch._dynamo.symbolic_convert")
+    if "torch._dynamo.symbolic_convert" not in sys.modules:
+        return None
+    current = find("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")
     try:
-        return None if module is None else module.InstructionTranslator.current_tx()
+        return None if current is None else current()
     except AttributeError:
         return None

@@ -18,8 +18,8 @@ from torchprobe.steps.backward import Backward
 class OpenStep:
     """Values and rows of a step, and the backward passes whose gradients its optimizers used.
 
-    due: whose rows the step gives; light: probes of it that cost nothing, such as of learning rates. loss: the sum of what the used backward passes were called on, as an optimizer saw
-    it; None when there is none, or one of them is not known. scale: what the loss was multiplied with.
+    due: whose rows the step gives. light: probes of it that cost nothing, such as those of learning rates. loss: the
+    sum of what the used backward passes were called on; None when there is none. scale: what it was multiplied with.
     """
 
     number: int

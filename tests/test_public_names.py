@@ -61,6 +61,30 @@ def test_every_public_name_can_be_imported_and_is_documented():
     assert set(torchprobe.__all__) == set(torchprobe._HOMES) | {"__version__"}
 
 
+def test_type_checkers_see_every_public_name_where_it_comes_from():
+    """`from module import Name as Name`: without `as` a name is private to them."""
+    block = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    homes = {name: "torchprobe" if name == home else f"torchprobe.{home}" for name, home in torchprobe._HOMES.items()}
+    assert seen == homes
+
+
+@pytest.mark.parametrize(
+    "name", ["testing.MemoryWriter", "random_state.set_random_state", "integrations", "statistics"]
+)
+def test_modules_of_the_public_interface_need_no_import_of_their_own(name):
+    statement = f"import torchprobe; assert torchprobe.{name}.__doc__"
+    subprocess.run([sys.executable, "-c", statement], check=True, timeout=120)
+
+
+def test_an_adapter_is_imported_when_it_is_asked_for():
+    statement = "import torchprobe; torchprobe.integrations.lightning"
+    result = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120)
+    assert not result.returncode or "pip install lightning" in result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'keras'"):
+        torchprobe.integrations.keras  # noqa: B018
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'watch'"):
         torchprobe.watch  # noqa: B018

@@ -20,7 +20,7 @@ from torchprobe.capture.modules import ModuleCapture
 from torchprobe.capture.parameters import ParameterCapture
 from torchprobe.capture.predictions.pieces import PredictionPieces
 from torchprobe.capture.sites import SITE
-from torchprobe.distributed.refusals import check_wrappers
+from torchprobe.distributed.world import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.plan import Plan
 from torchprobe.probes.attention import Attention

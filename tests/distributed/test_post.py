@@ -11,10 +11,9 @@ import torch.distributed as dist
 from tests.distributed.post import FragileStore, Ranks
 from torchprobe.buffer.step import Share
 from torchprobe.distributed import gatherer, mailbox, sender
-from torchprobe.distributed.frames import Encoder, Frame, Part, Step
+from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
+from torchprobe.distributed.gatherer import Peer
 from torchprobe.distributed.mailbox import Mailbox
-from torchprobe.distributed.numbering import Key, Numbering
-from torchprobe.distributed.peer import Peer
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def step(number: int) -> Step:
 
 
 def test_a_peer_owes_what_is_beyond_its_mark(letters):
-    peer, encode = Peer(1, letters), Encoder()
+    peer, encode = Peer(1, letters), FrameEncoder()
     assert not peer.owes(Key(0, 1, 0))  # nobody waits for a rank that never spoke
     letters.waiting = [encode(Frame())]
     peer.poll(Key(0, 0, 0))
@@ -143,7 +142,7 @@ def test_a_peer_owes_what_is_beyond_its_mark(letters):
 
 
 def test_a_late_peer_is_back_when_it_speaks_and_what_came_too_late_is_counted(letters):
-    peer, encode = Peer(1, letters), Encoder()
+    peer, encode = Peer(1, letters), FrameEncoder()
     peer.heard = peer.late = True
     letters.waiting = [encode(Frame(Key(0, 5, 0), [step(1), step(2), step(5)]))]
     peer.poll(Key(0, 3, 0))
@@ -154,10 +153,10 @@ def test_a_late_peer_is_back_when_it_speaks_and_what_came_too_late_is_counted(le
 
 def test_a_peer_that_says_what_cannot_be_read_is_left_out(letters, caplog):
     peer = Peer(1, letters)
-    letters.waiting = [Encoder()(Frame()), b"no frame"]
+    letters.waiting = [FrameEncoder()(Frame()), b"no frame"]
     peer.poll(Key(0, 0, 0))
     assert not peer.owes(Key(0, 1, 0))
-    letters.waiting = [Encoder()(Frame(Key(0, 1, 0), [step(1)]))]  # whose names would be others
+    letters.waiting = [FrameEncoder()(Frame(Key(0, 1, 0), [step(1)]))]  # whose names would be others
     peer.poll(Key(0, 0, 0))
     assert list(peer.take_until(Key(0, 1, 0))) == []
     assert not peer.is_here

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torchprobe.buffer.seal import Sealed
 from torchprobe.buffer.step import Arrived, Reporter, seen_rows
-from torchprobe.distributed.frames import Encoder, Frame, Part, Step
+from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
-from torchprobe.distributed.numbering import Key, Numbering
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.probes.base import Probe
@@ -40,7 +39,7 @@ class Sender:
         self._rank = world.rank
         self._keys = keys
         self._numbering = Numbering()
-        self._encode = Encoder()
+        self._encode = FrameEncoder()
         self._steps: list[Step] = []
         self._mark: Key | None = None
         self._held_by_first: frozenset[str] | None = None
@@ -124,6 +123,6 @@ class Sender:
 
 def _is_known(part: Part, held: frozenset[str]) -> bool:
     """Whether rank 0 has the same rows: those of parameters that are whole on every rank."""
-    return part.shares is not None and all(
-        share.is_whole and name in held for name, share in zip(part.names, part.shares, strict=True)
+    return part.shards is not None and all(
+        shard.is_whole and name in held for name, shard in zip(part.names, part.shards, strict=True)
     )

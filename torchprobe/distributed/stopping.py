@@ -1,6 +1,6 @@
 """How all ranks stop at the same step, when a rule on rank 0 ends the run.
 
-A rank that stopped alone would leave the others waiting in their next collective. Nothing is exchanged until a rule
+A rank that stopped by itself would leave the others waiting in their next collective. Nothing is exchanged until a rule
 has fired; from then on no rank goes past its next step boundary before all know where to stop:
 
 1. rank 0 leaves the alert in the store;

@@ -13,12 +13,11 @@ from torch.optim import Optimizer
 from torchprobe import explicit
 from torchprobe.explicit import checked
 from torchprobe.logbook import VALIDATION, Logbook
-from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import ROOT
-from torchprobe.predictions import checked_predictions
 from torchprobe.records import Text
 from torchprobe.run_directory import check_run_name
 from torchprobe.schedule import as_schedule
+from torchprobe.user_values import Metrics, Number, checked_predictions
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
 

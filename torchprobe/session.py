@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from torchprobe.arguments import check_seconds, checked_budget
 from torchprobe.assembly import captures_of, checked_model, lanes_for
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
@@ -32,6 +31,7 @@ from torchprobe.rules.watch import Watch, open_watch
 from torchprobe.schedule import Schedule, check_count
 from torchprobe.selection import Patterns, Selection
 from torchprobe.state import RunState
+from torchprobe.user_values import check_seconds, checked_budget
 from torchprobe.writers.hparams import checked_hparams
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer

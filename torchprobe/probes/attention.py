@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.images import grid, heat_map
+from torchprobe.pictures import grid, heat_map
 from torchprobe.probes.base import Probe, Source, Way
 from torchprobe.records import Value
 from torchprobe.schedule import Schedule, as_schedule, check_count

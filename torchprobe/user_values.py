@@ -1,0 +1,166 @@
+"""What a user hands in: checked at the call, never read from the device.
+
+Each error names the argument, what it got and what it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprobe.buffer.step import Piece, Reporter
+from torchprobe.statistics import separation
+
+Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
+
+_log = logging.getLogger("torchprobe")
+
+
+def checked_budget(fraction: float | None) -> float | None:
+    """A fraction of wall time, or None. Raises TypeError or ValueError for anything else."""
+    if fraction is None:
+        return None
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+        raise TypeError(f"overhead_budget={fraction!r}: takes a fraction of wall time, such as 0.01")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"overhead_budget={fraction}: takes a fraction of wall time between 0 and 1, such as 0.01")
+    return fraction
+
+
+def check_seconds(argument: str, value: float) -> None:
+    """Raise unless `value` is a number of seconds above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}={value!r}: takes seconds, not {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
+
+
+class Metrics:
+    """Turns `log_metrics` arguments into tags and values, and warns once about each that is no scalar."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def tagged(self, metrics: Mapping[str, Number], prefix: str) -> Iterator[tuple[str, float | Tensor]]:
+        """(tag, value) for every metric; a tensor or array of several elements is dropped with a warning.
+
+        Raises TypeError for a value that is not a number, before anything is logged.
+        """
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics={metrics!r}: takes a mapping of names to numbers, such as {{'loss': loss}}")
+        _check_text("prefix", prefix)
+        for name, value in metrics.items():
+            _check_number(name, value)
+        start = f"{prefix}/" if prefix else ""
+        for name, value in metrics.items():
+            tag = start + name
+            if isinstance(value, Tensor | np.ndarray) and not _is_scalar(value):
+                self._warn(tag, value)
+            elif isinstance(value, Tensor):
+                yield tag, value.detach().clone().reshape(())
+            else:
+                yield tag, _as_float(value)
+
+    def _warn(self, tag: str, value: Tensor | np.ndarray) -> None:
+        if tag not in self._warned:
+            self._warned.add(tag)
+            _log.warning(
+                "metric %s is dropped: a %s of shape %s, type %s; a metric is one real number "
+                "(log a mean, say, or the full_tensor() of a DTensor)",
+                tag,
+                type(value).__name__,
+                tuple(value.shape),
+                value.dtype,
+            )
+
+
+def _is_scalar(value: Tensor | np.ndarray) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.size == 1 and value.dtype.kind in "fiub"
+    # A DTensor's value is spread over ranks: fetching it is a collective, which is the user's to call.
+    plain = value.layout is torch.strided and not hasattr(value, "full_tensor")
+    return plain and value.numel() == 1 and not value.dtype.is_complex
+
+
+def _as_float(value: float | np.generic | np.ndarray) -> float:
+    number = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    try:
+        return float(number)
+    except OverflowError:  # a Python int beyond float64
+        return math.inf if number > 0 else -math.inf
+
+
+def _check_number(name: object, value: object) -> None:
+    _check_text("metrics key", name)
+    if not isinstance(value, Real | np.bool_ | np.ndarray | Tensor):
+        raise TypeError(
+            f"metrics[{name!r}]={value!r}: takes a number, a numpy scalar or a one-element tensor, "
+            f"not {type(value).__name__}"
+        )
+
+
+def _check_text(argument: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
+
+
+def checked_predictions(probs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Predictions and targets as tensors of one device. Raises TypeError and ValueError that name the argument."""
+    p, y = _tensor("probs", probs), _tensor("targets", targets)
+    if not p.is_floating_point():
+        raise TypeError(f"probs: got {p.dtype}, takes floating-point probabilities; class numbers go into targets")
+    if y.is_complex():
+        raise TypeError(f"targets: got {y.dtype}, takes class numbers")
+    fitting = p.shape == y.shape or (p.dim() > 0 and p.shape[:-1] == y.shape)
+    if not fitting:
+        raise ValueError(
+            f"targets: got shape {tuple(y.shape)} for probs of shape {tuple(p.shape)}; takes that without the "
+            "last dimension, the classes (probs.movedim(1, -1) puts them there)"
+        )
+    return p, y.to(p.device, non_blocking=True)
+
+
+def _tensor(argument: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    raise TypeError(f"{argument}={value!r}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
+
+
+_log = logging.getLogger("torchprobe")
+
+
+def floats(argument: str, value: Any) -> Tensor:
+    """A tensor, numpy array or number as real floats, detached. Raises TypeError, naming the argument, for others."""
+    if isinstance(value, Tensor):
+        if not value.is_complex():
+            return value.detach() if value.is_floating_point() else value.detach().float()
+    elif isinstance(value, np.ndarray | np.generic | int | float):
+        array = np.asarray(value)
+        if array.dtype.kind in "fiub":
+            return torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))
+    raise TypeError(f"{argument}={value!r}: takes a tensor, a numpy array or a number, not {type(value).__name__}")
+
+
+def separation_piece(reporter: Reporter, in_scores: Any, out_scores: Any, name: str) -> Piece | None:
+    """The row of two sets of scores, on the device of the first; None, with a traceback in the log, when that fails.
+
+    Raises TypeError for what is no array of numbers, and for a name that is no string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: takes a string, such as 'ood', not {type(name).__name__}")
+    inside, outside = floats("in_scores", in_scores), floats("out_scores", out_scores)
+    try:
+        rows = separation.compute(inside, outside.to(inside.device, non_blocking=True))[None]
+    except Exception:
+        _log.exception("log_ood failed and its scores are left out; training goes on")
+        return None
+    return Piece(reporter, [name], rows)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torchprobe._version import __version__
 from torchprobe.cli import compare, demo, report, view
-from torchprobe.cli.errors import CommandError
+from torchprobe.cli.arguments import CommandError
 
 __all__ = ["build_parser", "main"]
 

@@ -1,9 +1,45 @@
-"""Types for argparse that say what an option takes."""
+"""What commands take: numbers, folders and runs; and what they raise when it cannot be done."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchprobe.run_directory import as_url, is_url, local_path
+
+if TYPE_CHECKING:
+    from torchprobe.reports.run import Run
+
+
+class CommandError(Exception):
+    """A mistake in what was asked, or something the machine lacks: shown as one line, without a traceback.
+
+    The message says what was wrong, what is taken instead, and how to put it right.
+    """
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    about: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """The parser of a command, to add options to; `run` carries the command out and returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def positive_int(text: str) -> int:
@@ -53,3 +89,20 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes a number, got {text!r}") from None
+
+
+def place(text: str) -> Path | str:
+    """A folder, or a URL as it stands: for argparse."""
+    return as_url(text) if is_url(text) else local_path(text)
+
+
+def recorded(where: Path | str) -> Run:
+    """The run of a folder or URL. Raises CommandError, in one line, where there is none or it cannot be read."""
+    from torchprobe.reports.run import NoRunError, read_run
+
+    try:
+        return read_run(where)
+    except NoRunError as error:
+        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
+    except (OSError, ImportError, ValueError) as error:
+        raise CommandError(" ".join(str(error).split())) from error

@@ -13,10 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import torchprobe
-from torchprobe.cli.corpus import Corpus, Part
+from torchprobe.cli.bayesian_transformer import Batch, Validation, validate
+from torchprobe.cli.corpus import Corpus, Part, word_numbers
 from torchprobe.cli.progress import Progress
-from torchprobe.cli.validation import Batch, Validation, validate
-from torchprobe.cli.words import word_numbers
 
 VALIDATIONS = 10
 MIN_STEPS_BETWEEN_VALIDATIONS = 10

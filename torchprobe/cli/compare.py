@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the tables. Returns the exit code."""
     from rich.console import Console
 
-    from torchprobe.reports.comparison import compare
-    from torchprobe.reports.differences import rendered
+    from torchprobe.reports.comparison import compare, rendered
 
     a, b = recorded(arguments.run_a), recorded(arguments.run_b)
     Console().print(rendered(a, b, compare(a, b), only=arguments.only, most=arguments.most))

@@ -243,19 +243,18 @@ def reliability_diagram(curve: Curve, title: str = "reliability") -> Image:
 
 def precision_recall_curve(curve: Curve, title: str = "precision and recall") -> Image:
     """Precision over recall; dashed the share of positives, which is what chance gives."""
-    plot = _Plot(title, "recall", "precision")
-    recall, precision = curve["recall"], curve["precision"]
-    plot.dashes((0, float(precision[-1])), (1, float(precision[-1])))
-    plot.line(zip(recall.tolist(), precision.tolist(), strict=True))
-    return plot.image()
+    return _curve(title, "recall", curve["recall"], "precision", curve["precision"])
 
 
 def risk_coverage_curve(curve: Curve, title: str = "accuracy when the uncertain are refused") -> Image:
     """Accuracy of the predictions that are kept over their share; dashed the accuracy of all."""
-    plot = _Plot(title, "share kept, most certain first", "accuracy")
-    coverage, accuracy = curve["coverage"], curve["accuracy"]
-    plot.dashes((0, float(accuracy[-1])), (1, float(accuracy[-1])))
-    plot.line(zip(coverage.tolist(), accuracy.tolist(), strict=True))
+    return _curve(title, "share kept, most certain first", curve["coverage"], "accuracy", curve["accuracy"])
+
+
+def _curve(title: str, x: str, xs: NDArray[np.float64], y: str, ys: NDArray[np.float64]) -> Image:
+    plot = _Plot(title, x, y)
+    plot.dashes((0, float(ys[-1])), (1, float(ys[-1])))
+    plot.line(zip(xs.tolist(), ys.tolist(), strict=True))
     return plot.image()
 
 

@@ -13,7 +13,7 @@ from torchprobe.buffer.step import Share
 from torchprobe.distributed import gatherer, mailbox, sender
 from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
 from torchprobe.distributed.gatherer import Peer
-from torchprobe.distributed.mailbox import Mailbox
+from torchprobe.distributed.mailbox import Inbox, Mailbox, Outbox
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_frames_of_several_chunks_arrive_whole_and_in_order_and_leave_nothing_be
     monkeypatch.setattr(mailbox, "_CHUNK", 5)
     store = dist.HashStore()
     sent = [b"", b"a", b"0123456789" * 3]
-    outbox, inbox = Mailbox(store, 7).outbox(2), Mailbox(store, 7).inbox(2)
+    outbox, inbox = Outbox(Mailbox(store, 7), 2), Inbox(Mailbox(store, 7), 2)
     for frame in sent:
         outbox.send(frame)
     assert inbox.receive() == sent
@@ -46,44 +46,44 @@ def test_frames_of_several_chunks_arrive_whole_and_in_order_and_leave_nothing_be
 def test_half_a_frame_is_kept_until_the_rest_is_there(monkeypatch):
     monkeypatch.setattr(mailbox, "_CHUNK", 10)
     box = Mailbox(dist.HashStore(), 1)
-    inbox, data = box.inbox(1), (12).to_bytes(8, "little") + b"twelve bytes"
-    box.put(box.key(1, 0), data[:10])
+    inbox, data = Inbox(box, 1), (12).to_bytes(8, "little") + b"twelve bytes"
+    box.put("1/0", data[:10])
     assert inbox.receive() == []
-    box.put(box.key(1, 1), data[10:])
+    box.put("1/1", data[10:])
     assert inbox.receive() == [b"twelve bytes"]
 
 
 def test_sessions_and_ranks_do_not_read_each_others_frames():
     store = dist.HashStore()
-    Mailbox(store, 1).outbox(1).send(b"mine")
-    assert Mailbox(store, 2).inbox(1).receive() == []
-    assert Mailbox(store, 1).inbox(2).receive() == []
-    assert Mailbox(store, 1).inbox(1).receive() == [b"mine"]
+    Outbox(Mailbox(store, 1), 1).send(b"mine")
+    assert Inbox(Mailbox(store, 2), 1).receive() == []
+    assert Inbox(Mailbox(store, 1), 2).receive() == []
+    assert Inbox(Mailbox(store, 1), 1).receive() == [b"mine"]
 
 
 def test_an_outbox_is_full_until_it_is_fetched_from(monkeypatch):
     monkeypatch.setattr(mailbox, "_UNREAD", 3)
     box = Mailbox(dist.HashStore(), 1)
-    outbox = box.outbox(1)
+    outbox = Outbox(box, 1)
     for _ in range(3):
         assert not outbox.is_full
         outbox.send(b"x")
     assert outbox.is_full
-    assert len(box.inbox(1).receive()) == 3
+    assert len(Inbox(box, 1).receive()) == 3
     assert not outbox.is_full
 
 
 def test_a_store_that_fails_is_given_up_with_one_line(caplog):
     store = FragileStore(dist.HashStore())
     box = Mailbox(store, 1)
-    outbox, inbox = box.outbox(1), box.inbox(1)
+    outbox, inbox = Outbox(box, 1), Inbox(box, 1)
     outbox.send(b"x")
     store.broken = True
     assert inbox.receive() == []
     asked = store.asked
     outbox.send(b"y")
-    box.publish("what", b"z")
-    assert box.published("what") is None
+    box.put("what", b"z")
+    assert box.fetch("what") is None
     assert not outbox.is_full
     assert store.asked == asked
     assert [r.getMessage() for r in caplog.records] == [
@@ -93,8 +93,8 @@ def test_a_store_that_fails_is_given_up_with_one_line(caplog):
 
 def test_a_store_without_clone_is_used_itself():
     store = FragileStore(dist.HashStore())
-    Mailbox(store, 1).publish("parameters", b"[]")
-    assert Mailbox(store, 1).published("parameters") == b"[]"
+    Mailbox(store, 1).put("parameters", b"[]")
+    assert Mailbox(store, 1).fetch("parameters") == b"[]"
 
 
 def test_the_users_own_timeout_stays(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,19 +43,23 @@ def add_command(
     return parser
 
 
-def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    return _int_between(text, 1, None)
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `low` to `high`."""
+    takes = f"takes a whole number of at least {low}" if high is None else f"takes a whole number, {low} to {high}"
+
+    def parsed(text: str) -> int:
+        with suppress(ValueError):
+            value = int(text)
+            if value >= low and (high is None or value <= high):
+                return value
+        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}")
+
+    return parsed
 
 
-def port_number(text: str) -> int:
-    """A TCP port, 1 to 65535."""
-    return _int_between(text, 1, 65535)
-
-
-def seed_number(text: str) -> int:
-    """A whole number that seeds every generator: 32 bits."""
-    return _int_between(text, 0, 2**32 - 1)
+positive_int = whole_number(1)
+port_number = whole_number(1, 65535)
+seed_number = whole_number(0, 2**32 - 1)  # 32 bits, which seed every generator
 
 
 def positive_float(text: str) -> float:
@@ -70,17 +75,6 @@ def probability(text: str) -> float:
     value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"takes a number from 0 to below 1, got {text!r}")
-    return value
-
-
-def _int_between(text: str, low: int, high: int | None) -> int:
-    takes = f"takes a whole number of at least {low}" if high is None else f"takes a whole number, {low} to {high}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}") from None
-    if value < low or (high is not None and value > high):
-        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}")
     return value
 
 

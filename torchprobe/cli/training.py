@@ -72,7 +72,14 @@ def train(model: nn.Module, data: Data, settings: Settings, progress: Progress) 
             session.log_metrics({"loss": loss}, prefix="train")
             progress.advance(step, loss)
             if step % validate_every == 0 or step == settings.steps:
-                validation = _validate(model, data, settings, session)
+                validation = validate(
+                    model,
+                    data.held_out,
+                    passes=settings.passes,
+                    batch_size=128,
+                    device=settings.device,
+                    log_predictions=session.log_predictions,  # no loss that torchprobe could see tells the labels here
+                )
                 session.log_metrics(validation.metrics(), prefix="val")
                 progress.validated(step, validation)
     return validation
@@ -93,17 +100,6 @@ def _batches(data: Data, settings: Settings) -> Iterator[Batch]:
     sampler = WeightedRandomSampler(weights.tolist(), draws, generator=generator)
     for words, classes in DataLoader(data.train, settings.batch_size, sampler=sampler, generator=generator):
         yield words.to(settings.device), classes.to(settings.device)
-
-
-def _validate(model: nn.Module, data: Data, settings: Settings, session: torchprobe.Session) -> Validation:
-    return validate(
-        model,
-        data.held_out,
-        passes=settings.passes,
-        batch_size=128,
-        device=settings.device,
-        log_predictions=session.log_predictions,  # no loss that torchprobe could see tells the labels here
-    )
 
 
 def _tensors(part: Part, length: int, vocabulary: int) -> TensorDataset:

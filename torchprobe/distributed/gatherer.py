@@ -176,7 +176,7 @@ class Gatherer:
         except Exception:
             _log.exception("rank 0 cannot reach the store of torch.distributed: it shows its own values only")
             return
-        self._peers = [Peer(rank, self._mailbox.inbox(rank)) for rank in range(1, self._world.size)]
+        self._peers = [Peer(rank, Inbox(self._mailbox, rank)) for rank in range(1, self._world.size)]
 
     def _poll(self) -> None:
         for peer in self._peers:
@@ -246,4 +246,4 @@ class Gatherer:
         names = {n for part in parts for n, shard in zip(part.names, part.shards or ()) if shard.is_whole}  # noqa: B905
         if names and not self._published and self._mailbox is not None:
             self._published = True
-            self._mailbox.publish(HELD, json.dumps(sorted(names)).encode())
+            self._mailbox.put(HELD, json.dumps(sorted(names)).encode())

@@ -89,7 +89,7 @@ class Sender:
         except Exception:
             _log.exception("rank %d cannot reach the store of torch.distributed: its values are left out", self._rank)
             return
-        self._outbox = self._mailbox.outbox(self._rank)
+        self._outbox = Outbox(self._mailbox, self._rank)
         self._outbox.send(self._encode(Frame()))  # rank 0 waits for ranks that have said something
 
     def _send(self, outbox: Outbox, frame: Frame) -> None:
@@ -106,7 +106,7 @@ class Sender:
 
     def _held(self) -> frozenset[str]:
         if self._held_by_first is None and self._mailbox is not None:
-            names = self._mailbox.published(HELD)
+            names = self._mailbox.fetch(HELD)
             self._held_by_first = None if names is None else frozenset(json.loads(names))
         return self._held_by_first or frozenset()
 

@@ -14,9 +14,8 @@ from torchprobe.probes.attention_weights import AttentionWeights
 import torchprobe
 from tests.statistics.strategies import tensors
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
-from torchprobe.distributed.merge import merge
+from torchprobe.distributed.merge import Combiner, merge, same_data_groups
 from torchprobe.probes.activations import ActivationGradients
 from torchprobe.probes.base import Probe
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms

@@ -119,7 +119,9 @@ class Steps:
         if loss is None:
             return
         if isinstance(loss, Tensor) or not self._host_loss:
-            step.extend([self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses if reporter in step.light])
+            step.extend(
+                [self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses if reporter in step.light]
+            )
         else:
             step.buffer.values["overview/loss"] = loss
 

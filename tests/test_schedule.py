@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from torchprobe.schedule import as_schedule, check_count, every, next_active, window
+from torchprobe.arguments import check_count
+from torchprobe.probes.schedule import as_schedule, every, window
 
 
 def sampled(schedule, last):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchprobe.probes.loss import Loss
     from torchprobe.probes.parameters import Parameters, Updates
     from torchprobe.probes.provenance import Provenance
+    from torchprobe.probes.schedule import every, window
     from torchprobe.probes.uncertainty import Uncertainty
     from torchprobe.probes.unit_activity import UnitActivity
     from torchprobe.records import Histogram, Image, Record, Text
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from torchprobe.rules.update_ratio import UpdateRatio
     from torchprobe.rules.vanishing_gradient import VanishingGradient
     from torchprobe.rules.webhook import WebhookNotifier
-    from torchprobe.probes.schedule import every, window
     from torchprobe.session import Session, instrument, session_of
     from torchprobe.writers.event_file import EventFileWriter
     from torchprobe.writers.json_lines import JsonLinesWriter

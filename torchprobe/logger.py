@@ -16,9 +16,9 @@ from torchprobe.logbook import VALIDATION, Logbook
 from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import ROOT
 from torchprobe.predictions import checked_predictions
+from torchprobe.probes.schedule import as_schedule
 from torchprobe.records import Text
 from torchprobe.run_directory import check_run_name
-from torchprobe.probes.schedule import as_schedule
 from torchprobe.writers.hparams_writer import HParamsWriter
 from torchprobe.writers.opening import open_writer
 

@@ -10,8 +10,8 @@ from torchprobe.capture.captures import Captures
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.passes import PassHooks
 from torchprobe.protection import Guard, protected
-from torchprobe.timeline import Timeline
 from torchprobe.steps.cadence import Plan
+from torchprobe.timeline import Timeline
 
 
 class Passes:

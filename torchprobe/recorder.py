@@ -17,8 +17,8 @@ from torchprobe.passes import Passes
 from torchprobe.protection import Guard, protected
 from torchprobe.records import Value
 from torchprobe.rules.watch import Watch
-from torchprobe.timeline import Timeline
 from torchprobe.steps.cadence import Plan
+from torchprobe.timeline import Timeline
 
 
 class Recorder:

@@ -38,9 +38,7 @@ class ParameterCapture:
     parameter the probes see this rank's part.
     """
 
-    def __init__(
-        self, model: ReferenceType[nn.Module], wanted: Callable[[str, nn.Parameter, Probe], bool]
-    ) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], wanted: Callable[[str, nn.Parameter, Probe], bool]) -> None:
         self._model = model
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
@@ -94,11 +92,7 @@ class ParameterCapture:
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
-            (name, p, self._share(model, p))
-            for name, p in named_parameters(model)
-            if id(p) in held
-        ]
+        return [(name, p, self._share(model, p)) for name, p in named_parameters(model) if id(p) in held]
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
         if not is_flattened(parameter):
@@ -143,7 +137,7 @@ class ParameterCapture:
         if gate.failed:
             return None
         with gate.boundary(), torch.no_grad():
-            rows = reporter.probe.rows([named.tensor for named in group], before)
+            rows = reporter.probe.measure_all([named.tensor for named in group], before)
             return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
         return None  # the boundary took an exception
 

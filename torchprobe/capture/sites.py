@@ -93,7 +93,7 @@ def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> N
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
-            opaque.row(tap.handle, tap.probe.row(tensor.detach()), training, gradient)
+            opaque.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
         else:
             opaque.tensor(tap.handle, tensor.detach(), training, gradient)
 

@@ -80,7 +80,7 @@ class Tap:
     def merge(self, tensor: Tensor, training: bool) -> None:
         """One more tensor, merged at once."""
         with torch.no_grad(), no_autocast(tensor.device):
-            self._merge_row(self.probe.row(tensor.detach()), training)
+            self._merge_row(self.probe.measure(tensor.detach()), training)
 
     def _merge_row(self, new: Tensor, training: bool) -> None:
         """The row keeps its identity."""
@@ -128,5 +128,5 @@ class Tap:
 
 
 def _row(probe: Probe, tensor: Tensor) -> Tensor:
-    row = probe.row(tensor.detach()).to(row_dtype(tensor.device))
+    row = probe.measure(tensor.detach()).to(row_dtype(tensor.device))
     return torch.cat((row, row.new_ones(1)))

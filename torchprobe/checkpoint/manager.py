@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from torchprobe.arguments import check_count
 from torchprobe.checkpoint.arguments import check_helper, checked_metrics, checked_step
 from torchprobe.checkpoint.best import Mode, check_best, chosen_metric, is_better
 from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, next_name, prune, read_file, remove, stored, write_file
@@ -21,7 +22,6 @@ from torchprobe.checkpoint.ranks import agreed, own_rank
 from torchprobe.checkpoint.restoring import Target, apply, read_sharded
 from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
 from torchprobe.random_state import random_states
-from torchprobe.arguments import check_count
 from torchprobe.session import Session, session_of
 
 _log = logging.getLogger("torchprobe")

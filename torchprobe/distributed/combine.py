@@ -48,7 +48,10 @@ class Combiner:
                 return merge(reporter, parts, groups)
             except Exception:
                 self._failed.add(key)
-                _log.exception("%s cannot be combined over ranks; one rank's values are shown", getattr(reporter, "name", type(reporter).__name__))
+                _log.exception(
+                    "%s cannot be combined over ranks; one rank's values are shown",
+                    getattr(reporter, "name", type(reporter).__name__),
+                )
         first = min(parts)
         return merge(reporter, {first: parts[first]}, [[first]])
 

@@ -99,8 +99,7 @@ def _averaged(probe: Combines, rows: Rows, batches: int) -> Rows:
         return rows
     scale = torch.tensor(float(batches), dtype=torch.float64)
     return {
-        n: unscale(torch.from_numpy(np.pad(some, ((0, 0), (0, 1)))), scale).numpy()[:, :-1]
-        for n, some in rows.items()
+        n: unscale(torch.from_numpy(np.pad(some, ((0, 0), (0, 1)))), scale).numpy()[:, :-1] for n, some in rows.items()
     }
 
 

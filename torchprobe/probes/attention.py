@@ -13,8 +13,8 @@ from torch import Tensor
 from torchprobe.arguments import check_count
 from torchprobe.images import grid, heat_map
 from torchprobe.probes.base import InValidation, Probe, Reporter, Way
-from torchprobe.records import Value
 from torchprobe.probes.schedule import Schedule, as_schedule
+from torchprobe.records import Value
 from torchprobe.statistics import attention
 
 SINK_THRESHOLD = 0.3  # Gu et al. 2024: a head whose first key takes more than this is a sink head

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torchprobe.probes.base import Probe
 from torchprobe.probes.checks import Select
-from torchprobe.records import Histogram, Value
 from torchprobe.probes.schedule import Schedule
+from torchprobe.records import Histogram, Value
 from torchprobe.statistics import exponents, linear
 
 _BUCKETS = 64

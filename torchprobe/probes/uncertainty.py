@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torchprobe.arguments import checked_patterns
 from torchprobe.probes.base import InValidation, Probe, Reporter
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
-from torchprobe.records import Histogram, Value
 from torchprobe.probes.schedule import Schedule
+from torchprobe.records import Histogram, Value
 from torchprobe.statistics import uncertainty
 
 Task = Literal["classification", "regression"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from torchprobe.arguments import check_count
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.reading import Found, positive, scalar
-from torchprobe.arguments import check_count
 
 _WHERE = {"": None, "val/": "val"}
 

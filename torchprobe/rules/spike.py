@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchprobe.arguments import check_count
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.reading import Found, loss_of, positive
 from torchprobe.rules.window import Window
-from torchprobe.arguments import check_count
 
 
 class Spike:

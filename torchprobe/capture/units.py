@@ -41,9 +41,10 @@ class Units:
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Modules of the ReLU family that include= and exclude= leave."""
-        found = [(name, module) for name, module in named_modules(model) if isinstance(module, _KINDS)]
-        selects = self._reporter.probe.selects
-        return [(name, module) for name, module in found if self._wanted(name) and selects(name, module)]
+        found = [(n, m) for n, m in named_modules(model) if isinstance(m, _KINDS) and self._wanted(n)]
+        with self.gate.boundary():
+            return [(name, module) for name, module in found if self._reporter.probe.selects(name, module)]
+        return []  # the boundary took an exception
 
     def begin(self) -> None:
         """A pass of the model begins."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchprobe.probes.attention import AttentionWeights
 
 import torchprobe
 from tests.statistics.strategies import tensors
@@ -18,6 +17,7 @@ from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.merge import merge
 from torchprobe.probes.activations import ActivationGradients
+from torchprobe.probes.attention import AttentionWeights
 from torchprobe.probes.base import Probe
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
 from torchprobe.probes.parameters import Parameters

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 import torchprobe
 from torchprobe.arguments import check_count
 from torchprobe.probes.schedule import Cadence, as_schedule, every, window

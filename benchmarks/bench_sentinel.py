@@ -9,10 +9,10 @@ from time import thread_time
 from typing import Any
 
 import torch
+from torchprobe.capture.sentinel import Sentinel
 
 import torchprobe
 from benchmarks.gpt import Run
-from torchprobe.capture.sentinel import Sentinel
 from torchprobe.testing import MemoryWriter
 
 

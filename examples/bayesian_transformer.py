@@ -22,7 +22,7 @@ import torchprobe
 from torchprobe.cli.bayesian_transformer import BayesianTransformer, monte_carlo_dropout
 from torchprobe.cli.corpus import Part, standard_library
 from torchprobe.cli.words import word_numbers
-from torchprobe.statistics import separation, uncertainty
+from torchprobe.statistics import out_of_distribution, uncertainty
 
 UNSEEN = "email"  # the package that is left out of training
 WORDS, VOCABULARY = 128, 8192
@@ -144,7 +144,7 @@ def main(steps: int = 400, log_dir: str = "runs/bayesian_transformer", unseen: s
         train(model, seen, held_out, steps, logger, best)
         model.load_state_dict(torch.load(best, weights_only=True))
         inside, outside = epistemic_uncertainty(model, held_out), epistemic_uncertainty(model, other)
-        auroc = separation.summarise(separation.compute(inside, outside))["auroc"]
+        auroc = out_of_distribution.summarise(out_of_distribution.compute(inside, outside))["auroc"]
         logger.log_uncertainty_metrics(outside, name="unseen", prefix="val")
         logger.log_metrics({"auroc": auroc}, prefix="val/ood")
         logger.log_hparams({"steps": steps, "seed": seed, "unseen": unseen, "passes": model.passes}, {"auroc": auroc})

@@ -62,6 +62,18 @@ def test_an_exception_in_the_loop_is_recorded_and_goes_on(tmp_path):
     assert len(found["records"]) == 4  # 1, 2, 4, and the last one
 
 
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(3), torch.tensor(0.5)])
+def test_an_alert_with_numbers_of_numpy_or_torch_is_recorded(tmp_path, number):
+    model = mlp()
+    rule = lambda record: torchprobe.Alert("mine", np.int64(record.step), 7, number, number, "m")  # noqa: E731
+    with torchprobe.instrument(model, log_dir=tmp_path, every=2, rules=[rule]) as session:
+        train(session, model, 3)
+    [found] = recordings(tmp_path).values()
+    [alert] = found["alerts"]
+    assert (alert["step"], alert["value"], alert["threshold"]) == (1, float(number), float(number))
+    assert str(session.alerts[0]).startswith("mine, step 1 at 7: m")
+
+
 def test_a_healthy_run_and_a_foreign_writer_leave_no_file(tmp_path):
     model = mlp()
     with torchprobe.instrument(model, log_dir=tmp_path, every=2) as session:

@@ -67,7 +67,7 @@ def test_nothing_is_read_from_the_device(run):
 
 
 def test_what_fails_inside_is_logged_and_recording_goes_on(run, caplog, monkeypatch):
-    from torchprobe.statistics import separation
+    from torchprobe.statistics import out_of_distribution as separation
 
     session, writer, step = run
     step()

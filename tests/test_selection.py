@@ -9,7 +9,7 @@ from torch import nn
 import torchprobe
 from tests.models import FAMILIES, inputs
 from torchprobe.naming import ROOT, named_modules, named_parameters
-from torchprobe.selection import Selection
+from torchprobe.capture.selection import Selection
 from torchprobe.testing import MemoryWriter
 
 

@@ -1,7 +1,7 @@
 import doctest
 
 import torchprobe.testing
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 
 def test_the_documented_example_runs():

@@ -29,18 +29,11 @@ if TYPE_CHECKING:
     from torchprobe.probes.unit_activity import UnitActivity
     from torchprobe.records import Histogram, Image, Record, Text
     from torchprobe.rules.alert import Alert, TrainingAlert
-    from torchprobe.rules.attention_collapse import AttentionCollapse
-    from torchprobe.rules.attention_logit_growth import AttentionLogitGrowth
-    from torchprobe.rules.dead_units import DeadUnits
-    from torchprobe.rules.exploding_gradient import ExplodingGradient
-    from torchprobe.rules.grad_norm_spike import GradNormSpike
-    from torchprobe.rules.loss_spike import LossSpike
+    from torchprobe.rules.magnitudes import UpdateRatio, VanishingGradient
+    from torchprobe.rules.missing import NothingCaptured, Stalled
     from torchprobe.rules.non_finite import NonFinite
-    from torchprobe.rules.nothing_captured import NothingCaptured
-    from torchprobe.rules.overconfidence import Overconfidence
-    from torchprobe.rules.stalled import Stalled
-    from torchprobe.rules.update_ratio import UpdateRatio
-    from torchprobe.rules.vanishing_gradient import VanishingGradient
+    from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike
+    from torchprobe.rules.thresholds import AttentionCollapse, AttentionLogitGrowth, DeadUnits, Overconfidence
     from torchprobe.rules.webhook import WebhookNotifier
     from torchprobe.session import Session, instrument, session_of
     from torchprobe.writers.event_file import EventFileWriter
@@ -54,12 +47,12 @@ _HOMES = {
     "Attention": "probes.attention",
     "CheckpointManager": "checkpoint",
     "Calibration": "probes.calibration",
-    "AttentionCollapse": "rules.attention_collapse",
-    "AttentionLogitGrowth": "rules.attention_logit_growth",
-    "DeadUnits": "rules.dead_units",
+    "AttentionCollapse": "rules.thresholds",
+    "AttentionLogitGrowth": "rules.thresholds",
+    "DeadUnits": "rules.thresholds",
     "EventFileWriter": "writers.event_file",
-    "ExplodingGradient": "rules.exploding_gradient",
-    "GradNormSpike": "rules.grad_norm_spike",
+    "ExplodingGradient": "rules.spikes",
+    "GradNormSpike": "rules.spikes",
     "Gradients": "probes.gradients",
     "Histogram": "records",
     "Histograms": "probes.histograms",
@@ -67,25 +60,25 @@ _HOMES = {
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
-    "LossSpike": "rules.loss_spike",
+    "LossSpike": "rules.spikes",
     "NonFinite": "rules.non_finite",
-    "NothingCaptured": "rules.nothing_captured",
-    "Overconfidence": "rules.overconfidence",
+    "NothingCaptured": "rules.missing",
+    "Overconfidence": "rules.thresholds",
     "Parameters": "probes.parameters",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",
     "Reporter": "probes.base",
     "Session": "session",
-    "Stalled": "rules.stalled",
+    "Stalled": "rules.missing",
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",
     "Uncertainty": "probes.uncertainty",
     "UnitActivity": "probes.unit_activity",
-    "UpdateRatio": "rules.update_ratio",
+    "UpdateRatio": "rules.magnitudes",
     "Updates": "probes.parameters",
-    "VanishingGradient": "rules.vanishing_gradient",
+    "VanishingGradient": "rules.magnitudes",
     "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",
     "every": "probes.schedule",

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import nn
 
-from torchprobe.buffer.seal import Lanes
-from torchprobe.capture.attention.pieces import AttentionPieces
-from torchprobe.capture.captures import Captures
+from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.health import Health
-from torchprobe.capture.late import LateGraphs
-from torchprobe.capture.loss import LossCapture
-from torchprobe.capture.modules import ModuleCapture
-from torchprobe.capture.parameters import ParameterCapture
-from torchprobe.capture.predictions.pieces import PredictionPieces
+from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
+from torchprobe.capture.sources import Sources
 from torchprobe.distributed.refusals import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
-from torchprobe.selection import Selection
 from torchprobe.steps.cadence import Plan
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
@@ -51,26 +44,20 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
     return root
 
 
-def lanes_for(root: nn.Module) -> Lanes:
+def lanes_for(root: nn.Module) -> TransferBuffers:
     """Slots for the statistics of a model of this size."""
-    return Lanes(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
+    return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
 
 
-def captures_of(
+def sources_of(
     root: nn.Module, plan: Plan, selection: Selection, meter: Meter, flush_every: int, *, traces_nan: bool
-) -> Captures:
+) -> Sources:
     """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
-    model: ReferenceType[nn.Module] = ref(root)
-    modules = ModuleCapture(model, plan.reporters, selection.wants_module)
-    attention = [reporter for reporter in plan.reporters if reporter.source == "attention"]
-    sentinel_gate = Gate("NonFinite", meter) if traces_nan else None
-    return Captures(
-        modules,
-        ParameterCapture(model, selection.wants_parameter),
-        [AttentionPieces(model, reporter, modules.current) for reporter in attention],
-        LossCapture(plan.loss_gate),
-        plan.rates,
-        PredictionPieces(model, plan.reporters, meter, flush_every),
-        Health(model, plan.reporters, selection.covers, modules.current, sentinel_gate),
-        LateGraphs(model, modules.current),
+    return Sources(
+        ref(root),
+        plan.reporters,
+        selection,
+        meter,
+        flush_every,
+        Gate("NonFinite", meter) if traces_nan else None,
     )

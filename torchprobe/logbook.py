@@ -14,11 +14,10 @@ from torch import Tensor
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.buffer.seal import Lanes
-from torchprobe.buffer.step import Piece, Reporter
+from torchprobe.buffer.step import Piece, Reporter, TransferBuffers
 from torchprobe.capture.gate import no_autocast
-from torchprobe.ledger import Open
 from torchprobe.records import Value
+from torchprobe.steps.open_step import OpenStep as Open
 from torchprobe.writers.protocol import Writer
 
 _SLOTS = 2**18
@@ -73,7 +72,7 @@ class Logbook:
 
     def __init__(self, sink: Writer, descriptions: Mapping[str, str]) -> None:
         decoder = Decoder(descriptions)
-        self._outlet = Outlet(Lanes(_SLOTS), Drain(sink, decoder, _FLUSH_SECONDS), decoder, _FLUSH_EVERY)
+        self._outlet = Outlet(TransferBuffers(_SLOTS), Drain(sink, decoder, _FLUSH_SECONDS), decoder, _FLUSH_EVERY)
         self._pid = os.getpid()
         self._closed = False
         self._failed: set[str] = set()

@@ -18,9 +18,8 @@ from torchprobe.naming import ROOT
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.schedule import as_schedule
 from torchprobe.records import Text
-from torchprobe.run_directory import check_run_name
-from torchprobe.writers.hparams_writer import HParamsWriter
-from torchprobe.writers.opening import open_writer
+from torchprobe.writers.hparams import HParamsWriter
+from torchprobe.writers.opening import check_run_name, open_writer
 
 
 class TrainingLogger:

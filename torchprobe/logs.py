@@ -8,10 +8,10 @@ from typing import Any
 from torchprobe.metrics import Metrics, Number
 from torchprobe.predictions import checked_predictions
 from torchprobe.probes.separation import Separation
-from torchprobe.recorder import Recorder
 from torchprobe.records import Text
 from torchprobe.scores import separation_piece
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.steps.recorder import Recorder
+from torchprobe.writers.hparams import HParamsWriter
 
 
 class Logs:

@@ -5,6 +5,8 @@ Nothing here knows about torch. A `Record` is everything that is known about one
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -36,6 +38,14 @@ class Image:
     """An RGB picture: uint8 of shape (height, width, 3)."""
 
     pixels: NDArray[np.uint8]
+
+    def png(self) -> bytes:
+        """The picture as a PNG file, without loss."""
+        from PIL import Image as Pillow
+
+        file = io.BytesIO()
+        Pillow.fromarray(np.ascontiguousarray(self.pixels)).save(file, format="PNG")
+        return file.getvalue()
 
 
 HParam: TypeAlias = "bool | int | float | str"
@@ -103,3 +113,51 @@ class Record:
 def group_of(tag: str) -> str:
     """The tag's first component, without `val/`: `val/grad_norm/fc.weight` is in `grad_norm`."""
     return tag.removeprefix("val/").split("/", 1)[0]
+
+
+def storable(value: object) -> Value | None:
+    """The value as a record holds it, numbers as float; None for what no writer could store.
+
+    Numbers are Python's, numpy's and anything of one element that `float` takes, such as a tensor on the host. Costs
+    next to nothing for a float.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Histogram | Image | np.ndarray):
+        return value if _is_sound(value) else None
+    if isinstance(value, Text):
+        return value if isinstance(value.markdown, str) else None
+    if isinstance(value, HParams | Outcome | Layout):
+        return value
+    return _number(value)
+
+
+def is_tag(tag: object) -> bool:
+    """Whether a value can be stored under it: text that is not empty, and that UTF-8 can hold."""
+    return isinstance(tag, str) and bool(tag) and (tag.isascii() or not any("\ud800" <= c <= "\udfff" for c in tag))
+
+
+def _is_sound(value: Histogram | Image | NDArray[np.generic]) -> bool:
+    if isinstance(value, Histogram):
+        edges, counts = value.edges, value.counts
+        return _holds_numbers(edges, 1) and _holds_numbers(counts, 1) and len(edges) == len(counts) + 1
+    if isinstance(value, Image):
+        pixels = value.pixels
+        return _holds_numbers(pixels, 3) and pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.size > 0
+    return _holds_numbers(value)
+
+
+def _holds_numbers(array: object, dimensions: int | None = None) -> bool:
+    """Whether it is an array of real numbers, of so many dimensions."""
+    return isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and dimensions in (None, array.ndim)
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a Python int beyond float64
+        return (math.inf if value > 0 else -math.inf) if isinstance(value, int) else None
+    except Exception:  # a tensor of several elements, a complex number
+        return None

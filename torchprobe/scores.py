@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece, Reporter
-from torchprobe.statistics import separation
+from torchprobe.statistics import out_of_distribution as separation
 
 _log = logging.getLogger("torchprobe")
 

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from torchprobe.arguments import check_count, check_seconds, checked_budget
-from torchprobe.assembly import captures_of, checked_model, lanes_for
+from torchprobe.assembly import checked_model, lanes_for, sources_of
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
+from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.world import world
 from torchprobe.flight import FlightRecorder
@@ -27,15 +28,13 @@ from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
-from torchprobe.recorder import Recorder
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
-from torchprobe.selection import Patterns, Selection
 from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
-from torchprobe.writers.hparams import checked_hparams
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.steps.recorder import Recorder
+from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import open_writer
 from torchprobe.writers.places import place_of
 
@@ -106,16 +105,17 @@ def instrument(
         open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
     )
     sink = HParamsWriter(opened, known)
-    captures = captures_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
+    sources = sources_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, plan.over_ranks, decoder)
     if exchange.stopping is not None and watch.may_stop:
-        watch.together, exchange.stopping.hold = exchange.stopping, watch.hold
+        watch.stop_together(exchange.stopping)
+        exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if directory is not None:
-        watch.followers.append(FlightRecorder(place_of(f"{directory}/flight"), captures.health.notes.latest))
-    recorder = Recorder(without_ranks(model), plan, captures, outlet, meter, watch)
+        watch.add_follower(FlightRecorder(place_of(f"{directory}/flight"), sources.snapshots.latest))
+    recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     return Session(root, recorder, outlet, directory, sink, watch, state)
 
@@ -203,7 +203,7 @@ class Session(Logs):
             RuntimeError: after a step or a forward pass, or when the session is detached.
             TypeError, ValueError: for what is no session's state, or one of another model.
         """
-        if self.step != self._recorder.clock.origin or not self.attached:
+        if not self._recorder.clock.untouched or not self.attached:
             raise RuntimeError(
                 f"load_state_dict comes too late, after step {self.step}: call it right after torchprobe.instrument"
             )
@@ -236,6 +236,7 @@ class Session(Logs):
             f"  dropped records   {outlet.drain.dropped}",
             f"  alerts            {len(self._watch.alerts)}",
         ]
+        lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
         lines += outlet.drain.ranks
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
@@ -265,8 +266,10 @@ class Session(Logs):
         root = self._model()
         if root is not None:
             _sessions.pop(root, None)
-        self._recorder.close()
+        forked = os.getpid() != self._recorder.guard.pid  # a child has no drain thread, and not its own file
+        if not forked:
+            self._recorder.close()
         self._recorder.detach()
-        if os.getpid() != self._recorder.guard.pid:  # a forked child has no drain thread, and not its own file
+        if forked:
             return True
         return self._outlet.drain.close(timeout)

@@ -15,6 +15,6 @@ Pass a `MemoryWriter` as `writer=` to `torchprobe.instrument` and ask it afterwa
 (0.25, 0.5)
 """
 
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 __all__ = ["MemoryWriter"]

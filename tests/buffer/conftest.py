@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from torchprobe.buffer.drain import Drain
-from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.step import StepInFlight
 from torchprobe.records import Record
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 PATIENCE = 30.0  # seconds after which a test gives up; nothing measures time
 
@@ -59,8 +59,8 @@ def record_of(sealed):
 
 @pytest.fixture
 def step():
-    """A sealed step that has only host values."""
-    return lambda number: Sealed(number, float(number), {"loss": number / 2})
+    """A step that has only host values."""
+    return lambda number: StepInFlight(number, float(number), {"loss": number / 2})
 
 
 @pytest.fixture

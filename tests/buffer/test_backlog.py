@@ -9,7 +9,7 @@ import pytest
 from torchprobe.buffer import backlog as backlog_module
 from torchprobe.buffer.backlog import Backlog
 from torchprobe.records import Record
-from torchprobe.writers.memory import MemoryWriter
+from torchprobe.writers.protocol import MemoryWriter
 
 
 def record(step, size=1):

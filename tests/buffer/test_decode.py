@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from torchprobe.buffer.decode import Decoder
-from torchprobe.buffer.seal import Lanes, Sealed
-from torchprobe.buffer.step import Piece, StepBuffer
+from torchprobe.buffer.step import Piece, StepBuffer, StepInFlight, TransferBuffers
+from torchprobe.records import Histogram, Image, Text
 
 DESCRIPTIONS = {"sum": "The sum."}
 
@@ -33,11 +34,11 @@ class Broken(Sums):
 
 @pytest.fixture
 def decode():
-    """Seals a step, lets it arrive and decodes it; the decoder is `decode.decoder`."""
-    lanes, decoder = Lanes(10_000), Decoder(DESCRIPTIONS)
+    """Sends a step, lets it arrive and decodes it; the decoder is `decode.decoder`."""
+    buffers, decoder = TransferBuffers(10_000), Decoder(DESCRIPTIONS)
 
     def run(step=1, **fields):
-        return decoder(lanes.seal(step, 12.5, StepBuffer(**fields)))
+        return decoder(buffers.send(step, 12.5, StepBuffer(**fields)))
 
     run.decoder = decoder
     return run
@@ -165,7 +166,7 @@ def test_a_skipped_step_is_no_sampled_step(decode, caplog):
 def test_lost_rows_are_reported_once_and_not_as_nothing_captured(caplog):
     decoder, probe = Decoder({}), Sums()
     for step in range(1, 6):
-        record = decoder(Sealed(step, 0.0, {"lr": 0.1}, (probe,), lost=True))
+        record = decoder(StepInFlight(step, 0.0, {"lr": 0.1}, (probe,), lost=True))
         assert record.values == {"lr": 0.1}
     (warning,) = caplog.records
     assert "step 1 found no free slots" in warning.getMessage()
@@ -178,3 +179,98 @@ def test_a_value_may_be_an_array(decode):
 
     record = decode(pieces=[Piece(Arrays(), ["a"], torch.ones(1, 2))])
     np.testing.assert_array_equal(record.values["heads"], np.ones((1, 2), np.float32))
+
+
+# ---- one odd value never takes a record with it
+
+
+class Odd(Sums):
+    """Reports one odd item, or several, before and after sound ones."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def report_all(self, names, rows):
+        yield "mine/first", 1.0
+        yield from self.items
+        yield "mine/last", 2.0
+
+
+BAD_HISTOGRAM = Histogram(np.arange(3.0), np.arange(3))
+BAD_IMAGE = Image(np.zeros((4, 4), np.uint8))
+NO_VALUES = [
+    None, "high", [1.0], {"a": 1.0}, object(), 1j, torch.ones(2), np.array(["a"]), np.array([None]), np.ones(2) * 1j,
+    Text(3), BAD_HISTOGRAM, Histogram([0.0, 1.0], [1]), BAD_IMAGE, Image(np.zeros((2, 2, 3))), float,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_VALUES, ids=lambda value: type(value).__name__)
+def test_an_odd_value_costs_its_tag_alone_and_is_said_once(decode, caplog, value):
+    for step in range(1, 4):
+        pieces = [Piece(Odd(("mine/odd", value)), ["a"], torch.ones(1, 2)), Piece(Sums(), ["a"], torch.ones(1, 2))]
+        record = decode(step, values={"lr": 0.5}, pieces=pieces)
+        assert record.values == {"lr": 0.5, "mine/first": 1.0, "mine/last": 2.0, "sum/a": 2.0, "overview/total": 2.0}
+    (logged,) = caplog.messages
+    assert "mine/odd" in logged
+    assert "Odd" in logged
+    assert len(decode.decoder.faults) == 1
+
+
+@pytest.mark.parametrize(
+    "item",
+    [(3, 1.0), (None, 1.0), ("", 1.0), ("\ud800", 1.0), None, 5, "mine/odd", ("mine/odd",), ("a", 1.0, 2.0)],
+    ids=repr,
+)
+def test_an_odd_tag_or_item_costs_itself_alone_and_is_said_once(decode, caplog, item):
+    for step in range(1, 4):
+        record = decode(step, pieces=[Piece(Odd(item), ["a"], torch.ones(1, 2))])
+        assert record.values == {"mine/first": 1.0, "mine/last": 2.0}
+    (logged,) = caplog.messages
+    assert "Odd" in logged
+
+
+def test_numbers_of_any_kind_are_stored_as_floats(decode):
+    numbers = [True, 3, np.float32(0.5), np.int64(7), np.bool_(True), torch.tensor(2.5), Fraction(1, 4), 10**400]
+    record = decode(pieces=[Piece(Odd(*((f"n/{i}", n) for i, n in enumerate(numbers))), ["a"], torch.ones(1, 2))])
+    got = [record.values[f"n/{i}"] for i in range(len(numbers))]
+    assert got == [1.0, 3.0, 0.5, 7.0, 1.0, 2.5, 0.25, np.inf]
+    assert {type(value) for value in got} == {float}
+
+
+def test_a_host_value_that_is_no_number_costs_itself_alone(decode, caplog):
+    for step in range(1, 4):
+        values = {"lr/Own/group_0": None, "lr/Own/group_1": "auto", "lr/Own/group_2": 0.1}
+        assert decode(step, values=values).values == {"lr/Own/group_2": 0.1}
+    assert ["group_0" in caplog.messages[0], "group_1" in caplog.messages[1]] == [True, True]
+    assert len(caplog.messages) == 2
+
+
+def test_tags_that_change_at_every_step_do_not_fill_the_log(decode, caplog):
+    for step in range(1, 100):
+        decode(step, pieces=[Piece(Odd((f"mine/{step}", None)), ["a"], torch.ones(1, 2))])
+    assert len(caplog.messages) == len(decode.decoder.faults) == 20
+
+
+def test_odd_descriptions_cost_themselves_alone(decode):
+    class Described(Sums):
+        descriptions = {"sum": 3, "total": None, "fine": "It is."}  # noqa: RUF012
+
+    record = decode(pieces=[Piece(Described(), ["a"], torch.ones(1, 2))])
+    assert record.descriptions == {"sum": "The sum.", "fine": "It is."}
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), KeyboardInterrupt(), MemoryError()], ids=lambda e: type(e).__name__)
+def test_a_report_that_ends_the_program_is_left_out_and_said_by_name(decode, caplog, error):
+    class Exiting(Sums):
+        def report_all(self, names, rows):
+            yield "never/seen", 1.0
+            raise error
+
+    exiting = Exiting()
+    for step in range(1, 4):
+        pieces = [Piece(exiting, ["a"], torch.ones(1, 2)), Piece(Sums(), ["a"], torch.ones(1, 2))]
+        assert decode(step, pieces=pieces).values == {"sum/a": 2.0, "overview/total": 2.0}
+    (logged,) = caplog.messages
+    assert "Exiting" in logged
+    assert type(error).__name__ in logged
+    assert decode.decoder.faults == [f"Exiting is left out: its report raised {type(error).__name__}"]

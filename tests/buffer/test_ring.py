@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from torchprobe.buffer.ring import Ring
+from torchprobe.buffer.transfer import Ring
 
 
 class RingMachine(RuleBasedStateMachine):

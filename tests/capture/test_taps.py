@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchprobe.capture.taps import Memo, Tap
 
 from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.taps import Memo, Tap
 from torchprobe.probes.activations import Activations
 from torchprobe.statistics import moments
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchprobe.checkpoint.plain import plain
+from torchprobe.checkpoint.files import plain
 from torchprobe.random_state import random_states, set_random_states
 
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 import torchprobe
 from torchprobe.buffer.decode import Decoder
-from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.step import Arrived, Heading, Share
+from torchprobe.buffer.step import Arrived, Heading, Share, StepInFlight
 from torchprobe.distributed import gatherer as gatherer_module
 from torchprobe.distributed import sender as sender_module
 from torchprobe.distributed.gatherer import Gatherer
@@ -53,7 +52,7 @@ class FragileStore:
         return ask
 
 
-class _OnHost(Sealed):
+class _OnHost(StepInFlight):
     """A step whose rows are there."""
 
     def arrive(self) -> list[Arrived]:

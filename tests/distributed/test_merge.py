@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchprobe.probes.attention_weights import AttentionWeights
 
 import torchprobe
 from tests.statistics.strategies import tensors
@@ -17,7 +18,6 @@ from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.merge import merge
 from torchprobe.probes.activations import ActivationGradients
-from torchprobe.probes.attention import AttentionWeights
 from torchprobe.probes.base import Probe
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
 from torchprobe.probes.parameters import Parameters
@@ -134,7 +134,7 @@ def test_calibration_uncertainty_and_coverage_of_all_examples(sizes):
     rows = {
         torchprobe.Calibration(): lambda at: calibration.compute(logits[at].softmax(-1), targets[at]),
         torchprobe.Uncertainty(): lambda at: uncertainty.compute(uncertainty.classification(members[:, at])),
-        torchprobe.Calibration().reporter().coverage: lambda at: intervals.compute(mean[at], variance[at], target[at]),
+        torchprobe.Calibration().coverage: lambda at: intervals.compute(mean[at], variance[at], target[at]),
     }
     starts = np.cumsum([0, *sizes])
     for probe, row in rows.items():

@@ -221,9 +221,9 @@ def calls(monkeypatch) -> list[str]:
     found: list[str] = []
     add = Sites.add
 
-    def spy(self, site, reading, training):
+    def spy(self, site, reading):
         found.append(site.module)
-        add(self, site, reading, training)
+        add(self, site, reading)
 
     monkeypatch.setattr(Sites, "add", spy)
     return found

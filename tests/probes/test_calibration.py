@@ -193,16 +193,14 @@ class Gaussian(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_coverage_of_intervals(kind, training):
     model, writer = Gaussian(), MemoryWriter()
+    squared_error, likelihood = nn.MSELoss(), nn.GaussianNLLLoss()
     x, y = torch.randn(400, 4), torch.randn(400)
     with watch(model, writer):
         model(x)["mean"].sum().backward()
         sgd(model).step()
         with torch.set_grad_enabled(training):
             out = model.train(training)(x)
-            if kind == "mse":
-                loss = nn.MSELoss()(out["mean"], y)
-            else:
-                loss = nn.GaussianNLLLoss()(out["mean"], y, out["log_var"].exp())
+            loss = squared_error(out["mean"], y) if kind == "mse" else likelihood(out["mean"], y, out["log_var"].exp())
         if training:
             loss.backward()
             sgd(model).step()

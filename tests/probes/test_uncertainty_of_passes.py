@@ -180,7 +180,7 @@ def test_monte_carlo_dropout_in_validation_over_several_batches(mode):
 
 def test_the_mean_of_monte_carlo_passes_that_a_loss_module_judges():
     model, writer = classifier(), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.NLLLoss()
     x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
     with watch(model, writer):
         F.cross_entropy(model(x), y).backward()
@@ -188,7 +188,7 @@ def test_the_mean_of_monte_carlo_passes_that_a_loss_module_judges():
         with torch.no_grad():
             monte_carlo(model)
             p = torch.stack([model(x).softmax(-1) for _ in range(4)]).mean(0)
-            nn.NLLLoss()(p.log(), y)
+            criterion(p.log(), y)
     assert writer.value("val/calibration/nll") == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
     assert writer.value("val/calibration/count") == 16
 
@@ -221,9 +221,9 @@ def test_passes_of_a_plain_regression_have_a_variance_of_their_means(how):
     model, writer = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)), MemoryWriter()
     x = torch.randn(16, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss = nn.MSELoss() if how == "loss module" else F.mse_loss
     with watch(model, writer, task="regression" if how == "task" else None):
         outs = torch.stack([model(x) for _ in range(6)])
-        loss = nn.MSELoss() if how == "loss module" else F.mse_loss
         loss(outs.mean(0), torch.randn(16, 1)).backward()
         optimizer.step()
     assert found(writer) == {"epistemic": pytest.approx(outs.var(0, correction=0).mean().item(), rel=1e-5)}

@@ -23,7 +23,7 @@ from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.sparkline import BARS, sparkline
 from torchprobe.reports.summary import summarise
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.writers.hparams import HParamsWriter
 
 
 def series(values: list[float]) -> Series:

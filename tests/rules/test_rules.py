@@ -28,15 +28,15 @@ def warmed(rule, tag: str, steps: int):
 @pytest.mark.parametrize(("rule", "tag"), [("LossSpike", "train/loss"), ("GradNormSpike", "overview/grad_norm")])
 def test_a_spike_needs_a_full_window_and_six_deviations(rule, tag):
     make = getattr(torchprobe, rule)
-    assert not warmed(make(), tag, 127)(Record(128, 0.0, {tag: 50.0}))
-    [alert] = warmed(make(), tag, 128)(Record(129, 0.0, {tag: 50.0}))
+    assert not warmed(make().watcher(), tag, 127)(Record(128, 0.0, {tag: 50.0}))
+    [alert] = warmed(make().watcher(), tag, 128)(Record(129, 0.0, {tag: 50.0}))
     assert (alert.rule, alert.step, alert.value) == (make.name, 129, 50.0)
     assert alert.threshold == pytest.approx(1.02 + 6 * 0.01 * math.sqrt(2), rel=1e-2)
-    assert make()(record(1, lr__SGD=0.1)) is None
+    assert make().watcher()(record(1, lr__SGD=0.1)) is None
 
 
 def test_a_constant_loss_does_not_spike_by_rounding():
-    rule = torchprobe.LossSpike(window=4)
+    rule = torchprobe.LossSpike(window=4).watcher()
     for step in range(1, 6):
         assert not rule(record(step, train__loss=0.3))
     assert not rule(record(6, train__loss=0.3 + 1e-7))
@@ -44,34 +44,34 @@ def test_a_constant_loss_does_not_spike_by_rounding():
 
 
 def test_the_users_own_loss_counts_before_the_one_that_was_found():
-    rule = torchprobe.LossSpike(window=2)
+    rule = torchprobe.LossSpike(window=2).watcher()
     for step in range(1, 4):
         rule(record(step, train__loss=1.0, overview__loss=5.0))
     assert rule(record(4, train__loss=2.0))[0].value == 2.0
 
 
 def test_exploding_is_ten_times_the_largest_seen():
-    rule = warmed(torchprobe.ExplodingGradient(), "overview/grad_norm", 8)
+    rule = warmed(torchprobe.ExplodingGradient().watcher(), "overview/grad_norm", 8)
     assert not rule(record(9, overview__grad_norm=10.0))
     assert rule(record(10, overview__grad_norm=101.0))[0].threshold == pytest.approx(100)
     assert not rule(record(11, overview__grad_norm=math.nan))
 
 
 def test_vanishing_names_each_layer():
-    rule = torchprobe.VanishingGradient()
+    rule = torchprobe.VanishingGradient().watcher()
     assert where(rule(record(2, grad_mean_abs__a=1e-9, grad_mean_abs__b=1e-3))) == ["a"]
     assert where(rule(record(3, grad_mean_abs__a=1e-3, grad_mean_abs__b=1e-3))) == []
     assert rule(record(4, train__loss=1.0)) is None
 
 
 def test_a_gradient_that_is_zero_at_the_first_step_only_is_no_illness():
-    rule = torchprobe.VanishingGradient()
+    rule = torchprobe.VanishingGradient().watcher()
     assert where(rule(record(1, grad_mean_abs__a=0.0, grad_mean_abs__b=1.0))) == []
     assert where(rule(record(2, grad_mean_abs__a=0.0, grad_mean_abs__b=1.0))) == ["a"]
 
 
 def test_a_converged_model_has_no_vanishing_gradient():
-    rule = torchprobe.VanishingGradient()
+    rule = torchprobe.VanishingGradient().watcher()
     rule(record(1, train__loss=1.0, grad_mean_abs__a=1.0))
     assert where(rule(record(2, train__loss=1e-6, grad_mean_abs__a=1e-9))) == []
     assert where(rule(record(3, train__loss=0.5, grad_mean_abs__a=1e-9))) == ["a"]
@@ -79,21 +79,22 @@ def test_a_converged_model_has_no_vanishing_gradient():
 
 
 def test_attention_collapses_unless_there_is_one_key_only():
-    rule = torchprobe.AttentionCollapse()
+    rule = torchprobe.AttentionCollapse().watcher()
     values = {"attention_entropy_min__a": 0.05, "attention_entropy_min__b": 0.0, "attention_entropy_normalized__a": 0.1}
     assert where(rule(record(1, **values))) == ["a"]
     assert where(rule(record(2, attention_entropy_min__a=0.2, attention_entropy_normalized__a=0.1))) == []
 
 
 def test_logit_growth_and_dead_units():
-    assert where(torchprobe.AttentionLogitGrowth()(record(1, attention_max_logit__a=101.0))) == ["a"]
-    assert where(torchprobe.AttentionLogitGrowth()(record(1, attention_max_logit__a=100.0))) == []
-    assert where(torchprobe.DeadUnits()(record(1, dead_units__a=0.51, dead_units__b=0.5))) == ["a"]
+    growth = torchprobe.AttentionLogitGrowth().watcher()
+    assert where(growth(record(1, attention_max_logit__a=101.0))) == ["a"]
+    assert where(growth(record(1, attention_max_logit__a=100.0))) == []
+    assert where(torchprobe.DeadUnits().watcher()(record(1, dead_units__a=0.51, dead_units__b=0.5))) == ["a"]
 
 
 def test_update_ratio_out_of_range():
     ratios = {"update_ratio__a.w": 11.0, "update_ratio__b.w": 1e-9, "update_ratio__c.w": 1e-3}
-    found = torchprobe.UpdateRatio()(record(2, **ratios, lr__SGD__group_0=1.0))
+    found = torchprobe.UpdateRatio().watcher()(record(2, **ratios, lr__SGD__group_0=1.0))
     assert where(found) == ["a.w", "b.w"]
     assert [alert.threshold for alert in found] == [10.0, 1e-8]
 
@@ -116,18 +117,19 @@ def test_update_ratio_out_of_range():
     ],
 )
 def test_update_ratios_that_are_healthy(values):
-    assert not torchprobe.UpdateRatio()(record(5, **values))
+    assert not torchprobe.UpdateRatio().watcher()(record(5, **values))
 
 
 def test_no_update_from_no_gradient_at_the_first_step_is_how_lora_begins():
     still = {"update_ratio__a.w": 0.0, "grad_norm__a.w": 0.0}
-    assert where(torchprobe.UpdateRatio()(record(1, **still))) == []
-    assert where(torchprobe.UpdateRatio()(record(2, **still))) == ["a.w"]
-    assert where(torchprobe.UpdateRatio()(record(1, **{**still, "grad_norm__a.w": 1.0}))) == ["a.w"]
+    rule = torchprobe.UpdateRatio().watcher()
+    assert where(rule(record(1, **still))) == []
+    assert where(rule(record(2, **still))) == ["a.w"]
+    assert where(rule(record(1, **{**still, "grad_norm__a.w": 1.0}))) == ["a.w"]
 
 
 def test_a_small_update_is_measured_at_full_learning_rate():
-    rule = torchprobe.UpdateRatio()
+    rule = torchprobe.UpdateRatio().watcher()
     assert not rule(record(2, update_ratio__a=1e-4, lr__SGD__group_0=1.0))
     assert not rule(record(3, update_ratio__a=5e-9, lr__SGD__group_0=1e-3))
     assert where(rule(record(4, update_ratio__a=5e-9, lr__SGD__group_0=1.0))) == ["a"]
@@ -135,15 +137,17 @@ def test_a_small_update_is_measured_at_full_learning_rate():
 
 def test_overconfidence_needs_gap_error_and_predictions():
     sure = {"calibration__confidence_gap": 0.2, "calibration__ece": 0.2, "calibration__count": 1000.0}
-    assert where(torchprobe.Overconfidence()(record(1, **sure))) == [None]
-    assert torchprobe.Overconfidence()(record(1, **{**sure, "calibration__count": 999.0})) is None
-    assert where(torchprobe.Overconfidence()(record(1, **{**sure, "calibration__ece": 0.1}))) == []
-    assert where(torchprobe.Overconfidence()(record(1, **{f"val__{k}": v for k, v in sure.items()}))) == ["val"]
+    assert where(torchprobe.Overconfidence().watcher()(record(1, **sure))) == [None]
+    assert torchprobe.Overconfidence().watcher()(record(1, **{**sure, "calibration__count": 999.0})) is None
+    assert where(torchprobe.Overconfidence().watcher()(record(1, **{**sure, "calibration__ece": 0.1}))) == []
+    assert where(torchprobe.Overconfidence().watcher()(record(1, **{f"val__{k}": v for k, v in sure.items()}))) == [
+        "val"
+    ]
 
 
 def test_stalled_begins_after_half_an_hour_and_ends_with_the_next_step():
     now = [0.0]
-    rule = torchprobe.Stalled(clock=lambda: now[0])
+    rule = torchprobe.Stalled(clock=lambda: now[0]).watcher()
     assert rule.at_rest(3, 3) == []
     now[0] = 1799.0
     assert rule.at_rest(3, 3) == []
@@ -154,7 +158,7 @@ def test_stalled_begins_after_half_an_hour_and_ends_with_the_next_step():
 
 
 def test_non_finite_names_what_it_knows_and_ends():
-    rule = torchprobe.NonFinite()
+    rule = torchprobe.NonFinite().watcher()
     assert rule(record(1, train__loss=1.0)) == []
     [first] = rule(record(2, train__loss=math.nan))
     assert (first.where, first.message) == (None, "train/loss is nan")
@@ -167,19 +171,21 @@ def test_non_finite_names_what_it_knows_and_ends():
 
 
 def test_non_finite_says_since_when_it_may_be():
-    rule = torchprobe.NonFinite()
+    rule = torchprobe.NonFinite().watcher()
     rule(record(100, activation_mean__a=1.0))
     assert "the last step without was 100" in rule(record(200, grad_nonfinite__a=3.0))[0].message
 
 
 @pytest.mark.parametrize("tag", ["activation_nonfinite/m", "grad_nonfinite/m", "parameters_nonfinite/m"])
 def test_every_kind_of_non_finite_number_counts(tag):
-    [alert] = torchprobe.NonFinite()(Record(1, 0.0, {tag: 2.0}))
+    [alert] = torchprobe.NonFinite().watcher()(Record(1, 0.0, {tag: 2.0}))
     assert (alert.where, alert.value) == ("m", 2.0)
 
 
 def test_nothing_captured_says_which_and_why():
-    [alert] = torchprobe.NothingCaptured()(Record(3, 0.0, {"nothing_captured/Gradients": Text("Gradients: why")}))
+    [alert] = torchprobe.NothingCaptured().watcher()(
+        Record(3, 0.0, {"nothing_captured/Gradients": Text("Gradients: why")})
+    )
     assert (alert.where, alert.message) == ("Gradients", "Gradients: why")
 
 
@@ -211,9 +217,10 @@ def test_a_threshold_that_makes_no_sense_is_refused(make, options):
 )
 def test_what_was_healthy_before_a_resumption_is_healthy_after_it(rule, before, after):
     """The end of a schedule, and of learning, is known by what was larger earlier."""
-    first, resumed = getattr(torchprobe, rule)(), getattr(torchprobe, rule)()
+    make = getattr(torchprobe, rule)()
+    first, resumed = make.watcher(), make.watcher()
     first(record(1, **before))
     assert resumed(record(2, **after)), "by itself it is ill"
-    resumed = getattr(torchprobe, rule)()
+    resumed = make.watcher()
     resumed.load_state_dict(first.state_dict())
     assert not resumed(record(2, **after))

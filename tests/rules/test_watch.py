@@ -56,6 +56,15 @@ def test_a_rule_that_fails_is_switched_off_alone(caplog):
     assert sum("is switched off" in r.getMessage() for r in caplog.records) == 2
 
 
+@pytest.mark.parametrize("field", ["value", "threshold", "step"])
+def test_a_rule_whose_number_is_none_is_switched_off_alone(field, caplog):
+    fields = {"rule": "mine", "step": 1, "where": None, "value": 1.0, "threshold": 1.0, "message": "m", field: "high"}
+    watch = open_watch([lambda record: torchprobe.Alert(**fields), too_high], None, None)
+    run(watch, [2.0, 2.0])
+    assert [alert.rule for alert in watch.alerts] == ["too_high"]
+    assert "'high'" in watch.faults[0]
+
+
 def test_what_on_alert_raises_is_logged_once(caplog):
     seen = []
 

@@ -101,3 +101,53 @@ def test_it_can_be_used_again_after_closing():
 def test_a_wrong_argument_is_named(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         torchprobe.WebhookNotifier(**{"url": "http://localhost", **options})
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirection_counts_as_dropped_and_is_said(code, caplog):
+    with receiver(code) as (url, got):
+        notify = torchprobe.WebhookNotifier(url)
+        notify(ALERT)
+        notify.close()
+    assert (notify.sent, notify.dropped, len(got)) == (0, 1, 1)
+    assert f"answer {code}: moved" in caplog.text
+
+
+SECRET = "T0PS3CR3T"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://127.0.0.1:9/services/{SECRET} x",
+        f"http://127.0.0.1:9/services/{SECRET}\n",
+        f"http://127.0.0.1:9/services/{SECRET}ü",
+        f"http://bot:{SECRET}@127.0.0.1/hook",
+        f"http://{SECRET}@127.0.0.1/hook",
+        f"http://127.0.0.1:{SECRET}/hook",
+        f"http://[{SECRET}/hook",
+        f"htp://127.0.0.1/{SECRET}",
+        SECRET.encode(),
+    ],
+)
+def test_an_address_that_is_refused_is_not_shown(url):
+    with pytest.raises((ValueError, TypeError), match=r"^url= takes") as refused:
+        torchprobe.WebhookNotifier(url)
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", [f"http://127.0.0.1:99999/{SECRET}", f"http://no-such-host.invalid?key={SECRET}"])
+def test_what_goes_wrong_on_the_way_does_not_show_the_address(url, caplog):
+    notify = torchprobe.WebhookNotifier(url, timeout=1.0, retries=0)
+    notify(ALERT)
+    notify.close()
+    assert notify.dropped == 1
+    assert "could not be sent" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", ["https://hooks.slack.com/services/T0/B0/x_-~", "HTTP://[::1]:80", "http://a-b.c/?k=%20#f"]
+)
+def test_addresses_that_are_taken(url):
+    torchprobe.WebhookNotifier(url)

@@ -13,7 +13,7 @@ from torch import nn
 
 import torchprobe
 from tests.models import Transformer, inputs
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 COMPILERS_WARNINGS = [

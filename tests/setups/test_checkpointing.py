@@ -22,7 +22,7 @@ from tests.setups.compiled import (
     wrapper,
 )
 from torchprobe.capture.attention.observer import Observer
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 
 pytestmark = COMPILERS_WARNINGS
 STEPS, MICRO_BATCHES = 2, 2

@@ -14,7 +14,7 @@ from tests.setups.compiled import (
     assert_same_values,
 )
 from torchprobe.capture.attention import dot_product
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [

@@ -23,7 +23,7 @@ from tests.setups.compiled import (
     train,
     wrapper,
 )
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [

@@ -27,8 +27,8 @@ from tests.setups.compiled import (
     loss_of,
     wrapper,
 )
-from torchprobe.capture.lookalikes import Lookalikes
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.graphs import GraphGuards
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -174,7 +174,7 @@ def test_a_guard_that_cannot_be_made_is_said_once_and_stops_no_compiler(monkeypa
     def fail(self):
         raise RuntimeError("another Dynamo")
 
-    monkeypatch.setattr(Lookalikes, "_guard", fail)
+    monkeypatch.setattr(GraphGuards, "_guard", fail)
     model = Transformer()
     compiled = torch.compile(model, backend="aot_eager")
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import torchprobe
 from tests.models import Transformer, inputs
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS, _say_once
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS, _say_once
 from torchprobe.testing import MemoryWriter
 
 pytestmark = pytest.mark.skipif(TRACES_GRADIENT_HOOKS, reason="graphs of this torch take hooks of tensors inside them")

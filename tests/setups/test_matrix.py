@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.setups.matrix import cases, outcome
-from torchprobe.capture.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 
 
 @pytest.mark.parametrize(("family", "setup"), cases())

@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchprobe.statistics.attention import Logits, QueryKey, parts
+from torchprobe.statistics.attention import Logits, QueryKey
+from torchprobe.statistics.attention import rows as attention_rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -18,8 +19,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @contextmanager
 def blocks_of(size: int):
     """A context in which about so many logits are worked on at a time."""
-    small = {"CPU_LOGITS_PER_THREAD": size, "LONG": min(parts.LONG, 4 * size), "PRODUCT_ROWS": min(64, size)}
-    with mock.patch.multiple(parts, **small):
+    small = {"CPU_LOGITS_PER_THREAD": size, "LONG": min(attention_rows.LONG, 4 * size), "PRODUCT_ROWS": min(64, size)}
+    with mock.patch.multiple(attention_rows, **small):
         yield
 
 

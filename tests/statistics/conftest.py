@@ -5,14 +5,14 @@ from unittest import mock
 
 import pytest
 
-from torchprobe.statistics import counts, dense, dtypes
+from torchprobe.statistics import buckets, dense, dtypes
 
 
 @contextmanager
-def _in_pieces_of(size: int):
+def _in_chunks_of(size: int):
     patches = (
-        *((dtypes, "CPU_PIECE", size), (dense, "PIECE", size)),
-        *((counts, "SMALL", min(size, counts.SMALL)), (counts, "PORTION", 2 * size)),
+        *((dtypes, "CPU_CHUNK", size), (dense, "CHUNK", size)),
+        *((buckets, "SMALL", min(size, buckets.SMALL)), (buckets, "COUNT_CHUNK", 2 * size)),
     )
     with ExitStack() as stack:
         for patch in patches:
@@ -21,6 +21,6 @@ def _in_pieces_of(size: int):
 
 
 @pytest.fixture(scope="session")
-def in_pieces_of():
+def in_chunks_of():
     """A context in which statistics work on so many elements at a time."""
-    return _in_pieces_of
+    return _in_chunks_of

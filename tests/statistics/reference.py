@@ -39,6 +39,11 @@ def finite_sums(x: Tensor) -> list[float]:
     return [_to_float(sum(v * v for v in values)), _to_float(sum(values)), nonfinite(x), len(values)]
 
 
+def squares(x: Tensor) -> float:
+    """The sum of squares of the finite elements; NaN where there are elements and none is finite."""
+    return math.nan if nonfinite(x) and not finite(x) else finite_sums(x)[0]
+
+
 def log_histogram(x: Tensor, low: int, high: int) -> list[int]:
     values = finite(x)
     counts = [0] * (high - low + 1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprobe.statistics.activity import active_units, inactive_share
+from torchprobe.statistics.moments import active_units, inactive_share
 
 
 def slow(x: torch.Tensor) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 from tests.modes import Allocations, Largest, NoHostRead
 from tests.statistics.attention_sources import blocks_of, causal_bias, decaying, query_key
 from torchprobe.statistics import attention
-from torchprobe.statistics.attention import Logits, QueryKey, Source, parts
+from torchprobe.statistics.attention import Logits, QueryKey, Source
+from torchprobe.statistics.attention import rows as attention_rows
 
 SOURCES = {
     "plain": query_key(queries=40),
@@ -113,7 +114,7 @@ def test_each_head_is_worked_on_in_the_memory_of_the_one_before():
     def large_allocations(heads: int) -> int:
         source = query_key(1, heads, queries=400, width=16, causal=True)
         strided = like(source, lambda x: torch.stack((x, x), -1)[..., 0])
-        in_pieces = mock.patch.multiple(parts, CPU_LOGITS_PER_THREAD=2000, PRODUCT_ROWS=8)
+        in_pieces = mock.patch.multiple(attention_rows, CPU_LOGITS_PER_THREAD=2000, PRODUCT_ROWS=8)
         with in_pieces, Allocations(400 * 16) as allocations:
             attention.compute(strided, 32, None)
         return allocations.count

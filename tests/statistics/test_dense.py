@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from tests.statistics import reference
 from tests.statistics.strategies import tensors
@@ -17,9 +17,31 @@ from torchprobe.statistics import dense, energy, moments
 @settings(max_examples=150, deadline=None)
 def test_energy_is_the_sum_of_squares_of_the_finite_elements(x):
     squares, nonfinite = energy.compute(x).tolist()
-    expected, _, bad, _ = reference.finite_sums(x)
-    assert nonfinite == bad
-    assert squares == pytest.approx(expected, rel=2e-6)
+    assert nonfinite == reference.nonfinite(x)
+    assert squares == pytest.approx(reference.squares(x), rel=2e-6, nan_ok=True)
+
+
+@given(x=tensors(), y=tensors())
+@settings(max_examples=100, deadline=None)
+def test_energies_combine_to_that_of_the_concatenation(x, y):
+    assume(x.numel() and y.numel())
+    whole = torch.tensor(reference.elements(x) + reference.elements(y), dtype=torch.float64)
+    squares, nonfinite = energy.combine(energy.compute(x), energy.compute(y)).tolist()
+    assert nonfinite == reference.nonfinite(whole)
+    assert squares == pytest.approx(reference.squares(whole), rel=2e-6, nan_ok=True)
+
+
+def test_energies_combine_many_at_once():
+    dead, alive = torch.tensor([math.nan, 2.0]), torch.tensor([3.0, 1.0])
+    found = energy.combine(torch.stack((dead, alive, dead)), torch.stack((alive, alive, dead)))
+    torch.testing.assert_close(found, torch.tensor([[3.0, 3], [6, 2], [math.nan, 4]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [3, 300_000])
+def test_a_tensor_without_a_finite_element_has_no_energy_inside_a_graph_either(n):
+    compiled = torch.compile(energy.compute, fullgraph=True, backend="aot_eager")
+    for x in (torch.full((n,), math.nan), torch.zeros(n), torch.randn(n)):
+        torch.testing.assert_close(compiled(x), energy.compute(x), rtol=2e-6, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -53,7 +75,7 @@ ORDINARY = {
     "after dropout": lambda: torch.randn(3_000_000) * (torch.rand(3_000_000) < 0.1),
     "after ReLU": lambda: torch.randn(3_000_000).relu(),
     "all equal but one": lambda: torch.full((3_000_000,), 0.3).index_fill_(0, torch.tensor([0]), 0.7),
-    "a first piece unlike the rest": lambda: torch.cat((torch.zeros(dense.PIECE), 1e4 + 0.01 * torch.randn(3_000_000))),
+    "a first chunk unlike the rest": lambda: torch.cat((torch.zeros(dense.CHUNK), 1e4 + 0.01 * torch.randn(3_000_000))),
 }
 
 

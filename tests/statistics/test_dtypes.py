@@ -1,4 +1,4 @@
-"""Every element is seen once, whatever the type and the memory layout, and no portion is larger than asked for."""
+"""Every element is seen once, whatever the type and the memory layout, and no chunk is larger than asked for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections import Counter
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
+from tests.modes import NoHostRead
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
-from torchprobe.statistics import counts, dtypes
+from torchprobe.statistics import buckets, dtypes, energy, exponents, linear, moments, norms
 
 
 def tally(values: list[float]) -> Counter[str]:
@@ -20,8 +23,8 @@ def tally(values: list[float]) -> Counter[str]:
 
 @given(x=tensors(), size=piece_sizes())
 @settings(max_examples=100, deadline=None)
-def test_pieces_hold_each_element_once(x, size):
-    parts = list(dtypes.pieces(dtypes.real(x), size))
+def test_chunks_hold_each_element_once(x, size):
+    parts = list(dtypes.chunks(dtypes.real(x), size))
     assert all(part.dim() == 1 and 0 < part.numel() <= size for part in parts)
     assert tally([value for part in parts for value in reference.elements(part)]) == tally(reference.elements(x))
 
@@ -37,13 +40,13 @@ def test_pieces_hold_each_element_once(x, size):
 )
 def test_a_dense_tensor_is_not_copied(x):
     start = x.data_ptr()
-    offsets = [(part.data_ptr() - start) // 4 for part in dtypes.pieces(x, 10)]
+    offsets = [(part.data_ptr() - start) // 4 for part in dtypes.chunks(x, 10)]
     assert offsets == list(range(0, x.numel(), 10))
 
 
-def test_an_expanded_tensor_is_copied_a_piece_at_a_time():
+def test_an_expanded_tensor_is_copied_a_chunk_at_a_time():
     x = torch.zeros(1).expand(1000, 1000)
-    assert max(part.untyped_storage().nbytes() for part in dtypes.pieces(x, 100)) <= 400
+    assert max(part.untyped_storage().nbytes() for part in dtypes.chunks(x, 100)) <= 400
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -82,4 +85,99 @@ def test_rows_are_as_wide_as_the_device_allows():
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 1000])
 def test_counting_by_scatter_is_counting(dtype, n):
     codes = torch.randint(0, 40, (n,), dtype=dtype)
-    assert torch.equal(counts.scattered(codes, 50), torch.bincount(codes, minlength=50))
+    assert torch.equal(buckets.scattered(codes, 50), torch.bincount(codes, minlength=50))
+
+
+@st.composite
+def permuted(draw: st.DrawFn) -> torch.Tensor:
+    shape = draw(st.lists(st.integers(0, 4), min_size=2, max_size=4))
+    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    x = x.permute(draw(st.permutations(range(len(shape)))))
+    return x.expand(3, *x.shape) if draw(st.booleans()) else x
+
+
+@given(x=permuted(), trailing=st.sampled_from((1, 2)), piece=st.sampled_from((1, 5, 2**18)))
+@settings(max_examples=200, deadline=None)
+def test_example_chunks_are_the_examples_in_order(x, trailing, piece, in_chunks_of):
+    own = x.shape[x.dim() - trailing :]
+    with in_chunks_of(piece):
+        parts = list(dtypes.example_chunks(x, trailing))
+    assert all(part.numel() <= max(piece, own.numel()) for part in parts)
+    joined = torch.cat(parts) if parts else torch.zeros(0, *own)
+    if x.numel():
+        assert torch.equal(joined, x.reshape(-1, *own))
+    else:
+        assert not parts
+
+
+@pytest.mark.parametrize("x", [torch.ones(50), torch.ones(4, 30, 50), torch.ones(4, 50, 30).transpose(1, 2)])
+def test_examples_of_a_dense_tensor_are_not_copied(x, in_chunks_of):
+    with in_chunks_of(100):
+        parts = list(dtypes.example_chunks(x, 1))
+    inside = [part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts]
+    assert all(inside)
+
+
+def test_arithmetic_is_float32_or_wider():
+    assert dtypes.arithmetic(torch.ones(1, dtype=torch.bfloat16), "x") == torch.float32
+    assert dtypes.arithmetic(torch.ones(1, dtype=torch.float64), "x") == torch.float64
+    with pytest.raises(TypeError, match=r"x: got a tensor of torch.bool, takes a floating one"):
+        dtypes.arithmetic(torch.ones(1).bool(), "x")
+
+
+def fake(device: str) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(3, device=device)
+
+
+MEASURABLE = {
+    "float32": lambda: torch.ones(3),
+    "bfloat16": lambda: torch.ones(3).bfloat16(),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "a parameter": lambda: torch.nn.Parameter(torch.ones(3)),
+    "an expanded view": lambda: torch.ones(1).expand(4, 4),
+    "empty": lambda: torch.zeros(0),
+    "0-dim": lambda: torch.tensor(1.0),
+}
+
+ODD = {
+    **{str(dtype): lambda dtype=dtype: torch.ones(3).to(dtype) for dtype in (torch.int8, torch.uint8, torch.bool)},
+    **{str(dtype): lambda dtype=dtype: torch.ones(3).to(dtype) for dtype in (torch.int64, torch.uint16)},
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "fake": lambda: fake("cpu"),
+    "lazy": lambda: torch.nn.LazyLinear(3).weight,
+}
+
+
+@pytest.mark.parametrize("make", MEASURABLE.values(), ids=MEASURABLE.keys())
+def test_what_is_measurable_is_taken_by_every_statistic(make):
+    x = make()
+    assert dtypes.measurable(x)
+    for statistic in (norms.finite_sums, norms.l2_norms, exponents.log_histograms, linear.linear_histograms):
+        assert len(statistic([torch.ones(2), x])) == 2
+    moments.compute(x)
+    energy.compute(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of formats that are young or old
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+def test_what_is_odd_is_told_before_it_spoils_a_list(make):
+    some = [torch.ones(2), make(), torch.full((3,), 2.0)]
+    found = norms.l2_norms([x for x in some if dtypes.measurable(x)])
+    assert found.tolist() == pytest.approx([math.sqrt(2), math.sqrt(12)])
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no 4-bit floats")
+def test_numbers_packed_in_a_byte_are_not_measurable():
+    assert not dtypes.measurable(torch.zeros(3, dtype=torch.float4_e2m1fn_x2))
+
+
+def test_a_predicate_reads_nothing():
+    with NoHostRead():
+        assert dtypes.measurable(torch.randn(5))

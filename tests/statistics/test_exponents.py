@@ -24,8 +24,8 @@ def bucket_of(x: torch.Tensor) -> int:
 
 @given(x=tensors(), piece=piece_sizes())
 @settings(max_examples=150, deadline=None)
-def test_counts_are_those_of_one_element_after_the_other(x, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_counts_are_those_of_one_element_after_the_other(x, piece, in_chunks_of):
+    with in_chunks_of(piece):
         counts = exponents.log_histogram(x)
     assert counts.dtype == torch.float64
     assert counts.tolist() == reference.log_histogram(x, LOW, HIGH)

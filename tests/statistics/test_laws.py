@@ -55,9 +55,9 @@ def test_the_mode_catches_a_host_read():
 
 
 @pytest.mark.parametrize("size", [50, 2**18])
-def test_nothing_is_read_on_the_host(statistic, size, in_pieces_of):
+def test_nothing_is_read_on_the_host(statistic, size, in_chunks_of):
     for x in (*samples(), all_finite()):
-        with in_pieces_of(size), NoHostRead():
+        with in_chunks_of(size), NoHostRead():
             statistic(x)
             statistic(x.t())
             statistic(x[:0])
@@ -105,9 +105,9 @@ def test_a_second_call_gives_the_same_bits(statistic):
     assert torch.equal(statistic(x), statistic(x))
 
 
-def test_memory_is_bounded_by_the_piece(statistic, in_pieces_of):
+def test_memory_is_bounded_by_the_piece(statistic, in_chunks_of):
     x = torch.randn(400).expand(50, 400)
-    with in_pieces_of(1000), Largest() as largest:
+    with in_chunks_of(1000), Largest() as largest:
         statistic(x)
     assert 0 < largest.elements <= 2000
 

@@ -32,8 +32,8 @@ def assert_between_edges(x: torch.Tensor, row: list[float], buckets: int) -> Non
 
 @given(x=tensors(), buckets=st.sampled_from((4, 7, 64, 300)), piece=piece_sizes())
 @settings(max_examples=200, deadline=None)
-def test_elements_are_between_the_edges_of_their_bucket(x, buckets, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_elements_are_between_the_edges_of_their_bucket(x, buckets, piece, in_chunks_of):
+    with in_chunks_of(piece):
         row = linear.linear_histogram(x, buckets)
     assert row.dtype == torch.float64
     assert_between_edges(x, row.tolist(), buckets)

@@ -36,15 +36,15 @@ def assert_close(row: torch.Tensor, expected: list[float], mean: float = 3e-7, d
 
 @given(x=tensors(), piece=piece_sizes())
 @settings(max_examples=150, deadline=None)
-def test_moments_are_those_of_the_finite_elements(x, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_moments_are_those_of_the_finite_elements(x, piece, in_chunks_of):
+    with in_chunks_of(piece):
         assert_close(moments.compute(x), reference.moments(x))
 
 
 @given(x=tensors(), piece=piece_sizes())
 @settings(max_examples=150, deadline=None)
-def test_the_careful_way_is_exact_to_float64(x, piece, in_pieces_of):
-    with in_pieces_of(piece), mock.patch.object(dense, "applies_to", return_value=False):
+def test_the_careful_way_is_exact_to_float64(x, piece, in_chunks_of):
+    with in_chunks_of(piece), mock.patch.object(dense, "applies_to", return_value=False):
         assert_close(moments.compute(x), reference.moments(x), mean=1e-14, deviation=1e-12)
 
 
@@ -108,11 +108,11 @@ def test_many_rows_combine_at_once():
 
 
 @pytest.mark.parametrize("offset", [1e6, -1e6])
-def test_a_mean_a_million_times_the_deviation_keeps_the_deviation(offset, in_pieces_of):
+def test_a_mean_a_million_times_the_deviation_keeps_the_deviation(offset, in_chunks_of):
     x = (torch.randn(10_000, dtype=torch.float64) + offset).float()
     expected = x[1:].double().std(correction=0).item()
     x[0] = math.nan
-    with in_pieces_of(1000):
+    with in_chunks_of(1000):
         summary = moments.summarise(moments.compute(x).tolist())
     assert summary["std"] == pytest.approx(expected, rel=1e-9)
 

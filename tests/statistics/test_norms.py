@@ -16,8 +16,8 @@ from torchprobe.statistics import norms
 
 @given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
 @settings(max_examples=150, deadline=None)
-def test_each_tensor_has_its_own_sums(many, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_each_tensor_has_its_own_sums(many, piece, in_chunks_of):
+    with in_chunks_of(piece):
         rows = norms.finite_sums(many)
     assert rows.shape == (len(many), 4)
     for x, row in zip(many, rows.tolist(), strict=True):
@@ -26,23 +26,58 @@ def test_each_tensor_has_its_own_sums(many, piece, in_pieces_of):
 
 @given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
 @settings(max_examples=100, deadline=None)
-def test_norms_are_those_of_the_finite_elements(many, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_norms_are_those_of_the_finite_elements(many, piece, in_chunks_of):
+    with in_chunks_of(piece):
         norm = norms.l2_norms(many).tolist()
-    assert norm == pytest.approx([math.sqrt(reference.finite_sums(x)[0]) for x in many], rel=1e-13)
+    assert norm == pytest.approx([math.sqrt(reference.squares(x)) for x in many], rel=1e-13, nan_ok=True)
+
+
+@given(many=st.lists(tensors(), max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_a_row_or_a_sum_of_rows_tells_the_norm(many):
+    rows = norms.finite_sums(many)
+    alone = [math.sqrt(reference.squares(x)) for x in many]
+    assert [norms.l2_norm(row) for row in rows.tolist()] == pytest.approx(alone, rel=1e-13, nan_ok=True)
+    whole = torch.tensor([value for x in many for value in reference.elements(x)], dtype=torch.float64)
+    together = math.sqrt(reference.squares(whole))
+    assert norms.l2_norm(rows.sum(0).tolist()) == pytest.approx(together, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("n", [1, 5, 5000])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nothing_finite_has_no_norm_and_zeros_and_emptiness_have_one_of_zero(dtype, n, bad, in_chunks_of):
+    dead, zeros = (torch.full((n,), value).to(dtype) for value in (bad, 0.0))
+    dead = torch.complex(dead.real, dead.real) if dtype.is_complex else dead
+    mixed = torch.cat((dead, zeros[:1]))
+    with in_chunks_of(1000):
+        found = norms.l2_norms([dead, mixed, zeros, zeros[:0], dead]).tolist()
+    assert found == pytest.approx([math.nan, 0.0, 0.0, 0.0, math.nan], nan_ok=True)
+
+
+def test_a_tiny_float64_is_a_finite_element():
+    assert norms.l2_norms([torch.tensor([1e-300, math.nan], dtype=torch.float64)]).tolist() == [0.0]
+
+
+def test_a_step_to_nan_has_no_length():
+    before, after = torch.randn(40), torch.full((40,), math.nan)
+    update, norm = norms.distances([after], [before.clone()])[0].tolist()
+    assert math.isnan(update)
+    assert norm == pytest.approx(before.double().norm().item())
+    assert norms.distances([after], [after.clone()])[0].isnan().all()
 
 
 @given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
 @settings(max_examples=50, deadline=None)
-def test_counts_are_exact(many, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_counts_are_exact(many, piece, in_chunks_of):
+    with in_chunks_of(piece):
         counts = norms.finite_sums(many)[:, 2:].tolist()
     assert counts == [reference.finite_sums(x)[2:] for x in many]
 
 
-def test_a_large_tensor_between_small_ones(in_pieces_of):
+def test_a_large_tensor_between_small_ones(in_chunks_of):
     many = [torch.randn(5), torch.randn(300, 7).t(), torch.zeros(0), torch.randn(2, 1).expand(2, 40)]
-    with in_pieces_of(64):
+    with in_chunks_of(64):
         norm = norms.l2_norms(many)
     torch.testing.assert_close(norm, torch.stack([x.double().norm() for x in many]), rtol=1e-13, atol=0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.modes import Largest, NoHostRead
-from torchprobe.statistics import calibration, intervals, separation, uncertainty
+from torchprobe.statistics import calibration, intervals, out_of_distribution, uncertainty
 
 STATISTICS = {
     "classification": lambda x: uncertainty.compute(uncertainty.classification(x.softmax(-1))),
@@ -20,7 +20,7 @@ STATISTICS = {
     "soft labels": lambda x: calibration.compute(x, x.softmax(-1), from_logits=True),
     "binary": lambda x: calibration.compute(x.sigmoid(), x > 0),
     "intervals": lambda x: intervals.compute(x, x.square(), x + 1),
-    "separation": lambda x: separation.compute(x, x + 1),
+    "separation": lambda x: out_of_distribution.compute(x, x + 1),
 }
 
 
@@ -30,8 +30,8 @@ def statistic(request):
 
 
 @pytest.mark.parametrize("size", [16, 2**18])
-def test_nothing_is_read_on_the_host(statistic, size, in_pieces_of):
-    with in_pieces_of(size), NoHostRead():
+def test_nothing_is_read_on_the_host(statistic, size, in_chunks_of):
+    with in_chunks_of(size), NoHostRead():
         statistic(torch.randn(3, 4, 5))
 
 
@@ -53,10 +53,10 @@ def test_a_batch_is_judged_on_the_meta_device_too(statistic):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_large_logits_are_not_copied(transposed, in_pieces_of):
+def test_large_logits_are_not_copied(transposed, in_chunks_of):
     logits = torch.randn(4, 64, 1000) if not transposed else torch.randn(4, 1000, 64).transpose(1, 2)
     targets = torch.randint(1000, (4, 64))
-    with in_pieces_of(4000):
+    with in_chunks_of(4000):
         for read in (
             lambda: uncertainty.predictive_entropy(logits),
             lambda: uncertainty.classification_from_logits(logits),

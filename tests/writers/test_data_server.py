@@ -7,7 +7,7 @@ from tests.loaders import has_rust_loader, rust_series
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Record, Text
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import START_TAG, plugin_data
-from torchprobe.writers.layout_writer import LAYOUT_TAG
+from torchprobe.writers.layout import LAYOUT_TAG
 
 pytestmark = pytest.mark.skipif(not has_rust_loader(), reason="no data server for this platform")
 

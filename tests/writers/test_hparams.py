@@ -17,8 +17,7 @@ import torchprobe
 from tests.models import inputs, mlp
 from torchprobe.records import Record
 from torchprobe.testing import MemoryWriter
-from torchprobe.writers.hparams import END_TAG, START_TAG, checked_hparams
-from torchprobe.writers.hparams_writer import HParamsWriter
+from torchprobe.writers.hparams import END_TAG, START_TAG, HParamsWriter, checked_hparams
 from torchprobe.writers.json_lines import JsonLinesWriter
 
 HPARAMS = {"lr": 1e-3, "layers": 2, "tied": True, "amp": False, "optimizer": "AdamW"}

@@ -16,11 +16,18 @@ import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.records import Layout, Lines, Margin, Record, Text
 from torchprobe.testing import MemoryWriter
-from torchprobe.writers import bands
-from torchprobe.writers.charts import _CATEGORIES, CHARTED, layout_of
+from torchprobe.writers.encode import serialized
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.layout import serialized
-from torchprobe.writers.layout_writer import LAYOUT_TAG, LayoutWriter
+from torchprobe.writers.layout import (
+    _CATEGORIES,
+    BANDED,
+    CHARTED,
+    LAYOUT_TAG,
+    LayoutWriter,
+    band_tags,
+    bands,
+    layout_of,
+)
 
 OVERVIEW = (
     "grad_norm", "update_ratio", "attention_entropy_min", "attention_max_logit", "epistemic", "aleatoric", "ece",
@@ -71,13 +78,13 @@ def test_a_training_run_has_charts_of_what_it_recorded(tmp_path, accumulate):
 
 def test_a_band_is_the_median_between_the_extremes():
     values = {"update_ratio/a": 1.0, "update_ratio/b": 9.0, "update_ratio/c": float("nan"), "update_ratio/d": 2.0}
-    found = dict(bands.bands(Record(1, 0.0, values)))
+    found = dict(bands(Record(1, 0.0, values)))
     assert found == {"layers/update_ratio/median": 2.0, "layers/update_ratio/min": 1.0, "layers/update_ratio/max": 9.0}
 
 
 def test_validation_has_bands_of_its_own():
     values = {"val/attention_entropy/a": 1.0, "val/attention_entropy/b": 3.0, "attention_entropy/a": 7.0}
-    assert dict(bands.bands(Record(1, 0.0, values))) == {
+    assert dict(bands(Record(1, 0.0, values))) == {
         "val/layers/attention_entropy/median": 2.0,
         "val/layers/attention_entropy/min": 1.0,
         "val/layers/attention_entropy/max": 3.0,
@@ -86,14 +93,14 @@ def test_validation_has_bands_of_its_own():
 
 def test_what_is_no_number_or_no_layer_has_no_band():
     values = {"update_ratio/a": Text("x"), "update_ratio/b": 1.0, "loss": 1.0, "train/update_ratio": 2.0}
-    assert dict(bands.bands(Record(1, 0.0, values))) == {}
+    assert dict(bands(Record(1, 0.0, values))) == {}
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(width=32), min_size=2, max_size=8))
 def test_a_band_holds_every_finite_value(values):
     finite = [value for value in values if np.isfinite(value)]
-    found = dict(bands.bands(Record(1, 0.0, {f"grad_norm_layer/{i}": v for i, v in enumerate(values)})))
+    found = dict(bands(Record(1, 0.0, {f"grad_norm_layer/{i}": v for i, v in enumerate(values)})))
     if len(finite) < 2:
         assert found == {}
     else:
@@ -125,6 +132,18 @@ def test_without_a_fitting_tag_there_is_no_layout():
     LayoutWriter(writer).write([record(1, other=1.0), record(2, note=Text("loss"))])
     assert layouts(writer) == []
     assert writer.tags() == ["note", "other"]
+
+
+def test_a_step_in_several_records_has_each_band_and_the_layout_once():
+    writer = MemoryWriter()
+    first = {"update_ratio/a": 1.0, "update_ratio/b": 3.0, "overview/loss": 1.0}
+    late = {"update_ratio/c": 9.0, "update_ratio/d": 9.0, "overview/grad_norm": 1.0}
+    layout = LayoutWriter(writer)
+    layout.write([Record(1, 0.0, first)])
+    layout.write([Record(1, 0.0, late), Record(2, 0.0, first)])
+    assert writer.scalars("layers/update_ratio/median") == [(1, 2.0), (2, 2.0)]
+    assert [step for step, _ in layouts(writer)] == [1, 2]
+    assert "Gradient norm" in charts(layouts(writer)[1][1])["Overview"]  # the late part's chart comes with step 2
 
 
 def test_the_layout_comes_again_when_new_charts_show_up_and_only_then():
@@ -162,9 +181,9 @@ def test_a_batch_that_is_written_again_is_the_same_however_it_grew():
 
 
 def test_leaving_out_what_no_chart_shows_changes_no_layout():
-    groups = [*sorted(bands.BANDED), "attention_entropy_min", "grad_norm", "param_norm", "activation_mean", "alerts"]
+    groups = [*sorted(BANDED), "attention_entropy_min", "grad_norm", "param_norm", "activation_mean", "alerts"]
     tags = {f"{group}/fc" for group in groups} | {f"uncertainty_{k}/fc" for k in ("total", "aleatoric", "epistemic")}
-    tags |= {tag for group in bands.BANDED for tag in bands.band_tags("", group)}
+    tags |= {tag for group in BANDED for tag in band_tags("", group)}
     tags |= {f"overview/{name}" for name in OVERVIEW} | {f"calibration/{name}" for name in CALIBRATION}
     tags |= {"loss", "train/loss", "train/acc", "val/accuracy", "val/epistemic", "lr/AdamW/group_0"}
     tags |= {f"val/{tag}" for tag in tags}

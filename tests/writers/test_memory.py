@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from torchprobe.records import Histogram, Record, Text
-from torchprobe.writers.memory import MemoryWriter
-from torchprobe.writers.protocol import Writer
+from torchprobe.writers.protocol import MemoryWriter, Writer
 
 HISTOGRAM = Histogram(np.arange(2.0), np.array([4]))
 

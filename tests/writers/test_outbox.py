@@ -6,9 +6,8 @@ import threading
 
 import pytest
 
-from torchprobe.writers import outbox
-from torchprobe.writers.outbox import MAX_WAITING, Outbox
-from torchprobe.writers.places import LocalPlace
+from torchprobe.writers import places
+from torchprobe.writers.places import MAX_WAITING, LocalPlace, Outbox
 
 
 class Place:
@@ -38,7 +37,7 @@ def place():
 def now(monkeypatch):
     """A clock that stands still until it is set."""
     clock = [100.0]
-    monkeypatch.setattr(outbox, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(places, "monotonic", lambda: clock[0])
     return clock
 
 

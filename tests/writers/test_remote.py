@@ -18,7 +18,8 @@ from tests.models import inputs, mlp
 from torchprobe.buffer import backlog
 from torchprobe.records import Record
 from torchprobe.reports.run import NoRunError, read_run
-from torchprobe.writers import outbox, remote_file
+from torchprobe.writers import files as files_module
+from torchprobe.writers import places
 from torchprobe.writers.event_file import EventFileWriter
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
@@ -71,7 +72,7 @@ def test_a_run_in_a_store_is_one_growing_object(memory, tmp_path):
 
 
 def test_an_object_that_is_large_is_followed_by_another_one(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_file, "FULL", 200)
+    monkeypatch.setattr(files_module, "FULL", 200)
     writer = EventFileWriter("memory://runs/a")
     for step in range(1, 6):
         writer.write(records(step))
@@ -207,7 +208,7 @@ def eventually(flush, seconds=60.0):
 
 @pytest.mark.slow
 def test_a_store_that_goes_down_and_comes_back_has_everything(s3, monkeypatch, caplog):
-    for part in (backlog, outbox):
+    for part in (backlog, places):
         monkeypatch.setattr(part, "_FIRST_RETRY", 0.1)
         monkeypatch.setattr(part, "_LAST_RETRY", 0.2)
     model = mlp()

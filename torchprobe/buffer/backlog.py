@@ -1,10 +1,13 @@
-"""Records that the writer has not taken yet."""
+"""The way of records from the decoder to the writer: what they pass, what waits, and what went wrong."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from time import monotonic
+from typing import Protocol
 
 from torchprobe.records import Record
 from torchprobe.writers.protocol import Writer
@@ -16,21 +19,95 @@ MAX_VALUES = 500_000  # in all records together; a scalar with its tag takes 140
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the disk fails
 
 
+class Stage(Protocol):
+    """Sees every record in the drain thread, in order, and may add to it. Takes no lock and must not block for long.
+
+    One that raises is taken out, with one traceback in the log.
+    """
+
+    def __call__(self, record: Record) -> Record:
+        """The record to write."""
+
+    def at_rest(self) -> Record | None:
+        """All records so far have passed: one more to write, or None. Called at least every `flush_seconds`."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Faults:
+    """What went wrong between device and file: each kind is counted, and logged once with its traceback."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, error: BaseException, message: str, *arguments: object) -> None:
+        """One more of a kind. message: for the log, where the exception's type follows it."""
+        self._counts[kind] += 1
+        if kind not in self._first:
+            self._first[kind] = type(error).__name__
+            _log.error(f"{message} (%s)", *arguments, type(error).__name__, exc_info=error)
+
+    @property
+    def lines(self) -> list[str]:
+        """A short line for each kind, with the type of the first exception."""
+        return [f"{kind}: {self._counts[kind]} ({name})" for kind, name in list(self._first.items())]
+
+
+class Repeats:
+    """Leaves out what a step has in the file already: no tag twice for one step, and no step before its last one.
+
+    TensorBoard else shows one of the two values, or erases the later steps of the tag. Remembers the last two steps.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[int, AbstractSet[str]] = (-1, frozenset())
+        self._before: tuple[int, AbstractSet[str]] = (-1, frozenset())
+
+    def without(self, record: Record) -> Record | None:
+        """The record without what is there already; None when nothing is left."""
+        repeated = self._taken(record.step) & record.values.keys()
+        if not repeated:
+            return record
+        _log.debug("step %d has %s already: a later value is left out", record.step, ", ".join(sorted(repeated)))
+        values = {tag: value for tag, value in record.values.items() if tag not in repeated}
+        return replace(record, values=values) if values else None
+
+    def note(self, record: Record) -> None:
+        """The record goes to the writer."""
+        step, tags = record.step, record.values.keys()
+        if step == self._newest[0]:
+            self._newest = (step, self._newest[1] | tags)
+        elif step > self._newest[0]:
+            self._newest, self._before = (step, tags), self._newest
+        elif step >= self._before[0]:
+            self._before = (step, self._before[1] | tags if step == self._before[0] else tags)
+        else:  # the clock was set back
+            self._newest, self._before = (step, tags), (-1, frozenset())
+
+    def _taken(self, step: int) -> AbstractSet[str]:
+        if step > self._newest[0] or step < self._before[0]:
+            return frozenset()
+        return self._newest[1] | self._before[1] if step == self._before[0] else self._newest[1]
+
+
 class Backlog:
     """Hands records to the writer in order; used by the drain thread alone.
 
     An OSError may pass (a full disk): the records stay, oldest dropped first beyond MAX_RECORDS or
-    MAX_VALUES, and are tried again with growing pauses. Any other exception comes from a record that
+    MAX_VALUES, and are tried again with growing pauses. Any other exception, SystemExit too, comes from a record that
     would never be taken: it alone is dropped. `dropped` counts both.
     """
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, faults: Faults | None = None) -> None:
         self.dropped = 0
         self._writer = writer
+        self._faults = faults or Faults()
         self._records: deque[Record] = deque()
         self._retry_at: float | None = None  # while the disk fails
         self._pause = _FIRST_RETRY
-        self._refused = False
+        self._trimmed = False
 
     def add(self, record: Record) -> None:
         """Queue a record for the next `write`."""
@@ -48,8 +125,8 @@ class Backlog:
         if self._records and (urgent or not self.pause()):
             try:
                 self._hand_over()
-            except OSError:
-                self._put_off()
+            except OSError as error:
+                self._put_off(error)
         if self._records:
             self._trim()
         else:
@@ -63,8 +140,8 @@ class Backlog:
         self.dropped += len(self._records)
         try:
             self._writer.close()
-        except Exception:
-            _log.exception("closing the writer failed")
+        except BaseException as error:
+            self._faults.add("the writer could not be closed", error, "closing the writer failed")
             return False
         return not self._records
 
@@ -73,35 +150,40 @@ class Backlog:
             self._writer.write(list(self._records))
         except OSError:
             raise
-        except Exception:
+        except BaseException as error:
+            dropped = self.dropped
             self._hand_over_each()
+            if self.dropped == dropped:
+                self._faults.add("failed writes", error, "a write failed, and not when it was tried again by records")
         else:
             self._records.clear()
 
     def _hand_over_each(self) -> None:
         while self._records:
+            step = self._records[0].step
             try:
                 self._writer.write([self._records[0]])
             except OSError:
                 raise
-            except Exception:
-                self._refuse(self._records[0].step)
+            except BaseException as error:
+                self.dropped += 1
+                message = "the writer cannot take the record of step %d, which is dropped; training goes on"
+                self._faults.add("records that the writer refused", error, message, step)
             self._records.popleft()
 
-    def _refuse(self, step: int) -> None:
-        self.dropped += 1
-        if not self._refused:
-            self._refused = True
-            _log.exception("the writer cannot take the record of step %d, which is dropped; training goes on", step)
-
-    def _put_off(self) -> None:
+    def _put_off(self, error: OSError) -> None:
         if self._retry_at is None:
-            _log.exception("writing failed; records are kept and tried again, training goes on")
+            message = "writing failed; records are kept and tried again, training goes on"
+            _log.error(f"{message} (%s)", type(error).__name__, exc_info=error)
         self._retry_at = monotonic() + self._pause
         self._pause = min(2 * self._pause, _LAST_RETRY)
 
     def _trim(self) -> None:
         values = sum(len(record.values) for record in self._records)
+        before = self.dropped
         while len(self._records) > MAX_RECORDS or values > MAX_VALUES:
             values -= len(self._records.popleft().values)
             self.dropped += 1
+        if self.dropped > before and not self._trimmed:
+            self._trimmed = True
+            _log.error("records that cannot be written fill their bound: the oldest ones are dropped from now on")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from torchprobe.buffer.seal import SKIPPED, Sealed
-from torchprobe.buffer.step import Arrived, Reporter, by_reporter, grouped
-from torchprobe.records import Record, Text, Value
+import numpy as np
+from numpy.typing import NDArray
+
+from torchprobe.buffer.step import SKIPPED, Arrived, Reporter, StepInFlight, by_reporter, grouped
+from torchprobe.records import Record, Text, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
+_MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
 _NOT_HELD = "no torch.optim optimizer held a parameter of the model that include= and exclude= leave"
 
 _REASONS = {
@@ -28,67 +32,106 @@ _REASONS = {
     "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
 }
 
-_NO_REASON = "nothing of the kind it watches occurred"
-
 _log = logging.getLogger("torchprobe")
 
 
 class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
+    A value that no writer could store, or under a tag that is no text, is left out alone and said once.
     skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
     missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
     unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
+    faults: what is left out for good, a short line each.
     """
 
     def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:
         self.skipped = 0
         self.missing: list[str] = []
-        self._descriptions = dict(descriptions)
+        self.faults: list[str] = []
+        self._descriptions = _texts(descriptions)
         self._asked_for = asked_for
         self._failed: set[Reporter] = set()
+        self._odd: set[tuple[str, str]] = set()
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
 
-    def __call__(self, sealed: Sealed) -> Record | None:
+    def __call__(self, sent: StepInFlight) -> Record | None:
         """The record of a step; None when it has no values. Raises what a device raised."""
-        return self.record(sealed, sealed.arrive())
+        return self.record(sent, sent.arrive())
 
-    def record(self, sealed: Sealed, arrived: Iterable[Arrived]) -> Record | None:
+    def record(self, sent: StepInFlight, arrived: Iterable[Arrived]) -> Record | None:
         """The record of a step whose rows are on the host."""
         groups = grouped(arrived)
         if any((flag.rows > 0).any() for flag in groups.get((SKIPPED, ""), ())):
             self.skipped += 1
             return None
-        values: dict[str, Value] = dict(sealed.values)
+        values: dict[str, Value] = {}
+        for tag, value in sent.values.items():
+            self._put(values, tag, value, "the step")
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
-        values.update(self._explain_gaps(sealed))
-        return Record(sealed.step, sealed.wall_time, values, self._descriptions, bool(sealed.due)) if values else None
+        values.update(self._explain_gaps(sent))
+        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due)) if values else None
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
             return {}
         try:
             found = by_reporter(parts)
-            tagged = {prefix + tag: value for tag, value in _reported(reporter, found)}
-        except Exception:
-            self._failed.add(reporter)
-            _log.exception("the report of %s failed and is left out from now on", _name(reporter))
+            tagged = self._tagged(reporter, prefix, found) if found else {}
+        except BaseException as error:
+            self._leave_out(reporter, error)
             return {}
-        if tagged or getattr(reporter, "rows_suffice", True):
+        if tagged or (found and getattr(reporter, "rows_suffice", True)):
             self._seen.update(getattr(part, "speaks_for", part) for part in found)
-        if found:
-            self._descriptions.update(getattr(reporter, "descriptions", {}))
         return tagged
 
-    def _explain_gaps(self, sealed: Sealed) -> dict[str, Value]:
-        if not sealed.lost:
-            return self._look_for_missing(sealed.due)
+    def _tagged(
+        self, reporter: Reporter, prefix: str, found: Mapping[Reporter, tuple[Sequence[str], NDArray[np.float64]]]
+    ) -> dict[str, Value]:
+        tagged: dict[str, Value] = {}
+        for item in _reported(reporter, found):
+            if isinstance(item, tuple | list) and len(item) == 2:
+                tag, value = item
+                self._put(tagged, prefix + tag if isinstance(tag, str) else tag, value, _name(reporter))
+            else:  # a user's report may yield anything
+                self._say_odd(_name(reporter), "", f"{reprlib.repr(item)} is no (tag, value) pair")
+        self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
+        return tagged
+
+    def _put(self, values: dict[str, Value], tag: object, value: object, owner: str) -> None:
+        """Take a value in, or say once that it cannot be stored."""
+        stored = value if type(value) is float else storable(value)
+        if stored is not None and is_tag(tag):
+            values[str(tag)] = stored
+        elif stored is None:
+            self._say_odd(owner, tag, f"takes a number, text, histogram, image or array, not {reprlib.repr(value)}")
+        else:
+            self._say_odd(owner, tag, "takes a tag that is text")
+
+    def _say_odd(self, owner: str, tag: object, problem: str) -> None:
+        key = (owner, tag if isinstance(tag, str) else type(tag).__name__)
+        if key in self._odd or len(self._odd) >= _MOST_ODD:
+            return
+        self._odd.add(key)
+        more = "; more such values are not named" if len(self._odd) == _MOST_ODD else ""
+        self.faults.append(f"{reprlib.repr(tag)} of {owner} is left out: it cannot be stored")
+        _log.warning("%s of %s is left out: %s%s", reprlib.repr(tag), owner, problem, more)
+
+    def _leave_out(self, reporter: Reporter, error: BaseException) -> None:
+        name, kind = _name(reporter), type(error).__name__
+        self._failed.add(reporter)
+        self.faults.append(f"{name} is left out: its report raised {kind}")
+        _log.error("the report of %s failed and is left out from now on (%s)", name, kind, exc_info=error)
+
+    def _explain_gaps(self, sent: StepInFlight) -> dict[str, Value]:
+        if not sent.lost:
+            return self._look_for_missing(sent.due)
         if not self._lost:
             self._lost = True
-            _log.warning("step %d found no free slots on its device: its statistics are lost", sealed.step)
+            _log.warning("step %d found no free slots on its device: its statistics are lost", sent.step)
         return {}
 
     def _look_for_missing(self, due: Sequence[Reporter]) -> dict[str, Value]:
@@ -109,13 +152,23 @@ class Decoder:
         return texts
 
 
-def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[tuple[str, Value]]:
+def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:
     """Tags and values of one source, or of several together."""
     if reporter in found:
-        return cast("Iterable[tuple[str, Value]]", reporter.report_all(*found[reporter]))
+        return cast("Iterable[Any]", reporter.report_all(*found[reporter]))
     rows = {getattr(part, "source", ""): named for part, named in found.items()}
-    return cast("Iterable[tuple[str, Value]]", reporter.report_sources(rows)) if rows else ()
+    return cast("Iterable[Any]", reporter.report_sources(rows)) if rows else ()
+
+
+def _sampled(due: Sequence[Reporter]) -> bool:
+    """Whether a probe was due that is not at every step."""
+    return any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in due)
 
 
 def _name(reporter: Reporter) -> str:
     return str(getattr(reporter, "name", type(reporter).__name__))
+
+
+def _texts(descriptions: Mapping[str, str]) -> dict[str, str]:
+    """Those that are text: another one would keep its record from being written."""
+    return {group: text for group, text in descriptions.items() if isinstance(group, str) and isinstance(text, str)}

@@ -5,45 +5,77 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from time import time
+from typing import Protocol
 
-from torchprobe.buffer.backlog import Backlog
-from torchprobe.buffer.exchange import Exchange
-from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.stage import Guarded, Stage
-from torchprobe.records import Record
+from torchprobe.buffer.backlog import Backlog, Faults, Repeats, Stage
+from torchprobe.buffer.step import StepInFlight
+from torchprobe.records import Record, Text
 from torchprobe.writers.protocol import Writer
 
 _log = logging.getLogger("torchprobe")
 
-MAX_WAITING = 10_000  # sealed steps
+MAX_WAITING = 10_000  # steps between the training thread and this one
+STOPPED_TAG = "torchprobe/stopped"
+
+
+class Exchange(Protocol):
+    """Steps between their arrival on the host and their record, which wait for other ranks or go to one."""
+
+    patience: float | None
+    """The longest that a caller of `flush` or `close` is kept waiting; None: as long as he likes."""
+
+    @property
+    def dropped(self) -> int:
+        """What was lost on the way, in steps."""
+
+    def summary(self) -> str:
+        """How it went with the other ranks, in a few words; empty when there are none."""
+
+    def pause(self) -> float | None:
+        """Seconds until `release` is worth another call; None while nothing is under way."""
+
+    def release(self, urgent: bool) -> Iterable[Record]:
+        """The records that are complete. urgent: all of them, after a wait that is bounded."""
+
+    def close(self) -> None:
+        """Say goodbye to the other ranks."""
 
 
 class Drain:
-    """Takes sealed steps off the training thread's hands; never makes it wait, never lets it fail.
+    """Takes steps off the training thread's hands; never makes it wait, never lets it fail.
 
-    decode: turns a sealed step into a record (None to leave it out). stage: sees each record before it is
+    decode: turns a step into a record (None to leave it out). stage: sees each record before it is
     written. flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be
-    kept is dropped and counted.
+    kept is dropped and counted. An exception of any kind, SystemExit too, costs the one record or attempt that
+    raised it, is logged once for each kind, and stands in `faults`.
     exchange: other ranks, when there are any; then `decode` keeps steps back, and `exchange` releases them.
     """
 
     def __init__(
         self,
         writer: Writer,
-        decode: Callable[[Sealed], Record | None],
+        decode: Callable[[StepInFlight], Record | None],
         flush_seconds: float,
         stage: Stage | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self._decode = decode
-        self._stage = Guarded(stage)
+        self._stage = stage
         self._exchange = exchange
         self._flush_seconds = flush_seconds
-        self._sealed: deque[Sealed] = deque()
-        self._backlog = Backlog(writer)
-        # Counted by one thread each, so that no lock is needed.
-        self._turned_away = self._unread = 0
+        self._steps: deque[StepInFlight] = deque()
+        self._faults = Faults()
+        self._repeats = Repeats()
+        self._backlog = Backlog(writer, self._faults)
+        # Counted by the training thread alone, so that no lock is needed: steps put, without room, and in part lost;
+        # losses of the process that this one goes on for; losses that a flush has told of, and the steps put by then.
+        self._put = self._turned_away = self._incomplete = self._earlier = 0
+        self._told, self._told_at = 0, -1
+        self._latest = 0
+        self._stopped: str | None = None
+        self._unread = 0  # counted by the drain thread
         # Guards what follows, and is never held while copying, decoding or writing.
         self._wake = threading.Condition()
         self._asked = self._served = self._written = 0  # numbers of flush requests
@@ -53,9 +85,16 @@ class Drain:
 
     @property
     def dropped(self) -> int:
-        """Steps and records lost so far, in whole or in part."""
-        lost = 0 if self._exchange is None else self._exchange.dropped
-        return self._turned_away + self._unread + self._backlog.dropped + lost
+        """Steps and records lost so far, in whole or in part; those of an earlier process too."""
+        return self._earlier + self._lost
+
+    @property
+    def faults(self) -> list[str]:
+        """What went wrong so far, a short line each, for a person; empty when nothing did."""
+        lines = [] if self._stopped is None else [f"recording stopped: {self._stopped}"]
+        lines += [f"steps dropped, the queue was full: {self._turned_away}"] if self._turned_away else []
+        lines += [f"steps without room for their statistics: {self._incomplete}"] if self._incomplete else []
+        return lines + self._faults.lines
 
     @property
     def ranks(self) -> list[str]:
@@ -65,18 +104,36 @@ class Drain:
 
     def admit(self) -> bool:
         """Whether there is room for one more step; when there is none, counts it as dropped. Never blocks."""
-        full = self._ended or len(self._sealed) >= MAX_WAITING
-        self._turned_away += full
-        return not full
+        full = len(self._steps) >= MAX_WAITING
+        if full or self._ended:
+            self._turned_away += 1
+            if self._turned_away == 1 and full:
+                _log.warning(
+                    "%d steps wait to be written, and no more are kept: writing is slower than training, and steps are "
+                    "dropped until it has caught up; raise every=, or write to a faster disk",
+                    MAX_WAITING,
+                )
+            return False
+        return True
 
     def count_dropped(self, number: int) -> None:
         """Losses of the process that this one goes on for."""
-        self._turned_away += number
+        self._earlier += number
 
-    def put(self, sealed: Sealed) -> None:
+    def put(self, step: StepInFlight) -> None:
         """Queue an admitted step for the next flush. Never blocks."""
-        self._turned_away += sealed.lost
-        self._sealed.append(sealed)
+        self._put += 1
+        self._latest = step.step
+        self._incomplete += step.lost
+        self._steps.append(step)
+
+    def stopped(self, reason: str) -> None:
+        """Recording has stopped: from now on `flush` and `close` are False, and a text says so in the run."""
+        if self._stopped is None:
+            self._stopped = reason
+            text = Text(f"torchprobe stopped recording after this step: {reason}")
+            self._steps.append(StepInFlight(self._latest, time(), {STOPPED_TAG: text}))
+            self.wake()
 
     def wake(self, urgent: bool = False) -> int:
         """Ask for a flush without waiting; the number says which request it was.
@@ -90,39 +147,57 @@ class Drain:
             return self._asked
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write what was put before; True when it is written.
+        """Write what was put before; True when it is written, and nothing was lost since the last flush.
 
-        Waits up to `timeout` seconds, or as long as it takes. False when time runs out, the writer fails
-        or the drain is closed; at once in the drain thread itself, which a garbage collection can run.
+        Asked again with no step in between, it answers the same. Waits up to `timeout` seconds, or as long as it
+        takes. False when time runs out, the writer fails, recording has stopped or the drain is closed; at once in the
+        drain thread itself, which a garbage collection can run.
         """
         asked = self.wake(urgent=True)
         with self._wake:
             if self._thread is not threading.current_thread():
                 self._wake.wait_for(lambda: self._served >= asked or self._ended, self._longest(timeout))
-            return self._written >= asked
+            written = self._written >= asked
+        told = self._tell()
+        return written and not told
 
     def close(self, timeout: float | None = None) -> bool:
         """Write what was put before, stop the thread and close the writer. Safe to call twice.
 
         Waits up to `timeout` seconds in all, or as long as it takes. False when something was left
-        unwritten; then a thread that hangs in the writer is left behind, which no exit waits for.
+        unwritten, or lost at any time; a thread that hangs in the writer is left behind, which no exit waits for.
         """
         self._closing = True
         self.wake(urgent=True)
         if self._thread is threading.current_thread():
             return False
         self._thread.join(self._longest(timeout))
-        return self._clean
+        return self._clean and not self._lost and self._stopped is None
+
+    @property
+    def _lost(self) -> int:
+        elsewhere = 0 if self._exchange is None else self._exchange.dropped
+        return self._turned_away + self._incomplete + self._unread + self._backlog.dropped + elsewhere
+
+    def _tell(self) -> bool:
+        """Whether a flush has losses to tell of: new ones, or those of the last flush while no step has come since."""
+        lost = self._lost
+        if lost > self._told:
+            self._told, self._told_at = lost, self._put
+        return self._stopped is not None or self._put == self._told_at
 
     def _run(self) -> None:
         try:
             while not self._cycle():
                 pass
         finally:
-            self._unread += len(self._sealed)
+            self._unread += len(self._steps)
             if self._exchange is not None:
-                self._exchange.close()
-            self._stage.close()
+                self._attempt("taking leave of the other ranks", self._exchange.close)
+            if self._stage is not None:
+                self._attempt("closing the alerts", self._stage.close)
+            if self._turned_away:
+                _log.error("%d steps were dropped: they came faster than they could be written", self._turned_away)
             closed = self._backlog.close()
             with self._wake:
                 self._clean = closed and self._written == self._served
@@ -144,7 +219,9 @@ class Drain:
         return closing
 
     def _wait(self) -> tuple[int, bool, bool]:
-        pauses = [self._backlog.pause(), None if self._exchange is None else self._exchange.pause()]
+        pauses = [self._backlog.pause()]
+        if self._exchange is not None:
+            pauses.append(self._attempt("asking for the other ranks", self._exchange.pause))
         seconds = min([self._flush_seconds, *(pause for pause in pauses if pause is not None)])
         with self._wake:
             self._wake.wait_for(lambda: self._asked > self._served or self._closing, _waitable(seconds))
@@ -152,23 +229,57 @@ class Drain:
             return self._asked, urgent, self._closing
 
     def _collect(self) -> None:
-        for _ in range(len(self._sealed)):  # not those that arrive meanwhile: a fast loop would never be written
-            record = self._read(self._sealed.popleft())
-            if record is not None:
-                self._backlog.add(self._stage(record))
-        rest = self._stage.at_rest()
-        if rest is not None:
-            self._backlog.add(rest)
+        for _ in range(len(self._steps)):  # not those that arrive meanwhile: a fast loop would never be written
+            self._read(self._steps.popleft())
+        if self._stage is not None:
+            self._write(self._staged(self._stage.at_rest, None))
+
+    def _read(self, step: StepInFlight) -> None:
+        try:
+            self._pass_on(self._decode(step))
+        except BaseException as error:
+            self._unread += 1
+            message = "step %d could not be read back and is dropped; training goes on"
+            self._faults.add("steps that could not be read", error, message, step.step)
 
     def _release(self, urgent: bool) -> None:
         if self._exchange is None:
             return
         try:
             for record in self._exchange.release(urgent):
-                self._backlog.add(self._stage(record))
-        except Exception:
+                self._pass_on(record)
+        except BaseException as error:
             self._unread += 1
-            _log.exception("combining values of several ranks failed; training goes on")
+            message = "combining values of several ranks failed; training goes on"
+            self._faults.add("steps that could not be combined", error, message)
+
+    def _pass_on(self, record: Record | None) -> None:
+        new = None if record is None else self._repeats.without(record)
+        if new is not None:
+            stage = self._stage
+            self._write(new if stage is None else self._staged(lambda: stage(new), new))
+
+    def _write(self, record: Record | None) -> None:
+        new = None if record is None else self._repeats.without(record)
+        if new is not None:
+            self._repeats.note(new)
+            self._backlog.add(new)
+
+    def _staged(self, ask: Callable[[], Record | None], otherwise: Record | None) -> Record | None:
+        try:
+            return ask()
+        except BaseException as error:
+            self._stage = None
+            message = "alerts failed and are switched off; recording and training go on"
+            self._faults.add("alerts are switched off", error, message)
+            return otherwise
+
+    def _attempt(self, what: str, call: Callable[[], float | None]) -> float | None:
+        try:
+            return call()
+        except BaseException as error:
+            self._faults.add(f"{what} failed", error, f"{what} failed; recording and training go on")
+            return None
 
     def _longest(self, timeout: float | None) -> float | None:
         """What a caller waits at most, in a form that the system knows."""
@@ -176,15 +287,6 @@ class Drain:
         if patience is not None:
             timeout = patience if timeout is None else min(timeout, patience)
         return _waitable(timeout)
-
-    def _read(self, sealed: Sealed) -> Record | None:
-        try:
-            return self._decode(sealed)
-        except Exception:
-            self._unread += 1
-            if self._unread == 1:
-                _log.exception("step %d could not be read back and is dropped; training goes on", sealed.step)
-            return None
 
 
 def _waitable(timeout: float | None) -> float | None:

@@ -1,17 +1,23 @@
-"""Everything that belongs to one step, before it leaves the device and when it has arrived."""
+"""Everything that belongs to one step: on its device, on its way, and on the host."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.buffer.transfer import Transfer, TransferBuffer, records_graph
 from torchprobe.records import Value
+from torchprobe.statistics.dtypes import row_dtype
+
+_log = logging.getLogger("torchprobe")
 
 
 class Reporter(Protocol):
@@ -118,3 +124,138 @@ def seen_rows(part: Arrived) -> tuple[Sequence[str], NDArray[np.float64]]:
         return heading.names, rows
     fired = rows[:, -1] > 0
     return [name for name, there in zip(heading.names, fired, strict=True) if there], rows[fired, :-1]
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step whose device values are being copied to the host."""
+
+    step: int
+    wall_time: float
+    values: dict[str, Value]
+    due: Sequence[Reporter] = ()
+    same_data: Sequence[int] = ()
+    transfers: list[tuple[Transfer, list[Heading]]] = field(default_factory=list)
+    lost: bool = False  # device values that found no room
+
+    def arrive(self) -> list[Arrived]:
+        """Wait for the copies. Raises what a device raised, once all of them have given back their slots."""
+        arrived: list[Arrived] = []
+        failure: Exception | None = None
+        for transfer, headings in self.transfers:
+            try:
+                arrived += map(Arrived, headings, transfer.take())
+            except Exception as error:  # noqa: PERF203 - one turn a device
+                failure = error
+        if failure is not None:
+            raise failure
+        return arrived
+
+
+class Scalars:
+    """Reports device scalars under the tags they were logged with."""
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Each name is a tag."""
+        yield from zip(names, rows[:, 0].tolist(), strict=True)
+
+
+class SkippedFlag:
+    """Marks the row that says whether a fused optimizer skipped the step."""
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Nothing to show: the reader of the record acts on it."""
+        return iter(())
+
+
+_SCALARS = Scalars()
+SKIPPED = SkippedFlag()
+
+
+class TransferBuffers:
+    """The transfer buffers of all devices, made when a device is first seen.
+
+    capacity: elements under way on each device. A step that is large beside it gets a larger buffer, since
+    it would seldom find that much room in one run.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._buffers: dict[torch.device, TransferBuffer] = {}
+        self._odd: set[str] = set()  # what could not be copied and was said
+
+    @property
+    def crowded(self) -> bool:
+        """Whether any device's slots run short."""
+        return any([one.crowded for one in self._buffers.values()])  # noqa: C419 - a generator costs a call a turn
+
+    def send(self, step: int, wall_time: float, content: StepBuffer) -> StepInFlight:
+        """Start the copies of a step. Rows that find no room are given up, and said to be lost.
+
+        So are those of a device whose work the user is recording as a graph. Rows that torch cannot copy (complex
+        ones, say) are left out alone, with one line in the log. A step of host values alone costs about 1 us.
+        """
+        sent = StepInFlight(step, wall_time, content.values, content.due, content.same_data)
+        if content.pieces or content.scalars or content.void is not None:
+            pieces = [*content.pieces, *self._scalar_pieces(content.scalars), *_flag(content.void)]
+            for device, group in _by_device(pieces).items():
+                self._send_group(device, group, sent)
+        return sent
+
+    def _send_group(self, device: torch.device, group: Sequence[Piece], sent: StepInFlight) -> None:
+        try:
+            transfer = self._transfer(device, [piece.rows for piece in group])
+        except Exception:
+            if len(group) == 1:
+                self._say_odd(f"the rows of {type(group[0].reporter).__name__}")
+            else:  # one of them is odd: the others go by themselves
+                for piece in group:
+                    self._send_group(device, [piece], sent)
+            return
+        if transfer is None:
+            sent.lost = True
+        else:
+            sent.transfers.append((transfer, [piece.heading for piece in group]))
+
+    def _transfer(self, device: torch.device, rows: Sequence[Tensor]) -> Transfer | None:
+        if records_graph(device):  # even making a buffer would break the graph
+            return None
+        size = sum(map(Tensor.numel, rows))
+        buffer = self._buffers.get(device)
+        if buffer is None or 2 * size > buffer.capacity:
+            # What is under way in a smaller buffer arrives from there.
+            buffer = self._buffers[device] = TransferBuffer(device, max(self._capacity, 4 * size))
+        return buffer.send(rows)
+
+    def _scalar_pieces(self, scalars: Mapping[str, Tensor]) -> Iterator[Piece]:
+        groups: defaultdict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+        for tag, value in scalars.items():
+            row = self._scalar_row(tag, value)
+            if row is not None:
+                groups[value.device][tag] = row
+        for rows in groups.values():
+            yield Piece(_SCALARS, list(rows), torch.stack(list(rows.values())))
+
+    def _scalar_row(self, tag: str, value: Tensor) -> Tensor | None:
+        try:
+            return value.to(row_dtype(value.device)).reshape(1)
+        except Exception:
+            self._say_odd(tag)
+            return None
+
+    def _say_odd(self, what: str) -> None:
+        if what not in self._odd:
+            self._odd.add(what)
+            _log.warning("%s cannot be copied to the host and stays out of the run", what, exc_info=True)
+
+
+def _by_device(pieces: Sequence[Piece]) -> Mapping[torch.device, list[Piece]]:
+    groups: defaultdict[torch.device, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.rows.device].append(piece)
+    return groups
+
+
+def _flag(void: Tensor | None) -> Iterator[Piece]:
+    if void is not None:
+        yield Piece(SKIPPED, ["skipped"], void.detach().to(row_dtype(void.device)).reshape(1, 1))

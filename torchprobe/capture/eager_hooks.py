@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
-from torchprobe.capture.passes import ROOT_KEY
-from torchprobe.capture.recompute import under_transform
-from torchprobe.capture.replicas import REPLICA
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.compat import REPLICA, in_backward, under_transform
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
+from torchprobe.capture.inert import Inert
+from torchprobe.capture.marks import mark, unmark
+from torchprobe.capture.root_hooks import ROOT_KEY
+from torchprobe.capture.source import Pass, Running
+from torchprobe.probes.base import Reporter
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
 
@@ -25,90 +26,80 @@ _COMPILED = "the model is compiled, and this is not watched inside a graph"
 class Watcher(Protocol):
     """What looks at module calls of a sampled training pass. Exceptions end at its gate."""
 
-    gate: Gate
+    reporter: Reporter
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Which modules, by name."""
 
-    def begin(self) -> None:
-        """A pass of the model begins."""
-
-    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(
+        self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A chosen module is called; inside backward when activation checkpointing calls it again."""
 
-    def after(self, name: str, output: Any) -> None:
+    def after(self, passing: Pass, name: str, output: Any) -> None:
         """It has returned."""
 
     def unseen(self, reason: str) -> None:
         """There will be no calls to see."""
 
 
-class Marks:
-    """The watchers of a module, each with the name it knows it by. Copies and pickles become None: they are inert."""
+class Marks(Inert):
+    """The watchers of a module, each with the name it knows it by."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Running) -> None:
+        self.running = running
         self.watchers: list[tuple[Watcher, str]] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 class EagerHooks:
     """The hooks of all watchers. Modules that are compiled are left alone: hooks would become part of their graphs."""
 
-    def __init__(self, model: ReferenceType[nn.Module], watchers: Sequence[Watcher], current: Pass) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], watchers: Sequence[Watcher], running: Running) -> None:
         self._model = model
         self._watchers = watchers
-        self._current = current
+        self._running = running
         self._handles: list[RemovableHandle] = []
         self._marked: WeakSet[nn.Module] = WeakSet()
         self._armed: list[Watcher] = []
+        self._size = 0
         self._compiled = False
 
-    def arm(self, training: bool) -> None:
+    def arm(self, due: frozenset[Reporter]) -> None:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
-        due = [watcher for watcher in self._watchers if training and watcher.gate.train]
+        wanted = [watcher for watcher in self._watchers if watcher.reporter in due]
         model = self._model()
-        if model is not None and due and self._is_compiled(model):
-            for watcher in due:
+        if model is not None and wanted and self._is_compiled(model):
+            for watcher in wanted:
                 watcher.unseen(_COMPILED)
-            due = []
-        if model is None or due == self._armed:
+            wanted = []
+        if model is None or (wanted == self._armed and (not wanted or _size(model) == self._size)):
             return
-        if self._current.compiled and self._armed:  # they were traced, and taking them off would compile again
+        if self._running.compiled and self._armed:  # they were traced, and taking them off would compile again
             return
         self.disarm()
-        for watcher in due:
+        for watcher in wanted:
             for name, module in watcher.chosen(model):
                 self._put_on(module, watcher, name)
-        self._armed = due
-
-    def _is_compiled(self, model: nn.Module) -> bool:
-        """Once it was, it is: a function around the model is known by its first traced hook only."""
-        self._compiled = self._compiled or self._current.compiled or has_compiled_part(model) or in_compiled_call()
-        return self._compiled
-
-    def begin(self) -> None:
-        """A pass of the model begins."""
-        for watcher in self._armed:
-            watcher.begin()
+        self._armed, self._size = wanted, _size(model)
 
     def disarm(self) -> None:
         """Take hooks and marks off. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
         for module in list(self._marked):
-            module.__dict__.pop(MARKS, None)
+            unmark(module, MARKS)
         self._marked.clear()
         self._armed = []
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        """Once it was, it is: a function around the model is known by its first traced hook only."""
+        self._compiled = self._compiled or self._running.compiled or has_compiled_part(model) or in_compiled_call()
+        return self._compiled
 
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
         if module not in self._marked:
             self._marked.add(module)
-            module.__dict__[MARKS] = Marks()
+            mark(module, MARKS, Marks(self._running))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [
                 module.register_forward_pre_hook(_before, with_kwargs=True),
@@ -117,23 +108,29 @@ class EagerHooks:
         module.__dict__[MARKS].watchers.append((watcher, name))
 
 
+def _size(model: nn.Module) -> int:
+    return sum(hash((name, id(module))) for name, module in model.named_modules())
+
+
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
-            _guarded(watcher, watcher.before, name, module, args, kwargs or {})
+            _guarded(marks.running, watcher, watcher.before, name, module, args, kwargs or {})
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if marks is not None and not torch.compiler.is_compiling() and not under_transform():
         for watcher, name in marks.watchers:
-            _guarded(watcher, watcher.after, name, output)
+            _guarded(marks.running, watcher, watcher.after, name, output)
 
 
-def _guarded(watcher: Watcher, call: Callable[..., None], *arguments: Any) -> None:
-    if watcher.gate.train:
-        with watcher.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
-            call(*arguments)
+def _guarded(running: Running, watcher: Watcher, call: Callable[..., None], *arguments: Any) -> None:
+    passing = running.of_backward() if in_backward() else running.forward()
+    gate = watcher.reporter.gate
+    if passing is not None and watcher.reporter in passing.due and not gate.failed:
+        with gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            call(passing, *arguments)

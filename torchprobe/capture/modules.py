@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.gate import Gate
-from torchprobe.capture.graphs import keep_out
-from torchprobe.capture.passes import ROOT_KEY
-from torchprobe.capture.sites import SITE, Pass, Site, observe_output
-from torchprobe.capture.taps import Memo, Tap
+from torchprobe.capture.compat import skip_frames
+from torchprobe.capture.marks import mark, unmark
+from torchprobe.capture.root_hooks import ROOT_KEY
+from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
+from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe, Reporter
 
@@ -52,43 +52,36 @@ def interesting(module: nn.Module) -> bool:
     return leaf and next(module.parameters(recurse=False), None) is not None
 
 
-class ModuleCapture:
-    """The hooks on modules: on for sampled steps, off for all others.
+class OutputSource:
+    """Outputs of modules and their gradients: hooks that are on for sampled passes, off for all others.
 
-    Where a hook found itself being traced by `torch.compile` (`current.compiled`), hooks stay on,
-    since a compiled graph never sees a later one, and only the gates' flags change.
+    Where a hook found itself being traced by `torch.compile` (`running.compiled`), hooks stay on, since a compiled
+    graph never sees a later one, and only flags change.
     """
+
+    names = ("outputs", "output_gradients")
 
     def __init__(
         self,
         model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
         wanted: Callable[[str, nn.Module, Probe], bool],
+        running: Running,
     ) -> None:
         self._model = model
-        self._reporters = [reporter for reporter in reporters if reporter.source in ("outputs", "output_gradients")]
-        self._gates: list[Gate] = [reporter.gate for reporter in self._reporters]
-        self._all_gates = [*self._gates, *(r.gate for r in reporters if r.source == "attention")]
+        self._reporters = [reporter for reporter in reporters if reporter.source in self.names]
         self._wanted = wanted
+        self._running = running
         self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[ReferenceType[nn.Module]] = []
         self._armed: tuple[bool, int] | None = None
         self._memo = Memo()
-        self.current = Pass()
-        keep_out(observe_output)
+        skip_frames(observe_output)
 
-    def follow_gates(self) -> None:
-        """The gates were opened or closed: compiled graphs go by one flag for all probes."""
-        sampled = sampled_val = False
-        for gate in self._all_gates:
-            sampled |= gate.train
-        for gate in self._gates:
-            sampled_val |= gate.val
-        self.current.sampled, self.current.sampled_val = sampled, sampled_val
-
-    def due(self, training: bool) -> bool:
-        """Whether a probe of outputs samples the coming pass."""
-        return any(gate.train if training else gate.val for gate in self._gates)
+    def wants(self, due: frozenset[Reporter]) -> bool:
+        """Whether a probe of outputs is among those due."""
+        return not due.isdisjoint(self._reporters)
 
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
@@ -97,60 +90,49 @@ class ModuleCapture:
             return
         if self._armed == (training, _hooks_on(model)):
             return
-        if self.current.compiled and self._handles:
+        if self._running.compiled and self._handles:
             return
         self._remove()
         for name, module, in_eval in chosen_modules(model, self._is_wanted):
             if training or in_eval:
-                self._hook(name, module, model)
+                self._hook(name, module)
         self._armed = training, _hooks_on(model)
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
-        if not self.current.compiled:
+        if not self._running.compiled:
             self._remove()
 
     def detach(self) -> None:
         """Take everything off: hooks and the sites' state."""
         self._remove()
-        for module in list(self._sites):
-            module.__dict__.pop(SITE, None)
         self._sites.clear()
 
-    def collect(self, due: Container[Reporter], training: bool, scale: Tensor | None = None) -> list[Piece]:
-        """The merged rows of the step or of the validation pass, for the probes due; the rows start anew.
+    def merge(self, a: Kept, b: Kept) -> Kept:
+        """Rows of both, tap by tap."""
+        for tap, rows in b.items():
+            a[tap] = tap.shortened([*a[tap], *rows]) if tap in a else rows
+        return a
 
-        scale: what GradScaler multiplied the loss with, and so the gradients of outputs.
-        """
+    def rows(self, kept: Kept, training: bool, due: frozenset[Reporter], scale: Tensor | None = None) -> list[Piece]:
+        """The merged rows for the probes due. scale: what the gradients of outputs were multiplied with."""
         groups: defaultdict[tuple[Reporter, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
-        in_place: list[Tensor] = []
-        for site in self._sites.values():
-            for tap in (*site.outputs, *site.gradients):
-                row = tap.take(training, self.current.compiled)
-                if tap.reporter in due:  # a compiled graph feeds all probes whenever it feeds one
-                    groups[tap.reporter, row.device].append((site.name, row))
-                if self.current.compiled or not row.is_cpu:
-                    in_place.append(tap.train if training else tap.val)
+        for tap, rows in kept.items():
+            if tap.reporter in due and not tap.reporter.gate.failed:
+                with tap.reporter.gate.boundary(), torch.no_grad():
+                    row = tap.merged(rows)
+                    groups[tap.reporter, row.device].append((tap.name, row))
         prefix = "" if training else "val/"
-        pieces = [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
-        if in_place:
-            torch._foreach_zero_(in_place)
-        return pieces
+        return [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
 
-    def _hook(self, name: str, module: nn.Module, model: nn.Module) -> None:
-        if module not in self._sites:
-            self._sites[module] = self._site(name, module, model)
-        module.__dict__[SITE] = self._sites[module]
+    def _hook(self, name: str, module: nn.Module) -> None:
+        site = self._sites.get(module)
+        if site is None or site.name != name:  # a module that was put elsewhere has another name
+            site = self._sites[module] = self._site(name, module)
+        mark(module, SITE, site)
         is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
         self._handles.append(module.register_forward_hook(observe_output, prepend=is_root))
-
-    def _site(self, name: str, module: nn.Module, model: nn.Module) -> Site:
-        device = _device_of(module) or _device_of(model) or torch.device("cpu")
-        wanting = [reporter for reporter in self._reporters if self._wants(reporter, name, module)]
-        taps = [Tap(reporter, reporter.gate, device, self._memo) for reporter in wanting]
-        outputs = tuple(tap for tap in taps if tap.reporter.source == "outputs")
-        gradients = tuple(tap for tap in taps if tap.reporter.source == "output_gradients")
-        return Site(name, self.current, outputs, gradients)
+        self._hooked.append(ReferenceType(module))
 
     def _is_wanted(self, name: str, module: nn.Module) -> bool:
         known = self._sites.get(module)
@@ -160,27 +142,40 @@ class ModuleCapture:
 
     def _wants(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
         """Whether a probe watches a module; a predicate of the user's that raises switches it off."""
-        gate: Gate = reporter.gate
+        gate = reporter.gate
         if gate.failed:
             return False
         with gate.boundary():
             return self._wanted(name, module, reporter.probe)
         return False  # the boundary took an exception
 
+    def _site(self, name: str, module: nn.Module) -> Site:
+        outputs, gradients = (
+            tuple(
+                Tap(name, reporter, self, self._running, self._memo)
+                for reporter in self._reporters
+                if reporter.source == source and self._wants(reporter, name, module)
+            )
+            for source in self.names
+        )
+        return Site(name, self._running, outputs, gradients)
+
     def _remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        while self._hooked:
+            module = self._hooked.pop()()
+            if module is not None:
+                unmark(module, SITE)
         self._armed = None
 
 
 def _hooks_on(model: nn.Module) -> int:
     """Changes when a model grows, or gets a hook after ours that may change the output, as tensor parallelism adds."""
-    return sum(1 + len(module._forward_hooks) for module in model.modules())
-
-
-def _device_of(module: nn.Module) -> torch.device | None:
-    parameter = next(module.parameters(), None)
-    return None if parameter is None or parameter.device.type == "meta" else parameter.device
+    total = 0
+    for i, (name, module) in enumerate(model.named_modules()):
+        total += hash((i, name, id(module), len(module._forward_hooks)))
+    return total
 
 
 def _piece(reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:

@@ -1,14 +1,15 @@
-"""The zero-touch clock signal: the process-wide step hooks of `torch.optim`."""
+"""The zero-touch clock signal, the process-wide step hooks of `torch.optim`, and what state gradients are in."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -16,17 +17,23 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.frames import running
+from torchprobe.capture import compat
+from torchprobe.capture.compat import running
+from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.fully_sharded import lasting_parameters
 
+_FEW = 1024  # elements of a gradient that are looked at
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
 
 class StepObserver(Protocol):
     """Hears of each step of the optimizers that train the model."""
 
-    def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """Gradients are what the optimizer will use, unless a closure makes them during the step."""
+    def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
+        """The step begins. Whether `gradients_final` is wanted."""
+
+    def gradients_final(self, optimizer: Optimizer) -> None:
+        """Gradients are what the optimizer will use: all other hooks have run."""
 
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """The parameters are updated."""
@@ -35,18 +42,22 @@ class StepObserver(Protocol):
 class OptimizerHooks:
     """Follows every optimizer that holds a parameter of the model, made before or after this.
 
-    A step inside another one is part of it: that of a parent class, or of an optimizer that is wrapped. Which
-    steps are running is read from the callers' frames, so that a step that raises leaves no state behind.
+    A step inside another one is part of it: that of a parent class, or of an optimizer that is wrapped.
     """
 
     def __init__(self, parameters: Callable[[], set[int]], observer: StepObserver) -> None:
         self._parameters = parameters
         self._observer = observer
         self._claims: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        self._running: list[ReferenceType[Optimizer]] = []  # steps under way, outermost first
         self._handles: list[RemovableHandle] = [
             register_optimizer_step_pre_hook(torch.compiler.disable(self._before)),
             register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
         ]
+        # First in line: behind ours, a user's hook that takes itself off would make torch raise.
+        for hooks, handle in zip((compat.optimizer_pre_hooks(), compat.optimizer_post_hooks()), self._handles):
+            if hooks is not None:
+                hooks.move_to_end(handle.id, last=False)
 
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""
@@ -54,19 +65,36 @@ class OptimizerHooks:
             self._handles.pop().remove()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._follows(optimizer):
-            self._observer.before_step(optimizer, _closure_in(args, kwargs))
+        if not self._claimed(optimizer):
+            return
+        if self._running:  # unless a step that raised left it behind
+            under_way = {id(caller["self"]) for caller in running(_STEP)}
+            self._running = [r for r in self._running if id(r()) in under_way and r() is not optimizer]
+        self._running.append(ref(optimizer))
+        if len(self._running) == 1 and self._observer.before_step(optimizer, _closure_in(args, kwargs)):
+            self._call_last(optimizer, self._observer.gradients_final)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._follows(optimizer):
+        if not self._running or not self._claimed(optimizer):
+            return
+        outermost = self._running[0]() is optimizer
+        if outermost or self._running[-1]() is optimizer:
+            del self._running[0 if outermost else -1 :]
+        if outermost:
             self._observer.after_step(optimizer, _closure_in(args, kwargs))
 
-    def _follows(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer trains the model, and its step is inside no other such one."""
-        if not self._claimed(optimizer):
-            return False
-        steps = running(_STEP)
-        return len(steps) <= 1 or sum(self._claimed(caller["self"]) for caller in steps) <= 1
+    def _call_last(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
+        """Call a function when the step's other pre-hooks have run; now, when there are none or a graph would break.
+
+        It takes the place of the last hook for one call: one hook more, behind a user's that takes itself off, would
+        make torch raise.
+        """
+        hooks = compat.own_step_hooks(optimizer) or compat.optimizer_pre_hooks()
+        key = next(reversed(hooks)) if hooks else None
+        if hooks is None or key is None or key == self._handles[0].id or in_compiled_call():
+            function(optimizer)
+        else:
+            hooks[key] = _followed_by(hooks, key, optimizer, function)
 
     def _claimed(self, optimizer: Optimizer) -> bool:
         size = 0
@@ -74,16 +102,30 @@ class OptimizerHooks:
             size += len(group["params"])
         known = self._claims.get(optimizer)
         if known is None or known[0] != size:
-            known = self._claims[optimizer] = (size, self._holds_ours(optimizer))
+            known = self._claims[optimizer] = (size, _holds(optimizer, self._parameters()))
         return known[1]
 
-    def _holds_ours(self, optimizer: Optimizer) -> bool:
-        return _holds(optimizer, self._parameters())
+
+def _followed_by(
+    hooks: OrderedDict[int, Any], key: int, optimizer: Optimizer, function: Callable[[Optimizer], None]
+) -> Callable[..., Any]:
+    """A hook that stands in for another one, once, and calls a function after it."""
+    hook = hooks[key]
+
+    def both(stepping: Optimizer, args: Any, kwargs: Any) -> Any:
+        if hooks.get(key) is both:
+            hooks[key] = hook
+        answer = hook(stepping, args, kwargs)
+        if stepping is optimizer:
+            function(optimizer)
+        return answer
+
+    return both
 
 
 def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `step` got a closure: `args` holds the optimizer itself first."""
-    return any(map(callable, (*args[1:], kwargs.get("closure"))))
+    return any(map(callable, (*args[1:], kwargs.get("closure")))) if len(args) > 1 or kwargs else False
 
 
 def any_alive(parameters: set[int]) -> bool:
@@ -101,3 +143,81 @@ def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
 def parameter_ids(model: nn.Module) -> set[int]:
     """Identities of the model's parameters, to recognise them in an optimizer's groups."""
     return {id(parameter) for parameter in lasting_parameters(model)}
+
+
+class GradientState:
+    """Whether the gradients of some parameters were zeroed, or have grown, since they were last looked at.
+
+    Looks at four of the parameters: two that are next to each other at either end, since one alone may have no
+    gradient, or one that is exactly 0, as the first matrix of a low-rank adapter has while the second is 0.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [ref(p) for p in parameters]
+        self._few = _ends(self._parameters)
+        self._seen: list[tuple[int, int] | None] = [None] * len(self._few)
+
+    def look(self) -> None:
+        """Remember the gradients as they are."""
+        self._seen = [_state(p()) for p in self._few]
+
+    def grew(self) -> bool:
+        """Whether a backward pass has given the parameters gradients since `look`."""
+        for weak, seen in zip(self._few, self._seen, strict=True):
+            now = _state(weak())
+            if now is not None and now != seen:
+                return True
+        return False
+
+    def zeroed(self, thorough: bool) -> bool:
+        """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
+
+        thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
+        that changed since `look` counts as zeroed.
+        """
+        if any(map(_holds_gradient, self._few, self._seen)):
+            return False
+        return not (thorough and any(_holds_gradient(weak, None) for weak in self._parameters))
+
+    def choose(self) -> None:
+        """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""
+        if all((p := weak()) is None or p.grad is None for weak in self._few):
+            having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
+            if having:
+                self._few = _ends(having)
+                self._seen = [None] * len(self._few)
+
+
+def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:
+    small = [weak for weak in parameters if (p := weak()) is not None and p.numel() <= _FEW]
+    chosen = small if len(small) > 1 else parameters
+    return chosen if len(chosen) <= 4 else [*chosen[:2], *chosen[-2:]]
+
+
+def _state(parameter: nn.Parameter | None) -> tuple[int, int] | None:
+    gradient = None if parameter is None else parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
+def _holds_gradient(weak: ReferenceType[nn.Parameter], seen: tuple[int, int] | None) -> bool:
+    parameter = weak()
+    gradient = None if parameter is None else parameter.grad
+    if gradient is None:
+        return False
+    return _any(gradient) if gradient.is_cpu else _state(parameter) == seen
+
+
+def _any(gradient: Tensor) -> bool:
+    """Whether a gradient in host memory holds anything but zeros, among at most about a thousand of its elements."""
+    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        return True
+    if gradient.numel() > _FEW:
+        gradient = gradient.reshape(-1)[:: gradient.numel() // _FEW]
+    if gradient.dtype is torch.bfloat16:  # numpy has none
+        gradient = gradient.float()
+    return bool(gradient.numpy().any())
+
+
+def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters that an optimizer holds and trains."""
+    return (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)

@@ -13,37 +13,56 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
-from torchprobe.capture.fully_sharded import flat_shares, is_flattened
-from torchprobe.capture.gate import Gate
+from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
 from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.statistics.dtypes import measurable
 
 _log = logging.getLogger("torchprobe")
+
+
+_SOURCES = ("gradients", "parameters", "updates")
+
+
+class Held(NamedTuple):
+    """A parameter that an optimizer holds, under its name, and what this rank has of it."""
+
+    name: str
+    parameter: nn.Parameter
+    share: Share
 
 
 class Named(NamedTuple):
     """What this rank holds of a parameter or its gradient, under the parameter's name."""
 
     name: str
-    tensor: Tensor
     parameter: nn.Parameter
+    tensor: Tensor
     share: Share = WHOLE
 
 
-class ParameterCapture:
+class ParameterSource:
     """Feeds the probes of gradients, parameters and updates with the tensors of an optimizer's step.
 
     Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels. Of a sharded
-    parameter the probes see this rank's part.
+    parameter the probes see this rank's part. Parameters are read when the next training pass begins, so that what a
+    wrapper or a hook did to them after the step is seen too; those that `fully_shard` moves about, at once.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], wanted: Callable[[str, nn.Parameter, Probe], bool]) -> None:
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        reporters: Sequence[Reporter],
+        wanted: Callable[[str, nn.Parameter, Probe], bool],
+    ) -> None:
         self._model = model
+        self._of = {source: [r for r in reporters if r.source == source] for source in _SOURCES}
         self._wanted = wanted
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
-        self._unreduced = False
+        self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor]]] = []
+        self._said: set[str] = set()
         self._flat: Mapping[int, Share] = {}
 
     @property
@@ -52,47 +71,80 @@ class ParameterCapture:
         model = self._model()
         return () if model is None else ranks_on_same_data(model)
 
-    def gradients(self, optimizer: Optimizer, due: Iterable[Reporter]) -> Iterator[Piece]:
+    def gradients(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
-        reporters = [reporter for reporter in due if reporter.source == "gradients"]
+        reporters = self._due("gradients", due)
         if reporters:
-            parameters = self._parameters(optimizer)
-            usable = [(name, g, p, s) for name, p, s in parameters if (g := self._usable(name, p.grad)) is not None]
-            found = [Named(name, _dense(local_part(gradient)), p, share) for name, gradient, p, share in usable]
+            held = self._held(optimizer)
+            usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
+            found = [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
             yield from self._pieces(reporters, _unscaled(found, optimizer))
 
-    def remember(self, optimizer: Optimizer, due: Iterable[Reporter]) -> None:
+    def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """Copy the parameters before the step, when an update is to be measured."""
         self._before = {}
-        if any(reporter.source == "updates" for reporter in due):
+        if self._due("updates", due):
             with torch.no_grad():
                 self._before = _copies(
-                    ((n, local_part(p.detach())) for n, p, _ in self._parameters(optimizer)), self._room
+                    ((n, local_part(p.detach())) for n, p, _ in self._held(optimizer) if measurable(p)), self._room
                 )
 
-    def after_step(self, optimizer: Optimizer, due: Iterable[Reporter]) -> Iterator[Piece]:
-        """Rows of the parameters after the step, and of what the step changed."""
-        now = [Named(name, local_part(p.detach()), p, share) for name, p, share in self._parameters(optimizer)]
-        yield from self._pieces([reporter for reporter in due if reporter.source == "parameters"], now)
-        moved = [named for named in now if _same_kind(self._before.get(named.name), named.tensor)]
-        updates = [reporter for reporter in due if reporter.source == "updates"]
-        for reporter in updates:
-            last = reporter is updates[-1]
-            before = self._before if last else {name: copy.clone() for name, copy in self._before.items()}
-            yield from self._pieces([reporter], moved, before)
-        self._room |= {name: copy for name, copy in self._before.items() if _reusable(copy)}
+    def after_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
+        """The step has moved the parameters: rows of those that cannot wait."""
+        if not (self._due("parameters", due) or self._due("updates", due)):
+            return
+        self._stepped.append((due, self._held(optimizer), self._before))
         self._before = {}
+        model = self._model()
+        if model is not None and is_fully_sharded(model):
+            yield from self.settle()
+
+    def settle(self) -> Iterator[Piece]:
+        """Rows of the parameters where they have ended up, and of what steps changed."""
+        stepped, self._stepped = self._stepped, []
+        for due, held, before in stepped:
+            now = [Named(name, p, local_part(p.detach()), share) for name, p, share in held if measurable(p)]
+            yield from self._pieces(self._due("parameters", due), now)
+            moved = [named for named in now if _same_kind(before.get(named.name), named.tensor)]
+            updates = self._due("updates", due)
+            for reporter in updates:
+                last = reporter is updates[-1]
+                copies = before if last else {name: copy.clone() for name, copy in before.items()}
+                yield from self._pieces([reporter], moved, copies)
+            self._room |= {name: copy for name, copy in before.items() if _reusable(copy)}
 
     def forget(self) -> None:
         """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
         self._room = {}
 
-    def _parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, Share]]:
+    def _pieces(
+        self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Piece]:
+        for reporter in reporters:
+            for group in _by_device([named for named in tensors if self._wants(reporter, named)]):
+                names = [named.name for named in group]
+                piece = _measure(reporter, group, [] if before is None else [before[name] for name in names])
+                if piece is not None:
+                    yield piece
+
+    def _wants(self, reporter: Reporter, named: Named) -> bool:
+        """Whether a probe watches a parameter; a predicate of the user's that raises switches it off."""
+        gate = reporter.gate
+        if gate.failed:
+            return False
+        with gate.boundary():
+            return self._wanted(named.name, named.parameter, reporter.probe)
+        return False  # the boundary took an exception
+
+    def _due(self, source: str, due: frozenset[Reporter]) -> list[Reporter]:
+        return [reporter for reporter in self._of[source] if reporter in due] if due else []
+
+    def _held(self, optimizer: Optimizer) -> list[Held]:
         model = self._model()
         if model is None:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(name, p, self._share(model, p)) for name, p in named_parameters(model) if id(p) in held]
+        return [Held(name, p, self._share(model, p)) for name, p in named_parameters(model) if id(p) in held]
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
         if not is_flattened(parameter):
@@ -102,44 +154,28 @@ class ParameterCapture:
         return self._flat.get(id(parameter), WHOLE)
 
     def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None or not is_unreduced(gradient):
+        if gradient is None or not (is_unreduced(gradient) or _is_odd(gradient)):
             return gradient
-        if not self._unreduced:
-            self._unreduced = True
-            _log.warning(
-                "the gradient of %s is a sum that the optimizer has yet to form over ranks (DTensor Partial): it and "
-                "its like are left out, also from totals",
-                name,
-            )
+        why = "a sum that the optimizer has yet to form over ranks (DTensor Partial)"
+        why = why if is_unreduced(gradient) else f"of {gradient.dtype} in layout {gradient.layout}"
+        if why not in self._said:
+            self._said.add(why)
+            _log.warning("the gradient of %s is %s: it and its like are left out, also from totals", name, why)
         return None
 
-    def _pieces(
-        self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
-    ) -> Iterator[Piece]:
-        for reporter in reporters:
-            for group in _by_device([named for named in tensors if self._wants(reporter, named)]):
-                names = [named.name for named in group]
-                piece = self._measure(reporter, group, [] if before is None else [before[name] for name in names])
-                if piece is not None:
-                    yield piece
 
-    def _wants(self, reporter: Reporter, named: Named) -> bool:
-        """Whether a probe watches a parameter; a predicate of the user's that raises switches it off."""
-        gate: Gate = reporter.gate
-        if gate.failed:
-            return False
-        with gate.boundary():
-            return self._wanted(named.name, named.parameter, reporter.probe)
-        return False  # the boundary took an exception
+def _is_odd(gradient: Tensor) -> bool:
+    return not gradient.is_sparse and not measurable(gradient)
 
-    def _measure(self, reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:
-        gate: Gate = reporter.gate
-        if gate.failed:
-            return None
-        with gate.boundary(), torch.no_grad():
-            rows = reporter.probe.measure_all([named.tensor for named in group], before)
-            return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
-        return None  # the boundary took an exception
+
+def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:
+    gate = reporter.gate
+    if gate.failed:
+        return None
+    with gate.boundary(), torch.no_grad():
+        rows = reporter.probe.measure_all([named.tensor for named in group], before)
+        return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
+    return None  # the boundary took an exception
 
 
 def _by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:

@@ -3,44 +3,123 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture import opaque
-from torchprobe.capture.gate import no_autocast
-from torchprobe.capture.graphs import beside
+from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
+from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
+from torchprobe.capture.gate import no_autocast, no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.recompute import in_backward, under_transform
-from torchprobe.capture.replicas import REPLICA
-from torchprobe.capture.taps import Tap
-from torchprobe.capture.tracing import gradient_hooks_trace, run_in, scope
+from torchprobe.capture.sharding import is_unreduced, local_part
+from torchprobe.capture.source import Pass, Running
+from torchprobe.probes.base import Probe, Reporter
+from torchprobe.statistics.dtypes import measurable, row_dtype
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
 
+_MANY = 64  # rows that wait to be merged
 
-class Pass:
-    """What the running forward pass of the model is: shared by all its sites."""
+Kept: TypeAlias = "dict[Tap, list[Tensor]]"
+"""What a pass gave, as rows: a probe's fields and, last, the number of calls that they are of."""
+
+
+class Memo:
+    """Rows of the tensor seen last: a block often returns what its last part returned."""
 
     def __init__(self) -> None:
-        self.began = False  # a training pass began after the last completed step
-        self.training = True
-        self.entered = 0  # forward passes, a compiled model's not among them
-        self.seen = False  # the model itself was called, not only its parts
-        self.compiled = False  # a hook was traced: hooks stay on, and only flags change
-        self.fired = False  # a hook ran outside of graphs in this step
-        self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
-        self.sampled_val = False  # and in validation
+        self._last: tuple[ReferenceType[Tensor], int, dict[Probe, Tensor]] | None = None
+
+    def row(self, probe: Probe, tensor: Tensor) -> Tensor:
+        """The probe's row of a tensor: computed, unless the tensor is the last one, as it was then."""
+        if tensor.is_inference():  # which has no version
+            return _row(probe.measure(tensor.detach()))
+        last = self._last
+        if last is None or last[0]() is not tensor or last[1] != tensor._version:
+            last = self._last = ref(tensor), tensor._version, {}
+        rows = last[2]
+        if probe not in rows:
+            rows[probe] = _row(probe.measure(tensor.detach()))
+        return rows[probe]
+
+
+class Tap:
+    """One probe at one module. What it measures goes into the pass that the value belongs to."""
+
+    def __init__(self, name: str, reporter: Reporter, keeper: Any, running: Running, memo: Memo) -> None:
+        self.name = name
+        self.reporter = reporter
+        self.probe = reporter.probe
+        self.handle = operators.handle(self)
+        self.traces = type(self.probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
+        self._keeper = keeper  # under which a pass keeps its rows
+        self._running = running
+        self._memo = memo
+
+    def add(self, passing: Pass, tensor: Tensor) -> None:
+        """One more tensor, in eager code, unless the probe is switched off; an exception switches it off."""
+        if not self.reporter.gate.failed:
+            with (
+                self.reporter.gate.boundary(),
+                torch._C.DisableTorchFunction(),
+            ):  # no mode, the user's or ours, need see it
+                if not is_unreduced(tensor):
+                    local = local_part(tensor)
+                    with no_graph(), no_autocast(local.device):
+                        self._keep(passing, self._memo.row(self.probe, local))
+
+    def record_tensor(self, tensor: Tensor, training: bool, gradient: bool) -> None:
+        """A tensor that a compiled graph hands over as it is."""
+        passing = self._pass_of_graph(training, gradient)
+        if passing is not None:
+            self.add(passing, tensor)
+
+    def record_row(self, new: Tensor, training: bool, gradient: bool) -> None:
+        """What a compiled graph has computed of one more tensor."""
+        passing = self._pass_of_graph(training, gradient)
+        if passing is not None:
+            with self.reporter.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+                self._keep(passing, _row(new))
+
+    def merged(self, rows: Sequence[Tensor]) -> Tensor:
+        """The row of all calls."""
+        return functools.reduce(self._both, rows) if len(rows) > 1 else rows[0]
+
+    def shortened(self, rows: list[Tensor]) -> list[Tensor]:
+        """The same rows, merged when they are many."""
+        return rows if len(rows) < _MANY else [self.merged(rows)]
+
+    def _pass_of_graph(self, training: bool, gradient: bool) -> Pass | None:
+        passing = self._running.of_backward() if gradient else self._running.of_graph(training)
+        return passing if passing is not None and self.reporter in passing.due else None
+
+    def _keep(self, passing: Pass, row: Tensor) -> None:
+        rows = passing.kept.setdefault(self._keeper, {}).setdefault(self, [])
+        rows.append(row)
+        if len(rows) == _MANY:
+            rows[:] = [self.merged(rows)]
+
+    def _both(self, a: Tensor, b: Tensor) -> Tensor:
+        fields = self.probe.combine(a[:-1], b[:-1].to(a.device))
+        return torch.cat([fields, a[-1:] + b[-1:].to(a.device)])
+
+
+def _row(fields: Tensor) -> Tensor:
+    fields = fields.to(row_dtype(fields.device))
+    return torch.cat((fields, fields.new_ones(1)))
 
 
 class Site(Inert):
     """What the hook finds on a module."""
 
-    def __init__(self, name: str, current: Pass, outputs: tuple[Tap, ...], gradients: tuple[Tap, ...]) -> None:
+    def __init__(self, name: str, running: Running, outputs: tuple[Tap, ...], gradients: tuple[Tap, ...]) -> None:
         self.name = name
-        self.current = current
+        self.running = running
         self.outputs = outputs
         self.gradients = gradients
 
@@ -57,30 +136,47 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _observe(site: Site, output: Any) -> None:
-    site.current.fired = True
-    tensor = None if under_transform() else main_tensor(output)
-    if tensor is None:
+    running = site.running
+    recomputing = in_backward()
+    passing = running.of_backward() if recomputing else running.forward()
+    running.note_fired()
+    tensor = None if passing is None or under_transform() else main_tensor(output)
+    if passing is None or tensor is None or not measurable(tensor):
         return
-    training = site.current.training
-    if not in_backward():
+    if not recomputing:
         for tap in site.outputs:
-            if tap.gate.train if training else tap.gate.val:
-                tap.record_tensor(tensor, training)
+            if tap.reporter in passing.due:
+                tap.add(passing, tensor)
     # Recomputed outputs need the hook too: reentrant checkpointing builds its graph only then.
-    if training and tensor.requires_grad:
-        for tap in site.gradients:
-            if tap.gate.train:
-                tensor.register_hook(tap.record_tensor)
+    if passing.training and tensor.requires_grad:
+        taps = [tap for tap in site.gradients if tap.reporter in passing.due]
+        if taps:
+            _follow_gradient(taps, passing, tensor)
+
+
+def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None:
+    """One hook for all taps. On a leaf, such as a parameter that a module returns, it would stay: the pass takes it off."""
+    if tensor.grad_fn is None:
+        weak = ref(passing)
+        passing.hold(tensor.register_hook(lambda gradient: _add_gradient(taps, weak(), gradient)))
+    else:
+        tensor.register_hook(functools.partial(_add_gradient, taps, passing))
+
+
+def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
+    if passing is not None and measurable(gradient):
+        for tap in taps:
+            tap.add(passing, gradient)
 
 
 def _trace(site: Site, output: Any) -> None:
     where = scope()
     if where == "elsewhere":
         return
-    run_in(where, note_compiled, site.current)
-    training = site.current.training
+    run_in(where, note_compiled, site.running)
+    training = site.running.training
     tensor = main_tensor(output)
-    if tensor is None or not (site.current.sampled if training else site.current.sampled_val):
+    if tensor is None or not (site.running.sampled if training else site.running.sampled_val):
         return
     for tap in site.outputs:
         _trace_tensor(tap, training, False, tensor)
@@ -93,11 +189,11 @@ def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> N
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
-            opaque.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
+            operators.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
         else:
-            opaque.tensor(tap.handle, tensor.detach(), training, gradient)
+            operators.tensor(tap.handle, tensor.detach(), training, gradient)
 
 
-def note_compiled(current: Pass) -> None:
+def note_compiled(running: Running) -> None:
     """A hook is being traced."""
-    current.compiled = True
+    running.compiled = True

@@ -1,4 +1,7 @@
-"""A directory of checkpoints. Its names alone say which there are, so that no kill leaves it in two minds."""
+"""A directory of checkpoints. Its names alone say which there are, so that no kill leaves it in two minds.
+
+Files are whole or not there, and hold `plain` values, which `torch.load(weights_only=True)` reads.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import re
 import shutil
 import socket
 import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 SHARDED = ".sharded"  # a directory of torch.distributed.checkpoint
 WHOLE = ".pt"
@@ -20,6 +27,9 @@ WHOLE = ".pt"
 _NAME = re.compile(r"step_(\d{10,})(?:\.restart(\d+))?(\.best)?(\.pt|\.sharded)")
 _RANK = re.compile(r"step_(\d{10,})\.rank\d+\.pt")
 _TEMPORARY = re.compile(r"\.step_.*\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
+
+_ATOMS = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -102,13 +112,8 @@ def publish(unfinished: Path, path: Path) -> None:
     if path.is_dir():
         remove(path)
     unfinished.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names in a directory survive a power failure, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # so that the name survives a power failure, where the system can
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -126,6 +131,28 @@ def read_file(path: Path, map_location: Any) -> Any:
         if damaged is not None:
             raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
     return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` made of types that weights-only loading takes; numpy's scalars and arrays become Python's and tensors.
+
+    where: what to call the value in messages. Raises TypeError, naming the place, for anything else.
+    """
+    if type(value) in _ATOMS or type(value) in _TENSORS or type(value) in torch.serialization.get_safe_globals():
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, where)
+    if isinstance(value, tuple | list | set | frozenset):
+        kind = tuple if isinstance(value, tuple) else list if isinstance(value, list) else set
+        return kind(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which torch.load(weights_only=True) does not read: "
+        "save plain values and tensors"
+    )
 
 
 class _Noting:
@@ -160,3 +187,14 @@ def _abandoned(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _plain_mapping(value: Mapping[Any, Any], where: str) -> Any:
+    items = [(plain(key, f"a key of {where}"), plain(item, f"{where}[{key!r}]")) for key, item in value.items()]
+    if type(value) is Counter:
+        return Counter(dict(items))
+    if type(value) is OrderedDict:
+        copy = OrderedDict(items)
+        vars(copy).update(plain(vars(value), f"attributes of {where}"))  # `_metadata`, the versions of modules
+        return copy
+    return dict(items)

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 from torch import nn
 
 from torchprobe.arguments import check_count
-from torchprobe.checkpoint.arguments import check_helper, checked_metrics, checked_step
-from torchprobe.checkpoint.best import Mode, check_best, chosen_metric, is_better
-from torchprobe.checkpoint.files import SHARDED, WHOLE, Stored, next_name, prune, read_file, remove, stored, write_file
-from torchprobe.checkpoint.models import model_state, states_of
-from torchprobe.checkpoint.plain import plain
-from torchprobe.checkpoint.ranks import agreed, own_rank
-from torchprobe.checkpoint.restoring import Target, apply, read_sharded
-from torchprobe.checkpoint.sharded import check_names, is_sharded, read_directory, sharded_states, write_directory
+from torchprobe.checkpoint import arguments, files
+from torchprobe.checkpoint.files import Stored, plain, write_file
+from torchprobe.checkpoint.sharded import agreed, is_sharded, own_rank, read_directory, sharded_states, write_directory
+from torchprobe.checkpoint.states import Target, apply, check_sharded_names, model_state, read_sharded, states_of
 from torchprobe.random_state import random_states
 from torchprobe.session import Session, session_of
 
 _log = logging.getLogger("torchprobe")
 
 Checkpoint = dict[str, Any]
-_DAMAGE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError, BadZipFile)
 _VERSION = 1
 _KEYS = {"epoch", "extras", "metrics", "model", "optimizer", "random", "scheduler", "session", "step"}
 
@@ -67,11 +54,11 @@ class CheckpointManager:
         directory: str | os.PathLike[str],
         max_keep: int = 3,
         metric: str | None = None,
-        mode: Mode = "min",
+        mode: arguments.Mode = "min",
         session: Session | None = None,
     ) -> None:
         check_count("max_keep", max_keep)
-        check_best(metric, mode)
+        arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
         self.directory = Path(directory)
@@ -109,11 +96,10 @@ class CheckpointManager:
             OSError: when it does not fit; earlier checkpoints are as they were, and nothing is left of this one.
             TypeError, ValueError: for an argument that does not fit, or a state that could not be loaded again.
         """
-        numbers = checked_metrics(metrics)
-        for argument, helper in (("optimizer", optimizer), ("scheduler", scheduler), ("extras", extras)):
-            check_helper(argument, helper)
+        numbers = arguments.checked_metrics(metrics)
+        arguments.check_helpers(optimizer=optimizer, scheduler=scheduler, extras=extras)
         session = self._session or session_of(model)
-        step = checked_step(step, session)
+        step = arguments.checked_step(step, session)
         sharded = is_sharded(model)
         if own_rank() and not sharded:
             write_file(self._rank_file(step), plain(random_states(), "random states"))
@@ -143,11 +129,11 @@ class CheckpointManager:
         Its keys: `model`, `optimizer`, `scheduler`, `extras`, `session`, `random` (states), `epoch`, `step`,
         `metrics`. The tensors of a sharded model come whole, on the CPU.
         """
-        return self._first_readable(stored(self.directory), map_location)
+        return self._first_readable(files.stored(self.directory), map_location)
 
     def load_best(self, map_location: Any = "cpu") -> Checkpoint | None:
         """The checkpoint that was the best when it was saved and is not beaten since; else like `load_latest`."""
-        return self._first_readable([one for one in stored(self.directory) if one.best], map_location)
+        return self._first_readable([one for one in files.stored(self.directory) if one.best], map_location)
 
     def restore(
         self,
@@ -174,10 +160,9 @@ class CheckpointManager:
         """
         if which not in ("latest", "best"):
             raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
-        for argument, helper in (("optimizer", optimizer), ("scheduler", scheduler), ("extras", extras)):
-            check_helper(argument, helper)
+        arguments.check_helpers(optimizer=optimizer, scheduler=scheduler, extras=extras)
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
-        found = [one for one in stored(self.directory) if one.best or which == "latest"]
+        found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found
         for one in reversed(found):
             checkpoint = self._restored(one, target)
@@ -196,17 +181,17 @@ class CheckpointManager:
         }
 
     def _judged(self, numbers: Mapping[str, float], is_best: bool | None) -> bool:
-        name = chosen_metric(self._metric, numbers)
+        name = arguments.chosen_metric(self._metric, numbers)
         if is_best is not None or name is None:
             return bool(is_best)
         if self._best is None:
             before = self.load_best()
             self._best = {} if before is None else before["metrics"]
-        return is_better(numbers[name], self._best.get(name), self._mode)
+        return arguments.is_better(numbers[name], self._best.get(name), self._mode)
 
     def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
         step = payload["step"]
-        path = self.directory / next_name(self.directory, step, best, SHARDED if sharded else WHOLE)
+        path = self.directory / files.next_name(self.directory, step, best, files.SHARDED if sharded else files.WHOLE)
         path = agreed(path) if sharded else path
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -223,25 +208,22 @@ class CheckpointManager:
         return path
 
     def _tidy(self, path: Path, step: int) -> None:
-        for one in stored(self.directory):
+        for one in files.stored(self.directory):
             if one.step == step and one.path != path:  # saved twice, and judged otherwise
-                remove(one.path)
-        prune(self.directory, self._max_keep)
+                files.remove(one.path)
+        files.prune(self.directory, self._max_keep)
 
     def _rank_file(self, step: int) -> Path:
         return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"
 
     def _first_readable(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
-        for one in reversed(found):
-            checkpoint = self._read(one, map_location=map_location)
-            if checkpoint is not None:
-                return checkpoint
-        return None
+        checkpoints = (self._read(one, map_location=map_location) for one in reversed(found))
+        return next((one for one in checkpoints if one is not None), None)
 
     def _read(self, one: Stored, target: Target | None = None, map_location: Any = "cpu") -> Checkpoint | None:
         try:
             if not one.path.is_dir():
-                return _checked(read_file(one.path, map_location))
+                return _checked(files.read_file(one.path, map_location))
             return _checked(read_directory(one.path, None) if target is None else read_sharded(one.path, target))
         except _DAMAGE as error:
             _log.warning("checkpoint %s is damaged and skipped: %s", one.path.name, _first_line(error))
@@ -250,7 +232,7 @@ class CheckpointManager:
     def _restored(self, one: Stored, target: Target) -> Checkpoint | None:
         sharded = one.path.is_dir()
         if sharded:
-            check_names(target.model, one.path, strict=target.strict)
+            check_sharded_names(one.path, target)
         checkpoint = self._read(one, target if sharded else None)
         if checkpoint is not None:
             apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=sharded)
@@ -260,7 +242,7 @@ class CheckpointManager:
         if not own_rank():
             return checkpoint["random"]
         path = self._rank_file(one.step)
-        return read_file(path, "cpu") if path.exists() else None
+        return files.read_file(path, "cpu") if path.exists() else None
 
 
 def _checked(checkpoint: Any) -> Checkpoint:

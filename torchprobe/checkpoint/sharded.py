@@ -10,21 +10,34 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.checkpoint.files import publish, read_file, remove, temporary, write_file
-from torchprobe.checkpoint.models import check_state_names
-from torchprobe.checkpoint.plain import plain
-from torchprobe.checkpoint.ranks import agreed, alone, own_rank
+from torchprobe.checkpoint.files import plain, publish, read_file, remove, temporary, write_file
 from torchprobe.session import Session
 
 _REST = "rest.pt"
 _SHARDED_PARTS = {"model", "optimizer"}
 _SEPARATOR = "::"
+_T = TypeVar("_T")
+
+
+def own_rank() -> int:
+    """The rank; 0 without ranks."""
+    return 0 if _is_alone() else dist.get_rank()
+
+
+def agreed(value: _T) -> _T:
+    """Rank 0's value, on every rank, all together; without ranks the value itself."""
+    if _is_alone():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -60,11 +73,6 @@ def load_sharded_states(
             )
 
 
-def check_names(model: nn.Module, path: Path, *, strict: bool) -> None:
-    """Raise ValueError when a directory is another model's, without reading it."""
-    check_state_names(saved_names(path), sharded_states(model, None, None)["model"], strict=strict)
-
-
 def write_directory(path: Path, payload: Mapping[str, Any]) -> None:
     """Write `payload`, whose `model` and `optimizer` are `sharded_states`; there as a whole or not at all.
 
@@ -95,37 +103,32 @@ def read_directory(path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]
 
     Raises what a damaged directory makes torch raise, or OSError.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     rest: dict[str, Any] = read_file(path / _REST, "cpu")
     flat = _whole_tensors(path) if into is None else _split(into)[0]
-    load_tensors(flat, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # of one process alone: as is meant
+            load(flat, checkpoint_id=path, no_dist=_is_alone())
+    except CheckpointException as error:
+        raise OSError(_reason(error)) from error
     for place, value in flat.items():
         part, _, name = place.partition(_SEPARATOR)
         rest[part][name] = value
     return rest
 
 
-def load_tensors(flat: dict[str, Tensor], path: Path) -> None:
-    """Fill tensors in place; together on all ranks, or alone where there are none."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # of one process alone: as is meant
-            load(flat, checkpoint_id=path, no_dist=alone())
-    except CheckpointException as error:
-        raise OSError(_reason(error)) from error
-
-
 def saved_names(path: Path) -> dict[str, Any]:
     """The names and sizes of a saved model's tensors, without reading them: name -> tensor on the meta device."""
-    found = _metadata(path).items()
     start = f"model{_SEPARATOR}"
-    return {
-        place.removeprefix(start): torch.empty(entry.size, device="meta")
-        for place, entry in found
-        if place.startswith(start)
-    }
+    found = {place.removeprefix(start): one for place, one in _metadata(path).items() if place.startswith(start)}
+    return {name: torch.empty(entry.size, device="meta") for name, entry in found.items()}
+
+
+def _is_alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
 
 
 def _reason(error: BaseException) -> str:
@@ -165,5 +168,4 @@ def _metadata(path: Path) -> Mapping[str, Any]:
 
 
 def _whole_tensors(path: Path) -> dict[str, Tensor]:
-    entries = _metadata(path).items()
-    return {place: torch.empty(entry.size, dtype=entry.properties.dtype) for place, entry in entries}
+    return {place: torch.empty(one.size, dtype=one.properties.dtype) for place, one in _metadata(path).items()}

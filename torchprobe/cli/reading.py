@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchprobe.cli.errors import CommandError
-from torchprobe.run_directory import as_url, is_url, local_path
+from torchprobe.writers.places import as_url, is_url, local_path
 
 if TYPE_CHECKING:
     from torchprobe.reports.run import Run

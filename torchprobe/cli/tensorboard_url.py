@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from torchprobe.cli.errors import CommandError
-from torchprobe.run_directory import protocol_of
+from torchprobe.writers.places import protocol_of
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 

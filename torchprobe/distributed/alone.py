@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from torchprobe.buffer.decode import Decoder
-from torchprobe.buffer.seal import Sealed
+from torchprobe.buffer.step import StepInFlight
 from torchprobe.distributed.world import is_connected, world
 from torchprobe.records import Record
 
@@ -24,7 +24,7 @@ class Alone:
         self._decoder = decoder
         self._warned = False
 
-    def read(self, sealed: Sealed) -> Record | None:
+    def read(self, sealed: StepInFlight) -> Record | None:
         """The record of a step. Raises what a device raised."""
         return self._decoder(sealed)
 

@@ -10,8 +10,7 @@ from time import monotonic, sleep, time
 from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
-from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.step import Arrived, Reporter, seen_rows
+from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.mailbox import Mailbox, open_mailbox
@@ -36,7 +35,7 @@ class Waiting(NamedTuple):
     """A step of rank 0 whose rows are on the host."""
 
     key: Key
-    sealed: Sealed
+    sealed: StepInFlight
     arrived: list[Arrived]
     since: float
 
@@ -87,7 +86,7 @@ class Gatherer:
         lost += [f"steps that lack a rank: {self.late_steps}"] if self.late_steps else []
         return "; ".join([str(self._world.size), *lost])
 
-    def read(self, sealed: Sealed) -> Record | None:
+    def read(self, sealed: StepInFlight) -> Record | None:
         """Keep a step for `release`. Raises what a device raised."""
         key = self._numbering.next(sealed.step)
         self._waiting.append(Waiting(key, sealed, sealed.arrive(), monotonic()))
@@ -165,11 +164,13 @@ class Gatherer:
         self._used = waiting.key
         of_step = parts.pop(waiting.key, {})
         for key in sorted(parts):  # steps in which rank 0 saw nothing
-            yield from self._record(Sealed(key.step, time(), {}), [], parts[key])
+            yield from self._record(StepInFlight(key.step, time(), {}), [], parts[key])
         self.late_steps += bool(self.absent)
         yield from self._record(waiting.sealed, waiting.arrived, of_step)
 
-    def _record(self, sealed: Sealed, arrived: list[Arrived], others: Mapping[int, Sequence[Part]]) -> Iterator[Record]:
+    def _record(
+        self, sealed: StepInFlight, arrived: list[Arrived], others: Mapping[int, Sequence[Part]]
+    ) -> Iterator[Record]:
         self._same_data = sealed.same_data or self._same_data
         own = [self._part(part) for part in arrived if part.heading.reporter in self._keys]
         self._publish(own)

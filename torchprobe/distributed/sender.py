@@ -6,8 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 
-from torchprobe.buffer.seal import Sealed
-from torchprobe.buffer.step import Arrived, Reporter, seen_rows
+from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.frames import Encoder, Frame, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
 from torchprobe.distributed.numbering import Key, Numbering
@@ -49,7 +48,7 @@ class Sender:
         self.stopping = Stopping(world)
         self._connect()
 
-    def read(self, sealed: Sealed) -> Record | None:
+    def read(self, sealed: StepInFlight) -> Record | None:
         """Take over a step: it goes with the next frame. Raises what a device raised."""
         self._mark = self._numbering.next(sealed.step)
         parts = [part for part in map(self._part, sealed.arrive()) if part is not None]

@@ -13,15 +13,17 @@ from torchprobe.records import Value
 
 
 class Loss(Probe):
-    """`overview/loss`: at every step when the model returns a `loss`, else on sampled steps. Mean over ranks.
+    """`overview/loss`, at every step: the scalar whose gradient the optimizer used.
 
-    Mean over the micro-batches of a step. Without a `loss` field it is the value of the loss module that
-    ran on the model's output, or what `backward()` was called on, without GradScaler's scale.
+    The sum of all that `backward()` was called on since the optimizer's gradients were last zeroed, counting what
+    reached its parameters, without GradScaler's scale; mean over ranks. Costs a copy of one number.
     """
 
     source: ClassVar[str] = "loss"
     fields: ClassVar[tuple[str, ...]] = ("loss",)
     reduce = "mean"
+    default_every: ClassVar[int] = 1
+    sampled: ClassVar[bool] = False
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {"overview": "What to look at first."}

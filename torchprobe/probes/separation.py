@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.records import Histogram, Value
-from torchprobe.statistics import separation
+from torchprobe.statistics import out_of_distribution as separation
 
 
 class Separation:

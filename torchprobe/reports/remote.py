@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torchprobe.writers.filesystems import filesystem_of
+from torchprobe.writers.places import filesystem_of
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.reports.remote import copied
-from torchprobe.run_directory import as_url, is_url, local_path
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
+from torchprobe.writers.places import as_url, is_url, local_path
 
 
 class NoRunError(ValueError):

@@ -1,1 +1,1 @@
-"""What is wrong with a run, said when it begins and when it ends: each rule is a small class over host records."""
+"""What is wrong with a run, said when it begins and when it ends: rules over host records, and what an alert does."""

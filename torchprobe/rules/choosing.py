@@ -1,50 +1,54 @@
-"""Which rules a run has."""
+"""Which rules a run has, and who watches for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.attention_collapse import AttentionCollapse
-from torchprobe.rules.attention_logit_growth import AttentionLogitGrowth
-from torchprobe.rules.dead_units import DeadUnits
-from torchprobe.rules.exploding_gradient import ExplodingGradient
-from torchprobe.rules.grad_norm_spike import GradNormSpike
-from torchprobe.rules.loss_spike import LossSpike
+from torchprobe.rules.magnitudes import UpdateRatio, VanishingGradient
+from torchprobe.rules.missing import NothingCaptured, Stalled
 from torchprobe.rules.non_finite import NonFinite
-from torchprobe.rules.nothing_captured import NothingCaptured
-from torchprobe.rules.overconfidence import Overconfidence
-from torchprobe.rules.stalled import Stalled
-from torchprobe.rules.update_ratio import UpdateRatio
-from torchprobe.rules.vanishing_gradient import VanishingGradient
+from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike
+from torchprobe.rules.thresholds import AttentionCollapse, AttentionLogitGrowth, DeadUnits, Overconfidence
 
-Rule: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
-"""Takes each record in turn, in the drain thread, and returns alerts for the conditions that hold in it: an empty
-list when none does, and None when the record does not hold what the rule looks at."""
+Watcher: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
+"""Takes each record of a run in turn, in the drain thread, and returns alerts for the conditions that hold in it: an
+empty list when none does, and None when the record does not say. Methods that it may have: `at_rest(step, progress)`,
+asked each time that all records have passed; `state_dict()` and `load_state_dict(state)`, for a resumed run."""
 
-_DEFAULTS: tuple[Callable[[], Rule], ...] = (
-    NonFinite,
-    LossSpike,
-    GradNormSpike,
-    ExplodingGradient,
-    VanishingGradient,
-    AttentionCollapse,
-    AttentionLogitGrowth,
-    DeadUnits,
-    UpdateRatio,
-    Overconfidence,
-    Stalled,
-    NothingCaptured,
+
+class Configuration(Protocol):
+    """A rule that may be used in any number of runs: each has a watcher of its own."""
+
+    def watcher(self) -> Watcher:
+        """One with the state of a run that has not begun."""
+
+
+Rule: TypeAlias = "Watcher | Configuration"
+"""A user's function of a record is its own watcher; what has a method `watcher` makes one for each run."""
+
+_BUILT_IN: tuple[Configuration, ...] = (
+    NonFinite(),
+    LossSpike(),
+    GradNormSpike(),
+    ExplodingGradient(),
+    VanishingGradient(),
+    AttentionCollapse(),
+    AttentionLogitGrowth(),
+    DeadUnits(),
+    UpdateRatio(),
+    Overconfidence(),
+    Stalled(),
+    NothingCaptured(),
 )
-_BY_NAME: dict[str, Callable[[], Rule]] = {getattr(rule, "name", ""): rule for rule in _DEFAULTS}
 
 
 def checked_rules(rules: Iterable[str | Rule] | None) -> list[Rule]:
     """The rules of an `instrument` call: all of them for None. Raises TypeError or ValueError for what is no rule."""
     if rules is None:
-        return [make() for make in _DEFAULTS]
+        return list(_BUILT_IN)
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise TypeError(f"rules={rules!r}: takes a list of rules, such as ['non_finite', torchprobe.LossSpike()]")
     return [_checked_rule(rule) for rule in rules]
@@ -53,6 +57,15 @@ def checked_rules(rules: Iterable[str | Rule] | None) -> list[Rule]:
 def name_of(rule: Rule) -> str:
     """How messages call a rule, and `stop_on=` knows it: its `name`, or the function's."""
     return str(getattr(rule, "name", None) or getattr(rule, "__name__", type(rule).__name__))
+
+
+def watcher_of(rule: Any) -> Watcher:
+    """Who watches for it in one run. Raises TypeError when its `watcher()` gives what cannot be called."""
+    make = getattr(rule, "watcher", None)
+    watcher = make() if callable(make) else rule
+    if not callable(watcher):
+        raise TypeError(f"rules: {name_of(rule)}.watcher() returned {watcher!r}; takes a function of a record")
+    return watcher  # type: ignore[no-any-return]
 
 
 def checked_stops(stop_on: Any, rules: Sequence[Rule]) -> frozenset[str]:
@@ -82,11 +95,12 @@ def checked_callback(on_alert: Any) -> Callable[[Alert], object] | None:
 
 def _checked_rule(rule: Any) -> Rule:
     if isinstance(rule, str):
-        if rule not in _BY_NAME:
-            raise ValueError(f"rules: no rule is called {rule!r}; takes {', '.join(_BY_NAME)}")
-        return _BY_NAME[rule]()
+        built_in = {name_of(known): known for known in _BUILT_IN}
+        if rule not in built_in:
+            raise ValueError(f"rules: no rule is called {rule!r}; takes {', '.join(built_in)}")
+        return built_in[rule]
     if isinstance(rule, type):
         raise TypeError(f"rules: got the class {rule.__name__}; write {rule.__name__}() with the brackets")
-    if not callable(rule):
+    if not callable(rule) and not callable(getattr(rule, "watcher", None)):
         raise TypeError(f"rules: got {rule!r}; takes names, rule objects or functions of a record")
     return rule  # type: ignore[no-any-return]

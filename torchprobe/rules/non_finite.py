@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchprobe.records import Record, Text
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.reading import Found, group, scalar
+from torchprobe.rules.base import BuiltIn, Found, group, scalar
 
 ORIGIN = "provenance/"  # + module: Text that says what turned finite numbers into others
 NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
@@ -35,7 +36,8 @@ class _Evidence(NamedTuple):
     origin: bool = False
 
 
-class NonFinite:
+@dataclass(frozen=True)
+class NonFinite(BuiltIn):
     """Any NaN or inf in the loss, an activation, a gradient or a parameter.
 
     Names the first module in execution order that made one from finite numbers, where that was seen (see the
@@ -45,7 +47,16 @@ class NonFinite:
 
     name = "non_finite"
 
-    def __init__(self) -> None:
+    def watcher(self) -> _NonFiniteWatcher:
+        """Without anything seen, for one run."""
+        return _NonFiniteWatcher(self.name)
+
+
+class _NonFiniteWatcher:
+    """Remembers what holds since when, and whether its origin is known."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._holding: dict[str | None, Alert] = {}
         self._explained = False
         self._last_bad = self._last_clean = 0
@@ -69,7 +80,7 @@ class NonFinite:
         self._explained = evidence.origin
         since = f"; the last step without was {self._last_clean}" if 0 < self._last_clean < step - 1 else ""
         message = evidence.message + since
-        self._holding[evidence.where] = Alert(self.name, step, evidence.where, evidence.elements, None, message)
+        self._holding[evidence.where] = Alert(self._name, step, evidence.where, evidence.elements, None, message)
 
 
 def _evidence(record: Record) -> Iterator[_Evidence]:

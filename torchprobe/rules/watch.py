@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from time import time
 from typing import Any, Protocol
 
 from torchprobe.records import Record, Value
 from torchprobe.rules import showing
-from torchprobe.rules.alert import Alert, TrainingAlert
-from torchprobe.rules.choosing import Rule, checked_callback, checked_rules, checked_stops, name_of
-from torchprobe.rules.conditions import Conditions
+from torchprobe.rules.alert import Alert, Conditions, TrainingAlert
+from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
+_LONGEST_REASON = 300  # characters of an exception in one line
+_NO_WAY_OUT = "; no exit or interrupt reaches training from here: stop_on= ends a run"
 
 _log = logging.getLogger("torchprobe")
 
@@ -49,35 +52,45 @@ class Together(Protocol):
 class Watch:
     """Takes each record on its way to the writer and adds what its alerts show.
 
-    rules: see `choosing.Rule`. on_alert: the user's, called with each alert; what it raises is logged once. stops:
-    names of rules whose alert ends the run, through `check`. progress: what changes while the run goes on;
-    completed: the steps that have ended; together: the other ranks, if there are any. The training thread calls `check`
-    only, which reads an attribute.
+    rules: see `choosing.Rule`; each gets a watcher for this run. on_alert: the user's, called with each alert. stops:
+    names of rules whose alert ends the run, through `check`. The training thread calls `check` only, which reads an
+    attribute. What a rule, `on_alert` or a follower raises, `SystemExit` included, ends that one alone: see `faults`.
     """
 
     def __init__(
-        self,
-        rules: Sequence[Rule],
-        on_alert: Callable[[Alert], object] | None = None,
-        stops: frozenset[str] = frozenset(),
+        self, rules: Sequence[Rule], on_alert: Callable[[Alert], object] | None, stops: frozenset[str]
     ) -> None:
         self.alerts: list[Alert] = []
-        self.progress: Callable[[], Hashable] = lambda: None
-        self.completed: Callable[[], int] = lambda: 0
-        self.together: Together | None = None
-        self._rules = [(rule, Conditions()) for rule in rules]
+        self._rules: dict[str, tuple[Watcher, Conditions]] = {}
+        for rule in rules:
+            self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions()
         self._on_alert = on_alert
         self._stops = stops
-        self.followers: list[Follower] = []
+        self._followers: dict[str, Follower] = {}
+        self._faults: dict[str, str] = {}  # what failed -> why
+        self._progress: Callable[[], Hashable] = lambda: None
+        self._completed: Callable[[], int] = lambda: 0
+        self._together: Together | None = None
         self._display = showing.Display()
         self._stop: Alert | None = None
         self._step = 0
-        self._callback_failed = False
+
+    def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
+        """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
+        self._progress, self._completed = progress, completed
+
+    def add_follower(self, follower: Follower) -> None:
+        """Show it every record from now on, with its alerts."""
+        self._followers[_free(type(follower).__name__, self._followers)] = follower
+
+    def stop_together(self, ranks: Together) -> None:
+        """Stop at the step at which the other ranks do."""
+        self._together = ranks
 
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
-        alerts = self._all(lambda rule: rule(record), record.step)
+        alerts = self._ask(record.step, lambda watcher: watcher(record))
         shown = self._act(alerts) if alerts else self._count(record)
         record = replace(record, values={**record.values, **shown}) if shown else record
         self._tell(lambda follower: follower.follow(record, alerts))
@@ -86,23 +99,27 @@ class Watch:
     def at_rest(self) -> Record | None:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
         self._tell(lambda follower: follower.at_rest())
-        progress = self.progress()
-        resting = [(rule, conditions) for rule, conditions in self._rules if hasattr(rule, "at_rest")]
-        alerts = self._all(lambda rule: rule.at_rest(self._step, progress), self._step, resting)  # type: ignore[attr-defined]
+        step, progress = self._step, self._progress()
+        alerts = self._ask(step, lambda watcher: getattr(watcher, "at_rest", _nothing)(step, progress))
         if not alerts:
             return None
-        record = Record(self._step, time(), self._act(alerts))
+        record = Record(step, time(), self._act(alerts))
         self._tell(lambda follower: follower.follow(record, alerts))
         return record
 
     @property
+    def faults(self) -> list[str]:
+        """What failed in this run and why, a short line each, such as `rule mine: ValueError: no`: a new list."""
+        return [f"{what}: {why}" for what, why in list(self._faults.items())]
+
+    @property
     def traces_nan(self) -> bool:
         """Whether a rule wants to know where NaN and inf come from."""
-        return any(name_of(rule) == NonFinite.name for rule, _ in self._rules)
+        return NonFinite.name in self._rules
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""
-        if self._stop is not None and (self.together is None or self.together.reached(self.completed())):
+        if self._stop is not None and (self._together is None or self._together.reached(self._completed())):
             stop, self._stop, self._stops = self._stop, None, frozenset()
             raise TrainingAlert(stop)
 
@@ -114,46 +131,41 @@ class Watch:
     def hold(self, alert: Alert) -> int:
         """Let `check` raise this alert from its next call on; the steps completed by then, or one fewer."""
         self._stop = alert
-        return self.completed()
+        return self._completed()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of alerts so far, and what rules with a `state_dict` remember, for a resumed run."""
-        rules = {name_of(rule): rule.state_dict() for rule, _ in self._rules if hasattr(rule, "state_dict")}
-        return {"alerts": self._display.count, "rules": rules}
+        states = {
+            name: self._safely(f"rule {name}", watcher.state_dict, only=Exception)  # in the training thread
+            for name, (watcher, _) in self._rules.items()
+            if hasattr(watcher, "state_dict")
+        }
+        kept = {name: state for name, state in states.items() if state is not None}
+        return {"alerts": self._display.count, "rules": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there. Raises what a rule raises for a state that is none of its own."""
         self._display.count = int(state["alerts"])
-        for rule, _ in self._rules:
-            if hasattr(rule, "load_state_dict") and name_of(rule) in state["rules"]:
-                rule.load_state_dict(state["rules"][name_of(rule)])
+        for name, (watcher, _) in self._rules.items():
+            if hasattr(watcher, "load_state_dict") and name in state["rules"]:
+                watcher.load_state_dict(state["rules"][name])
 
     def crashed(self, error: BaseException | None) -> None:
         """The training loop raised, and is being left; in the training thread."""
         if error is not None:
-            for follower in self.followers:
-                follower.crashed(error)
+            self._tell(lambda follower: follower.crashed(error), only=Exception)
 
     def close(self) -> None:
         """The run has ended: let followers finish, and a notifier send what it has."""
         self._tell(lambda follower: follower.close())
-        close = getattr(self._on_alert, "close", None)
-        if close is not None:
-            self._guarded(close)
+        self._safely("on_alert.close", lambda: getattr(self._on_alert, "close", _nothing)())
 
-    def _all(
-        self, ask: Callable[[Rule], Any], step: int, rules: Sequence[tuple[Rule, Conditions]] | None = None
-    ) -> list[Alert]:
-        chosen = list(self._rules if rules is None else rules)
-        return [alert for rule, conditions in chosen for alert in self._one(ask, step, rule, conditions)]
+    def _ask(self, step: int, question: Callable[[Watcher], Any]) -> list[Alert]:
+        def ask(watcher: Watcher, conditions: Conditions) -> list[Alert]:
+            return conditions.turn(step, question(watcher))
 
-    def _one(self, ask: Callable[[Rule], Any], step: int, rule: Rule, conditions: Conditions) -> list[Alert]:
-        try:
-            return _turned(conditions, step, ask(rule))
-        except Exception:
-            self._rules = [(other, state) for other, state in self._rules if other is not rule]
-            _log.exception("rule %s failed and is switched off; training goes on", name_of(rule))
-            return []
+        found = [self._safely(f"rule {name}", ask, *rule) for name, rule in self._rules.items()]
+        return [alert for alerts in found for alert in alerts or ()]
 
     def _act(self, alerts: Sequence[Alert]) -> dict[str, Value]:
         self.alerts += alerts[: MAX_ALERTS - len(self.alerts)]
@@ -161,31 +173,38 @@ class Watch:
         for alert in alerts:
             if alert.rule in self._stops and not alert.ended and self._stop is None:
                 completed = self.hold(alert)
-                if self.together is not None:
-                    self.together.propose(alert, completed)
+                if self._together is not None:
+                    self._together.propose(alert, completed)
             if self._on_alert is not None:
-                self._guarded(self._on_alert, alert)
+                self._safely("on_alert", self._on_alert, alert, ends=False)
         return dict(self._display.values(alerts))
 
     def _count(self, record: Record) -> dict[str, Value]:
         return {"overview/alerts": float(self._display.count)} if "overview/dropped_records" in record.values else {}
 
-    def _tell(self, what: Callable[[Follower], None]) -> None:
-        """Whatever a follower does wrong, alerts go on."""
-        for follower in list(self.followers):
-            try:
-                what(follower)
-            except Exception:  # noqa: PERF203 - there is one or none
-                self.followers.remove(follower)
-                _log.exception("%s failed and is switched off; training goes on", type(follower).__name__)
+    def _tell(self, what: Callable[[Follower], None], only: type[BaseException] = BaseException) -> None:
+        for name, follower in list(self._followers.items()):  # one may be added meanwhile
+            self._safely(name, what, follower, only=only)
 
-    def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
+    def _safely(
+        self,
+        what: str,
+        call: Callable[..., Any],
+        *arguments: Any,
+        ends: bool = True,
+        only: type[BaseException] = BaseException,
+    ) -> Any:
+        """What the call returns. None when it raises, which is said once, and ever after if that `ends` it."""
+        if ends and what in self._faults:
+            return None
         try:
-            call(*arguments)
-        except Exception:
-            if not self._callback_failed:
-                _log.exception("on_alert failed, which is said once; training goes on")
-            self._callback_failed = True
+            return call(*arguments)
+        except only as error:
+            if what not in self._faults:
+                self._faults[what] = reason = _reason(error)
+                outcome = " and is switched off" if ends else ", which is said once"
+                _log.error("%s failed%s (%s); training goes on", what, outcome, reason, exc_info=error)
+            return None
 
 
 def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
@@ -194,11 +213,16 @@ def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
     return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen))
 
 
-def _turned(conditions: Conditions, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:
-    if found is None:
-        return []
-    holding = [found] if isinstance(found, Alert) else list(found)
-    wrong = next((alert for alert in holding if not isinstance(alert, Alert)), None)
-    if wrong is not None:
-        raise TypeError(f"a rule returned {wrong!r}; takes torchprobe.Alert objects, an empty list or None")
-    return conditions.turn(step, holding)
+def _nothing(*arguments: Any) -> None:
+    """In place of a method that an object need not have."""
+
+
+def _free(name: str, taken: Mapping[str, object]) -> str:
+    """The name, or `name 2` and so on: each of several rules of one name goes on with its own state."""
+    names = (f"{name} {number}" if number > 1 else name for number in count(1))
+    return next(free for free in names if free not in taken)
+
+
+def _reason(error: BaseException) -> str:
+    words = " ".join("".join(traceback.format_exception_only(error)).split())[:_LONGEST_REASON]
+    return words if isinstance(error, Exception) else words + _NO_WAY_OUT

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import queue
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -15,12 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.reading import positive
+from torchprobe.rules.base import check_positive
 
 MAX_WAITING = 100  # alerts
 _FIRST_PAUSE = 0.5  # seconds before the first retry; it doubles
-_FOR_GOOD = range(400, 500)  # answers that another attempt would not change, but for
+_FOR_GOOD = range(300, 500)  # answers that another attempt would not change, but for
 _FOR_NOW = (408, 425, 429)
+_ADDRESS = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?([/?#][!-~]*)?", re.IGNORECASE)
 
 _log = logging.getLogger("torchprobe")
 
@@ -37,10 +39,12 @@ class WebhookNotifier:
 
     def __init__(self, url: str, timeout: float = 5.0, retries: int = 3) -> None:
         self._url = _checked_url(url)
-        self._timeout = positive("timeout", timeout)
+        check_positive("timeout", timeout)
+        self._timeout = timeout
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ValueError(f"retries={retries!r}: takes a whole number of attempts after the first, 0 or more")
         self._retries = retries
+        self._opener = urllib.request.build_opener(_NotMoved)
         self.sent = 0
         """Alerts that the receiver has taken."""
         self.dropped = 0
@@ -108,19 +112,22 @@ class WebhookNotifier:
             self._url, body, {"Content-Type": "application/json", "User-Agent": "torchprobe"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout):
+            with self._opener.open(request, timeout=self._timeout):
                 return None, False
         except urllib.error.HTTPError as error:
             with error:
-                return f"answer {error.code}", error.code in _FOR_NOW or error.code not in _FOR_GOOD
-        except Exception as error:
-            return str(error) or type(error).__name__, True
+                moved = ": moved, and alerts are sent to no other address" if error.code < 400 else ""
+                return f"answer {error.code}{moved}", error.code in _FOR_NOW or error.code not in _FOR_GOOD
+        except Exception as error:  # whose words may hold the address
+            reason = getattr(error, "reason", None)
+            return str(reason) if isinstance(reason, OSError) else type(error).__name__, True
 
     def _drop(self, reason: str) -> None:
         self.dropped += 1
         if not self._warned:
             self._warned = True
-            _log.warning("an alert could not be sent to %s (%s); dropped ones are counted", _host(self._url), reason)
+            host = urlsplit(self._url).hostname  # without the path, which is a secret with most webhooks
+            _log.warning("an alert could not be sent to %s (%s); dropped ones are counted", host, reason)
 
 
 def payload(alert: Alert) -> dict[str, Any]:
@@ -141,15 +148,17 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+class _NotMoved(urllib.request.HTTPRedirectHandler):
+    """Makes a redirection the error that it is: urllib would follow it without the alert, and call that a success."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """To nowhere."""
+
+
 def _checked_url(url: Any) -> str:
+    """As given. An error does not show it: most of it is a secret."""
     if not isinstance(url, str):
-        raise TypeError(f"url={url!r}: takes a string, not {type(url).__name__}")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"url={url!r}: takes an http:// or https:// address")
+        raise TypeError(f"url= takes a string, not {type(url).__name__}")
+    if not _ADDRESS.fullmatch(url):
+        raise ValueError("url= takes an http:// or https:// address: no spaces, no user name, a number as port")
     return url
-
-
-def _host(url: str) -> str:
-    """Without the path, which is a secret with most webhooks."""
-    return str(urlsplit(url).hostname)

@@ -3,7 +3,7 @@
 Elsewhere every statistic masks what is not finite, which costs several passes over the data. In host memory a sum
 can be looked at for free (nothing waits: the CPU has just computed it), and shows whether there is anything to
 mask. Squares are summed by the norms of short rows, in one pass without temporaries, and everything else by cascade
-sums over pieces that stay in cache; these are added up in float64: within 1e-6, of which 7e-7 is seen where all
+sums over chunks that stay in cache; these are added up in float64: within 1e-6, of which 7e-7 is seen where all
 elements are equal and 1e-8 where they are random. `torch.dot` is off by 3e-5 where many elements are equal (after
 dropout or ReLU), and `torch.linalg.vector_norm` of a whole tensor by 1e-3 at 20 million elements.
 """
@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import on_host, pieces
+from torchprobe.statistics.dtypes import chunks, on_host
 
-PIECE = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
-_STREAM = 16  # so many pieces at a time where one pass is enough
+CHUNK = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
+_STREAM = 16  # so many chunks at a time where one pass is enough
 _ROW = 512  # elements whose squares are added up in float32, 32 to a lane
 _TINY = 1e-15  # squares of smaller deviations would lose digits in float32
 
@@ -35,17 +35,17 @@ def applies_to(x: Tensor) -> bool:
 
 def sum_squares(x: Tensor) -> float | None:
     """The sum of squares of the elements; None when they are not the common case after all."""
-    size = _STREAM * PIECE if x.is_contiguous() else PIECE  # other layouts are copied piece by piece
-    return _ordinary(_squares([_row_norms(part) for part in pieces(x, size)]))
+    size = _STREAM * CHUNK if x.is_contiguous() else CHUNK  # other layouts are copied one chunk at a time
+    return _ordinary(_squares([_row_norms(chunk) for chunk in chunks(x, size)]))
 
 
 def sums(x: Tensor) -> tuple[float, float] | None:
     """The sums of squares and of magnitudes; None when not the common case after all."""
     scratch = _scratch(x)
     norms, magnitudes = [], 0.0
-    for part in pieces(x, PIECE):
-        norms.append(_row_norms(part))
-        magnitudes += on_host(torch.abs(part, out=_first(scratch, len(part))).sum())
+    for chunk in chunks(x, CHUNK):
+        norms.append(_row_norms(chunk))
+        magnitudes += on_host(torch.abs(chunk, out=_first(scratch, len(chunk))).sum())
     squares = _squares(norms)
     return None if _ordinary(squares) is None else (squares, magnitudes)
 
@@ -54,7 +54,7 @@ def distance(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """The sums of squares of x - y and of y, contiguous and of one shape; None when not the common case after all."""
     scratch = _scratch(x)
     changes, sizes = [], []
-    for a, b in zip(pieces(x, PIECE), pieces(y, PIECE), strict=True):
+    for a, b in zip(chunks(x, CHUNK), chunks(y, CHUNK), strict=True):
         changes.append(_row_norms(torch.sub(a, b, out=_first(scratch, len(a)))))
         sizes.append(_row_norms(b))
     between, size = _squares(changes), _squares(sizes)
@@ -66,10 +66,10 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     """count, mean, sum of squared deviations, largest magnitude, zeros, 0; None when not the common case after all."""
     scratch = _scratch(x)
     norms, totals, max_abs, zeros = [], [], 0.0, 0.0
-    for part in pieces(x, PIECE):
-        norms.append(_row_norms(part))
-        totals.append(on_host(part.sum()))
-        largest, without = _magnitudes(part, _first(scratch, len(part)))
+    for chunk in chunks(x, CHUNK):
+        norms.append(_row_norms(chunk))
+        totals.append(on_host(chunk.sum()))
+        largest, without = _magnitudes(chunk, _first(scratch, len(chunk)))
         max_abs, zeros = max(max_abs, largest), zeros + without
     count, squares = x.numel(), _squares(norms)
     if not squares < math.inf:
@@ -96,8 +96,8 @@ def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:
     """The mean, and the sum of squared deviations from it, taken one by one from a number near the mean."""
     pivot = torch.tensor(near, dtype=x.dtype, device=x.device)
     norms, shifts = [], []
-    for part in pieces(x, PIECE):
-        deviations = torch.sub(part, pivot, out=_first(scratch, len(part)))
+    for chunk in chunks(x, CHUNK):
+        deviations = torch.sub(chunk, pivot, out=_first(scratch, len(chunk)))
         norms.append(_row_norms(deviations))
         shifts.append(on_host(deviations.sum()))
     shift = math.fsum(shifts) / x.numel()
@@ -130,7 +130,7 @@ def _ordinary(squares: float) -> float | None:
 
 
 def _scratch(x: Tensor) -> Tensor:
-    return torch.empty(min(x.numel(), PIECE), dtype=x.dtype, device=x.device)
+    return torch.empty(min(x.numel(), CHUNK), dtype=x.dtype, device=x.device)
 
 
 def _first(scratch: Tensor, size: int) -> Tensor:

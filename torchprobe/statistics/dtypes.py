@@ -1,28 +1,44 @@
-"""Which numbers a tensor holds, and in what precision and portions they are added up.
+"""Which numbers a tensor holds, and in what precision and chunks they are added up.
 
-A statistic never sees a dtype or a memory layout: `real` makes the elements ordinary real floats, `pieces` brings
-them in portions that stay in cache, and results are rows of `row_dtype`.
+A statistic never sees a dtype or a memory layout: `real` makes the elements ordinary real floats, `chunks` brings
+as many of them as stay in cache, and results are rows of `row_dtype`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-CPU_PIECE = 2**18
+CPU_CHUNK = 2**18
 """Elements worked on at a time on CPU: temporaries stay in L2, and threads still meet seldom (each operation on a
-piece is a barrier, which costs milliseconds where other processes want the cores)."""
+chunk is a barrier, which costs milliseconds where other processes want the cores)."""
 
-DEVICE_PIECE = 2**22
+DEVICE_CHUNK = 2**22
 """The same elsewhere: few kernels, and a huge tensor costs no huge temporaries."""
+
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}  # two numbers a byte; from torch 2.8 on
 
 
 def row_dtype(device: torch.device) -> torch.dtype:
     """The type of accumulators and results: float64, or float32 on a device that lacks it (mps)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def measurable(x: Tensor) -> bool:
+    """Whether statistics of the elements of `x` can be computed: the functions here take such tensors, and no others.
+
+    It is strided and holds floating or complex numbers in memory. Not so: integers and booleans, quantised ones too
+    (codes, of which no norm means anything); sparse, jagged and nested tensors; what is packed in less than a byte;
+    and what has a shape alone, such as fake and meta tensors and lazy parameters. Looks at no element, on any device.
+    """
+    if is_lazy(x) or x.layout != torch.strided or x.is_nested or x.dtype in _PACKED:
+        return False
+    return (x.is_floating_point() or x.is_complex()) and x.untyped_storage().device.type != "meta"  # a fake one's is
 
 
 def real(x: Tensor) -> Tensor:
@@ -41,9 +57,16 @@ def real(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 1 else x.resolve_neg()
 
 
-def piece_size(device: torch.device, elements: int) -> int:
+def arithmetic(x: Tensor, name: str) -> torch.dtype:
+    """The type to compute in: float64 for float64, else float32. Raises TypeError for what is no real float."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: got a tensor of {x.dtype}, takes a floating one; convert it with {name}.float()")
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunk_size(device: torch.device, elements: int) -> int:
     """How many of so many elements to work on at a time: a cache's worth on CPU, a kernel's worth elsewhere."""
-    return min(elements, CPU_PIECE if device.type == "cpu" else DEVICE_PIECE)
+    return min(elements, CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK)
 
 
 class Scratch(NamedTuple):
@@ -55,18 +78,14 @@ class Scratch(NamedTuple):
     """(size,) of the row's type."""
 
     @classmethod
-    def for_elements_of(cls, tensors: Sequence[Tensor], device: torch.device) -> Scratch:
-        """Room for one piece of real tensors."""
-        return cls.of_size(piece_size(device, sum(x.numel() for x in tensors)), tensors, device)
-
-    @classmethod
-    def of_size(cls, size: int, tensors: Sequence[Tensor], device: torch.device) -> Scratch:
-        """Room for `size` elements of real tensors."""
+    def for_elements_of(cls, tensors: Sequence[Tensor], device: torch.device, size: int | None = None) -> Scratch:
+        """Room for `size` elements of real tensors, by default a chunk."""
+        size = chunk_size(device, sum(x.numel() for x in tensors)) if size is None else size
         narrow = all(x.dtype != torch.float64 for x in tensors)
         values = torch.empty(size, dtype=torch.float32 if narrow else torch.float64, device=device)
         return cls(values, torch.empty(size, dtype=row_dtype(device), device=device))
 
-    def part(self, size: int) -> Scratch:
+    def first(self, size: int) -> Scratch:
         """Its first `size` elements."""
         return Scratch(self.values[:size], self.wide[:size])
 
@@ -75,21 +94,53 @@ class Scratch(NamedTuple):
         return x if x.dtype == self.values.dtype else self.values.copy_(x)
 
 
-def pieces(x: Tensor, size: int) -> Iterator[Tensor]:
+def chunks(x: Tensor, size: int) -> Iterator[Tensor]:
     """The elements of `x`, each once and in any order, as non-empty 1-D tensors of at most `size` elements.
 
     A dense tensor is not copied, whatever the order of its dimensions; another (expanded, strided) is copied one
-    piece at a time.
+    chunk at a time.
     """
+    if x.numel() == 0:
+        return
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # memory order
     if x.is_contiguous():
-        yield from _cut(x.view(-1), size)
+        flat = x.view(-1)
+        yield from flat.split(size) if x.numel() > size else (flat,)
     elif x.numel() <= size:
         yield x.reshape(-1)
     else:
         for half in x.chunk(2, dim=max(range(x.dim()), key=x.size)):
-            yield from pieces(half, size)
+            yield from chunks(half, size)
+
+
+def example_chunks(x: Tensor, trailing: int) -> Iterator[Tensor]:
+    """`x`, (..., the last `trailing` dimensions), as (n, those dimensions): each example once, in order.
+
+    A chunk has a cache's worth of elements, or one example. It shares memory with `x` where strides allow, else
+    that chunk alone is copied.
+    """
+    own = x.shape[x.dim() - trailing :]
+    examples, size = math.prod(x.shape[: x.dim() - trailing]), chunk_size(x.device, x.numel())
+    if 0 in (examples, *own):
+        return
+    try:
+        rows = x.view(examples, *own)
+    except RuntimeError:  # strides do not allow it
+        if x.numel() > size and examples > 1:
+            for some in x if x.size(0) == 1 else x.chunk(2):
+                yield from example_chunks(some, trailing)
+            return
+        rows = x.reshape(examples, *own)
+    yield from rows.split(max(1, size // math.prod(own)))
+
+
+def examples(x: Tensor, trailing: int) -> Iterator[Tensor]:
+    """`example_chunks`, or one without an example where there is none, which then needs no case of its own."""
+    if x.numel():
+        yield from example_chunks(x, trailing)
+    else:
+        yield x.reshape(0, *x.shape[x.dim() - trailing :])
 
 
 def on_host(value: Tensor) -> float:
@@ -99,20 +150,4 @@ def on_host(value: Tensor) -> float:
 
 def owners(tensors: Sequence[Tensor]) -> Tensor:
     """For each element of all tensors in host memory, one after the other, the index of its tensor: int64."""
-    lengths = torch.tensor([x.numel() for x in tensors], device="cpu")
-    return torch.repeat_interleave(lengths)
-
-
-def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-    """Rows at their places: 0 ... n - 1, each in one part, whose rows are of shape (places, width)."""
-    if len(parts) == 1:
-        return parts[0][1]
-    rows = {place: row for places, found in parts for place, row in zip(places, found.unbind(), strict=True)}
-    return torch.stack([rows[place] for place in range(len(rows))])
-
-
-def _cut(x: Tensor, size: int) -> Iterator[Tensor]:
-    if x.numel() > size:
-        yield from x.split(size)
-    elif x.numel():
-        yield x
+    return torch.repeat_interleave(torch.tensor([x.numel() for x in tensors], device="cpu"))

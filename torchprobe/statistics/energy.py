@@ -1,6 +1,8 @@
-"""The sum of squares of a tensor, which adds up over parts: the square of its L2 norm."""
+"""The sum of squares of a tensor, which adds up over chunks: the square of its L2 norm."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torchprobe.statistics import dense, moments, norms
 from torchprobe.statistics.dtypes import real
 
 FIELDS = ("sum_squares", "nonfinite")
-"""Columns of a row: over the finite elements, and the number of the others. Rows merge by addition."""
+"""Columns of a row: over the finite elements, NaN where there are elements and none is finite; and the number of the
+others."""
 
 
 def compute(x: Tensor) -> Tensor:
@@ -20,10 +23,21 @@ def compute(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         count, mean, m2, _, _, nonfinite = moments.compute(x).unbind()
-        return torch.stack((m2 + count * mean.square(), nonfinite))
-    x = real(x)
-    total = dense.sum_squares(x) if dense.applies_to(x) else None
-    if total is not None:
-        return torch.tensor((total, 0.0), dtype=torch.float64, device=x.device)
-    sums = norms.finite_sums([x])[0]
-    return torch.stack((sums[0], sums[2]))
+        squares = m2 + count * mean.square()
+    else:
+        x = real(x)
+        total = dense.sum_squares(x) if dense.applies_to(x) else None
+        if total is not None:
+            return torch.tensor((total, 0.0), dtype=torch.float64, device=x.device)
+        squares, _, nonfinite, count = norms.finite_sums([x])[0].unbind()
+    return torch.stack((torch.where((count == 0) & (nonfinite > 0), math.nan, squares), nonfinite))
+
+
+def combine(a: Tensor, b: Tensor) -> Tensor:
+    """The row of two tensors' elements together, from the row of each: shapes (..., 2), broadcast.
+
+    As of the concatenation: a NaN gives way to the other's sum (to an empty tensor's 0, too).
+    """
+    both = a + b
+    squares = torch.where(a.isnan(), b, torch.where(b.isnan(), a, both))[..., :1]
+    return torch.cat((squares, both[..., 1:]), dim=-1)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.statistics import counts, dense
-from torchprobe.statistics.counts import count_codes, count_in_pairs
-from torchprobe.statistics.dtypes import in_order, on_host, owners, piece_size, pieces, real, row_dtype
+from torchprobe.statistics import buckets, dense
+from torchprobe.statistics.dtypes import chunk_size, chunks, on_host, owners, real, row_dtype
 
 LOW, HIGH = -100, 27
 """The first and the last bucket hold 2**LOW <= |x| < 2**(LOW + 1) and 2**HIGH <= |x| < 2**(HIGH + 1), and all that
@@ -39,7 +38,6 @@ _LAYOUTS = {
     torch.float64: _Layout(torch.int64, 52, 2**11, 1023),
 }
 _SINGLE = _LAYOUTS[torch.float32]
-_PACK = 64  # small tensors counted together
 
 
 def log_histogram(x: Tensor) -> Tensor:
@@ -58,14 +56,16 @@ def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
     tensors = [real(x) for x in tensors]
     if not tensors:
         return torch.zeros(0, 2 + BUCKETS, dtype=torch.float64)
-    small = [i for i, x in enumerate(tensors) if dense.applies_to(x) and x.numel() < counts.SMALL]
-    packs = [small[start : start + _PACK] for start in range(0, len(small), _PACK)]
-    rest = [i for i in range(len(tensors)) if i not in set(small)]
-    parts = [(pack, _buckets(*_counted_together([tensors[i] for i in pack]))) for pack in packs]
+    packs = buckets.small_packs(tensors)
+    packed = {i for pack in packs for i in pack}
+    rest = [i for i in range(len(tensors)) if i not in packed]
+    found = [_buckets(*_counted_together([tensors[i] for i in pack])) for pack in packs]
     if rest:
         codes, nonzero = zip(*(_counted(tensors[i]) for i in rest), strict=True)
-        parts.append((rest, _buckets(torch.stack(codes), torch.stack(nonzero))))
-    return in_order(parts)
+        found.append(_buckets(torch.stack(codes), torch.stack(nonzero)))
+    places = [i for pack in (*packs, rest) for i in pack]
+    rows = dict(zip(places, torch.cat(found).unbind(), strict=True))
+    return torch.stack([rows[i] for i in range(len(tensors))])
 
 
 def edges() -> list[float]:
@@ -89,23 +89,23 @@ def _counted(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.zeros(layout.codes, dtype=torch.int64, device=x.device)
     nonzero = torch.zeros((), dtype=torch.int64, device=x.device)
     if dense.is_plain(x) and layout.codes == _SINGLE.codes:
-        for portion in pieces(x, counts.PORTION):
-            nonzero += _count_in_host(portion, layout, codes)
+        for large in chunks(x, buckets.COUNT_CHUNK):
+            nonzero += _count_in_host(large, layout, codes)
         return codes, nonzero
-    for piece in pieces(x, piece_size(x.device, x.numel())):
-        codes += count_codes(_codes(piece, layout), layout.codes)
-        nonzero += piece.count_nonzero()
+    for chunk in chunks(x, chunk_size(x.device, x.numel())):
+        codes += buckets.count_codes(_codes(chunk, layout), layout.codes)
+        nonzero += chunk.count_nonzero()
     return (codes if layout.codes == _SINGLE.codes else _as_single(codes, layout)), nonzero
 
 
 def _count_in_host(x: Tensor, layout: _Layout, counted: Tensor) -> Tensor | int:
-    """Add a portion's codes to `counted`, only as many as occur; returns its non-zero elements."""
+    """Add a chunk's codes to `counted`, only as many as occur; returns its non-zero elements."""
     codes = torch.empty(len(x), dtype=torch.uint8, device=x.device)
-    scratch = torch.empty(min(len(x), dense.PIECE), dtype=layout.bits, device=x.device)
-    for piece, part in zip(x.split(dense.PIECE), codes.split(dense.PIECE), strict=True):
-        part.copy_(torch.bitwise_right_shift(_bits(piece, layout), layout.shift, out=scratch[: len(piece)]))
+    scratch = torch.empty(min(len(x), dense.CHUNK), dtype=layout.bits, device=x.device)
+    for chunk, of_chunk in zip(x.split(dense.CHUNK), codes.split(dense.CHUNK), strict=True):
+        of_chunk.copy_(torch.bitwise_right_shift(_bits(chunk, layout), layout.shift, out=scratch[: len(chunk)]))
     low, high = int(on_host(codes.amin())), int(on_host(codes.amax()))
-    counted[low : high + 1] += count_in_pairs(codes.sub_(low), high - low + 1)
+    counted[low : high + 1] += buckets.count_in_pairs(codes.sub_(low), high - low + 1)
     return x.count_nonzero() if low == 0 else len(x)
 
 
@@ -132,7 +132,7 @@ def _buckets(codes: Tensor, nonzero: Tensor) -> Tensor:
     """Rows, (n, 2 + BUCKETS), from float32's codes, (n, 256), and non-zero elements, (n,)."""
     zeros = codes.sum(1) - nonzero
     first, end = LOW + _SINGLE.bias, HIGH + _SINGLE.bias + 1
-    buckets = codes[:, first:end].clone()
-    buckets[:, 0] += codes[:, :first].sum(1) - zeros
-    buckets[:, -1] += codes[:, end:-1].sum(1)
-    return torch.cat((zeros[:, None], codes[:, -1:], buckets), dim=1).to(row_dtype(codes.device))
+    inner = codes[:, first:end].clone()
+    inner[:, 0] += codes[:, :first].sum(1) - zeros
+    inner[:, -1] += codes[:, end:-1].sum(1)
+    return torch.cat((zeros[:, None], codes[:, -1:], inner), dim=1).to(row_dtype(codes.device))

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.statistics.buckets import tally
-from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.portions import arithmetic
+from torchprobe.statistics.dtypes import arithmetic, row_dtype
 
 PIT_BINS = 20
 _HALF_WIDTHS = {"50": 0.6744897501960817, "90": 1.6448536269514722}  # of the central intervals, in std

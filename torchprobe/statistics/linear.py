@@ -1,8 +1,8 @@
-"""A histogram with equal buckets whose edges are multiples of a power of two, so that those of parts merge exactly.
+"""A histogram with equal buckets whose edges are multiples of a power of two, so that any two merge exactly.
 
 The width of a bucket is the smallest power of two with which all finite elements fit. That depends on the smallest and
 the largest element alone, and any coarser grid is made of whole buckets: `combine` gives the very histogram of all
-elements together, whatever the parts were.
+elements together, however they were divided.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.statistics import counts, dense
-from torchprobe.statistics.counts import count_codes, count_halves
-from torchprobe.statistics.dtypes import Scratch, on_host, owners, pieces, real
+from torchprobe.statistics import buckets as counting
+from torchprobe.statistics import dense
+from torchprobe.statistics.dtypes import Scratch, chunks, on_host, owners, real
 
 HEADER = ("low", "high", "nonfinite")
 """What stands before the counts."""
@@ -27,8 +27,6 @@ LEAST = 4
 """Buckets, at the least: two finer ones must always fit into one."""
 
 _FINEST = 2.0**-100  # width; also where rows are float32
-
-_PACK = 64  # small tensors counted together
 
 
 def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
@@ -52,10 +50,8 @@ def linear_histograms(tensors: Sequence[Tensor], buckets: int = 64) -> Tensor:
     tensors = [real(x) for x in tensors]
     if not tensors:
         return torch.zeros(0, len(HEADER) + buckets, dtype=torch.float64)
-    small = [i for i, x in enumerate(tensors) if dense.applies_to(x) and x.numel() < counts.SMALL]
     found: dict[int, Tensor] = {}
-    for start in range(0, len(small), _PACK):
-        pack = small[start : start + _PACK]
+    for pack in counting.small_packs(tensors):
         rows = _together([tensors[i] for i in pack], buckets)
         found.update((i, row) for i, row in zip(pack, rows, strict=True) if row is not None)
     return torch.stack([found[i] if i in found else _histogram(x, buckets) for i, x in enumerate(tensors)])
@@ -63,22 +59,20 @@ def linear_histograms(tensors: Sequence[Tensor], buckets: int = 64) -> Tensor:
 
 def _histogram(x: Tensor, buckets: int) -> Tensor:
     row = _dense(x, buckets) if dense.applies_to(x) else None
-    return _careful(x, buckets) if row is None else row
-
-
-def _careful(x: Tensor, buckets: int) -> Tensor:
+    if row is not None:
+        return row
     scratch = Scratch.for_elements_of([x], x.device)
     if x.numel() == 0:
         return scratch.wide.new_zeros(len(HEADER) + buckets)
     low, high = _extremes(x, scratch)
     codes = _count(x, low, high, buckets, scratch)
-    counts = torch.where(low < high, codes[:buckets], codes[:buckets].roll(buckets // 2))
-    return torch.cat((torch.stack((low, high)), codes[-1:], counts)).to(scratch.wide)
+    inner = torch.where(low < high, codes[:buckets], codes[:buckets].roll(buckets // 2))
+    return torch.cat((torch.stack((low, high)), codes[-1:], inner)).to(scratch.wide)
 
 
 def _dense(x: Tensor, buckets: int) -> Tensor | None:
     """The row of float32 elements in host memory; None when one is not finite."""
-    ends = [(on_host(piece.amin()), on_host(piece.amax())) for piece in pieces(x, dense.PIECE)]
+    ends = [(on_host(chunk.amin()), on_host(chunk.amax())) for chunk in chunks(x, dense.CHUNK)]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if not all(math.isfinite(end) for both in ends for end in both):
         return None
@@ -95,13 +89,13 @@ def _count_between(x: Tensor, low: float, high: float, counted: Tensor) -> None:
     width = _width(low, high, len(counted) - 1)
     first = math.floor(low / width)
     far = 0 if abs(first) < 2**14 else first  # what is near fits 16 bits, where taking it off is cheaper
-    scratch = torch.empty(min(x.numel(), dense.PIECE), dtype=x.dtype, device=x.device)
-    for portion in pieces(x, counts.PORTION):
-        codes = torch.empty_like(portion, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
-        for piece, part in zip(portion.split(dense.PIECE), codes.split(dense.PIECE), strict=True):
-            floored = _floored(piece, width, scratch[: len(piece)])
-            part.copy_(floored.sub_(far) if far else floored)
-        counted += count_halves(codes.sub_(first - far), len(counted))
+    scratch = torch.empty(min(x.numel(), dense.CHUNK), dtype=x.dtype, device=x.device)
+    for large in chunks(x, counting.COUNT_CHUNK):
+        codes = torch.empty_like(large, dtype=torch.int16 if len(counted) <= 181 else torch.int32)
+        for chunk, of_chunk in zip(large.split(dense.CHUNK), codes.split(dense.CHUNK), strict=True):
+            floored = _floored(chunk, width, scratch[: len(chunk)])
+            of_chunk.copy_(floored.sub_(far) if far else floored)
+        counted += counting.count_halves(codes.sub_(first - far), len(counted))
 
 
 def _floored(x: Tensor, width: float, out: Tensor) -> Tensor:
@@ -151,22 +145,14 @@ def edge_array(low: float, high: float, buckets: int = 64) -> NDArray[np.float64
     _check(buckets)
     if not low <= high:
         raise ValueError(f"low, high: got {low} and {high}, takes low <= high, as linear_histogram returns them")
+    numbers = np.arange(buckets + 1, dtype=np.int64)
     with np.errstate(over="ignore"):  # edges beyond the largest number are that
-        found = _edges_around(low, buckets) if low == high else _edges_of(low, high, buckets)
+        if low == high:
+            found = low + max(0.5, math.ldexp(abs(low), -10)) * (2 * numbers / buckets - 1)
+        else:
+            width = _width(low, high, buckets)
+            found = (math.floor(low / width) + numbers) * np.float64(width)
         return np.clip(found, -sys.float_info.max, sys.float_info.max)
-
-
-def _edges_around(value: float, buckets: int) -> NDArray[np.float64]:
-    half = max(0.5, math.ldexp(abs(value), -10))
-    shares: NDArray[np.float64] = 2 * np.arange(buckets + 1) / buckets - 1
-    return value + half * shares
-
-
-def _edges_of(low: float, high: float, buckets: int) -> NDArray[np.float64]:
-    width = _width(low, high, buckets)
-    numbers = math.floor(low / width) + np.arange(buckets + 1, dtype=np.int64)
-    found: NDArray[np.float64] = numbers * np.float64(width)
-    return found
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -221,10 +207,10 @@ def _grid(low: Tensor, high: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
 def _extremes(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """The smallest and the largest finite element, in the row's type."""
     lows, highs = [], []
-    for piece in pieces(x, len(scratch.values)):
-        values = scratch.part(piece.numel()).values
-        lows.append(values.copy_(piece).nan_to_num_(math.inf, math.inf, math.inf).amin())
-        highs.append(values.copy_(piece).nan_to_num_(-math.inf, -math.inf, -math.inf).amax())
+    for chunk in chunks(x, len(scratch.values)):
+        values = scratch.first(len(chunk)).values
+        lows.append(values.copy_(chunk).nan_to_num_(math.inf, math.inf, math.inf).amin())
+        highs.append(values.copy_(chunk).nan_to_num_(-math.inf, -math.inf, -math.inf).amax())
     low, high = torch.stack(lows).amin().to(scratch.wide), torch.stack(highs).amax().to(scratch.wide)
     return low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)
 
@@ -235,11 +221,11 @@ def _count(x: Tensor, low: Tensor, high: Tensor, buckets: int, scratch: Scratch)
     equal = low == high
     first, per_unit = first.masked_fill(equal, 0.0), per_unit.masked_fill(equal, 0.0)
     codes = torch.zeros(buckets + 1, dtype=torch.int64, device=x.device)
-    for piece in pieces(x, len(scratch.values)):
-        part = scratch.part(piece.numel())
-        wide = part.wide.copy_(part.source(piece))
+    for chunk in chunks(x, len(scratch.values)):
+        room = scratch.first(len(chunk))
+        wide = room.wide.copy_(room.source(chunk))
         position = wide.mul_(per_unit).floor_().sub_(first).nan_to_num_(*3 * [float(buckets)])
-        codes += count_codes(position.int(), buckets + 1)
+        codes += counting.count_codes(position.int(), buckets + 1)
     return codes
 
 

@@ -1,4 +1,7 @@
-"""Count, mean, variance, largest magnitude, zeros and non-finite elements of a tensor, in one mergeable row."""
+"""Count, mean, variance, largest magnitude, zeros and non-finite elements of a tensor, in one mergeable row.
+
+And how many of its units are active.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics import dense
-from torchprobe.statistics.dtypes import Scratch, pieces, real, row_dtype
+from torchprobe.statistics.dtypes import Scratch, chunks, real, row_dtype
 
 FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite")
 """Columns of a row. count, mean, m2 (the sum of squared deviations from the mean), max_abs and zeros are over
 the finite elements."""
+
+RARELY = 0.01
+"""A unit that is active on a smaller share of its inputs is inactive."""
 
 
 def compute(x: Tensor) -> Tensor:
@@ -24,7 +30,7 @@ def compute(x: Tensor) -> Tensor:
     harm. m2 is inf where it exceeds the row's type, which takes float64 elements above 1e142.
 
     For finite float32 in host memory (see `dense`) the mean is within 3e-7 of max_abs and m2 within 2e-6 of itself,
-    at 0.7 ns an element on two CPU cores; else in cache-sized pieces, at 1.7 ns. Makes no device wait, and
+    at 0.7 ns an element on two CPU cores; else in cache-sized chunks, at 1.7 ns. Makes no device wait, and
     traces as one graph under `torch.compile`, whose back end fuses it. Raises TypeError for integers.
     """
     x = real(x)
@@ -36,7 +42,7 @@ def compute(x: Tensor) -> Tensor:
     if common is not None:
         return torch.tensor(common, dtype=torch.float64, device=x.device)
     scratch = Scratch.for_elements_of([x], x.device)
-    return _merged(_rows(pieces(x, len(scratch.values)), scratch))
+    return _merged(_rows(chunks(x, len(scratch.values)), scratch))
 
 
 def combine(a: Tensor, b: Tensor) -> Tensor:
@@ -79,14 +85,32 @@ def summarise(row: Sequence[float]) -> dict[str, float]:
     }
 
 
+def active_units(x: Tensor) -> Tensor:
+    """On how many inputs each unit of `x` is above zero: int64 of shape (units,).
+
+    Units are channels, dimension 1, of a tensor with four or more dimensions, else the last dimension; all other
+    dimensions are inputs. A 0-dim tensor is one unit. NaN counts as active: it is another illness.
+    """
+    x = x.detach()
+    unit = 1 if x.dim() >= 4 else x.dim() - 1
+    active = (x <= 0).logical_not()
+    return active.sum([d for d in range(x.dim()) if d != unit]) if x.dim() > 1 else active.to(torch.int64).reshape(-1)
+
+
+def inactive_share(counts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The share of units that are active on under 1 % of inputs, from (active counts, inputs) of one device: 0-dim."""
+    dead = torch.cat([active.to(torch.float32) < RARELY * inputs for active, inputs in counts])
+    return dead.to(torch.float32).mean()
+
+
 def _traced(x: Tensor) -> Tensor:
     """The row in one pass and few operations: every one is compiled for every module that is watched.
 
-    In float64 the sum of squares needs no pivot until the mean is a million times the deviation. Pieces, which are for
+    In float64 the sum of squares needs no pivot until the mean is a million times the deviation. Chunks, which are for
     caches and threads, would only unroll the graph.
     """
     if row_dtype(x.device) != torch.float64:
-        return _rows([x.reshape(-1)], Scratch.of_size(x.numel(), [x], x.device))[0]
+        return _rows([x.reshape(-1)], Scratch.for_elements_of([x], x.device, x.numel()))[0]
     finite = torch.where(x.abs() < math.inf, x, 0.0)  # nan_to_num's three comparisons cost as much again, twice over
     wide = finite.double()
     nonzero, finite_nonzero = x.count_nonzero(), finite.count_nonzero()
@@ -99,9 +123,9 @@ def _traced(x: Tensor) -> Tensor:
     return torch.stack([value.double() for value in row])
 
 
-def _rows(parts: Iterable[Tensor], scratch: Scratch) -> Tensor:
-    """One row for each 1-D part: shape (parts, 6)."""
-    columns = zip(*(_sums(part, scratch.part(part.numel())) for part in parts), strict=True)
+def _rows(some: Iterable[Tensor], scratch: Scratch) -> Tensor:
+    """One row for each 1-D chunk: shape (chunks, 6)."""
+    columns = zip(*(_sums(chunk, scratch.first(chunk.numel())) for chunk in some), strict=True)
     zeros, nonzero, finite_nonzero, low, high, pivot, shift, square = (torch.stack(c).to(scratch.wide) for c in columns)
     count = zeros + finite_nonzero
     mean_shift = shift / count.clamp(min=1)
@@ -135,7 +159,7 @@ def _safe(pivot: Tensor) -> Tensor:
 
 
 def _merged(rows: Tensor) -> Tensor:
-    """The row of all parts, (6,), from theirs, (parts, 6), pairwise: rounding grows with log(parts)."""
+    """The row of all chunks, (6,), from theirs, (chunks, 6), pairwise: rounding grows with log(parts)."""
     while len(rows) > 1:
         if len(rows) % 2:
             rows = torch.cat((rows, torch.zeros_like(rows[:1])))

@@ -6,6 +6,7 @@ are copied once, into scratch memory that is used again and again; all arithmeti
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
@@ -14,14 +15,10 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics import dense
-from torchprobe.statistics.dtypes import Scratch, pieces, real
+from torchprobe.statistics.dtypes import Scratch, chunks, real
 
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
-"""Columns of `finite_sums`. The sums and the count are over the finite elements."""
-
-_Reduction: TypeAlias = "Callable[[Tensor, Scratch, Sequence[int]], Tensor]"
-"""From packed elements, scratch of their size and the lengths at which to cut them: sums, (lengths, columns)."""
-
+"""Columns of `finite_sums`. The sums and the count are over the finite elements; rows merge by addition."""
 
 _Row: TypeAlias = "tuple[float, ...] | None"
 """Sums of one tensor, in float64; None where it is not the common case of `dense`."""
@@ -33,10 +30,10 @@ _SMALL = 2**12
 def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
     """The sums of each tensor, as `FIELDS` says: shape (n, 4), `row_dtype`, on the tensors' device.
 
-    The tensors are any strided floating or complex ones of one device, of any mixture of types, shapes and layouts.
-    Sums are exact to 1e-14, and to 1e-6 for large finite float32 tensors in host memory (see `dense`), which take
-    0.6 ns an element on two CPU cores; others take 1.1 ns, and 10 µs a tensor. Counts are exact. float64 elements
-    above 1e154 may give an infinite sum_squares.
+    The tensors are any `dtypes.measurable` ones of one device, of any mixture of types, shapes and layouts. Sums are
+    exact to 1e-14, and to 1e-6 for large finite float32 tensors in host memory (see `dense`), which take 0.6 ns an
+    element on two CPU cores; others take 1.1 ns, and 10 µs a tensor. Counts are exact. float64 elements above 1e154
+    may give an infinite sum_squares. `l2_norm` says what the norm of a row is.
 
     Makes no host read. Raises TypeError for integers and ValueError for tensors on several devices.
     """
@@ -46,13 +43,29 @@ def finite_sums(tensors: Sequence[Tensor]) -> Tensor:
         sums = dense.sums(tensors[i])
         return sums and (*sums, 0.0, float(tensors[i].numel()))
 
-    return _rows(tensors, fast, lambda rest: _careful_sums([tensors[i] for i in rest]))
+    def careful(rest: Sequence[int]) -> Tensor:
+        some = [tensors[i] for i in rest]
+        squares, nonfinite, absolute = _sums(some, absolute=True).unbind(-1)
+        count = _minus(nonfinite, [x.numel() for x in some])
+        return torch.stack((squares, absolute, nonfinite, count), dim=-1)
+
+    return _rows(tensors, fast, careful)
+
+
+def l2_norm(row: Sequence[float]) -> float:
+    """The L2 norm that a row of `finite_sums`, or a sum of such rows, tells, on the host.
+
+    NaN where there are elements and none is finite: nothing is known then, and 0 would look like a vanished gradient.
+    """
+    squares, _, nonfinite, count = row
+    return math.nan if nonfinite and not count else math.sqrt(squares)
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm over the finite elements of each tensor: shape (n,), `row_dtype`.
 
-    Takes, promises and raises what `finite_sums` does, at 0.2 ns an element where that takes 0.6, else at 0.7.
+    NaN where there are elements and none is finite; 0 for an empty tensor. Takes, promises and raises what
+    `finite_sums` does, at 0.2 ns an element where that takes 0.6, else at 0.8.
     """
     tensors = [real(x) for x in tensors]
 
@@ -60,7 +73,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
         squares = dense.sum_squares(tensors[i])
         return None if squares is None else (squares,)
 
-    return _rows(tensors, fast, lambda rest: _careful_squares([tensors[i] for i in rest]))[:, 0].sqrt()
+    return _rows(tensors, fast, lambda rest: _squares([tensors[i] for i in rest]))[:, 0].sqrt()
 
 
 def distances(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
@@ -77,10 +90,10 @@ def distances(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 
     def careful(rest: Sequence[int]) -> Tensor:
         some = [others[i] for i in rest]
-        size = _careful_squares([real(x) for x in some])
+        size = _squares([real(x) for x in some])
         if some:
             torch._foreach_sub_(some, [tensors[i] for i in rest])
-        return torch.cat((_careful_squares([real(x) for x in some]), size), dim=1)
+        return torch.cat((_squares([real(x) for x in some]), size), dim=1)
 
     return _rows(others, fast, careful).sqrt()
 
@@ -99,68 +112,59 @@ def _rows(tensors: Sequence[Tensor], fast: Callable[[int], _Row], careful: Calla
     return torch.empty_like(rows).index_copy_(0, places, rows)
 
 
-def _careful_squares(tensors: Sequence[Tensor]) -> Tensor:
-    return _reduced(tensors, _squares, columns=1)
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sums of squares over the finite elements, NaN where there are elements and none is finite: shape (n, 1)."""
+    squares, nonfinite = _sums(tensors, absolute=False).unbind(-1)
+    others = _minus(nonfinite, [max(x.numel(), 1) for x in tensors])
+    return squares.masked_fill(others == 0, math.nan)[:, None]
 
 
-def _careful_sums(tensors: Sequence[Tensor]) -> Tensor:
-    squares, absolute, nonfinite = _reduced(tensors, _all_sums, columns=3).unbind(-1)
-    count = _minus(nonfinite, [x.numel() for x in tensors])
-    return torch.stack((squares, absolute, nonfinite, count), dim=-1)
-
-
-def _reduced(tensors: Sequence[Tensor], reduction: _Reduction, columns: int) -> Tensor:
-    """The reduction of every tensor: shape (n, columns)."""
+def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
+    """Of every tensor sum_squares, nonfinite and, where wanted, sum_abs: shape (n, 2 or 3)."""
     scratch = Scratch.for_elements_of(tensors, _common_device(tensors))
     room = torch.empty_like(scratch.values)
     owners: Counter[int] = Counter()
-    rows = [scratch.wide.new_zeros(0, columns)]
+    rows = [scratch.wide.new_zeros(0, 3 if absolute else 2)]
     for pack in _packs(tensors, len(scratch.values)):
-        lengths = [piece.numel() for _, piece in pack]
-        packed = _packed([piece for _, piece in pack], lengths, room[: sum(lengths)])
-        rows.append(reduction(packed, scratch.part(len(packed)), lengths))
+        lengths = [chunk.numel() for _, chunk in pack]
+        packed = _packed([chunk for _, chunk in pack], lengths, room[: sum(lengths)])
+        rows.append(_sums_of_packed(packed, scratch.first(len(packed)), lengths, absolute=absolute))
         owners.update(owner for owner, _ in pack)
-    pieces_of = [owners[i] for i in range(len(tensors))]
-    if all(count == 1 for count in pieces_of):
+    chunks_of = [owners[i] for i in range(len(tensors))]
+    if all(count == 1 for count in chunks_of):
         return torch.cat(rows)
-    return torch.stack([part.sum(0) for part in torch.cat(rows).split(pieces_of)])
+    return torch.stack([of_one.sum(0) for of_one in torch.cat(rows).split(chunks_of)])
 
 
 def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """All elements in portions of at most `size`: pieces with the index of the tensor that each is from, in order."""
+    """All elements, at most `size` at a time: chunks with the index of the tensor that each is from, in order."""
     pack: list[tuple[int, Tensor]] = []
     room = size
     for owner, x in enumerate(tensors):
-        for piece in pieces(x, size):
-            if piece.numel() > room:
+        for chunk in chunks(x, size):
+            if chunk.numel() > room:
                 yield pack
                 pack, room = [], size
-            pack.append((owner, piece))
-            room -= piece.numel()
+            pack.append((owner, chunk))
+            room -= chunk.numel()
     if pack:
         yield pack
 
 
-def _packed(parts: list[Tensor], lengths: Sequence[int], room: Tensor) -> Tensor:
-    """The parts as one tensor of the type of `room`: copied there, unless there is one only, readable in place."""
-    if len(parts) == 1 and parts[0].dtype == room.dtype:
-        return parts[0]
-    torch._foreach_copy_(room.split_with_sizes(lengths), parts)
+def _packed(some: list[Tensor], lengths: Sequence[int], room: Tensor) -> Tensor:
+    """Chunks as one tensor of the type of `room`: copied there, unless there is one only, readable in place."""
+    if len(some) == 1 and some[0].dtype == room.dtype:
+        return some[0]
+    torch._foreach_copy_(room.split_with_sizes(lengths), some)
     return room
 
 
-def _all_sums(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor:
+def _sums_of_packed(packed: Tensor, scratch: Scratch, lengths: Sequence[int], *, absolute: bool) -> Tensor:
     values, wide = scratch
-    flags = torch.sub(packed, packed, out=values).nan_to_num_(1.0)  # x - x is 0 if x is finite, else NaN
-    nonfinite = _totals(flags, lengths)
-    absolute = _totals(wide.copy_(torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values).abs_()), lengths)
-    return torch.stack((_totals(wide.square_(), lengths), absolute, nonfinite.to(wide)), dim=-1)
-
-
-def _squares(packed: Tensor, scratch: Scratch, lengths: Sequence[int]) -> Tensor:
-    values, wide = scratch
-    finite = torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values)
-    return _totals(wide.copy_(finite).square_(), lengths)[:, None]
+    wide.copy_(torch.nan_to_num(packed, 0.0, 0.0, 0.0, out=values))
+    nonfinite = _totals(torch.ne(packed, values, out=values), lengths).to(wide)
+    sums_abs = [_totals(wide.abs_(), lengths)] if absolute else []
+    return torch.stack((_totals(wide.square_(), lengths), nonfinite, *sums_abs), dim=-1)
 
 
 def _totals(packed: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -168,8 +172,7 @@ def _totals(packed: Tensor, lengths: Sequence[int]) -> Tensor:
     if packed.is_cpu and len(lengths) > 1:
         cuts = torch.tensor(lengths, device=packed.device)
         return torch.segment_reduce(packed, "sum", lengths=cuts, unsafe=True)
-    parts = packed.split_with_sizes(lengths)
-    return torch.stack([packed.sum()] if packed.is_cpu else torch._foreach_norm(parts, 1))
+    return torch.stack([packed.sum()] if packed.is_cpu else torch._foreach_norm(packed.split_with_sizes(lengths), 1))
 
 
 def _minus(subtrahend: Tensor, minuends: Sequence[int]) -> Tensor:

@@ -74,9 +74,9 @@ class Plan:
                 return
         self._open(step, by_forward)
 
-    def optimizer_stepped(self, optimizer: Optimizer) -> None:
-        """An optimizer of the model has stepped in the step that runs. Keeps no hold on it."""
-        if self._optimizers.stepped(optimizer, self._step):
+    def optimizer_stepped(self, optimizer: Optimizer, step: int | None = None) -> None:
+        """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
+        if self._optimizers.stepped(optimizer, self._step if step is None else step):
             self._quiet = range(0)
 
     def validated(self) -> None:
@@ -195,9 +195,13 @@ class _Sampler:
         self._last = 0  # sampled step
         self._after, self._from = 0, 0  # optimizers that last stepped between these are waited for
         self._further = 0  # steps since that of the cadence
+        self._step, self._before = 0, [0, 0, 0, 0]  # the step decided on last, and the state before that
 
     def samples(self, step: int, optimizers: _Optimizers) -> bool:
-        """Whether the step that begins is sampled."""
+        """Whether a step is sampled. Asked again for the same step, it decides anew."""
+        if step == self._step:
+            self.load(self._before)
+        self._step, self._before = step, self.state()
         if self._asked(step):
             self._after, self._from, self._further = min(self._last, step - 1), step, 0
         elif not isinstance(self.schedule, Cadence) or not self._waits(step, optimizers):

@@ -17,6 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_plugin
 from tensorboard.plugins.histogram import metadata as histogram_plugin
 from tensorboard.plugins.hparams import metadata as hparams_plugin
@@ -24,10 +25,8 @@ from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
-from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value, group_of
+from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Margin, Outcome, Record, Text, Value, group_of
 from torchprobe.writers.hparams import plugin_data
-from torchprobe.writers.layout import serialized
-from torchprobe.writers.png import png
 
 ARRAY_PLUGIN = "torchprobe"
 """The plugin name under which arrays are stored; no stock TensorBoard page claims it."""
@@ -75,6 +74,15 @@ def trim(histogram: Histogram) -> Histogram:
     return Histogram(edges=histogram.edges[first : end + 1], counts=histogram.counts[first:end])
 
 
+def serialized(layout: Layout) -> bytes:
+    """The layout's protocol buffer."""
+    categories = [
+        layout_pb2.Category(title=title, chart=[_chart(chart) for chart in charts])
+        for title, charts in layout.categories.items()
+    ]
+    return bytes(layout_pb2.Layout(category=categories).SerializeToString())
+
+
 def _store(entry: Any, value: Value) -> None:
     if isinstance(value, Histogram):
         entry.tensor.CopyFrom(_numeric(_rows(trim(value)), DT_DOUBLE))
@@ -82,7 +90,7 @@ def _store(entry: Any, value: Value) -> None:
         entry.tensor.CopyFrom(_strings([value.markdown.encode(errors="replace")], shape=()))
     elif isinstance(value, Image):
         height, width, _ = value.pixels.shape
-        parts = [b"%d" % width, b"%d" % height, png(value.pixels)]
+        parts = [b"%d" % width, b"%d" % height, value.png()]
         entry.tensor.CopyFrom(_strings(parts, shape=(3,)))
     elif isinstance(value, np.ndarray):
         entry.tensor.CopyFrom(_numeric(value.astype(np.float32, copy=False), DT_FLOAT))
@@ -119,6 +127,16 @@ def _strings(parts: Sequence[bytes], shape: tuple[int, ...]) -> Any:
 
 def _shape(sizes: tuple[int, ...]) -> Any:
     return TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in sizes])
+
+
+def _chart(chart: Lines | Margin) -> Any:
+    if isinstance(chart, Lines):
+        return layout_pb2.Chart(title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=chart.patterns))
+    series = [
+        layout_pb2.MarginChartContent.Series(value=line, lower=lower, upper=upper)
+        for line, lower, upper in chart.series
+    ]
+    return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
 
 
 def _metadata(value: Value, description: str) -> Any:

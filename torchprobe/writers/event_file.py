@@ -13,7 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 
 from torchprobe.records import Record
 from torchprobe.writers.encode import encode
-from torchprobe.writers.places import GrowingFile, place_of
+from torchprobe.writers.files import GrowingFile
+from torchprobe.writers.places import place_of
 from torchprobe.writers.tfrecord import frame
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")

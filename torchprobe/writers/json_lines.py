@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import Histogram, HParam, HParams, Image, Layout, Outcome, Record, Text, Value
-from torchprobe.writers.append_file import AppendFile
-from torchprobe.writers.png import png
+from torchprobe.writers.files import AppendFile
 
 
 class JsonLinesWriter:
@@ -79,7 +78,7 @@ def json_value(value: Value) -> Any:
     if isinstance(value, Text):
         return {"text": value.markdown}
     if isinstance(value, Image):
-        return {"shape": value.pixels.shape, "png": base64.b64encode(png(value.pixels)).decode()}
+        return {"shape": value.pixels.shape, "png": base64.b64encode(value.png()).decode()}
     if isinstance(value, HParams):
         return {"hparams": {name: _hparam(hparam) for name, hparam in value.values.items()}}
     if isinstance(value, Outcome):

@@ -1,38 +1,27 @@
-"""Where a run's files are made: a local directory, or one in a remote store."""
+"""Where a run's files are made: a local directory, or one in a remote store that may be out of reach for a while."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from time import monotonic
+from typing import Any, Protocol
 
-from torchprobe.run_directory import as_url, is_url, local_path
-from torchprobe.writers.append_file import AppendFile
-from torchprobe.writers.filesystems import filesystem_of
-from torchprobe.writers.remote_file import RemoteFile
+from torchprobe.writers.files import AppendFile, GrowingFile, RemoteFile
 
+MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_LOCAL = ("file", "local")
+# s3fs else keeps listings, in which another process's files are missing.
+_NO_CACHE: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
 
-class GrowingFile(Protocol):
-    """A file that takes whole pieces."""
-
-    @property
-    def path(self) -> Path | str:
-        """Where it is."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the next batch had better go into another file."""
-
-    def append(self, data: bytes) -> None:
-        """Write all of `data`, or raise OSError and leave the file as it was."""
-
-    def in_place(self) -> bool:
-        """Whether it is still there and open."""
-
-    def close(self) -> None:
-        """Release it; a second call does nothing."""
+_log = logging.getLogger("torchprobe")
 
 
 class Place(Protocol):
@@ -130,6 +119,112 @@ class RemotePlace:
         except Exception as error:
             raise _unreachable(error, self._url) from error
         return path
+
+
+class Outbox:
+    """Puts whole files into a place, each as soon as it can. Used by one thread.
+
+    One that cannot be written waits, and is tried again with growing pauses; beyond MAX_WAITING the new one is
+    dropped. The first failure is logged. what: how the log calls such a file.
+    """
+
+    def __init__(self, place: Place, what: str) -> None:
+        self.dropped = 0
+        self._place = place
+        self._what = what
+        self._waiting: dict[str, bytes] = {}
+        self._retry_at = 0.0
+        self._pause = _FIRST_RETRY
+        self._failed = False
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, in place of an older one of this name, now or later."""
+        if name in self._waiting or len(self._waiting) < MAX_WAITING:
+            self._waiting[name] = data
+        else:
+            self.dropped += 1
+        self.retry()
+
+    def retry(self) -> None:
+        """Write what waits, unless the pause after a failure is not over yet."""
+        if self._waiting and monotonic() >= self._retry_at:
+            self._write()
+
+    def close(self, seconds: float) -> None:
+        """Try once more what waits, and give it up after so many seconds: a store may hang as long as it likes."""
+        if self._waiting:
+            attempt = threading.Thread(target=self._write, name="torchprobe-outbox", daemon=True)
+            try:
+                attempt.start()
+                attempt.join(seconds)
+            except RuntimeError:  # the interpreter takes no new thread at its very end
+                self._write()
+        lost = self.dropped + len(self._waiting)
+        if lost:
+            _log.error("%d of the run's %ss could not be written and are lost", lost, self._what)
+
+    def _write(self) -> None:
+        try:
+            for name in list(self._waiting):
+                self._place.put(name, self._waiting[name])
+                del self._waiting[name]
+        except OSError as error:
+            if not self._failed:
+                _log.warning("a %s could not be written and is tried again: %s", self._what, error)
+            self._failed = True
+            self._retry_at = monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LAST_RETRY)
+        else:
+            self._pause = _FIRST_RETRY
+
+
+def is_url(path: str) -> bool:
+    """Whether it names a place in a remote store. `file://` is none, and a single letter is a drive."""
+    match = _URL.match(path)
+    return match is not None and match[1].lower() not in _LOCAL
+
+
+def protocol_of(url: str) -> str:
+    """`s3` for `s3://bucket/run`."""
+    return url.partition(":")[0].lower()
+
+
+def local_path(path: str) -> Path:
+    """A local path, also of a `file://` URL."""
+    match = _URL.match(path)
+    return Path(f"/{path[match.end() :]}" if match else path)
+
+
+def as_url(path: str) -> str:
+    """A URL as it should be: a `Path` has folded `s3://` to `s3:/`."""
+    return _URL.sub(lambda match: f"{match[1]}://", path, count=1).rstrip("/")
+
+
+def filesystem_of(url: str, argument: str = "log_dir=") -> Any:
+    """fsspec's file system for a URL. argument: what the URL was given as, for messages.
+
+    Raises ValueError for a URL of an unknown kind, ImportError for one whose package is not installed.
+    """
+    protocol = protocol_of(url)
+    try:
+        import fsspec
+    except ImportError as error:
+        raise _not_installed(url, argument, "fsspec is not installed") from error
+    try:
+        return fsspec.filesystem(protocol, **_NO_CACHE.get(protocol, {}))
+    except ImportError as error:
+        raise _not_installed(url, argument, str(error).rstrip(".")) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}{url!r}: fsspec knows no {protocol!r}: use s3://, gs://, az:// or the like"
+        ) from error
+
+
+def _not_installed(url: str, argument: str, reason: str) -> ImportError:
+    return ImportError(
+        f"{argument}{url!r} needs a package for {protocol_of(url)}:// ({reason}). "
+        "pip install 'torchprobe[remote]' brings fsspec, and s3fs for s3://"
+    )
 
 
 def _unreachable(error: Exception, url: str) -> OSError:

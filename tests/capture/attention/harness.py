@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.attention.capture import AttentionCapture
+import torchprobe
+from torchprobe.capture.attention.source import AttentionSource, Taken, merged
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.sites import Pass
 from torchprobe.statistics.attention import summarise
 
 
@@ -29,13 +33,40 @@ class Recorded:
         return [head[field] for head in self.heads[site]]
 
 
-def capture_of(model: nn.Module, rows: Any = "all", on_source: Any = None) -> AttentionCapture:
+def source_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> AttentionSource:
+    """A source whose probe is due."""
     gate = Gate("Attention", Meter())
-    return AttentionCapture(ref(model), gate, rows, on_source)
+    source = AttentionSource(ref(model), torchprobe.Attention(rows=rows, maps_every=1 if maps else 2), gate, Pass())
+    gate.train = gate.val = True
+    source.open_for(step=3)
+    return source
+
+
+class Capture:
+    """A source of which every pass is taken when it ends, as a session does, and counts."""
+
+    def __init__(self, source: AttentionSource) -> None:
+        self.source = source
+        self.passes: list[Taken] = []
+        self.enter = source.enter
+
+    @property
+    def uncovered(self) -> Mapping[str, int]:
+        return self.source.uncovered
+
+    def leave(self) -> None:
+        self.source.leave()
+        taken = self.source.take()
+        if taken is not None:
+            self.passes.append(taken)
+
+
+def capture_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> Capture:
+    return Capture(source_of(model, rows, maps))
 
 
 @contextmanager
-def hooked(model: nn.Module, capture: AttentionCapture, training: bool = True):
+def hooked(model: nn.Module, capture: Capture | AttentionSource, training: bool = True):
     """The root hooks, as a session puts them on."""
 
     def enter(module, args):
@@ -54,24 +85,26 @@ def hooked(model: nn.Module, capture: AttentionCapture, training: bool = True):
             hook.remove()
 
 
-def record(model: nn.Module, *args: Any, rows: Any = "all", on_source: Any = None, **kwargs: Any) -> Recorded:
+def record(model: nn.Module, *args: Any, rows: Any = "all", maps: bool = False, **kwargs: Any) -> Recorded:
     """One recorded training pass."""
-    capture = capture_of(model, rows, on_source)
+    capture = capture_of(model, rows, maps)
     depth = torch._C._len_torch_function_stack()
     with hooked(model, capture):
         output = model(*args, **kwargs)
     assert torch._C._len_torch_function_stack() == depth
-    assert not capture._observer.gate.failed
+    assert not capture.source.gate.failed
     return recorded(capture, output)
 
 
-def recorded(capture: AttentionCapture, output: Any = None, training: bool = True) -> Recorded:
-    found = capture.collect(training)
+def recorded(capture: Capture, output: Any = None) -> Recorded:
+    """What the passes since the last call add up to."""
+    passes, capture.passes = capture.passes, []
+    found = capture.source._observer.sites.named(reduce(merged, passes).readings) if passes else []
     return Recorded(
         output,
-        {site.name: [summarise(row) for row in site.rows.tolist()] for site in found},
-        {site.name: site.sampled for site in found},
-        {site.name: site.kept for site in found},
+        {name: [summarise(row) for row in reading.rows.tolist()] for name, reading in found},
+        {name: reading.sampled for name, reading in found},
+        {name: reading.kept for name, reading in found},
         dict(capture.uncovered),
     )
 

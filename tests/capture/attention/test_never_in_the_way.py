@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.capture.attention.harness import capture_of, hooked, record, recorded
 from tests.capture.attention.passes import Lambda, depth, qkv, sdpa
 from tests.models import Transformer
-from torchprobe.capture.attention import observer, reading
+from torchprobe.capture.attention import observer, stack
 
 # ---- exceptions
 
@@ -66,7 +66,7 @@ def test_leaving_twice_and_without_entering_does_nothing():
 
 
 def test_an_error_in_the_statistic_ends_the_probe_and_not_the_training(monkeypatch, caplog):
-    monkeypatch.setattr(reading, "compute", lambda *args: 1 / 0)
+    monkeypatch.setattr(observer, "compute", lambda *args: 1 / 0)
     model = Lambda(sdpa)
     capture = capture_of(model)
     q, k, v = qkv()
@@ -196,7 +196,7 @@ def test_dispatch_modes_see_nothing_of_ours():
 def test_nothing_is_read_back_from_the_device(monkeypatch):
     """What would make a GPU wait: seen by a dispatch mode that is not hidden from."""
 
-    monkeypatch.setattr(observer, "_disable_current_modes", nullcontext)
+    monkeypatch.setattr(stack, "_no_dispatch", nullcontext)
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
 
     def run(x):
@@ -226,9 +226,9 @@ def test_without_gradients(mode):
         output = model(q, k, v)
         model(q, k, v)
     assert torch.equal(output, sdpa(q, k, v))
-    found = capture.collect()
-    assert not found[0].rows.is_inference()
-    assert not found[0].rows.requires_grad
+    rows = capture.source.rows_of(capture.passes, training=True)[0].rows
+    assert not rows.is_inference()
+    assert not rows.requires_grad
 
 
 def test_statistics_are_in_full_precision_inside_autocast():
@@ -283,5 +283,5 @@ def test_a_copied_model_is_not_recorded():
 
 
 def test_importing_it_does_not_load_the_compiler():
-    code = "import sys, torchprobe.capture.attention.capture; assert 'torch._dynamo' not in sys.modules"
+    code = "import sys, torchprobe.capture.attention.source; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.capture.attention.reference import causal
-from torchprobe.capture.attention.padding import padded_queries
+from torchprobe.capture.attention.layout import padded_queries
 
 LENGTH = 40
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchprobe.capture.attention.projected import projected
+from torchprobe.capture.attention.multi_head import projected
 
 WIDTH, HEADS, QUERIES, KEYS, BATCH = 8, 2, 5, 4, 3
 

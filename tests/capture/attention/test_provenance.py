@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.attention.provenance import same_source
+from torchprobe.capture.attention.layout import same_source
 
 project_q, project_k = nn.Linear(8, 8), nn.Linear(8, 8)
 

@@ -177,9 +177,10 @@ def test_collecting_starts_anew_and_keeps_training_and_validation_apart():
     capture = capture_of(model)
     with hooked(model, capture, training=False):
         model(torch.randn(2, 5, 8))
+    rows = capture.source.rows_of(capture.passes, training=False)
+    assert [piece.prefix for piece in rows] == ["val/"]
+    assert recorded(capture).of("rows") == [10, 10]
     assert recorded(capture).heads == {}
-    assert recorded(capture, training=False).of("rows") == [10, 10]
-    assert recorded(capture, training=False).heads == {}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -199,10 +200,7 @@ def test_checkpointed_attention_counts_once(reentrant):
     assert recorded(capture).of("rows", "attention") == [10, 10]
 
 
-def test_what_on_source_returns_is_kept_of_the_first_call():
-    def on_source(name, source, generator):
-        return torch.tensor([source.shape.queries])
-
+def test_a_map_is_that_of_the_first_call():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,5 +211,8 @@ def test_what_on_source_returns_is_kept_of_the_first_call():
             written = (written @ written.mT).softmax(-1) @ written
             return self.attention(self.attention(x)[:, :3]), written
 
-    seen = record(Twice(), torch.randn(2, 5, 8), on_source=on_source)
-    assert {name: kept.tolist() for name, kept in seen.kept.items()} == {"root": [5], "attention": [5]}
+    seen = record(Twice(), torch.randn(2, 5, 8), maps=True)
+    assert {name: tuple(drawn.shape) for name, drawn in seen.kept.items()} == {
+        "root": (2, 5, 5),
+        "attention": (2, 5, 5),
+    }

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import BINARY, LAST
-from torchprobe.capture.predictions.gradient import IGNORED, Recovered, recover
-from torchprobe.capture.predictions.predicted import Predicted
+from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, Predicted
+from torchprobe.capture.predictions.gradient import Recovered, recover
 
 ROWS = 40
 

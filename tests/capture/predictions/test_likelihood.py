@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprobe.capture.predictions.likelihood import targets_of
-from torchprobe.capture.predictions.names import meaning_of
+from torchprobe.capture.predictions.reading import meaning_of
 
 
 def recovered(field: str, loss, seed: int = 0, scale: float = 1.0, spread: float = 1.0, dtype=torch.float32):

@@ -52,7 +52,10 @@ def missed(writer: MemoryWriter) -> list[str]:
     return [tag for tag in writer.tags() if tag.startswith("nothing_captured/")]
 
 
-@pytest.mark.parametrize("judge", [nn.GaussianNLLLoss(), lambda mean, y, variance: nn.MSELoss()(mean, y)])
+SQUARED_ERROR = nn.MSELoss()
+
+
+@pytest.mark.parametrize("judge", [nn.GaussianNLLLoss(), lambda mean, y, variance: SQUARED_ERROR(mean, y)])
 def test_a_loss_module_on_a_mean_and_a_variance_is_all_that_it_takes(judge):
     writer = trained(Gaussian(), lambda out, y: judge(out["mean"], y, out["variance"]))
     assert len(writer.scalars("calibration/coverage_50")) == len(writer.scalars("calibration/coverage_90")) == 4
@@ -93,5 +96,5 @@ def test_a_loss_that_leaves_the_variance_out_trains_undisturbed():
 
 
 def test_numbers_without_a_variance_have_no_interval():
-    writer = trained(nn.Linear(4, 1), lambda out, y: nn.MSELoss()(out, y))
+    writer = trained(nn.Linear(4, 1), SQUARED_ERROR)
     assert "without a variance" in writer.value("nothing_captured/Calibration", 3).markdown

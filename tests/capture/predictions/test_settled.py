@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import torchprobe
 from torchprobe.capture.predictions import judging
 from torchprobe.capture.predictions.forms import BINARY, LAST
-from torchprobe.capture.predictions.settled import Settled
+from torchprobe.capture.predictions.plain_outputs import Settled
 from torchprobe.testing import MemoryWriter
 
 

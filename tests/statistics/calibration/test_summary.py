@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.statistics.calibration import reference
-from torchprobe.statistics import calibration, separation
+from torchprobe.statistics import calibration, out_of_distribution
 
 
 def predictions(seed: int, n: int = 3000, classes: int = 6, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +113,9 @@ def test_curves_of_a_binary_task_are_those_of_sorted_scores(seed, scale):
             assert recall == pytest.approx((found.sum() / targets.sum()).item())
     rates = calibration.roc(row)
     assert rates["true_positive_rate"][-1] == rates["false_positive_rate"][-1] == 1.0
-    exact = separation.summarise(separation.compute(score[targets == 0], score[targets == 1]))["auroc"]
+    exact = out_of_distribution.summarise(out_of_distribution.compute(score[targets == 0], score[targets == 1]))[
+        "auroc"
+    ]
     assert calibration.summarise(row)["auroc"] == pytest.approx(exact, abs=5e-3)
 
 

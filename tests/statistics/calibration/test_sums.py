@@ -40,14 +40,14 @@ def tie_free(rows: list[list[float]]) -> bool:
 
 @given(p=st.one_of(probabilities(), logits()), from_logits=st.booleans(), piece=pieces, seed=st.integers(0, 99))
 @settings(max_examples=300, deadline=None)
-def test_class_numbers(p, from_logits, piece, seed, in_pieces_of):
+def test_class_numbers(p, from_logits, piece, seed, in_chunks_of):
     classes = p.size(-1)
     if classes == 1:
         return  # a binary task
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(-1, classes + 1, p.shape[:-1], generator=generator)
     targets[torch.rand(targets.shape, generator=generator) < 0.2] = -100
-    with in_pieces_of(piece):
+    with in_chunks_of(piece):
         row = calibration.compute(p, targets, from_logits=from_logits)
     rows, named = p.double().reshape(-1, classes).tolist(), targets.flatten().tolist()
     examples = [
@@ -77,13 +77,13 @@ def assert_bins(row: torch.Tensor, examples: Sequence[Example | None]) -> None:
 
 @given(p=st.one_of(probabilities(), logits()), from_logits=st.booleans(), piece=pieces, seed=st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
-def test_soft_labels(p, from_logits, piece, seed, in_pieces_of):
+def test_soft_labels(p, from_logits, piece, seed, in_chunks_of):
     if p.size(-1) == 1 or p.dim() == 1:
         return  # a binary task
     generator = torch.Generator().manual_seed(seed)
     targets = (3 * torch.randn(p.shape, generator=generator)).softmax(dim=-1)
     targets[torch.rand(p.shape, generator=generator) < 0.05] = math.nan
-    with in_pieces_of(piece):
+    with in_chunks_of(piece):
         row = calibration.compute(p, targets, from_logits=from_logits)
     rows = p.double().reshape(-1, p.size(-1)).tolist()
     goals = targets.to(torch.float64 if p.dtype == torch.float64 else torch.float32).reshape(-1, p.size(-1)).tolist()
@@ -99,12 +99,12 @@ def test_soft_labels(p, from_logits, piece, seed, in_pieces_of):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=200, deadline=None)
-def test_binary_tasks(odds, dtype, from_logits, column, piece, seed, in_pieces_of):
+def test_binary_tasks(odds, dtype, from_logits, column, piece, seed, in_chunks_of):
     x = torch.tensor(odds, dtype=torch.float64)
     x = (x if from_logits else x.sigmoid()).to(dtype)
     targets = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed))
     targets[::5] = -100
-    with in_pieces_of(piece):
+    with in_chunks_of(piece):
         row = calibration.compute(x[:, None] if column else x, targets, from_logits=from_logits)
     pairs = [(score, y) for score, y in zip(x.double().tolist(), targets.tolist(), strict=True) if y != -100]
     examples = [binary(score, y, from_logits) for score, y in pairs]
@@ -171,7 +171,7 @@ def test_other_arguments_that_do_not_fit_are_refused():
 def test_the_likeliest_class_may_be_handed_in(piece, monkeypatch):
     from torchprobe.statistics import dtypes
 
-    monkeypatch.setattr(dtypes, "CPU_PIECE", piece)
+    monkeypatch.setattr(dtypes, "CPU_CHUNK", piece)
     p = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
     targets = torch.arange(24).view(4, 6) % 9
     assert calibration.compute(p, targets, favourite=p.argmax(-1)).equal(calibration.compute(p, targets))

@@ -17,8 +17,8 @@ from torchprobe.statistics import uncertainty
 
 @given(p=probabilities(samples=True), piece=st.sampled_from((1, 16, 2**18)))
 @settings(max_examples=200, deadline=None)
-def test_classification_is_that_of_the_twin(p, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_classification_is_that_of_the_twin(p, piece, in_chunks_of):
+    with in_chunks_of(piece):
         found = uncertainty.classification(p)
     assert found.total.dtype == (torch.float64 if p.dtype == torch.float64 else torch.float32)
     twins = [reference.classification(example) for example in reference.per_example(p)]
@@ -34,8 +34,8 @@ def test_classification_is_that_of_the_twin(p, piece, in_pieces_of):
 
 @given(x=logits(samples=True), piece=st.sampled_from((1, 16, 2**18)))
 @settings(max_examples=200, deadline=None)
-def test_logits_go_through_the_softmax_of_each_member(x, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_logits_go_through_the_softmax_of_each_member(x, piece, in_chunks_of):
+    with in_chunks_of(piece):
         found = uncertainty.classification_from_logits(x)
     twins = [
         reference.classification([reference.softmax(member) for member in example])
@@ -48,8 +48,8 @@ def test_logits_go_through_the_softmax_of_each_member(x, piece, in_pieces_of):
 
 @given(x=logits(), piece=st.sampled_from((1, 16, 2**18)))
 @settings(max_examples=200, deadline=None)
-def test_predictive_entropy_is_that_of_the_softmax(x, piece, in_pieces_of):
-    with in_pieces_of(piece):
+def test_predictive_entropy_is_that_of_the_softmax(x, piece, in_chunks_of):
+    with in_chunks_of(piece):
         found = uncertainty.predictive_entropy(x)
     rows = x.double().reshape(-1, x.size(-1)).tolist()
     assert_near(found, [reference.entropy(reference.softmax(row)) for row in rows], 1e-5)

@@ -41,9 +41,9 @@ alphas = st.one_of(
     piece=st.sampled_from((1, 2**18)),
 )
 @settings(max_examples=200, deadline=None)
-def test_dirichlet_is_that_of_the_twin(rows, dtype, piece, in_pieces_of):
+def test_dirichlet_is_that_of_the_twin(rows, dtype, piece, in_chunks_of):
     alpha = torch.tensor(rows, dtype=dtype)
-    with in_pieces_of(piece):
+    with in_chunks_of(piece):
         found = uncertainty.dirichlet(alpha)
         vacuity = uncertainty.vacuity(alpha)
     twins = [twin(row) for row in alpha.double().tolist()]

@@ -6,29 +6,30 @@ from its input, so that no logits are kept; they count when a product sums the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.attention import exponential, subscripts
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.functions import Function
-from torchprobe.capture.attention.given import source_of
-from torchprobe.capture.attention.kinds import LEARNED, Exponentials, LogWeights, Normaliser, Pending, Scores, Weights
-from torchprobe.capture.attention.layout import by_head, plain, unusual
+from torchprobe.capture.attention import tags
+from torchprobe.capture.attention.functions import EITHER, Args, Function, Kwargs
+from torchprobe.capture.attention.layout import by_head, is_cross, plain, source_of, unusual
 from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.owner import INSIDE_GRAPH, common_owner
-from torchprobe.capture.attention.provenance import is_cross
-from torchprobe.capture.attention.reading import Reading
-from torchprobe.capture.attention.subscripts import EITHER
-from torchprobe.capture.attention.tags import Tags
-from torchprobe.capture.recompute import under_transform
-
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading, common_owner
+from torchprobe.capture.attention.tags import (
+    LEARNED,
+    Exponentials,
+    LogWeights,
+    Normaliser,
+    Pending,
+    Scores,
+    Tags,
+    Weights,
+)
+from torchprobe.capture.compat import under_transform
 
 _KINDS = (Weights, Exponentials, Scores, Normaliser)
 """Which tag is followed where a function takes several."""
@@ -67,7 +68,7 @@ class Handwritten:
     # ---- the two products
 
     def _after_product(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
-        equation, operands = _operands(func, args, kwargs)
+        equation, operands = fn.operands(func, args, kwargs)
         if len(operands) != 2 or not isinstance(result, Tensor):
             return
         tags = [self._tags.of(operand) for operand in operands]
@@ -77,7 +78,7 @@ class Handwritten:
         if result.dim() < 2 or any(isinstance(tag, Weights | Scores | Exponentials) for tag in tags):
             return
         learned = [self._is_learned(operand) for operand in operands]
-        roles = subscripts.roles(equation, learned, min(operand.dim() for operand in operands))
+        roles = fn.roles(equation, learned, min(operand.dim() for operand in operands))
         call = within or self._call(operands, result, any(learned)) if roles else None
         if call is not None:
             self._tags.put(result, Scores(call, roles))
@@ -85,8 +86,8 @@ class Handwritten:
     def _after_use(self, equation: str | None, position: int, tag: Any, result: Tensor, within: Call | None) -> None:
         """Weights or logits have been multiplied with something: with values, or among heads."""
         axis = tag.axis if isinstance(tag, Weights) else -1
-        kept = subscripts.axis_in_output(equation, position, axis) if equation else None
-        sums = subscripts.is_summed(equation, position, axis) if equation else axis == -1 - position
+        kept = fn.axis_in_output(equation, position, axis) if equation else None
+        sums = fn.is_summed(equation, position, axis) if equation else axis == -1 - position
         if isinstance(tag, Exponentials):
             if sums and not tag.multiplied:
                 self._tags.put(result, Exponentials(tag.pending, multiplied=True))
@@ -95,7 +96,7 @@ class Handwritten:
                 self._commit(tag.pending, within)
             elif kept is not None:
                 self._tags.put(result, Weights(tag.pending, kept))
-        elif equation and kept == -1 and subscripts.axis_in_output(equation, position, -2) == -2:
+        elif equation and kept == -1 and fn.axis_in_output(equation, position, -2) == -2:
             self._tags.put(result, tag)
 
     def _commit(self, pending: Pending, within: Call | None = None) -> None:
@@ -131,7 +132,7 @@ class Handwritten:
     ) -> None:
         """Weights, or exponentials that may become weights of the last dimension."""
         dim = -1 if func in fn.EXPONENTIALS else (args[1] if len(args) > 1 else kwargs.get("dim"))
-        role = next((role for role in scores.roles if role[1] == _from_the_end(dim, x.dim())), None)
+        role = next((role for role in scores.roles if role[1] == fn.from_the_end(dim, x.dim())), None)
         if role is None:
             return
         reason = "torch.func transforms" if under_transform() else unusual(x)
@@ -191,13 +192,13 @@ class Handwritten:
     def _carried(self, func: Function, args: Args, kwargs: Kwargs, tensor: Tensor, tag: Any, part: Tensor) -> Any:
         """The tag of a tensor that was made from a tagged one; None where it is not logits or weights any more."""
         if isinstance(tag, Weights):
-            axis = _moved(func, args, kwargs, tensor, part, tag.axis)
+            axis = fn.moved(func, args, kwargs, tensor, part, tag.axis)
             return None if axis is None else Weights(tag.pending, axis)
         if isinstance(tag, Normaliser):
             return tag if part.numel() == tensor.numel() else None
         if isinstance(tag, Exponentials):
-            done, weights = exponential.divided(func, args, self._tags.of, tag, self._commit)
-            return weights if done else exponential.carried(func, args, kwargs, tag, part)
+            done, weights = tags.divided(func, args, self._tags.of, tag, self._commit)
+            return weights if done else tags.carried(func, args, kwargs, tag, part)
         if part.dim() < 2:
             return None
         if func in fn.CONCATENATIONS:
@@ -237,50 +238,9 @@ def _is_layer(args: Args) -> bool:
     return len(args) > 1 and type(args[1]) is nn.Parameter and not isinstance(args[0], str)
 
 
-def _from_the_end(dim: Any, dims: int) -> int | None:
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        return None
-    return dim if dim < 0 else dim - dims
-
-
 def _permuted_scores(func: Function, args: Args, kwargs: Kwargs, before: Tensor, tag: Scores) -> Scores:
-    where = {axis: _permuted(func, args, kwargs, before, axis) for role in tag.roles for axis in role}
+    where = {axis: fn.permuted(func, args, kwargs, before, axis) for role in tag.roles for axis in role}
     return Scores(tag.call, tuple((where[queries], where[keys]) for queries, keys in tag.roles))
-
-
-def _operands(func: Function, args: Args, kwargs: Kwargs) -> tuple[str | None, list[Tensor]]:
-    """The two factors of a product, left one first, and the equation of an einsum."""
-    values = [*args, *(value for name, value in kwargs.items() if name != "out")]
-    equation = None
-    if values and isinstance(values[0], str):
-        equation, values = values[0], values[1:]
-        if len(values) == 1 and isinstance(values[0], tuple | list):
-            values = list(values[0])
-    tensors = [value for value in values if isinstance(value, Tensor)][fn.FIRST_OPERAND.get(func, 0) :]
-    return equation, tensors[::-1] if func in fn.SWAPPED else tensors
-
-
-def _moved(func: Function, args: Args, kwargs: Kwargs, before: Tensor, after: Tensor, axis: int) -> int | None:
-    """Where the keys are after a function, counted from the end; None where they cannot be told."""
-    if func in fn.CONCATENATIONS:
-        return None
-    if func in fn.PERMUTATIONS:
-        return _permuted(func, args, kwargs, before, axis)
-    if after.shape == before.shape:
-        return axis
-    same_keys = after.dim() > 0 and after.size(-1) == before.size(-1)
-    if axis == -1:
-        return axis if same_keys or (func in fn.INDEXING and after.dim() == before.dim()) else None
-    return axis if axis == -2 and after.shape[-2:] == before.shape[-2:] else None
-
-
-def _permuted(func: Function, args: Args, kwargs: Kwargs, before: Tensor, axis: int) -> int:
-    """Told by permuting a tensor all of whose sizes differ."""
-    dummy = torch.empty(tuple(range(1, before.dim() + 1)), device="meta")
-    swapped = (dummy if arg is before else arg for arg in args)
-    after = func(*swapped, **{name: dummy if value is before else value for name, value in kwargs.items()})
-    sizes: list[int] = list(after.shape)
-    return sizes.index(dummy.size(axis)) - len(sizes)
 
 
 def _row_shift(tensor: Tensor, subtracted: Iterable[Any]) -> Iterable[Tensor]:

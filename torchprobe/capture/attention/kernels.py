@@ -1,22 +1,26 @@
-"""Fused attention operators, as `flash_attn`, `xformers` and PyTorch itself register them.
+"""Fused attention operators, as `flash_attn`, `xformers` and PyTorch itself register them, and `flex_attention`.
 
 Their Python functions call an operator of the dispatcher, which a function mode sees whichever way the function was
-imported. Arguments are taken by the names of the operator's schema.
+imported. Arguments are taken by the names of the operator's schema. The operator of `flex_attention` holds what the
+user wrote; here it is met outside of `torch.compile`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
+from torch import Tensor, nn
 
+from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.layout import plain
 from torchprobe.statistics.attention import QueryKey
+
+Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 
 OPERATORS = frozenset(
     {
@@ -50,32 +54,50 @@ _UNREAD = {
     *("block_tables", "kv_batch_idx", "leftpad_k", "rotary_cos", "attention_chunk", "s_aux", "learnable_sink"),
 }
 
+_OF_FLEX = (
+    *("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options"),
+    *("score_mod_other_buffers", "mask_mod_other_buffers"),
+)
 
-def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments by name of a call of one of the operators; None for any other function."""
-    if not isinstance(func, OpOverload | OpOverloadPacket):
+
+class KernelCall(NamedTuple):
+    """A call of such an operator: its arguments by name.
+
+    unread: why its statistics cannot be had, or None: an argument that changes the keys or the logits.
+    """
+
+    arguments: Mapping[str, Any]
+    is_flex: bool
+    unread: str | None
+
+    @property
+    def tensors(self) -> Tensors:
+        """Query, key and bias."""
+        return _argument(self.arguments, "query"), _argument(self.arguments, "key"), self.arguments.get("bias")
+
+    def query_key(self) -> QueryKey:
+        """Its queries and keys."""
+        return _flex(self.arguments) if self.is_flex else _fused(self.arguments, *self.tensors)
+
+
+def call_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KernelCall | None:
+    """A call of one of the operators; None for any other function."""
+    if stack.is_higher_order(func, "flex_attention"):
+        unread = None if stack.indexing_by_scalars() else "flex_attention in this version of torch"
+        return KernelCall(dict(zip(_OF_FLEX, args, strict=False)) | dict(kwargs), True, unread)
+    schema = stack.schema(func)
+    if schema is None or schema.name not in OPERATORS:
         return None
-    overload = func if isinstance(func, OpOverload) else getattr(func, "default", None)
-    if overload is None or overload._schema.name not in OPERATORS:
-        return None
-    names = [argument.name for argument in overload._schema.arguments]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def unread(call: Mapping[str, Any]) -> str | None:
-    """Why the statistics of a call cannot be had, or None: an argument that changes the keys or the logits."""
+    call = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
     used = sorted(name for name in _UNREAD if isinstance(call.get(name), Tensor) or call.get(name))
-    return f"fused kernels with {', '.join(used)}" if used else None
+    return KernelCall(call, False, f"fused kernels with {', '.join(used)}" if used else None)
 
 
-def tensors(call: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Query, key and bias of a call."""
-    return _argument(call, "query"), _argument(call, "key"), call.get("bias")
+# ---- fused kernels
 
 
-def query_key(call: Mapping[str, Any]) -> QueryKey:
-    """Queries and keys of a call. Packed sequences become one sequence in which each sees only itself."""
-    query, key, bias = tensors(call)
+def _fused(call: Mapping[str, Any], query: Tensor, key: Tensor, bias: Tensor | None) -> QueryKey:
+    """Packed sequences become one sequence in which each sees only itself."""
     query, key, scale = _heads_first(plain(query)), _heads_first(plain(key)), _argument(call, "scale")
     return QueryKey(
         query,
@@ -164,3 +186,58 @@ def _argument(call: Mapping[str, Any], meaning: str) -> Any:
 def _heads_first(x: Tensor) -> Tensor:
     """(batch, length, heads, width), or packed (length, heads, width), as (batch, heads, length, width)."""
     return (x if x.dim() == 4 else x.unsqueeze(0)).transpose(1, 2)
+
+
+# ---- flex_attention
+
+
+def _flex(call: Mapping[str, Any]) -> QueryKey:
+    """With its score_mod and mask_mod."""
+    query, key = plain(call["query"]), plain(call["key"])
+    batch = max(query.size(0), key.size(0))
+    score_mod = _with_buffers(call["score_mod"], call.get("score_mod_other_buffers", ()))
+    mask_mod = _with_buffers(call["block_mask"][-1], call.get("mask_mod_other_buffers", ()))
+    modify = Modifications(score_mod, mask_mod)
+    return QueryKey(query.expand(batch, -1, -1, -1), key.expand(batch, -1, -1, -1), call["scale"], modify=modify)
+
+
+@dataclass(frozen=True)
+class Modifications:
+    """score_mod (score, batch, head, query, key) -> score and mask_mod (batch, head, query, key) -> bool, which are
+    written for one logit each."""
+
+    score_mod: Callable[..., Tensor]
+    mask_mod: Callable[..., Tensor]
+
+    def __call__(self, logits: Tensor, *indices: Tensor) -> Tensor:
+        """Applies both to many logits."""
+        dims = logits.dim()
+        full = [index[(None,) * (dims - index.dim())].int() for index in indices]
+        with _indexing_by_scalars():
+            scores = _everywhere(self.score_mod, [logits, *full], dims)
+            return scores.masked_fill(~_everywhere(self.mask_mod, full, dims), -math.inf)
+
+
+@contextmanager
+def _indexing_by_scalars() -> Iterator[None]:
+    """`bias[head]` with a tensor for the head is a lookup, and not a read of its value, as `flex_attention` has it."""
+    with stack.emptied(), stack.enable_functions(), stack.indexing_by_scalars() or nullcontext():
+        yield
+
+
+def _everywhere(function: Callable[..., Tensor], tensors: list[Tensor], dims: int) -> Tensor:
+    """A function of scalars over tensors that broadcast with each other."""
+    if not dims:
+        return function(*tensors)
+    vary = [tensor.size(0) > 1 for tensor in tensors]
+    inner = [tensor if varies else tensor[0] for tensor, varies in zip(tensors, vary, strict=True)]
+    if not any(vary):
+        return _everywhere(function, inner, dims - 1).unsqueeze(0)
+    in_dims = tuple(0 if varies else None for varies in vary)
+    mapped = torch.vmap(lambda *rest: _everywhere(function, list(rest), dims - 1), in_dims=in_dims)
+    return mapped(*inner)
+
+
+def _with_buffers(function: Any, buffers: tuple[Any, ...]) -> Callable[..., Tensor]:
+    call = function.forward if isinstance(function, nn.Module) else function  # no hook of the user's fires
+    return lambda *indices: call(*indices, *buffers)

@@ -7,31 +7,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from torchprobe.capture.attention import dot_product, flex, functions, kernels, multi_head, stack
+from torchprobe.capture.attention import dot_product, functions, kernels, multi_head, stack
 from torchprobe.capture.attention.handwritten import Handwritten
-from torchprobe.capture.attention.layout import unusual
+from torchprobe.capture.attention.layout import is_cross
 from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.owner import INSIDE_GRAPH
-from torchprobe.capture.attention.provenance import is_cross
-from torchprobe.capture.attention.uncovered import unknown_shapes
-from torchprobe.capture.recompute import under_transform
+from torchprobe.capture.attention.sites import INSIDE_GRAPH
 from torchprobe.statistics.attention import QueryKey
 
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-Tensors = tuple[Tensor, Tensor, Tensor | None]
+SourceOf = Callable[[int | None], QueryKey]
 
 _SOFTMAXES = functions.SOFTMAXES | functions.LOG_SOFTMAXES | functions.EXPONENTIALS
 _WRITTEN_OUT = functions.PRODUCTS | _SOFTMAXES | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
 _OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
-_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
 class AttentionMode(TorchFunctionMode):
@@ -55,7 +50,7 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_compiling():
             return stack.call(func, args, kwargs)
-        if func not in _OF_INTEREST and not isinstance(func, _OPERATORS):
+        if not _is_of_interest(func):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
@@ -77,47 +72,35 @@ class AttentionMode(TorchFunctionMode):
     # ---- calls that name their queries and keys
 
     def _after_dot_product(self, call: Kwargs) -> None:
-        tensors = (call["query"], call["key"], call.get("attn_mask"))
-        self._record(tensors, partial(dot_product.query_key, call))
+        self._record((call["query"], call["key"], call.get("attn_mask")), partial(dot_product.query_key, call))
 
     def _after_operator(self, func: Function, args: Args, kwargs: Kwargs) -> None:
-        if (call := flex.arguments(func, args, kwargs)) is not None:
-            source_of = partial(_without_heads, flex.query_key, call)
-            self._record((call["query"], call["key"], None), source_of, beyond_graphs=True)  # it compiles itself
-        elif (call := kernels.arguments(func, args, kwargs)) is not None:
-            reason = kernels.unread(call)
-            if reason is None:
-                self._record(kernels.tensors(call), partial(_without_heads, kernels.query_key, call))
-            else:
-                self._observer.uncovered.add(reason)
+        call = kernels.call_of(func, args, kwargs)
+        if call is None:
+            return
+        if call.unread is None:
+            self._record(call.tensors, lambda heads: call.query_key(), call.is_flex)  # which compiles itself
+        else:
+            self._observer.uncovered.add(call.unread)
 
-    def _record(
-        self, tensors: Tensors, source_of: Callable[[int | None], QueryKey], beyond_graphs: bool = False
-    ) -> None:
+    def _record(self, tensors: kernels.Tensors, source_of: SourceOf, beyond_graphs: bool = False) -> None:
         """tensors: query, key and mask, as the user has them; source_of: takes the module's number of heads."""
         caller = self._within.caller if self._within else self._observer.owners.caller(beyond_graphs)
-        if caller is INSIDE_GRAPH:
+        if caller is INSIDE_GRAPH or self._observer.refuses(caller, *tensors) or caller is None:
             return
-        reason = "torch.func transforms" if under_transform() else unusual(*tensors)
-        if caller is None or reason is not None:
-            self._observer.uncovered.add(reason or "calls from outside of the model's modules")
-            return
-        try:
-            source = source_of(caller.heads)
-        except ValueError:
-            self._observer.uncovered.add(unknown_shapes(caller.name))
-            return
-        call = self._within or Call(caller, is_cross(tensors[0], tensors[1], *source.shape[2:]))
-        self._observer.record_source(call, source, self._observer.training)
+        source = self._observer.source(caller, source_of)
+        if source is not None:
+            call = self._within or Call(caller, is_cross(tensors[0], tensors[1], *source.shape[2:]))
+            self._observer.record_source(call, source)
 
     # ---- nn.MultiheadAttention
 
     def _run_multi_head(self, types: Any, args: Args, kwargs: Kwargs) -> Any:
         within = None
-        if self._observer.idle:
-            return multi_head.FUNCTION(*args, **kwargs)
-        with self._observer.guard():
-            within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
+        if not self._observer.idle:
+            with self._observer.guard():
+                self._steps = self._steps or multi_head.transparent()
+                within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
         if within is None:
             return multi_head.FUNCTION(*args, **kwargs)
         if not stack.is_shared():
@@ -128,22 +111,19 @@ class AttentionMode(TorchFunctionMode):
         return result
 
     def _multi_head_call(self, types: Any, call: Kwargs) -> Call | None:
-        reason = "torch.func transforms" if under_transform() else unusual(call["query"], call["key"])
         caller = self._observer.owners.caller()
-        if caller is INSIDE_GRAPH:
+        if caller is INSIDE_GRAPH or self._observer.refuses(caller, call["query"], call["key"]) or caller is None:
             return None
-        if reason is None and any(map(_overrides, types)):
-            reason = "multi-head attention of tensor subclasses"
-        if reason is not None or caller is None:
-            self._observer.uncovered.add(reason or "calls from outside of the model's modules")
+        if any(map(_overrides, types)):
+            self._observer.uncovered.add("multi-head attention of tensor subclasses")
             return None
         return multi_head.call_of(call, caller)
 
     def _step_through(self, within: Call, args: Args, kwargs: Kwargs) -> Any:
         """Run multi-head attention so that its dot product, or its softmax, is seen."""
-        self._steps = self._steps or multi_head.transparent()
+        assert self._steps is not None
         self._within = within
-        stack.push(self)
+        stack.push_mode(self)
         try:
             return self._steps(*args, **kwargs)
         finally:
@@ -151,10 +131,13 @@ class AttentionMode(TorchFunctionMode):
             self._within = None
 
 
-def _without_heads(query_key: Callable[[Kwargs], QueryKey], call: Kwargs, heads: int | None) -> QueryKey:
-    return query_key(call)
+def _is_of_interest(func: Any) -> bool:
+    try:
+        return func in _OF_INTEREST or stack.is_operator(func)
+    except TypeError:  # a callable of the user's that has no hash
+        return False
 
 
-def _overrides(kind: type) -> bool:
+def _overrides(kind: Any) -> bool:
     """Whether a tensor class has a `__torch_function__` of its own, or inherits one: parameters do not."""
-    return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+    return kind is not Tensor and kind.__torch_function__ is not nn.Parameter.__torch_function__

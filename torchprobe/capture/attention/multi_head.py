@@ -1,24 +1,28 @@
-"""`F.multi_head_attention_forward`, which asks for function modes and then hides what it does from them."""
+"""`nn.MultiheadAttention`: its function, which hides what it does, its projections, its fused path in evaluation."""
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import multi_head_attention_forward as FUNCTION
+from torch import Tensor, nn
+from torch.nn.functional import linear, multi_head_attention_forward, pad
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.attention.layout import plain
-from torchprobe.capture.attention.observer import Call
-from torchprobe.capture.attention.owner import Caller
-from torchprobe.capture.attention.padding import blocked
-from torchprobe.capture.attention.provenance import same_source
+from torchprobe.capture.attention import stack
+from torchprobe.capture.attention.layout import blocked, plain, same_source
+from torchprobe.capture.attention.observer import Call, Uncovered
+from torchprobe.capture.attention.sites import Caller
 
-__all__ = ["FUNCTION", "arguments", "call_of", "transparent"]
-
-_PARAMETERS = FUNCTION.__code__.co_varnames[: FUNCTION.__code__.co_argcount]
+FUNCTION = multi_head_attention_forward
+_PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,3 +62,153 @@ def _padded(mask: Tensor) -> Tensor:
     mask = plain(mask)
     padded = mask if mask.dtype is torch.bool else blocked(mask)
     return padded if padded.dim() == 2 else padded.unsqueeze(0)
+
+
+class Projected(NamedTuple):
+    """query, key: (batch, heads, length, width of a head); mask: added to the logits, broadcastable to them; added: how
+    many keys at the end are no tokens."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    added: int
+
+
+def projected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    *others: Any,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    **further: Any,
+) -> Projected:
+    """From the arguments of `F.multi_head_attention_forward`, as `nn.MultiheadAttention` hands them over: inputs are
+    (length, batch, width), or (length, width). The keys that it adds, which everybody sees, are the last ones."""
+    if query.dim() == 2:
+        query, key = query.unsqueeze(1), key.unsqueeze(1)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if in_proj_weight is not None and not use_separate_proj_weight:
+        q_proj_weight, k_proj_weight, _ = in_proj_weight.chunk(3)
+    q_bias, k_bias = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
+    q = _by_head(linear(query.detach(), q_proj_weight, q_bias), num_heads)  # type: ignore[arg-type]
+    if static_k is None:
+        k = _by_head(linear(key.detach(), k_proj_weight, k_bias), num_heads)  # type: ignore[arg-type]
+    else:
+        k = static_k.unflatten(0, (-1, num_heads))
+    added = [] if bias_k is None else [_by_head(bias_k, num_heads).expand(k.size(0), -1, -1, -1)]
+    added += [torch.zeros_like(k[:, :, :1])] if add_zero_attn else []
+    mask = _joined(attn_mask, key_padding_mask, num_heads)
+    if added:
+        k = torch.cat((k, *added), 2)
+        mask = None if mask is None else pad(mask, (0, len(added)))
+    return Projected(q, k, mask, len(added))
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(length, batch, width) -> (batch, heads, length, width of a head)."""
+    by_head: Tensor = x.unflatten(-1, (heads, x.size(-1) // heads))
+    return by_head.permute(1, 2, 0, 3)
+
+
+def _joined(mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Both masks as one that is added: (queries, keys) or (batch · heads, queries, keys), and (batch, keys)."""
+    if mask is not None:
+        mask = _added(mask)
+        mask = mask.unflatten(0, (mask.size(0) // heads, heads)) if mask.dim() == 3 else mask
+    if padding is None:
+        return mask
+    padding = _added(padding)[:, None, None]
+    return padding if mask is None else mask + padding
+
+
+def _added(mask: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask.detach()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
+
+
+class FastPaths:
+    """Takes a mode off the stack before such a module runs in evaluation, and puts it on again after it.
+
+    PyTorch leaves the fused path as soon as there is a function mode. A hook on the module itself would end it as well,
+    so the hooks are process-wide, and there only during a pass of a model that has such a module in evaluation.
+    """
+
+    def __init__(self, mode: TorchFunctionMode, uncovered: Uncovered) -> None:
+        self._mode = mode
+        self._uncovered = uncovered
+        self._modules: set[int] = set()
+        self._outermost: int | None = None  # the module for which the mode is off
+        self._thread = 0
+        self._handles: list[RemovableHandle] = []
+
+    def arm(self, model: nn.Module) -> None:
+        """A pass begins."""
+        self.disarm()
+        if not torch.backends.mha.get_fastpath_enabled():
+            return
+        self._modules = {id(module) for module in model.modules() if _has_fused_path(module)}
+        if self._modules:
+            self._thread = threading.get_ident()
+            self._handles = [
+                register_module_forward_pre_hook(self._before),
+                register_module_forward_hook(self._after, always_call=True),
+            ]
+
+    def disarm(self) -> None:
+        """The pass is over."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._modules = set()
+        self._outermost = None
+
+    def suspended_by(self, module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+        """Take the mode off if the module that is about to run may choose its fused path."""
+        if self._outermost is not None or not self._concerns(module) or not _may_be_fused(module, args, grad_enabled):
+            return False
+        self._outermost = id(module)
+        stack.remove(self._mode)
+        self._uncovered.add(f"the fused path of nn.{type(module).__name__} in evaluation")
+        return True
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        self.suspended_by(module, args, torch.is_grad_enabled())
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._outermost == id(module) and self._concerns(module):
+            self._outermost = None
+            stack.push_mode(self._mode)
+
+    def _concerns(self, module: nn.Module) -> bool:
+        return id(module) in self._modules and threading.get_ident() == self._thread
+
+
+def _has_fused_path(module: nn.Module) -> bool:
+    if module.training or not isinstance(module, _FUSED):
+        return False
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    return any(part.batch_first and part.num_heads % 2 == 0 and _is_one_width(part) for part in attentions)
+
+
+def _is_one_width(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values are as wide as each other, which torch keeps under a private name."""
+    return bool(getattr(attention, "_qkv_same_embed_dim", True))
+
+
+def _may_be_fused(module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+    """PyTorch never chooses the fused path for cross-attention, nor with gradients for all of the parameters."""
+    if grad_enabled and all(parameter.requires_grad for parameter in module.parameters()):
+        return False
+    return not isinstance(module, nn.MultiheadAttention) or len(args) < 3 or args[0] is args[1] is args[2]

@@ -1,22 +1,40 @@
-"""Where all ways to find attention deliver what they found."""
+"""Where all ways to find attention deliver what they found: statistics are computed, and what is not is counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+from weakref import ReferenceType
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
-from torchprobe.capture.attention.owner import Caller, Owners
-from torchprobe.capture.attention.padding import padded_queries
-from torchprobe.capture.attention.reading import Reader, Reading
-from torchprobe.capture.attention.sites import Site, Sites
-from torchprobe.capture.attention.uncovered import Uncovered
-from torchprobe.capture.gate import Gate
-from torchprobe.statistics.attention import QueryKey, Source
+from torchprobe.capture.attention import stack
+from torchprobe.capture.attention.layout import padded_queries, unusual
+from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
+from torchprobe.capture.compat import under_transform
+from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.statistics.attention import QueryKey, Source, compute, is_sampled
+
+OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
+
+SECOND_THREAD = "a forward pass beside another one, in a second thread"
+_OUTSIDE = "calls from outside of the model's modules"
+_log = logging.getLogger("torchprobe")
+
+
+class Uncovered(Counter[str]):
+    """How often each reason not to record an attention was met."""
+
+    def add(self, reason: str) -> None:
+        """One more call; the first of a reason is logged."""
+        if not self[reason]:
+            _log.warning("attention is not recorded for %s; the model runs as ever", reason)
+        self[reason] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +49,62 @@ class Call:
     padding: Tensor | None = None
 
 
-@dataclass(slots=True)
 class Observer:
-    """The parts of the capture that its sources share, and the state of the running pass."""
+    """Computes the statistics of calls, outside of the user's modes, autocast and random numbers.
 
-    gate: Gate
-    owners: Owners
-    reader: Reader
-    sites: Sites
-    uncovered: Uncovered
-    training: bool = True
-    off: bool = False  # the pass is followed, for the sake of compiled graphs, and not recorded
+    rows: query rows a head to read at each call, or "all". on_source: called at each attention with the module's name,
+    what its statistics are computed from, and a private generator; what it returns is kept. Nothing else of a call is.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        gate: Gate,
+        rows: int | Literal["all"] = "all",
+        on_source: OnSource | None = None,
+    ) -> None:
+        self.gate = gate
+        self.owners = Owners(model)
+        self.sites = Sites()
+        self.uncovered = Uncovered()
+        self.off = False
+        self._rows = rows
+        self._on_source = on_source
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
     def idle(self) -> bool:
         """Whether calls are not looked at."""
         return self.off or self.gate.failed
 
+    def begin_pass(self, off: bool) -> None:
+        """A pass begins; off: it is followed, for the sake of compiled graphs, and not recorded."""
+        self.off = off
+        self.owners.begin_pass()
+        self.sites.begin()
+
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around everything that is not the user's call: no mode sees it, and an error ends the probe alone."""
-        dispatch = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
         # What is kept outlives the user's inference mode.
-        with (
-            self.gate.boundary(),
-            torch._C.DisableTorchFunction(),
-            dispatch,
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
+        with self.gate.boundary(), stack.unseen(), torch.inference_mode(False), torch.no_grad():
             yield
+
+    def refuses(self, caller: Caller | None, *tensors: Tensor | None) -> bool:
+        """Whether the statistics of a call cannot be had, which is counted."""
+        reason = "torch.func transforms" if under_transform() else unusual(*tensors)
+        reason = reason or (_OUTSIDE if caller is None else None)
+        if reason is not None:
+            self.uncovered.add(reason)
+        return reason is not None
+
+    def source(self, caller: Caller, source_of: Callable[[int | None], QueryKey]) -> QueryKey | None:
+        """What `source_of` makes of the caller's number of heads; None, counted, for shapes of no known form."""
+        try:
+            return source_of(caller.heads)
+        except ValueError:
+            self.uncovered.add(f"calls in {caller.name}, whose shapes are of no known form")
+            return None
 
     def padding(self, call: Call, mask: Tensor | None, queries: int, keys: int, batch: int) -> Tensor | None:
         """Which queries are padded: as the call says, or as the mask of a self-attention shows."""
@@ -70,16 +114,29 @@ class Observer:
 
     def read(self, call: Call, source: Source) -> Reading:
         """The statistic of a call, not recorded yet."""
-        return self.reader.read(call.caller.name, source)
+        device = source.device
+        generator = self._generator(device)
+        with no_autocast(device):
+            rows = compute(source, self._rows, generator)
+            kept = None if self._on_source is None else self._on_source(call.caller.name, source, generator)
+        return Reading(rows, is_sampled(source, self._rows), kept)
 
-    def record_source(self, call: Call, source: QueryKey, training: bool) -> None:
+    def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
         batch, _, queries, keys = source.shape
         source = replace(source, padding=self.padding(call, source.mask, queries, keys, batch))
-        self.record(call, self.read(call, source), training=training)
+        self.record(call, self.read(call, source))
 
-    def record(self, call: Call, reading: Reading, name: str | None = None, training: bool | None = None) -> None:
-        """Add a reading to its site; name: of the module, if not the caller's; training: if not the running pass's."""
+    def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
+        """Add a reading to its site; name: of the module, if not the caller's."""
         rows = reading.rows
-        site = Site(name or call.caller.name, call.caller.path, call.cross, rows.size(0), rows.device)
-        self.sites.add(site, reading, self.training if training is None else training)
+        self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, rows.size(0), rows.device), reading)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            try:
+                generator = torch.Generator(device)
+            except RuntimeError:  # not every backend has generators of its own
+                generator = torch.Generator()
+            self._generators[device] = generator.manual_seed(0)  # so that a run can be repeated
+        return self._generators[device]

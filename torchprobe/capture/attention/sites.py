@@ -1,15 +1,132 @@
-"""What the attention calls of a step add up to, site by site."""
+"""Whose attention it is, the nearest module of the model among the callers; and what its calls in a pass add up to."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+import sys
+import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchprobe.capture.attention.owner import Path
-from torchprobe.capture.attention.reading import Reading
+from torchprobe.naming import ROOT, named_modules
 from torchprobe.statistics.attention import combine
+
+Path = tuple[tuple[str, str, int], ...]
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+_GRAPH_CALLERS = frozenset({"torch._functorch._aot_autograd.runtime_wrappers", "torch._functorch.aot_autograd"})
+_READS_LOCALS = frozenset({"locals", "vars", "dir", "eval", "exec"})
+_MODULE_CALL = nn.Module.__module__  # where modules are called, by one function or another
+
+
+class Caller(NamedTuple):
+    """Where an attention call comes from.
+
+    name: of the module; path: the call sites between the module's own call and this one, which tell two attentions
+    of a module apart; heads: how many the module says it has, where it says so.
+    """
+
+    name: str
+    path: Path
+    heads: int | None
+
+
+INSIDE_GRAPH = Caller("", (), None)
+"""The caller where a compiled graph runs its operations one by one: what they are was recorded while it was traced."""
+
+
+class Owners:
+    """The names of a model's modules, and the way from a frame to one of them."""
+
+    def __init__(self, model: ReferenceType[nn.Module]) -> None:
+        self._model = model
+        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._are_new = False
+
+    def begin_pass(self) -> None:
+        """Modules may have come and gone: look again, if one is met that has no name."""
+        self._are_new = False
+
+    def caller(self, beyond_graphs: bool = False) -> Caller | None:
+        """Who is calling, as seen from the caller of this method; None outside the model's modules.
+
+        A compiled graph that is running is nobody, `INSIDE_GRAPH`; beyond_graphs: whoever calls the graph.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        owner: nn.Module | None = None
+        path = []
+        while frame is not None:
+            code = frame.f_code
+            if owner is None:
+                if not beyond_graphs and _is_graph(frame):
+                    return INSIDE_GRAPH
+                owner = self._module(frame)
+            if owner is not None and frame.f_globals.get("__name__") == _MODULE_CALL:
+                break
+            if not _is_ours(frame):
+                path.append((code.co_filename, code.co_name, frame.f_lasti))
+            frame = frame.f_back
+        return None if owner is None else Caller(self._names[owner], tuple(path), heads_of(owner))
+
+    def _module(self, frame: FrameType) -> nn.Module | None:
+        found = None if _is_ours(frame) else _self_of(frame)
+        return found if isinstance(found, nn.Module) and self._is_named(found) else None
+
+    def _is_named(self, module: nn.Module) -> bool:
+        model = self._model()
+        if module not in self._names and not self._are_new and model is not None:
+            self._names = WeakKeyDictionary({module: name for name, module in named_modules(model)})
+            self._are_new = True
+        return module in self._names
+
+
+def common_owner(one: str, other: str) -> str:
+    """The innermost module that contains both: `blocks.0.attn` for `blocks.0.attn.qk` and `blocks.0.attn`."""
+    if ROOT in (one, other):
+        return ROOT
+    shared = []
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared) or ROOT
+
+
+def _is_graph(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith("<eval_with_key>") or frame.f_globals.get("__name__") in _GRAPH_CALLERS
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(__package__)
+
+
+def _self_of(frame: FrameType) -> Any:
+    """The `self` of a function, read without keeping the function's other locals alive."""
+    code = frame.f_code
+    if "self" not in code.co_varnames and "self" not in code.co_freevars:
+        return None
+    values = frame.f_locals
+    found = values.get("self")
+    if isinstance(values, dict) and code.co_flags & inspect.CO_OPTIMIZED and _READS_LOCALS.isdisjoint(code.co_names):
+        values.clear()  # before Python 3.13 the frame keeps this snapshot, and so the user's logits, until it returns
+    return found
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """How many heads a module says it has."""
+    for name in _HEADS:
+        try:
+            found = getattr(module, name, None)
+        except Exception:  # a property of the user's, before it can be read
+            continue
+        if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+            return found
+    return None
 
 
 class Site(NamedTuple):
@@ -22,21 +139,38 @@ class Site(NamedTuple):
     device: torch.device
 
 
-class Found(NamedTuple):
-    """A site's statistics of one step.
+class Reading(NamedTuple):
+    """What calls of a site add up to.
 
-    rows: (heads, fields), merged over all calls; sampled: whether a call's query rows were a sample, which makes
-    its max logit a lower bound; kept: what `on_source` returned for the first of the calls that it did for.
+    rows: (heads, fields) of the statistic; sampled: whether a call's query rows were a sample, which makes its max
+    logit a lower bound; kept: what `on_source` returned for the first of the calls that it did for.
     """
 
-    name: str
     rows: Tensor
     sampled: bool
     kept: Tensor | None
 
 
+Readings: TypeAlias = Mapping[Site, Reading]
+"""By site, in the order of first calls."""
+
+
+def merged(a: Readings, b: Readings) -> Readings:
+    """What two passes recorded, as one."""
+    together = dict(a)
+    for site, reading in b.items():
+        together[site] = _joined(together.get(site), reading)
+    return together
+
+
+def _joined(a: Reading | None, b: Reading) -> Reading:
+    if a is None:
+        return b
+    return Reading(combine(a.rows, b.rows), a.sampled or b.sampled, b.kept if a.kept is None else a.kept)
+
+
 class Sites:
-    """Merges readings; names sites at the end of the step, and keeps to the names from then on.
+    """What the running pass has recorded, and the names of all attentions so far.
 
     A module's only attention has the module's name. Of a module that does both, cross-attention has `/cross`
     added; further ones of the same kind, at other call sites, `/2`, `/3` and so on.
@@ -44,35 +178,42 @@ class Sites:
 
     def __init__(self) -> None:
         self._names: dict[Site, str] = {}
-        self._readings: dict[bool, dict[Site, Reading]] = {True: {}, False: {}}
+        self._readings: dict[Site, Reading] = {}
+        self._thread: threading.Thread | None = None  # whose pass it is, until it is taken
 
-    def add(self, site: Site, reading: Reading, training: bool) -> None:
-        """Merge one more call."""
-        readings = self._readings[training]
-        before = readings.get(site)
-        readings[site] = reading if before is None else _merged(before, reading)
+    @property
+    def are_elsewhere(self) -> bool:
+        """Whether a pass of another thread is running, or not taken yet."""
+        thread = self._thread
+        return thread is not None and thread is not threading.current_thread() and thread.is_alive()
 
-    def collect(self, training: bool) -> list[Found]:
-        """The sites of the step or of the validation pass, in the order of their first calls; starts anew."""
-        readings, self._readings[training] = self._readings[training], {}
-        if not readings:
-            return []
-        self._name(list(readings))
-        return [Found(self._names[site], r.rows, r.sampled, r.kept) for site, r in readings.items()]
+    def begin(self) -> None:
+        """A pass begins: what nobody took of an earlier one is dropped."""
+        self._thread = threading.current_thread()
+        self._readings = {}
 
-    def _name(self, sites: list[Site]) -> None:
-        kinds = {(site.module, site.cross) for site in (*self._names, *sites)}
-        for site in sites:
+    def add(self, site: Site, reading: Reading) -> None:
+        """Merge one more call. A compiled graph may run where no pass was seen to begin."""
+        self._thread = self._thread or threading.current_thread()
+        self._readings[site] = _joined(self._readings.get(site), reading)
+
+    def take(self) -> Readings | None:
+        """What this thread's pass has recorded, None when it is nothing; starts anew."""
+        if self._thread is None or self.are_elsewhere:
+            return None
+        readings, self._readings, self._thread = self._readings, {}, None
+        return readings or None
+
+    def named(self, readings: Readings) -> list[tuple[str, Reading]]:
+        """Each attention under its name, which it keeps from then on."""
+        kinds = {(site.module, site.cross) for site in (*self._names, *readings)}
+        for site in readings:
             if site not in self._names:
                 both = (site.module, not site.cross) in kinds
                 self._names[site] = self._unused(site.module + ("/cross" if site.cross and both else ""))
+        return [(self._names[site], reading) for site, reading in readings.items()]
 
     def _unused(self, name: str) -> str:
         taken = set(self._names.values())
         candidates = (name if n == 1 else f"{name}/{n}" for n in range(1, len(taken) + 2))
         return next(candidate for candidate in candidates if candidate not in taken)
-
-
-def _merged(a: Reading, b: Reading) -> Reading:
-    kept = b.kept if a.kept is None else a.kept
-    return Reading(combine(a.rows, b.rows), a.sampled or b.sampled, kept)

@@ -1,33 +1,93 @@
-"""The stack of torch function modes, on which the user's own may lie above and below ours."""
+"""The stack of torch function modes, on which the user's own may lie above and below ours.
+
+All private names of torch that finding attention needs stand here, each looked up once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._C import _len_torch_function_stack
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
 
 
-def push(mode: TorchFunctionMode) -> None:
-    """Put a mode on top: it is the first to see a call."""
-    _push_mode(mode)
+def _look_up(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+_PRIVATE = {
+    path: _look_up(path)
+    for path in (
+        *("torch._C._len_torch_function_stack", "torch.overrides._push_mode", "torch.overrides._pop_mode"),
+        *("torch._C.DisableTorchFunction", "torch.overrides._enable_torch_function"),
+        *("torch._C._len_torch_dispatch_stack", "torch.utils._python_dispatch._disable_current_modes"),
+        "torch._ops.HigherOrderOperator",
+    )
+}
+_depth, push_mode, pop_mode, _no_functions, enable_functions, _dispatch_depth, _no_dispatch, _HigherOrder = (
+    _PRIVATE.values()
+)
+
+MISSING = next((path for path, found in _PRIVATE.items() if found is None), None)
+"""What this version of torch does not have: then attention is not recorded, and nothing here is called."""
+
+_Overload = type(torch.ops.aten.mm.default)
+_Packet = type(torch.ops.aten.mm)
+_DefaultDevice = _look_up("torch.utils._device.DeviceContext") or ()  # without it, one counts as a mode of the user's
+
+
+def is_operator(func: Any) -> bool:
+    """Whether a function is an operator of the dispatcher, or one of higher order."""
+    return isinstance(func, (_Overload, _Packet, _HigherOrder))
+
+
+def is_higher_order(func: Any, name: str) -> bool:
+    """Whether a function is this operator of higher order."""
+    return isinstance(func, _HigherOrder) and func.name() == name
+
+
+def schema(func: Any) -> Any:
+    """What an operator of the dispatcher is called and takes; None for any other function."""
+    overload = getattr(func, "default", None) if isinstance(func, _Packet) else func
+    return getattr(overload, "_schema", None) if isinstance(overload, _Overload) else None
+
+
+def indexing_by_scalars() -> AbstractContextManager[Any] | None:
+    """A mode in which `bias[head]` with a tensor for the head is a lookup, and not a read of its value.
+
+    None where there is none. Its module is loaded with `flex_attention`.
+    """
+    mode = _look_up("torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex")
+    return None if mode is None else mode()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within, no mode of the user's sees what is called."""
+    dispatch = _no_dispatch() if _dispatch_depth() else nullcontext()
+    with _no_functions(), dispatch:
+        yield
 
 
 def remove(mode: TorchFunctionMode) -> bool:
     """Take a mode out of the stack, wherever it is, and leave the others in order. False when it is not there."""
     above = []
     found = False
-    while _len_torch_function_stack() and not found:
-        top = _pop_mode()
+    while _depth() and not found:
+        top = pop_mode()
         found = top is mode
         if not found:
             above.append(top)
     for other in reversed(above):
-        _push_mode(other)
+        push_mode(other)
     return found
 
 
@@ -36,21 +96,21 @@ def is_shared() -> bool:
 
     A default device only looks at constructors.
     """
-    return any(
-        not isinstance(mode, DeviceContext) and not type(mode).__module__.startswith(__package__)
-        for mode in _get_current_function_mode_stack()
-    )
+    with emptied() as modes:
+        return any(
+            not isinstance(mode, _DefaultDevice) and not type(mode).__module__.startswith(__package__) for mode in modes
+        )
 
 
 @contextmanager
-def emptied() -> Iterator[None]:
-    """Within, there is no mode."""
-    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+def emptied() -> Iterator[list[TorchFunctionMode]]:
+    """Within, there is no mode. Gives those that there were, the innermost first."""
+    modes = [pop_mode() for _ in range(_depth())]
     try:
-        yield
+        yield modes
     finally:
         for mode in reversed(modes):
-            _push_mode(mode)
+            push_mode(mode)
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -3,10 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.functions import EITHER, Args, Kwargs, Roles
+from torchprobe.capture.attention.observer import Call
+from torchprobe.capture.attention.sites import Reading
+
+CHANGED = "a softmax by exp and sum whose exponentials are changed in between"
+
+LEARNED = object()
+"""Made from parameters alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Logits. roles: where the queries and the keys can be. columns: how many are of keys, where sink logits stand
+    after them; shifts: what was taken off each row, (…, 1), which changes no softmax but the logits."""
+
+    call: Call
+    roles: Roles = EITHER
+    columns: int | None = None
+    shifts: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True)
+class Pending:
+    """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out."""
+
+    call: Call
+    reading: Reading | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Attention weights. axis: where the keys are, counted from the end."""
+
+    pending: Pending
+    axis: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LogWeights:
+    """The logarithm of attention weights, which are its exponential."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Exponentials:
+    """exp(logits), which are weights once they are divided by their sum; multiplied: with values, before that."""
+
+    pending: Pending
+    multiplied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """The sum of exponentials over the keys."""
+
+    pending: Pending
 
 
 class Tags:
@@ -46,3 +107,39 @@ class Tags:
                 del self._tags[key]
 
         return forget
+
+
+# ---- a softmax that is written out: exponentials, divided by their sum before or after they multiply values
+
+
+def carried(func: Any, args: Args, kwargs: Kwargs, tag: Exponentials, part: Tensor) -> Any:
+    """What a function makes of exponentials, unless it divides them: None where it cannot be told."""
+    if func in fn.SUMS:
+        return Normaliser(tag.pending) if _over_last(args, kwargs) and not tag.multiplied else None
+    before: Any = args[0] if args else None
+    if not isinstance(before, Tensor) or part.shape != before.shape:
+        return None
+    if func not in fn.VALUE_KEEPING and not tag.multiplied:
+        tag.pending.reading, tag.pending.reason = None, CHANGED
+    return tag
+
+
+def divided(
+    func: Any, args: Args, of: Callable[[Any], Any], tag: Exponentials, commit: Callable[[Pending], None]
+) -> tuple[bool, Weights | None]:
+    """Whether exponentials have been divided by their sum, and the weights that this makes of them."""
+    if func not in fn.DIVISIONS or len(args) < 2:
+        return False, None
+    sums = of(args[1])
+    if not isinstance(sums, Normaliser) or sums.pending is not tag.pending:
+        return False, None
+    if not tag.multiplied:
+        return True, Weights(tag.pending)
+    commit(tag.pending)
+    return True, None
+
+
+def _over_last(args: Args, kwargs: Kwargs) -> bool:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    last = args[0].dim() - 1 if args and isinstance(args[0], Tensor) else -1
+    return dim in (-1, last, [-1], (-1,), [last], (last,))

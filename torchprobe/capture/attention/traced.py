@@ -7,40 +7,40 @@ nothing of it into the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture import opaque
 from torchprobe.capture.attention import dot_product, multi_head, stack
-from torchprobe.capture.attention.layout import unusual
-from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.owner import Caller, heads_of
-from torchprobe.capture.attention.projected import projected
-from torchprobe.capture.attention.uncovered import unknown_shapes
-from torchprobe.capture.graphs import beside, keep_out
+from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
+from torchprobe.capture.attention.sites import Caller, heads_of
+from torchprobe.capture.compat import beside, skip_frames
+from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled.tracing import enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.sites import Pass, note_compiled
-from torchprobe.capture.tracing import enter_nesting, leave_nesting, place, run_in, scope
+from torchprobe.capture.sites import note_compiled
+from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 
 OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there
 
 _DOT_PRODUCT = dot_product.FUNCTIONS[0]
+_SAYS = ("scaled_dot_product", "sdpa", "attention_interface")  # names that a method uses which computes attention
 
 
 class Owner(Inert):
     """A module that may compute attention, as the hooks find it."""
 
-    def __init__(self, name: str, module: nn.Module, current: Pass, observer: Observer) -> None:
-        self.current = current
-        self.handle = opaque.handle(self)
+    def __init__(self, name: str, module: nn.Module, running: Running, observer: Observer) -> None:
+        self.running = running
+        self.handle = operators.handle(self)
         self.mode = TracedMode(self.handle)
         self._name = name
         self._heads = heads_of(module)
@@ -50,28 +50,28 @@ class Owner(Inert):
         self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, added: int, place: int
     ) -> None:
         """A compiled graph has computed an attention. added: keys at the end that are no tokens."""
-        if self._observer.gate.failed or not self._observer.gate.train:
+        observer = self._observer
+        if observer.gate.failed or not observer.gate.train:
             return
-        with self._observer.guard():
+        if observer.sites.are_elsewhere:
+            observer.uncovered.add(SECOND_THREAD)
+            return
+        with observer.guard():
             call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
             self._record(call, added, place)
 
     def _record(self, call: dict[str, Any], added: int, place: int) -> None:
-        reason = unusual(call["query"], call["key"], call["attn_mask"])
-        if reason is not None:
-            self._observer.uncovered.add(reason)
+        observer, caller = self._observer, Caller(self._name, (("compiled", "", place),), self._heads)
+        if observer.refuses(caller, call["query"], call["key"], call["attn_mask"]):
             return
-        try:
-            source = dot_product.query_key(call, self._heads)
-        except ValueError:
-            self._observer.uncovered.add(unknown_shapes(self._name))
-            return
-        batch, _, queries, keys = source.shape
-        tokens = keys - added
-        of = Call(Caller(self._name, (("compiled", "", place),), self._heads), queries != tokens)
-        mask = None if source.mask is None else source.mask[..., :tokens]
-        padding = self._observer.padding(of, mask, queries, tokens, batch)
-        self._observer.record_source(replace(of, padding=padding), source, training=True)
+        source = observer.source(caller, partial(dot_product.query_key, call))
+        if source is not None:
+            batch, _, queries, keys = source.shape
+            tokens = keys - added
+            of = Call(caller, queries != tokens)
+            mask = None if source.mask is None else source.mask[..., :tokens]
+            padding = observer.padding(of, mask, queries, tokens, batch)
+            observer.record_source(replace(of, padding=padding), source)
 
 
 class TracedMode(TorchFunctionMode):
@@ -115,13 +115,13 @@ def _record(
 ) -> None:
     with torch.no_grad():
         mask = None if attn_mask is None else attn_mask.detach()
-        opaque.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
+        operators.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
 
 
 def _record_multi_head(handle: Tensor, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
-        query, key, mask, added = projected(*args, **kwargs)
-        opaque.attention(handle, query, key, mask, False, None, added, place())
+        query, key, mask, added = multi_head.projected(*args, **kwargs)
+        operators.attention(handle, query, key, mask, False, None, added, place())
 
 
 def put_mode_on(module: nn.Module, args: Any) -> None:
@@ -129,54 +129,55 @@ def put_mode_on(module: nn.Module, args: Any) -> None:
     owner = module.__dict__.get(OWNER)
     if owner is None:
         return
-    sampled = owner.current.training and owner.current.sampled
+    sampled = owner.running.training and owner.running.sampled
     if torch.compiler.is_compiling():
         where = scope()
         if where != "elsewhere":
-            run_in(where, note_compiled, owner.current)
+            run_in(where, note_compiled, owner.running)
             if sampled:
-                run_in(where, _push_mode, owner.mode)
+                run_in(where, stack.push_mode, owner.mode)
     elif sampled:
-        owner.current.fired = True
-        beside(stack.push, owner.mode)
+        owner.running.note_fired()
+        beside(stack.push_mode, owner.mode)
 
 
 def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
     """The forward hook."""
     owner = module.__dict__.get(OWNER)
-    if owner is None or not (owner.current.training and owner.current.sampled):
+    if owner is None or not (owner.running.training and owner.running.sampled):
         return
     if not torch.compiler.is_compiling():
         beside(stack.remove, owner.mode)
         return
     where = scope()
     if where != "elsewhere":
-        run_in(where, _pop_mode)
+        run_in(where, stack.pop_mode)
 
 
 class TracedAttention:
     """The hooks by which attention is found inside compiled graphs, on every module whose code may compute it."""
 
-    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, current: Pass) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running) -> None:
         self._model = model
         self._observer = observer
-        self._current = current
+        self._running = running
         self._handles: list[RemovableHandle] = []
         self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-        keep_out(put_mode_on, take_mode_off)
+        skip_frames(put_mode_on, take_mode_off)
 
     def arm(self) -> None:
         """A step to sample begins."""
         model = self._model()
         if model is None or self._handles:
             return
-        for name, module in named_modules(model):
-            if _may_own(module):
-                self._hook(name, module)
+        with self._observer.gate.boundary():
+            for name, module in named_modules(model):
+                if _may_own(module):
+                    self._hook(name, module)
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
-        if not self._current.compiled:
+        if not self._running.compiled:
             self._remove()
 
     def detach(self) -> None:
@@ -193,7 +194,7 @@ class TracedAttention:
 
     def _hook(self, name: str, module: nn.Module) -> None:
         if module not in self._owners:
-            self._owners[module] = Owner(name, module, self._current, self._observer)
+            self._owners[module] = Owner(name, module, self._running, self._observer)
         module.__dict__[OWNER] = self._owners[module]
         self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 
@@ -210,16 +211,6 @@ def _may_own(module: nn.Module) -> bool:
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):
         return isinstance(module, nn.MultiheadAttention)
-    return "att" in kind.__name__.lower() or any(_says(name) for name in _names_in(kind))
-
-
-def _says(name: str) -> bool:
-    return any(word in name for word in ("scaled_dot_product", "sdpa", "attention_interface"))
-
-
-def _names_in(kind: type) -> Iterator[str]:
-    """Names that a class's own methods use."""
-    for member in vars(kind).values():
-        code = getattr(member, "__code__", None)
-        if code is not None:
-            yield from code.co_names
+    codes = [getattr(member, "__code__", None) for member in vars(kind).values()]
+    names = [name for code in codes if code is not None for name in code.co_names]
+    return "att" in kind.__name__.lower() or any(word in name for name in names for word in _SAYS)

@@ -1,4 +1,4 @@
-"""In which ways a plain tensor can hold class predictions, and the rows of it that are read."""
+"""In which ways a plain tensor can hold class predictions, the rows of it that are read, and what they predict."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 MAX_ELEMENTS = 2**22
 """Numbers read of one output: 16 MiB. A language model's (8, 1024, 50 k) logits give 83 rows."""
 
-MAX_ROWS = 2**14
 FEW_CLASSES = 3
 """So few that a gradient at one prediction alone can be that of any loss: it takes as many as `FEW_ROWS` of them."""
 
 FEW_ROWS = 4
+IGNORED = -100
+"""In place of a target that does not count."""
+
+_MAX_ROWS = 2**14
 _LARGE = 2**20
 _NEAR_ONE = 1e-3
 
@@ -37,6 +40,9 @@ SECOND = Form("softmax", 1)
 BINARY = Form("sigmoid")
 
 
+# ---- what a plain output may be
+
+
 def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     """The ways to read a plain output; none of them says that it is one.
 
@@ -50,20 +56,16 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
         return [BINARY]
     if tensor.dim() == 2:
         return [LAST, BINARY]
-    forms = [LAST] if is_sequence(tensor, inputs) else []
-    if forms and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
-        return forms
-    return [*forms, SECOND] if shape[1] > 1 else [*forms, BINARY]
+    is_sequence = tensor.dim() == 3 and any(x.shape[:2] == shape[:2] for x in inputs)
+    if is_sequence and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
+        return [LAST]
+    return [*([LAST] if is_sequence else []), SECOND if shape[1] > 1 else BINARY]
 
 
 def is_usable(tensor: Tensor) -> bool:
     """A strided tensor of ordinary floats with all of its values here."""
-    return (
-        tensor.is_floating_point()
-        and tensor.layout is torch.strided
-        and not hasattr(tensor, "full_tensor")
-        and tensor.numel() > 0
-    )
+    strided = tensor.layout is torch.strided and not hasattr(tensor, "full_tensor")
+    return strided and tensor.is_floating_point() and tensor.numel() > 0
 
 
 def is_one_of(member: Tensor, output: Tensor) -> bool:
@@ -72,21 +74,30 @@ def is_one_of(member: Tensor, output: Tensor) -> bool:
     return is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
 
 
-def is_sequence(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a 3-D output's first two dimensions are those of an input: batch and time, not samples."""
-    return tensor.dim() == 3 and any(x.shape[:2] == tensor.shape[:2] for x in inputs)
+def members_of(tensor: Tensor, sample_dim: int | None) -> Sequence[Tensor]:
+    """The samples along a dimension; the tensor itself when there is none."""
+    if sample_dim is None or not -tensor.dim() <= sample_dim < tensor.dim():
+        return (tensor,)
+    return tensor.unbind(sample_dim)
 
 
-def row_count(tensor: Tensor, form: Form) -> int:
+# ---- its rows
+
+
+def row_count(shape: torch.Size, form: Form) -> int:
     """How many predictions there are."""
-    return tensor.numel() if form.kind == "sigmoid" else tensor.numel() // max(1, tensor.shape[form.axis])
+    return shape.numel() // max(1, class_count(shape, form))
+
+
+def class_count(shape: torch.Size, form: Form) -> int:
+    """How many scores a prediction has."""
+    return 1 if form.kind == "sigmoid" else shape[form.axis]
 
 
 def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
     """Indices of the rows to read, spread over all of them; None when all are. Draws from a private generator."""
-    count = row_count(tensor, form)
-    classes = 1 if form.kind == "sigmoid" else tensor.shape[form.axis]
-    room = max(1, min(MAX_ROWS, MAX_ELEMENTS // max(1, classes)))
+    count = row_count(tensor.shape, form)
+    room = max(1, min(_MAX_ROWS, MAX_ELEMENTS // max(1, class_count(tensor.shape, form))))
     if count <= room:
         return None
     strata = torch.arange(room, device=tensor.device, dtype=torch.float64 if tensor.device.type != "mps" else None)
@@ -94,23 +105,32 @@ def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
     return ((strata + jitter) * (count / room)).long().clamp_(max=count - 1)
 
 
+def by_row(tensor: Tensor, form: Form) -> Tensor:
+    """A view, (..., classes) or (..., 1)."""
+    return tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
+
+
 def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
     """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked; perhaps a view."""
-    tensor = tensor.detach()
-    view = tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
+    view = by_row(tensor.detach(), form)
     chosen = () if index is None else torch.unravel_index(index, view.shape[:-1])
     rows = view[chosen] if chosen else view.reshape(-1, view.shape[-1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same rows, (..., classes), in the same order, by where these lie: no value is read.
+
+    Both are alive, so that nothing else can lie there.
+    """
+    if a.data_ptr() != b.data_ptr() or (a.dtype, a.numel(), a.shape[-1:]) != (b.dtype, b.numel(), b.shape[-1:]):
+        return False
+    return (a.shape, a.stride()) == (b.shape, b.stride()) or (a.is_contiguous() and b.is_contiguous())
+
+
 def stacked(members: Sequence[Tensor]) -> Tensor:
     """(members, n, classes); of one member no copy."""
     return members[0][None] if len(members) == 1 else torch.stack(list(members))
-
-
-def are_distributions(rows: Tensor) -> Tensor:
-    """Whether all rows add up to 1 and none has a negative element: one flag on the device."""
-    return (((rows.sum(-1) - 1).abs() < _NEAR_ONE) & (rows.amin(-1) >= 0)).all()
 
 
 class Generators:
@@ -124,3 +144,62 @@ class Generators:
         if device not in self._of:
             self._of[device] = torch.Generator(device).manual_seed(0)
         return self._of[device]
+
+
+# ---- what they predict
+
+
+class Predicted(NamedTuple):
+    """(samples, n, classes) in all, two classes for yes and no; nothing of it shares memory that the user may write to.
+
+    probabilities: as predicted. softmax: of the rows as logits, of which a loss's gradient tells; mostly the same
+    tensor. largest: (samples, n), of each row. already: (samples, n), whether all rows were probabilities.
+    """
+
+    probabilities: Tensor
+    softmax: Tensor
+    largest: Tensor
+    already: Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[Tensor], form: Form) -> Predicted:
+        """From each sample's rows, (n, classes) or (n, 1)."""
+        return cls(*map(stacked, zip(*(_of_member(rows, form) for rows in members), strict=True)))
+
+    @property
+    def mean(self) -> Tensor:
+        """(n, classes): the samples' mean prediction."""
+        return self.probabilities[0] if len(self.probabilities) == 1 else self.probabilities.mean(0)
+
+
+def probabilities_of(rows: Tensor, form: Form) -> Tensor:
+    """(n, classes) probabilities; rows that are such already stay."""
+    return _of_member(rows, form)[0]
+
+
+def known(flags: Tensor) -> bool:
+    """Whether all flags are certainly set."""
+    return decided(flags) is True
+
+
+def decided(flags: Tensor) -> bool | None:
+    """Whether all flags are set, where looking waits for nothing: on the CPU. Elsewhere nobody knows: None."""
+    in_host_memory = type(flags) is Tensor and flags.is_cpu and not torch.compiler.is_compiling()
+    return bool(flags.numpy().all()) if in_host_memory else None  # just computed there
+
+
+def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    already = _are_distributions(rows[:1])
+    if form.kind == "sigmoid":
+        yes_or_no = torch.cat((rows.neg().sigmoid(), rows.sigmoid()), -1)
+        return yes_or_no, yes_or_no, yes_or_no[:, 0], already.expand(len(rows))
+    softmax = probabilities = rows.softmax(-1)
+    if not known(~already):  # the first row may be one
+        already = _are_distributions(rows)
+        probabilities = torch.where(already, rows, softmax)
+    return probabilities, softmax, rows.amax(-1), already.expand(len(rows))
+
+
+def _are_distributions(rows: Tensor) -> Tensor:
+    """Whether all rows add up to 1 and none has a negative element: one flag on the device."""
+    return (((rows.sum(-1) - 1).abs() < _NEAR_ONE) & (rows.amin(-1) >= 0)).all()

@@ -12,11 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, Form
-from torchprobe.capture.predictions.predicted import Predicted, known
+from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, IGNORED, Form, Predicted, known
 from torchprobe.statistics.dtypes import row_dtype
 
-IGNORED = -100
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
 _MOST_SMOOTHING = 0.5
 _SURE = 0.99

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchprobe.capture.loss import descends
-from torchprobe.capture.predictions.criteria import Call
 from torchprobe.capture.predictions.forms import (
     BINARY,
+    IGNORED,
     LAST,
     MAX_ELEMENTS,
     SECOND,
     Form,
     Generators,
+    by_row,
+    class_count,
+    decided,
     pick,
+    probabilities_of,
+    row_count,
     rows_of,
+    same_memory,
     stacked,
 )
-from torchprobe.capture.predictions.gradient import IGNORED, recover
+from torchprobe.capture.predictions.gradient import TOLERANCE, recover
 from torchprobe.capture.predictions.likelihood import Spread, targets_of
 from torchprobe.capture.predictions.phase import Phase, Waiting
-from torchprobe.capture.predictions.pool import NUMBERS, same_rows
-from torchprobe.capture.predictions.predicted import probabilities_of
+from torchprobe.capture.predictions.pool import NUMBERS, version_of
+from torchprobe.capture.predictions.targets import Call
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 
-_CLOSE = 1e-2
+NO_VARIANCE = (
+    "the model predicts numbers without a variance, so that there is no interval to judge: return one beside the mean, "
+    "such as a field called variance or log_var, or train with nn.GaussianNLLLoss()"
+)
+NO_TARGETS = (
+    "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
+    "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean, made before training"
+)
+_EQUAL = 1e-3  # of the largest value: as far as two ways to compute one number in float32 lie apart
+
+
+# ---- by gradients, and by labels
 
 
 def judge_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]) -> None:
@@ -38,7 +56,8 @@ def judge_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]) 
         found = recover(predicted, g, form, gradients[0].dtype)
         phase.support(form.key, found.evidence)
         targets, favourite = found.targets.amax(0), found.favourite[0] if len(g) == 1 else None
-        _add(phase, form.key, predicted.mean, targets, waiting.pool.sampled(form), favourite=favourite)
+        row = calibration.compute(predicted.mean, targets, ignore_index=IGNORED, favourite=favourite)
+        phase.calibration.add(f"{form.key}|found", row, waiting.pool.sampled(form))
 
 
 def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Tensor, generators: Generators) -> None:
@@ -46,14 +65,13 @@ def judge_labels(phase: Phase, form: Form, members: Sequence[Tensor], labels: Te
     index = pick(members[0], form, generators)
     p = torch.stack([probabilities_of(rows_of(member, form, index), form) for member in members]).mean(0)
     phase.settle_form(form.key, True)
-    _add(phase, SURE, p, _targets(labels, form, index), index is not None)
+    _add_classes(phase, p, _targets(labels, form, index), _Match(form, index))
 
 
 def judge_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_spread: Tensor, spread: Spread) -> None:
     """Targets of numbers from the gradients at their mean and at what gives their variance."""
     if waiting.mean is None or waiting.variance is None:
         return
-    waiting.judged = True
     stride = 1 + waiting.mean.numel() // MAX_ELEMENTS
     some = [x.reshape(-1)[::stride] for x in (waiting.mean, waiting.variance, of_mean, of_spread)]
     mean, variance = some[:2]
@@ -61,96 +79,126 @@ def judge_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_spread:
     phase.coverage.add(SURE, intervals.compute(mean, variance, targets) * found)
 
 
-def judge_call(phase: Phase, call: Call, generators: Generators) -> bool:
-    """Targets that a loss module was called with, on what follows from outputs of the model.
+# ---- by loss modules
 
-    Whether they are there, but the variance is missing that numbers need.
+
+def judge_call(phases: Sequence[Phase], call: Call, training: bool) -> None:
+    """Targets that a loss module was called with, on an output that waits for them or on the mean of its passes.
+
+    phases: the last one first. That it is on such an output is confirmed by the numbers: it got the very tensor, or,
+    of the last output, the values.
     """
-    fitting = [waiting for waiting in phase.waiting if _comes_from(call.input, waiting)]
+    waiting = [(phase, one) for phase in phases for one in reversed(phase.waiting)]
+    tries = chain(
+        ((phase, one, _same_tensor(one, call)) for phase, one in waiting),
+        ((phase, one, _same_values(one, call, training)) for phase, one in waiting[:1]),
+    )
+    for phase, one, match in tries:
+        if match is not None:
+            _judge(phase, one, call, match)
+            return
+
+
+class _Match(NamedTuple):
+    """That a loss module judged an output.
+
+    form: of the output, None of numbers. rows: those that are read, None for all. certain: a flag that only the device
+    knows; None where it is sure. by_values: it got these, not the output's own memory.
+    """
+
+    form: Form | None
+    rows: Tensor | None = None
     certain: Tensor | None = None
-    if not fitting and not phase.training:
-        fitting, certain = _alike(phase.waiting, call)
-    if not fitting:
-        return False
+    by_values: bool = False
+
+
+def _same_tensor(waiting: Waiting, call: Call) -> _Match | None:
+    """The match, if a loss module was handed the output itself, or a view of all of it."""
+    output = waiting.output()
+    if output is None or version_of(output) != waiting.version:
+        return None
+    judged = by_row(call.input, call.form or BINARY)
+    forms = (LAST, SECOND) if call.form is not None and call.form.kind == "softmax" else (BINARY,)
+    for form in forms:
+        if output.dim() > form.axis and same_memory(judged, by_row(output, form)):
+            return _Match(None) if call.form is None else _Match(form, waiting.pool.index(output, form))
+    return None
+
+
+def _same_values(waiting: Waiting, call: Call, training: bool) -> _Match | None:
+    """The match, if a loss module was handed the output's values, or those of its passes' mean.
+
+    In training, where the gradient tells as well, what only the device knows is no match of classes.
+    """
     if call.form is None:
-        return not _judge_numbers(phase, call, fitting[-1], certain)
-    for waiting in fitting:
-        waiting.judged = True
-    for key, right in _told_forms(call, fitting[-1].shape):
-        phase.settle_form(key, right, certain)
-    index = pick(call.input, call.form, generators)
-    rows = rows_of(call.input, call.form, index)
-    p = torch.cat((1 - rows, rows), -1) if call.are_probabilities else probabilities_of(rows, call.form)
-    _add(phase, SURE, p, _targets(call.target, call.form, index), index is not None, certain)
-    return False
+        expected = waiting.pool.mean_number() if waiting.mean is None else waiting.mean.flatten()
+        return _by_values(None, None, _equal(call, call.input.detach().flatten(), expected))
+    for form, predicted in waiting.predicted.items():
+        if form.kind == call.form.kind and _sizes(call.input.shape, call.form) == _sizes(waiting.shape, form):
+            rows = waiting.pool.index(call.input, form)
+            p = _probabilities(call, rows)
+            flags = [_equal(call, p, expected) for expected in (predicted.mean, waiting.pool.mean_prediction(form))]
+            equal = [flag for flag in flags if flag is not None]
+            match = _by_values(form, rows, torch.stack(equal).any() if equal else None)
+            return None if match is None or (training and match.certain is not None) else match
+    return None
 
 
-def _add(
-    phase: Phase,
-    name: str,
-    p: Tensor,
-    targets: Tensor,
-    sampled: bool,
-    certain: Tensor | None = None,
-    favourite: Tensor | None = None,
-) -> None:
-    row = calibration.compute(p, targets, ignore_index=IGNORED, favourite=favourite)
-    phase.calibration.add(f"{name}|found", row if certain is None else row * certain, sampled)
+def _by_values(form: Form | None, rows: Tensor | None, equal: Tensor | None) -> _Match | None:
+    is_equal = None if equal is None else decided(equal)
+    if equal is None or is_equal is False:
+        return None
+    return _Match(form, rows, None if is_equal else equal, by_values=True)
 
 
-def _judge_numbers(phase: Phase, call: Call, waiting: Waiting, certain: Tensor | None) -> bool:
-    """Whether there was a variance to judge by."""
+def _judge(phase: Phase, waiting: Waiting, call: Call, match: _Match) -> None:
+    are_logits = match.by_values or not call.are_probabilities  # else BCELoss got the output itself
     for form in (LAST, SECOND, BINARY):
-        phase.settle_form(form.key, False, certain)
-    phase.settle_form(NUMBERS, True, certain)
+        phase.settle_form(form.key, form == match.form and are_logits, match.certain)
+    phase.settle_form(NUMBERS, match.form is None, match.certain)
+    if call.form is None:
+        _judge_numbers(phase, waiting, call, match.certain)
+    else:
+        if match.certain is None:
+            phase.has_judged(waiting)
+        targets = _targets(call.target, call.form, match.rows)
+        _add_classes(phase, _probabilities(call, match.rows), targets, match)
+
+
+def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor | None) -> None:
     variance = call.variance if isinstance(call.variance, Tensor) else waiting.variance
-    if variance is not None and call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
-        waiting.judged = True
+    if variance is None:
+        phase.cannot_judge = NO_VARIANCE
+    elif call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
+        if certain is None:
+            phase.has_judged(waiting)
         row = intervals.compute(call.input.detach(), variance.detach(), call.target.detach())
         phase.coverage.add(SURE, row if certain is None else row * certain)
-    return variance is not None
 
 
-def _comes_from(tensor: Tensor, waiting: Waiting) -> bool:
-    return bool(waiting.nodes) and descends(tensor, waiting.nodes)
+def _add_classes(phase: Phase, p: Tensor, targets: Tensor, match: _Match) -> None:
+    row = calibration.compute(p, targets, ignore_index=IGNORED)
+    row = row if match.certain is None else row * match.certain
+    phase.calibration.add(f"{SURE}|found", row, match.rows is not None)
 
 
-def _alike(waiting: Sequence[Waiting], call: Call) -> tuple[list[Waiting], Tensor | None]:
-    """Without a graph: the last output, if the call's input has its values, or those of its passes' mean.
-
-    That is a flag on the device, which the row is multiplied with.
-    """
-    for last in waiting[-1:]:
-        if call.form is None:
-            if last.mean is not None and last.mean.shape == call.input.shape:
-                return [last], torch.isclose(call.input, last.mean).all()
-            continue
-        for form, predicted in last.predicted.items():
-            if (form.kind == call.form.kind) and rows_match(call, form, last.shape):
-                p = probabilities_of(last.pool.rows(call.input, call.form), call.form)
-                flag = (p - predicted.mean).abs().amax() < _CLOSE
-                pooled = last.pool.mean_prediction(form)
-                return [last], flag if pooled is None else flag | ((p - pooled).abs().amax() < _CLOSE)
-    return [], None
+def _probabilities(call: Call, index: Tensor | None) -> Tensor:
+    """(n, classes) of what a loss module was handed, which are no numbers."""
+    assert call.form is not None
+    rows = rows_of(call.input, call.form, index)
+    return torch.cat((1 - rows, rows), -1) if call.are_probabilities else probabilities_of(rows, call.form)
 
 
-def rows_match(call: Call, form: Form, shape: tuple[int, ...]) -> bool:
-    """Whether a call judges as many predictions over as many classes as an output of this shape holds."""
-    plain = torch.empty(shape, device="meta")
-    return call.form is not None and same_rows(call.input, call.form, plain, form)
+def _equal(call: Call, values: Tensor, expected: Tensor | None) -> Tensor | None:
+    """A flag on the device: whether values are the same up to rounding; None where they are not comparable."""
+    if expected is None or expected.shape != values.shape or expected.device != values.device:
+        return None
+    tolerance = TOLERANCE.get(call.input.dtype, _EQUAL)
+    return (values - expected).abs().amax() <= tolerance * expected.abs().amax()
 
 
-def _told_forms(call: Call, shape: tuple[int, ...]) -> list[tuple[str, bool]]:
-    """Which form of the output a call on it tells, and which not: one of probabilities (`BCELoss`) is none of them."""
-    if call.form is None or call.form.kind == "sigmoid":
-        right = BINARY
-    elif (len(shape) > 2 and tuple(call.input.shape) == shape) or shape[-1] != call.input.shape[call.form.axis]:
-        right = SECOND
-    else:
-        right = LAST
-    return [(form.key, form == right and not call.are_probabilities) for form in (LAST, SECOND, BINARY)] + [
-        (NUMBERS, False)
-    ]
+def _sizes(shape: torch.Size, form: Form) -> tuple[int, int]:
+    return row_count(shape, form), class_count(shape, form)
 
 
 def _targets(targets: Tensor, form: Form, index: Tensor | None) -> Tensor:

@@ -45,11 +45,11 @@ class Pair:
         spread.register_hook(self._take_spread)
 
     def _take_mean(self, gradient: Tensor | None) -> None:
-        self._of_mean = gradient
+        self._of_mean = None if gradient is None else gradient.detach()  # its graph may lead back here
         self._go_on()
 
     def _take_spread(self, gradient: Tensor | None) -> None:
-        self._of_spread = gradient
+        self._of_spread = None if gradient is None else gradient.detach()
         self._go_on()
 
     def _go_on(self) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.graphs import has_compiled_part, in_compiled_call
+from torchprobe.capture.compat import in_backward, under_transform
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.modules import chosen_modules
-from torchprobe.capture.predictions.identity import InputKey
-from torchprobe.capture.recompute import in_backward, under_transform
+from torchprobe.capture.predictions.pool import InputKey
 from torchprobe.naming import ROOT
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
@@ -120,10 +120,9 @@ class Parts:
 
 def _may_be_ensemble(module: nn.Module) -> bool:
     """Members of one class with parameters of the same shapes."""
-    if not isinstance(module, nn.ModuleList) or len(module) < 2:
-        return False
-    kinds = {(type(member), tuple(p.shape for p in member.parameters())) for member in module}
-    return len(kinds) == 1 and bool(next(iter(kinds))[1])
+    members = list(module.children()) if isinstance(module, nn.ModuleList) else []  # a list may hold None, too
+    kinds = {(type(member), tuple(p.shape for p in member.parameters())) for member in members}
+    return len(members) > 1 and len(kinds) == 1 and bool(next(iter(kinds))[1])
 
 
 def _is_first_pass() -> bool:

@@ -2,14 +2,13 @@
 
 `compute` takes what an attention call works on, before its softmax: queries and keys, or hand-written logits. It
 reads chosen query rows against all keys, so the matrix of queries by keys is never there. Read in this order:
-`sources` (what was captured), `rows` (which query rows), `parts` (in which portions), `visibility` (which keys a
-row sees), `blocks` (the logits), `sums` (the statistic), `maps` (the picture).
+`sources` (what was captured), `rows` (which query rows, and how many at a time), `keys` (which keys a row sees, and how
+far they are), `blocks` (the logits), `heads` (the statistic, and the picture).
 """
 
-from torchprobe.statistics.attention.maps import attention_map
+from torchprobe.statistics.attention.heads import FIELDS, attention_map, combine, compute, summarise
 from torchprobe.statistics.attention.rows import is_sampled
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
-from torchprobe.statistics.attention.sums import FIELDS, combine, compute, summarise
 
 __all__ = [
     "FIELDS",

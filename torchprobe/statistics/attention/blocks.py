@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -9,22 +10,48 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.attention import visibility
-from torchprobe.statistics.attention.distance import Distances, distances
-from torchprobe.statistics.attention.parts import Extent, Part, budget, parts, pieces
-from torchprobe.statistics.attention.rows import Rows
+from torchprobe.statistics.attention import keys as visibility
+from torchprobe.statistics.attention.keys import Distances, Sight, Visible, distances
+from torchprobe.statistics.attention.rows import Extent, Rows, Tile, budget, row_tiles, tiles
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
-from torchprobe.statistics.attention.visibility import Sight, Visible
-from torchprobe.statistics.attention.workspace import Workspace
+
+
+class Workspace:
+    """A block's worth of logits and one of weights, and a head's keys, each overwritten by the next."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """size: elements of a usual block; a larger one grows it."""
+        self._buffers = [torch.empty(n, dtype=dtype, device=device) for n in (size, size, 0)]
+        self.zero = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+
+    def logits(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for the logits of a block."""
+        return self._room(0, shape)
+
+    def weights(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for the weights that are made of them."""
+        return self._room(1, shape)
+
+    def keys(self, key: Tensor) -> Tensor:
+        """The keys of some heads, contiguous and in the type of the arithmetic: a copy, unless they are."""
+        if key.dtype == self.zero.dtype and key.is_contiguous():
+            return key
+        return self._room(2, tuple(key.shape)).copy_(key)
+
+    def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        if self._buffers[index].numel() < size:
+            self._buffers[index] = self._buffers[index].new_empty(size)
+        return self._buffers[index][:size].view(shape)
 
 
 @dataclass(frozen=True)
 class Block:
     """logits: (sequences, heads, rows, keys), scaled and masked; the keys end where no row of the block sees more.
-    scratch: whether they are in the workspace, to be overwritten. visible: None where `visibility.by_position` says.
+    scratch: whether they are in the workspace, to be overwritten. visible: None where `keys.by_position` says.
     """
 
-    part: Part
+    tile: Tile
     logits: Tensor
     scratch: bool
     visible: Visible | None
@@ -38,19 +65,19 @@ def workspace_for(source: Source, rows: Rows) -> Workspace:
 
 
 def blocks(source: Source, rows: Rows, workspace: Workspace) -> Iterator[Block]:
-    """The chosen rows of every head, each row once. Holds a few blocks' worth of memory, the copied keys of a part's
+    """The chosen rows of every head, each row once. Holds a few blocks' worth of memory, the copied keys of a tile's
     heads included; inputs are not modified."""
     shape, size = source.shape, budget(source.device)
     width, causal = (source.key.size(3), source.causal) if isinstance(source, QueryKey) else (0, False)
     extent = Extent(rows.count, rows.per_sequence, shape.heads // source.group, source.group, shape.keys, width, causal)
-    for same_rows in parts(extent, size):
+    for same_rows in tiles(extent, size):
         if isinstance(source, QueryKey):
             yield from _multiplied(source, rows, same_rows, size, workspace)
         else:
             yield from _given(source, rows, same_rows, size)
 
 
-def _given(source: Logits, rows: Rows, same_rows: list[Part], size: int) -> Iterator[Block]:
+def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
     hidden, position = visibility.threshold(source.logits.dtype), rows.positions(first, source.device)[:, None]
     position = position.to(source.dtype)
@@ -59,16 +86,15 @@ def _given(source: Logits, rows: Rows, same_rows: list[Part], size: int) -> Iter
     def far(start: int, stop: int) -> Distances:
         return distances(source, rows, *_of_rows(first, start, stop, position), keys)
 
-    for part in same_rows:
-        for piece in pieces(part, keys, size):
-            logits = rows.take(source.logits, piece).to(source.dtype)
-            yield Block(
-                piece, logits, False, visibility.of_values(logits, hidden), far(piece.rows.start, piece.rows.stop)
-            )
+    for tile in same_rows:
+        for some in row_tiles(tile, keys, size):
+            logits = rows.take(source.logits, some).to(source.dtype)
+            visible = visibility.of_values(logits, hidden)
+            yield Block(some, logits, False, visible, far(some.rows.start, some.rows.stop))
 
 
 def _multiplied(
-    source: QueryKey, rows: Rows, same_rows: list[Part], size: int, workspace: Workspace
+    source: QueryKey, rows: Rows, same_rows: list[Tile], size: int, workspace: Workspace
 ) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
     position = rows.positions(first, source.device)[:, None].to(source.dtype)
@@ -78,29 +104,29 @@ def _multiplied(
 
     @cache
     def of_all_heads(start: int, stop: int) -> tuple[int, Distances, Sight]:
-        part, at = _of_rows(first, start, stop, position)
-        reach = min(keys, rows.end(part)) if source.causal else keys
-        return reach, distances(source, rows, part, at, reach), visibility.without_mask(source, rows, part, at, reach)
+        tile, at = _of_rows(first, start, stop, position)
+        reach = min(keys, rows.end(tile)) if source.causal else keys
+        return reach, distances(source, rows, tile, at, reach), visibility.without_mask(source, rows, tile, at, reach)
 
-    for part in same_rows:
-        masked = visibility.through_mask(source, rows, part) if per_head else shared
-        key = rows.of_sequences(source.key[:, part.key_heads], part)
-        several = pieces(part, keys, size)
+    for tile in same_rows:
+        masked = visibility.through_mask(source, rows, tile) if per_head else shared
+        key = rows.of_sequences(source.key[:, tile.key_heads], tile)
+        several = row_tiles(tile, keys, size)
         # A head's worth is copied: products are faster then.
         key = key.to(source.dtype) if len(several) == 1 else workspace.keys(key)
         across = key.flatten(0, 1).transpose(1, 2)
-        for piece in several:
-            reach, far, unmasked = of_all_heads(piece.rows.start, piece.rows.stop)
-            of_part = slice(piece.rows.start - part.rows.start, piece.rows.stop - part.rows.start)
-            logits = _product(query[:, part.heads, of_part], across[..., :reach], source.scale, workspace)
-            sight = masked.narrowed(of_part, reach) if masked else unmasked
-            yield Block(piece, logits, True, _to_softmax(source, rows, piece, logits, sight), far)
+        for some in several:
+            reach, far, unmasked = of_all_heads(some.rows.start, some.rows.stop)
+            of_tile = slice(some.rows.start - tile.rows.start, some.rows.stop - tile.rows.start)
+            logits = _product(query[:, tile.heads, of_tile], across[..., :reach], source.scale, workspace)
+            sight = masked.narrowed(of_tile, reach) if masked else unmasked
+            yield Block(some, logits, True, _to_softmax(source, rows, some, logits, sight), far)
 
 
-def _of_rows(part: Part, start: int, stop: int, position: Tensor) -> tuple[Part, Tensor]:
-    """Some rows of a part, and their positions out of the part's."""
-    at = slice(start - part.rows.start, stop - part.rows.start)
-    return part._replace(rows=slice(start, stop)), position[..., at]
+def _of_rows(tile: Tile, start: int, stop: int, position: Tensor) -> tuple[Tile, Tensor]:
+    """Some rows of a tile, and their positions out of the tile's."""
+    at = slice(start - tile.rows.start, stop - tile.rows.start)
+    return tile._replace(rows=slice(start, stop)), position[..., at]
 
 
 def _product(query: Tensor, across: Tensor, scale: float, workspace: Workspace) -> Tensor:
@@ -113,21 +139,21 @@ def _product(query: Tensor, across: Tensor, scale: float, workspace: Workspace) 
     return logits
 
 
-def _to_softmax(source: QueryKey, rows: Rows, part: Part, logits: Tensor, sight: Sight) -> Visible | None:
+def _to_softmax(source: QueryKey, rows: Rows, tile: Tile, logits: Tensor, sight: Sight) -> Visible | None:
     """Makes the input of the softmax of the product; returns what is seen, None where the position says it."""
     if source.softcap is not None:
         logits.div_(source.softcap).tanh_().mul_(source.softcap)
     if source.modify is not None:
-        logits.copy_(source.modify(logits, *_indices(rows, part, logits)))  # may return a tensor of the user's
+        logits.copy_(source.modify(logits, *_indices(rows, tile, logits)))  # may return a tensor of the user's
     if sight.bias is not None:
         logits[..., sight.start :].add_(sight.bias)
     return visibility.of_values(logits) if source.modify is not None else sight.visible
 
 
-def _indices(rows: Rows, part: Part, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _indices(rows: Rows, tile: Tile, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of batch, head, query and key, four-dimensional each."""
     device = logits.device
-    batch = rows.batch_indices(part, device)[:, None, None, None]
-    head = torch.arange(part.heads.start, part.heads.stop, device=device)[None, :, None, None]
-    query = rows.positions(part, device)[:, None, :, None]
+    batch = rows.batch_indices(tile, device)[:, None, None, None]
+    head = torch.arange(tile.heads.start, tile.heads.stop, device=device)[None, :, None, None]
+    query = rows.positions(tile, device)[:, None, :, None]
     return batch, head, query, torch.arange(logits.size(-1), device=device)[None, None, None]

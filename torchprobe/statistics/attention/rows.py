@@ -1,19 +1,55 @@
-"""Which query rows are read: all, or a stratified sample over all sequences, the same for every head."""
+"""Which query rows are read, the same for every head: all, or a stratified sample over all sequences.
+
+And in which tiles: small enough for a cache, or for a fraction of a device's memory.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.attention.parts import Part
 from torchprobe.statistics.attention.sources import Source
 from torchprobe.statistics.dtypes import row_dtype
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+
+CPU_LOGITS_PER_THREAD = 2**18
+"""Logits a thread works on at a time: they and the temporaries of one operation are about the size of L2."""
+
+DEVICE_LOGITS = 2**24
+"""Logits to work on at a time elsewhere: 64 MiB in float32."""
+
+PRODUCT_ROWS = 64
+"""With fewer rows of one key head, their matrix product with the keys waits for the keys' memory."""
+
+LONG = 2**23
+"""Logits and distances that are made at a time for the sake of PRODUCT_ROWS, however many keys: 32 MiB in float32."""
+
+
+class Tile(NamedTuple):
+    """Some rows of some heads of some sequences; slices with a start and a stop, `heads` all of `key_heads`."""
+
+    sequences: slice
+    rows: slice
+    heads: slice
+    key_heads: slice
+
+
+class Extent(NamedTuple):
+    """What there is to do: sizes of the chosen rows, and of what they are multiplied with."""
+
+    sequences: int
+    rows: int
+    key_heads: int
+    group: int
+    keys: int
+    width: int
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -32,43 +68,43 @@ class Rows:
     queries: Tensor | None = None
     together: int = 1
 
-    def positions(self, part: Part, device: torch.device) -> Tensor:
-        """The query indices of a part: (sequences, rows), or (1, rows) where all sequences have the same."""
+    def positions(self, tile: Tile, device: torch.device) -> Tensor:
+        """The query indices of a tile: (sequences, rows), or (1, rows) where all sequences have the same."""
         if self.queries is None:
-            return torch.arange(part.rows.start, part.rows.stop, device=device)[None]
-        return self.queries[part.sequences, part.rows]
+            return torch.arange(tile.rows.start, tile.rows.stop, device=device)[None]
+        return self.queries[tile.sequences, tile.rows]
 
-    def start(self, part: Part) -> int:
-        """A bound that no query index of a part lies below: known on the host, and one less for rounding."""
-        first = int(part.rows.start) // self.together * self.together
+    def start(self, tile: Tile) -> int:
+        """A bound that no query index of a tile lies below: known on the host, and one less for rounding."""
+        first = int(tile.rows.start) // self.together * self.together
         return max(0, first * self.span // self.per_sequence - 1)
 
-    def end(self, part: Part) -> int:
-        """A bound that all query indices of a part lie below: the end of its last stratum, known on the host."""
-        return -(-int(part.rows.stop) * self.span // self.per_sequence)
+    def end(self, tile: Tile) -> int:
+        """A bound that all query indices of a tile lie below: the end of its last stratum, known on the host."""
+        return -(-int(tile.rows.stop) * self.span // self.per_sequence)
 
-    def batch_indices(self, part: Part, device: torch.device) -> Tensor:
-        """The sequences of a part, as indices into the batch: (sequences,)."""
+    def batch_indices(self, tile: Tile, device: torch.device) -> Tensor:
+        """The sequences of a tile, as indices into the batch: (sequences,)."""
         if self.sequences is None:
-            return torch.arange(part.sequences.start, part.sequences.stop, device=device)
-        return self.sequences[part.sequences]
+            return torch.arange(tile.sequences.start, tile.sequences.stop, device=device)
+        return self.sequences[tile.sequences]
 
-    def of_sequences(self, x: Tensor, part: Part) -> Tensor:
-        """The sequences of a part: x (batch or 1, …) -> (sequences or 1, …), a view where it can be."""
+    def of_sequences(self, x: Tensor, tile: Tile) -> Tensor:
+        """The sequences of a tile: x (batch or 1, …) -> (sequences or 1, …), a view where it can be."""
         if x.size(0) == 1:
             return x
         if self.sequences is None:
-            return x[part.sequences]
-        return x.index_select(0, self.sequences[part.sequences])
+            return x[tile.sequences]
+        return x.index_select(0, self.sequences[tile.sequences])
 
-    def take(self, x: Tensor, part: Part) -> Tensor:
-        """The rows of a part: x (batch, heads, queries, …) -> (sequences, heads, rows, …); sizes of 1 stay."""
-        x = self.of_sequences(x if x.size(1) == 1 else x[:, part.heads], part)
+    def take(self, x: Tensor, tile: Tile) -> Tensor:
+        """The rows of a tile: x (batch, heads, queries, …) -> (sequences, heads, rows, …); sizes of 1 stay."""
+        x = self.of_sequences(x if x.size(1) == 1 else x[:, tile.heads], tile)
         if x.size(2) == 1:
             return x
         if self.queries is None:
-            return x[:, :, part.rows]
-        queries = self.queries[part.sequences, part.rows]
+            return x[:, :, tile.rows]
+        queries = self.queries[tile.sequences, tile.rows]
         if len(queries) == 1:  # six times as fast as the general way
             return x.index_select(2, queries[0])
         each = torch.arange(len(queries), device=x.device)[:, None]
@@ -106,7 +142,7 @@ def unpadded(source: Source, rows: Rows) -> Tensor | None:
     """Which of the chosen rows are not padded: (sequences, 1, rows); None stands for all."""
     if source.padding is None:
         return None
-    everything = Part(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
+    everything = Tile(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
     return ~rows.take(source.padding[:, None, :, None], everything)[..., 0]
 
 
@@ -133,3 +169,47 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def budget(device: torch.device) -> int:
+    """How many logits to work on at a time."""
+    return CPU_LOGITS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else DEVICE_LOGITS
+
+
+def tiles(extent: Extent, size: int) -> Iterator[list[Tile]]:
+    """All of it, in lists of tiles that differ in their heads alone; for `row_tiles` to cut to `size` logits."""
+    sequences, rows, key_heads = _steps(extent, size)
+    for in_batch in _slices(0, extent.sequences, sequences):
+        for in_rows in _slices(0, extent.rows, rows):
+            yield [
+                Tile(in_batch, in_rows, slice(s.start * extent.group, s.stop * extent.group), s)
+                for s in _slices(0, extent.key_heads, key_heads)
+            ]
+
+
+def row_tiles(tile: Tile, keys: int, size: int) -> list[Tile]:
+    """The tile in tiles of about `size` logits, that differ in their rows alone."""
+    heads, key_heads = _length(tile.heads), _length(tile.key_heads)
+    row = keys * heads * _length(tile.sequences)
+    step = max(1, size // row, min(PRODUCT_ROWS * key_heads // heads, LONG // row))
+    return [tile._replace(rows=rows) for rows in _slices(tile.rows.start, tile.rows.stop, step)]
+
+
+def _steps(extent: Extent, size: int) -> tuple[int, int, int]:
+    """Sequences, rows and key heads of a tile: whole sequences, or rows and heads of one."""
+    _, rows, key_heads, group, keys, width, causal = extent
+    row = group * keys
+    sequence = key_heads * max(row * rows, keys * width)  # logits, or keys: those of several sequences are copied
+    if sequence <= size:
+        return size // sequence, rows, key_heads
+    rows = min(rows, max(1, LONG // keys))
+    product = min(rows, max(1, PRODUCT_ROWS // group)) if causal else rows  # few rows: they see fewer keys
+    return 1, rows, min(key_heads, max(1, size // (row * product)))
+
+
+def _length(s: slice) -> int:
+    return int(s.stop) - int(s.start)
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]

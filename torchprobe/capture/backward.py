@@ -1,0 +1,113 @@
+"""What a running backward pass was called on, read from the caller's frame."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprobe.capture.compat import running
+
+_BACKWARD = torch.autograd.backward.__code__
+_GRAD = torch.autograd.grad.__code__
+_RECOMPUTED = torch.utils.checkpoint.CheckpointFunction.backward.__code__  # has a backward pass of its own
+
+
+class Roots(NamedTuple):
+    """What a backward pass begins at.
+
+    call: "backward", "grad" (`autograd.grad`, whose gradients the user puts where he likes), or "" when it was not
+    seen. value: the sum of the scalars it was called on, each times the gradient it was given; None when there is
+    another tensor among them. for_parameters: whether gradients may reach parameters.
+    """
+
+    call: str
+    value: Tensor | None
+    for_parameters: bool
+    tensors: tuple[Tensor, ...]
+
+
+_UNSEEN = Roots("", None, True, ())
+
+
+def roots() -> Roots:
+    """Of the backward pass that runs on this thread, or that another thread waits for, as on a device.
+
+    Costs 0.1 µs a frame.
+    """
+    found = _roots_above(sys._getframe(1))
+    if found is not None:
+        return found
+    for frame in sys._current_frames().values():
+        found = _roots_above(frame)
+        if found is not None:
+            return found
+    return _UNSEEN
+
+
+def _roots_above(frame: FrameType | None) -> Roots | None:
+    found: Roots | None = None
+    at = frame
+    while at is not None:
+        if at.f_code is _BACKWARD and (at.f_back is None or at.f_back.f_code is not _RECOMPUTED):
+            found = _of_backward(at.f_locals)  # the outermost counts: those inside are a checkpoint's
+            break
+        if at.f_code is _GRAD:
+            return _of_grad(at.f_locals)
+        at = at.f_back
+    return found
+
+
+def _of_backward(call: Any) -> Roots:
+    tensors = _tuple(call["tensors"])
+    gradients = _tuple(call.get("grad_tensors"))
+    inputs = _tuple(call.get("inputs"))
+    for_parameters = call.get("inputs") is None or any(isinstance(x, nn.Parameter) for x in inputs)
+    return Roots("backward", _value(tensors, gradients), for_parameters, tensors)
+
+
+def _of_grad(call: Any) -> Roots:
+    inputs = _tuple(call.get("inputs"))
+    mine = bool(call.get("create_graph")) or any(isinstance(x, nn.Parameter) for x in inputs)
+    return Roots("grad", None, mine, _tuple(call.get("outputs")))
+
+
+def _tuple(tensors: Any) -> tuple[Any, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) or tensors is None else tuple(tensors)
+
+
+def _value(tensors: tuple[Any, ...], gradients: tuple[Any, ...]) -> Tensor | None:
+    total: Tensor | None = None
+    for i, root in enumerate(tensors):
+        if not isinstance(root, Tensor) or root.numel() != 1 or root.is_complex() or hasattr(root, "full_tensor"):
+            return None
+        value = root.detach().reshape(())
+        value = value if value.dtype.itemsize >= 4 else value.float()
+        gradient = gradients[i] if i < len(gradients) else None
+        if isinstance(gradient, Tensor):
+            value = value * gradient.detach().reshape(())
+        total = value if total is None else total + value.to(total.device, total.dtype)
+    return total
+
+
+def scaler_alive() -> bool:
+    """Whether an enabled GradScaler exists. Looks at all objects: 50 ms."""
+    scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+    return any(scaler.is_enabled() for scaler in scalers)
+
+
+def loss_scale(optimizer: Optimizer) -> Tensor | None:
+    """The scale of the GradScaler whose `step` is calling this optimizer, or None."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if isinstance(scale, Tensor):
+        return scale
+    for caller in running(torch.amp.GradScaler.step.__code__):
+        scale = getattr(caller["self"], "_scale", None)  # a disabled scaler has none
+        return scale if isinstance(scale, Tensor) else None
+    return None

@@ -1,0 +1,326 @@
+"""The one door to what torch does not promise: its private names, and the frames of its functions.
+
+A name is looked up once, when what needs it is used. One that is gone costs what `NAMES` says, and one line in the log;
+where there is a second way, it costs nothing. Names of Dynamo are looked up only after something else loaded it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pkgutil
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import CodeType, FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch.optim import Optimizer
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_log = logging.getLogger("torchprobe")
+
+_EVAL_FRAME = "torch._C:_dynamo.eval_frame."
+_BESIDE = "hooks of torchprobe are compiled too, where they run beside a compiled module"
+_GUARDS = "compiled graphs are not guarded: one that was made for an equal model may serve the watched one, unseen"
+_RETRACE = "a model that was compiled before torchprobe watched it is not recorded inside its graphs"
+_GRAPHS = "nothing is recorded inside compiled graphs"
+
+NAMES: Mapping[str, str] = {
+    "torch._C:_current_graph_task_id": "",  # the callers' frames tell, but on CUDA, where backward has a thread
+    "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told
+    "torch.optim.optimizer:_global_optimizer_pre_hooks": "",  # the caller is told
+    "torch.optim.optimizer:_global_optimizer_post_hooks": "",  # the caller is told
+    "torch._C:DisableTorchFunction": "",  # there is one for subclasses alone
+    "torch._C:DisableTorchFunctionSubclass": "function modes and tensor subclasses of the user's see statistics",
+    "torch._C:_len_torch_dispatch_stack": "",  # then modes are always taken off
+    "torch.utils._python_dispatch:_disable_current_modes": "dispatch modes of the user's see statistics",
+    "torch._C:_get_tracing_state": "",  # there is torch.jit.is_tracing
+    "torch._C:_functorch.peek_interpreter_stack": "torch.func transforms are not told from plain passes",
+    "torch._C:_autograd.SavedTensor.data": "the origin of NaN is not looked for in the backward pass",
+    "torch.overrides:_push_mode": "",  # each of these has a second way
+    "torch.overrides:_pop_mode": "",
+    "torch.overrides:_get_current_function_mode_stack": "",
+    "torch._C:_push_on_torch_function_stack": "",
+    "torch._C:_pop_torch_function_stack": "",
+    "torch._C:_get_function_stack_at": "",
+    "torch._C:_len_torch_function_stack": "",
+    "torch.overrides:_enable_torch_function": "flex_attention with tensors in its score_mod is not read in eager code",
+    "torch.utils._device:DeviceContext": "",  # a default device then counts as a mode of the user's
+    "torch._ops:HigherOrderOperator": "flex_attention is not seen in eager code",
+    _EVAL_FRAME + "set_eval_frame": "",  # there is torch.compiler.disable
+    _EVAL_FRAME + "set_code_exec_strategy": _BESIDE,
+    _EVAL_FRAME + "_FrameExecStrategy": _BESIDE,
+    _EVAL_FRAME + "_FrameAction": _BESIDE,
+    _EVAL_FRAME + "skip_code": "",  # what older ones have in place of the three above
+    _EVAL_FRAME + "_debug_get_cache_entry_list": _RETRACE,
+    _EVAL_FRAME + "reset_code": _RETRACE,
+    "torch._dynamo.convert_frame:input_codes": _RETRACE,
+    "torch._dynamo.external_utils:wrap_inline": "a module of torch's own that was compiled before is not compiled anew",
+    "torch._dynamo.convert_frame:register_bytecode_hook": _GUARDS,
+    "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
+    "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": _GRAPHS,
+    "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (
+        "activation checkpoints inside compiled graphs are not recorded"
+    ),
+    "torch._guards:TracingContext.extract_stack": "several attentions of one module are merged in compiled graphs",
+}
+"""Where each name stands, `module:name`, and what is lost when it is gone; nothing, where it is empty."""
+
+REPLICA = "_is_replica"
+"""Key in the `__dict__` of a copy of a model that DataParallel makes at every call and runs in a thread of its own.
+
+Our hooks and marks are copied with it: they look for this key, in place, since a function would be one more frame.
+"""
+
+
+@functools.cache
+def lost(what: str) -> None:
+    """Say once that something is off, since this torch lacks a private name."""
+    _log.warning("%s (torch %s has changed in its inside); training goes on", what, torch.__version__)
+
+
+@functools.cache
+def find(name: str) -> Any:
+    """What stands under one of `NAMES`; None when it is gone, which is said once where something is lost by it."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        if NAMES[name]:
+            lost(NAMES[name])
+        return None
+
+
+# ---- frames of the callers
+
+
+def running(
+    code: CodeType, frame: FrameType | None = None, not_from: CodeType | None = None
+) -> list[Mapping[str, Any]]:
+    """Local variables of each caller that runs this code, innermost first.
+
+    frame: where to start; by default the caller. not_from: code whose own calls do not count. Costs 0.1 µs a frame.
+    """
+    at: FrameType | None = frame or sys._getframe(1)
+    found: list[Mapping[str, Any]] = []
+    while at is not None:
+        if at.f_code is code and (not_from is None or at.f_back is None or at.f_back.f_code is not not_from):
+            found.append(at.f_locals)
+        at = at.f_back
+    return found
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this is the first pass of a checkpoint that runs it without gradients, and again in backward."""
+    return bool(running(torch.utils.checkpoint.CheckpointFunction.forward.__code__))
+
+
+# ---- the autograd engine
+
+
+def backward_id() -> int | None:
+    """A number of the backward pass that runs on this thread; None outside of one."""
+    current = find("torch._C:_current_graph_task_id")
+    if current is None:
+        return _backward_frame()
+    number: int = current()
+    return None if number == -1 else number
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running on this thread: a forward pass here is a recomputation."""
+    return backward_id() is not None
+
+
+def at_end_of_backward(function: Callable[[], None]) -> bool:
+    """Have a function called when the backward pass that is running ends. False when torch cannot."""
+    queue = find("torch.autograd:Variable._execution_engine.queue_callback")
+    if queue is None:
+        return False
+    queue(function)
+    return True
+
+
+def _backward_frame() -> int | None:
+    codes = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return None if frame is None else id(frame)
+
+
+# ---- optimizers
+
+
+def optimizer_pre_hooks() -> OrderedDict[int, Any] | None:
+    """The process-wide hooks before each optimizer's step, in their order; None when torch does not show them."""
+    hooks: OrderedDict[int, Any] | None = find("torch.optim.optimizer:_global_optimizer_pre_hooks")
+    return hooks
+
+
+def optimizer_post_hooks() -> OrderedDict[int, Any] | None:
+    """The process-wide hooks after each optimizer's step, in their order; None when torch does not show them."""
+    hooks: OrderedDict[int, Any] | None = find("torch.optim.optimizer:_global_optimizer_post_hooks")
+    return hooks
+
+
+def own_step_hooks(optimizer: Optimizer) -> OrderedDict[int, Any] | None:
+    """The hooks before the step of one optimizer; None when torch does not show them."""
+    hooks: OrderedDict[int, Any] | None = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return hooks
+
+
+# ---- transforms and modes
+
+
+def under_transform() -> bool:
+    """Whether values are not plain tensors of this step: `torch.func` transforms, tracing, export."""
+    tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined] # the second takes twice the time
+    return bool(tracing()) or under_function_transform()
+
+
+def under_function_transform() -> bool:
+    """Whether a `torch.func` transform, such as `vmap` or `grad`, runs the caller."""
+    peek = find("torch._C:_functorch.peek_interpreter_stack")
+    return peek is not None and peek() is not None
+
+
+def no_torch_function() -> AbstractContextManager[Any]:
+    """Within, no function mode and no tensor subclass of anybody's sees a call."""
+    made = find("torch._C:DisableTorchFunction") or find("torch._C:DisableTorchFunctionSubclass") or nullcontext
+    entered: AbstractContextManager[Any] = made()
+    return entered
+
+
+def no_dispatch_modes() -> AbstractContextManager[Any]:
+    """Within, no dispatch mode of the user's sees an operation."""
+    depth = find("torch._C:_len_torch_dispatch_stack")
+    if depth is not None and not depth():
+        return nullcontext()
+    disable = find("torch.utils._python_dispatch:_disable_current_modes") or nullcontext
+    entered: AbstractContextManager[Any] = disable()
+    return entered
+
+
+def _no_stack(*mode: Any) -> None:
+    lost("attention is not seen")
+
+
+push_mode: Callable[[Any], None] = (
+    find("torch.overrides:_push_mode") or find("torch._C:_push_on_torch_function_stack") or _no_stack
+)
+"""Put a function mode on top of the stack. Dynamo can trace it."""
+
+pop_mode: Callable[[], Any] = (
+    find("torch.overrides:_pop_mode") or find("torch._C:_pop_torch_function_stack") or _no_stack
+)
+"""Take the top of the stack of function modes off, and return it. Dynamo can trace it."""
+
+
+def function_modes() -> list[Any]:
+    """The stack of function modes, the innermost last."""
+    listed = find("torch.overrides:_get_current_function_mode_stack")
+    if listed is not None:
+        return list(listed())
+    depth, at = find("torch._C:_len_torch_function_stack"), find("torch._C:_get_function_stack_at")
+    return [] if depth is None or at is None else [at(i) for i in range(depth())]
+
+
+def count_function_modes() -> int:
+    """How many function modes are on the stack."""
+    depth = find("torch._C:_len_torch_function_stack")
+    return len(function_modes()) if depth is None else depth()
+
+
+class _Nothing:
+    """Stands for a class that torch no longer has: nothing is one of it."""
+
+
+def enable_torch_function() -> AbstractContextManager[Any]:
+    """Within, tensor subclasses and function modes see calls again, where torch had switched that off."""
+    enable = find("torch.overrides:_enable_torch_function") or nullcontext
+    entered: AbstractContextManager[Any] = enable()
+    return entered
+
+
+OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
+OpOverloadPacket: type[Any] = type(torch.ops.aten.add)
+HigherOrderOperator: type[Any] = find("torch._ops:HigherOrderOperator") or _Nothing
+DeviceContext: type[Any] = find("torch.utils._device:DeviceContext") or _Nothing
+
+
+def saved_tensors_are_readable() -> bool:
+    """Whether what an autograd node has saved can be looked at."""
+    return find("torch._C:_autograd.SavedTensor.data") is not None
+
+
+# ---- Dynamo, without loading it
+
+
+def skip_frames(*functions: Callable[..., Any]) -> None:
+    """Have functions run as they are where Dynamo meets them as frames of their own.
+
+    That is so for hooks beside a compiled module. Where they are part of a larger frame they are traced as ever.
+    """
+    for function in functions:
+        _skip(function.__code__)
+
+
+def _skip(code: CodeType) -> None:
+    older = find(_EVAL_FRAME + "skip_code")
+    if older is not None:
+        older(code)
+        return
+    skip, strategy, action = (find(_EVAL_FRAME + name) for name in _STRATEGY)
+    if skip is not None and strategy is not None and action is not None:
+        skip(code, strategy(action.SKIP, action.DEFAULT))
+
+
+_STRATEGY = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+
+
+def beside(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function from such a hook, with nothing in it traced. Costs 0.3 µs."""
+    switch = find(_EVAL_FRAME + "set_eval_frame")
+    if switch is None:
+        return _disabled()(function, *args) if "torch._dynamo" in sys.modules else function(*args)
+    before = switch(None)
+    try:
+        return function(*args)
+    finally:
+        switch(before)
+
+
+skip_frames(beside)
+
+
+@functools.cache
+def _disabled() -> Callable[..., Any]:
+    return torch.compiler.disable(lambda function, *args: function(*args))  # type: ignore[no-any-return]
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Keep Dynamo out of a function: `torch.compiler.disable`, without its import of the whole compiler."""
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        result: _R = beside(functools.partial(function, **kwargs), *args)
+        return result
+
+    skip_frames(call)
+    for key, value in (("disable", True), ("disable_recursive", True), ("orig_callable", function)):
+        setattr(call, f"_torchdynamo_{key}", value)
+    return call
+
+
+def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let calls run once, while a graph is traced, and be constants of it.
+
+    That is `torch.compiler.assume_constant_result` without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,126 @@
+"""What a hook can know, and do, while Dynamo traces it into the user's graph."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from torchprobe.capture.compat import constant, find, under_transform
+from torchprobe.capture.compiled.graphs import attach_guards
+
+Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
+_log = logging.getLogger("torchprobe")
+
+TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+
+_CHECKPOINT = "torch.utils.checkpoint.checkpoint"
+_UNCHECKED = "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer"
+_PACKAGE = str(Path(__file__).parents[2])
+_MODULES = torch.nn.modules.module.__file__  # where modules call each other
+
+
+@constant
+def scope() -> Scope:
+    """Where the hook is traced: in a graph, or in an activation checkpoint in one; statistics can be part of both.
+
+    Elsewhere nothing may be recorded: in an export, a `torch.func` transform, a branch of `torch.cond`.
+    """
+    attach_guards()
+    translator = _translator()
+    if translator is None or getattr(translator, "export", False) or under_transform():
+        return "elsewhere"
+    tracer = translator.output.current_tracer
+    if tracer.parent is None:
+        return "graph"
+    while tracer.parent is not None:
+        if getattr(tracer, "description", None) != _CHECKPOINT:
+            return "elsewhere"
+        tracer = tracer.parent
+    return "checkpoint" if find(_UNCHECKED) is not None else "elsewhere"
+
+
+def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
+    """Change Python state from a traced hook.
+
+    In a checkpoint Dynamo forbids it, lest recomputation does it twice; ours is undone before the checkpoint ends,
+    or is the same twice.
+    """
+    if where == "checkpoint":
+        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+    else:
+        function(*args)
+
+
+@constant
+def gradient_hooks_trace() -> bool:
+    """Whether a graph takes hooks of tensors inside it. Before torch 2.11 they break it."""
+    if not TRACES_GRADIENT_HOOKS:
+        _say_once()
+    return TRACES_GRADIENT_HOOKS
+
+
+@functools.cache
+def _say_once() -> None:
+    _log.warning("activation gradients inside compiled graphs need torch 2.11, this is %s", torch.__version__)
+
+
+@constant
+def place() -> int:
+    """A number for the line that is being traced, as reached from the innermost module: the same in equal modules."""
+    path: list[tuple[str, str, int | None]] = []
+    stack = find("torch._guards:TracingContext.extract_stack")
+    for frame in reversed(stack() if stack is not None else ()):
+        if frame.filename == _MODULES:
+            break
+        if not frame.filename.startswith(_PACKAGE):
+            path.append((frame.filename, frame.name, frame.lineno))
+    return zlib.crc32(repr(path).encode()) >> 1  # fits an int that a graph takes
+
+
+class _Nesting:
+    """How many modes are at work on one call, in the trace that is running."""
+
+    def __init__(self) -> None:
+        self._graph = 0
+        self._depth = 0
+
+    def move(self, by: int) -> int:
+        """The depth before the move. A trace that was given up does not count in the next."""
+        translator = _translator()
+        graph = id(translator.output) if translator is not None else 0
+        before = self._depth if graph == self._graph else 0
+        self._graph, self._depth = graph, max(before + by, 0)
+        return before
+
+
+_nesting = _Nesting()
+
+
+@constant
+def enter_nesting() -> bool:
+    """A mode takes on a call: whether it is the first to."""
+    return _nesting.move(+1) == 0
+
+
+@constant
+def leave_nesting() -> bool:
+    """A mode is done with a call."""
+    return _nesting.move(-1) == 1
+
+
+def _translator() -> Any:
+    """Dynamo's translator of the running frame; None when something else traces."""
+    if "torch._dynamo.symbolic_convert" not in sys.modules:
+        return None
+    current = find("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")
+    try:
+        return None if current is None else current()
+    except AttributeError:
+        return None

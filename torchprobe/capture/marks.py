@@ -1,0 +1,76 @@
+"""What hangs on the user's modules while they are watched, and how it stays out of copies and pickles of them.
+
+A pickle of a watched module is that of the module itself: the state that `copy` and `pickle` ask it for is without our
+marks and hooks, so that it loads where torchprobe is not installed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import nn
+
+_STATE = "__getstate__"
+_PREFIX = "_torchprobe"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_HOOKS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def mark(module: nn.Module, key: str, value: Any) -> None:
+    """Put something of ours under a key that begins with `_torchprobe` into a module's `__dict__`."""
+    attributes = module.__dict__
+    attributes[key] = value
+    if _STATE not in attributes:
+        attributes[_STATE] = CleanState(module)
+
+
+def unmark(module: nn.Module, key: str) -> None:
+    """Take it off."""
+    attributes = module.__dict__
+    attributes.pop(key, None)
+    if isinstance(attributes.get(_STATE), CleanState) and not any(name.startswith(_PREFIX) for name in attributes):
+        del attributes[_STATE]
+
+
+class CleanState:
+    """A module's own `__getstate__`, without what is ours."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: ReferenceType[nn.Module] = ref(module)
+
+    def __call__(self) -> Any:
+        """The state of the module as if it were not watched."""
+        module = self._module()
+        if module is None:
+            return None
+        own: Callable[[Any], Any] | None = getattr(type(module), _STATE, None)
+        state = module.__dict__.copy() if own is None else own(module)
+        return _cleaned(state) if isinstance(state, dict) else state
+
+
+def _cleaned(state: dict[str, Any]) -> dict[str, Any]:
+    clean = {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(key, str) and key.startswith(_PREFIX)) and not isinstance(value, CleanState)
+    }
+    for name in _HOOKS:
+        hooks = clean.get(name)
+        if isinstance(hooks, OrderedDict) and any(map(_is_ours, hooks.values())):
+            clean[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_ours(hook))
+            ours = [key for key, hook in hooks.items() if _is_ours(hook)]
+            for other in _OF_HOOKS:
+                if isinstance(clean.get(other), OrderedDict) and other.startswith(name):
+                    clean[other] = OrderedDict((k, v) for k, v in clean[other].items() if k not in ours)
+    return clean
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torchprobe.")

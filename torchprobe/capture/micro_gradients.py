@@ -1,0 +1,92 @@
+"""Gradients of micro-batches: what each backward pass of a step adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.sharding import is_unreduced, local_part, share_of
+from torchprobe.naming import named_parameters
+from torchprobe.probes.base import Probe, Reporter
+from torchprobe.statistics.dtypes import measurable
+
+KeptRows: TypeAlias = "dict[tuple[Reporter, torch.device], dict[str, Tensor]]"
+
+
+class MicroGradientSource:
+    """Copies the gradients when a backward pass begins, and measures the difference when it has ended.
+
+    Costs a copy of all gradients and a subtraction, on sampled steps, where a probe of this source is due.
+    """
+
+    names = ("micro_gradients",)
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        reporters: Sequence[Reporter],
+        wanted: Callable[[str, nn.Parameter, Probe], bool],
+    ) -> None:
+        self._model = model
+        self._reporters = [r for r in reporters if r.source == "micro_gradients"]
+        self._wanted = wanted
+        self._before: dict[str, Tensor] | None = None
+
+    def begin(self, due: frozenset[Reporter]) -> None:
+        """A backward pass begins."""
+        if self._reporters and not due.isdisjoint(self._reporters):
+            self._before = {name: gradient.clone() for name, _, gradient in self._gradients()}
+
+    def end(self, due: frozenset[Reporter]) -> KeptRows:
+        """It has ended: rows by parameter."""
+        kept: KeptRows = {}
+        before, self._before = self._before, None
+        if before is None:
+            return kept
+        with torch.no_grad():
+            added = [
+                (name, p, gradient - before[name] if name in before else gradient)
+                for name, p, gradient in self._gradients()
+            ]
+        for reporter in self._reporters:
+            if reporter in due and not reporter.gate.failed:
+                with reporter.gate.boundary(), torch.no_grad():
+                    selected = [(name, g) for name, p, g in added if self._wanted(name, p, reporter.probe)]
+                    for name, gradient in selected:
+                        row = reporter.probe.measure(gradient)
+                        kept.setdefault((reporter, row.device), {})[name] = row
+        return kept
+
+    def merge(self, a: KeptRows, b: KeptRows) -> KeptRows:
+        """The rows of two backward passes together."""
+        for key, rows in b.items():
+            mine = a.setdefault(key, {})
+            for name, row in rows.items():
+                mine[name] = key[0].probe.combine(mine[name], row) if name in mine else row
+        return a
+
+    def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
+        """As rows for the buffer."""
+        shares = {name: share_of(p) for name, p in self._named()}
+        return [
+            Piece(
+                reporter,
+                list(rows),
+                torch.stack(list(rows.values())),
+                shares=[shares[name] for name in rows],
+            )
+            for (reporter, _), rows in kept.items()
+        ]
+
+    def _gradients(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        usable = [(n, p) for n, p in self._named() if p.grad is not None and not is_unreduced(p.grad)]
+        return [(n, p, local_part(p.grad.detach())) for n, p in usable if p.grad is not None and measurable(p.grad)]
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        model = self._model()
+        return [] if model is None else list(named_parameters(model))

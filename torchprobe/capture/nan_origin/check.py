@@ -1,0 +1,121 @@
+"""Sees at every step whether numbers are still finite, from a few of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.capture.gate import Gate
+from torchprobe.capture.nan_origin.graph import Finding, of_gradients, of_output
+from torchprobe.capture.outputs import main_tensor
+from torchprobe.naming import named_parameters
+from torchprobe.statistics.dtypes import on_host
+
+_ELEMENTS = 1024  # of one tensor
+_LOOKS = 3  # steps to look at closely before giving up
+
+
+class Sign(NamedTuple):
+    """That numbers were not finite: in "output" or "gradient", and where it came from, when that is known."""
+
+    of: str
+    finding: Finding | None
+
+
+class NanCheck:
+    """Two signs at every step, each from at most about a thousand elements of one tensor.
+
+    NaN in a forward pass reaches the output; NaN or inf in a backward pass reaches the gradients of all earlier
+    layers, so that those of the first small parameter tell. An inf in the output alone is no sign, since masks are.
+
+    In host memory a sign is seen at once, and explained at once (`graph`). Elsewhere it is a number on the device,
+    0 or 1. Once one was seen, the next steps are looked at closely: see `looks`.
+    """
+
+    def __init__(self, model: ReferenceType[nn.Module], gate: Gate) -> None:
+        self.gate = gate
+        self._model = model
+        self._first: Callable[[], nn.Parameter | None] | None = None
+        self._wanted = False
+        self._looks = _LOOKS
+
+    def output(self, output: Any) -> Sign | Tensor | None:
+        """A training pass has returned: a sign of NaN, a flag on the device, or None when all is well."""
+        tensor = main_tensor(output)
+        if tensor is None or not _is_plain(tensor):
+            return None
+        value = _sum(_column(tensor.detach()))
+        if isinstance(value, Tensor):
+            return value.isnan()
+        return Sign("output", of_output(self._named(), [tensor])) if math.isnan(value) else None
+
+    def gradients(self) -> Sign | Tensor | None:
+        """A backward pass has ended: the same for its gradients."""
+        parameter = self._first_trained()
+        gradient = None if parameter is None else parameter.grad
+        if gradient is None or not _is_plain(gradient):
+            return None
+        value = _sum(gradient.detach() if gradient.requires_grad else gradient)
+        if isinstance(value, Tensor):
+            return value.isfinite().logical_not()
+        return None if math.isfinite(value) else Sign("gradient", of_gradients(self._named()))
+
+    def seen(self) -> None:
+        """A step used numbers that are not finite; for any thread."""
+        self._wanted = True
+
+    def looks(self) -> bool:
+        """Whether the coming step deserves a close look."""
+        wanted, self._wanted = self._wanted and self._looks > 0, False
+        if wanted:
+            self._looks -= 1
+        else:
+            self._looks = _LOOKS
+        return wanted
+
+    def _first_trained(self) -> nn.Parameter | None:
+        parameter = None if self._first is None else self._first()
+        if parameter is None or parameter.grad is None:
+            found = [p for _, p in self._named() if p.grad is not None and p.is_floating_point()]
+            parameter = next((p for p in found if p.numel() <= _ELEMENTS), found[0] if found else None)
+            self._first = None if parameter is None else ReferenceType(parameter)
+        return parameter
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        model = self._model()
+        return [] if model is None else list(named_parameters(model))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the elements are here: no DTensor, fake or sparse tensor."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _column(x: Tensor) -> Tensor:
+    """One element of every row: what is NaN inside a model is NaN along its last dimension soon."""
+    return x.select(-1, 0) if x.dim() > 1 else x
+
+
+def _sum(x: Tensor) -> float | Tensor:
+    """Of some of the elements; a number where they are in host memory."""
+    few = x if x.numel() <= _ELEMENTS else _few(x)
+    if not x.is_cpu:
+        return few.sum(dtype=torch.float32)
+    if x.dtype.itemsize < 4:  # numpy lacks bfloat16, and adds up halves in halves
+        return on_host(few.sum(dtype=torch.float32))
+    return float(few.numpy().sum())
+
+
+def _few(x: Tensor) -> Tensor:
+    """At most about `_ELEMENTS` of the elements, spread over all dimensions: a view."""
+    while x.numel() > _ELEMENTS:
+        size, dim = max((size, dim) for dim, size in enumerate(x.shape))
+        step = min(size, -(-x.numel() // _ELEMENTS))
+        x = x[(slice(None),) * dim + (slice(None, None, step),)]
+    return x

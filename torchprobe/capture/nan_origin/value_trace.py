@@ -1,0 +1,133 @@
+"""What flows into and out of every module, forward and backward, as extremes in execution order."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import in_backward
+from torchprobe.capture.gate import no_autocast
+from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
+from torchprobe.capture.source import Pass
+from torchprobe.naming import ROOT, named_modules
+from torchprobe.probes.base import Reporter
+from torchprobe.statistics.dtypes import real, row_dtype
+
+_MOST_EVENTS = 20_000  # in a pass
+
+
+class Trace:
+    """The events of one pass: a row of extremes for each tensor that a module call saw."""
+
+    def __init__(self) -> None:
+        self.rows: defaultdict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+        self.calls: list[int] = []  # those that are running
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.events = 0
+
+
+class ValueTrace:
+    """What every module call sees, one reduction a tensor: its extremes are NaN or inf where it holds some."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self._turn = self._tensor = self._call = self._place = 0  # they only grow, so that passes keep their order
+
+    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+        """Every module."""
+        return named_modules(model)
+
+    def before(
+        self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Its parameters and inputs."""
+        trace = passing.kept.setdefault(self, Trace())
+        self._call += 1
+        trace.calls.append(self._call)
+        given = list(_floats((args, kwargs)))
+        if not in_backward():
+            if name == ROOT:
+                trace.shapes = dict(_shapes(args, kwargs))
+            prefix = "" if name == ROOT else f"{name}."
+            for own, parameter in module.named_parameters(recurse=False):
+                self._add(trace, self._call, "parameter", prefix + own, parameter)
+            for tensor in given:
+                self._add(trace, self._call, "in", name, tensor)
+        for tensor in given:
+            self._follow(trace, self._call, "grad_in", name, tensor)
+
+    def after(self, passing: Pass, name: str, output: Any) -> None:
+        """Its output."""
+        trace = passing.kept.setdefault(self, Trace())
+        call = trace.calls.pop() if trace.calls else 0
+        tensor = main_tensor(output)
+        if tensor is not None and call:
+            if not in_backward():
+                self._add(trace, call, "out", name, tensor)
+            self._follow(trace, call, "grad_out", name, tensor)
+
+    def unseen(self, reason: str) -> None:
+        """The check's own finding is all there is."""
+
+    def merge(self, a: Trace, b: Trace) -> Trace:
+        """The events of two passes; those of the first that are too many are all that is lost."""
+        if a.events + b.events <= _MOST_EVENTS:
+            for device, rows in b.rows.items():
+                a.rows[device] += rows
+            a.events += b.events
+        a.shapes = b.shapes or a.shapes
+        return a
+
+    def rows(self, trace: Trace, training: bool, due: frozenset[Reporter]) -> list[Piece]:
+        """The events as rows."""
+        pieces: list[Piece] = []
+        if not training or self.reporter.gate.failed:
+            return pieces
+        for device, named in trace.rows.items():
+            stacked = torch.stack([row.to(row_dtype(device)) for _, row in named])
+            pieces.append(Piece(self.reporter, [name for name, _ in named], stacked))
+        return pieces
+
+    def _follow(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
+        if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
+            tensor.register_hook(functools.partial(self._on_gradient, trace, call, kind, name))
+
+    def _on_gradient(self, trace: Trace, call: int, kind: str, name: str, gradient: Tensor) -> None:
+        gate = self.reporter.gate
+        if not gate.failed:
+            with gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+                self._add(trace, call, kind, name, gradient)
+
+    def _add(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
+        if not _is_readable(tensor):
+            return
+        self._turn += 1
+        if tensor.data_ptr() != self._place:  # all hooks of one gradient see it in turn
+            self._place = tensor.data_ptr()
+            self._tensor += 1
+        trace.events += 1
+        if trace.events <= _MOST_EVENTS:
+            with no_autocast(tensor.device):
+                row = torch.stack(real(tensor).aminmax())
+            trace.rows[tensor.device].append((f"{self._turn} {self._tensor} {call} {kind} {name}", row))
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.numel() > 0
+
+
+def _floats(given: Any) -> Iterator[Tensor]:
+    return (tensor for part in given for tensor in tensors_in(part) if is_numeric(tensor))
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
+        for i, tensor in enumerate(tensors_in(value)):
+            yield (name if i == 0 else f"{name}.{i}"), tuple(tensor.shape)

@@ -1,0 +1,121 @@
+"""Hears of the calls of loss modules, by hooks on the modules themselves."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.compat import under_transform
+from torchprobe.capture.predictions.targets import KINDS
+
+OnCall = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]
+
+_FIRST_WAIT = 100  # steps
+
+
+class _Hooked(NamedTuple):
+    module: ReferenceType[nn.Module]
+    handle: RemovableHandle
+
+
+class LossModules:
+    """Loss modules of torch's and of classes made from them, wherever they are: in the model, or any object alive.
+
+    A hook stays on its module until `detach`: a compiled function around it is compiled with it, once. It does nothing
+    while `listening` is off. No module is kept alive. on_call: hears of a call with its arguments.
+
+    A look through all objects costs 23 to 48 ms, so there is one at the first sampled training pass, one at the first
+    sampled validation pass if there was no loss module before, and others only while gradients arrive without a call
+    of one, after 100 steps, 1,000 more, 10,000 more: a loss may be made late, but mostly it is a function.
+    """
+
+    def __init__(self, on_call: OnCall) -> None:
+        self.listening = False
+        self._on_call = on_call
+        self._hook = _Hook(self)
+        self._hooked: dict[int, _Hooked] = {}
+        self._looked_in: set[bool] = set()  # training or not
+        self._wait = _FIRST_WAIT
+        self._next_look = 0
+        self._missed = False
+
+    def look_if_due(self, model: nn.Module | None, step: int, training: bool) -> None:
+        """An output's targets are sought: put hooks on what there is, if it is time to look."""
+        first = training not in self._looked_in and not (self._hooked and not training)
+        if first or (training and self._missed and step >= self._next_look):
+            if not first:
+                self._wait *= 10
+            self._looked_in.add(training)
+            self._missed, self._next_look = False, step + self._wait
+            for module in _loss_modules(model):
+                self._put_on(module)
+
+    def called(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A loss module has returned."""
+        if self.listening and not under_transform():
+            self._missed = False
+            self._on_call(module, args, kwargs)
+
+    def missed(self) -> None:
+        """A gradient has arrived, and no loss module was called."""
+        self._missed = True
+
+    def detach(self) -> None:
+        """Take every hook off. Safe to call twice."""
+        for hooked in self._hooked.values():
+            hooked.handle.remove()
+        self._hooked = {}
+
+    def _put_on(self, module: nn.Module) -> None:
+        known = self._hooked.get(id(module))
+        if known is None or known.module() is not module:
+            # A class of the user's may have a method of this name.
+            handle = nn.Module.register_forward_hook(module, self._hook, with_kwargs=True)
+            self._hooked[id(module)] = _Hooked(ref(module), handle)
+
+
+class _Hook:
+    """What hangs on a loss module. Does not keep the session alive, nor travel with copies and pickles."""
+
+    def __init__(self, owner: LossModules) -> None:
+        self._owner = ref(owner)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner = self._owner()
+        if owner is not None:
+            owner.called(module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return nullcontext().__exit__  # takes anything, does nothing, is there without torchprobe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _loss_modules(model: nn.Module | None) -> Iterator[nn.Module]:
+    """Those of the model, and all that the garbage collector knows."""
+    parts = [] if model is None else list(model.modules())  # the collector does not know what gc.freeze() hid
+    # Not isinstance: that may run code of objects that are none of our business.
+    found = (o for o in (*parts, *gc.get_referrers(*_classes())) if issubclass(type(o), KINDS))
+    return (module for module in found if "_forward_hooks" in module.__dict__)  # else it is just being made
+
+
+def _classes() -> set[type]:
+    """Those of torch's, and all that are made from them."""
+    found: set[type] = set()
+    queue: list[type] = list(KINDS)
+    while queue:
+        cls = queue.pop()
+        if cls not in found:
+            found.add(cls)
+            queue += type.__subclasses__(cls)
+    return found

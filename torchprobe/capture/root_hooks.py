@@ -1,0 +1,165 @@
+"""Forward passes of the whole model: two hooks at its root, the only ones on an idle step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.capture.compat import (
+    REPLICA,
+    beside,
+    in_backward,
+    in_reentrant_checkpoint,
+    skip_frames,
+    under_function_transform,
+    under_transform,
+)
+from torchprobe.capture.compiled.graphs import hides_hooks
+from torchprobe.capture.compiled.tracing import scope
+from torchprobe.capture.inert import Inert
+from torchprobe.capture.marks import mark, unmark
+from torchprobe.capture.source import Running
+
+_log = logging.getLogger("torchprobe")
+_FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
+ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
+
+
+class PassObserver(Protocol):
+    """Hears of each forward pass that is not traced into a compiled graph."""
+
+    def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
+        """A forward pass of the model begins."""
+
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It ended without an exception."""
+
+    def raise_pass(self) -> None:
+        """It ended by an exception."""
+
+    def leave_recomputation(self, output: Any) -> None:
+        """It was run again, inside a backward pass."""
+
+
+class Root(Inert):
+    """What the root hooks find on the model."""
+
+    def __init__(self, observer: PassObserver, running: Running) -> None:
+        self.observer = observer
+        self.running = running
+        self.error: BaseException | None = None  # that is handled while the pass runs
+        self._told = False
+
+    def tell_of_transform(self) -> None:
+        """A pass is not recorded because a function transform runs it: say so once."""
+        if not self._told and under_function_transform():
+            self._told = True
+            _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
+
+    def enter(self, module: nn.Module, grad_enabled: bool) -> None:
+        """The model is called."""
+        self.error = sys.exc_info()[1]
+        if under_transform():
+            self.tell_of_transform()
+        elif not in_backward():
+            in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+            self.observer.enter_pass(module, in_training)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It has returned, or raised: then there is no output."""
+        error, self.error = self.error, None
+        if under_transform():
+            return
+        if in_backward():
+            self.observer.leave_recomputation(output)
+        elif output is None and sys.exc_info()[1] is not error:
+            self.observer.raise_pass()
+        else:
+            self.observer.leave_pass(module, args, kwargs, output)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)
+    if root is None:
+        return
+    if not torch.compiler.is_compiling():
+        if REPLICA not in module.__dict__:
+            beside(root.enter, module, torch.is_grad_enabled())
+    elif scope() == "graph":  # only plain flags: a call out of the graph would break it
+        _enter_graph(root.running, module.training and torch.is_grad_enabled())
+
+
+def _enter_graph(running: Running, training: bool) -> None:
+    running.compiled = running.seen = True
+    running.training = training
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)
+    if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
+        beside(root.leave, module, args, kwargs, output)
+
+
+class PassHooks:
+    """The root hooks: on the model, or on its parts when only these are ever called."""
+
+    def __init__(self, model: nn.Module, observer: PassObserver, running: Running) -> None:
+        self._observer = observer
+        self._running = running
+        self._handles: list[RemovableHandle] = []
+        self._modules: WeakSet[nn.Module] = WeakSet()
+        skip_frames(_enter, _leave)
+        self._put_on(list(_roots(model)))
+
+    def move_to_parts(self, model: nn.Module) -> None:
+        """The model itself is never called: follow the outermost parts that can be."""
+        self.remove()
+        self._put_on(list(_entries(model)))
+
+    def remove(self) -> None:
+        """Take hooks and state off. Safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        for module in list(self._modules):
+            unmark(module, ROOT_KEY)
+        self._modules.clear()
+
+    def _put_on(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            mark(module, ROOT_KEY, Root(self._observer, self._running))
+            self._handles += [
+                module.register_forward_pre_hook(_enter),
+                module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+            ]
+            self._modules.add(module)
+
+
+def _roots(model: nn.Module) -> Iterator[nn.Module]:
+    """What is called: the model, or what torch.compile made of it too, when hooks inside are part of the graph."""
+    if _has_forward(model):
+        yield model
+        return
+    if hides_hooks(model):
+        yield model
+    yield from _entries(model)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether the module's class says what calling it does; Lightning's base class only seems to."""
+    home = type(module).forward.__module__
+    return type(module).forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if _has_forward(child):
+            yield child
+        else:
+            yield from _entries(child)

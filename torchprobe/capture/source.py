@@ -1,0 +1,208 @@
+"""What fetches values from the user's program: the protocol of a source, and the forward pass that values belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
+from typing import Any, Protocol, TypeAlias
+from weakref import ReferenceType
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.buffer.step import Piece
+from torchprobe.probes.base import Reporter
+from torchprobe.probes.checks import register
+
+TRAINING, UNDECIDED, VALIDATION, DROPPED = "training", "undecided", "validation", "dropped"
+"""What a pass is: `UNDECIDED` is one with gradients in evaluation mode, training once a backward pass runs through it."""
+
+
+class Dropped:
+    """Passes whose graphs are gone without a backward pass: told by the garbage collector, on any thread."""
+
+    def __init__(self) -> None:
+        self._passes: list[tuple[str, dict[Any, Any], Any]] = []
+
+    def add(self, kind: str, kept: dict[Any, Any], sign: Any) -> None:
+        """One more. Takes no lock and runs nothing: a garbage collection may call it anywhere."""
+        self._passes.append((kind, kept, sign))
+
+    def take(self) -> list[tuple[str, dict[Any, Any], Any]]:
+        """Those since the last call."""
+        if not self._passes:
+            return []
+        passes, self._passes = self._passes, []
+        return passes
+
+
+class Pass:
+    """A forward pass of the model, and what sources keep of it until it is known whether it counts.
+
+    It is the hook on the pass's outputs, so that it lives as long as their graph does, and holds nothing of it.
+
+    due: whose rows the pass gives. kept: by source. sign: of NaN in its output. task: the backward pass that runs
+    through it.
+    """
+
+    __slots__ = ("__weakref__", "_backward", "_dropped", "_handles", "due", "kept", "kind", "sign", "task")
+    __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
+
+    def __init__(self, kind: str, due: frozenset[Reporter], backward: Callable[[Pass], None], dropped: Dropped) -> None:
+        self.kind = kind
+        self.due = due
+        self.kept: dict[Any, Any] = {}
+        self.sign: Any = None
+        self.task: int | None = None
+        self._handles: list[RemovableHandle] = []
+        self._backward = backward
+        self._dropped = dropped
+
+    @property
+    def training(self) -> bool:
+        """Whether sources take it as one of training, as far as is known."""
+        return self.kind is TRAINING or self.kind is UNDECIDED
+
+    def __call__(self, gradient: Tensor) -> None:
+        """A gradient reaches one of its outputs."""
+        self._backward(self)
+
+    def __del__(self) -> None:
+        if self.task is None and (self.sign is not None or (self.kept and self.kind is UNDECIDED)):
+            self._dropped.add(self.kind, self.kept, self.sign)
+
+    def decide(self, kind: str) -> None:
+        """It is known what the pass is."""
+        self.kind = kind
+
+    def enter_backward(self, task: int) -> None:
+        """A backward pass runs through it."""
+        self.task = task
+
+    def saw(self, sign: Any) -> None:
+        """Its output was looked at."""
+        self.sign = sign
+
+    def keep(self, source: Any, kept: Any) -> None:
+        """What a source has of the pass."""
+        self.kept[source] = kept
+
+    def take(self) -> dict[Any, Any]:
+        """What was kept of it; what comes later is kept anew."""
+        kept, self.kept = self.kept, {}
+        return kept
+
+    def hold(self, handle: RemovableHandle) -> None:
+        """A hook that must not outlive the pass, such as one on a parameter."""
+        self._handles.append(handle)
+
+    def release(self) -> None:
+        """Take such hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class Running:
+    """What is under way in the thread that trains: shared by the recorder, which tells, and all hooks, which ask."""
+
+    def __init__(self) -> None:
+        self.passing: Pass | None = None
+        self.compiled = False  # a hook was traced: hooks stay on, and only flags change
+        self.fired = False  # a hook ran outside of graphs in this step
+        self.seen = False  # the model itself was called, not only its parts
+        self.training = True  # what the pass that a graph was called for is
+        self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
+        self.sampled_val = False  # and in validation
+        self._thread = 0
+        self._in_backward: Callable[[], Pass | None] = lambda: None
+        self._in_graph: Callable[[bool], Pass | None] = lambda training: None
+
+    def ask(self, in_backward: Callable[[], Pass | None], in_graph: Callable[[bool], Pass | None]) -> None:
+        """Where values belong that come in a backward pass, and from a graph that is called outside of a pass."""
+        self._in_backward, self._in_graph = in_backward, in_graph
+
+    def enter(self, passing: Pass) -> None:
+        """A forward pass begins."""
+        self.passing, self.training = passing, passing.training
+        self._thread = get_ident()
+
+    def exit(self) -> None:
+        """It is over."""
+        self.passing = None
+
+    def follow(self, sampled: bool, sampled_val: bool) -> None:
+        """What graphs are to record from now on."""
+        self.sampled, self.sampled_val = sampled, sampled_val
+
+    def note_fired(self) -> None:
+        """A hook of a module ran."""
+        self.fired = True
+
+    def forget_fired(self) -> None:
+        """A step is over."""
+        self.fired = False
+
+    def forward(self) -> Pass | None:
+        """The forward pass that runs in this thread."""
+        return self.passing if self._thread == get_ident() else None
+
+    def of_backward(self) -> Pass | None:
+        """The forward pass that the running backward pass runs through."""
+        return self._in_backward()
+
+    def of_graph(self, training: bool) -> Pass | None:
+        """The pass that a compiled graph runs for."""
+        return self.passing or self._in_graph(training)
+
+
+class Source(Protocol):
+    """Fetches values of one kind. What it keeps of a pass it hands to `Pass.keep`; the recorder decides what counts.
+
+    An exception in it must end at the gate of the reporter whose value it fetches: see `capture.gate`.
+    """
+
+    def open(self, step: int) -> None:
+        """A step begins."""
+
+    def enter(self, passing: Pass, module: nn.Module) -> None:
+        """A forward pass begins, of the model or of a part that is called by itself."""
+
+    def leave(self, passing: Pass, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """It has returned; not called for one that raised."""
+
+    def exit(self, passing: Pass) -> None:
+        """It has ended, by an exception or not: nothing stays entered."""
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """What two passes kept, together, so that memory is bounded over many micro-batches."""
+
+    def rows(self, kept: Any, training: bool, due: frozenset[Reporter]) -> Sequence[Piece]:
+        """What passes kept, as rows for the buffer."""
+
+    def detach(self) -> None:
+        """Take everything off the user's program."""
+
+
+MakeSource: TypeAlias = "Callable[[ReferenceType[nn.Module], Sequence[Reporter]], Source]"
+
+_makers: dict[str, MakeSource] = {}  # process-wide, as classes are
+
+
+def register_source(name: str, make: MakeSource) -> None:
+    """Let probes name a source of one's own: `source = "<name>"`.
+
+    make: called at `instrument()` with a weak reference to the model and the reporters of the probes that name it.
+    Raises TypeError for what cannot be called, ValueError for a name that is taken.
+    """
+    if not callable(make):
+        raise TypeError(f"make={make!r}: takes a class or function of (model, reporters) that returns a Source")
+    register(name)
+    _makers[name] = make
+
+
+def registered(reporters: Sequence[Reporter]) -> Iterator[tuple[MakeSource, list[Reporter]]]:
+    """The sources of users' own that these probes name, each with its reporters."""
+    for name, make in _makers.items():
+        mine = [reporter for reporter in reporters if reporter.source == name]
+        if mine:
+            yield make, mine

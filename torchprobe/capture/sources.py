@@ -1,0 +1,258 @@
+"""All sources of a session, as one: what fetches values from the model, and how the values of passes are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.attention.source import AttentionSource
+from torchprobe.capture.backward import scaler_alive
+from torchprobe.capture.compiled.retrace import Retrace
+from torchprobe.capture.eager_hooks import EagerHooks
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.micro_gradients import MicroGradientSource
+from torchprobe.capture.modules import OutputSource
+from torchprobe.capture.nan_origin.check import NanCheck, Sign
+from torchprobe.capture.nan_origin.snapshots import StepSnapshots
+from torchprobe.capture.nan_origin.value_trace import ValueTrace
+from torchprobe.capture.parameters import ParameterSource
+from torchprobe.capture.predictions.source import PredictionSource
+from torchprobe.capture.selection import Selection
+from torchprobe.capture.source import Pass, Running, Source, registered
+from torchprobe.capture.units import Units
+from torchprobe.probes.base import Reporter
+from torchprobe.records import Value
+from torchprobe.statistics.dtypes import row_dtype
+
+_COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
+torch.compile returned"
+
+
+class Sources:
+    """What watches modules, parameters, attention, predictions and NaN; the recorder says when.
+
+    traces_nan: a rule asks where NaN comes from.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        reporters: Sequence[Reporter],
+        selection: Selection,
+        meter: Meter,
+        flush_every: int,
+        nan_gate: Gate | None,
+    ) -> None:
+        self.model = model
+        self.running = running = Running()
+        self.snapshots = StepSnapshots()
+        self.parameters = ParameterSource(model, reporters, selection.wants_parameter)
+        self.predictions = PredictionSource(model, reporters, meter, flush_every)
+        self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
+        self._outputs = OutputSource(model, reporters, selection.wants_module, running)
+        self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
+        self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
+        self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
+        self._rates = [r for r in reporters if r.source == "optimizers"]
+        self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
+        self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
+        self._check = None if nan_gate is None else NanCheck(model, nan_gate)
+        self._late = Retrace(model, running)
+        self._due: frozenset[Reporter] = frozenset()
+        self._armed = True  # hooks may be on that an idle pass does not want
+        self._scaled: bool | None = None
+        self._searches = 0
+
+    # ---- steps
+
+    def open(self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter]) -> frozenset[Reporter]:
+        """A step is about to begin; the probes that it samples: those due, and a close look where NaN was seen."""
+        if self._check is not None and self._check.looks():
+            due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
+        self._due = due
+        self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
+        for attention in self._attention:
+            attention.open(step, due)
+        self.predictions.open(step, due)
+        for source in self._own:
+            source.open(step)
+        if due:
+            if any(trace.reporter in due for trace in self._traces):
+                self.snapshots.open(step)
+            if any(reporter.source == "updates" for reporter in due):
+                return due
+        self.parameters.forget()
+        return due
+
+    def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
+        return any(r.source in ("outputs", "output_gradients") or (attention and r.source == "attention") for r in due)
+
+    def step_ended(self, sampled: bool) -> None:
+        """A step is complete."""
+        if sampled:
+            self._late.after_step()
+        self.predictions.end_step()
+
+    def settled(self) -> Iterator[Piece]:
+        """Rows of parameters, where steps have left them."""
+        return self.parameters.settle()
+
+    # ---- forward passes
+
+    def enter(self, passing: Pass, module: nn.Module, may_trace: bool) -> None:
+        """A forward pass begins. may_trace: hooks are to be there in any case, as graphs see none that come later."""
+        training = passing.training
+        if passing.due or self._armed or (may_trace and training):
+            self._arm(passing, may_trace and training)
+            for attention in self._attention:
+                attention.enter(passing, module)
+            self.predictions.enter(passing)
+            for source in self._own:
+                source.enter(passing, module)
+
+    def _arm(self, passing: Pass, may_trace: bool) -> None:
+        due, training = passing.due, passing.training
+        self._armed = bool(due) or may_trace
+        self._hooks.arm(due if training else frozenset())
+        if may_trace or self._outputs.wants(due):
+            self._outputs.arm(training)
+        else:
+            self._outputs.disarm()
+        for attention in self._attention:  # a hook inside nn.MultiheadAttention ends its fast path in evaluation
+            attention.arm(training and (bool(due) or may_trace))
+        if training and (due or may_trace):
+            self._late.before_pass()
+
+    def leave(self, passing: Pass, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """It has returned."""
+        if not passing.due:
+            return
+        self._exit(passing)
+        self.predictions.on_output(module, args, kwargs, output)
+        if passing.training:
+            phase = self.predictions.take()
+            if phase is not None:
+                passing.keep(self.predictions, [phase])
+        for source in self._own:
+            source.leave(passing, module, args, kwargs, output)
+
+    def exit(self, passing: Pass) -> None:
+        """It has raised."""
+        if passing.due:
+            self._exit(passing)
+
+    def _exit(self, passing: Pass) -> None:
+        self.predictions.leave()
+        for attention in self._attention:
+            attention.leave()
+            taken = attention.take()
+            if taken is not None:
+                passing.keep(attention, taken)
+        for source in self._own:
+            source.exit(passing)
+
+    def check_output(self, passing: Pass, output: Any) -> None:
+        """Whether an output holds NaN."""
+        check = self._check
+        if check is not None and not check.gate.failed:
+            with check.gate.boundary():
+                passing.saw(check.output(output))
+
+    def recomputed(self, passing: Pass, output: Any) -> None:
+        """A checkpoint has run the whole model again."""
+        if passing.due:
+            self.predictions.on_recomputed(output)
+
+    # ---- backward passes
+
+    def backward_begins(self, due: frozenset[Reporter]) -> None:
+        """Before any gradient of a parameter."""
+        if due:
+            self._micro.begin(due)
+
+    def backward_ends(self, due: frozenset[Reporter]) -> tuple[dict[Any, Any], Sign | Tensor | None]:
+        """After all of them: what is kept of the backward pass, and whether gradients hold NaN or inf."""
+        kept: dict[Any, Any] = {}
+        rows = self._micro.end(due) if due else None
+        if rows:
+            kept[self._micro] = rows
+        check = self._check
+        if check is not None and not check.gate.failed:
+            with check.gate.boundary():
+                return kept, check.gradients()
+        return kept, None
+
+    def merge(self, a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
+        """What two passes kept, together."""
+        for source, kept in b.items():
+            a[source] = source.merge(a[source], kept) if source in a else kept
+        return a
+
+    def rows(
+        self, kept: Mapping[Any, Any], training: bool, due: frozenset[Reporter], scale: Tensor | None = None
+    ) -> list[Piece]:
+        """What passes kept, as rows for the buffer. scale: what the loss was multiplied with."""
+        pieces: list[Piece] = []
+        for source, found in kept.items():
+            if source is self._outputs:
+                pieces += self._outputs.rows(found, training, due, scale)
+            elif isinstance(source, ValueTrace):
+                self.snapshots.saw(found.shapes)
+                pieces += source.rows(found, training, due)
+            else:
+                pieces += source.rows(found, training, due)
+        for attention in self._attention:
+            if attention.reporter in due and attention not in kept:
+                attention.saw_nothing(training)
+        if due and training and self.running.compiled:
+            self.predictions.explain(_COMPILED)
+        return pieces
+
+    def end_validation(self) -> list[Piece]:
+        """What a whole validation pass adds up to."""
+        return self.predictions.end_validation()
+
+    def loss_rows(self, reporter: Reporter, loss: float | Tensor) -> Piece:
+        """The loss as rows, which several ranks combine."""
+        if isinstance(loss, Tensor):
+            return Piece(reporter, ["loss"], loss.to(row_dtype(loss.device)).reshape(1, 1))
+        return Piece(reporter, ["loss"], torch.tensor([[loss]], dtype=torch.float64, device="cpu"))
+
+    # ---- optimizers, NaN, the end
+
+    def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[tuple[str, Value | Tensor]]:
+        """Learning rates and the like of the step that an optimizer has just taken."""
+        for reporter in self._rates:
+            if reporter in due and not reporter.gate.failed:
+                found: list[tuple[str, Value | Tensor]] = []
+                with reporter.gate.boundary():
+                    found += reporter.observe(optimizer)
+                yield from found
+
+    def nan_seen(self) -> None:
+        """A step used numbers that are not finite, or would have; for any thread."""
+        if self._check is not None:
+            self._check.seen()
+
+    def scaled(self) -> bool:
+        """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms."""
+        if not self._scaled and self._searches < 3:
+            self._searches += 1
+            self._scaled = scaler_alive()
+        return bool(self._scaled)
+
+    def uncovered_attention(self) -> list[str]:
+        """What attention was not recorded, and how often."""
+        return [f"{count} x {reason}" for source in self._attention for reason, count in source.uncovered.items()]
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        for source in (*self._attention, *self._own, self._outputs, self.predictions, self._late):
+            source.detach()
+        self._hooks.disarm()

@@ -1,0 +1,201 @@
+"""Backward passes whose gradients an optimizer may yet use, and the forward passes that they ran through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprobe.capture.nan_origin.check import Sign
+from torchprobe.capture.optimizers import GradientState, trained
+from torchprobe.capture.source import Pass
+
+Merge = Callable[[dict[Any, Any], dict[Any, Any]], dict[Any, Any]]
+
+
+class Backward:
+    """One backward pass, or several whose gradients have the same fate.
+
+    loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
+    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. reached: the gradients that it added to, None while
+    that is not known. kept: what sources kept of its forward passes, by source.
+    """
+
+    __slots__ = ("counted", "elsewhere", "flag", "kept", "loss", "passes", "reached", "sign", "stray", "task", "used")
+
+    def __init__(
+        self, task: int | None, loss: float | Tensor | None, *, elsewhere: bool = False, stray: bool = False
+    ) -> None:
+        self.task = task
+        self.loss = loss
+        self.elsewhere = elsewhere
+        self.stray = stray
+        self.reached: set[GradientState] | None = None
+        self.passes: list[Pass] = []
+        self.kept: dict[Any, Any] = {}
+        self.sign: Sign | None = None  # of NaN or inf in its passes or gradients
+        self.flag: Tensor | None = None  # the same on a device: above 0
+        self.counted = 0  # the step in whose loss it is
+        self.used = False
+
+    def add(self, passing: Pass) -> None:
+        """It runs through a forward pass."""
+        self.passes.append(passing)
+        self.note(passing.sign)
+
+    def keep(self, kept: dict[Any, Any], merge: Merge) -> None:
+        """What sources kept of the backward pass itself."""
+        if kept:
+            self.kept = merge(self.kept, kept) if self.kept else kept
+
+    def note(self, sign: Sign | Tensor | None) -> None:
+        """What was seen of its numbers."""
+        if isinstance(sign, Tensor):
+            self.flag = sign.float() if self.flag is None else self.flag + sign.to(self.flag.device)
+        elif sign is not None and self.sign is None:
+            self.sign = sign
+
+    def settle(self, merge: Merge) -> None:
+        """It is over: what its passes kept is put together."""
+        for passing in self.passes:
+            kept = passing.take()
+            self.kept = merge(self.kept, kept) if self.kept else kept
+            passing.release()
+        self.passes = []
+
+    def forget(self) -> None:
+        """What was kept has been written."""
+        self.kept, self.sign, self.flag = {}, None, None
+
+    def take_for(self, step: int) -> None:
+        """A step uses its gradients."""
+        self.used, self.counted = True, step
+
+    def like(self, other: Backward) -> bool:
+        """Whether the gradients of both have the same fate."""
+        same = self.used == other.used and self.elsewhere == other.elsewhere
+        return same and self.reached == other.reached
+
+    def absorb(self, other: Backward, merge: Merge) -> None:
+        """One more backward pass of the same fate."""
+        self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
+        self.kept = merge(self.kept, other.kept) if self.kept else other.kept
+        self.note(other.sign)
+        self.note(other.flag)
+
+
+class Gradients:
+    """The backward passes since gradients were last zeroed, and which gradients they added to.
+
+    merge: puts together what sources kept of two passes. dropped: called with a backward pass whose gradients nobody
+    used.
+    """
+
+    def __init__(
+        self, parameters: Callable[[], Iterable[nn.Parameter]], merge: Merge, dropped: Callable[[Backward], None]
+    ) -> None:
+        self.running: Backward | None = None
+        self._parameters = parameters
+        self._merge = merge
+        self._dropped = dropped
+        self._waiting: list[Backward] = []  # oldest first
+        self._states: WeakKeyDictionary[Optimizer, GradientState] = WeakKeyDictionary()
+        self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
+
+    def begin(self, backward: Backward) -> None:
+        """A backward pass begins: those before it whose gradients are gone were dropped."""
+        states = self._known()
+        if self._waiting:
+            self._drop_zeroed(states)
+        for state in states:
+            state.look()
+        self.running = backward
+
+    def end(self) -> None:
+        """The running backward pass has ended, or was given up."""
+        backward, self.running = self.running, None
+        if backward is None:
+            return
+        backward.settle(self._merge)
+        if not backward.elsewhere:
+            self._see_reach(backward)
+        if backward.stray and not backward.reached:
+            return
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and not last.used and last.like(backward):
+            last.absorb(backward, self._merge)
+        else:
+            self._waiting.append(backward)
+
+    def used_by(self, optimizer: Optimizer) -> Iterator[Backward]:
+        """The backward passes whose gradients an optimizer is about to use."""
+        state = self._states.get(optimizer)
+        if state is None:
+            state = self._know(optimizer)
+        else:
+            state.choose()
+        running = self.running
+        if running is not None:
+            self._see_reach(running)
+        for backward in self._waiting if running is None else [*self._waiting, running]:
+            if backward.reached is None or state in backward.reached:
+                yield backward
+
+    def step_begins(self) -> None:
+        """What a step used stays only as a loss whose gradient may still be there; what was never used is dropped."""
+        left: list[Backward] = []
+        for backward in self._waiting:
+            if backward.elsewhere and not backward.used:
+                continue
+            if backward.used:
+                backward.forget()
+            if left and left[-1].used and left[-1].like(backward):
+                left[-1].absorb(backward, self._merge)
+            else:
+                left.append(backward)
+        self._waiting = left
+
+    def drop_zeroed(self) -> None:
+        """Drop what was zeroed since: asked when a step ends for good."""
+        if self._waiting and self.running is None:
+            self._drop_zeroed(self._known())
+
+    def _drop_zeroed(self, states: list[GradientState]) -> None:
+        thorough = any(not backward.used for backward in self._waiting)
+        zeroed = {state for state in states if state.zeroed(thorough)}
+        if not zeroed:
+            return
+        waiting, self._waiting = self._waiting, []
+        for backward in waiting:
+            if backward.reached is not None:
+                backward.reached -= zeroed
+            gone = len(zeroed) == len(states) if backward.reached is None else not backward.reached
+            if not gone or backward.elsewhere:
+                self._waiting.append(backward)
+            elif not backward.used:
+                self._dropped(backward)
+
+    def _see_reach(self, backward: Backward) -> None:
+        grown = {state for state in self._states.values() if state.grew()}
+        if grown:
+            backward.reached = grown if backward.reached is None else backward.reached | grown
+
+    def _know(self, optimizer: Optimizer) -> GradientState:
+        state = self._states[optimizer] = GradientState(trained(optimizer))
+        state.choose()
+        for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
+            if backward.reached is None:
+                backward.reached = None if backward.elsewhere else {state}
+            elif not backward.used:  # it came before the optimizer was known, and may be for it too
+                backward.reached.add(state)
+        return state
+
+    def _known(self) -> list[GradientState]:
+        if self._states:
+            return list(self._states.values())
+        if self._unknown is None:
+            self._unknown = GradientState(p for p in self._parameters() if p.requires_grad)
+        return [self._unknown]

@@ -1,0 +1,130 @@
+"""The step that is open: what it gathers until the next one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torchprobe.buffer.step import Piece, StepBuffer
+from torchprobe.probes.base import Reporter
+from torchprobe.records import Value
+from torchprobe.statistics.dtypes import on_host
+from torchprobe.steps.backward import Backward
+
+
+@dataclass(slots=True)
+class OpenStep:
+    """Values and rows of a step, and the backward passes whose gradients its optimizers used.
+
+    due: whose rows the step gives. loss: the sum of what the used backward passes were called on, as an optimizer saw
+    it; None when there is none, or one of them is not known. scale: what the loss was multiplied with.
+    """
+
+    number: int
+    due: frozenset[Reporter] = frozenset()
+    buffer: StepBuffer = field(default_factory=StepBuffer)
+    used: list[Backward] = field(default_factory=list)
+    loss: float | Tensor | None = None
+    unknown: bool = False  # a loss that is not known was used
+    scale: Tensor | None = None
+    trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
+    reported: bool = False  # a record said what was due
+    loss_due: bool = False
+    loss_written: bool = False
+
+    def put(self, tag: str, value: Value | Tensor) -> None:
+        """A value under a tag; of two the later counts."""
+        buffer = self.buffer
+        if isinstance(value, Tensor):
+            buffer.scalars[tag] = value
+            buffer.values.pop(tag, None)
+        else:
+            buffer.values[tag] = value
+            buffer.scalars.pop(tag, None)
+
+    def put_all(self, values: Iterable[tuple[str, Value | Tensor]]) -> None:
+        """Values under their tags."""
+        for tag, value in values:
+            self.put(tag, value)
+
+    def add(self, piece: Piece) -> None:
+        """Rows of a probe; those of the same names as the last ones add up, so that memory stays bounded."""
+        pieces = self.buffer.pieces
+        last = pieces[-1] if pieces else None
+        if last is not None and last.heading == piece.heading and last.rows.device == piece.rows.device:
+            pieces[-1] = Piece(last.reporter, last.names, last.rows + piece.rows, last.prefix, last.counted)
+        else:
+            pieces.append(piece)
+
+    def replace(self, piece: Piece) -> None:
+        """Rows of a probe in place of earlier ones of the same names."""
+        pieces = self.buffer.pieces
+        pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
+
+    def extend(self, pieces: Iterable[Piece]) -> None:
+        """Rows as they are."""
+        self.buffer.pieces += pieces
+
+    def use(self, backward: Backward) -> None:
+        """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
+        if not backward.used:
+            self.used.append(backward)
+        if backward.counted != self.number:
+            if backward.loss is None:
+                self.unknown = True
+            else:
+                self.loss = backward.loss if self.loss is None else self.loss + backward.loss
+        backward.take_for(self.number)
+
+    def keep(self, backward: Backward) -> None:
+        """Passes count whose backward pass nobody has heard of."""
+        self.used.append(backward)
+        backward.take_for(self.number)
+
+    def scale_by(self, scale: Tensor | None) -> None:
+        """The loss was multiplied by a GradScaler."""
+        self.scale = self.scale if scale is None else scale
+
+    def end(self) -> None:
+        """An optimizer has stepped, or a forward pass was the step."""
+        self.trained = True
+
+    def void(self, flag: Tensor) -> None:
+        """A flag on the device says whether the optimizer has skipped the step."""
+        self.buffer.void = flag
+
+    def compute_on(self, same_data: Sequence[int]) -> None:
+        """Ranks that compute on the same examples."""
+        self.buffer.same_data = same_data
+
+    def become(self, number: int) -> None:
+        """It was no step of training."""
+        self.number = number
+
+    def report(self, losses: Sequence[Reporter]) -> None:
+        """Say what was due, once; a loss that is there need not be looked for. losses: the probes of the loss."""
+        self.reported = True
+        missing = losses if self.loss_due and not self.loss_written else ()
+        self.buffer.due = [*(r for r in self.due if r.source != "loss"), *missing]
+
+    def take_used(self) -> list[Backward]:
+        """The backward passes whose rows are yet to be gathered."""
+        used, self.used = self.used, []
+        return used
+
+    def take_loss(self) -> float | Tensor | None:
+        """The loss of the step, unscaled, when all of it is known."""
+        loss, self.loss = self.loss, None
+        if loss is None or self.unknown or not self.loss_due:
+            return None
+        self.loss_written = True
+        if self.scale is None:
+            return loss
+        return loss / (on_host(self.scale) if self.scale.is_cpu else self.scale)
+
+    def take(self) -> StepBuffer:
+        """What was gathered so far; the step goes on with nothing."""
+        buffer, self.buffer = self.buffer, StepBuffer()
+        return buffer

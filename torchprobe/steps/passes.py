@@ -1,0 +1,328 @@
+"""Forward and backward passes of the model: which of them count, and for which step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from threading import enumerate as living_threads
+from threading import get_ident
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+
+from torchprobe.capture import compat
+from torchprobe.capture.backward import Roots, roots
+from torchprobe.capture.outputs import tensors_in
+from torchprobe.capture.root_hooks import PassHooks
+from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
+from torchprobe.capture.sources import Sources
+from torchprobe.statistics.dtypes import on_host
+from torchprobe.steps.backward import Backward, Gradients
+from torchprobe.steps.protection import Guard, protected
+from torchprobe.steps.steps import Steps
+
+_log = logging.getLogger("torchprobe")
+_MOST_OUTPUTS = 64  # tensors of an output through which a backward pass is looked for
+
+
+class Passes:
+    """Tells training passes from validation, and keeps what they gave until an optimizer uses their gradients."""
+
+    def __init__(self, model: nn.Module, guard: Guard, steps: Steps, sources: Sources) -> None:
+        self.guard = guard
+        self._model = ref(model)
+        self._steps = steps
+        self._clock = steps.clock
+        self._sources = sources
+        self._running = sources.running
+        self.gradients = Gradients(self._parameters, sources.merge, self._gradients_dropped)
+        self._dropped = Dropped()
+        self._undecided: list[ReferenceType[Pass]] = []
+        self._unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
+        self._first: Pass | None = None  # it counts if no optimizer is in sight
+        self._thread = 0  # that trains
+        self._evaluates = False  # a pass in training mode was seen: one in evaluation mode is probably validation
+        self._said: set[str] = set()
+        self._heard = _call(ref(self))
+        self._running.ask(self._of_backward, self._of_graph)
+        self._hooks = PassHooks(model, self, self._running)
+
+    # ---- forward passes
+
+    @protected
+    def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
+        """A forward pass begins."""
+        kind = (TRAINING if module.training else UNDECIDED) if grad_enabled else VALIDATION
+        if self._is_foreign(kind):
+            return
+        self.settle_dropped()
+        clock = self._clock
+        if kind is TRAINING:
+            self._enter_training()
+        else:
+            self._steps.look_for_optimizers()
+        if clock.by_forward:
+            kind = TRAINING if module.training else VALIDATION
+            if clock.training_pass():
+                self.begin_step()
+        passing = Pass(kind, self._due(kind), self._heard, self._dropped)
+        self._running.enter(passing)
+        self._sources.enter(passing, module, may_trace=clock.fresh and clock.number <= clock.origin + 1)
+
+    def _enter_training(self) -> None:
+        self._evaluates, self._thread = True, get_ident()
+        clock = self._clock
+        if not clock.optimizer_seen and clock.passes_seen and not clock.by_forward:
+            self._look_for_optimizers()
+        elif clock.by_forward and clock.completed == 1 and self._steps.optimizer_alive():
+            self._steps.forget_passes()
+        if not clock.by_forward and clock.training_pass():
+            self.begin_step()
+
+    def _look_for_optimizers(self) -> None:
+        """A second training pass and no step of an optimizer: with none in sight, the first one was a step."""
+        first, self._first = self._first, None
+        self._steps.look_for_optimizers()
+        if self._clock.by_forward and first is not None:
+            self._count(first)
+
+    def _due(self, kind: str) -> frozenset[Any]:
+        steps = self._steps
+        if kind is TRAINING:
+            return steps.current.due
+        if kind is VALIDATION:
+            return steps.due_in_validation
+        following = steps.due_in(self._clock.following)
+        return following if not steps.due_in_validation else following | steps.due_in_validation
+
+    @protected
+    def leave_pass(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """A forward pass has returned."""
+        passing = self._running.forward()
+        if passing is None:
+            return
+        self._running.exit()
+        self._sources.leave(passing, module, args, kwargs, output)
+        heard = passing.kind is not VALIDATION and self._listen(passing, output)
+        if passing.kind is TRAINING:
+            self._sources.check_output(passing, output)
+        if self._clock.by_forward:
+            self._count(passing)
+        elif passing.kind is VALIDATION:
+            self._steps.validated(passing.take())
+        elif passing.kind is UNDECIDED:
+            self._undecided.append(ref(passing))
+        elif not heard:
+            self._unheard.append(passing)
+        elif not self._clock.optimizer_seen:
+            self._first = passing
+
+    @protected
+    def raise_pass(self) -> None:
+        """A forward pass has raised: it leaves nothing behind."""
+        passing = self._running.forward()
+        if passing is not None:
+            self._running.exit()
+            self._sources.exit(passing)
+            passing.decide(DROPPED)
+
+    @protected
+    def leave_recomputation(self, output: Any) -> None:
+        """A checkpoint around the whole model has run it again: a reentrant one's graph begins only here."""
+        passing = next((p for p in reversed(self._unheard) if p.task is None), None)
+        if passing is not None and self._listen(passing, output):
+            self._sources.recomputed(passing, output)
+
+    def _listen(self, passing: Pass, output: Any) -> bool:
+        """Whether a backward pass through the output will be heard of."""
+        heard = 0
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
+                tensor.register_hook(passing)
+                heard += 1
+        return heard > 0
+
+    def _count(self, passing: Pass) -> None:
+        """No optimizer is in sight: a pass is a step."""
+        self._clock.end_by_forward()
+        if passing.kind is TRAINING:
+            backward = Backward(None, None)
+            backward.add(passing)
+            self._steps.current.keep(backward)
+        else:
+            self._steps.validated(passing.take())
+        self._steps.current.end()
+
+    # ---- passes whose fate is known
+
+    def begin_step(self) -> None:
+        """The machine has begun a step."""
+        self.settle()
+        self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
+        self._steps.begin()
+        self.gradients.step_begins()
+
+    def settle(self) -> None:
+        """What has run so far is to be written: passes in evaluation mode count as validation."""
+        self.settle_dropped()
+        self._settle_undecided()
+        self._steps.end_validation()
+
+    def settle_dropped(self) -> None:
+        """Passes whose graphs are gone."""
+        for kind, kept, sign in self._dropped.take():
+            if kind is UNDECIDED:
+                self._steps.validated(kept)
+            elif isinstance(sign, Tensor):
+                self._steps.skip(None, sign)
+            elif sign is not None:
+                self._steps.skip(sign, None)
+
+    def _settle_undecided(self) -> None:
+        undecided, self._undecided = self._undecided, []
+        for weak in undecided:
+            passing = weak()
+            if passing is not None and passing.kind is UNDECIDED and passing.task is None:
+                passing.decide(VALIDATION)
+                self._steps.validated(passing.take())
+
+    def unheard(self) -> Backward | None:
+        """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
+        passes, self._unheard = self._unheard, []
+        if not passes:
+            return None
+        backward = Backward(None, None)
+        for passing in passes:
+            backward.add(passing)
+        return backward
+
+    # ---- backward passes
+
+    @protected
+    def heard_backward(self, passing: Pass) -> None:
+        """A gradient reaches an output of a pass."""
+        task = compat.backward_id()
+        if passing.task == task and self.gradients.running is not None:
+            return  # another of its outputs
+        running = self.gradients.running
+        if running is None or running.task != task:
+            if running is not None:
+                self.end_backward(running)
+            running = self._begin_backward(task)
+        if passing.kind is UNDECIDED:
+            self._decide_training(passing)
+        passing.enter_backward(-1 if task is None else task)
+        running.add(passing)
+
+    def _begin_backward(self, task: int | None) -> Backward:
+        call = roots()
+        by_grad = call.call == "grad"
+        backward = Backward(
+            task, self._loss(call), elsewhere=by_grad and call.for_parameters, stray=not call.for_parameters
+        )
+        self.gradients.begin(backward)
+        self._sources.backward_begins(self._steps.current.due)
+        compat.at_end_of_backward(_end(ref(self), backward))
+        if by_grad and call.for_parameters:
+            self._say("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
+        return backward
+
+    def _loss(self, call: Roots) -> float | Tensor | None:
+        value = call.value
+        if value is None:
+            return None
+        return on_host(value) if value.is_cpu else value.clone()
+
+    @protected
+    def end_backward(self, backward: Backward) -> None:
+        """A backward pass has ended."""
+        if self.gradients.running is not backward:
+            return
+        kept, sign = self._sources.backward_ends(self._steps.current.due)
+        backward.note(sign)
+        backward.keep(kept, self._sources.merge)
+        self.gradients.end()
+        if self._clock.by_forward and not backward.stray:
+            self._steps.current.use(backward)
+
+    def _decide_training(self, passing: Pass) -> None:
+        """A backward pass runs through a pass in evaluation mode: it was training."""
+        passing.decide(TRAINING)
+        self._thread = get_ident()
+        if not self._clock.by_forward and self._clock.training_pass():
+            self.begin_step()
+
+    def _gradients_dropped(self, backward: Backward) -> None:
+        """Nobody used its gradients. Where they were finite that is no skipped step."""
+        if backward.sign is not None or backward.flag is not None:
+            self._steps.skip(backward.sign, backward.flag)
+
+    # ---- for those who ask
+
+    def _of_backward(self) -> Pass | None:
+        """The pass that the running backward pass runs through; it may be a checkpoint's, that is not heard of yet."""
+        running = self.gradients.running
+        if running is not None and running.passes:
+            return running.passes[-1]
+        return self._unheard[-1] if self._unheard else None
+
+    def _of_graph(self, training: bool) -> Pass | None:
+        """A pass for what a compiled function around the model hands over: no hook of the root runs there."""
+        if not training:
+            return None
+        if not self._clock.by_forward and self._clock.training_pass():
+            self.begin_step()
+        if not self._unheard or self._unheard[-1].task is not None:
+            self._unheard.append(Pass(TRAINING, self._steps.current.due, self._heard, self._dropped))
+        return self._unheard[-1]
+
+    def _is_foreign(self, kind: str) -> bool:
+        """Whether another thread than the one that trains runs the pass."""
+        thread = get_ident()
+        if self._thread in (0, thread):
+            return False
+        if any(living.ident == self._thread for living in living_threads()):
+            self._say("passes of the model in another thread than the one that trains are left alone (activations, …)")
+            return True
+        return False
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s", text)
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        model = self._model()
+        return () if model is None else model.parameters()
+
+    def move_to_parts(self) -> None:
+        """The model itself is never called: follow the outermost parts that can be."""
+        model = self._model()
+        if model is not None:
+            self._hooks.move_to_parts(model)
+
+    def detach(self) -> None:
+        """Take every hook off. Safe to call twice."""
+        self._hooks.remove()
+        self._unheard, self._first = [], None
+
+
+def _call(weak: ReferenceType[Passes]) -> Callable[[Pass], None]:
+    """What a pass calls when a backward pass reaches it: it keeps no session alive."""
+
+    def heard(passing: Pass) -> None:
+        passes = weak()
+        if passes is not None:
+            passes.heard_backward(passing)
+
+    return heard
+
+
+def _end(weak: ReferenceType[Passes], backward: Backward) -> Callable[[], None]:
+    def end() -> None:
+        passes = weak()
+        if passes is not None:
+            passes.end_backward(backward)
+
+    return end

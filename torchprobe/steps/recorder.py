@@ -1,0 +1,161 @@
+"""The training thread's side of a run: optimizer steps and the user's calls in, complete steps out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprobe.buffer.outlet import Outlet, Overview
+from torchprobe.buffer.step import Piece
+from torchprobe.capture.backward import loss_scale
+from torchprobe.capture.gate import Meter
+from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
+from torchprobe.capture.sources import Sources
+from torchprobe.records import Value
+from torchprobe.rules.watch import Watch
+from torchprobe.statistics.dtypes import on_host
+from torchprobe.steps.cadence import Plan
+from torchprobe.steps.passes import Passes
+from torchprobe.steps.protection import Guard, protected
+from torchprobe.steps.steps import Steps
+
+
+class Recorder:
+    """Follows the optimizers' steps, and puts what the user logs where it belongs."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, sources: Sources, outlet: Outlet, meter: Meter, watch: Watch, ranks: int
+    ) -> None:
+        self.guard = Guard(meter, outlet.stopped)
+        self._plan = plan
+        self._sources = sources
+        self._watch = watch
+        self._outlet = outlet
+        self._steps = Steps(plan, sources, outlet, Overview(outlet, meter), host_loss=ranks == 1)
+        self.clock = self._steps.clock
+        self._passes = Passes(model, self.guard, self._steps, sources)
+        self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
+        clock = self.clock
+        watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)
+
+    # ---- optimizer steps
+
+    @protected
+    def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
+        """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
+        if self.clock.by_forward:
+            self._steps.forget_passes()
+        self._passes.settle_dropped()
+        if self.clock.begin(optimizer, has_closure):
+            self._passes.begin_step()
+        elif self._steps.current.trained:
+            self._steps.settle_parameters()
+        if not has_closure:
+            self._use(optimizer)
+        due = self._steps.current.due
+        if due:
+            self._sources.parameters.before_step(optimizer, due)
+        return bool(due) and not has_closure
+
+    @protected
+    def gradients_final(self, optimizer: Optimizer) -> None:
+        """All other hooks have run."""
+        step = self._steps.current
+        step.extend(self._sources.parameters.gradients(optimizer, step.due))
+
+    @protected
+    def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Parameters are updated; perhaps that completed a step."""
+        step = self._steps.current
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer decides by itself to skip
+        if isinstance(found_inf, Tensor):
+            if found_inf.is_cpu and on_host(found_inf.any()):
+                self._steps.skipped_by_optimizer()
+                return
+            if not found_inf.is_cpu:
+                step.void(found_inf.clone())
+        if has_closure:
+            self._use(optimizer)
+            step.extend(self._sources.parameters.gradients(optimizer, step.due))
+        if step.due:
+            step.extend(self._sources.parameters.after_step(optimizer, step.due))
+            step.compute_on(self._sources.parameters.same_data)
+        step.put_all(self._sources.optimizer_values(optimizer, step.due))
+        self._steps.optimizer_stepped(optimizer)
+        self._watch.check()
+
+    def _use(self, optimizer: Optimizer) -> None:
+        """The optimizer uses the gradients of the backward passes that reached its parameters."""
+        step, found = self._steps.current, False
+        for backward in self._passes.gradients.used_by(optimizer):
+            found = True
+            if backward.sign is not None and not backward.used:
+                self._steps.put_sign(backward.sign)
+            step.use(backward)
+        unheard = self._passes.unheard()
+        if unheard is not None:
+            step.keep(unheard)
+            found = True
+        if found and step.loss is not None:
+            step.scale_by(loss_scale(optimizer))
+
+    # ---- what the user asks for
+
+    @protected
+    def log(self, tag: str, value: Value | Tensor) -> None:
+        """A value of the iteration that runs now, or of the one that has just ended."""
+        self._steps.put(tag, value)
+
+    @protected
+    def log_rows(self, piece: Piece | None) -> None:
+        """Rows of the iteration that runs now, or of the one that has just ended; the later ones of a name count."""
+        if piece is not None:
+            self._steps.current.replace(piece)
+
+    @protected
+    def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
+        """Predictions and targets of the pass that came last: training's, or validation's."""
+        piece = self._sources.predictions.given(predictions, targets, self._sources.running.training)
+        if piece is not None:
+            self._steps.current.add(piece)
+
+    @protected
+    def next_step(self) -> None:
+        """The user's own clock: from now on nothing else ends a step."""
+        if self.clock.number == 0 and self.clock.training_pass():
+            self._passes.begin_step()
+        self.clock.next_step()
+        self._passes.begin_step()
+
+    @protected
+    def flush(self) -> None:
+        """Hand over what the open step has so far."""
+        self._passes.settle()
+        self._steps.write()
+
+    @protected
+    def close(self) -> None:
+        """Hand over everything; of an unfinished step what was logged, but no half statistics."""
+        self._passes.settle()
+        self._steps.finish()
+        self.guard.stop()
+
+    @protected
+    def resume(self) -> None:
+        """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
+        self._steps.resume()
+
+    def uncovered_attention(self) -> list[str]:
+        """What attention was not recorded, and how often."""
+        return self._sources.uncovered_attention()
+
+    def detach(self) -> None:
+        """Take every hook off the model and the optimizers. Safe to call twice."""
+        self.guard.stop()
+        self._passes.detach()
+        self._optimizer_hooks.remove()
+        self._sources.detach()
+
+    def _parameter_ids(self) -> set[int]:
+        model = self._sources.model()
+        return set() if model is None else parameter_ids(model)

@@ -1,0 +1,220 @@
+"""Which step of the run is open, what it gathers, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchprobe.buffer.outlet import Outlet, Overview
+from torchprobe.capture.nan_origin.check import Sign
+from torchprobe.capture.optimizers import any_alive, parameter_ids
+from torchprobe.capture.sources import Sources
+from torchprobe.probes.base import Reporter
+from torchprobe.records import Text, Value
+from torchprobe.steps.cadence import Plan
+from torchprobe.steps.machine import StepMachine
+from torchprobe.steps.open_step import OpenStep
+
+
+class Steps:
+    """The open step and the machine that numbers it: everything that has a value asks here where it goes.
+
+    host_loss: whether the loss may travel as a host value, of which no other rank has a part.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sources,
+        outlet: Outlet,
+        overview: Overview,
+        host_loss: bool,
+    ) -> None:
+        self.clock = StepMachine()
+        self.current = OpenStep(0)
+        self._plan = plan
+        self._sources = sources
+        self._outlet = outlet
+        self._overview = overview
+        self._host_loss = host_loss
+        self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
+        self._looked = False
+        self._device_skips: Tensor | None = None
+        self._decided = 0  # the step that was decided on last
+        self._due: frozenset[Reporter] = frozenset()  # in that step
+        self._loss_due = False
+        self.due_in(1)
+
+    @property
+    def due_in_validation(self) -> frozenset[Reporter]:
+        """Whose rows the next validation pass gives."""
+        return frozenset(self._plan.due_in_validation)
+
+    # ---- how a step begins and ends
+
+    def due_in(self, number: int) -> frozenset[Reporter]:
+        """What a step samples, decided once, when it is first asked for."""
+        if number != self._decided:
+            self._decide(number)
+        return self._due
+
+    def optimizer_stepped(self, optimizer: Optimizer) -> None:
+        """It has a say in what the next step samples, which compiled graphs must know now."""
+        self.current.end()
+        self.clock.end(optimizer)
+        self._plan.optimizer_stepped(optimizer, self.current.number)
+        self._decided = 0
+        if self._sources.running.compiled:
+            self._decide(self.clock.following)
+
+    def _decide(self, number: int) -> None:
+        self._decided, plan = number, self._plan
+        plan.open_for(number, self.clock.by_forward)
+        self._due = self._sources.open(number, frozenset(plan.due), frozenset(plan.due_in_validation))
+        self._loss_due = any(reporter.gate.train for reporter in plan.losses)
+
+    def begin(self) -> None:
+        """The machine has begun a step: the one before it is complete."""
+        self.write()
+        ended = self.current
+        if ended.trained:
+            self._sources.step_ended(bool(ended.due))
+        self._plan.validation_ended()
+        number = self.clock.number
+        due = self.due_in(number)
+        self.current = OpenStep(number, due, loss_due=self._loss_due)
+        if self._for_first:
+            self.current.put_all(self._for_first)
+            self._for_first = []
+
+    def write(self) -> None:
+        """Hand over what the open step has so far."""
+        step = self.current
+        if step.due or step.used:
+            self._gather(step)
+        self._put_loss(step)
+        if step.trained and not step.reported:
+            step.report(self._plan.losses)
+            if step.number % self._outlet.flush_every == 0:
+                self.put_overview()
+        buffer = step.take()
+        if buffer:
+            self._outlet.hand_over(step.number, buffer)
+
+    def _gather(self, step: OpenStep) -> None:
+        kept: dict[Any, Any] = {}
+        for backward in step.take_used():
+            backward.settle(self._sources.merge)
+            kept = self._sources.merge(kept, backward.kept) if kept else backward.kept
+            backward.forget()
+        if kept:
+            step.extend(self._sources.rows(kept, True, step.due, step.scale))
+        step.extend(self._sources.settled())
+
+    def _put_loss(self, step: OpenStep) -> None:
+        loss = step.take_loss()
+        if loss is None:
+            return
+        if isinstance(loss, Tensor) or not self._host_loss:
+            step.extend([self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses])
+        else:
+            step.buffer.values["overview/loss"] = loss
+
+    def settle_parameters(self) -> None:
+        """An optimizer is about to step again in the open step."""
+        self.current.extend(self._sources.settled())
+
+    def skipped_by_optimizer(self) -> None:
+        """A fused optimizer found inf, and did not step."""
+        self.clock.skip()
+        self.current.take_used()
+        self.current.take_loss()
+
+    # ---- where values go
+
+    def put(self, tag: str, value: Value | Tensor) -> None:
+        """A value that the user logs: of the iteration that runs, or that has just ended."""
+        if self.clock.number == 0 and not self.clock.manual:
+            self._for_first.append((tag, value))
+        else:
+            self.current.put(tag, value)
+
+    def validated(self, kept: dict[Any, Any]) -> None:
+        """What a pass kept that was validation: it belongs to the open step."""
+        for piece in self._sources.rows(kept, False, self.due_in_validation):
+            self.current.add(piece)
+        self._plan.validated()
+
+    def end_validation(self) -> None:
+        """A whole validation pass is over, or is to be written as far as it goes."""
+        self.current.extend(self._sources.end_validation())
+
+    def put_sign(self, sign: Sign) -> None:
+        """Numbers of the open step are not finite."""
+        step = self.current
+        step.put(f"nonfinite/{sign.of}", 1.0)
+        if sign.finding is not None:
+            step.put(f"provenance/{sign.finding.where}", Text(sign.finding.text))
+        step.buffer.urgent = True
+        self._sources.nan_seen()
+
+    def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
+        """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
+        if flag is not None:
+            skips = self._device_skips
+            flag = flag.clamp(max=1.0)
+            self._device_skips = flag if skips is None else skips + flag.to(skips.device)
+        if sign is not None:
+            self.clock.skip()
+            if not self._sources.scaled():
+                self.put_sign(sign)
+
+    def put_overview(self) -> None:
+        """What torchprobe says of itself."""
+        values = self._overview.values(self.clock.skipped)
+        self.current.buffer.values.update(values)
+        if self._device_skips is not None:
+            known = values["overview/skipped_steps"]
+            self.current.put("overview/skipped_steps", self._device_skips + known)
+
+    # ---- while no optimizer is in sight
+
+    def look_for_optimizers(self) -> None:
+        """Once: with none in sight, forward passes are the clock."""
+        clock = self.clock
+        if not (self._looked or clock.optimizer_seen or clock.manual):
+            self._looked = True
+            clock.count_passes(not self.optimizer_alive())
+
+    def optimizer_alive(self) -> bool:
+        """Whether an optimizer holds a parameter of the model."""
+        model = self._sources.model()
+        return model is not None and any_alive(parameter_ids(model))
+
+    def forget_passes(self) -> None:
+        """Passes that were counted as steps came before training."""
+        self.clock.forget_passes()
+        self.current.become(0)
+        self.write()
+        self.current = OpenStep(0)
+        self._decide(1)
+
+    # ---- the end, and going on
+
+    def finish(self) -> None:
+        """Everything that there is, and the counts."""
+        if not self.clock.fresh:
+            self.put_overview()
+        if self._for_first:
+            self.write()
+            self.current = OpenStep(1)
+            self.current.put_all(self._for_first)
+        self.write()
+
+    def resume(self) -> None:
+        """The machine and the plan were set to where another process stopped."""
+        self.current = OpenStep(self.clock.number)
+        self._looked = True
+        self._decide(self.clock.following)

@@ -126,6 +126,7 @@ def test_a_tensor_that_changes_after_it_was_logged_keeps_its_logged_value():
 class Broken(torchprobe.Probe):
     source = "outputs"
     fields = ("nothing",)
+    reduce = "sum"
 
     def compute(self, tensor):
         raise ZeroDivisionError("the probe's own bug")

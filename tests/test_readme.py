@@ -45,7 +45,7 @@ def test_files_and_pictures_it_points_to_exist():
 
 
 def test_every_tag_group_of_the_defaults_is_in_its_table():
-    from torchprobe.plan import default_probes
+    from torchprobe.probes.choosing import default_probes
 
     groups = {group for probe in default_probes() for group in probe.descriptions}
     beside = {

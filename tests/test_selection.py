@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
-from tests.models import FAMILIES
-from torchprobe.capture.selection import Selection
+import torchprobe
+from tests.models import FAMILIES, inputs
 from torchprobe.naming import ROOT, named_modules, named_parameters
+from torchprobe.capture.selection import Selection
+from torchprobe.testing import MemoryWriter
 
 
 @pytest.fixture
@@ -15,14 +18,14 @@ def model():
     return FAMILIES["transformer"]()
 
 
-def modules(model, include=None, exclude=None):
-    selection = Selection(model, include, exclude)
-    return [name for name, module in named_modules(model) if selection.wants_module(name, module)]
+def modules(model, include=None, exclude=None, select=None):
+    selection, probe = Selection(model, include, exclude), torchprobe.Activations(select=select)
+    return [name for name, module in named_modules(model) if selection.wants_module(name, module, probe)]
 
 
-def parameters(model, include=None, exclude=None):
-    selection = Selection(model, include, exclude)
-    return [name for name, _ in named_parameters(model) if selection.wants_parameter(name)]
+def parameters(model, include=None, exclude=None, select=None):
+    selection, probe = Selection(model, include, exclude), torchprobe.Gradients(select=select)
+    return [name for name, p in named_parameters(model) if selection.wants_parameter(name, p, probe)]
 
 
 def test_by_default_leaves_with_parameters_norms_and_attention_and_every_parameter(model):
@@ -97,3 +100,67 @@ def test_an_empty_include_is_refused_and_an_empty_exclude_leaves_nothing_out(mod
     with pytest.raises(ValueError, match=r"^include is empty.*leave it out for the default"):
         Selection(model, [], None)
     assert modules(model, exclude=[]) == modules(model)
+
+
+def test_select_is_of_one_probe_on_top_of_include_and_exclude(model):
+    assert modules(model, select="blocks.*.mlp.1") == ["blocks.0.mlp.1", "blocks.1.mlp.1"]  # which no default chooses
+    assert modules(model, exclude="blocks.0", select=["blocks.*.mlp.1", "head"]) == ["blocks.1.mlp.1", "head"]
+    assert modules(model, include="blocks.0", select="*.attention") == ["blocks.0.attention"]
+    assert modules(model, select=lambda name, module: isinstance(module, nn.LayerNorm))[:2] == [
+        "blocks.0.ln1",
+        "blocks.0.ln2",
+    ]
+
+
+def test_select_chooses_parameters_by_their_names_or_those_of_modules_around_them(model):
+    assert parameters(model, select="head") == parameters(model, include="head") != []
+    assert parameters(model, select="*.bias", include="head") == ["head.bias"]
+    assert parameters(model, select=lambda name, p: p.dim() == 2, include="head") == ["head.weight"]
+
+
+def recorded(probes, **options):
+    model, writer = FAMILIES["mlp"](), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=probes, rules=[], every=1, **options):
+        for step in range(2):
+            model(inputs("mlp", seed=step)).square().mean().backward()
+            optimizer.step()
+    return writer
+
+
+def test_other_probes_see_what_they_saw_before():
+    first = next(name for name, module in FAMILIES["mlp"]().named_modules() if isinstance(module, nn.Linear))
+    writer = recorded([torchprobe.Activations(select=first), torchprobe.Gradients(), torchprobe.Parameters()])
+    named = {tag.partition("/")[2] for tag in writer.tags() if tag.startswith("activation_")}
+    assert named == {first}
+    every = {name for name, _ in FAMILIES["mlp"]().named_parameters()}
+    assert {tag.partition("/")[2] for tag in writer.tags() if tag.startswith("grad_norm/")} == every
+
+
+@pytest.mark.parametrize(
+    ("probe", "words"),
+    [
+        (torchprobe.Activations(select="nowhere.*"), r"select='nowhere\.\*' of Activations fits nothing.*such as '"),
+        (torchprobe.Gradients(select=["*", "*.kernel"]), r"select='\*\.kernel' of Gradients fits nothing.*weight'"),
+    ],
+)
+def test_a_pattern_that_fits_nothing_is_an_error(probe, words):
+    with pytest.raises(ValueError, match=words):
+        torchprobe.instrument(FAMILIES["mlp"](), writer=MemoryWriter(), probes=[probe])
+
+
+def test_select_takes_patterns_or_a_predicate_where_there_is_something_to_choose():
+    with pytest.raises(TypeError, match="select: got 3"):
+        torchprobe.Gradients(select=[3])
+    with pytest.raises(TypeError, match="select: Loss watches no modules or parameters"):
+        torchprobe.Loss(select="*")
+
+
+@pytest.mark.parametrize("kind", [torchprobe.Activations, torchprobe.Gradients])
+def test_a_predicate_that_raises_ends_its_probe_alone(kind, caplog):
+    def raises(name, watched):
+        raise ZeroDivisionError("the predicate's own bug")
+
+    writer = recorded([kind(select=raises), torchprobe.Parameters()])
+    assert [step for step, _ in writer.scalars("overview/param_norm")] == [1, 2]
+    assert sum(f"probe {kind.__name__} failed" in record.getMessage() for record in caplog.records) == 1

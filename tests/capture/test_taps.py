@@ -12,7 +12,7 @@ from torchprobe.statistics import moments
 
 
 def tap() -> Tap:
-    return Tap(Activations(), Gate("Activations", Meter()), torch.device("cpu"), Memo())
+    return Tap(Activations().reporter(), Gate("Activations", Meter()), torch.device("cpu"), Memo())
 
 
 @pytest.mark.parametrize("calls", [1, 2, 63, 64, 65, 200])

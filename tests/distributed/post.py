@@ -25,7 +25,7 @@ from torchprobe.records import Record
 class Total(torchprobe.Probe):
     """The sum over ranks, as `total/<name>`."""
 
-    source, fields = "outputs", ("value",)
+    source, fields, reduce = "outputs", ("value",), "sum"
 
     def report(self, name: str, values: Any) -> Any:
         yield f"total/{name}", values["value"]

@@ -43,6 +43,7 @@ def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, c
     class Largest(torchprobe.Probe):
         source = "outputs"
         fields = ("largest",)
+        reduce = "max"
 
         def compute(self, tensor):
             if tensor.sum().item() == -1 or tensor.size(-1) == 48:

@@ -58,7 +58,7 @@ class MicroGradientSource:
                 with reporter.gate.boundary(), torch.no_grad():
                     selected = [(name, g) for name, p, g in added if self._wanted(name, p, reporter.probe)]
                     for name, gradient in selected:
-                        row = reporter.probe.row(gradient)
+                        row = reporter.probe.measure(gradient)
                         kept.setdefault((reporter, row.device), {})[name] = row
         return kept
 

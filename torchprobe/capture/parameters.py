@@ -173,7 +173,7 @@ def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor
     if gate.failed:
         return None
     with gate.boundary(), torch.no_grad():
-        rows = reporter.probe.rows([named.tensor for named in group], before)
+        rows = reporter.probe.measure_all([named.tensor for named in group], before)
         return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
     return None  # the boundary took an exception
 

@@ -39,13 +39,13 @@ class Memo:
     def row(self, probe: Probe, tensor: Tensor) -> Tensor:
         """The probe's row of a tensor: computed, unless the tensor is the last one, as it was then."""
         if tensor.is_inference():  # which has no version
-            return _row(probe.row(tensor.detach()))
+            return _row(probe.measure(tensor.detach()))
         last = self._last
         if last is None or last[0]() is not tensor or last[1] != tensor._version:
             last = self._last = ref(tensor), tensor._version, {}
         rows = last[2]
         if probe not in rows:
-            rows[probe] = _row(probe.row(tensor.detach()))
+            rows[probe] = _row(probe.measure(tensor.detach()))
         return rows[probe]
 
 
@@ -190,7 +190,7 @@ def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> N
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
-            operators.row(tap.handle, tap.probe.row(tensor.detach()), training, gradient)
+            operators.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
         else:
             operators.tensor(tap.handle, tensor.detach(), training, gradient)
 

@@ -41,8 +41,10 @@ class Units:
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Modules of the ReLU family that include= and exclude= leave."""
-        selects = self.reporter.probe.selects
-        return [(n, m) for n, m in named_modules(model) if isinstance(m, _KINDS) and self._wanted(n) and selects(n, m)]
+        found = [(n, m) for n, m in named_modules(model) if isinstance(m, _KINDS) and self._wanted(n)]
+        with self.reporter.gate.boundary():
+            return [(name, module) for name, module in found if self.reporter.probe.selects(name, module)]
+        return []  # the boundary took an exception
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

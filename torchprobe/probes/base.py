@@ -71,7 +71,7 @@ class Probe(metaclass=_Frozen):
     dense_start: ClassVar[bool] = True
     """Whether the default cadence begins with 1, 2, 5, 10, 20 and 50, as far as they lie below it."""
     sampled: ClassVar[bool] = True
-    """Whether it costs something: then `instrument(every=)` and a budget hold for it, and its steps count as sampled."""
+    """Whether it costs time: then `instrument(every=)` and a budget hold for it, and its steps are "sampled"."""
     over_batches: ClassVar[Way] = "combine"
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"
@@ -158,12 +158,12 @@ class Probe(metaclass=_Frozen):
         """
         return torch.stack([self.compute(tensor) for tensor in tensors])
 
-    def row(self, tensor: Tensor) -> Tensor:
+    def measure(self, tensor: Tensor) -> Tensor:
         """What `compute` gives, with what merging needs behind it: shape (width,)."""
         row = self.compute(tensor)
         return torch.cat((row, row.new_full((1,), tensor.numel()))) if self.weighted else row
 
-    def rows(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+    def measure_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """The same of `compute_all`: shape (len(tensors), width)."""
         rows = self.compute_all(tensors, before)
         if not self.weighted:

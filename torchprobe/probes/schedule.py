@@ -26,6 +26,7 @@ class Cadence:
     dense: bool = False
 
     def __call__(self, step: int) -> bool:
+        """Whether a step is sampled."""
         return step % self.steps == 0 or step == 1 or (self.dense and step < self.steps and step in _DENSE)
 
     def next(self, step: int) -> int:
@@ -42,6 +43,7 @@ class Never:
     """No step, of its own accord."""
 
     def __call__(self, step: int) -> bool:
+        """It is not."""
         return False
 
     def next(self, step: int) -> int:

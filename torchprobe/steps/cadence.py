@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, ref
 
 from torch.optim import Optimizer
 
@@ -143,28 +144,37 @@ class Plan:
         return self._meter.seconds > self._budget * (monotonic() - self._start)
 
 
+@dataclass(slots=True)
+class _Seen:
+    optimizer: ReferenceType[Optimizer]
+    step: int
+
+
 class _Optimizers:
     """In which step each optimizer stepped last. resumed: those of the process that this one goes on for, in order."""
 
     def __init__(self, resumed: Sequence[int] = ()) -> None:
         self.joined = 0  # the last step in which one was first met
-        self._last: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._seen: dict[int, _Seen] = {}  # by identity, which a later one may have again
         self._resumed = list(resumed)
 
     def stepped(self, optimizer: Optimizer, step: int) -> bool:
         """Note a step. True for an optimizer that is new to the run."""
-        is_new = optimizer not in self._last
-        self._last[optimizer] = step
-        if is_new and self._resumed:
+        seen = self._seen.get(id(optimizer))
+        if seen is not None and seen.optimizer() is optimizer:
+            seen.step = step
+            return False
+        self._seen[id(optimizer)] = _Seen(ref(optimizer), step)
+        if self._resumed:
             del self._resumed[0]
-        elif is_new:
-            self.joined = step
-            return True
-        return False
+            return False
+        self.joined = step
+        return True
 
     def steps(self) -> list[int]:
         """When each stepped last, in the order in which they were met."""
-        return [*self._last.values(), *self._resumed]
+        self._seen = {key: seen for key, seen in self._seen.items() if seen.optimizer() is not None}
+        return [*(seen.step for seen in self._seen.values()), *self._resumed]
 
     def any_between(self, after: int, before: int) -> bool:
         """Whether one stepped last between two steps, both excluded."""

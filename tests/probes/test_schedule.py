@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torchprobe.schedule import as_schedule, check_count, every, next_active, window
+
+import torchprobe
+from torchprobe.arguments import check_count
+from torchprobe.probes.schedule import Cadence, as_schedule, every, window
 
 
 def sampled(schedule, last):
@@ -33,18 +36,21 @@ def test_a_cadence_may_be_a_number_or_any_callable():
     assert as_schedule("every", primes) is primes
 
 
-@given(st.integers(1, 50), st.integers(0, 200))
-def test_the_next_active_step_is_the_first_one_sampled_after_it(cadence, step):
-    following = next_active(every(cadence), step)
-    assert following > step
-    assert every(cadence)(following)
-    assert not any(map(every(cadence), range(step + 1, following)))
+@given(st.integers(1, 200), st.booleans(), st.integers(0, 200))
+def test_the_next_step_is_the_first_one_sampled_from_there_on(steps, dense, step):
+    cadence = Cadence(steps, dense)
+    following = cadence.next(step)
+    assert following >= step
+    assert cadence(following)
+    assert not any(map(cadence, range(max(step, 1), following)))
 
 
-def test_no_next_active_step_within_the_horizon_is_none():
-    assert next_active(window(1, 5), 5, horizon=1000) is None
-    assert next_active(window(10, 10), 0, horizon=10) == 10
-    assert next_active(window(10, 10), 0, horizon=9) is None
+def test_a_default_cadence_begins_densely_and_a_given_one_does_not():
+    assert sampled(torchprobe.Gradients().schedule, 250) == [1, 2, 5, 10, 20, 50, 100, 200]
+    assert sampled(torchprobe.Gradients(every=100).schedule, 250) == [1, 100, 200]
+    assert sampled(torchprobe.Histograms().schedule, 1000) == [1, 500, 1000]
+    assert sampled(type("Tenth", (torchprobe.Gradients,), {"default_every": 10})().schedule, 25) == [1, 2, 5, 10, 20]
+    assert sampled(torchprobe.LearningRates().schedule, 4) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("value", [0, -3])

@@ -13,7 +13,7 @@ from time import perf_counter
 
 import pytest
 import torch
-from torchprobe.plan import default_probes
+from torchprobe.probes.choosing import default_probes
 
 import torchprobe
 import torchprobe.testing

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchprobe
 from torchprobe.cli.bayesian_transformer import BayesianTransformer, monte_carlo_dropout
-from torchprobe.cli.corpus import Part, standard_library
-from torchprobe.cli.words import word_numbers
+from torchprobe.cli.corpus import Part, standard_library, word_numbers
 from torchprobe.statistics import out_of_distribution, uncertainty
 
 UNSEEN = "email"  # the package that is left out of training

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
-from torchprobe.capture.passes import ROOT_KEY
 
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
+from torchprobe.capture.root_hooks import ROOT_KEY
 from torchprobe.capture.sites import SITE
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchprobe import charts
+from torchprobe import pictures as charts
 from torchprobe.statistics import calibration, intervals
 
 

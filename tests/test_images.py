@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchprobe import images
+from torchprobe import pictures as images
 
 YELLOW, PURPLE = (253, 231, 37), (68, 1, 84)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchprobe.metrics import Metrics
+from torchprobe.user_values import Metrics
 
 
 def tagged(metrics, prefix=""):

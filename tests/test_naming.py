@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.models import FAMILIES
-from torchprobe.naming import ROOT, named_modules, named_parameters, owner_of, unwrapped
+from torchprobe.naming import ROOT, bare_keys, named_modules, named_parameters, owner_of, unwrapped
 
 
 class DistributedDataParallel(nn.Module):
@@ -34,6 +34,19 @@ class Checkpointed(nn.Module):
         self._checkpoint_wrapped_module = module
 
 
+class _FabricModule(nn.Module):
+    """Looks like that of lightning.fabric, which has the model twice: as it runs, and as it was handed over."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._forward_module = model
+        self._original_module = unwrapped(model)
+
+
+class DeepSpeedEngine(DistributedDataParallel):
+    """Looks like DeepSpeed's."""
+
+
 def compiled(model):
     return torch.compile(model, backend="eager")  # the default backend takes seconds to import
 
@@ -44,7 +57,11 @@ WRAPPERS = [
     Checkpointed,
     nn.DataParallel,
     compiled,
+    _FabricModule,
     lambda model: compiled(DistributedDataParallel(Fsdp(model))),
+    lambda model: _FabricModule(compiled(model)),
+    lambda model: compiled(_FabricModule(DistributedDataParallel(model))),
+    lambda model: _FabricModule(DeepSpeedEngine(model)),
 ]
 
 
@@ -99,6 +116,36 @@ def test_a_users_own_attribute_called_module_keeps_its_name():
             self.module = nn.Linear(2, 2)
 
     assert names_of(Encoder()) == ([ROOT, "module"], ["module.weight", "module.bias"])
+
+
+@pytest.mark.parametrize("name", ["_forward_module", "_original_module"])
+def test_a_users_own_attribute_called_as_fabrics_keeps_its_name(name):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].add_module(name, nn.Linear(2, 2))
+    assert names_of(model) == (
+        [ROOT, "0", f"0.{name}"],
+        ["0.weight", "0.bias", f"0.{name}.weight", f"0.{name}.bias"],
+    )
+    assert set(bare_keys(model, model.state_dict()).values()) == set(model.state_dict())
+
+
+def test_fabric_itself_changes_no_name():
+    fabric = pytest.importorskip("lightning_fabric")
+    model = FAMILIES["mlp"]()
+    expected, own = names_of(model), model
+    wrapped = fabric.Fabric(accelerator="cpu", devices=1).setup(model)
+    assert names_of(wrapped) == expected
+    assert unwrapped(wrapped) is own
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_keys_of_a_state_are_those_of_the_bare_model(wrap):
+    model = FAMILIES["transformer"]()
+    expected = set(model.state_dict())
+    model.blocks[0] = wrap(model.blocks[0])
+    model.blocks[1].add_module("again", wrap(nn.Sequential(wrap(nn.Linear(2, 2)))))
+    more = {"blocks.1.again.0.weight", "blocks.1.again.0.bias"}
+    assert set(bare_keys(model, model.state_dict()).values()) == expected | more
 
 
 def test_shared_modules_and_parameters_have_their_first_name():

@@ -20,14 +20,11 @@ ALLOWED = {
     "schedule": set(),
     "naming": set(),
     "statistics": set(),
-    "images": {"records"},
-    "charts": {"records"},
-    "probes": {"statistics", "records", "schedule", "naming", "images", "charts"},
+    "pictures": {"records"},
+    "probes": {"statistics", "records", "schedule", "naming", "pictures"},
     "buffer": {"records", "statistics", "writers"},
     "capture": {"probes", "buffer", "naming", "random_state", "records", "statistics"},
     "writers": {"records"},
-    "metrics": set(),
-    "predictions": set(),
     "arguments": set(),
     "selection": {"capture", "naming"},
     "plan": {"capture", "probes", "schedule"},
@@ -43,11 +40,11 @@ ALLOWED = {
     "timeline": {"buffer", "capture", "ledger", "plan"},
     "passes": {"capture", "plan", "protection", "timeline"},
     "recorder": {"buffer", "capture", "passes", "plan", "protection", "records", "rules", "timeline"},
-    "logs": {"metrics", "predictions", "probes", "recorder", "records", "scores", "writers"},
+    "logs": {"probes", "recorder", "records", "user_values", "writers"},
     "assembly": {"buffer", "capture", "distributed", "naming", "plan", "probes", "selection"},
-    "scores": {"buffer", "statistics"},
+    "user_values": {"buffer", "statistics"},
     "logbook": {"buffer", "capture", "ledger", "records", "writers"},
-    "explicit": {"buffer", "logbook", "naming", "probes", "records", "scores", "statistics", "writers"},
+    "explicit": {"buffer", "logbook", "naming", "probes", "records", "statistics", "user_values", "writers"},
     "distributed": {"buffer", "capture", "probes", "records", "rules"},
 }
 
@@ -57,6 +54,30 @@ def test_every_public_name_can_be_imported_and_is_documented():
         value = getattr(torchprobe, name)
         assert name == "__version__" or value.__doc__, name
     assert set(torchprobe.__all__) == set(torchprobe._HOMES) | {"__version__"}
+
+
+def test_type_checkers_see_every_public_name_where_it_comes_from():
+    """`from module import Name as Name`: without `as` a name is private to them."""
+    block = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    homes = {name: "torchprobe" if name == home else f"torchprobe.{home}" for name, home in torchprobe._HOMES.items()}
+    assert seen == homes
+
+
+@pytest.mark.parametrize(
+    "name", ["testing.MemoryWriter", "random_state.set_random_state", "integrations", "statistics"]
+)
+def test_modules_of_the_public_interface_need_no_import_of_their_own(name):
+    statement = f"import torchprobe; assert torchprobe.{name}.__doc__"
+    subprocess.run([sys.executable, "-c", statement], check=True, timeout=120)
+
+
+def test_an_adapter_is_imported_when_it_is_asked_for():
+    statement = "import torchprobe; torchprobe.integrations.lightning"
+    result = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120)
+    assert not result.returncode or "pip install lightning" in result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'keras'"):
+        torchprobe.integrations.keras  # noqa: B018
 
 
 def test_an_unknown_name_is_an_attribute_error():

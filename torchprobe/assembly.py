@@ -14,7 +14,7 @@ from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
 from torchprobe.capture.sources import Sources
-from torchprobe.distributed.refusals import check_wrappers
+from torchprobe.distributed.world import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.steps.cadence import Plan
 

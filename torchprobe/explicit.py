@@ -21,9 +21,9 @@ from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
 from torchprobe.probes.learning_rates import LearningRates, LearningRatesReporter
 from torchprobe.probes.uncertainty import Uncertainty
 from torchprobe.records import Text
-from torchprobe.scores import floats
 from torchprobe.statistics import calibration, uncertainty
 from torchprobe.statistics.uncertainty import Decomposition
+from torchprobe.user_values import floats
 from torchprobe.writers.hparams import checked_hparams
 
 _T = TypeVar("_T")

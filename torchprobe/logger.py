@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from torchprobe import explicit
 from torchprobe.explicit import checked
 from torchprobe.logbook import VALIDATION, Logbook
-from torchprobe.metrics import Metrics, Number
 from torchprobe.naming import ROOT
-from torchprobe.predictions import checked_predictions
 from torchprobe.probes.schedule import as_schedule
 from torchprobe.records import Text
+from torchprobe.user_values import Metrics, Number, checked_predictions
 from torchprobe.writers.hparams import HParamsWriter
 from torchprobe.writers.opening import check_run_name, open_writer
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchprobe.metrics import Metrics, Number
-from torchprobe.predictions import checked_predictions
 from torchprobe.probes.separation import Separation
 from torchprobe.records import Text
-from torchprobe.scores import separation_piece
 from torchprobe.steps.recorder import Recorder
+from torchprobe.user_values import Metrics, Number, checked_predictions, separation_piece
 from torchprobe.writers.hparams import HParamsWriter
 
 

@@ -10,19 +10,27 @@ ROOT = "root"  # what the model itself is called, whose name in `named_modules()
 
 # Attribute names that only wrappers use.
 _ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# `module` is also an ordinary attribute name, so the parent's class decides.
-_MODULE_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "AveragedModel"})
-_RANK_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
+# Others are also a user's own, so the parent's class decides. Fabric keeps the model twice; the first of the two runs.
+_WRAPPERS_BY_CLASS = {
+    "DistributedDataParallel": ("module",),
+    "DataParallel": ("module",),
+    "AveragedModel": ("module",),
+    "DeepSpeedEngine": ("module",),
+    "_FabricModule": ("_forward_module", "_original_module"),
+}
+_AROUND_EAGER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"})
 
 
-def _is_wrapper(parent: nn.Module, child: str) -> bool:
-    if child in _ALWAYS_WRAPPERS:
-        return True
-    return child == "module" and any(c.__name__ in _MODULE_WRAPPERS for c in type(parent).__mro__)
+def _is_wrapper(parent: nn.Module | None, child: str) -> bool:
+    return child in _ALWAYS_WRAPPERS or any(child in _WRAPPERS_BY_CLASS.get(name, ()) for name in _classes(parent))
+
+
+def _classes(module: nn.Module | None) -> list[str]:
+    return [c.__name__ for c in type(module).__mro__]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`, DDP, FSDP and checkpoint wrappers."""
+    """The user's own module inside the wrappers of `torch.compile`, DDP, FSDP, checkpointing, DeepSpeed and Fabric."""
     for name, child in model.named_children():
         if _is_wrapper(model, name):
             return unwrapped(child)
@@ -30,9 +38,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def without_ranks(model: nn.Module) -> nn.Module:
-    """The module inside DDP and FSDP wrappers: what runs in every pass, also in one that goes round the wrapper."""
+    """The module inside DDP, FSDP, DeepSpeed and Fabric: what runs in every pass, also in one round the wrapper."""
     for name, child in model.named_children():
-        if _is_wrapper(model, name) and any(c.__name__ in _RANK_WRAPPERS for c in type(model).__mro__):
+        if _is_wrapper(model, name) and not _AROUND_EAGER.isdisjoint(_classes(model)):
             return without_ranks(child)
     return model
 
@@ -71,21 +79,25 @@ def bare_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
     For a model whose outer wrappers are off already.
     """
-    owned = {f"{_cleaned(name)}.module." for name, module in model.named_modules() if _is_wrapper(module, "module")}
-    # Innermost first, so that the names of those around it still fit.
-    prefixes = sorted((prefix.lstrip(".") for prefix in owned), key=len, reverse=True)
-    return {key: _without(prefixes, _cleaned(key)) for key in keys}
+    return {key: _bare(model, key) for key in keys}
 
 
-def _cleaned(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _ALWAYS_WRAPPERS)
+def _bare(model: nn.Module, key: str) -> str:
+    parts: list[str] = []
+    module: nn.Module | None = model
+    for part in key.split("."):
+        if not _is_wrapper(module, part):
+            parts.append(part)
+        module = _child(module, part)
+    return ".".join(parts)
 
 
-def _without(prefixes: Iterable[str], name: str) -> str:
-    for prefix in prefixes:
-        if f"{name}.".startswith(prefix):
-            name = f"{prefix.removesuffix('module.')}{name[len(prefix) :]}".rstrip(".")
-    return name
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    """Also one inside wrappers: those of FSDP and checkpointing leave themselves out of the keys."""
+    for parent in () if module is None else (module, unwrapped(module)):
+        if isinstance(child := getattr(parent, name, None), nn.Module):
+            return child
+    return None
 
 
 def owner_of(parameter_name: str) -> str:

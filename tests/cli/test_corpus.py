@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchprobe.cli import corpus as corpus_module
+from torchprobe.cli.arguments import CommandError
 from torchprobe.cli.corpus import Corpus, labelled_folder, passages_of, read_text, standard_library
-from torchprobe.cli.errors import CommandError
 
 
 def write(folder: Path, **texts: str) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchprobe.cli.bayesian_transformer import Validation
 from torchprobe.cli.corpus import Corpus, Part
-from torchprobe.cli.summary import summary_table
-from torchprobe.cli.validation import Validation
+from torchprobe.cli.progress import summary_table
 
 CORPUS = Corpus(
     classes=("asyncio", "json"),

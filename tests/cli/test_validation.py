@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from torchprobe.cli.bayesian_transformer import BayesianTransformer
-from torchprobe.cli.validation import Validation, epistemic_uncertainty, validate
+from torchprobe.cli.bayesian_transformer import BayesianTransformer, Validation, epistemic_uncertainty, validate
 
 
 class Answers(nn.Module):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprobe.cli.words import PADDING, word_numbers, words_of
+from torchprobe.cli.corpus import PADDING, word_numbers, words_of
 
 
 def test_identifiers_fall_apart_into_lower_case_words_and_punctuation_is_kept():

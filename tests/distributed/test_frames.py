@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.frames import Decoder, Encoder, Frame, Part, Step
-from torchprobe.distributed.numbering import Key
+from torchprobe.distributed.frames import Frame, FrameDecoder, FrameEncoder, Key, Part, Step
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 NAMES = st.text(max_size=8) | st.sampled_from(["blocks.0.weight", "blocks.1.weight", "Ä 'quoted\" \\ name"])
@@ -42,13 +41,13 @@ def assert_same(found: Frame, sent: Frame) -> None:
             assert (part.reporter, part.prefix, part.names) == (other.reporter, other.prefix, list(other.names))
             assert part.rows.dtype == np.float64
             np.testing.assert_array_equal(part.rows, other.rows, strict=True)
-            assert part.shares == other.shares
+            assert part.shards == other.shards
 
 
 @given(frames=st.lists(FRAMES, max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_a_sequence_of_frames_arrives_as_it_was_sent(frames):
-    encode, decode = Encoder(), Decoder()
+    encode, decode = FrameEncoder(), FrameDecoder()
     for frame in frames:
         assert_same(decode(encode(frame)), frame)
 
@@ -58,7 +57,7 @@ def step_of(names: list[str]) -> Frame:
 
 
 def test_a_name_travels_once():
-    encode, decode = Encoder(), Decoder()
+    encode, decode = FrameEncoder(), FrameDecoder()
     first, second = encode(step_of(["a_long_name", "other"])), encode(step_of(["other", "new_one", "a_long_name"]))
     assert b"a_long_name" in zlib.decompress(first)
     assert b"a_long_name" not in zlib.decompress(second)
@@ -68,18 +67,18 @@ def test_a_name_travels_once():
 
 def test_whole_parameters_say_so_without_a_share_each():
     frame = step_of(["a", "b"])
-    whole = frame.steps[0].parts[0]._replace(shares=[Share(7, 7, 3), Share(5, 5, 0)])
-    found = Decoder()(Encoder()(Frame(None, [Step(Key(0, 1, 0), [whole])])))
-    assert found.steps[0].parts[0].shares == [WHOLE, WHOLE]
+    whole = frame.steps[0].parts[0]._replace(shards=[Share(7, 7, 3), Share(5, 5, 0)])
+    found = FrameDecoder()(FrameEncoder()(Frame(None, [Step(Key(0, 1, 0), [whole])])))
+    assert found.steps[0].parts[0].shards == [WHOLE, WHOLE]
 
 
 def test_rows_of_any_layout_and_type_are_sent_as_float64():
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)[::-1, ::2]
     frame = Frame(None, [Step(Key(0, 1, 0), [Part("0:P", "", ["a", "b", "c"], rows)])])
-    np.testing.assert_array_equal(Decoder()(Encoder()(frame)).steps[0].parts[0].rows, rows.astype(np.float64))
+    np.testing.assert_array_equal(FrameDecoder()(FrameEncoder()(frame)).steps[0].parts[0].rows, rows.astype(np.float64))
 
 
 @pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[:-6], lambda data: b"x" + data])
 def test_what_is_no_frame_is_an_error(spoil):
     with pytest.raises((ValueError, zlib.error)):
-        Decoder()(spoil(Encoder()(step_of(["a"]))))
+        FrameDecoder()(spoil(FrameEncoder()(step_of(["a"]))))

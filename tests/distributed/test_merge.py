@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 import torchprobe
 from tests.statistics.strategies import tensors
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.combine import Combiner, same_data_groups
 from torchprobe.distributed.frames import Part
-from torchprobe.distributed.merge import merge
+from torchprobe.distributed.merge import Combiner, merge, same_data_groups
 from torchprobe.probes.activations import ActivationGradients
 from torchprobe.probes.attention import AttentionWeights
 from torchprobe.probes.base import Probe

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from tests.distributed.post import FragileStore, Ranks
 from torchprobe.buffer.step import Share
 from torchprobe.distributed import gatherer, mailbox, sender
-from torchprobe.distributed.frames import Encoder, Frame, Part, Step
-from torchprobe.distributed.mailbox import Mailbox
-from torchprobe.distributed.numbering import Key, Numbering
-from torchprobe.distributed.peer import Peer
+from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
+from torchprobe.distributed.gatherer import Peer
+from torchprobe.distributed.mailbox import Inbox, Mailbox, Outbox
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_frames_of_several_chunks_arrive_whole_and_in_order_and_leave_nothing_be
     monkeypatch.setattr(mailbox, "_CHUNK", 5)
     store = dist.HashStore()
     sent = [b"", b"a", b"0123456789" * 3]
-    outbox, inbox = Mailbox(store, 7).outbox(2), Mailbox(store, 7).inbox(2)
+    outbox, inbox = Outbox(Mailbox(store, 7), 2), Inbox(Mailbox(store, 7), 2)
     for frame in sent:
         outbox.send(frame)
     assert inbox.receive() == sent
@@ -47,44 +46,44 @@ def test_frames_of_several_chunks_arrive_whole_and_in_order_and_leave_nothing_be
 def test_half_a_frame_is_kept_until_the_rest_is_there(monkeypatch):
     monkeypatch.setattr(mailbox, "_CHUNK", 10)
     box = Mailbox(dist.HashStore(), 1)
-    inbox, data = box.inbox(1), (12).to_bytes(8, "little") + b"twelve bytes"
-    box.put(box.key(1, 0), data[:10])
+    inbox, data = Inbox(box, 1), (12).to_bytes(8, "little") + b"twelve bytes"
+    box.put("1/0", data[:10])
     assert inbox.receive() == []
-    box.put(box.key(1, 1), data[10:])
+    box.put("1/1", data[10:])
     assert inbox.receive() == [b"twelve bytes"]
 
 
 def test_sessions_and_ranks_do_not_read_each_others_frames():
     store = dist.HashStore()
-    Mailbox(store, 1).outbox(1).send(b"mine")
-    assert Mailbox(store, 2).inbox(1).receive() == []
-    assert Mailbox(store, 1).inbox(2).receive() == []
-    assert Mailbox(store, 1).inbox(1).receive() == [b"mine"]
+    Outbox(Mailbox(store, 1), 1).send(b"mine")
+    assert Inbox(Mailbox(store, 2), 1).receive() == []
+    assert Inbox(Mailbox(store, 1), 2).receive() == []
+    assert Inbox(Mailbox(store, 1), 1).receive() == [b"mine"]
 
 
 def test_an_outbox_is_full_until_it_is_fetched_from(monkeypatch):
     monkeypatch.setattr(mailbox, "_UNREAD", 3)
     box = Mailbox(dist.HashStore(), 1)
-    outbox = box.outbox(1)
+    outbox = Outbox(box, 1)
     for _ in range(3):
         assert not outbox.is_full
         outbox.send(b"x")
     assert outbox.is_full
-    assert len(box.inbox(1).receive()) == 3
+    assert len(Inbox(box, 1).receive()) == 3
     assert not outbox.is_full
 
 
 def test_a_store_that_fails_is_given_up_with_one_line(caplog):
     store = FragileStore(dist.HashStore())
     box = Mailbox(store, 1)
-    outbox, inbox = box.outbox(1), box.inbox(1)
+    outbox, inbox = Outbox(box, 1), Inbox(box, 1)
     outbox.send(b"x")
     store.broken = True
     assert inbox.receive() == []
     asked = store.asked
     outbox.send(b"y")
-    box.publish("what", b"z")
-    assert box.published("what") is None
+    box.put("what", b"z")
+    assert box.fetch("what") is None
     assert not outbox.is_full
     assert store.asked == asked
     assert [r.getMessage() for r in caplog.records] == [
@@ -94,8 +93,8 @@ def test_a_store_that_fails_is_given_up_with_one_line(caplog):
 
 def test_a_store_without_clone_is_used_itself():
     store = FragileStore(dist.HashStore())
-    Mailbox(store, 1).publish("parameters", b"[]")
-    assert Mailbox(store, 1).published("parameters") == b"[]"
+    Mailbox(store, 1).put("parameters", b"[]")
+    assert Mailbox(store, 1).fetch("parameters") == b"[]"
 
 
 def test_the_users_own_timeout_stays(tmp_path):
@@ -127,7 +126,7 @@ def step(number: int) -> Step:
 
 
 def test_a_peer_owes_what_is_beyond_its_mark(letters):
-    peer, encode = Peer(1, letters), Encoder()
+    peer, encode = Peer(1, letters), FrameEncoder()
     assert not peer.owes(Key(0, 1, 0))  # nobody waits for a rank that never spoke
     letters.waiting = [encode(Frame())]
     peer.poll(Key(0, 0, 0))
@@ -143,7 +142,7 @@ def test_a_peer_owes_what_is_beyond_its_mark(letters):
 
 
 def test_a_late_peer_is_back_when_it_speaks_and_what_came_too_late_is_counted(letters):
-    peer, encode = Peer(1, letters), Encoder()
+    peer, encode = Peer(1, letters), FrameEncoder()
     peer.heard = peer.late = True
     letters.waiting = [encode(Frame(Key(0, 5, 0), [step(1), step(2), step(5)]))]
     peer.poll(Key(0, 3, 0))
@@ -154,10 +153,10 @@ def test_a_late_peer_is_back_when_it_speaks_and_what_came_too_late_is_counted(le
 
 def test_a_peer_that_says_what_cannot_be_read_is_left_out(letters, caplog):
     peer = Peer(1, letters)
-    letters.waiting = [Encoder()(Frame()), b"no frame"]
+    letters.waiting = [FrameEncoder()(Frame()), b"no frame"]
     peer.poll(Key(0, 0, 0))
     assert not peer.owes(Key(0, 1, 0))
-    letters.waiting = [Encoder()(Frame(Key(0, 1, 0), [step(1)]))]  # whose names would be others
+    letters.waiting = [FrameEncoder()(Frame(Key(0, 1, 0), [step(1)]))]  # whose names would be others
     peer.poll(Key(0, 0, 0))
     assert list(peer.take_until(Key(0, 1, 0))) == []
     assert not peer.is_here

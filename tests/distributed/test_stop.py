@@ -29,10 +29,10 @@ class Store:
     def __init__(self):
         self.left = {}
 
-    def publish(self, what, data):
+    def put(self, what, data):
         self.left[what] = data
 
-    def published(self, what):
+    def fetch(self, what):
         return self.left.get(what)
 
 

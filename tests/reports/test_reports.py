@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
-from torchprobe.records import Record
+from torchprobe.records import Record, Text
 from torchprobe.reports.comparison import compare
 from torchprobe.reports.page import page
 from torchprobe.reports.run import NoRunError, Series, read_run
-from torchprobe.reports.sparkline import BARS, sparkline
 from torchprobe.reports.summary import summarise
+from torchprobe.reports.words import BARS, sparkline
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 
@@ -113,7 +113,42 @@ def test_a_page_that_cannot_be_written_is_said(ill_run, tmp_path, capsys):
     assert "--html: cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["Recording stopped at step 3: a\\_b failed", "a\\_b failed"])
+def test_a_recording_that_stopped_is_said_first(tmp_path, capsys, monkeypatch, text):
+    monkeypatch.setenv("COLUMNS", "400")
+    run = write_run(tmp_path / "run", {"train/loss": [2.0, 1.0], "torchprobe/stopped": [None, None, Text(text)]})
+    line = "Recording stopped at step 3: a_b failed"
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line
+    assert main(["report", str(run), "--json", "--html", str(tmp_path / "run.html")]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped"] == {"step": 3, "why": "a_b failed"}
+    assert line in (tmp_path / "run.html").read_text(encoding="utf-8")
+    well = read_run(write_run(tmp_path / "well", {"train/loss": [1.0]}))
+    assert summarise(well)["stopped"] is None
+
+
+def test_layers_that_get_nothing_are_the_smallest_and_a_warm_up_from_0_is_none(tmp_path):
+    values = {"dead": [1e-3, 0.0, 0.0], "warm": [0.0, 1e-3, 1e-3], "well": [0.1, 0.1, 0.1]}
+    run = write_run(tmp_path, {f"update_ratio/{name}": of_layer for name, of_layer in values.items()})
+    layers = summarise(read_run(run))["layers"]
+    assert [row["where"] for row in layers["smallest update ratios"]] == ["dead", "warm", "well"]
+    assert [row["value"] for row in layers["smallest update ratios"][:2]] == [0.0, pytest.approx(1e-3)]
+
+
 # ---- comparison
+
+
+def test_many_times_apart_is_more_than_a_hundred_percent(tmp_path, capsys):
+    tags = ("lr/SGD/group_0", "calibration/confidence_gap", "overview/loss")
+    a, b = (
+        write_run(tmp_path / name, {tag: [value] for tag, value in zip(tags, values, strict=True)})
+        for name, values in (("a", (0.01, -0.3, 1.0)), ("b", (50.0, 0.05, 0.0)))
+    )
+    assert [difference.tag for difference in compare(read_run(a), read_run(b)).differences] == list(tags)
+    assert main(["compare", str(a), str(b)]) == 0
+    told = capsys.readouterr().out
+    assert "5,000 times" in told
+    assert "100.0%" in told  # the loss: nothing is a multiple of 0
 
 
 def test_the_biggest_difference_comes_first_and_noise_counts_less(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.compat import REPLICA, in_backward, under_transform
+from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import mark, unmark
@@ -132,5 +132,5 @@ def _guarded(running: Running, watcher: Watcher, call: Callable[..., None], *arg
     passing = running.of_backward() if in_backward() else running.forward()
     gate = watcher.reporter.gate
     if passing is not None and watcher.reporter in passing.due and not gate.failed:
-        with gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with gate.boundary(), no_torch_function(), torch.no_grad():
             call(passing, *arguments)

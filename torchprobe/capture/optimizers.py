@@ -55,7 +55,8 @@ class OptimizerHooks:
             register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
         ]
         # First in line: behind ours, a user's hook that takes itself off would make torch raise.
-        for hooks, handle in zip((compat.optimizer_pre_hooks(), compat.optimizer_post_hooks()), self._handles):
+        both = (compat.optimizer_pre_hooks(), compat.optimizer_post_hooks())
+        for hooks, handle in zip(both, self._handles, strict=True):
             if hooks is not None:
                 hooks.move_to_end(handle.id, last=False)
 

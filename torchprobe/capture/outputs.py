@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MAX_DEPTH = 4  # deeper nesting than this is no output but a data structure
 
@@ -42,13 +42,15 @@ def _parts(output: Any) -> Iterable[Any]:
     if isinstance(output, tuple | list):
         return output
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [getattr(output, field.name) for field in dataclasses.fields(output)]
+        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     return ()
 
 
-def loss_in(output: Any) -> Tensor | None:
-    """The `loss` field of a mapping or object that a model returns, when it is a scalar tensor."""
-    if isinstance(output, Tensor | tuple | list) and not hasattr(output, "_fields"):
-        return None
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.numel() == 1 and is_numeric(loss) else None
+def hearable_tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor through which a backward pass may run: those of a plain object too, as it holds them."""
+    found = False
+    for tensor in tensors_in(output):
+        found = True
+        yield tensor
+    if not found and hasattr(output, "__dict__") and not isinstance(output, type | nn.Module):
+        yield from tensors_in(list(vars(output).values()))  # never a property, which runs the user's code

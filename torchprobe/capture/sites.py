@@ -10,6 +10,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture import compat
 from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
@@ -83,7 +84,7 @@ class Tap:
         """What a compiled graph has computed of one more tensor."""
         passing = self._pass_of_graph(training, gradient)
         if passing is not None:
-            with self.reporter.gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            with self.reporter.gate.boundary(), compat.no_torch_function(), torch.no_grad():
                 self._keep(passing, _row(new))
 
     def merged(self, rows: Sequence[Tensor]) -> Tensor:
@@ -155,7 +156,7 @@ def _observe(site: Site, output: Any) -> None:
 
 
 def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None:
-    """One hook for all taps. On a leaf, such as a parameter that a module returns, it would stay: the pass takes it off."""
+    """One hook for all taps. On a leaf, such as a parameter that a module returns, it would stay: the pass has it."""
     if tensor.grad_fn is None:
         weak = ref(passing)
         passing.hold(tensor.register_hook(lambda gradient: _add_gradient(taps, weak(), gradient)))

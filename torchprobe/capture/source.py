@@ -15,7 +15,7 @@ from torchprobe.probes.base import Reporter
 from torchprobe.probes.checks import register
 
 TRAINING, UNDECIDED, VALIDATION, DROPPED = "training", "undecided", "validation", "dropped"
-"""What a pass is: `UNDECIDED` is one with gradients in evaluation mode, training once a backward pass runs through it."""
+"""What a pass is. `UNDECIDED`: with gradients, in evaluation mode; training once a backward pass runs through it."""
 
 
 class Dropped:

@@ -226,10 +226,10 @@ class Sources:
 
     # ---- optimizers, NaN, the end
 
-    def optimizer_values(self, optimizer: Optimizer) -> Iterator[tuple[str, Value | Tensor]]:
+    def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[tuple[str, Value | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""
         for reporter in self._rates:
-            if reporter.gate.train:
+            if reporter in due and not reporter.gate.failed:
                 found: list[tuple[str, Value | Tensor]] = []
                 with reporter.gate.boundary():
                     found += reporter.observe(optimizer)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torchprobe._version import __version__
 from torchprobe.cli import compare, demo, report, view
-from torchprobe.cli.errors import CommandError
+from torchprobe.cli.arguments import CommandError
 
 __all__ = ["build_parser", "main"]
 
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = arguments.run(arguments)
     except CommandError as error:
-        print(f"torchprobe {arguments.command}: error: {error}", file=sys.stderr)
+        from torchprobe.reports.words import visible  # numpy is not needed for --help
+
+        print(f"torchprobe {arguments.command}: error: {visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

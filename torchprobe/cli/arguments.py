@@ -1,24 +1,65 @@
-"""Types for argparse that say what an option takes."""
+"""What commands take: numbers, folders and runs; and what they raise when it cannot be done."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchprobe.writers.places import as_url, is_url, local_path
+
+if TYPE_CHECKING:
+    from torchprobe.reports.run import Run
 
 
-def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    return _int_between(text, 1, None)
+class CommandError(Exception):
+    """A mistake in what was asked, or something the machine lacks: shown as one line, without a traceback.
+
+    The message says what was wrong, what is taken instead, and how to put it right.
+    """
 
 
-def port_number(text: str) -> int:
-    """A TCP port, 1 to 65535."""
-    return _int_between(text, 1, 65535)
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    about: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """The parser of a command, to add options to; `run` carries the command out and returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
 
 
-def seed_number(text: str) -> int:
-    """A whole number that seeds every generator: 32 bits."""
-    return _int_between(text, 0, 2**32 - 1)
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `low` to `high`."""
+    takes = f"takes a whole number of at least {low}" if high is None else f"takes a whole number, {low} to {high}"
+
+    def parsed(text: str) -> int:
+        with suppress(ValueError):
+            value = int(text)
+            if value >= low and (high is None or value <= high):
+                return value
+        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}")
+
+    return parsed
+
+
+positive_int = whole_number(1)
+port_number = whole_number(1, 65535)
+seed_number = whole_number(0, 2**32 - 1)  # 32 bits, which seed every generator
 
 
 def positive_float(text: str) -> float:
@@ -37,19 +78,25 @@ def probability(text: str) -> float:
     return value
 
 
-def _int_between(text: str, low: int, high: int | None) -> int:
-    takes = f"takes a whole number of at least {low}" if high is None else f"takes a whole number, {low} to {high}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}") from None
-    if value < low or (high is not None and value > high):
-        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}")
-    return value
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes a number, got {text!r}") from None
+
+
+def place(text: str) -> Path | str:
+    """A folder, or a URL as it stands: for argparse."""
+    return as_url(text) if is_url(text) else local_path(text)
+
+
+def recorded(where: Path | str) -> Run:
+    """The run of a folder or URL. Raises CommandError, in one line, where there is none or it cannot be read."""
+    from torchprobe.reports.run import NoRunError, read_run
+
+    try:
+        return read_run(where)
+    except NoRunError as error:
+        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
+    except (OSError, ImportError, ValueError) as error:
+        raise CommandError(" ".join(str(error).split())) from error

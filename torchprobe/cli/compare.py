@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from torchprobe.cli.arguments import positive_int
-from torchprobe.cli.reading import place, recorded
+from torchprobe.cli.arguments import add_command, place, positive_int, recorded
 
 _DESCRIPTION = """\
 Compare two recorded runs: hyperparameters that differ, and for every number that both have,
@@ -22,14 +21,8 @@ examples:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's options to the command line."""
-    parser = commands.add_parser(
-        "compare",
-        help="show what differs between two recorded runs",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    about = "show what differs between two recorded runs"
+    parser = add_command(commands, "compare", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     parser.add_argument("run_a", type=place, metavar="RUN_A", help="a run, or its URL")
     parser.add_argument("run_b", type=place, metavar="RUN_B", help="another one")
     parser.add_argument("--most", type=positive_int, default=20, metavar="N", help="lines a table (default: 20)")
@@ -40,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the tables. Returns the exit code."""
     from rich.console import Console
 
-    from torchprobe.reports.comparison import compare
-    from torchprobe.reports.differences import rendered
+    from torchprobe.reports.comparison import compare, rendered
 
     a, b = recorded(arguments.run_a), recorded(arguments.run_b)
     Console().print(rendered(a, b, compare(a, b), only=arguments.only, most=arguments.most))

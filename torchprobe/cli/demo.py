@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchprobe.cli.arguments import positive_float, positive_int, probability, seed_number
+from torchprobe.cli.arguments import CommandError, add_command, positive_float, positive_int, probability, seed_number
 from torchprobe.cli.corpus import Corpus, labelled_folder, standard_library
-from torchprobe.cli.errors import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from torchprobe.cli.bayesian_transformer import BayesianTransformer
     from torchprobe.cli.training import Settings
-    from torchprobe.cli.validation import Validation
 
 WORDS = 128
 VOCABULARY = 8192
@@ -54,14 +52,8 @@ then:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's options to the command line."""
-    parser = commands.add_parser(
-        "demo",
-        help="train a small model on text that is on every machine, and record everything",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    about = "train a small model on text that is on every machine, and record everything"
+    parser = add_command(commands, "demo", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     _add_data_options(parser)
     _add_training_options(parser)
 
@@ -191,7 +183,7 @@ def _model(arguments: argparse.Namespace, corpus: Corpus, settings: Settings) ->
 
 
 def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:
-    from torchprobe.cli.progress import progress_on
+    from torchprobe.cli.progress import progress_on, summary_table
     from torchprobe.cli.training import Data, train
 
     model = _model(arguments, corpus, settings)
@@ -205,15 +197,9 @@ def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, sett
         _say(console, f"Stopped after step {progress.completed}; what was recorded until then is kept.")
         _say(console, *_view_lines(arguments.log_dir))
         return INTERRUPTED
-    _report(console, corpus, validation, settings.steps, time.monotonic() - start)
+    console.print(summary_table(corpus, validation, steps=settings.steps, seconds=time.monotonic() - start))
     _say(console, *_view_lines(arguments.log_dir))
     return 0
-
-
-def _report(console: Console, corpus: Corpus, validation: Validation, steps: int, seconds: float) -> None:
-    from torchprobe.cli.summary import summary_table
-
-    console.print(summary_table(corpus, validation, steps=steps, seconds=seconds))
 
 
 def _view_lines(log_dir: Path) -> list[str]:

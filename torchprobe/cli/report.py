@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from torchprobe.cli.errors import CommandError
-from torchprobe.cli.reading import place, recorded
+from torchprobe.cli.arguments import CommandError, add_command, place, recorded
 
 _DESCRIPTION = """\
 Tell what a recorded run says: alerts, the course of its numbers, the layers to look at,
@@ -26,14 +25,8 @@ examples:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's options to the command line."""
-    parser = commands.add_parser(
-        "report",
-        help="tell what a recorded run says",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    about = "tell what a recorded run says"
+    parser = add_command(commands, "report", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     parser.add_argument(
         "run_folder",
         nargs="?",

@@ -13,10 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import torchprobe
-from torchprobe.cli.corpus import Corpus, Part
+from torchprobe.cli.bayesian_transformer import Batch, Validation, validate
+from torchprobe.cli.corpus import Corpus, Part, word_numbers
 from torchprobe.cli.progress import Progress
-from torchprobe.cli.validation import Batch, Validation, validate
-from torchprobe.cli.words import word_numbers
 
 VALIDATIONS = 10
 MIN_STEPS_BETWEEN_VALIDATIONS = 10
@@ -73,7 +72,14 @@ def train(model: nn.Module, data: Data, settings: Settings, progress: Progress) 
             session.log_metrics({"loss": loss}, prefix="train")
             progress.advance(step, loss)
             if step % validate_every == 0 or step == settings.steps:
-                validation = _validate(model, data, settings, session)
+                validation = validate(
+                    model,
+                    data.held_out,
+                    passes=settings.passes,
+                    batch_size=128,
+                    device=settings.device,
+                    log_predictions=session.log_predictions,  # no loss that torchprobe could see tells the labels here
+                )
                 session.log_metrics(validation.metrics(), prefix="val")
                 progress.validated(step, validation)
     return validation
@@ -94,17 +100,6 @@ def _batches(data: Data, settings: Settings) -> Iterator[Batch]:
     sampler = WeightedRandomSampler(weights.tolist(), draws, generator=generator)
     for words, classes in DataLoader(data.train, settings.batch_size, sampler=sampler, generator=generator):
         yield words.to(settings.device), classes.to(settings.device)
-
-
-def _validate(model: nn.Module, data: Data, settings: Settings, session: torchprobe.Session) -> Validation:
-    return validate(
-        model,
-        data.held_out,
-        passes=settings.passes,
-        batch_size=128,
-        device=settings.device,
-        log_predictions=session.log_predictions,  # no loss that torchprobe could see tells the labels here
-    )
 
 
 def _tensors(part: Part, length: int, vocabulary: int) -> TensorDataset:

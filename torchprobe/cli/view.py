@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import mimetypes
 import os
 import sys
 import time
 import webbrowser
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from urllib.parse import quote
 
-from torchprobe.cli.arguments import port_number
-from torchprobe.cli.errors import CommandError
-from torchprobe.cli.pinned import with_overview
-from torchprobe.cli.reading import place
-from torchprobe.cli.tensorboard_url import check_readable
+from torchprobe.cli.arguments import CommandError, add_command, place, port_number
+from torchprobe.writers.places import protocol_of
 
 _DESCRIPTION = """\
 Show recorded runs in TensorBoard: start it, print its address, open the browser.
@@ -35,14 +37,8 @@ examples:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's options to the command line."""
-    parser = commands.add_parser(
-        "view",
-        help="show recorded runs in TensorBoard",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    about = "show recorded runs in TensorBoard"
+    parser = add_command(commands, "view", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     parser.add_argument(
         "directory", nargs="?", type=place, default="runs", metavar="DIR", help="folder or URL of runs (default: runs)"
     )
@@ -130,3 +126,60 @@ def _has_display() -> bool:
     if sys.platform in ("win32", "darwin"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+def check_readable(url: str) -> None:
+    """Raise CommandError, saying what to install or what the store answers, unless there is a run at or below it."""
+    protocol = protocol_of(url)
+    if protocol == "gs" and find_spec("tensorboard_data_server") is not None:
+        return  # whose reader knows gs:// by itself
+    from tensorboard.backend.event_processing import io_wrapper
+    from tensorboard.compat import tf
+
+    try:
+        tf.io.gfile.isdir(url)  # raises what the next line would hide
+        found = next(iter(io_wrapper.GetLogdirSubdirectories(url)), None)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(protocol)
+        fix = f"Run: pip install fsspec {package}" if package else "It reads s3://, gs://, az:// and what fsspec knows"
+        raise CommandError(f"TensorBoard cannot read {protocol}:// here ({_line(error)}). {fix}") from error
+    except Exception as error:  # stores have exceptions of their own
+        raise CommandError(f"'{url}' cannot be read: {_line(error)}") from error
+    if found is None:
+        raise CommandError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+# The page takes up to ten pins, by hand or from its address; those of tags that a run lacks are not shown.
+PINNED = (
+    "overview/loss",
+    "overview/update_ratio",
+    "overview/attention_entropy_min",
+    "val/overview/epistemic",
+    "val/overview/ece",
+    "overview/grad_norm",
+    "overview/epistemic",
+    "overview/alerts",
+)
+
+App = Callable[[Any, Any], Iterable[bytes]]
+
+
+def with_overview(app: App) -> App:
+    """TensorBoard's WSGI application, whose bare address leads to the address with the pins."""
+    cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
+    address = f"?pinnedCards={quote(cards)}"
+
+    def serve(environ: Any, start_response: Any) -> Iterable[bytes]:
+        if environ.get("PATH_INFO", "/") in ("", "/") and not environ.get("QUERY_STRING"):
+            start_response("302 Found", [("Location", address), ("Content-Length", "0")])
+            return [b""]
+        return app(environ, start_response)
+
+    return serve

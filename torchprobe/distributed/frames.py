@@ -15,7 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.numbering import Key
+
+
+class Key(NamedTuple):
+    """A place in the order of what a rank hands over."""
+
+    restart: int
+    """How often step numbers began anew, as after forward passes that turned out to be no training."""
+    step: int
+    part: int
+    """0 for a step's first record; more for what is logged to a step that was handed over already."""
+
+
+class Numbering:
+    """Gives each step that is handed over its key; two ranks that do the same get the same keys."""
+
+    def __init__(self) -> None:
+        self._last = Key(0, 0, 0)
+
+    def next(self, step: int) -> Key:
+        """The key of the step that is handed over now; keys increase."""
+        restart, last, part = self._last
+        if step > last:
+            self._last = Key(restart, step, 0)
+        else:
+            self._last = Key(restart, step, part + 1) if step == last else Key(restart + 1, step, 0)
+        return self._last
+
 
 _HEADER_BYTES = 4
 
@@ -27,7 +53,7 @@ class Part(NamedTuple):
     prefix: str
     names: Sequence[str]
     rows: NDArray[np.float64]
-    shares: Sequence[Share] | None = None
+    shards: Sequence[Share] | None = None
 
 
 class Step(NamedTuple):
@@ -47,8 +73,8 @@ class Frame:
     bye: bool = False
 
 
-class Encoder:
-    """Makes bytes of frames, which one `Decoder` must see in the same order."""
+class FrameEncoder:
+    """Makes bytes of frames, which one `FrameDecoder` must see in the same order."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -56,9 +82,7 @@ class Encoder:
     def __call__(self, frame: Frame) -> bytes:
         """The bytes of a frame."""
         known = len(self._numbers)
-        steps = [
-            [step.key, [self._described(part) for part in step.parts], list(step.same_data)] for step in frame.steps
-        ]
+        steps = [[step.key, list(map(self._described, step.parts)), list(step.same_data)] for step in frame.steps]
         header = {"mark": frame.mark, "bye": frame.bye, "steps": steps, "names": list(self._numbers)[known:]}
         text = json.dumps(header, separators=(",", ":")).encode()
         rows = [part.rows.astype("<f8", copy=False).tobytes() for step in frame.steps for part in step.parts]
@@ -66,12 +90,12 @@ class Encoder:
 
     def _described(self, part: Part) -> list[Any]:
         names = [self._numbers.setdefault(name, len(self._numbers)) for name in part.names]
-        plain = part.shares is not None and all(share.is_whole for share in part.shares)
-        return [part.reporter, part.prefix, names, part.rows.shape[1], [] if plain else part.shares]
+        plain = part.shards is not None and all(shard.is_whole for shard in part.shards)
+        return [part.reporter, part.prefix, names, part.rows.shape[1], [] if plain else part.shards]
 
 
-class Decoder:
-    """Reads frames in the order in which one `Encoder` made them."""
+class FrameDecoder:
+    """Reads frames in the order in which one `FrameEncoder` made them."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -91,15 +115,15 @@ class Decoder:
 
     def _parts(self, described: Iterable[Any], numbers: NDArray[Any]) -> tuple[list[Part], NDArray[Any]]:
         parts = []
-        for reporter, prefix, indices, width, shares in described:
+        for reporter, prefix, indices, width, shards in described:
             size = len(indices) * width
             rows, numbers = numbers[:size].reshape(len(indices), width), numbers[size:]
             names = [self._names[i] for i in indices]
-            parts.append(Part(reporter, prefix, names, rows.astype(np.float64), _shares(shares, len(names))))
+            parts.append(Part(reporter, prefix, names, rows.astype(np.float64), _shards(shards, len(names))))
         return parts, numbers
 
 
-def _shares(described: list[Any] | None, size: int) -> list[Share] | None:
+def _shards(described: list[Any] | None, size: int) -> list[Share] | None:
     if described is None:
         return None
-    return [Share(*share) for share in described] if described else [WHOLE] * size
+    return [Share(*shard) for shard in described] if described else [WHOLE] * size

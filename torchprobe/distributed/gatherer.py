@@ -11,15 +11,72 @@ from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
-from torchprobe.distributed.combine import Combiner, same_data_groups
-from torchprobe.distributed.frames import Part
-from torchprobe.distributed.mailbox import Mailbox, open_mailbox
-from torchprobe.distributed.numbering import Key, Numbering
-from torchprobe.distributed.peer import Peer
+from torchprobe.distributed.frames import FrameDecoder, Key, Numbering, Part, Step
+from torchprobe.distributed.mailbox import Inbox, Mailbox, open_mailbox
+from torchprobe.distributed.merge import Combiner, same_data_groups
 from torchprobe.distributed.sender import HELD
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
+
+_log = logging.getLogger("torchprobe")
+
+
+class Peer:
+    """What a rank has sent and rank 0 has not used yet, and whether it is worth waiting for more.
+
+    late: it was waited for in vain; until it says something it is not waited for again. has_left: it said that nothing
+    follows. lost: it said what cannot be read, and names that came with it are missing: nothing of it counts any more.
+    """
+
+    def __init__(self, rank: int, inbox: Inbox) -> None:
+        self.rank = rank
+        self.heard = False
+        self.late = False
+        self.lost = False
+        self.same_data: Sequence[int] = ()
+        self.too_late = 0  # steps that came after their record was written
+        self.has_left = False
+        self._inbox = inbox
+        self._decode = FrameDecoder()
+        self._mark: Key | None = None
+        self._steps: dict[Key, Step] = {}
+
+    def poll(self, used: Key) -> None:
+        """Take in what has arrived; steps up to `used` come too late."""
+        for data in self._inbox.receive():
+            if self.lost:
+                continue
+            try:
+                frame = self._decode(data)
+            except Exception:
+                _log.exception("what rank %d sent cannot be read: it is left out from now on", self.rank)
+                self.lost = True
+                continue
+            self.heard, self.late, self.has_left = True, False, frame.bye
+            self._mark = frame.mark or self._mark
+            fresh = [step for step in frame.steps if step.key > used]
+            self.too_late += len(frame.steps) - len(fresh)
+            self._steps.update({step.key: step for step in fresh})
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was heard of, and lately."""
+        return self.heard and not self.late and not self.lost
+
+    def owes(self, key: Key) -> bool:
+        """Whether a step may still come from this rank, and is worth waiting for."""
+        if not self.is_here or self.has_left:
+            return False
+        return self._mark is None or self._mark < key
+
+    def take_until(self, key: Key) -> Iterator[tuple[Key, Sequence[Part]]]:
+        """The steps up to this one, which are used now."""
+        for early in sorted(k for k in self._steps if k <= key):
+            step = self._steps.pop(early)
+            self.same_data = step.same_data or self.same_data
+            yield early, step.parts
+
 
 _log = logging.getLogger("torchprobe")
 
@@ -116,9 +173,9 @@ class Gatherer:
         try:
             self._mailbox = open_mailbox(self._world.rank)
         except Exception:
-            _log.exception("rank 0 cannot reach the store of torch.distributed: it shows its own values alone")
+            _log.exception("rank 0 cannot reach the store of torch.distributed: it shows its own values only")
             return
-        self._peers = [Peer(rank, self._mailbox.inbox(rank)) for rank in range(1, self._world.size)]
+        self._peers = [Peer(rank, Inbox(self._mailbox, rank)) for rank in range(1, self._world.size)]
 
     def _poll(self) -> None:
         for peer in self._peers:
@@ -174,10 +231,10 @@ class Gatherer:
         self._same_data = sealed.same_data or self._same_data
         own = [self._part(part) for part in arrived if part.heading.reporter in self._keys]
         self._publish(own)
-        alone = [part for part in arrived if part.heading.reporter not in self._keys]
+        own_only = [part for part in arrived if part.heading.reporter not in self._keys]
         known = {0: self._same_data, **{peer.rank: peer.same_data for peer in self._peers}}
         together = self._combiner({0: own, **others}, same_data_groups(known))
-        record = self._decoder.record(sealed, [*alone, *together])
+        record = self._decoder.record(sealed, [*own_only, *together])
         if record is not None:
             yield record
 
@@ -187,7 +244,7 @@ class Gatherer:
 
     def _publish(self, parts: Sequence[Part]) -> None:
         """Once: the parameters that rank 0 sees whole, which the others need not send."""
-        names = {n for part in parts for n, share in zip(part.names, part.shares or ()) if share.is_whole}  # noqa: B905
+        names = {n for part in parts for n, shard in zip(part.names, part.shards or ()) if shard.is_whole}  # noqa: B905
         if names and not self._published and self._mailbox is not None:
             self._published = True
-            self._mailbox.publish(HELD, json.dumps(sorted(names)).encode())
+            self._mailbox.put(HELD, json.dumps(sorted(names)).encode())

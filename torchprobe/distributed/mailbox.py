@@ -21,7 +21,7 @@ _STORE_SECONDS = 5.0
 
 
 class Mailbox:
-    """Frames of all ranks of one session, in the order of sending.
+    """What the ranks of one session leave for one another, under names.
 
     A store that fails (its process has ended) is given up, with one line in the log: nothing arrives from then on.
     """
@@ -32,41 +32,24 @@ class Mailbox:
         self._session = session
         self.failed = False
 
-    def outbox(self, rank: int) -> Outbox:
-        """Where a rank sends."""
-        return Outbox(self, rank)
+    def put(self, what: str, data: bytes) -> None:
+        """Leave bytes under a name."""
+        self._ask(lambda: self._store.set(self._key(what), data), None)
 
-    def inbox(self, rank: int) -> Inbox:
-        """Where rank 0 receives what a rank has sent."""
-        return Inbox(self, rank)
+    def holds(self, what: str) -> bool:
+        """Whether there are bytes under a name."""
+        return self._ask(lambda: self._store.check([self._key(what)]), False)
 
-    def key(self, rank: int, number: int) -> str:
-        """Where a rank's n-th chunk lies."""
-        return f"torchprobe/{self._session}/{rank}/{number}"
+    def fetch(self, what: str) -> bytes | None:
+        """The bytes under a name, when they are there. Never waits."""
+        return self._ask(lambda: self._store.get(self._key(what)) if self.holds(what) else None, None)
 
-    def publish(self, what: str, data: bytes) -> None:
-        """Leave something of rank 0 that every rank can read."""
-        self._ask(lambda: self._store.set(f"torchprobe/{self._session}/{what}", data), None)
-
-    def published(self, what: str) -> bytes | None:
-        """What rank 0 has left, if it has."""
-        return self.fetch(f"torchprobe/{self._session}/{what}")
-
-    def put(self, key: str, data: bytes) -> None:
-        """Leave bytes under a key."""
-        self._ask(lambda: self._store.set(key, data), None)
-
-    def holds(self, key: str) -> bool:
-        """Whether there are bytes under a key."""
-        return self._ask(lambda: self._store.check([key]), False)
-
-    def fetch(self, key: str) -> bytes | None:
-        """The bytes under a key, when they are there. Never waits."""
-        return self._ask(lambda: self._store.get(key) if self._store.check([key]) else None, None)
-
-    def remove(self, key: str) -> None:
+    def remove(self, what: str) -> None:
         """Make room."""
-        self._ask(lambda: self._store.delete_key(key), False)
+        self._ask(lambda: self._store.delete_key(self._key(what)), False)
+
+    def _key(self, what: str) -> str:
+        return f"torchprobe/{self._session}/{what}"
 
     def _ask(self, question: Callable[[], _T], otherwise: _T) -> _T:
         if self.failed:
@@ -82,7 +65,7 @@ class Mailbox:
 
 
 class Outbox:
-    """Sends frames, cut into chunks."""
+    """Sends the frames of one rank, cut into chunks that are numbered."""
 
     def __init__(self, mailbox: Mailbox, rank: int) -> None:
         self._mailbox = mailbox
@@ -93,13 +76,13 @@ class Outbox:
     def is_full(self) -> bool:
         """Whether rank 0 has not fetched for long."""
         oldest = self._number - _UNREAD
-        return oldest >= 0 and self._mailbox.holds(self._mailbox.key(self._rank, oldest))
+        return oldest >= 0 and self._mailbox.holds(f"{self._rank}/{oldest}")
 
     def send(self, frame: bytes) -> None:
         """Leave a frame for rank 0."""
         data = len(frame).to_bytes(8, "little") + frame
         for start in range(0, len(data), _CHUNK):
-            self._mailbox.put(self._mailbox.key(self._rank, self._number), data[start : start + _CHUNK])
+            self._mailbox.put(f"{self._rank}/{self._number}", data[start : start + _CHUNK])
             self._number += 1
 
 
@@ -114,13 +97,10 @@ class Inbox:
 
     def receive(self) -> list[bytes]:
         """The frames that have arrived since; never waits."""
-        while (chunk := self._mailbox.fetch(key := self._mailbox.key(self._rank, self._number))) is not None:
+        while (chunk := self._mailbox.fetch(key := f"{self._rank}/{self._number}")) is not None:
             self._data += chunk
             self._number += 1
             self._mailbox.remove(key)
-        return list(self._whole())
-
-    def _whole(self) -> list[bytes]:
         frames = []
         while len(self._data) >= 8 and len(self._data) >= (end := 8 + int.from_bytes(self._data[:8], "little")):
             frames.append(bytes(self._data[8:end]))

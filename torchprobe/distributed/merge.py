@@ -1,18 +1,69 @@
-"""One row of each name from those of several ranks. Pure; ranks are given in their order."""
+"""Parts of a step from all ranks to rows as if one process had seen everything; ranks are given in their order."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchprobe.buffer.step import Share
+from torchprobe.buffer.step import Arrived, Heading, Share
 from torchprobe.distributed.frames import Part
 from torchprobe.probes.base import Way
+
+_log = logging.getLogger("torchprobe")
+
+
+class Combiner:
+    """Lets each probe combine its rows. One whose `combine` raises keeps those of the first rank, logged once.
+
+    reporters: by the key under which ranks send them, all with `combine_rows`.
+    """
+
+    def __init__(self, reporters: Mapping[str, Any]) -> None:
+        self._reporters = reporters
+        self._failed: set[str] = set()
+        self.incomplete = 0  # steps in which parts of a sharded parameter were missing, which is left out then
+
+    def __call__(self, parts: Mapping[int, Sequence[Part]], groups: Sequence[Sequence[int]]) -> list[Arrived]:
+        """The rows of all ranks together, by probe; groups: the ranks that saw the same examples."""
+        by_probe: defaultdict[tuple[str, str], dict[int, list[Part]]] = defaultdict(dict)
+        for rank, some in parts.items():
+            for part in some:
+                if part.reporter in self._reporters:
+                    by_probe[part.reporter, part.prefix].setdefault(rank, []).append(part)
+        arrived, missing = [], False
+        for (key, prefix), of_ranks in by_probe.items():
+            names, rows, incomplete = self._merged(key, of_ranks, groups)
+            missing |= bool(incomplete)
+            if names:
+                arrived.append(Arrived(Heading(self._reporters[key], names, prefix, False, None), rows))
+        self.incomplete += missing
+        return arrived
+
+    def _merged(self, key: str, parts: Mapping[int, Sequence[Part]], groups: Sequence[Sequence[int]]) -> Merged:
+        reporter = self._reporters[key]
+        if key not in self._failed:
+            try:
+                return merge(reporter, parts, groups)
+            except Exception:
+                self._failed.add(key)
+                _log.exception("%s cannot be combined over ranks; one rank's values are shown", type(reporter).__name__)
+        first = min(parts)
+        return merge(reporter, {first: parts[first]}, [[first]])
+
+
+def same_data_groups(ranks: Mapping[int, Sequence[int]]) -> list[list[int]]:
+    """Ranks by the examples that they see: given for each rank which others see the same."""
+    groups: defaultdict[frozenset[int], list[int]] = defaultdict(list)
+    for rank, others in ranks.items():
+        groups[frozenset(others) or frozenset({rank})].append(rank)
+    return list(groups.values())
+
 
 Rows: TypeAlias = "dict[str, NDArray[np.float64]]"
 """What one rank has under each name: (occurrences, fields), as several optimizers or heads have a row each."""
@@ -38,7 +89,7 @@ class Merged(NamedTuple):
 
 def merge(probe: Combines, parts: Mapping[int, Sequence[Part]], groups: Iterable[Sequence[int]]) -> Merged:
     """What all ranks have of one probe. groups: the ranks that saw the same examples, each rank in one group."""
-    if any(part.shares is not None for some in parts.values() for part in some):
+    if any(part.shards is not None for some in parts.values() for part in some):
         rows, incomplete = _of_parameters(probe, parts)
     else:
         by_rank = {rank: _by_name(some) for rank, some in parts.items()}
@@ -54,11 +105,11 @@ def _of_parameters(probe: Combines, parts: Mapping[int, Sequence[Part]]) -> tupl
     copies: defaultdict[str, defaultdict[int, list[_Held]]] = defaultdict(lambda: defaultdict(list))
     for some in parts.values():
         own = _by_name(some)
-        for name, share in _shares_by_name(some).items():
-            if share.is_whole:
+        for name, shard in _shards_by_name(some).items():
+            if shard.is_whole:
                 whole.setdefault(name, own[name])
             else:
-                copies[name][share.copy].append(_Held(share, own[name]))
+                copies[name][shard.copy].append(_Held(shard, own[name]))
     chosen = {name: _complete_copy(of_name) for name, of_name in copies.items() if name not in whole}
     ranks = max((len(held) for held in chosen.values()), default=0)
     shards = [{name: held[i].rows for name, held in chosen.items() if i < len(held)} for i in range(ranks)]
@@ -68,14 +119,14 @@ def _of_parameters(probe: Combines, parts: Mapping[int, Sequence[Part]]) -> tupl
 
 
 class _Held(NamedTuple):
-    share: Share
+    shard: Share
     rows: NDArray[np.float64]
 
 
 def _complete_copy(copies: Mapping[int, list[_Held]]) -> list[_Held]:
     """The parts that together hold every element once; none when some are missing."""
     for _, held in sorted(copies.items()):
-        if sum(share.part for share, _ in held) == held[0].share.whole:
+        if sum(shard.part for shard, _ in held) == held[0].shard.whole:
             return held
     return []
 
@@ -132,8 +183,8 @@ def _by_name(parts: Sequence[Part]) -> Rows:
     return {name: np.stack(rows) for name, rows in lists.items()}
 
 
-def _shares_by_name(parts: Sequence[Part]) -> dict[str, Share]:
-    return {n: share for part in parts for n, share in zip(part.names, part.shares or (), strict=True)}
+def _shards_by_name(parts: Sequence[Part]) -> dict[str, Share]:
+    return {n: shard for part in parts for n, shard in zip(part.names, part.shards or (), strict=True)}
 
 
 def _all_equal(rows: Sequence[NDArray[np.float64]]) -> bool:

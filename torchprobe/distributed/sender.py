@@ -7,9 +7,8 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
-from torchprobe.distributed.frames import Encoder, Frame, Part, Step
+from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
 from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
-from torchprobe.distributed.numbering import Key, Numbering
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.probes.base import Reporter as ProbeReporter
@@ -39,7 +38,7 @@ class Sender:
         self._rank = world.rank
         self._keys = keys
         self._numbering = Numbering()
-        self._encode = Encoder()
+        self._encode = FrameEncoder()
         self._steps: list[Step] = []
         self._mark: Key | None = None
         self._held_by_first: frozenset[str] | None = None
@@ -89,7 +88,7 @@ class Sender:
         except Exception:
             _log.exception("rank %d cannot reach the store of torch.distributed: its values are left out", self._rank)
             return
-        self._outbox = self._mailbox.outbox(self._rank)
+        self._outbox = Outbox(self._mailbox, self._rank)
         self._outbox.send(self._encode(Frame()))  # rank 0 waits for ranks that have said something
 
     def _send(self, outbox: Outbox, frame: Frame) -> None:
@@ -106,7 +105,7 @@ class Sender:
 
     def _held(self) -> frozenset[str]:
         if self._held_by_first is None and self._mailbox is not None:
-            names = self._mailbox.published(HELD)
+            names = self._mailbox.fetch(HELD)
             self._held_by_first = None if names is None else frozenset(json.loads(names))
         return self._held_by_first or frozenset()
 
@@ -123,6 +122,6 @@ class Sender:
 
 def _is_known(part: Part, held: frozenset[str]) -> bool:
     """Whether rank 0 has the same rows: those of parameters that are whole on every rank."""
-    return part.shares is not None and all(
-        share.is_whole and name in held for name, share in zip(part.names, part.shares, strict=True)
+    return part.shards is not None and all(
+        shard.is_whole and name in held for name, shard in zip(part.names, part.shards, strict=True)
     )

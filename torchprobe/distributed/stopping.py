@@ -1,6 +1,6 @@
 """How all ranks stop at the same step, when a rule on rank 0 ends the run.
 
-A rank that stopped alone would leave the others waiting in their next collective. Nothing is exchanged until a rule
+A rank that stopped by itself would leave the others waiting in their next collective. Nothing is exchanged until a rule
 has fired; from then on no rank goes past its next step boundary before all know where to stop:
 
 1. rank 0 leaves the alert in the store;
@@ -73,21 +73,21 @@ class Stopping:
             return
         if not self._published:
             self._published = True
-            mailbox.publish("stop", json.dumps(dataclasses.asdict(self._alert)).encode())
-        answers = [mailbox.published(f"stop/{rank}") for rank in range(1, self._world.size)]
+            mailbox.put("stop", json.dumps(dataclasses.asdict(self._alert)).encode())
+        answers = [mailbox.fetch(f"stop/{rank}") for rank in range(1, self._world.size)]
         completed = [int(answer) for answer in answers if answer is not None]
         if len(completed) == len(answers):
             self._agree(max([self._completed, *completed]) + 1)
-            mailbox.publish("stop/at", str(self._at).encode())
+            mailbox.put("stop/at", str(self._at).encode())
 
     def _follow(self, mailbox: Mailbox, hold: Callable[[Alert], int]) -> None:
         if self._alert is None:
-            said = mailbox.published("stop")
+            said = mailbox.fetch("stop")
             if said is None:
                 return
             self._alert = Alert(**json.loads(said))
-            mailbox.publish(f"stop/{self._world.rank}", str(hold(self._alert)).encode())
-        at = mailbox.published("stop/at")
+            mailbox.put(f"stop/{self._world.rank}", str(hold(self._alert)).encode())
+        at = mailbox.fetch("stop/at")
         if at is not None:
             self._agree(int(at))
 

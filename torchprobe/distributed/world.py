@@ -1,4 +1,4 @@
-"""Which rank this process is."""
+"""Which rank this process is, and the wrappers under which a model cannot be watched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from typing import NamedTuple
 
 import torch.distributed as dist
+from torch import nn
+
+from torchprobe.capture.fully_sharded import is_flat_sharded
 
 
 class World(NamedTuple):
@@ -20,8 +23,8 @@ class World(NamedTuple):
         return self.rank == 0
 
     @property
-    def is_alone(self) -> bool:
-        """Whether there is no other rank."""
+    def is_single(self) -> bool:
+        """Whether this is a single process."""
         return self.size < 2
 
 
@@ -39,3 +42,18 @@ def world() -> World:
 def is_connected() -> bool:
     """Whether the default process group is there."""
     return dist.is_available() and dist.is_initialized()
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "
+                "in several threads; takes DistributedDataParallel, one process a device, or the bare model"
+            )
+        if is_flat_sharded(module) and not getattr(module, "_use_orig_params", True):
+            raise ValueError(
+                "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
+                "their names; takes one with use_orig_params=True, or fully_shard(model)"
+            )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.arguments import check_count
-from torchprobe.images import grid, heat_map
+from torchprobe.pictures import grid, heat_map
 from torchprobe.probes.base import InValidation, Probe, Reporter, Way
 from torchprobe.probes.schedule import Schedule, as_schedule
 from torchprobe.records import Value

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.charts import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
+from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
 from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
 from torchprobe.records import Histogram, Value

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.reports.run import Run, Series
-from torchprobe.reports.sparkline import ROUNDING
-from torchprobe.reports.words import headline, listed, reason
+from torchprobe.reports.words import ROUNDING, headline, listed, reason, stopped_early, visible
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen
@@ -40,11 +39,13 @@ def page(run: Run, summary: Mapping[str, Any]) -> str:
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"<p>{escape(headline(summary))}.</p>"
+    if summary["stopped"] is not None:
+        yield f'<p class="alert">{escape(stopped_early(summary["stopped"]))}</p>'
     if summary["hparams"]:
         yield f"<p>{escape(listed(summary['hparams']))}</p>"
     yield from _alerts(summary["alerts"])
     for flight in summary["flight_recordings"]:
-        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}: {flight['file']}"
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}: {visible(flight['file'])}"
         yield f'<p class="alert">{escape(about)}</p>'
     for i, group in enumerate(_GROUPS):
         if i == _OF_THE_RUN:

@@ -1,18 +1,27 @@
-"""A recorded run, read back from its event files."""
+"""A recorded run, read back from its event files, also from a remote store."""
 
 from __future__ import annotations
 
 import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.reports.remote import copied
+from torchprobe.reports.words import visible
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
-from torchprobe.writers.places import as_url, is_url, local_path
+from torchprobe.writers.places import as_url, filesystem_of, is_url, local_path
+
+_T = TypeVar("_T", tuple[int, str], tuple[int, float, float])
+_EVENTS = "*tfevents*"
+_FLIGHT = {"step": int, "reason": str, "alert": dict, "alerts": list, "exception": str}  # what is shown of a recording
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
 
 
 class NoRunError(ValueError):
@@ -71,8 +80,9 @@ class Run:
     @property
     def seconds(self) -> float:
         """Wall time between the first and the last value."""
-        times = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]
-        return float(max(times) - min(times)) if times else 0.0
+        ends = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]
+        times = _finite(np.array(ends))
+        return float(times.max() - times.min()) if times.size else 0.0
 
 
 def newest_run(folder: Path) -> Path:
@@ -82,51 +92,104 @@ def newest_run(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise NoRunError(f"'{folder}' is not a folder; name a run, such as runs/exp1, or a folder of runs")
-    files = sorted(folder.glob("*tfevents*")) or sorted(folder.rglob("*tfevents*"), key=lambda f: f.stat().st_mtime)
+    files = _event_files(folder) or sorted(filter(_is_regular, folder.rglob(_EVENTS)), key=lambda f: f.stat().st_mtime)
     if not files:
         raise NoRunError(f"no run is recorded in '{folder}' (it holds no TensorBoard event file)")
     return files[-1].parent
 
 
 def read_run(where: Path | str) -> Run:
-    """Read the event files of a run, all points of them, with TensorBoard's own reader.
+    """Read the event files of a run, all points of them, with TensorBoard's own reader; what is damaged is left out.
 
     where: the run's folder or URL, or one above it, of which the newest run is taken. Raises NoRunError; for a URL also
-    what `remote.copied` raises.
+    what `copied` raises.
     """
     if not is_url(str(where)):
         return _read(newest_run(local_path(str(where))))
     with copied(as_url(str(where))) as (folder, url):
-        if next(folder.glob("*tfevents*"), None) is None:
+        if not _event_files(folder):
             raise NoRunError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")
         run = _read(folder)
     flights = [{**flight, "file": f"{url}/flight/{Path(flight['file']).name}"} for flight in run.flights]
     return replace(run, path=url, flights=flights)
 
 
+def _is_regular(file: Path) -> bool:
+    """Not a pipe, at which a reader would wait for ever, nor a link to nothing."""
+    return file.is_file()
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(filter(_is_regular, folder.glob(_EVENTS)))
+
+
 def _read(path: Path) -> Run:
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    contents = _Contents()
+    for file in _event_files(path):
+        for record in RawEventFileLoader(str(file)).Load():
+            with suppress(Exception):  # damaged
+                contents.take(Event.FromString(record))
+    series = {tag: _series(points) for tag, points in contents.scalars.items()}
+    return Run(path, series, contents.texts, _flights(path), contents.hparams)
+
+
+class _Contents:
+    """What event files hold, in the order of writing."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, list[tuple[int, float, float]]] = {}
+        self.texts: dict[str, list[tuple[int, str]]] = {}
+        self.hparams: dict[str, Any] = {}
+        self._plugins: dict[str, str] = {}  # a tag's first value says which page shows it
+
+    def take(self, event: Any) -> None:
+        """Add an event's values. A program that goes on from an earlier step takes back what came after that."""
+        if event.session_log.status == event.session_log.START:
+            self.scalars = _before(event.step, self.scalars)
+            self.texts = _before(event.step, self.texts)
+        for value in event.summary.value:
+            with suppress(Exception):  # damaged, or of another program
+                self._take(event, value)
+
+    def _take(self, event: Any, value: Any) -> None:
+        tag, data = visible(value.tag), value.metadata.plugin_data
+        plugin = self._plugins.setdefault(tag, data.plugin_name)
+        if tag == START_TAG:
+            self.hparams = {
+                visible(name): visible(hparam) if isinstance(hparam, str) else hparam
+                for name, hparam in read_hparams(data.content).items()
+            }
+        elif plugin == "text":
+            lines = [
+                visible(line) for part in value.tensor.string_val for line in part.decode(errors="replace").split("\n")
+            ]
+            if lines:
+                self.texts.setdefault(tag, []).append((event.step, "\n".join(lines)))
+        elif (plugin == "scalars" or value.HasField("simple_value")) and not tag.startswith(f"{FINAL}/"):
+            point = (event.step, _number(value), event.wall_time)
+            self.scalars.setdefault(tag, []).append(point)
+
+
+def _before(step: int, points: dict[str, list[_T]]) -> dict[str, list[_T]]:
+    kept = {tag: [point for point in of_tag if point[0] < step] for tag, of_tag in points.items()}
+    return {tag: of_tag for tag, of_tag in kept.items() if of_tag}
+
+
+def _number(value: Any) -> float:
+    """Raises for what is no single number."""
     from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0})
-    events.Reload()
-    found: dict[str, list[tuple[int, float, float]]] = {}
-    texts: dict[str, list[tuple[int, str]]] = {}
-    hparams: dict[str, Any] = {}
-    for tag in events.Tags()["scalars"]:
-        found[tag] = [(event.step, event.value, event.wall_time) for event in events.Scalars(tag)]
-    for tag in events.Tags()["tensors"]:
-        plugin = events.SummaryMetadata(tag).plugin_data
-        if tag == START_TAG:
-            hparams = read_hparams(plugin.content)
-            continue
-        arrays = [(event.step, make_ndarray(event.tensor_proto), event.wall_time) for event in events.Tensors(tag)]
-        if plugin.plugin_name == "text":
-            texts[tag] = [(step, _text(array)) for step, array, _ in arrays]
-        elif plugin.plugin_name == "scalars":
-            found[tag] = [(step, float(array), time) for step, array, time in arrays]
-    series = {tag: _series(points) for tag, points in found.items() if points and not tag.startswith(f"{FINAL}/")}
-    return Run(path, series, texts, _flights(path), hparams)
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if any(dimension.size != 1 for dimension in value.tensor.tensor_shape.dim):
+        raise ValueError("of another shape")
+    array = make_ndarray(value.tensor)
+    if array.dtype.kind == "O":
+        raise TypeError("a text")
+    return float(array.item())
 
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,18 +204,73 @@ def _series(points: list[tuple[int, float, float]]) -> Series:
     return Series(np.array(steps, np.int64), np.array(values, np.float64), np.array(times, np.float64))
 
 
-def _text(array: NDArray[Any]) -> str:
-    return "\n".join(part.decode(errors="replace") for part in array.reshape(-1).tolist())
-
-
 def _flights(path: Path) -> list[dict[str, Any]]:
-    return [read for file in sorted((path / "flight").glob("*.json")) if (read := _flight(file)) is not None]
+    files = sorted(filter(_is_regular, (path / "flight").glob("*.json")))
+    return [read for file in files if (read := _flight(file)) is not None]
 
 
 def _flight(file: Path) -> dict[str, Any] | None:
-    """A recording, with its file's name; None for a file that a killed process left half written."""
+    """What is known of a recording, with its file's name; None for one that is half written, or of another program."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = json.loads(
+            file.read_text(encoding="utf-8"),
+            parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
+            parse_constant=lambda text: None,
+        )
+    except (OSError, ValueError, RecursionError):
         return None
-    return {"file": str(file), **content} if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    known = {key: content[key] for key, kind in _FLIGHT.items() if isinstance(content.get(key), kind)}
+    if "alerts" in known:
+        known["alerts"] = [alert for alert in known["alerts"] if isinstance(alert, dict)]
+    return {"file": str(file), **known}
+
+
+@contextmanager
+def copied(url: str) -> Iterator[tuple[Path, str]]:
+    """A local folder with the files of the newest run at or below a URL, and that run's own URL.
+
+    The folder is empty when there is no run, and gone afterwards. Raises OSError for a store that cannot be read,
+    ImportError or ValueError for a URL that fsspec cannot open.
+    """
+    store = filesystem_of(url, "")
+    with tempfile.TemporaryDirectory(prefix="torchprobe-") as folder:
+        try:
+            run = _fetch(store, url, Path(folder))
+        except Exception as error:  # stores have exceptions of their own
+            raise OSError(f"{url!r} cannot be read: {str(error) or type(error).__name__}") from error
+        yield Path(folder), run
+
+
+def _fetch(store: Any, url: str, folder: Path) -> str:
+    root = store._strip_protocol(url).rstrip("/")
+    paths: dict[str, Any] = store.find(url, detail=True)
+    run = _newest(root, {path: details for path, details in paths.items() if "tfevents" in _name(path)})
+    (folder / "flight").mkdir()
+    for path in paths:
+        if _parent(path) == run and "tfevents" in _name(path):
+            store.get_file(path, str(folder / _name(path)))
+        elif _parent(path) == f"{run}/flight":
+            store.get_file(path, str(folder / "flight" / _name(path)))
+    return url + run[len(root) :]
+
+
+def _newest(root: str, event_files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The root itself when it holds event files, else the folder of the one that was written last."""
+    if any(_parent(path) == root for path in event_files):
+        return root
+    return _parent(max(event_files, key=lambda path: (_written(event_files[path]), _name(path)), default=f"{root}/"))
+
+
+def _written(details: Mapping[str, Any]) -> str:
+    """When, in a form that sorts; empty where a store does not say: then names decide, which hold a time too."""
+    return next((str(details[key]) for key in _TIMES if details.get(key)), "")
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]

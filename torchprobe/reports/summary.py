@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from torchprobe.reports.run import Run, Series
+from torchprobe.reports.words import visible
 
 _WORST = 5  # layers of each kind
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
 _ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
+_STOPPED_TEXTS = ("torchprobe/stopped", "torchprobe/stopped/text_summary")
+_STOPPED_AT = re.compile(r"^recording stopped( at step \d+)?[:,.]? *", re.IGNORECASE)
 _EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
     "largest gradients": ("grad_norm_layer", max),
     "smallest mean gradients": ("grad_mean_abs", min),
@@ -27,12 +31,13 @@ _EXTREMES = {  # a title, the group, and whether the largest or the smallest val
 def summarise(run: Run) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
     return {
-        "run": str(run.path),
+        "run": visible(str(run.path)),
+        "stopped": _stopped(run),
         "hparams": run.hparams,
         "steps": run.steps,
         "seconds": round(run.seconds, 3),
         "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
-        "counts": {tag.split("/")[1]: int(run.scalars[tag].last) for tag in _COUNTS if tag in run.scalars},
+        "counts": {tag.split("/")[1]: _count(run.scalars[tag]) for tag in _COUNTS if tag in run.scalars},
         "probe_overhead": _overhead(run),
         "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
         "alerts": _alerts(run),
@@ -42,6 +47,19 @@ def summarise(run: Run) -> dict[str, Any]:
         "uncertainty": _uncertainty(run),
         "flight_recordings": [_recording(flight) for flight in run.flights],
     }
+
+
+def _stopped(run: Run) -> dict[str, Any] | None:
+    """Where recording ended before the run did, and why: what the session wrote of it last."""
+    said = [entry for tag in _STOPPED_TEXTS for entry in run.texts.get(tag, ())]
+    if not said:
+        return None
+    step, text = said[-1]
+    return {"step": step, "why": _STOPPED_AT.sub("", " ".join(_unescaped(text).split()))}
+
+
+def _count(series: Series) -> int:
+    return int(series.last) if math.isfinite(series.last) else 0
 
 
 def _is_curve(tag: str) -> bool:
@@ -73,14 +91,26 @@ def _alerts(run: Run) -> list[dict[str, Any]]:
 
 def _plain(markdown: str) -> list[str]:
     """The entries of a Markdown list, without its escapes."""
-    return [line[2:].replace("\\", "").replace("&lt;", "<") for line in markdown.splitlines() if line[:2] == "- "]
+    return [_unescaped(line[2:]) for line in markdown.splitlines() if line[:2] == "- "]
+
+
+def _unescaped(markdown: str) -> str:
+    return markdown.replace("\\", "").replace("&lt;", "<")
 
 
 def _extremes(group: Mapping[str, Series], worst: Any) -> list[dict[str, Any]]:
-    values = {name: worst(series.values.tolist()) for name, series in group.items()}
-    finite = {name: value for name, value in values.items() if math.isfinite(value) and value != 0}
-    ordered = sorted(finite.items(), key=lambda item: item[1], reverse=worst is max)
+    values = {name: _worst_of(series, worst) for name, series in group.items()}
+    found = {name: value for name, value in values.items() if math.isfinite(value) and (value or worst is min)}
+    ordered = sorted(found.items(), key=lambda item: item[1], reverse=worst is max)
     return [{"where": name, "value": _number(value)} for name, value in ordered[:_WORST]]
+
+
+def _worst_of(series: Series, worst: Any) -> float:
+    """0 is the smallest where it has settled at 0 (a dead layer), not where it was 0 in passing (a warm-up's start)."""
+    values = series.values.tolist()
+    if worst is min and series.settled != 0:
+        values = [value for value in values if value != 0]
+    return float(worst(values))
 
 
 def _uncertainty(run: Run) -> dict[str, float | None]:

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchprobe.reports.run import Run
-from torchprobe.reports.sparkline import sparkline
-from torchprobe.reports.words import headline, listed, reason
+from torchprobe.reports.words import headline, listed, reason, sparkline, stopped_early, visible
 
 _BARS = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
@@ -25,7 +24,10 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
-    yield from _hparams(summary["hparams"])
+    if summary["stopped"] is not None:
+        yield Text(stopped_early(summary["stopped"]), style="red")
+    if summary["hparams"]:
+        yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
     yield from _flights(summary["flight_recordings"])
     yield from _curves("course of the run", run, summary["curves"])
@@ -35,11 +37,6 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from _numbers("uncertainty", summary["uncertainty"])
     for part, values in summary["calibration"].items():
         yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
-
-
-def _hparams(hparams: Mapping[str, Any]) -> Iterator[RenderableType]:
-    if hparams:
-        yield Text(listed(hparams))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -55,7 +52,7 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _flights(flights: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for flight in flights:
         about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
-        yield Text(f"{about}: {flight['file']}", style="yellow")
+        yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
 
 
 def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:

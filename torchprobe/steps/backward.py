@@ -20,8 +20,8 @@ class Backward:
     """One backward pass, or several whose gradients have the same fate.
 
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
-    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. reached: the gradients that it added to, None while
-    that is not known. kept: what sources kept of its forward passes, by source.
+    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. reached: the gradients
+    that it added to, None while that is not known. kept: what sources kept of its forward passes, by source.
     """
 
     __slots__ = ("counted", "elsewhere", "flag", "kept", "loss", "passes", "reached", "sign", "stray", "task", "used")

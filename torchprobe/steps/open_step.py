@@ -18,12 +18,13 @@ from torchprobe.steps.backward import Backward
 class OpenStep:
     """Values and rows of a step, and the backward passes whose gradients its optimizers used.
 
-    due: whose rows the step gives. loss: the sum of what the used backward passes were called on, as an optimizer saw
-    it; None when there is none, or one of them is not known. scale: what the loss was multiplied with.
+    due: whose rows the step gives. light: probes of it that cost nothing, such as those of learning rates. loss: the
+    sum of what the used backward passes were called on; None when there is none. scale: what it was multiplied with.
     """
 
     number: int
     due: frozenset[Reporter] = frozenset()
+    light: frozenset[Reporter] = frozenset()
     buffer: StepBuffer = field(default_factory=StepBuffer)
     used: list[Backward] = field(default_factory=list)
     loss: float | Tensor | None = None
@@ -31,7 +32,6 @@ class OpenStep:
     scale: Tensor | None = None
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
-    loss_due: bool = False
     loss_written: bool = False
 
     def put(self, tag: str, value: Value | Tensor) -> None:
@@ -106,8 +106,8 @@ class OpenStep:
     def report(self, losses: Sequence[Reporter]) -> None:
         """Say what was due, once; a loss that is there need not be looked for. losses: the probes of the loss."""
         self.reported = True
-        missing = losses if self.loss_due and not self.loss_written else ()
-        self.buffer.due = [*(r for r in self.due if r.source != "loss"), *missing]
+        missing = [] if self.loss_written else [reporter for reporter in losses if reporter in self.light]
+        self.buffer.due = [*self.due, *missing]
 
     def take_used(self) -> list[Backward]:
         """The backward passes whose rows are yet to be gathered."""
@@ -117,7 +117,7 @@ class OpenStep:
     def take_loss(self) -> float | Tensor | None:
         """The loss of the step, unscaled, when all of it is known."""
         loss, self.loss = self.loss, None
-        if loss is None or self.unknown or not self.loss_due:
+        if loss is None or self.unknown or not any(reporter.source == "loss" for reporter in self.light):
             return None
         self.loss_written = True
         if self.scale is None:

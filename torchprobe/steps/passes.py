@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import Roots, roots
-from torchprobe.capture.outputs import tensors_in
+from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
 from torchprobe.capture.sources import Sources
@@ -137,7 +137,7 @@ class Passes:
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
         heard = 0
-        for tensor in tensors_in(output):
+        for tensor in hearable_tensors(output):
             if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
                 tensor.register_hook(passing)
                 heard += 1

@@ -41,7 +41,7 @@ class Guard:
         self._tell(f"{type(error).__name__}: {error}")
 
     def records(self) -> bool:
-        """Whether this process is the one that records, and goes on with it. A forked child says once that it is not."""
+        """Whether this process records: a forked child says once that it does not."""
         if self.stopped:
             return False
         if os.getpid() == self.pid:

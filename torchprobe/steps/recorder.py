@@ -80,7 +80,7 @@ class Recorder:
         if step.due:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
-        step.put_all(self._sources.optimizer_values(optimizer))
+        step.put_all(self._sources.optimizer_values(optimizer, step.light))
         self._steps.optimizer_stepped(optimizer)
         self._watch.check()
 

@@ -44,7 +44,8 @@ class Steps:
         self._device_skips: Tensor | None = None
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
-        self._loss_due = False
+        self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
+        self._light: frozenset[Reporter] = frozenset()
         self.due_in(1)
 
     @property
@@ -73,7 +74,7 @@ class Steps:
         self._decided, plan = number, self._plan
         plan.open_for(number, self.clock.by_forward)
         self._due = self._sources.open(number, frozenset(plan.due), frozenset(plan.due_in_validation))
-        self._loss_due = any(reporter.gate.train for reporter in plan.losses)
+        self._light = frozenset([r for r in self._unsampled if r.gate.train])
 
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
@@ -84,7 +85,7 @@ class Steps:
         self._plan.validation_ended()
         number = self.clock.number
         due = self.due_in(number)
-        self.current = OpenStep(number, due, loss_due=self._loss_due)
+        self.current = OpenStep(number, due, self._light)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
@@ -118,7 +119,9 @@ class Steps:
         if loss is None:
             return
         if isinstance(loss, Tensor) or not self._host_loss:
-            step.extend([self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses])
+            step.extend(
+                [self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses if reporter in step.light]
+            )
         else:
             step.buffer.values["overview/loss"] = loss
 

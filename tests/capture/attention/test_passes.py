@@ -232,7 +232,7 @@ def test_odd_modules_and_outputs(training):
 def test_an_error_at_the_start_of_a_pass_ends_the_probe_and_not_the_training(monkeypatch, caplog):
     model = Lambda(attend)
     source, x = source_of(model), torch.randn(2, 3, 5, 4)
-    monkeypatch.setattr(source._fast_paths, "arm", lambda model: 1 / 0)
+    monkeypatch.setattr(source._fast_paths, "begin_pass", lambda *args: 1 / 0)
     with hooked(model, source):
         assert torch.equal(model(x), attend(x))
         assert torch.equal(model(x), attend(x))

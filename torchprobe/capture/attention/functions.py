@@ -96,6 +96,13 @@ def from_the_end(dim: Any, dims: int) -> int | None:
     return dim if dim < 0 else dim - dims
 
 
+def is_over_last(args: Args, kwargs: Kwargs) -> bool:
+    """Whether a sum is over the last dimension alone."""
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    last = args[0].dim() - 1 if args and isinstance(args[0], Tensor) else -1
+    return dim in (-1, last, [-1], (-1,), [last], (last,))
+
+
 def operands(func: Function, args: Args, kwargs: Kwargs) -> tuple[str | None, list[Tensor]]:
     """The two factors of a product, left one first, and the equation of an einsum."""
     values = [*args, *(value for name, value in kwargs.items() if name != "out")]

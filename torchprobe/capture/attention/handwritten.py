@@ -14,24 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention import tags
 from torchprobe.capture.attention.functions import EITHER, Args, Function, Kwargs
 from torchprobe.capture.attention.layout import by_head, is_cross, plain, source_of, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading, common_owner
-from torchprobe.capture.attention.tags import (
-    LEARNED,
-    Exponentials,
-    LogWeights,
-    Normaliser,
-    Pending,
-    Scores,
-    Tags,
-    Weights,
-)
+from torchprobe.capture.attention.tags import LEARNED, Exponentials, LogWeights, Pending, Scores, Tags, Total, Weights
 from torchprobe.capture.compat import under_transform
 
-_KINDS = (Weights, Exponentials, Scores, Normaliser)
+_CHANGED = "a softmax by exp and sum whose exponentials are changed in between"
+_KINDS = (Weights, Exponentials, Scores, Total)
 """Which tag is followed where a function takes several."""
 
 
@@ -194,11 +185,10 @@ class Handwritten:
         if isinstance(tag, Weights):
             axis = fn.moved(func, args, kwargs, tensor, part, tag.axis)
             return None if axis is None else Weights(tag.pending, axis)
-        if isinstance(tag, Normaliser):
+        if isinstance(tag, Total):
             return tag if part.numel() == tensor.numel() else None
         if isinstance(tag, Exponentials):
-            done, weights = tags.divided(func, args, self._tags.of, tag, self._commit)
-            return weights if done else tags.carried(func, args, kwargs, tag, part)
+            return self._carried_exponentials(func, args, kwargs, tag, part)
         if part.dim() < 2:
             return None
         if func in fn.CONCATENATIONS:
@@ -215,6 +205,21 @@ class Handwritten:
             return replace(tag, shifts=())
         if func in fn.DIFFERENCES and args and args[0] is tensor:
             return replace(tag, shifts=(*tag.shifts, *_row_shift(tensor, args[1:])))
+        return tag
+
+    def _carried_exponentials(self, func: Function, args: Args, kwargs: Kwargs, tag: Exponentials, part: Tensor) -> Any:
+        """A softmax that is written out: exponentials, divided by their sum before or after they multiply values."""
+        before, sums = args[0] if args else None, self._tags.of(args[1]) if len(args) > 1 else None
+        if func in fn.DIVISIONS and isinstance(sums, Total) and sums.pending is tag.pending:
+            if tag.multiplied:
+                self._commit(tag.pending)
+            return None if tag.multiplied else Weights(tag.pending)
+        if func in fn.SUMS:
+            return None if tag.multiplied or not fn.is_over_last(args, kwargs) else Total(tag.pending)
+        if not isinstance(before, Tensor) or part.shape != before.shape:
+            return None
+        if func not in fn.VALUE_KEEPING and not tag.multiplied:
+            tag.pending.reading, tag.pending.reason = None, _CHANGED
         return tag
 
     def _concatenated(self, tag: Scores, args: Args, kwargs: Kwargs, tensor: Tensor, joined: Tensor) -> Scores | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ _MASKED = -9e3  # at or below this a float mask hides its key: the mildest custo
 _PROBES = 16  # rows and columns that stand for all
 _DEPTH = 18  # autograd nodes from a query back to its layer's input: projection, norm, rotation, repetition
 _PROJECTIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "MkldnnLinear", "Convolution")
-_Nodes = set[Any]
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -102,35 +102,40 @@ def same_source(query: Tensor, key: Tensor) -> bool | None:
 
     A decoder's queries descend from the encoder's output too, through the layer before, but not that closely.
     """
-    sides = ({query.grad_fn} - {None}, {key.grad_fn} - {None})
-    if not sides[0] or not sides[1]:
+    if query.grad_fn is None or key.grad_fn is None:
         return None
-    seen: tuple[_Nodes, _Nodes] = (set(sides[0]), set(sides[1]))
-    frontiers: tuple[_Nodes, _Nodes] = sides
-    ends = [False, False]
-    for _ in range(_DEPTH):
-        if not seen[0].isdisjoint(seen[1]):
+    unknown = False
+    for of_query, of_key in zip(_ancestors(query.grad_fn), _ancestors(key.grad_fn), strict=True):
+        if not of_query.nodes.isdisjoint(of_key.nodes):
             return True
-        frontiers = (_before(frontiers[0], seen[0], ends, 0), _before(frontiers[1], seen[1], ends, 1))
-        if not frontiers[0] and not frontiers[1]:
-            break
-    if not seen[0].isdisjoint(seen[1]):
-        return True
-    return None if all(ends) else False
+        unknown = of_query.unknown and of_key.unknown
+    return None if unknown else False
 
 
-def _before(frontier: _Nodes, seen: _Nodes, ends: list[bool], side: int) -> _Nodes:
-    """The nodes one step back; notes in `ends` where something without a graph, so unknown, was projected."""
-    found: _Nodes = set()
-    for node in frontier:
-        for behind, _ in node.next_functions:
-            before = _beyond_slices(behind)
-            if before is None:
-                ends[side] |= node.name().startswith(_PROJECTIONS)
-            elif not hasattr(before, "variable") and before not in seen:  # a parameter is shared by everything
-                found.add(before)
-    seen |= found
-    return found
+@dataclass(slots=True)
+class _Ancestors:
+    """Nodes of an autograd graph; unknown: something without a graph was projected on the way."""
+
+    nodes: set[Any]
+    unknown: bool = False
+
+
+def _ancestors(node: Any) -> Iterator[_Ancestors]:
+    """A node with those before it: one step further back each time."""
+    found, frontier = _Ancestors({node}), {node}
+    yield found
+    for _ in range(_DEPTH):
+        further = set()
+        for after in frontier:
+            for behind, _ in after.next_functions:
+                before = _beyond_slices(behind)
+                if before is None:
+                    found.unknown |= after.name().startswith(_PROJECTIONS)
+                elif not hasattr(before, "variable"):  # a parameter is shared by everything
+                    further.add(before)
+        frontier = further - found.nodes
+        found.nodes |= frontier
+        yield found
 
 
 def _beyond_slices(node: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from torchprobe.capture.attention import dot_product, functions, kernels, multi_head, stack
+from torchprobe.capture.attention import dot_product, functions, multi_head, stack
+from torchprobe.capture.attention.functions import Args, Function, Kwargs
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.layout import is_cross
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH
 from torchprobe.statistics.attention import QueryKey
 
-Function = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
 SourceOf = Callable[[int | None], QueryKey]
 
 _SOFTMAXES = functions.SOFTMAXES | functions.LOG_SOFTMAXES | functions.EXPONENTIALS
@@ -64,18 +62,17 @@ class AttentionMode(TorchFunctionMode):
             self._handwritten.after(func, args, kwargs, result, self._within)
         elif func in _DOT_PRODUCTS:
             with self._observer.guard():
-                self._after_dot_product(dot_product.arguments(args, kwargs))
+                call = dot_product.arguments(args, kwargs)
+                source_of = partial(dot_product.query_key, call)
+                self._record((call["query"], call["key"], call.get("attn_mask")), source_of)
         else:
             with self._observer.guard():
                 self._after_operator(func, args, kwargs)
 
     # ---- calls that name their queries and keys
 
-    def _after_dot_product(self, call: Kwargs) -> None:
-        self._record((call["query"], call["key"], call.get("attn_mask")), partial(dot_product.query_key, call))
-
     def _after_operator(self, func: Function, args: Args, kwargs: Kwargs) -> None:
-        call = kernels.call_of(func, args, kwargs)
+        call = dot_product.call_of(func, args, kwargs)
         if call is None:
             return
         if call.unread is None:
@@ -83,7 +80,7 @@ class AttentionMode(TorchFunctionMode):
         else:
             self._observer.uncovered.add(call.unread)
 
-    def _record(self, tensors: kernels.Tensors, source_of: SourceOf, beyond_graphs: bool = False) -> None:
+    def _record(self, tensors: dot_product.Tensors, source_of: SourceOf, beyond_graphs: bool = False) -> None:
         """tensors: query, key and mask, as the user has them; source_of: takes the module's number of heads."""
         caller = self._within.caller if self._within else self._observer.owners.caller(beyond_graphs)
         if caller is INSIDE_GRAPH or self._observer.refuses(caller, *tensors) or caller is None:

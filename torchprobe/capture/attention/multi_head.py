@@ -154,9 +154,9 @@ class FastPaths:
         self._thread = 0
         self._handles: list[RemovableHandle] = []
 
-    def arm(self, model: nn.Module) -> None:
-        """A pass begins."""
-        self.disarm()
+    def begin_pass(self, model: nn.Module, module: nn.Module, grad_enabled: bool) -> None:
+        """A pass of a module begins, with the mode on the stack."""
+        self.end_pass()
         if not torch.backends.mha.get_fastpath_enabled():
             return
         self._modules = {id(module) for module in model.modules() if _has_fused_path(module)}
@@ -166,25 +166,21 @@ class FastPaths:
                 register_module_forward_pre_hook(self._before),
                 register_module_forward_hook(self._after, always_call=True),
             ]
+            with torch.set_grad_enabled(grad_enabled):
+                self._before(module, ())
 
-    def disarm(self) -> None:
+    def end_pass(self) -> None:
         """The pass is over."""
         while self._handles:
             self._handles.pop().remove()
         self._modules = set()
         self._outermost = None
 
-    def suspended_by(self, module: nn.Module, args: Any, grad_enabled: bool) -> bool:
-        """Take the mode off if the module that is about to run may choose its fused path."""
-        if self._outermost is not None or not self._concerns(module) or not _may_be_fused(module, args, grad_enabled):
-            return False
-        self._outermost = id(module)
-        stack.remove(self._mode)
-        self._uncovered.add(f"the fused path of nn.{type(module).__name__} in evaluation")
-        return True
-
     def _before(self, module: nn.Module, args: Any) -> None:
-        self.suspended_by(module, args, torch.is_grad_enabled())
+        if self._outermost is None and self._concerns(module) and _may_be_fused(module, args):
+            self._outermost = id(module)
+            stack.remove(self._mode)
+            self._uncovered.add(f"the fused path of nn.{type(module).__name__} in evaluation")
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost == id(module) and self._concerns(module):
@@ -207,8 +203,8 @@ def _is_one_width(attention: nn.MultiheadAttention) -> bool:
     return bool(getattr(attention, "_qkv_same_embed_dim", True))
 
 
-def _may_be_fused(module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+def _may_be_fused(module: nn.Module, args: Any) -> bool:
     """PyTorch never chooses the fused path for cross-attention, nor with gradients for all of the parameters."""
-    if grad_enabled and all(parameter.requires_grad for parameter in module.parameters()):
+    if torch.is_grad_enabled() and all(parameter.requires_grad for parameter in module.parameters()):
         return False
     return not isinstance(module, nn.MultiheadAttention) or len(args) < 3 or args[0] is args[1] is args[2]

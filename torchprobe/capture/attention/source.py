@@ -100,9 +100,13 @@ class AttentionSource:
         if torch.compiler.is_compiling() or under_transform() or in_backward():
             return
         with gate.boundary():
-            if self._may_enter():
-                self._begin(due)
-                self._watch(module, torch.is_grad_enabled())
+            model = self._model()
+            if model is None or not self._may_enter(model):
+                return
+            self._begin(due)
+            if not in_compiled_call():
+                stack.push_mode(self._mode)
+                self._fast_paths.begin_pass(model, module, torch.is_grad_enabled())
 
     def leave(self) -> None:
         """The pass has ended, with or without an exception. Safe to call at any time; costs nothing after the first."""
@@ -110,7 +114,7 @@ class AttentionSource:
             return
         self._entered = False
         stack.remove(self._mode)
-        self._fast_paths.disarm()
+        self._fast_paths.end_pass()
         self._mode.forget()
         self._traced.interrupted()
 
@@ -122,33 +126,25 @@ class AttentionSource:
         readings = self._observer.sites.take()
         return None if readings is None else Taken(readings, self._maps.due)
 
-    def _may_enter(self) -> bool:
-        model, uncovered, reason = self._model(), self._observer.uncovered, None
+    def _may_enter(self, model: nn.Module) -> bool:
+        uncovered, reason = self._observer.uncovered, None
         if stack.MISSING:
             reason = f"this version of torch, which has no {stack.MISSING}"
         elif self._observer.sites.are_elsewhere:
             reason = SECOND_THREAD
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "passes that are captured into a CUDA graph"
-        elif model is not None and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
             uncovered.add("parts of the model that torch.jit has compiled")  # the others are
         if reason is not None:
             uncovered.add(reason)
-        return reason is None and model is not None
+        return reason is None
 
     def _begin(self, due: bool) -> None:
         self.leave()  # a pass that was interrupted did not
         self.take()
         self._entered = True
         self._observer.begin_pass(off=not due)
-
-    def _watch(self, module: nn.Module, grad_enabled: bool) -> None:
-        model = self._model()
-        if model is None or in_compiled_call():
-            return
-        self._fast_paths.arm(model)
-        if not self._fast_paths.suspended_by(module, (), grad_enabled):
-            stack.push_mode(self._mode)
 
     # ---- what passes make of a step
 

@@ -6,7 +6,7 @@ All private names of torch that finding attention needs stand here, each looked 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -27,18 +27,17 @@ _PRIVATE = {
     path: _look_up(path)
     for path in (
         *("torch._C._len_torch_function_stack", "torch.overrides._push_mode", "torch.overrides._pop_mode"),
-        *("torch._C.DisableTorchFunction", "torch.overrides._enable_torch_function"),
-        *("torch._C._len_torch_dispatch_stack", "torch.utils._python_dispatch._disable_current_modes"),
+        *("torch._C.DisableTorchFunction", "torch.utils._python_dispatch._disable_current_modes"),
         "torch._ops.HigherOrderOperator",
     )
 }
-_depth, push_mode, pop_mode, _no_functions, enable_functions, _dispatch_depth, _no_dispatch, _HigherOrder = (
-    _PRIVATE.values()
-)
+_depth, push_mode, pop_mode, _no_functions, _no_dispatch, _HigherOrder = _PRIVATE.values()
 
 MISSING = next((path for path, found in _PRIVATE.items() if found is None), None)
 """What this version of torch does not have: then attention is not recorded, and nothing here is called."""
 
+_dispatch_depth = _look_up("torch._C._len_torch_dispatch_stack") or (lambda: 1)  # leaving no mode takes longer
+_enable_functions = _look_up("torch.overrides._enable_torch_function")
 _Overload = type(torch.ops.aten.mm.default)
 _Packet = type(torch.ops.aten.mm)
 _DefaultDevice = _look_up("torch.utils._device.DeviceContext") or ()  # without it, one counts as a mode of the user's
@@ -60,13 +59,20 @@ def schema(func: Any) -> Any:
     return getattr(overload, "_schema", None) if isinstance(overload, _Overload) else None
 
 
-def indexing_by_scalars() -> AbstractContextManager[Any] | None:
-    """A mode in which `bias[head]` with a tensor for the head is a lookup, and not a read of its value.
+def _item_to_index() -> Any:
+    return _look_up("torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex")  # comes with flex_attention
 
-    None where there is none. Its module is loaded with `flex_attention`.
-    """
-    mode = _look_up("torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex")
-    return None if mode is None else mode()
+
+def can_index_by_scalars() -> bool:
+    """Whether there is what `indexing_by_scalars` needs."""
+    return _enable_functions is not None and _item_to_index() is not None
+
+
+@contextmanager
+def indexing_by_scalars() -> Iterator[None]:
+    """`bias[head]` with a tensor for the head is a lookup, and not a read of its value, as `flex_attention` has it."""
+    with emptied(), _enable_functions(), _item_to_index()():
+        yield
 
 
 @contextmanager

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
 
-from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.functions import EITHER, Args, Kwargs, Roles
+from torchprobe.capture.attention.functions import EITHER, Roles
 from torchprobe.capture.attention.observer import Call
 from torchprobe.capture.attention.sites import Reading
-
-CHANGED = "a softmax by exp and sum whose exponentials are changed in between"
 
 LEARNED = object()
 """Made from parameters alone."""
@@ -64,7 +61,7 @@ class Exponentials:
 
 
 @dataclass(frozen=True, slots=True)
-class Normaliser:
+class Total:
     """The sum of exponentials over the keys."""
 
     pending: Pending
@@ -81,7 +78,13 @@ class Tags:
 
     def put(self, tensor: Tensor, tag: Any) -> None:
         """Tag a tensor, in place of any earlier tag."""
-        self._tags[id(tensor)] = (ref(tensor, self._forgetting(id(tensor))), tag)
+        tags, key = self._tags, id(tensor)
+
+        def forget(dead: ref[Tensor]) -> None:
+            if key in tags and tags[key][0] is dead:  # another tensor may have the address by now
+                del tags[key]
+
+        tags[key] = (ref(tensor, forget), tag)
 
     def of(self, value: Any) -> Any:
         """The tag of a tensor, or None."""
@@ -99,47 +102,3 @@ class Tags:
     def clear(self) -> None:
         """Forget everything: the pass is over."""
         self._tags.clear()
-
-    def _forgetting(self, key: int) -> Callable[[ref[Tensor]], None]:
-        def forget(dead: ref[Tensor]) -> None:
-            found = self._tags.get(key)
-            if found is not None and found[0] is dead:  # another tensor may have the address by now
-                del self._tags[key]
-
-        return forget
-
-
-# ---- a softmax that is written out: exponentials, divided by their sum before or after they multiply values
-
-
-def carried(func: Any, args: Args, kwargs: Kwargs, tag: Exponentials, part: Tensor) -> Any:
-    """What a function makes of exponentials, unless it divides them: None where it cannot be told."""
-    if func in fn.SUMS:
-        return Normaliser(tag.pending) if _over_last(args, kwargs) and not tag.multiplied else None
-    before: Any = args[0] if args else None
-    if not isinstance(before, Tensor) or part.shape != before.shape:
-        return None
-    if func not in fn.VALUE_KEEPING and not tag.multiplied:
-        tag.pending.reading, tag.pending.reason = None, CHANGED
-    return tag
-
-
-def divided(
-    func: Any, args: Args, of: Callable[[Any], Any], tag: Exponentials, commit: Callable[[Pending], None]
-) -> tuple[bool, Weights | None]:
-    """Whether exponentials have been divided by their sum, and the weights that this makes of them."""
-    if func not in fn.DIVISIONS or len(args) < 2:
-        return False, None
-    sums = of(args[1])
-    if not isinstance(sums, Normaliser) or sums.pending is not tag.pending:
-        return False, None
-    if not tag.multiplied:
-        return True, Weights(tag.pending)
-    commit(tag.pending)
-    return True, None
-
-
-def _over_last(args: Args, kwargs: Kwargs) -> bool:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    last = args[0].dim() - 1 if args and isinstance(args[0], Tensor) else -1
-    return dim in (-1, last, [-1], (-1,), [last], (last,))

@@ -120,7 +120,8 @@ class ValueTrace:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.numel() > 0
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.numel() > 0 and is_numeric(tensor)
 
 
 def _floats(given: Any) -> Iterator[Tensor]:

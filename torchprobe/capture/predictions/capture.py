@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -23,7 +23,7 @@ from torchprobe.capture.predictions.judging import (
     judge_labels,
     judge_likelihood,
 )
-from torchprobe.capture.predictions.likelihood import Pair, Spread
+from torchprobe.capture.predictions.likelihood import Spread, on_both_gradients
 from torchprobe.capture.predictions.loss_modules import LossModules
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import Moment, Phase, Waiting
@@ -185,18 +185,18 @@ class PredictionCapture:
         """The hook holds the phase, and nothing of the graph that it hangs on. On a leaf it would stay for ever."""
         if phase.training and tensor.grad_fn is not None:
             waiting.in_graph = True
-            tensor.register_hook(functools.partial(self._on_gradient, phase, waiting))
+            tensor.register_hook(partial(self._on_gradient, phase, waiting))
 
     def _wait_for_gradients(
         self, phase: Phase, waiting: Waiting, mean: Tensor, source: tuple[Tensor, Spread] | None
     ) -> None:
-        tensor, spread = source or (None, Spread())
-        readable = tensor is not None and tensor.grad_fn is not None and tensor.shape == mean.shape
-        if tensor is None or not readable or self._sample_dim is not None:
+        tensor, spread = source or (mean, Spread())
+        both = tensor is not mean and tensor.grad_fn is not None and tensor.shape == mean.shape
+        if not both or self._sample_dim is not None:
             self._wait_for_gradient(phase, waiting, mean)
         elif phase.training and mean.grad_fn is not None:
             waiting.in_graph = True
-            Pair(functools.partial(self._on_gradients, phase, waiting, spread)).watch(mean, tensor)
+            on_both_gradients(mean, tensor, partial(self._on_gradients, phase, waiting, spread))
 
     def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor | None) -> None:
         if gradient is not None and self._still_waits(phase, waiting):

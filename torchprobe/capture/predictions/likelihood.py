@@ -8,6 +8,7 @@ loss was such a likelihood at all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,32 +31,18 @@ class Spread(NamedTuple):
 STD = Spread(2.0, 0.5)
 
 
-class Pair:
-    """Gradients at a mean and at what gives its variance, which arrive one after the other, or not: autograd hands None
-    to the hook of what the loss does not depend on."""
+def on_both_gradients(mean: Tensor, spread: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
+    """Hear once of both gradients, if both arrive: autograd hands None to the hook of what the loss leaves out."""
+    arrived: dict[str, Tensor] = {}
 
-    def __init__(self, then: Callable[[Tensor, Tensor], None]) -> None:
-        self._then = then
-        self._of_mean: Tensor | None = None
-        self._of_spread: Tensor | None = None
+    def take(name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            arrived[name] = gradient.detach()  # its own graph may lead back here
+        if len(arrived) == 2:
+            then(arrived.pop("mean"), arrived.pop("spread"))
 
-    def watch(self, mean: Tensor, spread: Tensor) -> None:
-        """Hear of both, in the backward pass of this graph."""
-        mean.register_hook(self._take_mean)
-        spread.register_hook(self._take_spread)
-
-    def _take_mean(self, gradient: Tensor | None) -> None:
-        self._of_mean = None if gradient is None else gradient.detach()  # its graph may lead back here
-        self._go_on()
-
-    def _take_spread(self, gradient: Tensor | None) -> None:
-        self._of_spread = None if gradient is None else gradient.detach()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if self._of_mean is not None and self._of_spread is not None:
-            of_mean, of_spread, self._of_mean, self._of_spread = self._of_mean, self._of_spread, None, None
-            self._then(of_mean, of_spread)
+    mean.register_hook(partial(take, "mean"))
+    spread.register_hook(partial(take, "spread"))
 
 
 def targets_of(

@@ -32,8 +32,8 @@ class LossModules:
     while `listening` is off. No module is kept alive. on_call: hears of a call with its arguments.
 
     A look through all objects costs 23 to 48 ms, so there is one at the first sampled training pass, one at the first
-    sampled validation pass if there was no loss module before, and others only while gradients arrive without a call
-    of one, after 100 steps, 1,000 more, 10,000 more: a loss may be made late, but mostly it is a function.
+    sampled validation pass if training has called none so far, and others only while gradients arrive without a call,
+    after 100 steps, 1,000 more, 10,000 more: a loss may be made late, but mostly it is a function.
     """
 
     def __init__(self, on_call: OnCall) -> None:
@@ -48,7 +48,7 @@ class LossModules:
 
     def look_if_due(self, model: nn.Module | None, step: int, training: bool) -> None:
         """An output's targets are sought: put hooks on what there is, if it is time to look."""
-        first = training not in self._looked_in and not (self._hooked and not training)
+        first = training not in self._looked_in and (training or self._missed or not self._hooked)
         if first or (training and self._missed and step >= self._next_look):
             if not first:
                 self._wait *= 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -19,14 +20,6 @@ from torchprobe.capture.predictions.pool import InputKey
 from torchprobe.naming import ROOT
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
-
-
-class Member(NamedTuple):
-    """One call of a member of an ensemble."""
-
-    number: int
-    key: InputKey
-    output: Any
 
 
 class Site(NamedTuple):
@@ -50,7 +43,7 @@ class Parts:
         self._on_output = on_output
         self._sites: dict[bool, list[Site]] = {}  # in training, and in validation
         self._handles: list[RemovableHandle] = []
-        self._calls: defaultdict[str, list[Member]] = defaultdict(list)
+        self._calls: defaultdict[str, list[tuple[int, InputKey, Any]]] = defaultdict(list)
 
     def arm(self, training: bool) -> None:
         """A sampled pass begins. Nothing inside a compiled model gets a hook: it would be compiled anew."""
@@ -62,8 +55,7 @@ class Parts:
         for site in self._sites[training]:
             module = site.module()
             if module is not None:
-                hook = self._read_as(site.name) if site.number is None else self._collect(site.name, site.number)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(partial(self._heard, site), with_kwargs=True))
 
     def look_again(self) -> None:
         """The model may be another one at the next pass. Looking costs microseconds a module."""
@@ -98,24 +90,17 @@ class Parts:
         Members that were called with different inputs are layers, or something else.
         """
         for name, calls in self._calls.items():
-            if len({call.number for call in calls}) == len(calls) > 1:
-                first, *others = calls
-                if all(call.key.same_as(first.key) for call in others):
-                    yield name, [call.output for call in calls]
+            numbers, keys, outputs = zip(*calls, strict=True)
+            if len(set(numbers)) == len(calls) > 1 and all(key.same_as(keys[0]) for key in keys[1:]):
+                yield name, list(outputs)
 
-    def _read_as(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if _is_first_pass():
-                self._on_output(name, module, args, kwargs, output)
-
-        return hook
-
-    def _collect(self, name: str, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if _is_first_pass():
-                self._calls[name].append(Member(index, InputKey(args, kwargs, 0), output))
-
-        return hook
+    def _heard(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or under_transform() or in_backward():
+            return
+        if site.number is None:
+            self._on_output(site.name, module, args, kwargs, output)
+        else:
+            self._calls[site.name].append((site.number, InputKey(args, kwargs, 0), output))
 
 
 def _may_be_ensemble(module: nn.Module) -> bool:
@@ -123,7 +108,3 @@ def _may_be_ensemble(module: nn.Module) -> bool:
     members = list(module.children()) if isinstance(module, nn.ModuleList) else []  # a list may hold None, too
     kinds = {(type(member), tuple(p.shape for p in member.parameters())) for member in members}
     return len(members) > 1 and len(kinds) == 1 and bool(next(iter(kinds))[1])
-
-
-def _is_first_pass() -> bool:
-    return not (torch.compiler.is_compiling() or under_transform() or in_backward())

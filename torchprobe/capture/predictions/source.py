@@ -189,8 +189,8 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) ->
 
 
 def _flags(like: Tensor, moment: Moment) -> Tensor:
-    values = (float(moment.window), float(moment.pictures), 1.0)
-    return torch.stack([like.new_full((), value) for _, value in zip(FLAGS, values, strict=True)])
+    values = {"window": moment.window, "pictures": moment.pictures, "rows": 1}
+    return torch.stack([like.new_full((), float(values[flag])) for flag in FLAGS])
 
 
 def _name(name: str, training: bool) -> str:

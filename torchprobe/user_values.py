@@ -1,4 +1,7 @@
-"""What the user logs: checked at the call, never read from the device."""
+"""What a user hands in: checked at the call, never read from the device.
+
+Each error names the argument, what it got and what it takes.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from torchprobe.buffer.step import Piece, Reporter
+from torchprobe.statistics import out_of_distribution as separation
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
 
@@ -84,3 +90,58 @@ def _check_number(name: object, value: object) -> None:
 def _check_text(argument: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
+
+
+def checked_predictions(probs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Predictions and targets as tensors of one device. Raises TypeError and ValueError that name the argument."""
+    p, y = _tensor("probs", probs), _tensor("targets", targets)
+    if not p.is_floating_point():
+        raise TypeError(f"probs: got {p.dtype}, takes floating-point probabilities; class numbers go into targets")
+    if y.is_complex():
+        raise TypeError(f"targets: got {y.dtype}, takes class numbers")
+    fitting = p.shape == y.shape or (p.dim() > 0 and p.shape[:-1] == y.shape)
+    if not fitting:
+        raise ValueError(
+            f"targets: got shape {tuple(y.shape)} for probs of shape {tuple(p.shape)}; takes that without the "
+            "last dimension, the classes (probs.movedim(1, -1) puts them there)"
+        )
+    return p, y.to(p.device, non_blocking=True)
+
+
+def _tensor(argument: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    raise TypeError(f"{argument}={value!r}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
+
+
+_log = logging.getLogger("torchprobe")
+
+
+def floats(argument: str, value: Any) -> Tensor:
+    """A tensor, numpy array or number as real floats, detached. Raises TypeError, naming the argument, for others."""
+    if isinstance(value, Tensor):
+        if not value.is_complex():
+            return value.detach() if value.is_floating_point() else value.detach().float()
+    elif isinstance(value, np.ndarray | np.generic | int | float):
+        array = np.asarray(value)
+        if array.dtype.kind in "fiub":
+            return torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))
+    raise TypeError(f"{argument}={value!r}: takes a tensor, a numpy array or a number, not {type(value).__name__}")
+
+
+def separation_piece(reporter: Reporter, in_scores: Any, out_scores: Any, name: str) -> Piece | None:
+    """The row of two sets of scores, on the device of the first; None, with a traceback in the log, when that fails.
+
+    Raises TypeError for what is no array of numbers, and for a name that is no string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: takes a string, such as 'ood', not {type(name).__name__}")
+    inside, outside = floats("in_scores", in_scores), floats("out_scores", out_scores)
+    try:
+        rows = separation.compute(inside, outside.to(inside.device, non_blocking=True))[None]
+    except Exception:
+        _log.exception("log_ood failed and its scores are left out; training goes on")
+        return None
+    return Piece(reporter, [name], rows)

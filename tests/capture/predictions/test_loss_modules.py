@@ -1,0 +1,152 @@
+"""Loss modules are heard wherever they are, and are left as they were."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.probes.calibrated import assert_calibration, batch, net, watch
+from torchprobe.capture.predictions import loss_modules
+from torchprobe.testing import MemoryWriter
+
+
+class Mine(nn.CrossEntropyLoss):
+    """A user's own kind."""
+
+
+def step(model, criterion, seed=0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = batch(seed)
+    out = model(x)
+    criterion(out, y).backward()
+    optimizer.step()
+    return out, y
+
+
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, Mine])
+@pytest.mark.parametrize("holder", [lambda c: c, lambda c: {"losses": [c]}, lambda c: lambda: c])
+def test_validation_is_judged_by_a_loss_module_in_any_object(kind, holder):
+    model, writer, held = net(), MemoryWriter(), holder(kind())
+    criterion = held if isinstance(held, nn.Module) else held["losses"][0] if isinstance(held, dict) else held()
+    with watch(model, writer):
+        step(model, F.cross_entropy)
+        x, y = batch(1)
+        with torch.no_grad():
+            out = model.eval()(x)
+            criterion(out, y)
+    assert_calibration(writer, 1, out.softmax(-1), y, "val/")
+
+
+def test_one_that_is_made_for_validation_is_found_there():
+    model, writer = net(), MemoryWriter()
+    with watch(model, writer):
+        step(model, F.cross_entropy)
+        criterion = Mine()
+        with torch.no_grad():
+            x, y = batch(1)
+            out = model.eval()(x)
+            criterion(out, y)
+    assert_calibration(writer, 1, out.softmax(-1), y, "val/")
+
+
+def test_looks_are_few_where_the_loss_is_a_function(monkeypatch):
+    looks, classes = [], loss_modules._classes
+    monkeypatch.setattr(loss_modules, "_classes", lambda: looks.append(1) or classes())
+    model = net()
+    with watch(model, MemoryWriter()):
+        for seed in range(120):
+            step(model, F.cross_entropy, seed)
+    assert len(looks) == 2
+
+
+def test_a_later_look_finds_what_was_made_in_between():
+    model, writer = net(), MemoryWriter()
+    with watch(model, writer):
+        step(model, F.cross_entropy)
+        weighted = nn.CrossEntropyLoss(torch.arange(1.0, 6.0), label_smoothing=0.3)  # its gradients do not tell
+        for seed in range(1, 103):
+            step(model, weighted, seed)
+    assert [step for step, _ in writer.scalars("calibration/ece")] == [1, 101, 102, 103]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_a_loss_module_work_and_tell_nothing(copied):
+    model, writer, criterion = net(), MemoryWriter(), nn.CrossEntropyLoss()
+    with watch(model, writer):
+        step(model, criterion)
+        other = copied(criterion)
+        with torch.no_grad():
+            x, y = batch(1)
+            assert torch.equal(other(model.eval()(x), y), criterion(model(x), y))
+    assert not any("torchprobe" in type(hook).__module__ for hook in other._forward_hooks.values())
+
+
+def test_a_pickled_loss_module_loads_without_torchprobe(tmp_path):
+    model, criterion = net(), nn.CrossEntropyLoss()
+    with watch(model, MemoryWriter()):
+        step(model, criterion)
+        (tmp_path / "loss").write_bytes(pickle.dumps(criterion))
+    code = "import pickle, sys; sys.modules['torchprobe'] = None; pickle.loads(open(sys.argv[1], 'rb').read())"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss")], check=True)
+
+
+def test_no_loss_module_is_kept_alive_and_no_hook_is_left():
+    model, criterion, kept = net(), nn.CrossEntropyLoss(), nn.MSELoss()
+    gone = weakref.ref(criterion)
+    with watch(model, MemoryWriter()):
+        step(model, criterion)
+        assert len(kept._forward_hooks) == 1
+        del criterion
+        gc.collect()
+        assert gone() is None
+    assert not kept._forward_hooks
+    assert not kept._forward_hooks_with_kwargs
+
+
+def test_an_unwatched_step_hears_of_no_loss(monkeypatch):
+    model, criterion = net(), nn.CrossEntropyLoss()
+    with watch(model, MemoryWriter(), every=100):
+        step(model, criterion)
+        calls = []
+        monkeypatch.setattr("torchprobe.capture.predictions.targets.read_call", lambda *_: calls.append(1))
+        step(model, criterion, 1)
+        assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo hides by itself, unless it is an error
+def test_a_compiled_loss_is_compiled_once_and_so_is_a_net_that_nobody_watches():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, criterion, teacher = net(), nn.CrossEntropyLoss(), net()
+    loss = torch.compile(lambda out, y: criterion(out, y), backend=backend, fullgraph=True)
+    other = torch.compile(teacher, backend=backend, fullgraph=True)
+    with watch(model, MemoryWriter()):
+        for seed in range(10):
+            step(model, lambda out, y: loss(out, y) + other(out[:, :4]).square().mean(), seed)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("how", ["cast", "sliced", "of another model", "scaled"])
+def test_only_the_output_itself_or_its_values_are_judged(how):
+    model, other, writer, criterion = net(), net(), MemoryWriter(), nn.CrossEntropyLoss()
+    with watch(model, writer):
+        step(model, F.cross_entropy)
+        x, y = batch(1)
+        with torch.no_grad():
+            out = model.eval()(x)
+            handed = {"cast": out.double(), "sliced": out[3:], "of another model": other(x), "scaled": out / 2}[how]
+            criterion(handed, y[3:] if how == "sliced" else y)
+    assert ("val/calibration/ece" in writer.tags()) == (how == "cast")

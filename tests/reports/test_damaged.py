@@ -1,0 +1,130 @@
+"""Runs with damaged or foreign files in them, and names that a terminal would obey."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from torchprobe.writers.hparams_writer import HParamsWriter
+
+from tests.reports.conftest import write_run
+from torchprobe.cli import main
+from torchprobe.records import Record, Text
+from torchprobe.reports.run import read_run
+from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.tfrecord import frame
+
+
+def foreign(tag: str, plugin: str, content: bytes = b"", **tensor: Any) -> bytes:
+    data = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=plugin, content=content))
+    value = Summary.Value(tag=tag, tensor=TensorProto(**tensor), metadata=data)
+    return Event(step=2, wall_time=2.0, summary=Summary(value=[value])).SerializeToString()
+
+
+def shape(size: int) -> dict[str, Any]:
+    return {"dim": [{"size": size}]}
+
+
+DAMAGED = {
+    "no protobuf": b"\xff" * 50,
+    "two numbers as a scalar": foreign("a", "scalars", dtype=1, tensor_shape=shape(2), float_val=[1, 2]),
+    "none as a scalar": foreign("a", "scalars", dtype=1, tensor_shape=shape(0)),
+    "a word as a scalar": foreign("a", "scalars", dtype=7, string_val=[b"x"]),
+    "a number as a text": foreign("a", "text", dtype=1, float_val=[1.0]),
+    "a huge shape": foreign("a", "scalars", dtype=1, tensor_shape=shape(10**12), float_val=[1.0]),
+    "hyperparameters": foreign("_hparams_/session_start_info", "hparams", b"\xff\xff", dtype=1),
+}
+
+
+def write_more(run: Path, record: Record) -> None:
+    """A second event file of the run."""
+    writer = EventFileWriter(run / "more")
+    writer.write([record])
+    writer.close()
+    for file in (run / "more").iterdir():
+        file.rename(run / f"{file.name}.more")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_takes_nothing_else_along(tmp_path, capsys, name):
+    write_run(tmp_path, {"overview/loss": [1.0]})
+    with next(tmp_path.glob("*tfevents*")).open("ab") as file:
+        file.write(frame(DAMAGED[name]))
+    write_more(tmp_path, Record(3, 3.0, {"overview/later": 2.0}))
+    assert main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "overview/loss" in told
+    assert "overview/later" in told
+
+
+def test_counts_and_times_that_are_no_numbers_are_left_out(tmp_path, capsys):
+    write_run(tmp_path, {"overview/alerts": [math.nan], "overview/loss": [1.0, 2.0]})
+    write_more(tmp_path, Record(3, math.nan, {"overview/odd": 1.0}))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["counts"], found["seconds"]) == ({"alerts": 0}, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"alerts": "abc"}',
+        '{"alerts": [1, 2]}',
+        '{"alert": 5}',
+        '{"step": NaN, "reason": Infinity, "alert": {"value": 1e999}}',
+        "[" * 100_000,
+        '{"step": 1, "exception": "\\ud800"}',
+        f'{{"step": {"9" * 9000}}}',
+        "[1]",
+    ],
+)
+def test_damaged_flight_recordings_take_nothing_else_along(ill_run, tmp_path, capsys, text):
+    (ill_run / "flight").mkdir()
+    (ill_run / "flight" / "1.json").write_text(text)
+    for option in ([], ["--html", str(tmp_path / "run.html")]):
+        assert main(["report", str(ill_run), *option]) == 0
+    assert "overview/loss" in capsys.readouterr().out.encode().decode()
+    assert main(["report", str(ill_run), "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes, and links for some users only")
+@pytest.mark.parametrize("make", [getattr(os, "mkfifo", None), Path.mkdir, lambda path: path.symlink_to("/nowhere")])
+def test_pipes_folders_and_links_to_nothing_are_no_event_files(tmp_path, make):
+    write_run(tmp_path, {"train/loss": [1.0]})
+    make(tmp_path / "events.out.tfevents.0000000001.x")
+    assert list(read_run(tmp_path).scalars) == ["train/loss"]
+    assert list(read_run(tmp_path.parent).scalars) == ["train/loss"]
+
+
+def test_no_control_character_reaches_the_terminal(tmp_path, capsys):
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m"
+    runs = []
+    for name, scale in (("a", 1.0), (f"b{evil}", 2.0)):
+        writer = HParamsWriter(EventFileWriter(tmp_path / name), {evil: f"{evil}{scale}"})
+        tags = ("train/{}", "grad_norm_layer/{}", f"only/{scale}{{}}", "attention_entropy/{}", "uncertainty_{}")
+        writer.write([Record(1, 1.0, {tag.format(evil): scale for tag in tags})])
+        writer.write([Record(2, 2.0, {"torchprobe/stopped": Text(evil), f"alerts/{evil}": 1.0})])
+        writer.close()
+        runs.append(str(tmp_path / name))
+    for words, code in ((["report", runs[1]], 0), (["compare", *runs], 0), (["report", runs[1] + evil], 1)):
+        assert main(words) == code
+        told = capsys.readouterr()
+        assert not {c for c in told.out + told.err if c != "\n" and unicodedata.category(c) == "Cc"}
+
+
+def test_what_came_after_the_step_at_which_a_run_was_taken_up_again_is_gone(tmp_path):
+    write_run(tmp_path, {"train/loss": [4.0, 3.0, 9.0], "train/later": [None, None, 1.0]})
+    event = Event(step=3, wall_time=9.0, session_log=SessionLog(status=SessionLog.START))
+    (tmp_path / "events.out.tfevents.9999999999.z").write_bytes(frame(event.SerializeToString()))
+    run = read_run(tmp_path)
+    assert {tag: series.values.tolist() for tag, series in run.scalars.items()} == {"train/loss": [4.0, 3.0]}

@@ -71,7 +71,9 @@ class Probe(metaclass=_Frozen):
     dense_start: ClassVar[bool] = True
     """Whether the default cadence begins with 1, 2, 5, 10, 20 and 50, as far as they lie below it."""
     sampled: ClassVar[bool] = True
-    """Whether it costs time: then `instrument(every=)` and a budget hold for it, and its steps are "sampled"."""
+    """Whether it costs something: then a budget holds for it, and its steps count as sampled."""
+    always: ClassVar[bool] = False
+    """Whether `instrument(every=)` leaves its own cadence as it is."""
     over_batches: ClassVar[Way] = "combine"
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"

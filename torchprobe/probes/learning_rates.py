@@ -28,6 +28,7 @@ class LearningRates(Probe):
     reduce = "last"
     default_every: ClassVar[int] = 1
     sampled: ClassVar[bool] = False
+    always: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "lr": "Learning rate that the optimizer used in this step.",
         "momentum": "Momentum (beta1 for Adam), written when it changes.",

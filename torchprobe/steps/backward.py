@@ -66,6 +66,11 @@ class Backward:
             passing.release()
         self.passes = []
 
+    def give_up(self) -> None:
+        """Its gradients were seen to be unusable: nothing of it counts, and its skipped step is counted already."""
+        self.used = True
+        self.forget()
+
     def forget(self) -> None:
         """What was kept has been written."""
         self.kept, self.sign, self.flag = {}, None, None
@@ -143,6 +148,10 @@ class Gradients:
         for backward in self._waiting if running is None else [*self._waiting, running]:
             if backward.reached is None or state in backward.reached:
                 yield backward
+
+    def waiting(self) -> list[Backward]:
+        """The backward passes that were not dropped yet."""
+        return list(self._waiting)
 
     def step_begins(self) -> None:
         """What a step used stays only as a loss whose gradient may still be there; what was never used is dropped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
@@ -35,7 +35,7 @@ class Plan:
         self.reporters: list[Reporter] = []
         for probe in probes:
             gate = Gate(probe.name, meter)
-            schedule = common if common is not None and probe.every is None and probe.sampled else probe.schedule
+            schedule = common if common is not None and probe.every is None and not probe.always else probe.schedule
             for reporter in probe.reporter().by_source():
                 reporter.begin(gate, schedule)
                 self.reporters.append(reporter)
@@ -53,6 +53,7 @@ class Plan:
         self._validating = False  # a pass was sampled since training last went on
         self._step, self._by_forward = 0, False
         self._quiet = range(0)  # steps in which nothing changes, unless an optimizer joins
+        self._open_validation()
 
     @property
     def over_ranks(self) -> list[Reporter]:
@@ -60,10 +61,9 @@ class Plan:
         return [one for reporter in self.reporters for one in (reporter, *reporter.beside)]
 
     def open_for(self, step: int, by_forward: bool = False) -> None:
-        """Set the gates for a training step that begins, and for a validation pass before it.
+        """Set the gates for a training step that begins. Costs a microsecond where nothing is to change.
 
-        A validation pass is sampled when a training step was, since the last one. by_forward: forward
-        passes are the clock, so that each is a step of its own. Costs a microsecond where nothing is to change.
+        by_forward: forward passes are the clock, so that each is a step of its own, validation too.
         """
         self._step = step
         if step in self._quiet and by_forward is self._by_forward:
@@ -78,6 +78,11 @@ class Plan:
         """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
         if self._optimizers.stepped(optimizer, self._step if step is None else step):
             self._quiet = range(0)
+
+    def await_validation(self, due: Iterable[Reporter]) -> None:
+        """A step that sampled these has ended: so will the validation that follows."""
+        self._awaits_validation.update(dict.fromkeys(due))
+        self._open_validation()
 
     def validated(self) -> None:
         """A batch of validation was sampled: most probes want no more until the next sampled step."""
@@ -103,26 +108,35 @@ class Plan:
         awaiting = set(state["awaits_validation"])
         self.due, self._quiet = (), range(0)
         self._awaits_validation = dict.fromkeys(r for r in self.reporters if r.name in awaiting)
+        self._open_validation()
         self._optimizers = _Optimizers(state.get("optimizers", ()))
         for sampler, values in zip(self._samplers, state.get("samplers", ()), strict=False):
             sampler.load(values)
 
     def _open(self, step: int, by_forward: bool) -> None:
-        self._awaits_validation.update(dict.fromkeys(self.due))
         scheduled = self._scheduled(step)
-        due, in_validation = [], []
+        due = []
         for reporter in self.reporters:
-            gate, probe = reporter.gate, reporter.probe
+            gate = reporter.gate
             gate.train = reporter in scheduled and not gate.failed
-            awaited = gate.train if by_forward else reporter in self._awaits_validation and not gate.failed
-            gate.val = awaited and probe.in_validation != "never"
-            if gate.train and probe.sampled:
+            if gate.train and reporter.probe.sampled:
                 due.append(reporter)
-            if gate.val:
-                in_validation.append(reporter)
-        self.due, self.due_in_validation = tuple(due), tuple(in_validation)
+        self.due = tuple(due)
+        if by_forward:
+            self._awaits_validation = dict.fromkeys(due)
+            self._open_validation()
         self._by_forward = by_forward
         self._quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
+
+    def _open_validation(self) -> None:
+        in_validation = []
+        for reporter in self.reporters:
+            gate = reporter.gate
+            awaited = reporter in self._awaits_validation and not gate.failed
+            gate.val = awaited and reporter.probe.in_validation != "never"
+            if gate.val:
+                in_validation.append(reporter)
+        self.due_in_validation = tuple(in_validation)
 
     def _scheduled(self, step: int) -> set[Reporter]:
         affordable = step == 1 or not self._over_budget()

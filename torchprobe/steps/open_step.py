@@ -73,7 +73,7 @@ class OpenStep:
             self.used.append(backward)
         if backward.counted != self.number:
             if backward.loss is None:
-                self.unknown = True
+                self.unknown |= not backward.elsewhere  # its gradients are part of another one's loss, or of none
             else:
                 self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)

@@ -85,6 +85,8 @@ class Passes:
         first, self._first = self._first, None
         self._steps.look_for_optimizers()
         if self._clock.by_forward and first is not None:
+            for backward in self.gradients.waiting():
+                self._steps.current.use(backward)
             self._count(first)
 
     def _due(self, kind: str) -> frozenset[Any]:
@@ -145,14 +147,13 @@ class Passes:
 
     def _count(self, passing: Pass) -> None:
         """No optimizer is in sight: a pass is a step."""
-        self._clock.end_by_forward()
+        self._steps.count_pass()
         if passing.kind is TRAINING:
             backward = Backward(None, None)
             backward.add(passing)
             self._steps.current.keep(backward)
         else:
             self._steps.validated(passing.take())
-        self._steps.current.end()
 
     # ---- passes whose fate is known
 
@@ -163,8 +164,14 @@ class Passes:
         self._steps.begin()
         self.gradients.step_begins()
 
+    def finish(self) -> None:
+        """What has run so far is to be written, with nothing to follow: a pass may be all there is."""
+        if self._first is not None and not self._clock.optimizer_seen:
+            self._look_for_optimizers()
+        self.settle()
+
     def settle(self) -> None:
-        """What has run so far is to be written: passes in evaluation mode count as validation."""
+        """The step ends, or what it has is to be written: passes in evaluation mode count as validation."""
         self.settle_dropped()
         self._settle_undecided()
         self._steps.end_validation()

@@ -50,6 +50,8 @@ class Recorder:
             self._passes.begin_step()
         elif self._steps.current.trained:
             self._steps.settle_parameters()
+        if _skips(optimizer):
+            return False
         if not has_closure:
             self._use(optimizer)
         due = self._steps.current.due
@@ -67,13 +69,14 @@ class Recorder:
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
         step = self._steps.current
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer decides by itself to skip
-        if isinstance(found_inf, Tensor):
-            if found_inf.is_cpu and on_host(found_inf.any()):
-                self._steps.skipped_by_optimizer()
-                return
-            if not found_inf.is_cpu:
-                step.void(found_inf.clone())
+        if _skips(optimizer):
+            self.clock.skip()
+            for backward in self._passes.gradients.used_by(optimizer):
+                backward.give_up()
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and not found_inf.is_cpu:
+            step.void(found_inf.clone())
         if has_closure:
             self._use(optimizer)
             step.extend(self._sources.parameters.gradients(optimizer, step.due))
@@ -130,13 +133,13 @@ class Recorder:
     @protected
     def flush(self) -> None:
         """Hand over what the open step has so far."""
-        self._passes.settle()
+        self._passes.finish()
         self._steps.write()
 
     @protected
     def close(self) -> None:
         """Hand over everything; of an unfinished step what was logged, but no half statistics."""
-        self._passes.settle()
+        self._passes.finish()
         self._steps.finish()
         self.guard.stop()
 
@@ -159,3 +162,9 @@ class Recorder:
     def _parameter_ids(self) -> set[int]:
         model = self._sources.model()
         return set() if model is None else parameter_ids(model)
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which decides by itself, will skip the step: as far as host memory tells."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(on_host(found_inf.any()))

@@ -63,12 +63,23 @@ class Steps:
 
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """It has a say in what the next step samples, which compiled graphs must know now."""
-        self.current.end()
+        self._end_current()
         self.clock.end(optimizer)
         self._plan.optimizer_stepped(optimizer, self.current.number)
         self._decided = 0
         if self._sources.running.compiled:
             self._decide(self.clock.following)
+
+    def count_pass(self) -> None:
+        """A forward pass was the step."""
+        self._end_current()
+        self.clock.end_by_forward()
+
+    def _end_current(self) -> None:
+        """The validation that may follow belongs to the step that has just ended, and is sampled as it was."""
+        if self.current.due and not self.current.trained:
+            self._plan.await_validation(self.current.due)
+        self.current.end()
 
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
@@ -83,6 +94,8 @@ class Steps:
         if ended.trained:
             self._sources.step_ended(bool(ended.due))
         self._plan.validation_ended()
+        if self.clock.manual:
+            self._plan.await_validation(ended.due)
         number = self.clock.number
         due = self.due_in(number)
         self.current = OpenStep(number, due, self._light)
@@ -128,12 +141,6 @@ class Steps:
     def settle_parameters(self) -> None:
         """An optimizer is about to step again in the open step."""
         self.current.extend(self._sources.settled())
-
-    def skipped_by_optimizer(self) -> None:
-        """A fused optimizer found inf, and did not step."""
-        self.clock.skip()
-        self.current.take_used()
-        self.current.take_loss()
 
     # ---- where values go
 

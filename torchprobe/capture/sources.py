@@ -46,14 +46,13 @@ class Sources:
         reporters: Sequence[Reporter],
         selection: Selection,
         meter: Meter,
-        flush_every: int,
         nan_gate: Gate | None,
     ) -> None:
         self.model = model
         self.running = running = Running()
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.wants_parameter)
-        self.predictions = PredictionSource(model, reporters, meter, flush_every)
+        self.predictions = PredictionSource(model, reporters, meter)
         self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]

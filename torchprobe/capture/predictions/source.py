@@ -32,15 +32,12 @@ class PredictionSource:
     that count into pieces. Those of a validation are collected when it is over.
     """
 
-    def __init__(
-        self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], meter: Meter, flush_every: int
-    ) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], meter: Meter) -> None:
         self._reporters = [r for r in reporters if r.source in ("uncertainty", "calibration")]
         self._reporting = _Reporting(self._reporters)
         self._shared = Gate("Uncertainty and Calibration", meter)
         options = self._reporting.options
         self._capture = PredictionCapture(model, options, self._shared, Settled(self._reporting.recognised))
-        self._flush_every = flush_every
         self._step, self._sampled = 0, 0
         self._pictures_due = False
         self._following = False  # the pass that runs, or has just returned, is read
@@ -133,7 +130,7 @@ class PredictionSource:
 
     def _moment(self, training: bool, due: Sequence[Reporter]) -> Moment:
         pictures = self._pictures_due or not training
-        return Moment(self._step, tuple(due), self._step // self._flush_every, pictures)
+        return Moment(self._step, tuple(due), pictures)
 
     def _pieces(self, reporter: Reporter, phase: Phase) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting
@@ -170,12 +167,10 @@ class _Reporting:
 
 
 def _of_coverage(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
-    """How often targets were in their intervals; behind the row the number of the flush interval, and 1."""
+    """How often targets were in their intervals."""
     for names, rows in phase.coverage.rows():
-        found = rows[:, : -len(EVIDENCE)]
-        number, one = found.new_full((len(found), 1), float(phase.moment.window)), found.new_ones(len(found), 1)
         phases = [_phase_name(phase.training)] * len(names)
-        yield Piece(reporter.coverage, phases, torch.cat((found, number, one), 1), prefix)
+        yield Piece(reporter.coverage, phases, rows[:, : -len(EVIDENCE)], prefix)
 
 
 def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
@@ -189,8 +184,7 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) ->
 
 
 def _flags(like: Tensor, moment: Moment) -> Tensor:
-    values = {"window": moment.window, "pictures": moment.pictures, "rows": 1}
-    return torch.stack([like.new_full((), float(values[flag])) for flag in FLAGS])
+    return like.new_full((len(FLAGS),), float(moment.pictures))
 
 
 def _name(name: str, training: bool) -> str:

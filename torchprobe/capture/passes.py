@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import (
     REPLICA,
-    beside,
     in_backward,
     in_reentrant_checkpoint,
     under_function_transform,
@@ -21,7 +20,7 @@ from torchprobe.capture.compat import (
 )
 from torchprobe.capture.compat import skip_frames as keep_out
 from torchprobe.capture.compiled.graphs import hides_hooks
-from torchprobe.capture.compiled.tracing import scope
+from torchprobe.capture.compiled.tracing import beside, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
+from torchprobe.capture.compat import REPLICA, in_backward, under_transform
 from torchprobe.capture.compiled import operators as opaque
-from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
+from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope
 from torchprobe.capture.gate import no_autocast
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from torchprobe.capture.attention import dot_product, flex, functions, kernels, multi_head, stack
@@ -156,4 +157,4 @@ def _without_heads(query_key: Callable[[Kwargs], QueryKey], call: Kwargs, heads:
 
 def _overrides(kind: type) -> bool:
     """Whether a tensor class has a `__torch_function__` of its own, or inherits one: parameters do not."""
-    return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+    return kind is not Tensor and kind.__torch_function__ is not Parameter.__torch_function__  # type: ignore[attr-defined]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from torchprobe.capture.attention.owner import Caller, Owners
 from torchprobe.capture.attention.padding import padded_queries
 from torchprobe.capture.attention.reading import Reader, Reading
 from torchprobe.capture.attention.sites import Site, Sites
 from torchprobe.capture.attention.uncovered import Uncovered
+from torchprobe.capture.compat import no_dispatch_modes, no_torch_function
 from torchprobe.capture.gate import Gate
 from torchprobe.statistics.attention import QueryKey, Source
 
@@ -51,12 +51,11 @@ class Observer:
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around everything that is not the user's call: no mode sees it, and an error ends the probe alone."""
-        dispatch = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
         # What is kept outlives the user's inference mode.
         with (
             self.gate.boundary(),
-            torch._C.DisableTorchFunction(),
-            dispatch,
+            no_torch_function(),
+            no_dispatch_modes(),
             torch.inference_mode(False),
             torch.no_grad(),
         ):

@@ -23,12 +23,11 @@ from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.owner import Caller, heads_of
 from torchprobe.capture.attention.projected import projected
 from torchprobe.capture.attention.uncovered import unknown_shapes
-from torchprobe.capture.compat import beside
 from torchprobe.capture.compat import pop_mode as _pop_mode
 from torchprobe.capture.compat import push_mode as _push_mode
 from torchprobe.capture.compat import skip_frames as keep_out
 from torchprobe.capture.compiled import operators as opaque
-from torchprobe.capture.compiled.tracing import enter_nesting, leave_nesting, place, run_in, scope
+from torchprobe.capture.compiled.tracing import beside, enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import Pass, note_compiled
 from torchprobe.naming import named_modules

@@ -23,11 +23,9 @@ from torch.optim import Optimizer
 
 _log = logging.getLogger("torchprobe")
 
-_COMPILED_AUTOGRAD = "torch._dynamo.compiled_autograd"
 _EVAL_FRAME = "torch._C:_dynamo.eval_frame."
 _GUARDS = "compiled graphs are not guarded: one that was made for an equal model may serve the watched one, unseen"
 _RETRACE = "a model that was compiled before torchprobe watched it is not recorded inside its graphs"
-_GRAPHS = "nothing is recorded inside compiled graphs"
 
 NAMES: Mapping[str, str] = {
     "torch._C:_current_graph_task_id": "",  # the callers' frames tell, but on CUDA, where backward has a thread
@@ -64,7 +62,7 @@ NAMES: Mapping[str, str] = {
     "torch._dynamo.convert_frame:register_bytecode_hook": _GUARDS,
     "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
     "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
-    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": _GRAPHS,
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": "nothing is recorded inside compiled graphs",
     "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (
         "activation checkpoints inside compiled graphs are not recorded"
     ),
@@ -73,10 +71,7 @@ NAMES: Mapping[str, str] = {
 """Where each name stands, `module:name`, and what is lost when it is gone; nothing, where it is empty."""
 
 REPLICA = "_is_replica"
-"""Key in the `__dict__` of a copy of a model that DataParallel makes at every call and runs in a thread of its own.
-
-Our hooks and marks are copied with it: they look for this key, in place, since a function would be one more frame.
-"""
+"""Key in the `__dict__` of a copy of a model that DataParallel makes, with our hooks, and runs in another thread."""
 
 
 @functools.cache
@@ -164,7 +159,7 @@ def at_end_of_backward(function: Callable[[], None]) -> bool:
 
 def _in_compiled_backward() -> bool:
     """Whether a graph of compiled autograd is running, which takes such functions and never calls them."""
-    compiled = find("torch._dynamo:compiled_autograd") if _COMPILED_AUTOGRAD in sys.modules else None
+    compiled = find("torch._dynamo:compiled_autograd") if "torch._dynamo.compiled_autograd" in sys.modules else None
     return getattr(compiled, "in_compiled_autograd_region", False)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.predictions.capture import PredictionCapture
 from torchprobe.capture.predictions.phase import Moment, Phase
@@ -115,7 +116,7 @@ class PredictionSource:
         """Predictions that the user handed in."""
         reporter, row = self._reporting.calibration, None
         if reporter is not None and not self._shared.failed:
-            with self._shared.boundary(), torch.no_grad(), torch._C.DisableTorchFunction():
+            with self._shared.boundary(), torch.no_grad(), no_torch_function():
                 row = calibration.compute(predictions, targets)
                 flags = _flags(row, self._moment(training, []))
                 row = torch.cat((row, row.new_zeros(len(EVIDENCE)), flags))[None]

@@ -195,7 +195,7 @@ class Sources:
         return a
 
     def rows(
-        self, kept: Mapping[Any, Any], training: bool, due: frozenset[Reporter], scale: Tensor | None = None
+        self, kept: Mapping[Any, Any], training: bool, due: frozenset[Reporter], scale: float | Tensor | None = None
     ) -> list[Piece]:
         """What passes kept, as rows for the buffer. scale: what the loss was multiplied with."""
         pieces: list[Piece] = []

@@ -29,7 +29,7 @@ class OpenStep:
     used: list[Backward] = field(default_factory=list)
     loss: float | Tensor | None = None
     unknown: bool = False  # a loss that is not known was used
-    scale: Tensor | None = None
+    scale: float | Tensor | None = None
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
     loss_written: bool = False
@@ -85,7 +85,8 @@ class OpenStep:
 
     def scale_by(self, scale: Tensor | None) -> None:
         """The loss was multiplied by a GradScaler."""
-        self.scale = self.scale if scale is None else scale
+        if scale is not None:  # whose scale changes in place
+            self.scale = on_host(scale) if scale.is_cpu else scale.clone()
 
     def end(self) -> None:
         """An optimizer has stepped, or a forward pass was the step."""
@@ -120,9 +121,7 @@ class OpenStep:
         if loss is None or self.unknown or not any(reporter.source == "loss" for reporter in self.light):
             return None
         self.loss_written = True
-        if self.scale is None:
-            return loss
-        return loss / (on_host(self.scale) if self.scale.is_cpu else self.scale)
+        return loss if self.scale is None else loss / self.scale
 
     def take(self) -> StepBuffer:
         """What was gathered so far; the step goes on with nothing."""

@@ -91,10 +91,10 @@ def test_tags_are_those_of_instrument():
     with torchprobe.instrument(model, writer=found, every=1, probes=None):
         backward(model)
         optimizer.step()
-    with torchprobe.TrainingLogger(writer=MemoryWriter()) as logger:
+    written = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=written) as logger:
         train(logger, 1)
         logger.log_calibration(torch.rand(4, 3).softmax(-1), torch.randint(3, (4,)))
-        written = logger._book._outlet.drain._backlog._writer._writer
     mine = {tag for tag in written.tags() if not tag.startswith(("train/", "gradients_nonfinite"))}
     assert mine - set(found.tags()) == set()
 
@@ -328,8 +328,8 @@ def test_memory_stays_bounded_when_no_step_ends():
             logger.log_gradients(model)
             logger.log_calibration(torch.rand(5, 3).softmax(-1), torch.randint(3, (5,)))
             logger.log_metrics({"loss": 1.0})
-        page = logger._book._running
-        assert len(page.buffer.pieces) + len(page.sums) + len(page.buffer.values) == 3
+        gathered = logger._steps.current.buffer
+        assert len(gathered.pieces) + len(gathered.values) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

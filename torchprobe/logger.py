@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, TransferBuffers
-from torchprobe.capture.gate import no_autocast
+from torchprobe.capture.gate import Meter, no_autocast
 from torchprobe.logs import LogCalls
 from torchprobe.naming import ROOT, named_parameters
 from torchprobe.probes.attention import AttentionWeights
@@ -30,8 +30,10 @@ from torchprobe.probes.schedule import as_schedule
 from torchprobe.probes.uncertainty import Uncertainty
 from torchprobe.records import Text, Value
 from torchprobe.statistics import calibration, uncertainty
-from torchprobe.steps.manual import VALIDATION, ManualSteps
+from torchprobe.statistics.dtypes import measurable
+from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
+from torchprobe.steps.protection import Guard, protected
 from torchprobe.user_values import Number, attention_layers, checked, checked_predictions, decomposition
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import check_run_name, open_writer
@@ -39,9 +41,10 @@ from torchprobe.writers.opening import check_run_name, open_writer
 _SLOTS = 2**18
 _FLUSH_EVERY = 100  # steps
 _FLUSH_SECONDS = _AT_EXIT_SECONDS = 30.0
+_VALIDATION = "val"
+_JUDGED = f"{SURE}|{GIVEN}|val"  # as of validation: calibration is not added up over steps
 
 _log = logging.getLogger("torchprobe")
-_P = ParamSpec("_P")
 
 
 class TrainingLogger(LogCalls):
@@ -79,10 +82,13 @@ class TrainingLogger(LogCalls):
         super().__init__(HParamsWriter(opened))
         decoder = Decoder(LearningRates.descriptions)
         self._drain = Drain(self._sink, decoder, _FLUSH_SECONDS)
-        self._steps = ManualSteps(Outlet(TransferBuffers(_SLOTS), self._drain, decoder, _FLUSH_EVERY))
-        self._probes = _Probes()
+        self._steps = _Steps(Outlet(TransferBuffers(_SLOTS), self._drain, decoder, _FLUSH_EVERY))
+        self._rates, self._norms = LearningRates().reporter(), Gradients().reporter()
+        self._histograms = GradientHistograms().reporter(), ParameterHistograms().reporter()
+        self._attention, self._uncertainty = AttentionWeights().reporter(), Uncertainty().reporter()
+        self._calibration = Calibration().reporter()
         self._said: set[str] = set()
-        self._finalizer = weakref.finalize(self, _finish, self._steps, self._drain, _AT_EXIT_SECONDS)
+        self._finalizer = weakref.finalize(self, self._steps.close, _AT_EXIT_SECONDS)
 
     @property
     def global_step(self) -> int:
@@ -95,19 +101,20 @@ class TrainingLogger(LogCalls):
 
     def log_learning_rate(self, optimizer: Optimizer) -> None:
         """`lr/<Optimizer>/group_<i>` of every group; momentum and weight decay when they change."""
-        self._write("log_learning_rate", "", self._probes.put_rates, checked("optimizer", optimizer, Optimizer))
+        found = checked("optimizer", optimizer, Optimizer)
+        self._write("log_learning_rate", lambda step: step.put_all(self._rates.observe(found)))
 
     def log_gradients(self, model: nn.Module) -> None:
         """Norms of the gradients as they are: call it after `backward()` and clipping. Writes at its cadence alone."""
         root = checked("model", model, nn.Module)
         if self._gradients_due(self._steps.clock.following):
-            self._write("log_gradients", "", self._probes.put_gradients, root)
+            self._write("log_gradients", lambda step: _put(step, root, self._norms))
 
     def log_model_histograms(self, model: nn.Module) -> None:
         """Histograms of parameters, and of gradients where there are any. Writes at its cadence alone."""
         root = checked("model", model, nn.Module)
         if self._histograms_due(self._steps.clock.following):
-            self._write("log_model_histograms", "", self._probes.put_histograms, root)
+            self._write("log_model_histograms", lambda step: _put(step, root, *self._histograms))
 
     def log_attention_stats(self, weights: Any, name: str = "attention", prefix: str = "") -> None:
         """Entropy, largest probability, sink and distance; `attention_collapse/<name>` is 1 below 0.1 nats in a head.
@@ -116,7 +123,8 @@ class TrainingLogger(LogCalls):
         them: `<name>.<layer>` are their names then. A key with probability 0 counts as not visible.
         """
         layers = list(attention_layers(weights, checked("name", name, str)))
-        self._write("log_attention_stats", prefix, self._probes.add_attention, layers, prefix)
+        row = self._attention.probe.compute
+        self._add("log_attention_stats", prefix, self._attention, lambda: [(at, row(layer)) for at, layer in layers])
 
     def log_uncertainty_metrics(
         self, epistemic: Any, aleatoric: Any = None, name: str = ROOT, prefix: str = ""
@@ -125,8 +133,8 @@ class TrainingLogger(LogCalls):
 
         `uncertainty_epistemic/<name>`, `_aleatoric/`, and of both their sum, `_total/`.
         """
-        parts, where = decomposition(epistemic, aleatoric), checked("name", name, str)
-        self._write("log_uncertainty_metrics", prefix, self._probes.add_uncertainty, parts, where, prefix)
+        parts, where = decomposition(epistemic, aleatoric), f"{SURE}||{checked('name', name, str)}"
+        self._add("log_uncertainty_metrics", prefix, self._uncertainty, lambda: [(where, _uncertainty_row(parts))])
 
     def log_calibration(self, probs: Any, targets: Any, prefix: str = "") -> None:
         """`calibration/ece`, `mce`, `brier`, `nll`, `accuracy`, ... of tensors or arrays. Calls of a step add up.
@@ -136,7 +144,7 @@ class TrainingLogger(LogCalls):
         """
         p, y = checked_predictions(probs, targets)
         pictures = bool(prefix) or self._histograms_due(self._steps.clock.following)
-        self._write("log_calibration", prefix, self._probes.add_calibration, p, y, prefix, pictures)
+        self._add("log_calibration", prefix, self._calibration, lambda: [(_JUDGED, _calibration_row(p, y, pictures))])
 
     def log_hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, Number] | None = None) -> None:
         """Hyperparameters (bools, numbers, strings) and metrics beside them: the HParams page, and a table as text."""
@@ -144,7 +152,7 @@ class TrainingLogger(LogCalls):
         table = Text("\n".join(["| hyperparameter | value |", "| --- | --- |", *lines]))
         values = [*self._metrics.tagged(metrics or {}, ""), ("hparams", table)]
         self._sink.begin(hparams)
-        self._log("log_hparams", values, VALIDATION)
+        self._log("log_hparams", values, _VALIDATION)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Write everything so far, waiting up to `timeout` seconds or as long as it takes. True when it is on disk."""
@@ -155,7 +163,7 @@ class TrainingLogger(LogCalls):
 
     def close(self, timeout: float | None = None) -> bool:
         """Write what is left and end the thread. Safe to call twice; False when something was left unwritten."""
-        return self._finalizer.detach() is None or _finish(self._steps, self._drain, timeout)
+        return self._finalizer.detach() is None or self._steps.close(timeout)
 
     def __enter__(self) -> TrainingLogger:
         return self
@@ -165,15 +173,25 @@ class TrainingLogger(LogCalls):
         self.close()
 
     def _log(self, call: str, values: Sequence[tuple[str, Value | Tensor]], prefix: str = "") -> None:
-        self._write(call, prefix, OpenStep.put_all, values)
+        self._write(call, lambda step: step.put_all(values), prefix)
 
     def _log_rows(self, call: str, piece: Piece) -> None:
-        self._write(call, VALIDATION, OpenStep.replace, piece)
+        self._write(call, lambda step: step.replace(piece), _VALIDATION)
 
-    def _write(
-        self, call: str, prefix: str, fill: Callable[Concatenate[OpenStep, _P], None], *args: _P.args, **kw: _P.kwargs
+    def _add(
+        self, call: str, prefix: str, reporter: Reporter, rows: Callable[[], Iterable[tuple[str, Tensor]]]
     ) -> None:
-        """Let `fill(step, ...)` put values where they belong; what it raises ends this call alone."""
+        """Rows of shape (several, fields) of each name, together with those of earlier calls."""
+        start = f"{prefix}/" if prefix else ""
+
+        def fill(step: OpenStep) -> None:
+            for name, some in rows():
+                step.add(Piece(reporter, [name] * len(some), some, start), reporter.probe.combine)
+
+        self._write(call, fill, prefix)
+
+    def _write(self, call: str, fill: Callable[[OpenStep], None], prefix: str = "") -> None:
+        """Let `fill` put values into the step that they belong to; what it raises ends this call alone."""
         step = self._steps.open(checked("prefix", prefix, str))
         if step is None:
             if not self._finalizer.alive:
@@ -181,7 +199,7 @@ class TrainingLogger(LogCalls):
             return
         try:
             with torch.no_grad(), no_autocast(torch.device("cpu")), no_autocast(torch.device("cuda")):
-                fill(step, *args, **kw)
+                fill(step)
         except Exception:
             self._say(call, f"{call} failed and its values are left out; training goes on", exc_info=True)
 
@@ -192,71 +210,70 @@ class TrainingLogger(LogCalls):
             _log.warning(message, exc_info=exc_info)
 
 
-def _finish(steps: ManualSteps, drain: Drain, timeout: float | None) -> bool:
-    if os.getpid() != steps.guard.pid:  # a child has no drain thread, and not its own file
-        return True
-    steps.write()
-    steps.guard.stop()
-    return drain.close(timeout)
+class _Steps:
+    """The step that is open: the one that ended last, until something of the running one is logged.
+
+    So validation between two steps belongs to the first of them, and what comes before everything else to step 0.
+    """
+
+    def __init__(self, outlet: Outlet) -> None:
+        self.guard = Guard(Meter(), outlet.stopped)
+        self.clock = StepMachine()
+        self.clock.training_pass()  # step 1 runs from the beginning
+        self.current = OpenStep(0)
+        self._outlet = outlet
+
+    @protected
+    def open(self, prefix: str = "") -> OpenStep:
+        """The step that what has this prefix belongs to; None once nothing is recorded any more, or in a fork."""
+        if self.current.number != self.clock.number and prefix.split("/", 1)[0] != _VALIDATION:
+            self.write()
+            self.current = OpenStep(self.clock.number)
+        return self.current
+
+    def next_step(self) -> None:
+        """The running step ends; one of which nothing was logged is a step, too."""
+        self.open()
+        self.clock.next_step()
+
+    @protected
+    def write(self) -> None:
+        """Hand over what the open step has so far."""
+        self._outlet.hand_over(self.current.number, self.current.take())
+
+    def close(self, timeout: float | None) -> bool:
+        """Write everything and end the thread. False when something was left unwritten."""
+        if os.getpid() != self.guard.pid:  # a child has no drain thread, and not its own file
+            return True
+        self.write()
+        self.guard.stop()
+        return self._outlet.drain.close(timeout)
 
 
-class _Probes:
-    """The probes of `instrument`, fed by hand: of two calls in a step the later counts, or rows add up."""
-
-    def __init__(self) -> None:
-        self._rates = LearningRates().reporter()
-        self._gradients = Gradients().reporter()
-        self._histograms = GradientHistograms().reporter(), ParameterHistograms().reporter()
-        self._attention = AttentionWeights().reporter()
-        self._uncertainty = Uncertainty().reporter()
-        self._calibration = Calibration().reporter()
-
-    def put_rates(self, step: OpenStep, optimizer: Optimizer) -> None:
-        """What the optimizer uses."""
-        step.put_all(self._rates.observe(optimizer))
-
-    def put_gradients(self, step: OpenStep, model: nn.Module) -> None:
-        """Norms of the gradients that there are."""
-        _put(step, self._gradients, _gradients(model))
-
-    def put_histograms(self, step: OpenStep, model: nn.Module) -> None:
-        """Histograms of the gradients that there are, and of all parameters."""
-        of_gradients, of_parameters = self._histograms
-        _put(step, of_gradients, _gradients(model))
-        _put(step, of_parameters, {name: p.detach() for name, p in named_parameters(model)})
-
-    def add_attention(self, step: OpenStep, layers: Sequence[tuple[str, Tensor]], prefix: str) -> None:
-        """A row a head of each layer."""
-        for name, weights in layers:
-            _add(step, self._attention, name, self._attention.probe.compute(weights), prefix)
-
-    def add_uncertainty(self, step: OpenStep, parts: uncertainty.Decomposition, name: str, prefix: str) -> None:
-        """The row of a batch; no evidence is needed for what the user says it is."""
-        row = uncertainty.compute(parts)
-        row = torch.cat((row, row.new_zeros(len(EVIDENCE))))
-        _add(step, self._uncertainty, f"{SURE}||{name}", row[None], prefix)
-
-    def add_calibration(self, step: OpenStep, probs: Tensor, targets: Tensor, prefix: str, pictures: bool) -> None:
-        """The row of a batch, as of validation: it is not added up over steps."""
-        row = calibration.compute(probs, targets)
-        flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
-        row = torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))
-        _add(step, self._calibration, f"{SURE}|{GIVEN}|val", row[None], prefix)
+def _put(step: OpenStep, model: nn.Module, *reporters: Reporter) -> None:
+    """A row of each gradient or parameter, those of one device together; of two calls in a step the later counts."""
+    for reporter in reporters:
+        tensors = _tensors(model, reporter.source)
+        for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
+            group = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+            step.replace(Piece(reporter, list(group), reporter.probe.compute_all(list(group.values()))))
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that parameters hold now; of a sparse one the stored values, duplicates summed."""
-    found = {name: p.grad.detach() for name, p in named_parameters(model) if p.grad is not None}
-    return {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in found.items()}
+def _tensors(model: nn.Module, source: str) -> dict[str, Tensor]:
+    """What parameters or their gradients hold now; of a sparse gradient the stored values, duplicates summed."""
+    held = ((name, p if source == "parameters" else p.grad) for name, p in named_parameters(model))
+    dense = {name: t.coalesce().values() if t.layout is torch.sparse_coo else t for name, t in held if t is not None}
+    return {name: tensor.detach() for name, tensor in dense.items() if measurable(tensor)}
 
 
-def _put(step: OpenStep, reporter: Reporter, tensors: Mapping[str, Tensor]) -> None:
-    """A row a tensor, those of one device together."""
-    for device in {tensor.device for tensor in tensors.values()}:
-        group = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
-        step.replace(Piece(reporter, list(group), reporter.probe.compute_all(list(group.values()))))
+def _uncertainty_row(parts: uncertainty.Decomposition) -> Tensor:
+    """Of a batch; no evidence is needed for what the user says it is."""
+    row = uncertainty.compute(parts)
+    return torch.cat((row, row.new_zeros(len(EVIDENCE))))[None]
 
 
-def _add(step: OpenStep, reporter: Reporter, name: str, rows: Tensor, prefix: str) -> None:
-    """Rows of shape (several, fields), all under one name, together with those of earlier calls."""
-    step.add(Piece(reporter, [name] * len(rows), rows, f"{prefix}/" if prefix else ""), reporter.probe.combine)
+def _calibration_row(probs: Tensor, targets: Tensor, pictures: bool) -> Tensor:
+    """Of a batch."""
+    row = calibration.compute(probs, targets)
+    flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
+    return torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))[None]

@@ -17,7 +17,7 @@ from torchprobe.writers.hparams import HParamsWriter
 
 
 class LogCalls(ABC):
-    """The calls that log values, of a session as of a `TrainingLogger`, whose own are the steps that these belong to."""
+    """The calls that log values, of a session as of a `TrainingLogger`; these say which step the values belong to."""
 
     def __init__(self, sink: HParamsWriter) -> None:
         self._sink = sink

@@ -170,20 +170,16 @@ def attention_layers(weights: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     Each as (batch, heads, queries, keys); three dimensions are those of heads that were averaged. Raises TypeError and
     ValueError for what is none.
     """
+    if isinstance(weights, list | tuple):
+        weights = dict(enumerate(weights))
     if isinstance(weights, Mapping):
         for key, layer in weights.items():
             yield from attention_layers(layer, f"{name}.{key}" if name else str(key))
-    elif isinstance(weights, list | tuple):
-        for i, layer in enumerate(weights):
-            yield from attention_layers(layer, f"{name}.{i}" if name else str(i))
     elif weights is not None:  # what some models return for a layer without attention
-        yield name or "attention", _four_dimensional(name, floats("weights", weights))
-
-
-def _four_dimensional(name: str, weights: Tensor) -> Tensor:
-    if weights.dim() not in (3, 4):
-        raise ValueError(
-            f"weights of {name!r}: got shape {tuple(weights.shape)}, takes probabilities of shape "
-            "(batch, heads, queries, keys), or (batch, queries, keys) of averaged heads"
-        )
-    return weights.unsqueeze(1) if weights.dim() == 3 else weights
+        tensor, name = floats("weights", weights), name or "attention"
+        if tensor.dim() not in (3, 4):
+            raise ValueError(
+                f"weights of {name!r}: got shape {tuple(tensor.shape)}, takes probabilities of shape "
+                "(batch, heads, queries, keys), or (batch, queries, keys) of averaged heads"
+            )
+        yield name, tensor.unsqueeze(1) if tensor.dim() == 3 else tensor

@@ -19,6 +19,7 @@ from torch import nn
 
 import torchprobe
 from tests.modes import NoHostRead
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.statistics import calibration
 from torchprobe.testing import MemoryWriter
 
@@ -334,6 +335,22 @@ def test_what_fails_inside_is_logged_once_and_training_goes_on(caplog):
     assert len(messages) == 1
     assert messages[0].exc_info
     assert writer.scalars("loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_a_fault_of_the_steps_themselves_ends_logging_and_says_so(caplog, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no way out")
+
+    writer = MemoryWriter()
+    logger = torchprobe.TrainingLogger(writer=writer)
+    monkeypatch.setattr(Outlet, "hand_over", broken)
+    for _ in range(3):
+        logger.log_metrics({"loss": 1.0})
+        logger.increment_step()
+    assert logger.global_step == 3
+    assert not logger.close()
+    assert [r.message for r in caplog.records] == ["torchprobe failed and stops recording; training goes on"]
+    assert "no way out" in writer.records[-1].values["torchprobe/stopped"].markdown
 
 
 def test_nothing_is_logged_after_close_and_closing_twice_is_fine(caplog):

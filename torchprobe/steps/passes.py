@@ -68,7 +68,7 @@ class Passes:
                 self.begin_step()
         passing = Pass(kind, self._due(kind), self._heard, self._dropped)
         self._running.enter(passing)
-        self._sources.enter(passing, module, may_trace=clock.fresh and clock.number <= clock.origin + 1)
+        self._sources.enter(passing, module, may_trace=clock.fresh)
 
     def _enter_training(self) -> None:
         self._evaluates, self._thread = True, get_ident()

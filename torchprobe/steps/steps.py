@@ -84,7 +84,9 @@ class Steps:
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
         plan.open_for(number, self.clock.by_forward)
-        self._due = self._sources.open(number, frozenset(plan.due), frozenset(plan.due_in_validation))
+        self._due = self._sources.open(
+            number, frozenset(plan.due), frozenset(plan.due_in_validation), may_trace=self.clock.fresh
+        )
         self._light = frozenset([r for r in self._unsampled if r.gate.train])
 
     def begin(self) -> None:

@@ -89,13 +89,14 @@ def test_a_pass_over_the_same_input_goes_on_in_the_same_phase():
 
 def test_thousands_of_micro_batches_become_one():
     watched = Watched(net())
-    total = seen(watched, 0)
+    total = [seen(watched, 0)]
     for seed in range(1, 30):
-        total = watched.source.merged(total, seen(watched, seed))
+        total = watched.source.merge(total, [seen(watched, seed)])
+    assert len(total) <= 16
     alone = Watched(watched.model)
     phases = [seen(alone, seed) for seed in range(30)]
-    merged, apart = watched.rows(total), alone.rows(*phases)
-    assert len(total.waiting) == 0
+    merged, apart = watched.rows(*total), alone.rows(*phases)
+    assert all(len(phase.waiting) == 0 for phase in total)
     for a, b in zip(merged, apart, strict=True):
         assert a.keys() == b.keys() != set()
         assert all(torch.allclose(torch.tensor(a[name]), torch.tensor(b[name])) for name in a)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,8 @@ class TrainingLogger:
     argument that does not fit.
 
     Args:
-        log_dir: where runs are, by default `runs`; experiment_name: this run's folder there.
+        log_dir: where runs are, by default `runs`; experiment_name: this run's folder there, or `run_2`, ... in it when
+            another run is there at the first write; overwrite: write over that one, as in `instrument`.
         log_gradients_every, log_histograms_every: cadences of `log_gradients` and `log_model_histograms`: 1, N, 2N, ...
         writer: instead of a directory: a `SummaryWriter`, or any `torchprobe.Writer`.
 
@@ -46,17 +48,22 @@ class TrainingLogger:
         log_histograms_every: int = 500,
         *,
         writer: Any = None,
+        overwrite: bool = False,
     ) -> None:
         if experiment_name is not None:
             check_run_name(experiment_name, "experiment_name")
         self._gradients_due = as_schedule("log_gradients_every", log_gradients_every)
         self._histograms_due = as_schedule("log_histograms_every", log_histograms_every)
-        self.log_dir, opened = open_writer(writer, log_dir, experiment_name, "experiment")
-        """The run's directory; None when a writer was handed over."""
+        self._run, opened = open_writer(writer, log_dir, experiment_name, "experiment", overwrite=overwrite)
         self._sink = HParamsWriter(opened)
         self._metrics, self._probes = Metrics(), explicit.Probes()
         self._book = Logbook(self._sink, self._probes.rates.descriptions)
         self._finalizer = weakref.finalize(self, self._book.close, 30.0)  # seconds, at exit
+
+    @property
+    def log_dir(self) -> Path | str | None:
+        """The run's directory, settled at the first write; None when a writer was handed over."""
+        return None if self._run is None else self._run.path
 
     @property
     def global_step(self) -> int:

@@ -68,18 +68,19 @@ class AppendFile:
         if self._raw.closed:
             return "given up after a failed write"
         try:
-            there = self.path.stat()
-            if self._has_inode and not os.path.samestat(there, os.fstat(self._descriptor)):
-                return "replaced"
+            there, held = self.path.stat(), os.fstat(self._descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return "deleted" if self.path.parent.is_dir() else "deleted with its directory"
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            return "replaced"
-        if there.st_size != self.size:
-            return "cut short" if there.st_size < self.size else "written to"
-        return None
+            return "replaced by another file"
+        if self._has_inode and not os.path.samestat(there, held):
+            return "replaced by another file"
+        size = held.st_size if self._has_inode else there.st_size
+        if size == self.size:
+            return None
+        return "cut short" if size < self.size else "written to by another program"
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
@@ -143,5 +144,4 @@ class FaultLog:
         """A file had this fault, and writing goes on in another one, which may have the same name."""
         if fault not in self._said:
             self._said.add(fault)
-            where = "it" if successor == path else str(successor)
-            _log.warning("%s was %s, not by this writer: writing goes on in %s", path, fault, where)
+            _log.warning("%s was %s: writing goes on in %s", path, fault, "it" if successor == path else successor)

@@ -97,10 +97,10 @@ class RunDirectory:
         with self._settling:
             if self._closed:
                 raise OSError(f"the run in {self._path} is closed")
-            if self._restarted and self._file is not None:
+            restarted, self._restarted = self._restarted, False
+            if restarted and self._file is not None:
                 self._file.close()
                 self._file = None
-            self._restarted = False
             if self._file is None:
                 self._file = self._open()
             return self._file
@@ -129,9 +129,9 @@ class RunDirectory:
                 number += 1
             self._made = _join(self._asked, f"run_{number}")
             _log.warning(
-                "log_dir=%r holds another run already: this one is written to %s, and both are shown. To go on with an "
-                "earlier run, load its state before the first step (CheckpointManager.restore, "
-                "session.load_state_dict); overwrite=True writes over it",
+                "log_dir=%r holds event files of another run: this one is written to %s, and both are shown. Load a state "
+                "before the first step (CheckpointManager.restore, session.load_state_dict) to go on with an earlier "
+                "run, pass a SummaryWriter as writer= to share its files, or overwrite=True to hide what is there",
                 str(self._asked),
                 self._made,
             )

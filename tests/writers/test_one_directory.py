@@ -138,6 +138,16 @@ def test_an_alert_before_the_first_write_settles_the_place_for_both(tmp_path):
     assert len(list((tmp_path / "run_2").glob("*tfevents*"))) == 1
 
 
+def test_an_explicit_logger_keeps_its_directory_too(tmp_path):
+    places = []
+    for options in ({}, {}, {"overwrite": True}):
+        with torchprobe.TrainingLogger(tmp_path, "exp", **options) as logger:
+            logger.log_metrics({"seen": len(places)})
+        places.append(logger.log_dir)
+    assert places == [tmp_path / "exp", tmp_path / "exp" / "run_2", tmp_path / "exp"]
+    assert (seen(places[0]), seen(places[1])) == ([(1, 2.0)], [(1, 1.0)])
+
+
 # With a state
 
 

@@ -24,6 +24,7 @@ class Loss(Probe):
     reduce = "mean"
     default_every: ClassVar[int] = 1
     sampled: ClassVar[bool] = False
+    always: ClassVar[bool] = True
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {"overview": "What to look at first."}

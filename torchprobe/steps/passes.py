@@ -194,6 +194,20 @@ class Passes:
                 passing.decide(VALIDATION)
                 self._steps.validated(passing.take())
 
+    def count_all(self) -> None:
+        """The user ends a step in which no optimizer has stepped: its passes count all the same."""
+        step, first = self._steps.current, self._first
+        for backward in self.gradients.waiting():
+            step.use(backward)
+        unheard = self.unheard()
+        if unheard is not None:
+            step.keep(unheard)
+        if first is not None and first.task is None:
+            self._first = None
+            alone = Backward(None, None)
+            alone.add(first)
+            step.keep(alone)
+
     def unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
         passes, self._unheard = self._unheard, []

@@ -127,6 +127,8 @@ class Recorder:
         """The user's own clock: from now on nothing else ends a step."""
         if self.clock.number == 0 and self.clock.training_pass():
             self._passes.begin_step()
+        if not self._steps.current.trained:
+            self._passes.count_all()
         self.clock.next_step()
         self._passes.begin_step()
 

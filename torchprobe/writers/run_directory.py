@@ -129,9 +129,9 @@ class RunDirectory:
                 number += 1
             self._made = _join(self._asked, f"run_{number}")
             _log.warning(
-                "log_dir=%r holds event files of another run: this one is written to %s, and both are shown. Load a state "
-                "before the first step (CheckpointManager.restore, session.load_state_dict) to go on with an earlier "
-                "run, pass a SummaryWriter as writer= to share its files, or overwrite=True to hide what is there",
+                "log_dir=%r holds event files of another run: this one is written to %s, and both are shown. Load a "
+                "state before the first step (CheckpointManager.restore, session.load_state_dict) to go on with an "
+                "earlier run, pass a SummaryWriter as writer= to share its files, or overwrite=True to hide them",
                 str(self._asked),
                 self._made,
             )

@@ -153,13 +153,14 @@ def test_an_explicit_logger_keeps_its_directory_too(tmp_path):
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_loaded_state_goes_on_where_its_run_is(tmp_path, load):
-    _, first = run_in(tmp_path, 3, value=1.0)
-    _, second = run_in(tmp_path, 4, value=2.0)
-    assert run_in(tmp_path, 2, state=second, value=2.5)[0] == tmp_path / "run_2"
-    assert run_in(tmp_path, 2, state=first, value=1.5)[0] == tmp_path
-    assert seen(tmp_path, load) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.5), (5, 1.5)]
-    assert seen(tmp_path / "run_2", load) == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.5), (6, 2.5)]
-    assert not (tmp_path / "run_3").exists()
+    directory = tmp_path / "run"
+    _, first = run_in(directory, 3, value=1.0)
+    _, second = run_in(directory, 4, value=2.0)
+    assert run_in(directory, 2, state=second, value=2.5)[0] == directory / "run_2"
+    assert run_in(directory, 2, state=first, value=1.5)[0] == directory
+    assert seen(directory, load) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.5), (5, 1.5)]
+    assert seen(directory / "run_2", load) == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.5), (6, 2.5)]
+    assert not (directory / "run_3").exists()
 
 
 def test_a_run_that_went_on_can_go_on_again(tmp_path):
@@ -216,12 +217,13 @@ def test_a_restored_checkpoint_goes_on_in_the_second_run(tmp_path):
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_overwriting_hides_what_was_there_and_removes_nothing(tmp_path, load, caplog):
-    run_in(tmp_path, 5, value=1.0)
-    before = {path: path.read_bytes() for path in tmp_path.glob("*tfevents*")}
-    assert run_in(tmp_path, 2, value=2.0, overwrite=True)[0] == tmp_path
-    assert seen(tmp_path, load) == [(1, 2.0), (2, 2.0)]
+    directory = tmp_path / "run"
+    run_in(directory, 5, value=1.0)
+    before = {path: path.read_bytes() for path in directory.glob("*tfevents*")}
+    assert run_in(directory, 2, value=2.0, overwrite=True)[0] == directory
+    assert seen(directory, load) == [(1, 2.0), (2, 2.0)]
     assert {path: path.read_bytes() for path in before} == before
-    assert not [line for line in caplog.messages if str(tmp_path) in line]
+    assert not [line for line in caplog.messages if str(directory) in line]
 
 
 def test_an_overwritten_run_does_not_hide_the_one_that_overwrote_it(tmp_path):

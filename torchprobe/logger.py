@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class TrainingLogger(LogCalls):
     argument that does not fit.
 
     Args:
-        log_dir: where runs are, by default `runs`; experiment_name: this run's folder there.
+        log_dir: where runs are, by default `runs`; experiment_name: this run's folder there, or `run_2`, ... in it when
+            another run is there at the first write; overwrite: write over that one, as in `instrument`.
         log_gradients_every, log_histograms_every: cadences of `log_gradients` and `log_model_histograms`: 1, N, 2N, ...
         writer: instead of a directory: a `SummaryWriter`, or any `torchprobe.Writer`.
 
@@ -72,13 +74,13 @@ class TrainingLogger(LogCalls):
         log_histograms_every: int = 500,
         *,
         writer: Any = None,
+        overwrite: bool = False,
     ) -> None:
         if experiment_name is not None:
             check_run_name(experiment_name, "experiment_name")
         self._gradients_due = as_schedule("log_gradients_every", log_gradients_every)
         self._histograms_due = as_schedule("log_histograms_every", log_histograms_every)
-        self.log_dir, opened = open_writer(writer, log_dir, experiment_name, "experiment")
-        """The run's directory; None when a writer was handed over."""
+        self._run, opened = open_writer(writer, log_dir, experiment_name, "experiment", overwrite=overwrite)
         super().__init__(HParamsWriter(opened))
         decoder = Decoder(LearningRates.descriptions)
         self._drain = Drain(self._sink, decoder, _FLUSH_SECONDS)
@@ -89,6 +91,11 @@ class TrainingLogger(LogCalls):
         self._calibration = Calibration().reporter()
         self._said: set[str] = set()
         self._finalizer = weakref.finalize(self, self._steps.close, _AT_EXIT_SECONDS)
+
+    @property
+    def log_dir(self) -> Path | str | None:
+        """The run's directory, settled at the first write; None when a writer was handed over."""
+        return None if self._run is None else self._run.path
 
     @property
     def global_step(self) -> int:

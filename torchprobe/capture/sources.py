@@ -163,6 +163,14 @@ class Sources:
         for source in self._own:
             source.exit(passing)
 
+    def take_from_graphs(self, passing: Pass) -> list[Pass]:
+        """What a compiled function around the model has recorded: no hook of the root ran there."""
+        for attention in self._attention:
+            taken = attention.take()
+            if taken is not None:
+                passing.keep(attention, taken)
+        return [passing] if passing.kept else []
+
     def check_output(self, passing: Pass, output: Any) -> None:
         """Whether an output holds NaN."""
         check = self._check

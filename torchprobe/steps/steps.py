@@ -112,7 +112,8 @@ class Steps:
             self._gather(step)
         self._put_loss(step)
         if step.trained and not step.reported:
-            step.report(self._plan.losses)
+            unheard = self._sources.running.compiled and not step.due  # a function around the model may be compiled
+            step.report(() if unheard else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
         buffer = step.take()

@@ -14,8 +14,8 @@ import torchprobe
 
 PACKAGE = Path(torchprobe.__file__).parent
 
-# What each folder, or module beside them, may import beside itself: only what stands above it, so that nothing goes in a
-# circle. What only wires (`assembly`, `session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
+# What each folder, or module beside them, may import: only what stands above it, so that nothing goes in a circle. What
+# wires the others (`assembly`, `session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "arguments": set(),

@@ -48,8 +48,8 @@ class _Spike(BuiltIn):
 class LossSpike(_Spike):
     """The loss is over 6 standard deviations above the mean of its last 128 values (OLMo-core's stability monitor).
 
-    The loss is `train/loss` or `loss`, as the user logs it, else `overview/loss`, which without a `loss` field in the
-    model's output exists on sampled steps only. Silent until there are 128 values.
+    The loss is `train/loss` or `loss`, as the user logs it, else `overview/loss`, what backward() was called on. Silent
+    until there are 128 values.
     """
 
     name = "loss_spike"

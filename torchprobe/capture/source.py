@@ -24,15 +24,17 @@ class Dropped:
 
     def __init__(self) -> None:
         self._passes: list[tuple[str, dict[Any, Any], Any]] = []
+        self.any = False
+        """Whether there are some, for those who ask at every step."""
 
     def add(self, kind: str, kept: dict[Any, Any], sign: Any) -> None:
         """One more. Takes no lock and runs nothing: a garbage collection may call it anywhere."""
         self._passes.append((kind, kept, sign))
+        self.any = True
 
     def take(self) -> list[tuple[str, dict[Any, Any], Any]]:
         """Those since the last call."""
-        if not self._passes:
-            return []
+        self.any = False
         passes, self._passes = self._passes, []
         return passes
 

@@ -64,7 +64,7 @@ class Sources:
         self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
         self._check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
-        self._due: frozenset[Reporter] = frozenset()
+        self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self._armed = True  # hooks may be on that an idle pass does not want
         self._scaled: bool | None = None
         self._searches = 0
@@ -78,33 +78,36 @@ class Sources:
 
         may_trace: hooks are to be there in any case, since compiled graphs see none that come later.
         """
-        if self._check is not None and self._check.looks():
+        if self._check is not None and self._check.wanted and self._check.looks(step):
             due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
-        self._due = due
+        if due or may_trace or self._armed or self._opened != (False, due_in_validation):
+            self._open(step, due, due_in_validation, may_trace)
+        return due
+
+    def _open(
+        self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
+    ) -> None:
+        self._opened = (bool(due), due_in_validation)
         self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
+        self.predictions.end_step()
+        self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
-        self.predictions.open(step, due)
         for source in self._own:
             source.open(step)
         if due or may_trace or self._armed:
             self._arm(due, True, may_trace)
-        if due:
-            if any(trace.reporter in due for trace in self._traces):
-                self.snapshots.open(step)
-            if any(reporter.source == "updates" for reporter in due):
-                return due
-        self.parameters.forget()
-        return due
+        if any(trace.reporter in due for trace in self._traces):
+            self.snapshots.open(step)
+        if not any(reporter.source == "updates" for reporter in due):
+            self.parameters.forget()
 
     def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
         return any(r.source in ("outputs", "output_gradients") or (attention and r.source == "attention") for r in due)
 
-    def step_ended(self, sampled: bool) -> None:
-        """A step is complete."""
-        if sampled:
-            self._late.after_step()
-        self.predictions.end_step()
+    def step_ended(self) -> None:
+        """A sampled step is complete."""
+        self._late.after_step()
 
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
@@ -137,8 +140,6 @@ class Sources:
 
     def leave(self, passing: Pass, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """It has returned."""
-        if not passing.due:
-            return
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
         if passing.training:
@@ -187,8 +188,7 @@ class Sources:
 
     def backward_begins(self, due: frozenset[Reporter]) -> None:
         """Before any gradient of a parameter."""
-        if due:
-            self._micro.begin(due)
+        self._micro.begin(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> tuple[dict[Any, Any], Sign | Tensor | None]:
         """After all of them: what is kept of the backward pass, and whether gradients hold NaN or inf."""

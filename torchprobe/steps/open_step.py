@@ -72,7 +72,7 @@ class OpenStep:
 
     def use(self, backward: Backward) -> None:
         """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
-        if not backward.used:
+        if not backward.used and self.due:
             self.used.append(backward)
         if backward.counted != self.number:
             if backward.loss is None:

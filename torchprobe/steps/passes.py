@@ -105,7 +105,8 @@ class Passes:
         if passing is None:
             return
         self._running.exit()
-        self._sources.leave(passing, module, args, kwargs, output)
+        if passing.due:
+            self._sources.leave(passing, module, args, kwargs, output)
         heard = passing.kind is not VALIDATION and self._listen(passing, output)
         if passing.kind is TRAINING:
             self._sources.check_output(passing, output)
@@ -138,6 +139,10 @@ class Passes:
 
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
+        if type(output) is Tensor:  # by far the most frequent
+            if output.grad_fn is not None:
+                output.register_hook(passing)
+            return output.grad_fn is not None
         heard = 0
         for tensor in hearable_tensors(output):
             if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
@@ -160,7 +165,8 @@ class Passes:
     def begin_step(self) -> None:
         """The machine has begun a step."""
         self.settle()
-        self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
+        if self._unheard:
+            self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
         self._steps.begin()
         self.gradients.step_begins()
 
@@ -173,12 +179,13 @@ class Passes:
     def settle(self) -> None:
         """The step ends, or what it has is to be written: passes in evaluation mode count as validation."""
         self.settle_dropped()
-        self._settle_undecided()
+        if self._undecided:
+            self._settle_undecided()
         self._steps.end_validation()
 
     def settle_dropped(self) -> None:
         """Passes whose graphs are gone."""
-        for kind, kept, sign in self._dropped.take():
+        for kind, kept, sign in self._dropped.take() if self._dropped.any else ():
             if kind is UNDECIDED:
                 self._steps.validated(kept)
             elif isinstance(sign, Tensor):
@@ -245,7 +252,8 @@ class Passes:
             task, self._loss(call), elsewhere=by_grad and call.for_parameters, stray=not call.for_parameters
         )
         self.gradients.begin(backward)
-        self._sources.backward_begins(self._steps.current.due)
+        if self._steps.current.due:
+            self._sources.backward_begins(self._steps.current.due)
         compat.at_end_of_backward(_end(ref(self), backward))
         if by_grad and call.for_parameters:
             self._say("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")

@@ -42,6 +42,7 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self._device_skips: Tensor | None = None
+        self._has_validated = False  # since the open step began
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
@@ -93,9 +94,11 @@ class Steps:
         """The machine has begun a step: the one before it is complete."""
         self.write()
         ended = self.current
-        if ended.trained:
-            self._sources.step_ended(bool(ended.due))
-        self._plan.validation_ended()
+        if ended.due and ended.trained:
+            self._sources.step_ended()
+        if self._has_validated:
+            self._has_validated = False
+            self._plan.validation_ended()
         if self.clock.manual:
             self._plan.await_validation(ended.due)
         number = self.clock.number
@@ -110,7 +113,8 @@ class Steps:
         step = self.current
         if step.due or step.used:
             self._gather(step)
-        self._put_loss(step)
+        if step.loss is not None:
+            self._put_loss(step)
         if step.trained and not step.reported:
             unheard = self._sources.running.compiled and not step.due  # a function around the model may be compiled
             step.report(() if unheard else self._plan.losses)
@@ -156,13 +160,16 @@ class Steps:
 
     def validated(self, kept: dict[Any, Any]) -> None:
         """What a pass kept that was validation: it belongs to the open step."""
-        for piece in self._sources.rows(kept, False, self.due_in_validation):
-            self.current.add(piece)
+        self._has_validated = True
+        if kept:
+            for piece in self._sources.rows(kept, False, self.due_in_validation):
+                self.current.add(piece)
         self._plan.validated()
 
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
-        self.current.extend(self._sources.end_validation())
+        if self._has_validated:
+            self.current.extend(self._sources.end_validation())
 
     def put_sign(self, sign: Sign) -> None:
         """Numbers of the open step are not finite."""

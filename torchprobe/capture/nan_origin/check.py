@@ -41,8 +41,9 @@ class NanCheck:
         self.gate = gate
         self._model = model
         self._first: Callable[[], nn.Parameter | None] | None = None
-        self._wanted = False
-        self._looks = _LOOKS
+        self.wanted = False
+        """Whether NaN was seen, for those who ask at every step."""
+        self._looks, self._last = _LOOKS, 0
 
     def output(self, output: Any) -> Sign | Tensor | None:
         """A training pass has returned: a sign of NaN, a flag on the device, or None when all is well."""
@@ -67,16 +68,13 @@ class NanCheck:
 
     def seen(self) -> None:
         """A step used numbers that are not finite; for any thread."""
-        self._wanted = True
+        self.wanted = True
 
-    def looks(self) -> bool:
-        """Whether the coming step deserves a close look."""
-        wanted, self._wanted = self._wanted and self._looks > 0, False
-        if wanted:
-            self._looks -= 1
-        else:
-            self._looks = _LOOKS
-        return wanted
+    def looks(self, step: int) -> bool:
+        """Whether a step deserves a close look, since NaN was seen."""
+        self._looks = self._looks - 1 if step <= self._last + 1 else _LOOKS
+        self._last, self.wanted = step, False
+        return self._looks > 0
 
     def _first_trained(self) -> nn.Parameter | None:
         parameter = None if self._first is None else self._first()

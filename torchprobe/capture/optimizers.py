@@ -163,12 +163,18 @@ class GradientState:
 
     def look(self) -> None:
         """A backward pass begins: remember the gradients as they are."""
-        self._seen = list(map(_state, self._few))
+        self._seen = self._now()
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
-        self._left = now = list(map(_state, self._few))
-        return now != self._seen and any([n is not None and n != s for n, s in zip(now, self._seen, strict=True)])  # noqa: C419
+        self._left = now = self._now()
+        if now == self._seen:
+            return False
+        return any([n is not None and n != s for n, s in zip(now, self._seen, strict=True)])  # noqa: C419
+
+    def _now(self) -> list[tuple[int, int] | None]:
+        gradients = [None if (p := weak()) is None else p.grad for weak in self._few]
+        return [None if g is None else (id(g), g._version) for g in gradients]
 
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
@@ -176,8 +182,9 @@ class GradientState:
         thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
         that has changed since the last backward pass counts as zeroed.
         """
-        if any(map(_holds_gradient, self._few, self._left)):
-            return False
+        for weak, left in zip(self._few, self._left, strict=True):
+            if (p := weak()) is not None and p.grad is not None and _holds_gradient(weak, left):
+                return False
         return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
 
     def choose(self) -> None:

@@ -121,7 +121,12 @@ class OpenStep:
     def take_loss(self) -> float | Tensor | None:
         """The loss of the step, unscaled, when all of it is known."""
         loss, self.loss = self.loss, None
-        if loss is None or self.unknown or not any(reporter.source == "loss" for reporter in self.light):
+        if loss is None or self.unknown:
+            return None
+        for reporter in self.light:
+            if reporter.source == "loss":
+                break
+        else:
             return None
         self.loss_written = True
         return loss if self.scale is None else loss / self.scale

@@ -13,11 +13,11 @@ from time import perf_counter
 
 import pytest
 import torch
-from torchprobe.plan import default_probes
 
 import torchprobe
 import torchprobe.testing
 from benchmarks.gpt import Run
+from torchprobe.probes.choosing import default_probes
 
 ROUNDS, IDLE_ROUNDS = 15, 60  # the smaller the effect, the more
 BATCH = 16  # 4,096 tokens a step

@@ -53,7 +53,7 @@ def report(benchmark, pairs: Pairs, name: str = "") -> float:
 
 
 def every_step_except(*left_out: type) -> list:
-    from torchprobe.plan import default_probes
+    from torchprobe.probes.choosing import default_probes
 
     return [type(probe)(every=1) for probe in default_probes() if type(probe) not in left_out]
 

@@ -1,7 +1,8 @@
 """A probe of your own in a dozen lines: the share of tanh units that are saturated.
 
 A probe says what it captures (`source`), computes one value per name in `fields` on the device, and reports
-tags on the host. Parts of a step (micro-batches, repeated calls) are added up unless `combine` says otherwise.
+tags on the host. `reduce` says how parts of a step are merged (micro-batches, repeated calls, ranks): here both counts
+add up, so that the share is exact however the batch was cut.
 """
 
 import argparse
@@ -17,6 +18,7 @@ class SaturatedUnits(torchprobe.Probe):
 
     source = "outputs"
     fields = ("saturated", "count")
+    reduce = "sum"
     default_every = 10
     descriptions = {"saturated": "Share of the module's outputs with a magnitude above 0.9 (exact)."}
 
@@ -33,7 +35,7 @@ def main(steps: int = 50, log_dir: str = "runs/custom_probe") -> torchprobe.Sess
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with torchprobe.instrument(model, log_dir=log_dir, probes=[SaturatedUnits()], include=["1", "3"]) as session:
+    with torchprobe.instrument(model, log_dir=log_dir, probes=[SaturatedUnits(select=["1", "3"])]) as session:
         for _ in range(steps):
             x = 2 * torch.randn(64, 8)
             loss = nn.functional.mse_loss(model(x), x.sum(1, keepdim=True))

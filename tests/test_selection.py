@@ -8,8 +8,8 @@ from torch import nn
 
 import torchprobe
 from tests.models import FAMILIES, inputs
-from torchprobe.naming import ROOT, named_modules, named_parameters
 from torchprobe.capture.selection import Selection
+from torchprobe.naming import ROOT, named_modules, named_parameters
 from torchprobe.testing import MemoryWriter
 
 

@@ -49,15 +49,12 @@ def lanes_for(root: nn.Module) -> TransferBuffers:
     return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
 
 
-def sources_of(
-    root: nn.Module, plan: Plan, selection: Selection, meter: Meter, flush_every: int, *, traces_nan: bool
-) -> Sources:
+def sources_of(root: nn.Module, plan: Plan, selection: Selection, meter: Meter, *, traces_nan: bool) -> Sources:
     """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
     return Sources(
         ref(root),
         plan.reporters,
         selection,
         meter,
-        flush_every,
         Gate("NonFinite", meter) if traces_nan else None,
     )

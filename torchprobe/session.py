@@ -105,7 +105,7 @@ def instrument(
         open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
     )
     sink = HParamsWriter(opened, known)
-    sources = sources_of(root, plan, selection, meter, flush_every, traces_nan=watch.traces_nan)
+    sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, plan.over_ranks, decoder)
     if exchange.stopping is not None and watch.may_stop:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchprobe.capture.autopsy import READS_GRAPHS
 
 import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.capture.eager_hooks import MARKS
+from torchprobe.capture.nan_origin.graph import READS_GRAPHS
 from torchprobe.testing import MemoryWriter
 
 AT = 5

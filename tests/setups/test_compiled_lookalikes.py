@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from types import CodeType
 
@@ -182,3 +184,35 @@ def test_a_guard_that_cannot_be_made_is_said_once_and_stops_no_compiler(monkeypa
             loss_of(compiled, seed).backward()
             compiled(inputs("transformer", seed=seed)[:, :3])  # another shape, another graph
     assert caplog.text.count("compiled graphs are not guarded") == 1
+
+
+@pytest.mark.parametrize("other", [nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.LayerNorm(3)])
+def test_an_eager_model_of_torchs_own_class_is_not_called_compiled_and_leaves_other_graphs_alone(other, caplog):
+    counting, model, writer = Counting(), nn.Sequential(nn.Linear(3, 3), nn.Tanh()), MemoryWriter()
+    compiled, optimizer = torch.compile(other, backend=counting), torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled(torch.ones(2, 3))
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(3):
+            model(torch.ones(2, 3)).square().mean().backward()
+            optimizer.step()
+            compiled(torch.ones(2, 3))
+    assert len(counting.graphs) == 1
+    assert "compiled before" not in caplog.text
+    assert [s for s, _ in writer.scalars("activation_mean/0")] == [1, 2, 3]
+
+
+def test_a_compiler_that_comes_after_instrument_still_guards_its_first_graph():
+    script = """
+import sys, torch, torchprobe
+from torch import nn
+from torchprobe.capture.compiled.graphs import GraphGuards
+model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+guards = GraphGuards(lambda: model, {})
+assert "torch._dynamo" not in sys.modules, "nothing of Dynamo is loaded for an eager model"
+compiled = torch.compile(model, backend="eager")
+guards.attach()
+compiled(torch.ones(2, 3))
+print(len(guards.unguarded))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert ran.stdout.split() == ["1"], ran.stderr

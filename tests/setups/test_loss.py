@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.capture.loss import backward_root
+from torchprobe.capture.backward import roots
 from torchprobe.testing import MemoryWriter
 
 TAG = "overview/loss"
@@ -322,7 +322,7 @@ def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
     x, found = torch.ones(3, requires_grad=True), []
 
     def hook(gradient: Tensor) -> None:
-        thread = threading.Thread(target=lambda: found.append(backward_root()))
+        thread = threading.Thread(target=lambda: found.append(roots()))
         thread.start()
         thread.join()
 
@@ -331,5 +331,6 @@ def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
     loss = y.sum()
     loss.backward(retain_graph=True)
     torch.autograd.grad(loss, x)
-    assert found[0] is loss
-    assert found[1] is None
+    assert found[0].tensors == (loss,)
+    assert found[0].value == 6.0
+    assert (found[1].call, found[1].value) == ("grad", None)

@@ -1,7 +1,8 @@
 """The one door to what torch does not promise: its private names, and the frames of its functions.
 
 A name is looked up once, when what needs it is used. One that is gone costs what `NAMES` says, and one line in the log;
-where there is a second way, it costs nothing. Names of Dynamo are looked up only after something else loaded it.
+where there is a second way, it costs nothing. Names of Dynamo are looked up only after something else loaded it, and
+of theirs only a model with compiled parts hears.
 """
 
 from __future__ import annotations
@@ -14,25 +15,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch.optim import Optimizer
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _log = logging.getLogger("torchprobe")
 
 _EVAL_FRAME = "torch._C:_dynamo.eval_frame."
-_BESIDE = "hooks of torchprobe are compiled too, where they run beside a compiled module"
 _GUARDS = "compiled graphs are not guarded: one that was made for an equal model may serve the watched one, unseen"
 _RETRACE = "a model that was compiled before torchprobe watched it is not recorded inside its graphs"
-_GRAPHS = "nothing is recorded inside compiled graphs"
 
 NAMES: Mapping[str, str] = {
     "torch._C:_current_graph_task_id": "",  # the callers' frames tell, but on CUDA, where backward has a thread
     "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told
+    "torch._dynamo:compiled_autograd": "",  # then it is not told from the plain one
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "",  # the caller is told
     "torch.optim.optimizer:_global_optimizer_post_hooks": "",  # the caller is told
     "torch._C:DisableTorchFunction": "",  # there is one for subclasses alone
@@ -50,13 +48,16 @@ NAMES: Mapping[str, str] = {
     "torch._C:_get_function_stack_at": "",
     "torch._C:_len_torch_function_stack": "",
     "torch.overrides:_enable_torch_function": "flex_attention with tensors in its score_mod is not read in eager code",
+    "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex": (
+        "flex_attention with tensors in its score_mod is not read in eager code"
+    ),
     "torch.utils._device:DeviceContext": "",  # a default device then counts as a mode of the user's
     "torch._ops:HigherOrderOperator": "flex_attention is not seen in eager code",
     _EVAL_FRAME + "set_eval_frame": "",  # there is torch.compiler.disable
-    _EVAL_FRAME + "set_code_exec_strategy": _BESIDE,
-    _EVAL_FRAME + "_FrameExecStrategy": _BESIDE,
-    _EVAL_FRAME + "_FrameAction": _BESIDE,
-    _EVAL_FRAME + "skip_code": "",  # what older ones have in place of the three above
+    _EVAL_FRAME + "set_code_exec_strategy": "",  # each torch has these three or the next one
+    _EVAL_FRAME + "_FrameExecStrategy": "",
+    _EVAL_FRAME + "_FrameAction": "",
+    _EVAL_FRAME + "skip_code": "",
     _EVAL_FRAME + "_debug_get_cache_entry_list": _RETRACE,
     _EVAL_FRAME + "reset_code": _RETRACE,
     "torch._dynamo.convert_frame:input_codes": _RETRACE,
@@ -64,7 +65,7 @@ NAMES: Mapping[str, str] = {
     "torch._dynamo.convert_frame:register_bytecode_hook": _GUARDS,
     "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
     "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
-    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": _GRAPHS,
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": "nothing is recorded inside compiled graphs",
     "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (
         "activation checkpoints inside compiled graphs are not recorded"
     ),
@@ -73,10 +74,7 @@ NAMES: Mapping[str, str] = {
 """Where each name stands, `module:name`, and what is lost when it is gone; nothing, where it is empty."""
 
 REPLICA = "_is_replica"
-"""Key in the `__dict__` of a copy of a model that DataParallel makes at every call and runs in a thread of its own.
-
-Our hooks and marks are copied with it: they look for this key, in place, since a function would be one more frame.
-"""
+"""Key in the `__dict__` of a copy of a model that DataParallel makes, with our hooks, and runs in another thread."""
 
 
 @functools.cache
@@ -91,9 +89,19 @@ def find(name: str) -> Any:
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
-        if NAMES[name]:
+        if NAMES[name] and "_dynamo" not in name:
             lost(NAMES[name])
         return None
+
+
+@functools.cache
+def say_what_graphs_lose() -> None:
+    """Something of the model is compiled: say what is off without names of Dynamo. An eager model hears nothing."""
+    for name, what in NAMES.items():
+        if what and "_dynamo" in name and find(name) is None:
+            lost(what)
+    if not _skips():
+        lost("hooks of torchprobe are compiled too, where they run beside a compiled module")
 
 
 # ---- frames of the callers
@@ -128,7 +136,7 @@ def backward_id() -> int | None:
     current = find("torch._C:_current_graph_task_id")
     if current is None:
         return _backward_frame()
-    number: int = current()
+    number = current()
     return None if number == -1 else number
 
 
@@ -138,12 +146,24 @@ def in_backward() -> bool:
 
 
 def at_end_of_backward(function: Callable[[], None]) -> bool:
-    """Have a function called when the backward pass that is running ends. False when torch cannot."""
+    """Have a function called when the backward pass that is running ends. False where torch cannot.
+
+    Compiled autograd cannot, nor can it trace this: it is to be called in a hook that is `untraced`.
+    """
     queue = find("torch.autograd:Variable._execution_engine.queue_callback")
-    if queue is None:
+    if queue is None or _in_compiled_backward():
         return False
-    queue(function)
+    try:
+        queue(function)
+    except RuntimeError:  # nothing that the engine knows of is running
+        return False
     return True
+
+
+def _in_compiled_backward() -> bool:
+    """Whether a graph of compiled autograd is running, which takes such functions and never calls them."""
+    compiled = find("torch._dynamo:compiled_autograd") if "torch._dynamo.compiled_autograd" in sys.modules else None
+    return getattr(compiled, "in_compiled_autograd_region", False)
 
 
 def _backward_frame() -> int | None:
@@ -159,20 +179,17 @@ def _backward_frame() -> int | None:
 
 def optimizer_pre_hooks() -> OrderedDict[int, Any] | None:
     """The process-wide hooks before each optimizer's step, in their order; None when torch does not show them."""
-    hooks: OrderedDict[int, Any] | None = find("torch.optim.optimizer:_global_optimizer_pre_hooks")
-    return hooks
+    return find("torch.optim.optimizer:_global_optimizer_pre_hooks")  # type: ignore[no-any-return]
 
 
 def optimizer_post_hooks() -> OrderedDict[int, Any] | None:
     """The process-wide hooks after each optimizer's step, in their order; None when torch does not show them."""
-    hooks: OrderedDict[int, Any] | None = find("torch.optim.optimizer:_global_optimizer_post_hooks")
-    return hooks
+    return find("torch.optim.optimizer:_global_optimizer_post_hooks")  # type: ignore[no-any-return]
 
 
 def own_step_hooks(optimizer: Optimizer) -> OrderedDict[int, Any] | None:
     """The hooks before the step of one optimizer; None when torch does not show them."""
-    hooks: OrderedDict[int, Any] | None = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    return hooks
+    return getattr(optimizer, "_optimizer_step_pre_hooks", None)
 
 
 # ---- transforms and modes
@@ -193,8 +210,7 @@ def under_function_transform() -> bool:
 def no_torch_function() -> AbstractContextManager[Any]:
     """Within, no function mode and no tensor subclass of anybody's sees a call."""
     made = find("torch._C:DisableTorchFunction") or find("torch._C:DisableTorchFunctionSubclass") or nullcontext
-    entered: AbstractContextManager[Any] = made()
-    return entered
+    return made()
 
 
 def no_dispatch_modes() -> AbstractContextManager[Any]:
@@ -203,8 +219,7 @@ def no_dispatch_modes() -> AbstractContextManager[Any]:
     if depth is not None and not depth():
         return nullcontext()
     disable = find("torch.utils._python_dispatch:_disable_current_modes") or nullcontext
-    entered: AbstractContextManager[Any] = disable()
-    return entered
+    return disable()
 
 
 def _no_stack(*mode: Any) -> None:
@@ -237,6 +252,23 @@ def count_function_modes() -> int:
     return len(function_modes()) if depth is None else depth()
 
 
+def missing_for_modes() -> str | None:
+    """A name without which no function mode can be put on the stack and taken off; None when all is there."""
+    ways = (
+        ("torch.overrides:_push_mode", "torch._C:_push_on_torch_function_stack"),
+        ("torch.overrides:_pop_mode", "torch._C:_pop_torch_function_stack"),
+        ("torch.overrides:_get_current_function_mode_stack", "torch._C:_len_torch_function_stack"),
+    )
+    return next((first for first, second in ways if find(first) is None and find(second) is None), None)
+
+
+def item_to_index() -> Any:
+    """The mode in which a tensor of one element is an index, as `flex_attention` has it; None when it is gone."""
+    if find("torch.overrides:_enable_torch_function") is None:
+        return None
+    return find("torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex")
+
+
 class _Nothing:
     """Stands for a class that torch no longer has: nothing is one of it."""
 
@@ -244,8 +276,7 @@ class _Nothing:
 def enable_torch_function() -> AbstractContextManager[Any]:
     """Within, tensor subclasses and function modes see calls again, where torch had switched that off."""
     enable = find("torch.overrides:_enable_torch_function") or nullcontext
-    entered: AbstractContextManager[Any] = enable()
-    return entered
+    return enable()
 
 
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
@@ -275,52 +306,14 @@ def _skip(code: CodeType) -> None:
     older = find(_EVAL_FRAME + "skip_code")
     if older is not None:
         older(code)
-        return
-    skip, strategy, action = (find(_EVAL_FRAME + name) for name in _STRATEGY)
-    if skip is not None and strategy is not None and action is not None:
+    elif _skips():
+        skip, strategy, action = (find(_EVAL_FRAME + name) for name in _NEWER)
         skip(code, strategy(action.SKIP, action.DEFAULT))
 
 
-_STRATEGY = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+def _skips() -> bool:
+    newer = all(find(_EVAL_FRAME + name) is not None for name in _NEWER)
+    return newer or find(_EVAL_FRAME + "skip_code") is not None
 
 
-def beside(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function from such a hook, with nothing in it traced. Costs 0.3 µs."""
-    switch = find(_EVAL_FRAME + "set_eval_frame")
-    if switch is None:
-        return _disabled()(function, *args) if "torch._dynamo" in sys.modules else function(*args)
-    before = switch(None)
-    try:
-        return function(*args)
-    finally:
-        switch(before)
-
-
-skip_frames(beside)
-
-
-@functools.cache
-def _disabled() -> Callable[..., Any]:
-    return torch.compiler.disable(lambda function, *args: function(*args))  # type: ignore[no-any-return]
-
-
-def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Keep Dynamo out of a function: `torch.compiler.disable`, without its import of the whole compiler."""
-
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        result: _R = beside(functools.partial(function, **kwargs), *args)
-        return result
-
-    skip_frames(call)
-    for key, value in (("disable", True), ("disable_recursive", True), ("orig_callable", function)):
-        setattr(call, f"_torchdynamo_{key}", value)
-    return call
-
-
-def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let calls run once, while a graph is traced, and be constants of it.
-
-    That is `torch.compiler.assume_constant_result` without its import of the whole compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+_NEWER = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")  # in place of what torch 2.6 has

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture import compat
 from torchprobe.capture.compat import running
 from torchprobe.capture.compiled.graphs import in_compiled_call
+from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.fully_sharded import lasting_parameters
 
 _FEW = 1024  # elements of a gradient that are looked at
@@ -29,7 +30,7 @@ _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs
 class StepObserver(Protocol):
     """Hears of each step of the optimizers that train the model."""
 
-    def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
+    def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool | None:
         """The step begins. Whether `gradients_final` is wanted."""
 
     def gradients_final(self, optimizer: Optimizer) -> None:
@@ -51,8 +52,8 @@ class OptimizerHooks:
         self._claims: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
         self._running: list[ReferenceType[Optimizer]] = []  # steps under way, outermost first
         self._handles: list[RemovableHandle] = [
-            register_optimizer_step_pre_hook(torch.compiler.disable(self._before)),
-            register_optimizer_step_post_hook(torch.compiler.disable(self._after)),
+            register_optimizer_step_pre_hook(untraced(self._before)),
+            register_optimizer_step_post_hook(untraced(self._after)),
         ]
         # First in line: behind ours, a user's hook that takes itself off would make torch raise.
         both = (compat.optimizer_pre_hooks(), compat.optimizer_post_hooks())

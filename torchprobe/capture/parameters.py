@@ -10,6 +10,7 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
@@ -162,6 +163,12 @@ class ParameterSource:
             self._said.add(why)
             _log.warning("the gradient of %s is %s: it and its like are left out, also from totals", name, why)
         return None
+
+
+def first_trained(model: nn.Module | None) -> nn.Parameter | None:
+    """The first parameter that needs a gradient, of those that have a shape already."""
+    parameters = () if model is None else model.parameters()
+    return next((p for p in parameters if p.requires_grad and not is_lazy(p)), None)
 
 
 def _is_odd(gradient: Tensor) -> bool:

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import (
     REPLICA,
-    beside,
     in_backward,
     in_reentrant_checkpoint,
     skip_frames,
@@ -22,7 +21,7 @@ from torchprobe.capture.compat import (
     under_transform,
 )
 from torchprobe.capture.compiled.graphs import hides_hooks
-from torchprobe.capture.compiled.tracing import scope
+from torchprobe.capture.compiled.tracing import beside, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import mark, unmark
 from torchprobe.capture.source import Running

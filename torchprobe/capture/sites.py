@@ -10,10 +10,9 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture import compat
-from torchprobe.capture.compat import REPLICA, beside, in_backward, under_transform
+from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.tracing import gradient_hooks_trace, run_in, scope
+from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope, untraced
 from torchprobe.capture.gate import no_autocast, no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
@@ -67,7 +66,7 @@ class Tap:
         if not self.reporter.gate.failed:
             with (
                 self.reporter.gate.boundary(),
-                torch._C.DisableTorchFunction(),
+                no_torch_function(),
             ):  # no mode, the user's or ours, need see it
                 if not is_unreduced(tensor):
                     local = local_part(tensor)
@@ -84,7 +83,7 @@ class Tap:
         """What a compiled graph has computed of one more tensor."""
         passing = self._pass_of_graph(training, gradient)
         if passing is not None:
-            with self.reporter.gate.boundary(), compat.no_torch_function(), torch.no_grad():
+            with self.reporter.gate.boundary(), no_torch_function(), torch.no_grad():
                 self._keep(passing, _row(new))
 
     def merged(self, rows: Sequence[Tensor]) -> Tensor:
@@ -164,6 +163,7 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
         tensor.register_hook(functools.partial(_add_gradient, taps, passing))
 
 
+@untraced
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
     if passing is not None and measurable(gradient):
         for tap in taps:

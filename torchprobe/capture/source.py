@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.checks import register
 
@@ -63,6 +64,7 @@ class Pass:
         """Whether sources take it as one of training, as far as is known."""
         return self.kind is TRAINING or self.kind is UNDECIDED
 
+    @untraced
     def __call__(self, gradient: Tensor) -> None:
         """A gradient reaches one of its outputs."""
         self._backward(self)

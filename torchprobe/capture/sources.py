@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType
 
 import torch
@@ -27,6 +27,7 @@ from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, Source, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
+from torchprobe.probes.learning_rates import LearningRatesReporter
 from torchprobe.records import Value
 from torchprobe.statistics.dtypes import row_dtype
 
@@ -46,20 +47,19 @@ class Sources:
         reporters: Sequence[Reporter],
         selection: Selection,
         meter: Meter,
-        flush_every: int,
         nan_gate: Gate | None,
     ) -> None:
         self.model = model
         self.running = running = Running()
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.wants_parameter)
-        self.predictions = PredictionSource(model, reporters, meter, flush_every)
+        self.predictions = PredictionSource(model, reporters, meter)
         self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
-        self._rates = [r for r in reporters if r.source == "optimizers"]
+        self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
         self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
         self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
         self._check = None if nan_gate is None else NanCheck(model, nan_gate)
@@ -253,6 +253,11 @@ class Sources:
 
     def detach(self) -> None:
         """Take everything off the model."""
-        for source in (*self._attention, *self._own, self._outputs, self.predictions, self._late):
-            source.detach()
+        for attention in self._attention:
+            attention.detach()
+        for own in self._own:
+            own.detach()
+        self._outputs.detach()
+        self.predictions.detach()
+        self._late.detach()
         self._hooks.disarm()

@@ -69,15 +69,22 @@ class ActivationGradients(Probe):
 
     source: ClassVar[str] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = energy.FIELDS
-    reduce = "sum"
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
     }
 
     def compute(self, tensor: Tensor) -> Tensor:
-        """Sums that add up over micro-batches."""
+        """The sum of squares."""
         return energy.compute(tensor)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum over two parts together."""
+        return energy.combine(a, b)
+
+    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same, all modules at once."""
+        return energy.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """The sum of squares scales with the square."""

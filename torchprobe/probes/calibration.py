@@ -18,8 +18,8 @@ from torchprobe.statistics import calibration, intervals
 GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
 """Where predictions and targets come from: `session.log_predictions`, or the loop; or targets were never seen."""
 
-FLAGS = ("window", "pictures", "rows")
-"""Columns behind the evidence: number of the flush interval, whether pictures are due, and 1, as rows are added up."""
+FLAGS = ("pictures",)
+"""Columns behind the evidence: whether pictures are due."""
 
 _EVIDENCE = slice(-len(EVIDENCE) - len(FLAGS), -len(FLAGS))
 _COUNTS = ("count", "ignored", "invalid")
@@ -45,7 +45,7 @@ class Calibration(Probe):
     cross-entropy (checked; of another loss nothing is claimed); `session.log_predictions(probs, targets)`, which
     takes precedence. In validation without gradients the first two and the last work.
 
-    Training: over the sampled steps since the last flush. Validation: over the whole pass, under `val/`. Regression:
+    Training: over the sampled step. Validation: over the whole pass, under `val/`. Regression:
     `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
     (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`); in training also from the gradients of a Gaussian
     likelihood in any form, such as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
@@ -63,7 +63,7 @@ class Calibration(Probe):
         return "all"
 
     def reporter(self) -> CalibrationReporter:
-        """Keeps sums since the last flush, and what has been learnt of the output."""
+        """Keeps what has been learnt of the output."""
         return CalibrationReporter(self)
 
 
@@ -77,7 +77,6 @@ class CalibrationReporter(Reporter):
         self.coverage = Coverage(self)
         self.beside = (self.coverage,)
         self.evidence = Evidence()
-        self._training = Window(len(calibration.FIELDS))
         self._warned: set[str] = set()
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
@@ -93,9 +92,7 @@ class CalibrationReporter(Reporter):
             self._explain(names)
             return
         self._note(name, found[name][_EVIDENCE])
-        row, (window, pictures, added) = found[name][: len(calibration.FIELDS)], found[name][-len(FLAGS) :]
-        if name.endswith("|train"):
-            row = self._training.add(window / added, row)
+        row, pictures = found[name][: len(calibration.FIELDS)], found[name][-1]
         yield from self._tags(row)
         if pictures:
             yield from _pictures(row)
@@ -152,12 +149,10 @@ class Coverage(Reporter):
         self.descriptions = {
             "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
         }
-        self._training = Window(len(intervals.FIELDS))
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """Names are phases; behind the row stand the number of the flush interval, and 1."""
-        for phase, row in added_up(names, rows).items():
-            total = self._training.add(row[-2] / row[-1], row[:-2]) if phase == "train" else row[:-2]
+        """Names are phases."""
+        for total in added_up(names, rows).values():
             for key, value in intervals.summarise(total).items():
                 if key not in _COUNTS:
                     yield f"calibration/{key}", value
@@ -165,20 +160,6 @@ class Coverage(Reporter):
             if counts.any():
                 yield "calibration_pit/targets", Histogram(edges, counts)
                 yield "calibration_pit_chart/targets", pit_chart(edges, counts)
-
-
-class Window:
-    """Rows added up since the last flush."""
-
-    def __init__(self, width: int) -> None:
-        self._number = -1.0
-        self._total = np.zeros(width)
-
-    def add(self, number: float, row: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The total with one more row; a new number begins a new window."""
-        self._total = row if number != self._number else self._total + row
-        self._number = number
-        return self._total
 
 
 def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -43,12 +42,13 @@ class Gradients(Probe):
         latest = dict(zip(names, rows, strict=True))  # a parameter that was stepped twice counts once
         layers: defaultdict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
         for name, row in latest.items():
-            yield f"grad_norm/{name}", math.sqrt(row[0])
+            yield f"grad_norm/{name}", norms.l2_norm(row.tolist())
             layers[owner_of(name)] += row
-        for layer, (squares, magnitude, nonfinite, count) in layers.items():
-            yield f"grad_norm_layer/{layer}", math.sqrt(squares)
+        for layer, row in layers.items():
+            _, magnitude, nonfinite, count = row
+            yield f"grad_norm_layer/{layer}", norms.l2_norm(row.tolist())
             if count:
                 yield f"grad_mean_abs/{layer}", magnitude / count
             if nonfinite:
                 yield f"grad_nonfinite/{layer}", float(nonfinite)
-        yield "overview/grad_norm", math.sqrt(sum(row[0] for row in latest.values()))
+        yield "overview/grad_norm", norms.l2_norm(np.sum(list(latest.values()), axis=0).tolist())

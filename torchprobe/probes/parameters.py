@@ -31,18 +31,19 @@ class Parameters(Probe):
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The norm of two parts together."""
-        return torch.hypot(a, b)
+        return _together(a, b)
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """The same, all parameters at once."""
-        return np.hypot(a, b)
+        return _together(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the total."""
         latest = dict(zip(names, rows[:, 0].tolist(), strict=True))  # a parameter stepped twice counts once
         for name, norm in latest.items():
             yield f"param_norm/{name}", norm
-        yield "overview/param_norm", math.hypot(*latest.values())
+        known = [norm for norm in latest.values() if not math.isnan(norm)]
+        yield "overview/param_norm", math.hypot(*known) if known else math.nan
 
 
 class Updates(Probe):
@@ -65,11 +66,11 @@ class Updates(Probe):
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The norms of two parts together."""
-        return torch.hypot(a, b)
+        return _together(a, b)
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """The same, all parameters at once."""
-        return np.hypot(a, b)
+        return _together(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the median."""
@@ -77,5 +78,11 @@ class Updates(Probe):
         ratios = {name: update / before for name, (update, before) in pairs if before > 0}
         for name, ratio in ratios.items():
             yield f"update_ratio/{name}", ratio
+        known = [ratio for ratio in ratios.values() if not math.isnan(ratio)]
         if ratios:
-            yield "overview/update_ratio", float(np.median(list(ratios.values())))
+            yield "overview/update_ratio", float(np.median(known)) if known else math.nan
+
+
+def _together(a: Tensor, b: Tensor) -> Tensor:
+    """The norms of two parts together; one of which nothing is finite, whose norm is NaN, counts for nothing."""
+    return torch.where(a.isnan(), b, torch.where(b.isnan(), a, torch.hypot(a, b)))

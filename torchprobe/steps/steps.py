@@ -183,10 +183,9 @@ class Steps:
 
     def put_overview(self) -> None:
         """What torchprobe says of itself."""
-        values = self._overview.values(self.clock.skipped)
-        self.current.buffer.values.update(values)
+        self.current.put_all(self._overview.values(self.clock.skipped).items())
         if self._device_skips is not None:
-            known = values["overview/skipped_steps"]
+            known = self.clock.skipped + self._outlet.decoder.skipped
             self.current.put("overview/skipped_steps", self._device_skips + known)
 
     # ---- while no optimizer is in sight

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource, Taken, merged
 from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.sites import Pass
+from torchprobe.capture.source import TRAINING, VALIDATION, Dropped, Pass, Running
+from torchprobe.probes.schedule import every
 from torchprobe.statistics.attention import summarise
 
 
@@ -33,19 +35,39 @@ class Recorded:
         return [head[field] for head in self.heads[site]]
 
 
-def source_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> AttentionSource:
+class Source(AttentionSource):
+    """A source by itself: it is told of passes, and its rows are asked for, by hand."""
+
+    @property
+    def gate(self) -> Gate:
+        return self.reporter.gate
+
+    def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
+        due = frozenset([self.reporter] if (self.gate.train if training else self.gate.val) else [])
+        passing = Pass(TRAINING if training else VALIDATION, due, lambda passing: None, Dropped())
+        with nullcontext() if grad_enabled is None else torch.set_grad_enabled(grad_enabled):
+            super().enter(passing, module)
+
+    def rows_of(self, taken: Sequence[Taken], training: bool) -> list[Piece]:
+        due = frozenset([self.reporter])
+        return self.rows(reduce(self.merge, taken), training, due) if taken else []
+
+
+def source_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> Source:
     """A source whose probe is due."""
     gate = Gate("Attention", Meter())
-    source = AttentionSource(ref(model), torchprobe.Attention(rows=rows, maps_every=1 if maps else 2), gate, Pass())
+    reporter = torchprobe.Attention(rows=rows, maps_every=1 if maps else 2).reporter()
+    reporter.begin(gate, every(1))
     gate.train = gate.val = True
-    source.open_for(step=3)
+    source = Source(ref(model), reporter, Running())
+    source.open(3, frozenset([reporter]))
     return source
 
 
 class Capture:
     """A source of which every pass is taken when it ends, as a session does, and counts."""
 
-    def __init__(self, source: AttentionSource) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
         self.passes: list[Taken] = []
         self.enter = source.enter
@@ -66,7 +88,7 @@ def capture_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> Captu
 
 
 @contextmanager
-def hooked(model: nn.Module, capture: Capture | AttentionSource, training: bool = True):
+def hooked(model: nn.Module, capture: Capture | Source, training: bool = True):
     """The root hooks, as a session puts them on."""
 
     def enter(module, args):

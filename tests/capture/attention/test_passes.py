@@ -166,7 +166,7 @@ def test_a_second_thread_has_its_own_passes_when_the_first_ones_are_over():
 
 def test_what_a_compiled_graph_records_belongs_to_the_pass_that_runs_it(model):
     source = source_of(model)
-    source._current.sampled = True
+    source._running.follow(sampled=True, sampled_val=False)
     source.arm(True)
     compiled = torch.compile(model, backend="eager")
     try:
@@ -185,15 +185,16 @@ def test_what_a_compiled_graph_records_belongs_to_the_pass_that_runs_it(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_caller_that_does_not_take_collects_training_and_validation_apart(training, model):
-    source = source_of(model)
+def test_rows_of_training_and_validation_are_apart(training, model):
+    source, taken = source_of(model), []
     with hooked(model, source, training):
-        model(ids(3))
-        model(ids(2))
-    assert source.collect(not training) == []
-    rows = [summarise(row)["rows"] for piece in source.collect(training) for row in piece.rows[:, :-1].tolist()]
-    assert set(rows) == {5 * 7}
-    assert source.collect(training) == []
+        for batch in (ids(3), ids(2)):
+            model(batch)
+            taken.append(source.take())
+    pieces = source.rows_of(taken, training)
+    assert {piece.prefix for piece in pieces} == {"" if training else "val/"}
+    assert {summarise(row)["rows"] for piece in pieces for row in piece.rows[:, :-1].tolist()} == {5 * 7}
+    assert source.take() is None
 
 
 # ---- models and versions of torch that are odd

@@ -27,7 +27,7 @@ class Watched:
         gates = {probe: Gate(type(probe).__name__, Meter()) for probe in self.probes}
         for gate in gates.values():
             gate.train = gate.val = True
-        self.source = PredictionSource(weakref.ref(model), gates, Meter(), 100)
+        self.source = PredictionSource(weakref.ref(model), gates, Meter())
         self.source.open_for(1)
 
     def run(self, x):

@@ -1,85 +1,54 @@
-"""The stack of torch function modes, on which the user's own may lie above and below ours.
-
-All private names of torch that finding attention needs stand here, each looked up once.
-"""
+"""The stack of torch function modes, on which the user's own may lie above and below ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torchprobe.capture import compat
+from torchprobe.capture.compat import pop_mode as pop_mode
+from torchprobe.capture.compat import push_mode as push_mode
 
-def _look_up(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name, None)
-    except ImportError:
-        return None
-
-
-_PRIVATE = {
-    path: _look_up(path)
-    for path in (
-        *("torch._C._len_torch_function_stack", "torch.overrides._push_mode", "torch.overrides._pop_mode"),
-        *("torch._C.DisableTorchFunction", "torch.utils._python_dispatch._disable_current_modes"),
-        "torch._ops.HigherOrderOperator",
-    )
-}
-_depth, push_mode, pop_mode, _no_functions, _no_dispatch, _HigherOrder = _PRIVATE.values()
-
-MISSING = next((path for path, found in _PRIVATE.items() if found is None), None)
+MISSING = compat.missing_for_modes()
 """What this version of torch does not have: then attention is not recorded, and nothing here is called."""
-
-_dispatch_depth = _look_up("torch._C._len_torch_dispatch_stack") or (lambda: 1)  # leaving no mode takes longer
-_enable_functions = _look_up("torch.overrides._enable_torch_function")
-_Overload = type(torch.ops.aten.mm.default)
-_Packet = type(torch.ops.aten.mm)
-_DefaultDevice = _look_up("torch.utils._device.DeviceContext") or ()  # without it, one counts as a mode of the user's
 
 
 def is_operator(func: Any) -> bool:
     """Whether a function is an operator of the dispatcher, or one of higher order."""
-    return isinstance(func, (_Overload, _Packet, _HigherOrder))
+    return isinstance(func, (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator))
 
 
 def is_higher_order(func: Any, name: str) -> bool:
     """Whether a function is this operator of higher order."""
-    return isinstance(func, _HigherOrder) and func.name() == name
+    return isinstance(func, compat.HigherOrderOperator) and func.name() == name
 
 
 def schema(func: Any) -> Any:
     """What an operator of the dispatcher is called and takes; None for any other function."""
-    overload = getattr(func, "default", None) if isinstance(func, _Packet) else func
-    return getattr(overload, "_schema", None) if isinstance(overload, _Overload) else None
-
-
-def _item_to_index() -> Any:
-    return _look_up("torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex")  # comes with flex_attention
+    overload = getattr(func, "default", None) if isinstance(func, compat.OpOverloadPacket) else func
+    return getattr(overload, "_schema", None) if isinstance(overload, compat.OpOverload) else None
 
 
 def can_index_by_scalars() -> bool:
     """Whether there is what `indexing_by_scalars` needs."""
-    return _enable_functions is not None and _item_to_index() is not None
+    return compat.item_to_index() is not None
 
 
 @contextmanager
 def indexing_by_scalars() -> Iterator[None]:
     """`bias[head]` with a tensor for the head is a lookup, and not a read of its value, as `flex_attention` has it."""
-    with emptied(), _enable_functions(), _item_to_index()():
+    with emptied(), compat.enable_torch_function(), compat.item_to_index()():
         yield
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
     """Within, no mode of the user's sees what is called."""
-    dispatch = _no_dispatch() if _dispatch_depth() else nullcontext()
-    with _no_functions(), dispatch:
+    with compat.no_torch_function(), compat.no_dispatch_modes():
         yield
 
 
@@ -87,7 +56,7 @@ def remove(mode: TorchFunctionMode) -> bool:
     """Take a mode out of the stack, wherever it is, and leave the others in order. False when it is not there."""
     above = []
     found = False
-    while _depth() and not found:
+    while compat.count_function_modes() and not found:
         top = pop_mode()
         found = top is mode
         if not found:
@@ -104,14 +73,15 @@ def is_shared() -> bool:
     """
     with emptied() as modes:
         return any(
-            not isinstance(mode, _DefaultDevice) and not type(mode).__module__.startswith(__package__) for mode in modes
+            not isinstance(mode, compat.DeviceContext) and not type(mode).__module__.startswith(__package__)
+            for mode in modes
         )
 
 
 @contextmanager
 def emptied() -> Iterator[list[TorchFunctionMode]]:
     """Within, there is no mode. Gives those that there were, the innermost first."""
-    modes = [pop_mode() for _ in range(_depth())]
+    modes = [pop_mode() for _ in range(compat.count_function_modes())]
     try:
         yield modes
     finally:

@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.sites import Caller, heads_of
-from torchprobe.capture.compat import beside, skip_frames
+from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.tracing import enter_nesting, leave_nesting, place, run_in, scope
+from torchprobe.capture.compiled.tracing import beside, enter_nesting, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running

@@ -9,6 +9,7 @@ from weakref import ReferenceType
 from torch import nn
 
 from torchprobe.capture.attention.traced import OWNER, take_mode_off
+from torchprobe.capture.compat import say_what_graphs_lose
 from torchprobe.capture.compiled.graphs import (
     GraphGuards,
     all_compiled_codes,
@@ -47,6 +48,8 @@ class Retrace:
         model = self._model()
         if model is None or self._running.compiled:
             return
+        if in_compiled_call():
+            say_what_graphs_lose()
         codes = compiled_codes(model) & self._guards.unguarded
         if codes and (in_compiled_call() or has_compiled_part(model) or self._is_wrapped(model, codes)):
             self._drop(codes)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.compat import saved_tensors_are_readable
 from torchprobe.capture.outputs import is_numeric
 from torchprobe.naming import owner_of
 from torchprobe.statistics.dtypes import on_host
@@ -27,7 +28,7 @@ _NAMES = 3  # in a message
 _MOST_NODES = 50_000
 _REACH = 4  # nodes between an operation and a parameter that it uses: a transposition, a cast
 
-READS_GRAPHS = hasattr(torch._C._autograd.SavedTensor, "data")
+READS_GRAPHS = saved_tensors_are_readable()
 """Whether what a graph keeps can be looked at without running hooks; not in torch 2.6."""
 
 _Named = Sequence[tuple[str, nn.Parameter]]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.compat import in_backward
+from torchprobe.capture.compat import in_backward, no_torch_function
+from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.gate import no_autocast
 from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
@@ -98,10 +99,11 @@ class ValueTrace:
         if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
             tensor.register_hook(functools.partial(self._on_gradient, trace, call, kind, name))
 
+    @untraced
     def _on_gradient(self, trace: Trace, call: int, kind: str, name: str, gradient: Tensor) -> None:
         gate = self.reporter.gate
         if not gate.failed:
-            with gate.boundary(), torch._C.DisableTorchFunction(), torch.no_grad():
+            with gate.boundary(), no_torch_function(), torch.no_grad():
                 self._add(trace, call, kind, name, gradient)
 
     def _add(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:

@@ -12,8 +12,11 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.compat import no_torch_function
+from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import main_tensor
+from torchprobe.capture.parameters import first_trained
 from torchprobe.capture.predictions import targets
 from torchprobe.capture.predictions.forms import Generators, is_usable
 from torchprobe.capture.predictions.judging import (
@@ -30,7 +33,6 @@ from torchprobe.capture.predictions.phase import Moment, Phase, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled
 from torchprobe.capture.predictions.pool import InputKey, Pool, input_tensors, version_of
 from torchprobe.capture.predictions.reading import Reading, read
-from torchprobe.capture.skips import first_trained
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 
@@ -198,6 +200,7 @@ class PredictionCapture:
             waiting.in_graph = True
             on_both_gradients(mean, tensor, partial(self._on_gradients, phase, waiting, spread))
 
+    @untraced
     def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor | None) -> None:
         if gradient is not None and self._still_waits(phase, waiting):
             with self._protected(gradient):
@@ -250,5 +253,5 @@ class PredictionCapture:
     def _protected(self, output: Any) -> Iterator[None]:
         tensor = main_tensor(output)
         device = torch.device("cpu") if tensor is None else tensor.device
-        with self._gate.boundary(), torch.no_grad(), no_autocast(device), torch._C.DisableTorchFunction():
+        with self._gate.boundary(), torch.no_grad(), no_autocast(device), no_torch_function():
             yield

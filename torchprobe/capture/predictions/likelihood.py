@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.predictions.forms import FEW_ROWS
 from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.statistics.dtypes import row_dtype
@@ -35,6 +36,7 @@ def on_both_gradients(mean: Tensor, spread: Tensor, then: Callable[[Tensor, Tens
     """Hear once of both gradients, if both arrive: autograd hands None to the hook of what the loss leaves out."""
     arrived: dict[str, Tensor] = {}
 
+    @untraced
     def take(name: str, gradient: Tensor | None) -> None:
         if gradient is not None:
             arrived[name] = gradient.detach()  # its own graph may lead back here

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -13,11 +12,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import under_transform
+from torchprobe.capture.marks import mark, unmark
 from torchprobe.capture.predictions.targets import KINDS
 
 OnCall = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]
 
 _FIRST_WAIT = 100  # steps
+
+
+_KEY = "_torchprobe_loss"  # in the `__dict__` of a loss module that has our hook
 
 
 class _Hooked(NamedTuple):
@@ -71,6 +74,9 @@ class LossModules:
         """Take every hook off. Safe to call twice."""
         for hooked in self._hooked.values():
             hooked.handle.remove()
+            module = hooked.module()
+            if module is not None:
+                unmark(module, _KEY)
         self._hooked = {}
 
     def _put_on(self, module: nn.Module) -> None:
@@ -79,10 +85,13 @@ class LossModules:
             # A class of the user's may have a method of this name.
             handle = nn.Module.register_forward_hook(module, self._hook, with_kwargs=True)
             self._hooked[id(module)] = _Hooked(ref(module), handle)
+            mark(module, _KEY, None)
 
 
 class _Hook:
-    """What hangs on a loss module. Does not keep the session alive, nor travel with copies and pickles."""
+    """What hangs on a loss module. Does not keep the session alive."""
+
+    __name__ = "hook"  # torch.jit.script asks
 
     def __init__(self, owner: LossModules) -> None:
         self._owner = ref(owner)
@@ -93,12 +102,6 @@ class _Hook:
         owner = self._owner()
         if owner is not None:
             owner.called(module, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return nullcontext().__exit__  # takes anything, does nothing, is there without torchprobe
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
 
 
 def _loss_modules(model: nn.Module | None) -> Iterator[nn.Module]:

@@ -99,13 +99,12 @@ class Waiting:
 
 
 class Moment(NamedTuple):
-    """The step, or the validation after it, in which a pass was read: the probes that sample it; the number of the
-    flush interval; whether pictures are due.
+    """The step, or the validation after it, in which a pass was read: the probes that sample it; whether pictures are
+    due.
     """
 
     step: int
     reporters: tuple[Reporter, ...]
-    window: int
     pictures: bool
 
 

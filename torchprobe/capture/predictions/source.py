@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
+from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.predictions.capture import PredictionCapture
 from torchprobe.capture.predictions.phase import Moment, Phase
@@ -32,15 +33,12 @@ class PredictionSource:
     that count into pieces. Those of a validation are collected when it is over.
     """
 
-    def __init__(
-        self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], meter: Meter, flush_every: int
-    ) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], reporters: Sequence[Reporter], meter: Meter) -> None:
         self._reporters = [r for r in reporters if r.source in ("uncertainty", "calibration")]
         self._reporting = _Reporting(self._reporters)
         self._shared = Gate("Uncertainty and Calibration", meter)
         options = self._reporting.options
         self._capture = PredictionCapture(model, options, self._shared, Settled(self._reporting.recognised))
-        self._flush_every = flush_every
         self._step, self._sampled = 0, 0
         self._pictures_due = False
         self._following = False  # the pass that runs, or has just returned, is read
@@ -118,7 +116,7 @@ class PredictionSource:
         """Predictions that the user handed in."""
         reporter, row = self._reporting.calibration, None
         if reporter is not None and not self._shared.failed:
-            with self._shared.boundary(), torch.no_grad(), torch._C.DisableTorchFunction():
+            with self._shared.boundary(), torch.no_grad(), no_torch_function():
                 row = calibration.compute(predictions, targets)
                 flags = _flags(row, self._moment(training, []))
                 row = torch.cat((row, row.new_zeros(len(EVIDENCE)), flags))[None]
@@ -133,7 +131,7 @@ class PredictionSource:
 
     def _moment(self, training: bool, due: Sequence[Reporter]) -> Moment:
         pictures = self._pictures_due or not training
-        return Moment(self._step, tuple(due), self._step // self._flush_every, pictures)
+        return Moment(self._step, tuple(due), pictures)
 
     def _pieces(self, reporter: Reporter, phase: Phase) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting
@@ -170,12 +168,10 @@ class _Reporting:
 
 
 def _of_coverage(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
-    """How often targets were in their intervals; behind the row the number of the flush interval, and 1."""
+    """How often targets were in their intervals."""
     for names, rows in phase.coverage.rows():
-        found = rows[:, : -len(EVIDENCE)]
-        number, one = found.new_full((len(found), 1), float(phase.moment.window)), found.new_ones(len(found), 1)
         phases = [_phase_name(phase.training)] * len(names)
-        yield Piece(reporter.coverage, phases, torch.cat((found, number, one), 1), prefix)
+        yield Piece(reporter.coverage, phases, rows[:, : -len(EVIDENCE)], prefix)
 
 
 def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
@@ -189,8 +185,7 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) ->
 
 
 def _flags(like: Tensor, moment: Moment) -> Tensor:
-    values = {"window": moment.window, "pictures": moment.pictures, "rows": 1}
-    return torch.stack([like.new_full((), float(values[flag])) for flag in FLAGS])
+    return like.new_full((len(FLAGS),), float(moment.pictures))
 
 
 def _name(name: str, training: bool) -> str:

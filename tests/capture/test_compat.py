@@ -1,0 +1,144 @@
+"""A private name of torch is gone, as in a next release: an eager model is recorded as ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torchprobe.capture import compat
+from torchprobe.capture.compiled.tracing import untraced
+
+_SCRIPT = '''
+import json, logging, os, pkgutil, sys, warnings
+import torch, torch._dynamo.utils
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+model = nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 1))
+
+class Plain(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+def train():
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def remove(name):
+    """Where torch needs the name itself, or will not let it go, only our look-up misses it."""
+    where, _, inner = name.partition(":")
+    outer, _, attribute = inner.rpartition(".")
+    try:
+        owner = pkgutil.resolve_name(f"{where}:{outer}" if outer else where)
+        kept = owner.__dict__[attribute]
+        delattr(owner, attribute)
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return hide(name)
+    try:
+        train()
+        with Plain():
+            train()
+    except Exception:
+        setattr(owner, attribute, kept)
+        hide(name)
+
+def hide(name):
+    resolve = pkgutil.resolve_name
+    def without(asked):
+        if asked == name:
+            raise AttributeError(name)
+        return resolve(asked)
+    pkgutil.resolve_name = without
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+
+lines = []
+logging.getLogger("torchprobe").addHandler(Keep())
+
+def watch():
+    import torchprobe
+    from torchprobe.testing import MemoryWriter
+    writer = MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        train()
+    return lines, writer.tags()
+
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        if name != "nothing":
+            remove(name)
+        os.write(1, (json.dumps([name, *watch()]) + "\\n").encode())
+        os._exit(0)
+    os.wait()
+'''
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What was logged and what was recorded without each name, each in a process of its own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    command = [sys.executable, "-c", _SCRIPT, "nothing", *compat.NAMES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    found = {name: (lines, tags) for name, lines, tags in map(json.loads, ran.stdout.splitlines())}
+    assert len(found) == len(compat.NAMES) + 1, ran.stderr
+    return found
+
+
+@pytest.mark.parametrize("name", compat.NAMES)
+def test_an_eager_model_loses_nothing_with_a_private_name(name, seen):
+    (bare_lines, bare_tags), (lines, tags) = seen["nothing"], seen[name]
+    assert tags == bare_tags
+    assert len(lines) - len(bare_lines) <= ("_dynamo" not in name), "of Dynamo's names an eager model hears nothing"
+
+
+def test_what_is_lost_is_said_once(caplog):
+    compat.lost("something is off in a test")
+    compat.lost("something is off in a test")
+    assert caplog.text.count("something is off in a test") == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_an_untraced_hook_adds_nothing_to_the_graph_of_compiled_autograd():
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    calls, nodes = [], []
+
+    def backend(graph, example_inputs):
+        nodes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def hook(gradient):
+        calls.append((gradient.abs().sum().item(), compat.at_end_of_backward(lambda: None)))
+
+    for hooks in ([], [untraced(hook)]):
+        torch._dynamo.reset()
+        x = torch.ones(3, requires_grad=True)
+        y = x * 2
+        for each in hooks:
+            y.register_hook(each)
+        with compiled_autograd._enable(lambda graph: torch.compile(graph, backend=backend)):
+            y.sum().backward()
+        nodes.append(0)
+        assert torch.equal(x.grad, torch.full((3,), 2.0))
+    bare, watched = nodes[: nodes.index(0)], nodes[nodes.index(0) + 1 :]
+    assert calls == [(3.0, False)], "a function at the end of such a pass is refused, since it would not be called"
+    assert sum(watched) <= 2 * sum(bare)

@@ -132,7 +132,7 @@ def where(watched: Loop, session: torchprobe.Session) -> Iterator[str]:
     """torchprobe's functions by their own time in idle steps, with what they call outside torchprobe: a line each."""
     while session.step % 100 != 2:
         watched.step()
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(thread_time_ns, 1e-9)
     profile.enable()
     for _ in range(PROFILED):
         watched.step()

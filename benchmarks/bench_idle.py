@@ -13,6 +13,7 @@ import cProfile
 import gc
 import math
 import pstats
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import quantiles, stdev
@@ -129,7 +130,7 @@ def report(benchmark, more: list[float], plain: list[float], goal: str) -> None:
 
 
 def where(watched: Loop, session: torchprobe.Session) -> Iterator[str]:
-    """torchprobe's functions by their own time in idle steps, with what they call outside torchprobe: a line each."""
+    """torchprobe's functions by own time in idle steps, that of what they call outside torchprobe included: a line each."""
     while session.step % 100 != 2:
         watched.step()
     profile = cProfile.Profile(thread_time_ns, 1e-9)
@@ -141,6 +142,10 @@ def where(watched: Loop, session: torchprobe.Session) -> Iterator[str]:
     yield f"{sum(calls.values()):.1f} calls into torchprobe a step; under cProfile, which makes calls dear:"
     for name in sorted(own, key=own.__getitem__, reverse=True)[:SHOWN]:
         yield f"{own[name]:8.1f} µs {calls[name]:6.1f} calls  {name}"
+    rooms: Counter[str] = Counter()
+    for name, microseconds in own.items():
+        rooms[name.split(":")[0].rpartition("/")[0]] += microseconds
+    yield "by folder: " + ", ".join(f"{room or 'torchprobe'} {spent:.1f}" for room, spent in rooms.most_common())
 
 
 def shares(stats: dict) -> tuple[dict[str, float], dict[str, float]]:
@@ -154,7 +159,7 @@ def shares(stats: dict) -> tuple[dict[str, float], dict[str, float]]:
             calls[name] = count / PROFILED
             own[name] = own.get(name, 0.0) + 1e6 * seconds / PROFILED
             continue
-        for caller, (_, _, _, inside) in callers.items():
+        for caller, (_, _, inside, _) in callers.items():
             if caller[0].startswith(root):
                 name = _name(caller, root)
                 own[name] = own.get(name, 0.0) + 1e6 * inside / PROFILED

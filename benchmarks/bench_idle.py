@@ -3,8 +3,9 @@
     pytest benchmarks/bench_idle.py --benchmark-enable -n0 -p no:randomly -s
 
 Blocks of bare steps and of watched ones alternate, on a model each, with all defaults on. The median of the
-differences is printed with its standard error and its quartiles, then the functions of torchprobe where it goes. CPU
-time leaves out waiting, so that a busy machine only widens the spread. Takes four minutes on two CPU cores.
+differences is printed with its standard error and its quartiles, then the difference of the quietest blocks, then the
+functions of torchprobe where it goes. CPU time leaves out waiting, but a busy machine's shared caches and cores still
+stretch it: then bare steps are longer too, and the quietest blocks say more. Takes four minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pstats
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import quantiles, stdev
+from statistics import median, quantiles, stdev
 from time import thread_time_ns
 from types import FunctionType
 
@@ -95,42 +96,46 @@ def is_idle(session: torchprobe.Session) -> bool:
     return session.step % 100 > BLOCK
 
 
-def differences(benchmark, bare: Loop, watched: Loop, is_idle: Callable[[], bool]) -> tuple[list[float], list[float]]:
-    """µs a step that watched blocks take more than the bare ones beside them; and those of the bare ones."""
+Pairs = list[tuple[float, float]]
+"""µs a step of a bare block and of the watched one beside it."""
+
+
+def measured(benchmark, bare: Loop, watched: Loop, is_idle: Callable[[], bool]) -> Pairs:
+    """Blocks in turn, those left out in which something was sampled."""
     for _ in range(WARM_UP):
         bare.step(), watched.step()
-    plain: list[float] = []
-    more: list[float] = []
+    pairs: Pairs = []
 
     def pair() -> None:
-        first = len(plain) % 2
-        if first:
-            before = bare.block()
-        after = watched.block()
-        if not first:
-            before = bare.block()
+        if len(pairs) % 2:
+            before, after = bare.block(), watched.block()
+        else:
+            after, before = watched.block(), bare.block()
         if is_idle():
-            plain.append(before)
-            more.append(after - before)
+            pairs.append((before, after))
 
     benchmark.pedantic(pair, rounds=BLOCKS)
-    return more, plain
+    return pairs
 
 
-def report(benchmark, more: list[float], plain: list[float], goal: str) -> None:
+def report(benchmark, pairs: Pairs, goal: str = "") -> None:
     """The median with its standard error, printed and put into the benchmark's table."""
-    if len(more) < 2:
+    if len(pairs) < 2:
         return  # benchmarks are disabled: one round
+    more = [after - before for before, after in pairs]
+    plain, watched = zip(*pairs, strict=True)
     low, middle, high = quantiles(more, n=4)
     error = 1.25 * stdev(more) / math.sqrt(len(more))  # of a median of normal values
-    benchmark.extra_info.update(us=middle, error=error, low=low, high=high)
-    spread = f"+- {error:.1f} (quartiles {low:.1f} and {high:.1f})"
-    step = f"bare step {quantiles(plain, n=4)[1]:.0f} µs"
-    print(f"\n{benchmark.name}: {middle:.1f} {spread} µs a step{goal}, {step}, {len(more)} blocks of {BLOCK}")
+    quiet = min(watched) - min(plain)
+    benchmark.extra_info.update(us=middle, error=error, low=low, high=high, quiet=quiet)
+    print(
+        f"\n{benchmark.name}: {middle:.1f} +- {error:.1f} µs a step{goal}, quartiles {low:.1f} and {high:.1f}", end=""
+    )
+    print(f"; bare {median(plain):.0f}; quietest: {quiet:.1f} beside {min(plain):.0f}; {len(pairs)} blocks of {BLOCK}")
 
 
 def where(watched: Loop, session: torchprobe.Session) -> Iterator[str]:
-    """torchprobe's functions by own time in idle steps, that of what they call outside torchprobe included: a line each."""
+    """torchprobe's functions by own time in idle steps, that of what they call elsewhere included: a line each."""
     while session.step % 100 != 2:
         watched.step()
     profile = cProfile.Profile(thread_time_ns, 1e-9)
@@ -176,8 +181,7 @@ def _name(function: tuple[str, int, str], root: str) -> str:
 def test_idle(benchmark, kind, modules, tmp_path):
     bare, watched = Loop(kind, modules), Loop(kind, modules)
     with torchprobe.instrument(watched.model, log_dir=tmp_path) as session:
-        more, plain = differences(benchmark, bare, watched, lambda: is_idle(session))
-        report(benchmark, more, plain, f" (goal {GOALS[kind]})")
+        report(benchmark, measured(benchmark, bare, watched, lambda: is_idle(session)), f" (goal {GOALS[kind]})")
         assert session.step >= WARM_UP + BLOCK
         print("\n".join(where(watched, session)))
 
@@ -185,6 +189,6 @@ def test_idle(benchmark, kind, modules, tmp_path):
 @pytest.mark.parametrize("modules", [5, 40])
 def test_bare_against_itself(benchmark, modules):
     """The noise of the measurement."""
-    more, plain = differences(benchmark, Loop("plain", modules), Loop("plain", modules), lambda: True)
-    report(benchmark, more, plain, "")
-    assert more
+    pairs = measured(benchmark, Loop("plain", modules), Loop("plain", modules), lambda: True)
+    report(benchmark, pairs)
+    assert pairs

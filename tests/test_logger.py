@@ -19,6 +19,7 @@ from torch import nn
 
 import torchprobe
 from tests.modes import NoHostRead
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.statistics import calibration
 from torchprobe.testing import MemoryWriter
 
@@ -91,10 +92,10 @@ def test_tags_are_those_of_instrument():
     with torchprobe.instrument(model, writer=found, every=1, probes=None):
         backward(model)
         optimizer.step()
-    with torchprobe.TrainingLogger(writer=MemoryWriter()) as logger:
+    written = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=written) as logger:
         train(logger, 1)
         logger.log_calibration(torch.rand(4, 3).softmax(-1), torch.randint(3, (4,)))
-        written = logger._book._outlet.drain._backlog._writer._writer
     mine = {tag for tag in written.tags() if not tag.startswith(("train/", "gradients_nonfinite"))}
     assert mine - set(found.tags()) == set()
 
@@ -230,6 +231,56 @@ def test_validation_belongs_to_the_step_that_has_just_ended():
     assert [step for step, _ in writer.scalars("train/loss")] == [1, 2]
 
 
+def test_a_step_of_which_nothing_was_logged_is_one_that_has_ended():
+    writer = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=writer) as logger:
+        logger.log_metrics({"loss": 1.0})
+        logger.increment_step()
+        logger.increment_step()
+        logger.log_metrics({"loss": 1.0}, prefix="val")
+        logger.log_metrics({"loss": 1.0})
+        logger.flush()
+        logger.log_metrics({"within": 1.0}, prefix="val")
+    assert writer.scalars("val/loss") == [(2, 1.0)]
+    assert writer.scalars("loss") == [(1, 1.0), (3, 1.0)]
+    assert writer.scalars("val/within") == [(3, 1.0)]
+
+
+def test_out_of_distribution_scores_belong_to_the_step_that_has_just_ended():
+    writer = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=writer) as logger:
+        logger.log_metrics({"loss": 1.0})
+        logger.increment_step()
+        logger.log_ood(torch.zeros(3), torch.ones(3))
+    assert writer.scalars("ood/auroc") == [(1, 1.0)]
+
+
+def test_gradients_of_two_models_stand_side_by_side_and_of_one_the_later_count():
+    writer = MemoryWriter()
+    first, second = nn.Sequential(nn.Linear(2, 1)), nn.ModuleDict({"d": nn.Linear(2, 1)})
+    with torchprobe.TrainingLogger(writer=writer, log_gradients_every=1) as logger:
+        for value in (1.0, 3.0):
+            for parameter in (*first.parameters(), *second.parameters()):
+                parameter.grad = torch.full_like(parameter, value)
+            logger.log_gradients(first)
+            logger.log_gradients(second)
+    for name in ("0.bias", "d.bias"):
+        assert writer.value(f"grad_norm/{name}") == 3.0
+    assert writer.value("overview/grad_norm") == pytest.approx(math.sqrt(6 * 9))
+
+
+def test_a_parameter_without_statistics_leaves_the_others_theirs():
+    writer = MemoryWriter()
+    model = nn.Sequential(nn.Linear(2, 1), nn.LazyLinear(3))
+    model.register_parameter("table", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
+    with torchprobe.TrainingLogger(writer=writer) as logger:
+        logger.log_model_histograms(model)
+    assert {tag for tag in writer.tags() if tag.startswith("parameters/")} == {
+        "parameters/0.weight",
+        "parameters/0.bias",
+    }
+
+
 @pytest.mark.parametrize("name", ["..", "../up", "a/b", "a\\b", "a..b", "", ".", " "])
 def test_an_experiment_name_that_is_no_folder_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"experiment_name=.*takes one folder name"):
@@ -248,6 +299,7 @@ def test_an_experiment_name_that_is_no_folder_is_refused(tmp_path, name):
         (lambda log: log.log_calibration([0.5], torch.ones(1)), r"probs=\[0.5\]: takes a tensor or a numeric numpy"),
         (lambda log: log.log_attention_stats("w"), r"weights='w': takes a tensor, a numpy array"),
         (lambda log: log.log_text("tag", 3), r"text=3: takes a str, not int"),
+        (lambda log: log.log_calibration(torch.ones(1), torch.ones(1), 3), r"prefix=3: takes a str, not int"),
         (lambda log: log.log_hparams({"a": [1]}), r"hparams\['a'\]=\[1\]: takes a bool"),
         (lambda log: log.log_hparams({}, {"a": "x"}), r"metrics\['a'\]='x': takes a number"),
         (lambda log: torchprobe.TrainingLogger(log_gradients_every="x"), r"log_gradients_every='x': takes a whole"),
@@ -273,13 +325,32 @@ def test_what_fails_inside_is_logged_once_and_training_goes_on(caplog):
         def named_children(self):
             raise RuntimeError("broken model")
 
-    with torchprobe.TrainingLogger(writer=MemoryWriter(), log_gradients_every=1) as logger:
+    writer = MemoryWriter()
+    with torchprobe.TrainingLogger(writer=writer, log_gradients_every=1) as logger:
         for _ in range(3):
             logger.log_gradients(Broken())
+            logger.log_metrics({"loss": 1.0})
             logger.increment_step()
     messages = [r for r in caplog.records if "log_gradients failed" in r.message]
     assert len(messages) == 1
     assert messages[0].exc_info
+    assert writer.scalars("loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_a_fault_of_the_steps_themselves_ends_logging_and_says_so(caplog, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no way out")
+
+    writer = MemoryWriter()
+    logger = torchprobe.TrainingLogger(writer=writer)
+    monkeypatch.setattr(Outlet, "hand_over", broken)
+    for _ in range(3):
+        logger.log_metrics({"loss": 1.0})
+        logger.increment_step()
+    assert logger.global_step == 3
+    assert not logger.close()
+    assert [r.message for r in caplog.records] == ["torchprobe failed and stops recording; training goes on"]
+    assert "no way out" in writer.records[-1].values["torchprobe/stopped"].markdown
 
 
 def test_nothing_is_logged_after_close_and_closing_twice_is_fine(caplog):
@@ -328,8 +399,8 @@ def test_memory_stays_bounded_when_no_step_ends():
             logger.log_gradients(model)
             logger.log_calibration(torch.rand(5, 3).softmax(-1), torch.randint(3, (5,)))
             logger.log_metrics({"loss": 1.0})
-        page = logger._book._running
-        assert len(page.buffer.pieces) + len(page.sums) + len(page.buffer.values) == 3
+        gathered = logger._steps.current.buffer
+        assert len(gathered.pieces) + len(gathered.values) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

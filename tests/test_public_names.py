@@ -40,11 +40,9 @@ ALLOWED = {
     "timeline": {"buffer", "capture", "ledger", "plan"},
     "passes": {"capture", "plan", "protection", "timeline"},
     "recorder": {"buffer", "capture", "passes", "plan", "protection", "records", "rules", "timeline"},
-    "logs": {"probes", "recorder", "records", "user_values", "writers"},
+    "logs": {"buffer", "probes", "records", "steps", "user_values", "writers"},
     "assembly": {"buffer", "capture", "distributed", "naming", "plan", "probes", "selection"},
     "user_values": {"buffer", "statistics"},
-    "logbook": {"buffer", "capture", "ledger", "records", "writers"},
-    "explicit": {"buffer", "logbook", "naming", "probes", "records", "statistics", "user_values", "writers"},
     "distributed": {"buffer", "capture", "probes", "records", "rules"},
 }
 

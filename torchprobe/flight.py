@@ -20,7 +20,7 @@ from torchprobe.records import Image, Record
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.json_lines import json_value
-from torchprobe.writers.places import Outbox, Place
+from torchprobe.writers.places import FileStore, Outbox
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
@@ -35,7 +35,7 @@ class FlightRecorder:
     up after 10 s. notes: what is known of the steps.
     """
 
-    def __init__(self, place: Place, notes: Callable[[], Sequence[StepSnapshot]], size: int = 20) -> None:
+    def __init__(self, place: FileStore, notes: Callable[[], Sequence[StepSnapshot]], size: int = 20) -> None:
         self._files = Outbox(place, "flight recording")
         self._notes = notes
         self._records: deque[Record] = deque(maxlen=size)

@@ -1,22 +1,25 @@
-"""What a training script tells a session by itself, beside what is captured."""
+"""What a training script tells a run by itself, beside what is captured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from torchprobe.buffer.step import Piece
 from torchprobe.probes.separation import Separation
-from torchprobe.records import Text
+from torchprobe.records import Text, Value
 from torchprobe.steps.recorder import Recorder
-from torchprobe.user_values import Metrics, Number, checked_predictions, separation_piece
+from torchprobe.user_values import Metrics, Number, checked, checked_predictions, separation_piece
 from torchprobe.writers.hparams import HParamsWriter
 
 
-class Logs:
-    """The calls of a session that log values. Each belongs to the running step, or to the one that has just ended."""
+class LogCalls(ABC):
+    """The calls that log values, of a session as of a `TrainingLogger`; these say which step the values belong to."""
 
-    def __init__(self, recorder: Recorder, sink: HParamsWriter) -> None:
-        self._recorder = recorder
+    def __init__(self, sink: HParamsWriter) -> None:
         self._sink = sink
         self._metrics = Metrics()
         self._separation = Separation()
@@ -28,15 +31,11 @@ class Logs:
         nothing waits. Of two values for one tag and step the later counts. A tensor of several elements
         is dropped with one warning. Raises TypeError for what is no number.
         """
-        for tag, value in self._metrics.tagged(metrics, prefix):
-            self._recorder.log(tag, value)
+        self._log("log_metrics", list(self._metrics.tagged(metrics, prefix)), prefix)
 
     def log_text(self, tag: str, text: str) -> None:
         """Log Markdown for TensorBoard's Text page, with the step's number."""
-        for argument, value in (("tag", tag), ("text", text)):
-            if not isinstance(value, str):
-                raise TypeError(f"{argument}={value!r}: takes a string, not {type(value).__name__}")
-        self._recorder.log(tag, Text(text))
+        self._log("log_text", [(checked("tag", tag, str), Text(checked("text", text, str)))])
 
     def log_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Hyperparameters that `instrument` was not given. TensorBoard keeps those of the run's first steps.
@@ -44,6 +43,34 @@ class Logs:
         Raises TypeError for a value that is no bool, number or string.
         """
         self._sink.begin(hparams)
+
+    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
+        """Log how well a score separates data from outside the training distribution from data inside it.
+
+        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
+        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
+        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
+        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
+        """
+        piece = separation_piece(self._separation, in_scores, out_scores, name)
+        if piece is not None:
+            self._log_rows("log_ood", piece)
+
+    @abstractmethod
+    def _log(self, call: str, values: Sequence[tuple[str, Value | Tensor]], prefix: str = "") -> None:
+        """Values of the running step, or of the one that has just ended. call: which one was made."""
+
+    @abstractmethod
+    def _log_rows(self, call: str, piece: Piece) -> None:
+        """Rows of that step; the later ones of a name count."""
+
+
+class Logs(LogCalls):
+    """The calls of a session. Each belongs to the running step, or to the one that has just ended."""
+
+    def __init__(self, recorder: Recorder, sink: HParamsWriter) -> None:
+        super().__init__(sink)
+        self._recorder = recorder
 
     def log_predictions(self, probs: Any, targets: Any) -> None:
         """Log class probabilities and targets for calibration, in a loop whose targets torchprobe does not see.
@@ -59,12 +86,9 @@ class Logs:
         predictions, classes = checked_predictions(probs, targets)
         self._recorder.log_predictions(predictions, classes)
 
-    def log_ood(self, in_scores: Any, out_scores: Any, name: str = "ood") -> None:
-        """Log how well a score separates data from outside the training distribution from data inside it.
+    def _log(self, call: str, values: Sequence[tuple[str, Value | Tensor]], prefix: str = "") -> None:
+        for tag, value in values:
+            self._recorder.log(tag, value)
 
-        Scores are to be high outside, such as epistemic uncertainty: tensors or arrays of any shape. Tags, with the
-        step's number: `ood/auroc`, the share of pairs in which the outside score is the higher one, ties by half
-        (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
-        the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
-        """
-        self._recorder.log_rows(separation_piece(self._separation, in_scores, out_scores, name))
+    def _log_rows(self, call: str, piece: Piece) -> None:
+        self._recorder.log_rows(piece)

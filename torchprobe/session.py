@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -36,7 +36,9 @@ from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import open_writer
-from torchprobe.writers.places import place_of
+
+if TYPE_CHECKING:
+    from torchprobe.writers.run_directory import RunDirectory
 
 _log = logging.getLogger("torchprobe")
 
@@ -62,6 +64,7 @@ def instrument(
     on_alert: Callable[[Alert], object] | None = None,
     stop_on: Iterable[str] | bool | None = None,
     overhead_budget: float | None = None,
+    overwrite: bool = False,
 ) -> Session:
     """Watch a model while it trains. The only line that a training script needs.
 
@@ -71,7 +74,9 @@ def instrument(
 
     Args:
         model: the model, bare or wrapped (`torch.compile`, DDP, FSDP, checkpointing).
-        log_dir: the run's directory, or a URL such as `s3://bucket/run`; by default a new one under `runs`.
+        log_dir: the run's directory, or a URL such as `s3://bucket/run`; by default a new one under `runs`. When
+            another run is there at the first write, this one goes into `run_2`, `run_3`, ... in it and says so, unless
+            a state was loaded: then the run of that state goes on. `session.log_dir` says where it is.
         run_name: a sub-folder of `log_dir` for this run.
         writer: instead of a directory: the user's own `SummaryWriter`, or any `torchprobe.Writer`.
         probes: what to watch, such as `[torchprobe.Gradients(every=10)]`; by default everything.
@@ -85,6 +90,7 @@ def instrument(
         on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
         stop_on: names of rules whose alert ends the run with a `TrainingAlert` out of `optimizer.step()`; True: all.
         overhead_budget: the largest fraction of wall time that sampling may take, such as 0.01.
+        overwrite: write into `log_dir` whatever is there. No file is removed; TensorBoard hides the earlier steps.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
@@ -101,8 +107,10 @@ def instrument(
     selection.check(root, parts)
     known = None if hparams is None else checked_hparams(hparams)
     ranks = world()
-    directory, opened = (
-        open_writer(writer, log_dir, run_name, type(root).__name__) if ranks.writes else (None, NoWriter())
+    run, opened = (
+        open_writer(writer, log_dir, run_name, type(root).__name__, overwrite=overwrite)
+        if ranks.writes
+        else (None, NoWriter())
     )
     sink = HParamsWriter(opened, known)
     sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
@@ -113,11 +121,13 @@ def instrument(
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
-    if directory is not None:
-        watch.add_follower(FlightRecorder(place_of(f"{directory}/flight"), sources.snapshots.latest))
+    if run is not None:
+        watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
-    return Session(root, recorder, outlet, directory, sink, watch, state)
+    if run is not None:
+        state.parts["run"] = run
+    return Session(root, recorder, outlet, run, sink, watch, state)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -133,14 +143,13 @@ class Session(Logs):
         root: nn.Module,
         recorder: Recorder,
         outlet: Outlet,
-        directory: Path | str | None,
+        run: RunDirectory | None,
         sink: HParamsWriter,
         watch: Watch,
         state: RunState,
     ) -> None:
-        self.log_dir = directory
-        """The run's directory, a str if it is a URL; None when a writer was handed over."""
         super().__init__(recorder, sink)
+        self._run = run
         self._watch = watch
         self._outlet = outlet
         self._state = state
@@ -148,6 +157,14 @@ class Session(Logs):
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
         self._finalizer = weakref.finalize(root, self._finish, _AT_EXIT_SECONDS)
+
+    @property
+    def log_dir(self) -> Path | str | None:
+        """The run's directory, a str if it is a URL; None for a writer that was handed over, and on ranks but 0.
+
+        Settled at the first write: before it what was asked for, from then on maybe `run_2` in it.
+        """
+        return None if self._run is None else self._run.path
 
     @property
     def step(self) -> int:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,19 @@ from torch import Tensor
 
 from torchprobe.buffer.step import Piece, Reporter
 from torchprobe.statistics import out_of_distribution as separation
+from torchprobe.statistics.uncertainty import Decomposition
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
 
 _log = logging.getLogger("torchprobe")
+_T = TypeVar("_T")
+
+
+def checked(argument: str, value: object, kind: type[_T]) -> _T:
+    """The value itself. Raises TypeError when it is of another kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument}={value!r}: takes a {kind.__name__}, not {type(value).__name__}")
+    return value
 
 
 class Metrics:
@@ -116,9 +125,6 @@ def _tensor(argument: str, value: Any) -> Tensor:
     raise TypeError(f"{argument}={value!r}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
 
 
-_log = logging.getLogger("torchprobe")
-
-
 def floats(argument: str, value: Any) -> Tensor:
     """A tensor, numpy array or number as real floats, detached. Raises TypeError, naming the argument, for others."""
     if isinstance(value, Tensor):
@@ -145,3 +151,35 @@ def separation_piece(reporter: Reporter, in_scores: Any, out_scores: Any, name: 
         _log.exception("log_ood failed and its scores are left out; training goes on")
         return None
     return Piece(reporter, [name], rows)
+
+
+def decomposition(epistemic: Any, aleatoric: Any) -> Decomposition:
+    """As given, with their sum for the total where both are. Raises TypeError for what is no array of numbers."""
+    e = floats("epistemic", epistemic)
+    if aleatoric is None:
+        return Decomposition(None, None, e)
+    a = floats("aleatoric", aleatoric).to(e.device, non_blocking=True)
+    if a.shape != e.shape:
+        raise ValueError(f"aleatoric: got shape {tuple(a.shape)}, takes that of epistemic, {tuple(e.shape)}")
+    return Decomposition(e + a, a, e)
+
+
+def attention_layers(weights: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """One layer's probabilities, or those of several: from a mapping by its keys, from a sequence by place.
+
+    Each as (batch, heads, queries, keys); three dimensions are those of heads that were averaged. Raises TypeError and
+    ValueError for what is none.
+    """
+    if isinstance(weights, list | tuple):
+        weights = dict(enumerate(weights))
+    if isinstance(weights, Mapping):
+        for key, layer in weights.items():
+            yield from attention_layers(layer, f"{name}.{key}" if name else str(key))
+    elif weights is not None:  # what some models return for a layer without attention
+        tensor, name = floats("weights", weights), name or "attention"
+        if tensor.dim() not in (3, 4):
+            raise ValueError(
+                f"weights of {name!r}: got shape {tuple(tensor.shape)}, takes probabilities of shape "
+                "(batch, heads, queries, keys), or (batch, queries, keys) of averaged heads"
+            )
+        yield name, tensor.unsqueeze(1) if tensor.dim() == 3 else tensor

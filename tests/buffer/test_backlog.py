@@ -59,9 +59,10 @@ def test_a_disk_that_heals_has_every_record_once_and_in_order(failing_writer, st
     assert backlog.write(urgent=True)
     assert steps_in(writer) == [0, 1, 2, 3]
     assert backlog.dropped == 0
-    (logged,) = caplog.records
+    logged, healed = caplog.records
     assert logged.exc_info
     assert logged.levelno == logging.ERROR
+    assert healed.getMessage() == "writing works again: what was kept is written (0 records dropped so far)"
 
 
 def test_pauses_between_attempts_grow_to_a_minute_and_start_anew_after_success(failing_writer, clock):

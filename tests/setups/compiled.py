@@ -159,9 +159,14 @@ def assert_same_values(found: MemoryWriter, expected: MemoryWriter, output_insid
     for tag in tags:
         if tag == "overview/probe_overhead" or tag.startswith("gradients_zeros/"):
             continue
-        assert [s for s, _ in found.scalars(tag)] == [s for s, _ in expected.scalars(tag)], tag
-        for (_, a), (_, b) in zip(found.scalars(tag), expected.scalars(tag), strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-5), tag
+        steps = [s for s, _ in found.scalars(tag)]
+        if output_inside and tag == "overview/loss":  # backward() is heard of in sampled steps alone
+            assert steps == [s for s, _ in expected.scalars("overview/grad_norm")]
+        else:
+            assert steps == [s for s, _ in expected.scalars(tag)], tag
+        right = dict(expected.scalars(tag))
+        for step, value in found.scalars(tag):
+            assert value == pytest.approx(right[step], rel=1e-3, abs=1e-5), tag
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:

@@ -34,9 +34,10 @@ def test_a_cadence_samples_step_one_and_then_every_nth():
     with torchprobe.instrument(model, writer=writer, every=3):
         for k in range(7):
             train_step(model, optimizer, k)
-    for tag in (TOTAL, "activation_mean/0", "param_norm/0.weight", "update_ratio/0.weight", "overview/loss"):
+    for tag in (TOTAL, "activation_mean/0", "param_norm/0.weight", "update_ratio/0.weight"):
         assert steps(writer, tag) == [1, 3, 6], tag
-    assert steps(writer, "lr/SGD/group_0") == [1, 2, 3, 4, 5, 6, 7]
+    for tag in ("lr/SGD/group_0", "overview/loss"):  # which cost nothing
+        assert steps(writer, tag) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_uneven_gradient_accumulation_is_one_step_with_the_accumulated_gradient():

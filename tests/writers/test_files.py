@@ -66,7 +66,7 @@ def test_no_space_is_reported_and_rolled_back(file, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         file.append(b"lost bytes")
     assert file.path.read_bytes() == b"good"
-    assert file.in_place()
+    assert file.fault() is None
 
 
 def test_a_file_that_cannot_shrink_is_given_up_so_that_nothing_follows_its_torn_tail(file, monkeypatch):
@@ -74,18 +74,18 @@ def test_a_file_that_cannot_shrink_is_given_up_so_that_nothing_follows_its_torn_
     with pytest.raises(OSError, match="No space left"):
         file.append(b"lost bytes")
     assert file.path.read_bytes() == b"los"
-    assert not file.in_place()
+    assert file.fault() is not None
 
 
 def test_a_deleted_file_is_not_in_place(file):
-    assert file.in_place()
+    assert file.fault() is None
     file.path.unlink()
-    assert not file.in_place()
+    assert file.fault() is not None
 
 
 def test_a_renamed_file_is_not_in_place(file):
     file.path.rename(file.path.with_suffix(".old"))
-    assert not file.in_place()
+    assert file.fault() is not None
 
 
 def test_exclusive_mode_refuses_a_file_that_exists(file):

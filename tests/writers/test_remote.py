@@ -45,7 +45,8 @@ def events_in(store, path, tmp_path):
 
 
 def scalars(store, tmp_path, tag, url="memory://runs/a"):
-    events = [event for path in files(store, url) for event in events_in(store, path, tmp_path)]
+    paths = [path for path in files(store, url) if "tfevents" in path]
+    events = [event for path in paths for event in events_in(store, path, tmp_path)]
     return [(e.step, v.simple_value) for e in events for v in e.summary.value if v.tag == tag]
 
 
@@ -140,6 +141,21 @@ def test_a_run_after_another_sorts_behind_it(memory, tmp_path):
     old, new = files(memory)
     assert old.rpartition("/")[2] == first.path.rpartition("/")[2]
     assert [e.step for e in events_in(memory, new, tmp_path) if e.HasField("session_log")] == [3]
+
+
+def test_a_second_run_in_a_store_goes_beside_the_first_and_a_state_goes_on(memory, tmp_path, caplog):
+    states = []
+    for value in (1.0, 2.0, 3.0):
+        with torchprobe.instrument(model := mlp(), log_dir="memory://runs/a", every=1, rules=[]) as session:
+            if value == 3.0:
+                session.load_state_dict(states[1])
+            train(model, 2)
+            states.append(session.state_dict())
+    assert session.log_dir == "memory://runs/a/run_2"
+    assert [step for step, _ in scalars(memory, tmp_path, "overview/grad_norm")] == [1, 2]
+    below = scalars(memory, tmp_path, "overview/grad_norm", "memory://runs/a/run_2")
+    assert [step for step, _ in below] == [1, 2, 3, 4]
+    assert len([message for message in caplog.messages if "memory://runs/a/run_2" in message]) == 1
 
 
 def test_a_file_url_is_a_local_directory(tmp_path):

@@ -129,7 +129,8 @@ class Backlog:
                 self._put_off(error)
         if self._records:
             self._trim()
-        else:
+        elif self._retry_at is not None:
+            _log.warning("writing works again: what was kept is written (%d records dropped so far)", self.dropped)
             self._retry_at, self._pause = None, _FIRST_RETRY
         return not self._records
 

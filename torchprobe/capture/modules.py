@@ -114,7 +114,9 @@ class OutputSource:
             a[tap] = tap.shortened([*a[tap], *rows]) if tap in a else rows
         return a
 
-    def rows(self, kept: Kept, training: bool, due: frozenset[Reporter], scale: Tensor | None = None) -> list[Piece]:
+    def rows(
+        self, kept: Kept, training: bool, due: frozenset[Reporter], scale: float | Tensor | None = None
+    ) -> list[Piece]:
         """The merged rows for the probes due. scale: what the gradients of outputs were multiplied with."""
         groups: defaultdict[tuple[Reporter, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
         for tap, rows in kept.items():
@@ -178,9 +180,11 @@ def _hooks_on(model: nn.Module) -> int:
     return total
 
 
-def _piece(reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: Tensor | None) -> Piece:
+def _piece(
+    reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: float | Tensor | None
+) -> Piece:
     names, rows = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
     if scale is not None and reporter.source == "output_gradients":
-        stacked = reporter.unscale(stacked, scale.to(stacked.device, stacked.dtype))
+        stacked = reporter.unscale(stacked, torch.as_tensor(scale, dtype=stacked.dtype, device=stacked.device))
     return Piece(reporter, names, stacked, prefix, counted=True)

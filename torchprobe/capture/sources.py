@@ -71,8 +71,13 @@ class Sources:
 
     # ---- steps
 
-    def open(self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter]) -> frozenset[Reporter]:
-        """A step is about to begin; the probes that it samples: those due, and a close look where NaN was seen."""
+    def open(
+        self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
+    ) -> frozenset[Reporter]:
+        """A step is about to begin; the probes that it samples: those due, and a close look where NaN was seen.
+
+        may_trace: hooks are to be there in any case, since compiled graphs see none that come later.
+        """
         if self._check is not None and self._check.looks():
             due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
         self._due = due
@@ -82,6 +87,8 @@ class Sources:
         self.predictions.open(step, due)
         for source in self._own:
             source.open(step)
+        if due or may_trace or self._armed:
+            self._arm(due, True, may_trace)
         if due:
             if any(trace.reporter in due for trace in self._traces):
                 self.snapshots.open(step)
@@ -106,18 +113,17 @@ class Sources:
     # ---- forward passes
 
     def enter(self, passing: Pass, module: nn.Module, may_trace: bool) -> None:
-        """A forward pass begins. may_trace: hooks are to be there in any case, as graphs see none that come later."""
+        """A forward pass begins. may_trace: see `open`."""
         training = passing.training
         if passing.due or self._armed or (may_trace and training):
-            self._arm(passing, may_trace and training)
+            self._arm(passing.due, training, may_trace and training)
             for attention in self._attention:
                 attention.enter(passing, module)
             self.predictions.enter(passing)
             for source in self._own:
                 source.enter(passing, module)
 
-    def _arm(self, passing: Pass, may_trace: bool) -> None:
-        due, training = passing.due, passing.training
+    def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
         self._armed = bool(due) or may_trace
         self._hooks.arm(due if training else frozenset())
         if may_trace or self._outputs.wants(due):
@@ -157,6 +163,14 @@ class Sources:
         for source in self._own:
             source.exit(passing)
 
+    def take_from_graphs(self, passing: Pass) -> list[Pass]:
+        """What a compiled function around the model has recorded: no hook of the root ran there."""
+        for attention in self._attention:
+            taken = attention.take()
+            if taken is not None:
+                passing.keep(attention, taken)
+        return [passing] if passing.kept else []
+
     def check_output(self, passing: Pass, output: Any) -> None:
         """Whether an output holds NaN."""
         check = self._check
@@ -195,7 +209,7 @@ class Sources:
         return a
 
     def rows(
-        self, kept: Mapping[Any, Any], training: bool, due: frozenset[Reporter], scale: Tensor | None = None
+        self, kept: Mapping[Any, Any], training: bool, due: frozenset[Reporter], scale: float | Tensor | None = None
     ) -> list[Piece]:
         """What passes kept, as rows for the buffer. scale: what the loss was multiplied with."""
         pieces: list[Piece] = []

@@ -21,9 +21,10 @@ class Loss(Probe):
 
     source: ClassVar[str] = "loss"
     fields: ClassVar[tuple[str, ...]] = ("loss",)
-    reduce = "mean"
+    reduce = "last"  # rows are listed side by side, and never merged
     default_every: ClassVar[int] = 1
     sampled: ClassVar[bool] = False
+    always: ClassVar[bool] = True
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {"overview": "What to look at first."}

@@ -27,7 +27,7 @@ class UnitActivity(Probe):
     source: ClassVar[str] = "units"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("dead",)
-    reduce = "mean"
+    reduce = "last"  # rows are listed side by side, and never merged
     over_batches: ClassVar[Way] = "append"
     over_shards: ClassVar[Way] = "append"
     descriptions: Mapping[str, str] = {

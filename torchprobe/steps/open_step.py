@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece, StepBuffer
@@ -29,7 +30,7 @@ class OpenStep:
     used: list[Backward] = field(default_factory=list)
     loss: float | Tensor | None = None
     unknown: bool = False  # a loss that is not known was used
-    scale: Tensor | None = None
+    scale: float | Tensor | None = None
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
     loss_written: bool = False
@@ -49,19 +50,21 @@ class OpenStep:
         for tag, value in values:
             self.put(tag, value)
 
-    def add(self, piece: Piece) -> None:
-        """Rows of a probe; those of the same names as the last ones add up, so that memory stays bounded."""
+    def add(self, piece: Piece, combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
+        """Rows of a probe, together with those of the same names that are there, so that memory stays bounded."""
         pieces = self.buffer.pieces
-        last = pieces[-1] if pieces else None
-        if last is not None and last.heading == piece.heading and last.rows.device == piece.rows.device:
-            pieces[-1] = Piece(last.reporter, last.names, last.rows + piece.rows, last.prefix, last.counted)
-        else:
-            pieces.append(piece)
+        for i, other in enumerate(pieces):
+            if other.heading == piece.heading and other.rows.device == piece.rows.device:
+                pieces[i] = replace(piece, rows=combine(other.rows, piece.rows))
+                return
+        pieces.append(piece)
 
     def replace(self, piece: Piece) -> None:
-        """Rows of a probe in place of earlier ones of the same names."""
+        """Rows of a probe in place of earlier ones that have a name in common with them."""
+        names, kind = set(piece.names), (piece.reporter, piece.prefix)
         pieces = self.buffer.pieces
-        pieces[:] = [other for other in pieces if other.heading != piece.heading] + [piece]
+        pieces[:] = [one for one in pieces if (one.reporter, one.prefix) != kind or names.isdisjoint(one.names)]
+        pieces.append(piece)
 
     def extend(self, pieces: Iterable[Piece]) -> None:
         """Rows as they are."""
@@ -85,7 +88,8 @@ class OpenStep:
 
     def scale_by(self, scale: Tensor | None) -> None:
         """The loss was multiplied by a GradScaler."""
-        self.scale = self.scale if scale is None else scale
+        if scale is not None:  # whose scale changes in place
+            self.scale = on_host(scale) if scale.is_cpu else scale.clone()
 
     def end(self) -> None:
         """An optimizer has stepped, or a forward pass was the step."""
@@ -120,9 +124,7 @@ class OpenStep:
         if loss is None or self.unknown or not any(reporter.source == "loss" for reporter in self.light):
             return None
         self.loss_written = True
-        if self.scale is None:
-            return loss
-        return loss / (on_host(self.scale) if self.scale.is_cpu else self.scale)
+        return loss if self.scale is None else loss / self.scale
 
     def take(self) -> StepBuffer:
         """What was gathered so far; the step goes on with nothing."""

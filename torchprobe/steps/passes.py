@@ -68,7 +68,7 @@ class Passes:
                 self.begin_step()
         passing = Pass(kind, self._due(kind), self._heard, self._dropped)
         self._running.enter(passing)
-        self._sources.enter(passing, module, may_trace=clock.fresh and clock.number <= clock.origin + 1)
+        self._sources.enter(passing, module, may_trace=clock.fresh)
 
     def _enter_training(self) -> None:
         self._evaluates, self._thread = True, get_ident()
@@ -194,9 +194,25 @@ class Passes:
                 passing.decide(VALIDATION)
                 self._steps.validated(passing.take())
 
+    def count_all(self) -> None:
+        """The user ends a step in which no optimizer has stepped: its passes count all the same."""
+        step, first = self._steps.current, self._first
+        for backward in self.gradients.waiting():
+            step.use(backward)
+        unheard = self.unheard()
+        if unheard is not None:
+            step.keep(unheard)
+        if first is not None and first.task is None:
+            self._first = None
+            alone = Backward(None, None)
+            alone.add(first)
+            step.keep(alone)
+
     def unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
         passes, self._unheard = self._unheard, []
+        if self._running.compiled and self._steps.current.due:
+            passes += self._sources.take_from_graphs(self._pass_of_graph())
         if not passes:
             return None
         backward = Backward(None, None)
@@ -268,11 +284,20 @@ class Passes:
     # ---- for those who ask
 
     def _of_backward(self) -> Pass | None:
-        """The pass that the running backward pass runs through; it may be a checkpoint's, that is not heard of yet."""
+        """The pass that the running backward pass runs through.
+
+        It may be a checkpoint's, that is not heard of yet; or a compiled graph's, whose own hooks run before ours.
+        """
         running = self.gradients.running
         if running is not None and running.passes:
             return running.passes[-1]
-        return self._unheard[-1] if self._unheard else None
+        task = compat.backward_id()
+        if not self._running.compiled or task is None:
+            return self._unheard[-1] if self._unheard else None
+        if running is None or running.task != task:
+            running = self._begin_backward(task)
+        running.add(self._pass_of_graph())
+        return running.passes[-1]
 
     def _of_graph(self, training: bool) -> Pass | None:
         """A pass for what a compiled function around the model hands over: no hook of the root runs there."""
@@ -281,8 +306,11 @@ class Passes:
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
         if not self._unheard or self._unheard[-1].task is not None:
-            self._unheard.append(Pass(TRAINING, self._steps.current.due, self._heard, self._dropped))
+            self._unheard.append(self._pass_of_graph())
         return self._unheard[-1]
+
+    def _pass_of_graph(self) -> Pass:
+        return Pass(TRAINING, self._steps.current.due, self._heard, self._dropped)
 
     def _is_foreign(self, kind: str) -> bool:
         """Whether another thread than the one that trains runs the pass."""

@@ -89,17 +89,16 @@ class Recorder:
 
     def _use(self, optimizer: Optimizer) -> None:
         """The optimizer uses the gradients of the backward passes that reached its parameters."""
-        step, found = self._steps.current, False
-        for backward in self._passes.gradients.used_by(optimizer):
-            found = True
+        step, found = self._steps.current, list(self._passes.gradients.used_by(optimizer))
+        # With no new one among them, gradients came that were not heard of, and those before may have been zeroed.
+        for backward in found if any(not b.used or b.counted == step.number for b in found) else ():
             if backward.sign is not None and not backward.used:
                 self._steps.put_sign(backward.sign)
             step.use(backward)
         unheard = self._passes.unheard()
         if unheard is not None:
             step.keep(unheard)
-            found = True
-        if found and step.loss is not None:
+        if step.loss is not None:
             step.scale_by(loss_scale(optimizer))
 
     # ---- what the user asks for
@@ -127,6 +126,8 @@ class Recorder:
         """The user's own clock: from now on nothing else ends a step."""
         if self.clock.number == 0 and self.clock.training_pass():
             self._passes.begin_step()
+        if not self._steps.current.trained:
+            self._passes.count_all()
         self.clock.next_step()
         self._passes.begin_step()
 

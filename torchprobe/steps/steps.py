@@ -84,7 +84,9 @@ class Steps:
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
         plan.open_for(number, self.clock.by_forward)
-        self._due = self._sources.open(number, frozenset(plan.due), frozenset(plan.due_in_validation))
+        self._due = self._sources.open(
+            number, frozenset(plan.due), frozenset(plan.due_in_validation), may_trace=self.clock.fresh
+        )
         self._light = frozenset([r for r in self._unsampled if r.gate.train])
 
     def begin(self) -> None:
@@ -110,7 +112,8 @@ class Steps:
             self._gather(step)
         self._put_loss(step)
         if step.trained and not step.reported:
-            step.report(self._plan.losses)
+            unheard = self._sources.running.compiled and not step.due  # a function around the model may be compiled
+            step.report(() if unheard else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
         buffer = step.take()

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 
 from torchprobe.records import Record
 from torchprobe.writers.encode import encode
-from torchprobe.writers.files import GrowingFile
+from torchprobe.writers.files import FaultLog, GrowingFile
 from torchprobe.writers.places import place_of
 from torchprobe.writers.tfrecord import frame
 
@@ -27,7 +27,8 @@ class EventFileWriter:
     with every batch, and followed by another one at 4 MiB.
 
     An existing file is never appended to: this one's name sorts after all others, whatever the
-    clock says, and a file that is deleted or moved away is followed by a new one. Every file starts
+    clock says, and a file that is deleted, moved away, replaced or cut short by others is followed by a new one,
+    with a line in the log. Every file starts
     its session at the step of its first record, or at `restart_step` (the first step that a
     resumed run can write) for the first file: in TensorBoard that hides what an earlier run left
     from this step on. `restart` says the same later.
@@ -49,6 +50,7 @@ class EventFileWriter:
         self._started = False
         self._described: set[str] = set()
         self._files = 0
+        self._faults = FaultLog()
         self._file = self._create()
 
     @property
@@ -60,8 +62,9 @@ class EventFileWriter:
         """Append a batch, in step order. Raises OSError when it does not fit; then nothing is changed."""
         if not records:
             return
-        if self._file.full or not self._file.in_place() or (self._restart is not None and self._started):
-            self._reopen()
+        fault = self._file.fault()
+        if fault is not None or self._file.full or (self._restart is not None and self._started):
+            self._reopen(fault)
         if self._restart is not None:
             self._start_step, self._restart = self._restart, None
         described = self._described.copy()
@@ -87,9 +90,11 @@ class EventFileWriter:
         step = first.step if self._start_step is None else self._start_step
         return Event(wall_time=first.wall_time, step=step, session_log=SessionLog(status=SessionLog.START))
 
-    def _reopen(self) -> None:
-        self._file.close()
-        self._file = self._create()
+    def _reopen(self, fault: str | None) -> None:
+        before, self._file = self._file, self._create()
+        before.close()
+        if fault is not None:
+            self._faults.tell(before.path, fault, self._file.path)
         self._started, self._described = False, set()
 
     def _create(self) -> GrowingFile:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+_log = logging.getLogger("torchprobe")
 
 FULL = 4 * 2**20
 """Bytes from which a file is to be followed by another one: what each flush sends, and what is held in memory."""
@@ -24,8 +28,8 @@ class GrowingFile(Protocol):
     def append(self, data: bytes) -> None:
         """Write all of `data`, or raise OSError and leave the file as it was."""
 
-    def in_place(self) -> bool:
-        """Whether it is still there and open."""
+    def fault(self) -> str | None:
+        """What became of it since the last `append`, as "deleted"; None while it is there as it was left."""
 
     def close(self) -> None:
         """Release it; a second call does nothing."""
@@ -40,7 +44,10 @@ class AppendFile:
     def __init__(self, path: Path, mode: Literal["xb", "ab"]) -> None:
         self.path = path
         self._raw = path.open(mode, buffering=0)
-        self.size = os.fstat(self._raw.fileno()).st_size
+        self._descriptor = self._raw.fileno()
+        self.size = os.fstat(self._descriptor).st_size
+        # Some network file systems number one file twice: then the name and the size alone must do.
+        self._has_inode = os.path.samestat(path.stat(), os.fstat(self._descriptor))
 
     @property
     def full(self) -> bool:
@@ -56,10 +63,24 @@ class AppendFile:
             raise
         self.size += len(data)
 
-    def in_place(self) -> bool:
-        """Whether the file is still there and open: not deleted, moved away or given up."""
-        # By name alone: inode numbers are not stable on every network file system.
-        return not self._raw.closed and self.path.exists()
+    def fault(self) -> str | None:
+        """See `GrowingFile`. Raises OSError while the file system does not answer."""
+        if self._raw.closed:
+            return "given up after a failed write"
+        try:
+            there, held = self.path.stat(), os.fstat(self._descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return "deleted" if self.path.parent.is_dir() else "deleted with its directory"
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return "replaced by another file"
+        if self._has_inode and not os.path.samestat(there, held):
+            return "replaced by another file"
+        size = held.st_size if self._has_inode else there.st_size
+        if size == self.size:
+            return None
+        return "cut short" if size < self.size else "written to by another program"
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
@@ -104,10 +125,23 @@ class RemoteFile:
             raise OSError(f"{self.path}: {str(error) or type(error).__name__}") from error
         self._written = grown
 
-    def in_place(self) -> bool:
-        """Always: an object that was deleted comes back whole with the next `append`."""
-        return True
+    def fault(self) -> str | None:
+        """None: an object that was deleted or replaced comes back whole with the next `append`."""
+        return None
 
     def close(self) -> None:
         """Free the memory."""
         self._written = b""
+
+
+class FaultLog:
+    """Says what became of a file, each kind of fault once: a sync client may replace a file at every write."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def tell(self, path: Path | str, fault: str, successor: Path | str) -> None:
+        """A file had this fault, and writing goes on in another one, which may have the same name."""
+        if fault not in self._said:
+            self._said.add(fault)
+            _log.warning("%s was %s: writing goes on in %s", path, fault, "it" if successor == path else successor)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import Histogram, HParam, HParams, Image, Layout, Outcome, Record, Text, Value
-from torchprobe.writers.files import AppendFile
+from torchprobe.writers.files import AppendFile, FaultLog
 
 
 class JsonLinesWriter:
@@ -24,27 +24,33 @@ class JsonLinesWriter:
     `{"text"}`, `{"shape", "png"}` for an image (base64), `{"array"}` for nested lists, `{"hparams"}`,
     `{"success"}`, `{"charts"}`. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
 
-    What the file already holds is kept. A batch is on disk when `write` returns, or not at all.
-    Raises OSError at the call when the file cannot be opened, and from `write` when a batch does
-    not fit.
+    What the file already holds is kept. One that others delete, move away, replace or cut short is opened again under
+    its name, with a line in the log. A batch is on disk when `write` returns, or not at all. Raises OSError at the
+    call when the file cannot be opened, and from `write` when a batch does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
+        self._faults = FaultLog()
         self._file = self._open()
 
     def write(self, records: Sequence[Record]) -> None:
         """Append a batch, a line each. Raises OSError when it does not fit; then nothing is changed."""
         if not records:
             return
-        if not self._file.in_place():
-            self._file.close()
-            self._file = self._open()
+        fault = self._file.fault()
+        if fault is not None:
+            self._reopen(fault)
         self._file.append("".join(f"{_line(record)}\n" for record in records).encode())
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
         self._file.close()
+
+    def _reopen(self, fault: str) -> None:
+        before, self._file = self._file, self._open()
+        before.close()
+        self._faults.tell(self._path, fault, self._path)
 
     def _open(self) -> AppendFile:
         try:

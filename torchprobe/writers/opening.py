@@ -7,27 +7,40 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchprobe.writers.layout import LayoutWriter
 from torchprobe.writers.places import as_url, is_url, local_path
 from torchprobe.writers.protocol import Writer
 
+if TYPE_CHECKING:
+    from torchprobe.writers.run_directory import RunDirectory
+
 
 def open_writer(
-    writer: Any, log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str
-) -> tuple[Path | str | None, Writer]:
+    writer: Any,
+    log_dir: str | os.PathLike[str] | None,
+    run_name: str | None,
+    model_name: str,
+    *,
+    overwrite: bool = False,
+) -> tuple[RunDirectory | None, Writer]:
     """The run's directory (None for a writer of the user's) and the writer.
 
     Raises TypeError or ValueError for what is no writer or no directory, OSError where it cannot be written.
     """
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite={overwrite!r}: takes True or False, not {type(overwrite).__name__}")
     if writer is None:
         directory = run_directory(log_dir, run_name, model_name)
-        from torchprobe.writers.event_file import EventFileWriter  # imports tensorboard: only when needed
+        from torchprobe.writers.run_directory import RunDirectory  # imports tensorboard: only when needed
 
-        return directory, LayoutWriter(EventFileWriter(directory))
-    if log_dir is not None or run_name is not None:
-        raise ValueError("writer and log_dir (or run_name) exclude each other: a writer knows where it writes")
+        run = RunDirectory(directory, overwrite=overwrite)
+        return run, LayoutWriter(run)
+    if log_dir is not None or run_name is not None or overwrite:
+        raise ValueError(
+            "writer and log_dir (or run_name, overwrite) exclude each other: a writer knows where it writes"
+        )
     if hasattr(writer, "add_scalar"):
         from torchprobe.writers.summary_writer import SummaryWriterAdapter
 

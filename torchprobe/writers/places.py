@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -18,23 +19,34 @@ MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LOCAL = ("file", "local")
+_TRIAL = ".torchprobe.trial"
 # s3fs else keeps listings, in which another process's files are missing.
 _NO_CACHE: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
 
 _log = logging.getLogger("torchprobe")
 
 
-class Place(Protocol):
+class FileStore(Protocol):
+    """Takes whole files."""
+
+    def put(self, name: str, data: bytes) -> str:
+        """A whole file, in place of an older one of this name; its path. Raises OSError; no reader sees half of it."""
+
+
+class Place(FileStore, Protocol):
     """A directory of files."""
+
+    def check(self) -> None:
+        """Raise OSError when nothing can be written here. Leaves no file."""
 
     def names(self) -> list[str]:
         """The files there are; makes the directory when it is missing. Raises OSError."""
 
+    def make(self, name: str) -> bool:
+        """Make the directory `name` here; False when another process was first. A store, which has none, says True."""
+
     def begin(self, name: str, head: bytes) -> GrowingFile:
         """A new file that starts with `head`. Raises OSError, with no file left."""
-
-    def put(self, name: str, data: bytes) -> str:
-        """A whole file, in place of an older one of this name; its path. Raises OSError; no reader sees half of it."""
 
 
 def place_of(log_dir: str | os.PathLike[str]) -> Place:
@@ -55,11 +67,27 @@ class LocalPlace:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    def check(self) -> None:
+        """See `Place`. Makes the directory when it is missing."""
+        with _explained(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory, buffering=0) as trial:
+                trial.write(_TRIAL.encode())
+
     def names(self) -> list[str]:
         """See `Place`."""
         with _explained(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             return [path.name for path in self._directory.iterdir()]
+
+    def make(self, name: str) -> bool:
+        """See `Place`."""
+        with _explained(self._directory):
+            try:
+                (self._directory / name).mkdir()
+            except FileExistsError:
+                return False
+        return True
 
     def begin(self, name: str, head: bytes) -> GrowingFile:
         """See `Place`."""
@@ -92,6 +120,13 @@ class RemotePlace:
         self._url = url
         self._filesystem = filesystem_of(url)
 
+    def check(self) -> None:
+        """See `Place`. Where objects cannot be deleted again, an empty one stays."""
+        self.names()
+        path = self.put(_TRIAL, b"")
+        with suppress(Exception):
+            self._filesystem.rm_file(path)
+
     def names(self) -> list[str]:
         """See `Place`. A store makes a directory with its first object."""
         try:
@@ -101,6 +136,10 @@ class RemotePlace:
         except Exception as error:
             raise _unreachable(error, self._url) from error
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
+
+    def make(self, name: str) -> bool:
+        """See `Place`."""
+        return True
 
     def begin(self, name: str, head: bytes) -> GrowingFile:
         """See `Place`."""
@@ -128,7 +167,7 @@ class Outbox:
     dropped. The first failure is logged. what: how the log calls such a file.
     """
 
-    def __init__(self, place: Place, what: str) -> None:
+    def __init__(self, place: FileStore, what: str) -> None:
         self.dropped = 0
         self._place = place
         self._what = what

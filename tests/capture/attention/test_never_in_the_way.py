@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.capture.attention.harness import capture_of, hooked, record, recorded
 from tests.capture.attention.passes import Lambda, depth, qkv, sdpa
 from tests.models import Transformer
+from torchprobe.capture import compat
 from torchprobe.capture.attention import observer
 
 # ---- exceptions

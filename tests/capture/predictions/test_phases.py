@@ -14,7 +14,9 @@ import torchprobe
 from tests.probes.calibrated import batch, net
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.predictions.source import PredictionSource
+from torchprobe.capture.source import TRAINING, Dropped, Pass
 from torchprobe.probes.evidence import added_up
+from torchprobe.probes.schedule import every
 from torchprobe.statistics import calibration
 
 
@@ -23,15 +25,15 @@ class Watched:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.probes = [torchprobe.Uncertainty(), torchprobe.Calibration()]
-        gates = {probe: Gate(type(probe).__name__, Meter()) for probe in self.probes}
-        for gate in gates.values():
-            gate.train = gate.val = True
-        self.source = PredictionSource(weakref.ref(model), gates, Meter())
-        self.source.open_for(1)
+        self.reporters = [torchprobe.Uncertainty().reporter(), torchprobe.Calibration().reporter()]
+        for reporter in self.reporters:
+            reporter.begin(Gate(reporter.name, Meter()), every(1))
+        self.due = frozenset(self.reporters)
+        self.source = PredictionSource(weakref.ref(model), self.reporters, Meter())
+        self.source.open(1, self.due)
 
     def run(self, x):
-        self.source.enter(True, training=True)
+        self.source.enter(Pass(TRAINING, self.due, lambda passing: None, Dropped()))
         out = self.model(x)
         self.source.leave()
         self.source.on_output(self.model, (x,), {}, out)
@@ -39,8 +41,8 @@ class Watched:
 
     def rows(self, *phases):
         """Rows by name, of uncertainty and of calibration."""
-        pieces = self.source.rows_of(phases)
-        found = {probe: ([], []) for probe in self.probes}
+        pieces = self.source.rows(list(phases), True, self.due)
+        found = {reporter: ([], []) for reporter in self.reporters}
         for piece in pieces:
             if piece.reporter in found:
                 found[piece.reporter][0].extend(piece.names)
@@ -87,13 +89,14 @@ def test_a_pass_over_the_same_input_goes_on_in_the_same_phase():
 
 def test_thousands_of_micro_batches_become_one():
     watched = Watched(net())
-    total = seen(watched, 0)
+    total = [seen(watched, 0)]
     for seed in range(1, 30):
-        total = watched.source.merged(total, seen(watched, seed))
+        total = watched.source.merge(total, [seen(watched, seed)])
+    assert len(total) <= 16
     alone = Watched(watched.model)
     phases = [seen(alone, seed) for seed in range(30)]
-    merged, apart = watched.rows(total), alone.rows(*phases)
-    assert len(total.waiting) == 0
+    merged, apart = watched.rows(*total), alone.rows(*phases)
+    assert all(len(phase.waiting) == 0 for phase in total)
     for a, b in zip(merged, apart, strict=True):
         assert a.keys() == b.keys() != set()
         assert all(torch.allclose(torch.tensor(a[name]), torch.tensor(b[name])) for name in a)

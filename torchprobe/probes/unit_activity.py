@@ -34,11 +34,6 @@ class UnitActivity(Probe):
         "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
     }
 
-    @property
-    def weighted(self) -> bool:
-        """No: the source has counted the inputs, and rows are shares."""
-        return False
-
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """One tag a module; names repeat where several ranks have a share each."""
         shares: defaultdict[str, list[float]] = defaultdict(list)

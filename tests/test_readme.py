@@ -6,12 +6,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import torchprobe
+from torchprobe.testing import MemoryWriter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+BLOCKS = python_blocks(README)
 
 
 def test_the_first_example_runs_as_it_is(tmp_path):
@@ -39,9 +51,10 @@ def test_the_options_shown_are_accepted(tmp_path):
     assert torchprobe.session_of(model).detach()
 
 
-def test_files_and_pictures_it_points_to_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", *(f"docs/{f.name}" for f in ROOT.glob("docs/*.md"))])
+def test_files_and_pictures_it_points_to_exist(file):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / file).read_text()):
+        assert (ROOT / file).parent.joinpath(target).exists(), target
 
 
 def test_every_tag_group_of_the_defaults_is_in_its_table():
@@ -53,3 +66,48 @@ def test_every_tag_group_of_the_defaults_is_in_its_table():
     }
     shown = README.replace("`_", "`activation_") + README.replace("`_", "`attention_")
     assert [group for group in sorted(groups - beside) if f"{group}/" not in shown and f"{group}`" not in shown] == []
+
+
+def test_a_new_probe_is_one_file_and_one_export(tmp_path, monkeypatch):
+    """As CONTRIBUTING.md has it; the file stands in a folder of its own here, which `torchprobe.probes` looks into."""
+    from torchprobe import probes
+
+    file, code = re.search(r"`torchprobe/probes/(\w+\.py)`:\n\n```python\n(.*?)```", CONTRIBUTING, re.DOTALL).groups()
+    (tmp_path / file).write_text(code)
+    monkeypatch.setattr(probes, "__path__", [*probes.__path__, str(tmp_path)])
+    name, home = re.search(r'`"(\w+)": "(probes\.\w+)",` in `_HOMES`', CONTRIBUTING).groups()
+    monkeypatch.setitem(torchprobe._HOMES, name, home)
+    monkeypatch.delitem(sys.modules, f"torchprobe.{home}", raising=False)
+    try:
+        model, records = trained([getattr(torchprobe, name)(every=1, select="0.weight")])
+    finally:
+        vars(torchprobe).pop(name, None)
+        sys.modules.pop(f"torchprobe.{home}", None)
+    assert list(records[-1].values) == ["weight_max/0.weight"]
+    assert records[-1].values["weight_max/0.weight"] == pytest.approx(model[0].weight.abs().max().item())
+
+
+def test_a_source_of_ones_own_feeds_a_probe(monkeypatch):
+    from torchprobe.capture import source
+    from torchprobe.probes import checks
+
+    monkeypatch.setattr(source, "_makers", {})
+    monkeypatch.setattr(checks, "_registered", {})
+    code = next(block for block in python_blocks(CONTRIBUTING) if "register_source" in block)
+    space: dict[str, Any] = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)
+    _, records = trained([space["InputPower"](every=1)], micro_batches=(2, 6))
+    of_all = (2 * 1.0 + 6 * 4.0) / 8  # the first batch is of ones, the second of twos
+    assert records[-1].values["input_power/input"] == pytest.approx(of_all)
+
+
+def trained(probes, micro_batches=(4,)):
+    """A model after a step, and the records of it that these probes wrote."""
+    model, writer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=probes, rules=[]) as session:
+        for i, size in enumerate(micro_batches, start=1):
+            model(torch.full((size, 3), float(i))).sum().backward()
+        optimizer.step()
+        assert session.flush()
+        return model, list(writer.records)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import torchprobe
 from tests.models import Transformer, inputs
+from tests.setups.reference import Weights, following
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
@@ -86,6 +88,7 @@ class Trained:
     graphs: list[int]
     """How many there were after each step."""
     summary: str = ""
+    weights: Weights = field(default_factory=list)
 
 
 def train(
@@ -115,17 +118,29 @@ def train(
     if probed and session is None:
         session = torchprobe.instrument(callee if when == "wrapped" else model, writer=writer, every=every, **options)
     optimizer = make_optimizer(model.parameters(), lr=0.1)
-    graphs = []
+    graphs, weights = [], []
     for step in range(steps):
         for part in range(micro_batches):
             loss_of(callee, step * micro_batches + part).backward()
         optimizer.step()
         optimizer.zero_grad()
         graphs.append(len(counting.graphs) if counting else 0)
+        weights.append([p.detach().clone() for p in model.parameters()])
     summary = "" if session is None else session.summary()
     if session is not None:
         session.detach()
-    return Trained(model, writer, graphs, summary)
+    return Trained(model, writer, graphs, summary, weights)
+
+
+def twin(found: Trained, *, model: nn.Module, **options: Any) -> Trained:
+    """An eager run in float64 from `model`, which is after each step where the other run was."""
+    return train(
+        bare,
+        model=copy.deepcopy(model).double(),
+        make_optimizer=following(found.weights, torch.optim.SGD),
+        steps=len(found.weights),
+        **options,
+    )
 
 
 def loss_of(callee: Callee, seed: int) -> torch.Tensor:

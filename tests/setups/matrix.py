@@ -1,6 +1,9 @@
-"""Every model family in every set-up of one process, against the plain eager run: the same numbers under the same tags.
+"""Every model family in every set-up of one process, against a plain eager run: the same numbers under the same tags.
 
 python -m tests.setups.matrix        # prints the table of docs/setups.md
+
+The plain run is a twin in float64. At every step it stands at the weights that the set-up's run itself had there, so
+that steps do not add up what compilers, kernels and processors round differently.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.models import FAMILIES, inputs
+from tests.setups.reference import Weights, following
 from torchprobe.naming import unwrapped
 from torchprobe.records import Histogram
 from torchprobe.testing import MemoryWriter
@@ -131,6 +135,7 @@ _COMPILED = ("dead_units/",)
 _BATCH_NORM = {"cnn": "batch normalisation sees other batches"}
 
 SETUPS: dict[str, Setup] = {
+    "plain": Setup(),
     "instrumented after the optimizer": Setup(instrument_after=True),
     "gradient accumulation, uneven": Setup(step=accumulated_step, why_not=_BATCH_NORM),
     "GradScaler": Setup(step=scaled_step),
@@ -151,7 +156,8 @@ def batch(model: nn.Module, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     family = unwrapped(model).family
     x = torch.cat([inputs(family, seed=10 * k + i) for i in range(4)])[:ROWS]
     shape = x.shape if family in ("lstm", "transformer") else x.shape[:1]
-    return x, torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(k))
+    target = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(k))
+    return x.to(next(model.parameters()).dtype) if x.is_floating_point() else x, target
 
 
 def loss(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -173,16 +179,27 @@ def made(family: str) -> nn.Module:
     return model
 
 
-def run(family: str, setup: Setup) -> MemoryWriter:
+def run(family: str, setup: Setup) -> tuple[MemoryWriter, Weights]:
     """Train for a few steps with every probe at every step."""
     torch._dynamo.reset()
-    model, writer = made(family), MemoryWriter()
+    model, writer, weights = made(family), MemoryWriter(), []
     callable_ = setup.wrap(model)
     optimizer = setup.optimizer(model.parameters(), lr=1e-2) if setup.instrument_after else None
     with torchprobe.instrument(callable_, writer=writer, every=1):
         optimizer = optimizer or setup.optimizer(model.parameters(), lr=1e-2)
         for k in range(STEPS):
             (setup.step or plain_step)(callable_, optimizer, k)
+            weights.append([p.detach().clone() for p in model.parameters()])
+    return writer, weights
+
+
+def twin(family: str, weights: Weights) -> MemoryWriter:
+    """The plain eager loop in float64, which is after each step where another run was."""
+    model, writer = made(family).double(), MemoryWriter()
+    optimizer = following(weights, torch.optim.AdamW)(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(STEPS):
+            plain_step(model, optimizer, k)
     return writer
 
 
@@ -197,11 +214,12 @@ class Outcome:
     where: str
 
 
-def outcome(family: str, name: str) -> Outcome:
-    """A set-up's run against the plain eager one."""
-    plain, other = run(family, Setup()), run(family, SETUPS[name])
+def outcome(family: str, setup: Setup) -> Outcome:
+    """A set-up's run against its plain eager twin."""
+    other, weights = run(family, setup)
+    plain = twin(family, weights)
     ours, theirs = set(plain.tags()) - set(_OWN), set(other.tags()) - set(_OWN)
-    missing = sorted(tag for tag in ours - theirs if not tag.startswith(SETUPS[name].not_watched))
+    missing = sorted(tag for tag in ours - theirs if not tag.startswith(setup.not_watched))
     extra = sorted(tag for tag in theirs - ours if not tag.startswith(("val/", "nothing_captured/UnitActivity")))
     deviations = {tag: deviation(plain, other, tag) for tag in ours & theirs}
     where = max(deviations, key=deviations.__getitem__)
@@ -252,7 +270,7 @@ def table() -> str:
             if family in (setup.why_not or {}):
                 cells.append("-")
             else:
-                found = outcome(family, name)
+                found = outcome(family, setup)
                 complete = not found.missing and not found.extra
                 cells.append(f"{found.worst:.0e}, {found.tags} tags" + ("" if complete else " (incomplete)"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

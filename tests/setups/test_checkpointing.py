@@ -19,6 +19,7 @@ from tests.setups.compiled import (
     assert_same_weights,
     bare,
     train,
+    twin,
     wrapper,
 )
 from torchprobe.capture.attention.observer import Observer
@@ -72,20 +73,24 @@ class GradientCalls(Calls):
     source = "output_gradients"
 
 
-def run(compiled: Any, options: dict[str, Any] | None) -> Trained:
-    torch._dynamo.reset()
+def made(options: dict[str, Any] | None = None) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(dropout=0.0)
     for block in model.blocks:
         block.mlp[1].inplace = False  # selective checkpointing refuses to change what it keeps
     for name, block in list(model.blocks.named_children()) if options else ():
         setattr(model.blocks, name, Checkpointed(block, options))
-    probes = [torchprobe.Activations(), torchprobe.Gradients(), torchprobe.Attention()]
-    probes += [Calls(), GradientCalls()]
+    return model
+
+
+PROBES = [torchprobe.Activations(), torchprobe.Gradients(), torchprobe.Attention(), Calls(), GradientCalls()]
+WATCHED = {"every": 1, "micro_batches": MICRO_BATCHES, "probes": PROBES}
+
+
+def run(compiled: Any, options: dict[str, Any], probed: bool = True) -> Trained:
+    torch._dynamo.reset()
     backend = None if compiled is bare else "aot_eager"
-    return train(
-        compiled, model=model, backend=backend, every=1, steps=STEPS, micro_batches=MICRO_BATCHES, probes=probes
-    )
+    return train(compiled, model=made(options), backend=backend, steps=STEPS, probed=probed, **WATCHED)
 
 
 traces_gradients = pytest.mark.skipif(
@@ -93,16 +98,11 @@ traces_gradients = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return run(bare, None)
-
-
 @pytest.mark.parametrize(
     "compiled", [pytest.param(bare, id="eager"), pytest.param(wrapper, id="compiled", marks=traces_gradients)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_module_once_for_each_micro_batch_and_the_same_numbers(kind, compiled, plain, monkeypatch):
+def test_each_module_once_for_each_micro_batch_and_the_same_numbers(kind, compiled, monkeypatch):
     attentions: list[str] = []
     record = Observer.record
 
@@ -112,8 +112,8 @@ def test_each_module_once_for_each_micro_batch_and_the_same_numbers(kind, compil
 
     monkeypatch.setattr(Observer, "record", counted)
     found = run(compiled, KINDS[kind])
-    assert_same_values(found.writer, plain.writer)
-    assert_same_weights(found.model, plain.model)
+    assert sorted(attentions) == sorted(["blocks.0.attention", "blocks.1.attention"] * STEPS * MICRO_BATCHES)
     counts = {v for t in found.writer.tags() if t.startswith("calls_") for _, v in found.writer.scalars(t)}
     assert counts == {float(MICRO_BATCHES)}
-    assert sorted(attentions) == sorted(["blocks.0.attention", "blocks.1.attention"] * STEPS * MICRO_BATCHES)
+    assert_same_weights(found.model, run(compiled, KINDS[kind], probed=False).model)
+    assert_same_values(found.writer, twin(found, model=made(), **WATCHED).writer)

@@ -153,9 +153,11 @@ def test_functional_call_and_inference_mode_with_a_compiled_model():
     callee, ids = wrapper(model, backend="eager", fullgraph=True), inputs("transformer")
     expected, halves = model(ids).detach(), {name: p.detach() / 2 for name, p in model.named_parameters()}
     expected_half = torch.func.functional_call(model, halves, (ids,)).detach()
+    with torch.inference_mode():
+        inferred = model(ids)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
         with torch.inference_mode():
-            assert torch.equal(callee(ids), expected)
+            assert torch.equal(callee(ids), inferred)
         assert torch.equal(torch.func.functional_call(model, halves, (ids,)), expected_half)
         assert torch.equal(callee(ids), expected)
 

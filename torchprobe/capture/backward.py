@@ -65,11 +65,20 @@ def _roots_above(frame: FrameType | None) -> Roots | None:
 
 
 def _of_backward(call: Any) -> Roots:
-    tensors = _tuple(call["tensors"])
-    gradients = _tuple(call.get("grad_tensors"))
-    inputs = _tuple(call.get("inputs"))
-    for_parameters = call.get("inputs") is None or any(isinstance(x, nn.Parameter) for x in inputs)
-    return Roots("backward", _value(tensors, gradients), for_parameters, tensors)
+    tensors, inputs = call["tensors"], call.get("inputs")
+    root = tensors[0] if isinstance(tensors, tuple) and len(tensors) == 1 else tensors
+    if type(root) is Tensor and inputs is None and call.get("grad_tensors") is None and root.dim() == 0:
+        return Roots("backward", _wide(root.detach()), True, (root,))  # by far the most frequent
+    tensors, inputs = _tuple(tensors), _tuple(inputs)
+    value = _value(tensors, _tuple(call.get("grad_tensors")))
+    for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)
+    return Roots("backward", value, for_parameters, tensors)
+
+
+def _wide(value: Tensor) -> Tensor | None:
+    if value.dtype.is_complex:
+        return None
+    return value if value.dtype.itemsize >= 4 else value.float()
 
 
 def _of_grad(call: Any) -> Roots:

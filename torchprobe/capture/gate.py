@@ -56,10 +56,14 @@ class Gate:
         self._meter.leave()
         if not isinstance(error, Exception):
             return False
+        self.fail(error)
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """The probe is switched off, and it is said with its traceback."""
         self.failed = True
         self.train = self.val = False
         _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
-        return True
 
 
 def no_graph() -> AbstractContextManager[None]:

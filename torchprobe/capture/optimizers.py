@@ -24,6 +24,7 @@ from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.fully_sharded import lasting_parameters
 
 _FEW = 1024  # elements of a gradient that are looked at
+_MOST = 4096  # parameters that are looked at, when the few tell nothing
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
 
@@ -157,37 +158,45 @@ class GradientState:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [ref(p) for p in parameters]
         self._few = _ends(self._parameters)
-        self._seen: list[tuple[int, int] | None] = [None] * len(self._few)
+        self._seen: list[tuple[int, int] | None] = [None] * len(self._few)  # when a backward pass began
+        self._left = self._seen  # when it had ended
 
     def look(self) -> None:
-        """Remember the gradients as they are."""
-        self._seen = [_state(p()) for p in self._few]
+        """A backward pass begins: remember the gradients as they are."""
+        self._seen = self._now()
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
-        for weak, seen in zip(self._few, self._seen, strict=True):
-            now = _state(weak())
-            if now is not None and now != seen:
-                return True
-        return False
+        self._left = now = self._now()
+        if now == self._seen:
+            return False
+        return any([n is not None and n != s for n, s in zip(now, self._seen, strict=True)])  # noqa: C419
+
+    def _now(self) -> list[tuple[int, int] | None]:
+        gradients = [None if (p := weak()) is None else p.grad for weak in self._few]
+        return [None if g is None else (id(g), g._version) for g in gradients]
 
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
 
         thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
-        that changed since `look` counts as zeroed.
+        that has changed since the last backward pass counts as zeroed.
         """
-        if any(map(_holds_gradient, self._few, self._seen)):
-            return False
-        return not (thorough and any(_holds_gradient(weak, None) for weak in self._parameters))
+        for weak, left in zip(self._few, self._left, strict=True):
+            if (p := weak()) is not None and p.grad is not None and _holds_gradient(weak, left):
+                return False
+        return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
 
     def choose(self) -> None:
         """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""
-        if all((p := weak()) is None or p.grad is None for weak in self._few):
+        for weak in self._few:
+            if (p := weak()) is not None and p.grad is not None:
+                return
+        if self._few:
             having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
             if having:
                 self._few = _ends(having)
-                self._seen = [None] * len(self._few)
+                self._seen = self._left = [None] * len(self._few)
 
 
 def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:
@@ -196,17 +205,18 @@ def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[n
     return chosen if len(chosen) <= 4 else [*chosen[:2], *chosen[-2:]]
 
 
-def _state(parameter: nn.Parameter | None) -> tuple[int, int] | None:
+def _state(weak: ReferenceType[nn.Parameter]) -> tuple[int, int] | None:
+    parameter = weak()
     gradient = None if parameter is None else parameter.grad
     return None if gradient is None else (id(gradient), gradient._version)
 
 
-def _holds_gradient(weak: ReferenceType[nn.Parameter], seen: tuple[int, int] | None) -> bool:
+def _holds_gradient(weak: ReferenceType[nn.Parameter], left: tuple[int, int] | None) -> bool:
     parameter = weak()
     gradient = None if parameter is None else parameter.grad
     if gradient is None:
         return False
-    return _any(gradient) if gradient.is_cpu else _state(parameter) == seen
+    return _any(gradient) if gradient.is_cpu else _state(weak) == left
 
 
 def _any(gradient: Tensor) -> bool:

@@ -48,6 +48,9 @@ def _parts(output: Any) -> Iterable[Any]:
 
 def hearable_tensors(output: Any) -> Iterator[Tensor]:
     """Every tensor through which a backward pass may run: those of a plain object too, as it holds them."""
+    if isinstance(output, Tensor):
+        yield output
+        return
     found = False
     for tensor in tensors_in(output):
         found = True

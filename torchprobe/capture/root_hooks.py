@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import (
     REPLICA,
+    call_is_plain,
     in_backward,
     in_reentrant_checkpoint,
     skip_frames,
@@ -65,19 +66,18 @@ class Root(Inert):
     def enter(self, module: nn.Module, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
-        if under_transform():
-            self.tell_of_transform()
-        elif not in_backward():
+        if call_is_plain():
             in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
             self.observer.enter_pass(module, in_training)
+        elif under_transform():
+            self.tell_of_transform()
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It has returned, or raised: then there is no output."""
         error, self.error = self.error, None
-        if under_transform():
-            return
-        if in_backward():
-            self.observer.leave_recomputation(output)
+        if not call_is_plain():
+            if in_backward() and not under_transform():
+                self.observer.leave_recomputation(output)
         elif output is None and sys.exc_info()[1] is not error:
             self.observer.raise_pass()
         else:

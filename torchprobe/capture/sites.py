@@ -64,10 +64,7 @@ class Tap:
     def add(self, passing: Pass, tensor: Tensor) -> None:
         """One more tensor, in eager code, unless the probe is switched off; an exception switches it off."""
         if not self.reporter.gate.failed:
-            with (
-                self.reporter.gate.boundary(),
-                no_torch_function(),
-            ):  # no mode, the user's or ours, need see it
+            with self.reporter.gate.boundary(), no_torch_function():  # no mode, the user's or ours, need see it
                 if not is_unreduced(tensor):
                     local = local_part(tensor)
                     with no_graph(), no_autocast(local.device):

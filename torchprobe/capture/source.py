@@ -24,17 +24,26 @@ class Dropped:
 
     def __init__(self) -> None:
         self._passes: list[tuple[str, dict[Any, Any], Any]] = []
+        self.any = False
+        """Whether there are some, for those who ask at every step."""
 
     def add(self, kind: str, kept: dict[Any, Any], sign: Any) -> None:
         """One more. Takes no lock and runs nothing: a garbage collection may call it anywhere."""
         self._passes.append((kind, kept, sign))
+        self.any = True
 
     def take(self) -> list[tuple[str, dict[Any, Any], Any]]:
         """Those since the last call."""
-        if not self._passes:
-            return []
+        self.any = False
         passes, self._passes = self._passes, []
         return passes
+
+
+class BackwardObserver(Protocol):
+    """Hears of backward passes."""
+
+    def heard_backward(self, passing: Pass) -> None:
+        """A gradient reaches an output of a forward pass."""
 
 
 class Pass:
@@ -46,17 +55,19 @@ class Pass:
     through it.
     """
 
-    __slots__ = ("__weakref__", "_backward", "_dropped", "_handles", "due", "kept", "kind", "sign", "task")
+    __slots__ = ("__weakref__", "_dropped", "_handles", "_observer", "due", "kept", "kind", "sign", "task")
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
 
-    def __init__(self, kind: str, due: frozenset[Reporter], backward: Callable[[Pass], None], dropped: Dropped) -> None:
+    def __init__(
+        self, kind: str, due: frozenset[Reporter], observer: Callable[[], BackwardObserver | None], dropped: Dropped
+    ) -> None:
         self.kind = kind
         self.due = due
         self.kept: dict[Any, Any] = {}
         self.sign: Any = None
         self.task: int | None = None
         self._handles: list[RemovableHandle] = []
-        self._backward = backward
+        self._observer = observer  # a weak reference
         self._dropped = dropped
 
     @property
@@ -67,11 +78,15 @@ class Pass:
     @untraced
     def __call__(self, gradient: Tensor) -> None:
         """A gradient reaches one of its outputs."""
-        self._backward(self)
+        observer = self._observer()
+        if observer is not None:
+            observer.heard_backward(self)
 
     def __del__(self) -> None:
         if self.task is None and (self.sign is not None or (self.kept and self.kind is UNDECIDED)):
             self._dropped.add(self.kind, self.kept, self.sign)
+        if self._handles:
+            self.release()
 
     def decide(self, kind: str) -> None:
         """It is known what the pass is."""
@@ -125,12 +140,15 @@ class Running:
 
     def enter(self, passing: Pass) -> None:
         """A forward pass begins."""
-        self.passing, self.training = passing, passing.training
-        self._thread = get_ident()
+        self.passing, self.training, self._thread = passing, passing.kind is not VALIDATION, get_ident()
 
-    def exit(self) -> None:
-        """It is over."""
+    def leave(self) -> Pass | None:
+        """The forward pass of this thread is over: which it was."""
+        passing = self.passing
+        if passing is None or self._thread != get_ident():
+            return None
         self.passing = None
+        return passing
 
     def follow(self, sampled: bool, sampled_val: bool) -> None:
         """What graphs are to record from now on."""

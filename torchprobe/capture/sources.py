@@ -28,7 +28,6 @@ from torchprobe.capture.source import Pass, Running, Source, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
-from torchprobe.records import Value
 from torchprobe.statistics.dtypes import row_dtype
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
@@ -64,8 +63,9 @@ class Sources:
         self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
         self._check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
-        self._due: frozenset[Reporter] = frozenset()
-        self._armed = True  # hooks may be on that an idle pass does not want
+        self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
+        self.armed = True
+        """Whether hooks may be on that an idle pass does not want."""
         self._scaled: bool | None = None
         self._searches = 0
 
@@ -78,33 +78,36 @@ class Sources:
 
         may_trace: hooks are to be there in any case, since compiled graphs see none that come later.
         """
-        if self._check is not None and self._check.looks():
+        if self._check is not None and self._check.wanted and self._check.looks(step):
             due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
-        self._due = due
+        if due or may_trace or self.armed or self._opened != (False, due_in_validation):
+            self._open(step, due, due_in_validation, may_trace)
+        return due
+
+    def _open(
+        self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
+    ) -> None:
+        self._opened = (bool(due), due_in_validation)
         self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
+        self.predictions.end_step()
+        self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
-        self.predictions.open(step, due)
         for source in self._own:
             source.open(step)
-        if due or may_trace or self._armed:
+        if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
-        if due:
-            if any(trace.reporter in due for trace in self._traces):
-                self.snapshots.open(step)
-            if any(reporter.source == "updates" for reporter in due):
-                return due
-        self.parameters.forget()
-        return due
+        if any(trace.reporter in due for trace in self._traces):
+            self.snapshots.open(step)
+        if not any(reporter.source == "updates" for reporter in due):
+            self.parameters.forget()
 
     def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
         return any(r.source in ("outputs", "output_gradients") or (attention and r.source == "attention") for r in due)
 
-    def step_ended(self, sampled: bool) -> None:
-        """A step is complete."""
-        if sampled:
-            self._late.after_step()
-        self.predictions.end_step()
+    def step_ended(self) -> None:
+        """A sampled step is complete."""
+        self._late.after_step()
 
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
@@ -115,7 +118,7 @@ class Sources:
     def enter(self, passing: Pass, module: nn.Module, may_trace: bool) -> None:
         """A forward pass begins. may_trace: see `open`."""
         training = passing.training
-        if passing.due or self._armed or (may_trace and training):
+        if passing.due or self.armed or (may_trace and training):
             self._arm(passing.due, training, may_trace and training)
             for attention in self._attention:
                 attention.enter(passing, module)
@@ -124,7 +127,7 @@ class Sources:
                 source.enter(passing, module)
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
-        self._armed = bool(due) or may_trace
+        self.armed = bool(due) or may_trace
         self._hooks.arm(due if training else frozenset())
         if may_trace or self._outputs.wants(due):
             self._outputs.arm(training)
@@ -137,8 +140,6 @@ class Sources:
 
     def leave(self, passing: Pass, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """It has returned."""
-        if not passing.due:
-            return
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
         if passing.training:
@@ -175,8 +176,22 @@ class Sources:
         """Whether an output holds NaN."""
         check = self._check
         if check is not None and not check.gate.failed:
-            with check.gate.boundary():
-                passing.saw(check.output(output))
+            try:
+                sign = check.output(output)
+                if sign is not None:
+                    passing.saw(sign)
+            except Exception as error:
+                check.gate.fail(error)
+
+    def check_gradients(self) -> Sign | Tensor | None:
+        """Whether the gradients of the backward pass that has ended hold NaN or inf."""
+        check = self._check
+        if check is not None and not check.gate.failed:
+            try:
+                return check.gradients()
+            except Exception as error:
+                check.gate.fail(error)
+        return None
 
     def recomputed(self, passing: Pass, output: Any) -> None:
         """A checkpoint has run the whole model again."""
@@ -187,20 +202,12 @@ class Sources:
 
     def backward_begins(self, due: frozenset[Reporter]) -> None:
         """Before any gradient of a parameter."""
-        if due:
-            self._micro.begin(due)
+        self._micro.begin(due)
 
-    def backward_ends(self, due: frozenset[Reporter]) -> tuple[dict[Any, Any], Sign | Tensor | None]:
-        """After all of them: what is kept of the backward pass, and whether gradients hold NaN or inf."""
-        kept: dict[Any, Any] = {}
-        rows = self._micro.end(due) if due else None
-        if rows:
-            kept[self._micro] = rows
-        check = self._check
-        if check is not None and not check.gate.failed:
-            with check.gate.boundary():
-                return kept, check.gradients()
-        return kept, None
+    def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
+        """After all of them: what is kept of the backward pass itself."""
+        rows = self._micro.end(due)
+        return {self._micro: rows} if rows else {}
 
     def merge(self, a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
         """What two passes kept, together."""
@@ -240,14 +247,16 @@ class Sources:
 
     # ---- optimizers, NaN, the end
 
-    def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[tuple[str, Value | Tensor]]:
+    def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""
+        values: list[tuple[str, float | Tensor]] = []
         for reporter in self._rates:
             if reporter in due and not reporter.gate.failed:
-                found: list[tuple[str, Value | Tensor]] = []
-                with reporter.gate.boundary():
-                    found += reporter.observe(optimizer)
-                yield from found
+                try:
+                    values += reporter.observe(optimizer)
+                except Exception as error:
+                    reporter.gate.fail(error)
+        return values
 
     def nan_seen(self) -> None:
         """A step used numbers that are not finite, or would have; for any thread."""

@@ -57,6 +57,26 @@ class LearningRates(Probe):
                     yield f"{key}/{where}", float(value)
 
 
+_KEYS = ("lr", "momentum", "betas", "weight_decay")
+
+
+class _Unchanged:
+    """What an optimizer used at its last step: most steps use the same again, which costs a comparison."""
+
+    def __init__(self, optimizer: Optimizer, found: list[tuple[str, float | Tensor]]) -> None:
+        self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
+        self._values = _values(optimizer)
+        self._comparable = not any(isinstance(value, Tensor) for value in self._values)
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether the next step used the same; a tensor is never compared, which would read it."""
+        return self._comparable and _values(optimizer) == self._values
+
+
+def _values(optimizer: Optimizer) -> list[Any]:
+    return [group.get(key) for group in optimizer.param_groups for key in _KEYS]
+
+
 class LearningRatesReporter(Reporter):
     """What the optimizers of one session are called, and what they used last."""
 
@@ -65,9 +85,21 @@ class LearningRatesReporter(Reporter):
         self._observe = probe.observe
         self._labels: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[Optimizer, dict[str, Any]] = WeakKeyDictionary()
+        self._plain = type(probe).observe is LearningRates.observe
+        self._unchanged: WeakKeyDictionary[Optimizer, _Unchanged] = WeakKeyDictionary()
 
     def observe(self, optimizer: Optimizer) -> list[tuple[str, float | Tensor]]:
         """Tags and values of the step that this optimizer has just taken. Raises what a user's `observe` raises."""
+        if self._plain:
+            same = self._unchanged.get(optimizer)
+            if same is not None and same.holds(optimizer):
+                return same.rates
+        found = self._observed(optimizer)
+        if self._plain:
+            self._unchanged[optimizer] = _Unchanged(optimizer, found)
+        return found
+
+    def _observed(self, optimizer: Optimizer) -> list[tuple[str, float | Tensor]]:
         name, label = type(optimizer).__name__, self._label(optimizer)
         last = self._last.setdefault(optimizer, {})
         found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,7 +44,8 @@ class Backward:
     def add(self, passing: Pass) -> None:
         """It runs through a forward pass."""
         self.passes.append(passing)
-        self.note(passing.sign)
+        if passing.sign is not None:
+            self.note(passing.sign)
 
     def keep(self, kept: dict[Any, Any], merge: Merge) -> None:
         """What sources kept of the backward pass itself."""
@@ -112,7 +113,7 @@ class Gradients:
 
     def begin(self, backward: Backward) -> None:
         """A backward pass begins: those before it whose gradients are gone were dropped."""
-        states = self._known()
+        states = list(self._states.values()) or self._unknown_state()
         if self._waiting:
             self._drop_zeroed(states)
         for state in states:
@@ -124,7 +125,10 @@ class Gradients:
         backward, self.running = self.running, None
         if backward is None:
             return
-        backward.settle(self._merge)
+        for passing in backward.passes:
+            if passing.kept:
+                backward.settle(self._merge)
+                break
         if not backward.elsewhere:
             self._see_reach(backward)
         if backward.stray and not backward.reached:
@@ -135,7 +139,7 @@ class Gradients:
         else:
             self._waiting.append(backward)
 
-    def used_by(self, optimizer: Optimizer) -> Iterator[Backward]:
+    def used_by(self, optimizer: Optimizer) -> list[Backward]:
         """The backward passes whose gradients an optimizer is about to use."""
         state = self._states.get(optimizer)
         if state is None:
@@ -145,16 +149,17 @@ class Gradients:
         running = self.running
         if running is not None:
             self._see_reach(running)
-        for backward in self._waiting if running is None else [*self._waiting, running]:
-            if backward.reached is None or state in backward.reached:
-                yield backward
+        candidates = self._waiting if running is None else [*self._waiting, running]
+        return [backward for backward in candidates if backward.reached is None or state in backward.reached]
 
     def waiting(self) -> list[Backward]:
         """The backward passes that were not dropped yet."""
         return list(self._waiting)
 
     def step_begins(self) -> None:
-        """What a step used stays only as a loss whose gradient may still be there; what was never used is dropped."""
+        """What a step used stays only as a loss whose gradient may still be there."""
+        if len(self._waiting) == 1 and self._waiting[0].used:  # the plain loop; what it kept was taken when it ended
+            return
         left: list[Backward] = []
         for backward in self._waiting:
             if backward.elsewhere and not backward.used:
@@ -170,14 +175,17 @@ class Gradients:
     def drop_zeroed(self) -> None:
         """Drop what was zeroed since: asked when a step ends for good."""
         if self._waiting and self.running is None:
-            self._drop_zeroed(self._known())
+            self._drop_zeroed(list(self._states.values()) or self._unknown_state())
 
     def _drop_zeroed(self, states: list[GradientState]) -> None:
-        thorough = any(not backward.used for backward in self._waiting)
-        zeroed = {state for state in states if state.zeroed(thorough)}
+        waiting = self._waiting
+        thorough = not all([backward.used for backward in waiting])  # noqa: C419 - a generator costs a call a turn
+        zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states])}
         if not zeroed:
             return
-        waiting, self._waiting = self._waiting, []
+        self._waiting = []
+        if len(zeroed) == len(states) and not thorough:  # the plain loop
+            return
         for backward in waiting:
             if backward.reached is not None:
                 backward.reached -= zeroed
@@ -188,9 +196,12 @@ class Gradients:
                 self._dropped(backward)
 
     def _see_reach(self, backward: Backward) -> None:
-        grown = {state for state in self._states.values() if state.grew()}
-        if grown:
-            backward.reached = grown if backward.reached is None else backward.reached | grown
+        for state in list(self._states.values()):
+            if state.grew():
+                if backward.reached is None:
+                    backward.reached = {state}
+                else:
+                    backward.reached.add(state)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
         state = self._states[optimizer] = GradientState(trained(optimizer))
@@ -202,9 +213,7 @@ class Gradients:
                 backward.reached.add(state)
         return state
 
-    def _known(self) -> list[GradientState]:
-        if self._states:
-            return list(self._states.values())
+    def _unknown_state(self) -> list[GradientState]:
         if self._unknown is None:
             self._unknown = GradientState(p for p in self._parameters() if p.requires_grad)
         return [self._unknown]

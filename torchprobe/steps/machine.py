@@ -50,7 +50,7 @@ class StepMachine:
 
     def training_pass(self) -> bool:
         """A training pass begins."""
-        begins = self.ended
+        begins = self._ended and not (self.manual and self.number)
         if begins:
             self._begin()
         self.passes_seen = True
@@ -58,8 +58,12 @@ class StepMachine:
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """An optimizer is about to step, with passes of its own when it has a closure."""
+        if not self._ended:
+            return False
         # `_ended` is still set when no training pass came since: then several optimizers share the step.
-        begins = self.ended and (has_closure or self.number == 0 or self.fresh or optimizer in self._stepped)
+        begins = (
+            self._ended and self.ended and (has_closure or self.number == 0 or self.fresh or optimizer in self._stepped)
+        )
         if begins:
             self._begin()
         return begins

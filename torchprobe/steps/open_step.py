@@ -72,7 +72,7 @@ class OpenStep:
 
     def use(self, backward: Backward) -> None:
         """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
-        if not backward.used:
+        if not backward.used and self.due:
             self.used.append(backward)
         if backward.counted != self.number:
             if backward.loss is None:
@@ -121,7 +121,12 @@ class OpenStep:
     def take_loss(self) -> float | Tensor | None:
         """The loss of the step, unscaled, when all of it is known."""
         loss, self.loss = self.loss, None
-        if loss is None or self.unknown or not any(reporter.source == "loss" for reporter in self.light):
+        if loss is None or self.unknown:
+            return None
+        for reporter in self.light:
+            if reporter.source == "loss":
+                break
+        else:
             return None
         self.loss_written = True
         return loss if self.scale is None else loss / self.scale

@@ -17,7 +17,6 @@ from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
 from torchprobe.capture.sources import Sources
-from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.backward import Backward, Gradients
 from torchprobe.steps.protection import Guard, protected
 from torchprobe.steps.steps import Steps
@@ -44,7 +43,7 @@ class Passes:
         self._thread = 0  # that trains
         self._evaluates = False  # a pass in training mode was seen: one in evaluation mode is probably validation
         self._said: set[str] = set()
-        self._heard = _call(ref(self))
+        self._self = ref(self)
         self._running.ask(self._of_backward, self._of_graph)
         self._hooks = PassHooks(model, self, self._running)
 
@@ -54,9 +53,10 @@ class Passes:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins."""
         kind = (TRAINING if module.training else UNDECIDED) if grad_enabled else VALIDATION
-        if self._is_foreign(kind):
+        if self._thread not in (0, get_ident()) and self._is_foreign():
             return
-        self.settle_dropped()
+        if self._dropped.any:
+            self.settle_dropped()
         clock = self._clock
         if kind is TRAINING:
             self._enter_training()
@@ -66,9 +66,12 @@ class Passes:
             kind = TRAINING if module.training else VALIDATION
             if clock.training_pass():
                 self.begin_step()
-        passing = Pass(kind, self._due(kind), self._heard, self._dropped)
+        due = self._steps.current.due if kind is TRAINING else self._due(kind)
+        passing = Pass(kind, due, self._self, self._dropped)
         self._running.enter(passing)
-        self._sources.enter(passing, module, may_trace=clock.fresh)
+        may_trace = clock.completed == clock.origin
+        if due or may_trace or self._sources.armed:
+            self._sources.enter(passing, module, may_trace)
 
     def _enter_training(self) -> None:
         self._evaluates, self._thread = True, get_ident()
@@ -91,8 +94,6 @@ class Passes:
 
     def _due(self, kind: str) -> frozenset[Any]:
         steps = self._steps
-        if kind is TRAINING:
-            return steps.current.due
         if kind is VALIDATION:
             return steps.due_in_validation
         following = steps.due_in(self._clock.following)
@@ -101,11 +102,11 @@ class Passes:
     @protected
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """A forward pass has returned."""
-        passing = self._running.forward()
+        passing = self._running.leave()
         if passing is None:
             return
-        self._running.exit()
-        self._sources.leave(passing, module, args, kwargs, output)
+        if passing.due:
+            self._sources.leave(passing, module, args, kwargs, output)
         heard = passing.kind is not VALIDATION and self._listen(passing, output)
         if passing.kind is TRAINING:
             self._sources.check_output(passing, output)
@@ -123,9 +124,8 @@ class Passes:
     @protected
     def raise_pass(self) -> None:
         """A forward pass has raised: it leaves nothing behind."""
-        passing = self._running.forward()
+        passing = self._running.leave()
         if passing is not None:
-            self._running.exit()
             self._sources.exit(passing)
             passing.decide(DROPPED)
 
@@ -138,6 +138,10 @@ class Passes:
 
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
+        if type(output) is Tensor:  # by far the most frequent
+            if output.grad_fn is not None:
+                output.register_hook(passing)
+            return output.grad_fn is not None
         heard = 0
         for tensor in hearable_tensors(output):
             if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
@@ -159,8 +163,10 @@ class Passes:
 
     def begin_step(self) -> None:
         """The machine has begun a step."""
-        self.settle()
-        self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
+        if self._dropped.any or self._undecided or self._steps.has_validated:
+            self.settle()
+        if self._unheard:
+            self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
         self._steps.begin()
         self.gradients.step_begins()
 
@@ -173,12 +179,13 @@ class Passes:
     def settle(self) -> None:
         """The step ends, or what it has is to be written: passes in evaluation mode count as validation."""
         self.settle_dropped()
-        self._settle_undecided()
+        if self._undecided:
+            self._settle_undecided()
         self._steps.end_validation()
 
     def settle_dropped(self) -> None:
         """Passes whose graphs are gone."""
-        for kind, kept, sign in self._dropped.take():
+        for kind, kept, sign in self._dropped.take() if self._dropped.any else ():
             if kind is UNDECIDED:
                 self._steps.validated(kept)
             elif isinstance(sign, Tensor):
@@ -207,6 +214,11 @@ class Passes:
             alone = Backward(None, None)
             alone.add(first)
             step.keep(alone)
+
+    @property
+    def may_be_unheard(self) -> bool:
+        """Whether there may be passes whose backward passes cannot be heard of."""
+        return bool(self._unheard) or self._running.compiled
 
     def unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
@@ -245,8 +257,9 @@ class Passes:
             task, self._loss(call), elsewhere=by_grad and call.for_parameters, stray=not call.for_parameters
         )
         self.gradients.begin(backward)
-        self._sources.backward_begins(self._steps.current.due)
-        compat.at_end_of_backward(_end(ref(self), backward))
+        if self._steps.current.due:
+            self._sources.backward_begins(self._steps.current.due)
+        compat.at_end_of_backward(_end(self._self, backward))
         if by_grad and call.for_parameters:
             self._say("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
         return backward
@@ -255,16 +268,19 @@ class Passes:
         value = call.value
         if value is None:
             return None
-        return on_host(value) if value.is_cpu else value.clone()
+        return float(value.numpy()) if value.is_cpu else value.clone()  # in host memory: nothing waits
 
     @protected
     def end_backward(self, backward: Backward) -> None:
         """A backward pass has ended."""
         if self.gradients.running is not backward:
             return
-        kept, sign = self._sources.backward_ends(self._steps.current.due)
-        backward.note(sign)
-        backward.keep(kept, self._sources.merge)
+        sources, due = self._sources, self._steps.current.due
+        sign = sources.check_gradients()
+        if sign is not None:
+            backward.note(sign)
+        if due:
+            backward.keep(sources.backward_ends(due), sources.merge)
         self.gradients.end()
         if self._clock.by_forward and not backward.stray:
             self._steps.current.use(backward)
@@ -310,13 +326,10 @@ class Passes:
         return self._unheard[-1]
 
     def _pass_of_graph(self) -> Pass:
-        return Pass(TRAINING, self._steps.current.due, self._heard, self._dropped)
+        return Pass(TRAINING, self._steps.current.due, self._self, self._dropped)
 
-    def _is_foreign(self, kind: str) -> bool:
-        """Whether another thread than the one that trains runs the pass."""
-        thread = get_ident()
-        if self._thread in (0, thread):
-            return False
+    def _is_foreign(self) -> bool:
+        """Whether the thread that trains, which is another one, is alive."""
         if any(living.ident == self._thread for living in living_threads()):
             self._say("passes of the model in another thread than the one that trains are left alone (activations, …)")
             return True
@@ -341,17 +354,6 @@ class Passes:
         """Take every hook off. Safe to call twice."""
         self._hooks.remove()
         self._unheard, self._first = [], None
-
-
-def _call(weak: ReferenceType[Passes]) -> Callable[[Pass], None]:
-    """What a pass calls when a backward pass reaches it: it keeps no session alive."""
-
-    def heard(passing: Pass) -> None:
-        passes = weak()
-        if passes is not None:
-            passes.heard_backward(passing)
-
-    return heard
 
 
 def _end(weak: ReferenceType[Passes], backward: Backward) -> Callable[[], None]:

@@ -75,7 +75,9 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
 
     def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         guard = self.guard
-        if not guard.records():
+        if (
+            guard.stopped or os.getpid() != guard.pid
+        ) and not guard.records():  # in place: a call costs, at every event
             return None
         guard.meter.enter()
         try:

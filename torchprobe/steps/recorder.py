@@ -45,19 +45,19 @@ class Recorder:
         """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
         if self.clock.by_forward:
             self._steps.forget_passes()
-        self._passes.settle_dropped()
         if self.clock.begin(optimizer, has_closure):
             self._passes.begin_step()
-        elif self._steps.current.trained:
+        due = self._steps.current.due
+        if due and self._steps.current.trained:
             self._steps.settle_parameters()
-        if _skips(optimizer):
+        if getattr(optimizer, "found_inf", None) is not None and _skips(optimizer):
             return False
         if not has_closure:
             self._use(optimizer)
-        due = self._steps.current.due
-        if due:
-            self._sources.parameters.before_step(optimizer, due)
-        return bool(due) and not has_closure
+        if not due:
+            return False
+        self._sources.parameters.before_step(optimizer, due)
+        return not has_closure
 
     @protected
     def gradients_final(self, optimizer: Optimizer) -> None:
@@ -69,35 +69,47 @@ class Recorder:
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
         step = self._steps.current
-        if _skips(optimizer):
-            self.clock.skip()
-            for backward in self._passes.gradients.used_by(optimizer):
-                backward.give_up()
+        if getattr(optimizer, "found_inf", None) is not None and self._skipped(optimizer):
             return
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor) and not found_inf.is_cpu:
-            step.void(found_inf.clone())
         if has_closure:
             self._use(optimizer)
             step.extend(self._sources.parameters.gradients(optimizer, step.due))
         if step.due:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
-        step.put_all(self._sources.optimizer_values(optimizer, step.light))
+        for tag, value in self._sources.optimizer_values(optimizer, step.light):
+            if type(value) is float:
+                step.buffer.values[tag] = value
+            else:
+                step.put(tag, value)
         self._steps.optimizer_stepped(optimizer)
         self._watch.check()
 
+    def _skipped(self, optimizer: Optimizer) -> bool:
+        """A fused optimizer decides by itself to skip: whether it did, as far as host memory tells."""
+        if not _skips(optimizer):
+            found_inf: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
+            if not found_inf.is_cpu:
+                self._steps.current.void(found_inf.clone())
+            return False
+        self.clock.skip()
+        for backward in self._passes.gradients.used_by(optimizer):
+            backward.give_up()
+        return True
+
     def _use(self, optimizer: Optimizer) -> None:
         """The optimizer uses the gradients of the backward passes that reached its parameters."""
-        step, found = self._steps.current, list(self._passes.gradients.used_by(optimizer))
+        step, found = self._steps.current, self._passes.gradients.used_by(optimizer)
+        fresh = [b for b in found if not b.used or b.counted == step.number]
         # With no new one among them, gradients came that were not heard of, and those before may have been zeroed.
-        for backward in found if any(not b.used or b.counted == step.number for b in found) else ():
+        for backward in found if fresh else ():
             if backward.sign is not None and not backward.used:
                 self._steps.put_sign(backward.sign)
             step.use(backward)
-        unheard = self._passes.unheard()
-        if unheard is not None:
-            step.keep(unheard)
+        if self._passes.may_be_unheard:
+            unheard = self._passes.unheard()
+            if unheard is not None:
+                step.keep(unheard)
         if step.loss is not None:
             step.scale_by(loss_scale(optimizer))
 

@@ -12,6 +12,7 @@ from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.probes.base import Reporter
+from torchprobe.probes.schedule import every
 from torchprobe.records import Text, Value
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.machine import StepMachine
@@ -42,11 +43,18 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self._device_skips: Tensor | None = None
+        self._has_validated = False  # since the open step began
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
         self._light: frozenset[Reporter] = frozenset()
+        self._always_light = False  # they are due at every step
         self.due_in(1)
+
+    @property
+    def has_validated(self) -> bool:
+        """Whether validation passes ran in the open step."""
+        return self._has_validated
 
     @property
     def due_in_validation(self) -> frozenset[Reporter]:
@@ -87,19 +95,27 @@ class Steps:
         self._due = self._sources.open(
             number, frozenset(plan.due), frozenset(plan.due_in_validation), may_trace=self.clock.fresh
         )
-        self._light = frozenset([r for r in self._unsampled if r.gate.train])
+        if not self._always_light:
+            self._light = frozenset([r for r in self._unsampled if r.gate.train])
+            self._always_light = all([r.schedule == every(1) and r in self._light for r in self._unsampled])  # noqa: C419
 
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
-        self.write()
         ended = self.current
-        if ended.trained:
-            self._sources.step_ended(bool(ended.due))
-        self._plan.validation_ended()
+        self._complete(ended)
+        if ended.buffer:
+            self._outlet.hand_over(ended.number, ended.buffer)
+        if ended.due and ended.trained:
+            self._sources.step_ended()
+        if self._has_validated:
+            self._has_validated = False
+            self._plan.validation_ended()
         if self.clock.manual:
             self._plan.await_validation(ended.due)
         number = self.clock.number
-        due = self.due_in(number)
+        if number != self._decided:
+            self._decide(number)
+        due = self._due
         self.current = OpenStep(number, due, self._light)
         if self._for_first:
             self.current.put_all(self._for_first)
@@ -107,18 +123,22 @@ class Steps:
 
     def write(self) -> None:
         """Hand over what the open step has so far."""
-        step = self.current
+        self._complete(self.current)
+        buffer = self.current.take()
+        if buffer:
+            self._outlet.hand_over(self.current.number, buffer)
+
+    def _complete(self, step: OpenStep) -> None:
         if step.due or step.used:
             self._gather(step)
-        self._put_loss(step)
+        if step.loss is not None:
+            self._put_loss(step)
         if step.trained and not step.reported:
-            unheard = self._sources.running.compiled and not step.due  # a function around the model may be compiled
-            step.report(() if unheard else self._plan.losses)
+            if step.due or not step.loss_written:
+                unheard = self._sources.running.compiled and not step.due  # a function around the model is compiled
+                step.report(() if unheard else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
-        buffer = step.take()
-        if buffer:
-            self._outlet.hand_over(step.number, buffer)
 
     def _gather(self, step: OpenStep) -> None:
         kept: dict[Any, Any] = {}
@@ -134,12 +154,11 @@ class Steps:
         loss = step.take_loss()
         if loss is None:
             return
-        if isinstance(loss, Tensor) or not self._host_loss:
-            step.extend(
-                [self._sources.loss_rows(reporter, loss) for reporter in self._plan.losses if reporter in step.light]
-            )
-        else:
+        if self._host_loss and not isinstance(loss, Tensor):
             step.buffer.values["overview/loss"] = loss
+        else:
+            losses = [reporter for reporter in self._plan.losses if reporter in step.light]
+            step.extend([self._sources.loss_rows(reporter, loss) for reporter in losses])
 
     def settle_parameters(self) -> None:
         """An optimizer is about to step again in the open step."""
@@ -156,13 +175,16 @@ class Steps:
 
     def validated(self, kept: dict[Any, Any]) -> None:
         """What a pass kept that was validation: it belongs to the open step."""
-        for piece in self._sources.rows(kept, False, self.due_in_validation):
-            self.current.add(piece)
+        self._has_validated = True
+        if kept:
+            for piece in self._sources.rows(kept, False, self.due_in_validation):
+                self.current.add(piece)
         self._plan.validated()
 
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
-        self.current.extend(self._sources.end_validation())
+        if self._has_validated:
+            self.current.extend(self._sources.end_validation())
 
     def put_sign(self, sign: Sign) -> None:
         """Numbers of the open step are not finite."""

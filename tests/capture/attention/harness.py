@@ -44,7 +44,7 @@ class Source(AttentionSource):
 
     def enter(self, module: nn.Module, training: bool = True, grad_enabled: bool | None = None) -> None:
         due = frozenset([self.reporter] if (self.gate.train if training else self.gate.val) else [])
-        passing = Pass(TRAINING if training else VALIDATION, due, lambda passing: None, Dropped())
+        passing = Pass(TRAINING if training else VALIDATION, due, lambda: None, Dropped())
         with nullcontext() if grad_enabled is None else torch.set_grad_enabled(grad_enabled):
             super().enter(passing, module)
 

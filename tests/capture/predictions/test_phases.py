@@ -33,7 +33,7 @@ class Watched:
         self.source.open(1, self.due)
 
     def run(self, x):
-        self.source.enter(Pass(TRAINING, self.due, lambda passing: None, Dropped()))
+        self.source.enter(Pass(TRAINING, self.due, lambda: None, Dropped()))
         out = self.model(x)
         self.source.leave()
         self.source.on_output(self.model, (x,), {}, out)

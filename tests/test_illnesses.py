@@ -159,7 +159,8 @@ def test_attention_that_collapses_or_grows(factor, rule):
 
     session = train(model, permutation_step, torch.optim.AdamW(model.parameters(), lr=1e-4), 4, at={4: grow})
     assert (rule, 4, "blocks.1.attention") in {(a.rule, a.step, a.where) for a in session.alerts}
-    assert rules_fired(session) <= {"attention_collapse", "attention_logit_growth"}
+    growth = {"update_ratio"}  # what is done to a parameter between two steps is part of the update
+    assert rules_fired(session) <= {"attention_collapse", "attention_logit_growth"} | growth
 
 
 @pytest.mark.parametrize("rate", [1e-12, 1e3])

@@ -33,7 +33,6 @@ ALLOWED: dict[str, set[str]] = {
     "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
     "distributed": {"buffer", "capture", "probes", "records", "rules"},
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
-    "ledger": {"buffer", "probes", "records"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "probes", "records", "steps", "user_values", "writers"},
     "flight": {"_version", "capture", "records", "rules", "writers"},

@@ -60,10 +60,8 @@ class StepMachine:
         """An optimizer is about to step, with passes of its own when it has a closure."""
         if not self._ended:
             return False
-        # `_ended` is still set when no training pass came since: then several optimizers share the step.
-        begins = (
-            self._ended and self.ended and (has_closure or self.number == 0 or self.fresh or optimizer in self._stepped)
-        )
+        # No training pass came since a step ended: then several optimizers share the step.
+        begins = self.ended and (has_closure or self.number == 0 or self.fresh or optimizer in self._stepped)
         if begins:
             self._begin()
         return begins
@@ -112,12 +110,14 @@ class StepMachine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there: the next training pass begins a step."""
+        """Go on from there: the next training pass begins a step, which is open already where the user ends steps."""
         self.number = self.completed = self.origin = int(state["completed"])
         self.skipped = int(state["skipped"])
         self.manual = bool(state["manual"])
         self.optimizer_seen = bool(state["has_optimizer"])
         self._ended = True
+        if self.manual:
+            self._begin()
 
     def _begin(self) -> None:
         self.number += 1

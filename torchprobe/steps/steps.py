@@ -249,6 +249,7 @@ class Steps:
 
     def resume(self) -> None:
         """The machine and the plan were set to where another process stopped."""
-        self.current = OpenStep(self.clock.number)
         self._looked = True
         self._decide(self.clock.following)
+        begun = self.clock.number == self.clock.following
+        self.current = OpenStep(self.clock.number, self._due, self._light) if begun else OpenStep(self.clock.number)

@@ -16,7 +16,7 @@ from torch.optim import optimizer as optim
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
-from torchprobe.capture.root_hooks import ROOT_KEY
+from torchprobe.capture.marks import ROOT_KEY
 from torchprobe.capture.sites import SITE
 
 

@@ -14,13 +14,13 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from torchprobe.writers.hparams_writer import HParamsWriter
 
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
 from torchprobe.reports.run import read_run
 from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.hparams import HParamsWriter
 from torchprobe.writers.tfrecord import frame
 
 

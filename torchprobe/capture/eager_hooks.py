@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.marks import mark, unmark
-from torchprobe.capture.root_hooks import ROOT_KEY
+from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Pass, Running
 from torchprobe.probes.base import Reporter
 
@@ -102,7 +101,7 @@ class EagerHooks:
             mark(module, MARKS, Marks(self._running))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [
-                module.register_forward_pre_hook(_before, with_kwargs=True),
+                module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(_after, prepend=is_root),
             ]
         module.__dict__[MARKS].watchers.append((watcher, name))
@@ -112,7 +111,8 @@ def _size(model: nn.Module) -> int:
     return sum(hash((name, id(module))) for name, module in model.named_modules())
 
 
-def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Tell the watchers of a module that it is called."""
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return

@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 
 from torch import nn
 
+ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 _STATE = "__getstate__"
 _PREFIX = "_torchprobe"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
-from torchprobe.capture.marks import mark, unmark
-from torchprobe.capture.root_hooks import ROOT_KEY
+from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules

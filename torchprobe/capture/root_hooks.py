@@ -23,13 +23,13 @@ from torchprobe.capture.compat import (
 )
 from torchprobe.capture.compiled.graphs import hides_hooks
 from torchprobe.capture.compiled.tracing import beside, scope
+from torchprobe.capture.eager_hooks import MARKS, before
 from torchprobe.capture.inert import Inert
-from torchprobe.capture.marks import mark, unmark
+from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Running
 
 _log = logging.getLogger("torchprobe")
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
-ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 
 
 class PassObserver(Protocol):
@@ -63,12 +63,15 @@ class Root(Inert):
             self._told = True
             _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
-    def enter(self, module: nn.Module, grad_enabled: bool) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
         if call_is_plain():
             in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+            marks = module.__dict__.get(MARKS)
             self.observer.enter_pass(module, in_training)
+            if module.__dict__.get(MARKS) is not marks:  # put on now, too late for what runs before this call
+                before(module, args, kwargs or {})
         elif under_transform():
             self.tell_of_transform()
 
@@ -84,13 +87,13 @@ class Root(Inert):
             self.observer.leave_pass(module, args, kwargs, output)
 
 
-def _enter(module: nn.Module, args: Any) -> None:
+def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is None:
         return
     if not torch.compiler.is_compiling():
         if REPLICA not in module.__dict__:
-            beside(root.enter, module, torch.is_grad_enabled())
+            beside(root.enter, module, args, kwargs, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
         _enter_graph(root.running, module.training and torch.is_grad_enabled())
 
@@ -134,7 +137,7 @@ class PassHooks:
         for module in modules:
             mark(module, ROOT_KEY, Root(self._observer, self._running))
             self._handles += [
-                module.register_forward_pre_hook(_enter),
+                module.register_forward_pre_hook(_enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             ]
             self._modules.add(module)

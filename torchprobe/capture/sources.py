@@ -146,8 +146,6 @@ class Sources:
             phase = self.predictions.take()
             if phase is not None:
                 passing.keep(self.predictions, [phase])
-            for trace in self._traces:
-                trace.called(passing, args, kwargs)
         for source in self._own:
             source.leave(passing, module, args, kwargs, output)
 

@@ -91,9 +91,11 @@ class OpenStep:
         if scale is not None:  # whose scale changes in place
             self.scale = on_host(scale) if scale.is_cpu else scale.clone()
 
-    def end(self) -> None:
-        """An optimizer has stepped, or a forward pass was the step."""
+    def end(self, training: bool = True) -> None:
+        """An optimizer has stepped, or a forward pass was the step; one of validation gives nothing of training."""
         self.trained = True
+        if not training:
+            self.due = self.light = frozenset()
 
     def void(self, flag: Tensor) -> None:
         """A flag on the device says whether the optimizer has skipped the step."""
@@ -107,11 +109,11 @@ class OpenStep:
         """It was no step of training."""
         self.number = number
 
-    def report(self, losses: Sequence[Reporter]) -> None:
-        """Say what was due, once; a loss that is there need not be looked for. losses: the probes of the loss."""
+    def report(self, reporters: Sequence[Reporter], losses: Sequence[Reporter]) -> None:
+        """Say what was due, once, in the order of all; a loss that is there need not be looked for."""
         self.reported = True
         missing = [] if self.loss_written else [reporter for reporter in losses if reporter in self.light]
-        self.buffer.due = [*self.due, *missing]
+        self.buffer.due = [*(reporter for reporter in reporters if reporter in self.due), *missing]
 
     def take_used(self) -> list[Backward]:
         """The backward passes whose rows are yet to be gathered."""

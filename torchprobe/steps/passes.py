@@ -151,7 +151,7 @@ class Passes:
 
     def _count(self, passing: Pass) -> None:
         """No optimizer is in sight: a pass is a step."""
-        self._steps.count_pass()
+        self._steps.count_pass(passing.kind is TRAINING)
         if passing.kind is TRAINING:
             backward = Backward(None, None)
             backward.add(passing)

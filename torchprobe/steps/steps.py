@@ -78,16 +78,16 @@ class Steps:
         if self._sources.running.compiled:
             self._decide(self.clock.following)
 
-    def count_pass(self) -> None:
+    def count_pass(self, training: bool) -> None:
         """A forward pass was the step."""
-        self._end_current()
+        self._end_current(training)
         self.clock.end_by_forward()
 
-    def _end_current(self) -> None:
+    def _end_current(self, training: bool = True) -> None:
         """The validation that may follow belongs to the step that has just ended, and is sampled as it was."""
         if self.current.due and not self.current.trained:
             self._plan.await_validation(self.current.due)
-        self.current.end()
+        self.current.end(training)
 
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
@@ -136,7 +136,7 @@ class Steps:
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
                 unheard = self._sources.running.compiled and not step.due  # a function around the model is compiled
-                step.report(() if unheard else self._plan.losses)
+                step.report(self._plan.reporters, () if unheard else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
 

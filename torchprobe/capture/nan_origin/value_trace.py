@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class ValueTrace:
         trace.calls.append(self._call)
         given = list(_floats((args, kwargs)))
         if not in_backward():
+            if name == ROOT:
+                trace.shapes = dict(_shapes(args, kwargs))
             prefix = "" if name == ROOT else f"{name}."
             for own, parameter in module.named_parameters(recurse=False):
                 self._add(trace, self._call, "parameter", prefix + own, parameter)
@@ -70,11 +72,6 @@ class ValueTrace:
             if not in_backward():
                 self._add(trace, call, "out", name, tensor)
             self._follow(trace, call, "grad_out", name, tensor)
-
-    def called(self, passing: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The model itself has returned; the hook before its call may have been put on within the call."""
-        if self.reporter in passing.due and self in passing.kept:
-            passing.kept[self].shapes = dict(_shapes(args, kwargs))
 
     def unseen(self, reason: str) -> None:
         """The check's own finding is all there is."""
@@ -133,7 +130,7 @@ def _floats(given: Any) -> Iterator[Tensor]:
     return (tensor for part in given for tensor in tensors_in(part) if is_numeric(tensor))
 
 
-def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, value in [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]:
         for i, tensor in enumerate(tensors_in(value)):
             yield (name if i == 0 else f"{name}.{i}"), tuple(tensor.shape)

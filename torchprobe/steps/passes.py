@@ -63,7 +63,7 @@ class Passes:
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:
-            kind = TRAINING if module.training else VALIDATION
+            kind = TRAINING if kind is TRAINING else VALIDATION
             if clock.training_pass():
                 self.begin_step()
         due = self._steps.current.due if kind is TRAINING else self._due(kind)

@@ -34,6 +34,7 @@ class Recorder:
         self._steps = Steps(plan, sources, outlet, Overview(outlet, meter), host_loss=ranks == 1)
         self.clock = self._steps.clock
         self._passes = Passes(model, self.guard, self._steps, sources)
+        self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
         clock = self.clock
         watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)

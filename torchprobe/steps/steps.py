@@ -49,7 +49,6 @@ class Steps:
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
         self._light: frozenset[Reporter] = frozenset()
         self._always_light = False  # they are due at every step
-        self.due_in(1)
 
     @property
     def has_validated(self) -> bool:

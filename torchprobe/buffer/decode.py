@@ -29,7 +29,7 @@ _REASONS = {
     "Uncertainty(task='classification') or task='regression' says what a plain output is",
     "calibration": "no labels=, loss module or gradient told the targets of class predictions; "
     "session.log_predictions(probs, targets) takes them",
-    "loss": "no loss module ran on the model's output, it returned no `loss`, and backward() was not seen",
+    "loss": "no backward() from the model's output was seen, which is what the loss is read from",
 }
 
 _log = logging.getLogger("torchprobe")

@@ -24,7 +24,7 @@ from torchprobe.capture.nan_origin.value_trace import ValueTrace
 from torchprobe.capture.parameters import ParameterSource
 from torchprobe.capture.predictions.source import PredictionSource
 from torchprobe.capture.selection import Selection
-from torchprobe.capture.source import Pass, Running, Source, registered
+from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
@@ -37,7 +37,7 @@ torch.compile returned"
 class Sources:
     """What watches modules, parameters, attention, predictions and NaN; the recorder says when.
 
-    traces_nan: a rule asks where NaN comes from.
+    nan_gate: of the check for NaN, when something asks where it comes from.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Sources:
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
         self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
-        self._own: list[Source] = [make(model, mine) for make, mine in registered(reporters)]
+        self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self._check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
@@ -93,8 +93,7 @@ class Sources:
         self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
-        for source in self._own:
-            source.open(step)
+        self._tell_own("open", step)
         if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
         if any(trace.reporter in due for trace in self._traces):
@@ -123,8 +122,7 @@ class Sources:
             for attention in self._attention:
                 attention.enter(passing, module)
             self.predictions.enter(passing)
-            for source in self._own:
-                source.enter(passing, module)
+            self._tell_own("enter", passing, module)
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
         self.armed = bool(due) or may_trace
@@ -146,8 +144,7 @@ class Sources:
             phase = self.predictions.take()
             if phase is not None:
                 passing.keep(self.predictions, [phase])
-        for source in self._own:
-            source.leave(passing, module, args, kwargs, output)
+        self._tell_own("leave", passing, module, args, kwargs, output)
 
     def exit(self, passing: Pass) -> None:
         """It has raised."""
@@ -158,19 +155,19 @@ class Sources:
         self.predictions.leave()
         for attention in self._attention:
             attention.leave()
-            taken = attention.take()
-            if taken is not None:
-                passing.keep(attention, taken)
-        for source in self._own:
-            source.exit(passing)
+        self._take_attention(passing)
+        self._tell_own("exit", passing)
 
     def take_from_graphs(self, passing: Pass) -> list[Pass]:
         """What a compiled function around the model has recorded: no hook of the root ran there."""
+        self._take_attention(passing)
+        return [passing] if passing.kept else []
+
+    def _take_attention(self, passing: Pass) -> None:
         for attention in self._attention:
             taken = attention.take()
             if taken is not None:
                 passing.keep(attention, taken)
-        return [passing] if passing.kept else []
 
     def check_output(self, passing: Pass, output: Any) -> None:
         """Whether an output holds NaN."""
@@ -212,7 +209,7 @@ class Sources:
     def merge(self, a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
         """What two passes kept, together."""
         for source, kept in b.items():
-            a[source] = source.merge(a[source], kept) if source in a else kept
+            a[source] = self._try(source, "merge", a[source], kept, default=kept) if source in a else kept
         return a
 
     def rows(
@@ -227,7 +224,7 @@ class Sources:
                 self.snapshots.saw(found.shapes)
                 pieces += source.rows(found, training, due)
             else:
-                pieces += source.rows(found, training, due)
+                pieces += self._try(source, "rows", found, training, due, default=[])
         for attention in self._attention:
             if attention.reporter in due and attention not in kept:
                 attention.saw_nothing(training)
@@ -235,15 +232,30 @@ class Sources:
             self.predictions.explain(_COMPILED)
         return pieces
 
+    def _tell_own(self, what: str, *arguments: Any) -> None:
+        for source, _ in self._own:
+            self._try(source, what, *arguments)
+
+    def _try(self, source: Any, what: str, *arguments: Any, default: Any = None) -> Any:
+        """Call a method of a source. One of a user's own that raises switches its probes off alone."""
+        try:
+            return getattr(source, what)(*arguments)
+        except Exception as error:
+            mine = [reporter for own, reporters in self._own if own is source for reporter in reporters]
+            if not mine:
+                raise
+            for reporter in [reporter for reporter in mine if not reporter.gate.failed]:
+                reporter.gate.fail(error)
+            return default
+
     def end_validation(self) -> list[Piece]:
         """What a whole validation pass adds up to."""
         return self.predictions.end_validation()
 
     def loss_rows(self, reporter: Reporter, loss: float | Tensor) -> Piece:
         """The loss as rows, which several ranks combine."""
-        if isinstance(loss, Tensor):
-            return Piece(reporter, ["loss"], loss.to(row_dtype(loss.device)).reshape(1, 1))
-        return Piece(reporter, ["loss"], torch.tensor([[loss]], dtype=torch.float64, device="cpu"))
+        known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
+        return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
 
     # ---- optimizers, NaN, the end
 
@@ -278,8 +290,7 @@ class Sources:
         """Take everything off the model."""
         for attention in self._attention:
             attention.detach()
-        for own in self._own:
-            own.detach()
+        self._tell_own("detach")
         self._outputs.detach()
         self.predictions.detach()
         self._late.detach()

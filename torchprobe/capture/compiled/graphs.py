@@ -18,7 +18,7 @@ from weakref import ReferenceType, WeakMethod, WeakSet
 
 from torch import nn
 
-from torchprobe.capture.compat import find, running
+from torchprobe.capture.compat import find
 
 _log = logging.getLogger("torchprobe")
 
@@ -36,14 +36,6 @@ def in_compiled_call() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def in_wrapper_call() -> bool:
-    """Whether a module that `torch.compile` returned is among the callers. It warns of process-wide hooks."""
-    kind = find("torch._dynamo.eval_frame:OptimizedModule") if "torch._dynamo.eval_frame" in sys.modules else None
-    # Before torch 2.8 it has no call of its own, and gives no warning.
-    call = None if kind is None else vars(kind).get("__call__")
-    return call is not None and bool(running(call.__code__))
 
 
 def hides_hooks(module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ class OpenStep:
     scale: float | Tensor | None = None
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
+    silent: bool = False  # it is not to be said
     loss_written: bool = False
 
     def put(self, tag: str, value: Value | Tensor) -> None:
@@ -91,11 +92,10 @@ class OpenStep:
         if scale is not None:  # whose scale changes in place
             self.scale = on_host(scale) if scale.is_cpu else scale.clone()
 
-    def end(self, training: bool = True) -> None:
-        """An optimizer has stepped, or a forward pass was the step; one of validation gives nothing of training."""
+    def end(self, with_gradients: bool = True) -> None:
+        """An optimizer has stepped, or a forward pass was the step: without gradients some probes see nothing."""
         self.trained = True
-        if not training:
-            self.due = self.light = frozenset()
+        self.silent = not with_gradients
 
     def void(self, flag: Tensor) -> None:
         """A flag on the device says whether the optimizer has skipped the step."""
@@ -112,6 +112,8 @@ class OpenStep:
     def report(self, reporters: Sequence[Reporter], losses: Sequence[Reporter]) -> None:
         """Say what was due, once, in the order of all; a loss that is there need not be looked for."""
         self.reported = True
+        if self.silent:
+            return
         missing = [] if self.loss_written else [reporter for reporter in losses if reporter in self.light]
         self.buffer.due = [*(reporter for reporter in reporters if reporter in self.due), *missing]
 

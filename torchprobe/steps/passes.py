@@ -9,7 +9,7 @@ from threading import get_ident
 from typing import Any
 from weakref import ReferenceType, ref
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import Roots, roots
@@ -63,7 +63,7 @@ class Passes:
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:
-            kind = TRAINING if kind is TRAINING else VALIDATION
+            kind = TRAINING if module.training else VALIDATION
             if clock.training_pass():
                 self.begin_step()
         due = self._steps.current.due if kind is TRAINING else self._due(kind)
@@ -151,7 +151,7 @@ class Passes:
 
     def _count(self, passing: Pass) -> None:
         """No optimizer is in sight: a pass is a step."""
-        self._steps.count_pass(passing.kind is TRAINING)
+        self._steps.count_pass(is_grad_enabled())
         if passing.kind is TRAINING:
             backward = Backward(None, None)
             backward.add(passing)

@@ -77,16 +77,16 @@ class Steps:
         if self._sources.running.compiled:
             self._decide(self.clock.following)
 
-    def count_pass(self, training: bool) -> None:
+    def count_pass(self, with_gradients: bool) -> None:
         """A forward pass was the step."""
-        self._end_current(training)
+        self._end_current(with_gradients)
         self.clock.end_by_forward()
 
-    def _end_current(self, training: bool = True) -> None:
+    def _end_current(self, with_gradients: bool = True) -> None:
         """The validation that may follow belongs to the step that has just ended, and is sampled as it was."""
         if self.current.due and not self.current.trained:
             self._plan.await_validation(self.current.due)
-        self.current.end(training)
+        self.current.end(with_gradients)
 
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan

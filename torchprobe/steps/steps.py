@@ -74,6 +74,8 @@ class Steps:
         self.clock.end(optimizer)
         self._plan.optimizer_stepped(optimizer, self.current.number)
         self._decided = 0
+        if self.current.due and not self.clock.passes_seen:  # a function around the model may be compiled
+            self._sources.step_ended()
         if self._sources.running.compiled:
             self._decide(self.clock.following)
 

@@ -91,11 +91,13 @@ def settle(rows: slice, wrap: Wrap = lambda m: m, classes: bool = True) -> dict[
     optimizer, judged = t.sgd(model), []
     probes = [torchprobe.Uncertainty(every=1), torchprobe.Calibration(every=1)]
     with torchprobe.instrument(model, writer=writer, probes=probes, flush_every=1) as session:
-        phase = session._recorder._captures.predictions._capture
+        source, phases = session._recorder._sources.predictions, []
+        take = source.take
+        source.take = lambda: phases.append(take()) or phases[-1]
         for k in range(2 * t.STEPS):
             x = inputs(k)[rows]
             logits = model(x)
-            judged.append([form.key for form in phase._train.waiting[-1].predicted])
+            judged.append([form.key for form in phases[-1].waiting[-1].predicted])
             loss = nn.functional.cross_entropy(logits, _classes(x)) if classes else (logits - x[:, :1]).square().mean()
             loss.backward()
             optimizer.step()

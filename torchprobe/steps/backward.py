@@ -97,16 +97,21 @@ class Gradients:
     """The backward passes since gradients were last zeroed, and which gradients they added to.
 
     merge: puts together what sources kept of two passes. dropped: called with a backward pass whose gradients nobody
-    used.
+    used. hidden: whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them.
     """
 
     def __init__(
-        self, parameters: Callable[[], Iterable[nn.Parameter]], merge: Merge, dropped: Callable[[Backward], None]
+        self,
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        merge: Merge,
+        dropped: Callable[[Backward], None],
+        hidden: Callable[[], bool],
     ) -> None:
         self.running: Backward | None = None
         self._parameters = parameters
         self._merge = merge
         self._dropped = dropped
+        self._hidden = hidden
         self._waiting: list[Backward] = []  # oldest first
         self._states: WeakKeyDictionary[Optimizer, GradientState] = WeakKeyDictionary()
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
@@ -189,7 +194,8 @@ class Gradients:
         for backward in waiting:
             if backward.reached is not None:
                 backward.reached -= zeroed
-            gone = len(zeroed) == len(states) if backward.reached is None else not backward.reached
+            unseen = backward.reached is None
+            gone = len(zeroed) == len(states) and not self._hidden() if unseen else not backward.reached
             if not gone or backward.elsewhere:
                 self._waiting.append(backward)
             elif not backward.used:

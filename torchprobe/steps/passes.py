@@ -13,6 +13,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import Roots, roots
+from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
@@ -35,7 +36,7 @@ class Passes:
         self._clock = steps.clock
         self._sources = sources
         self._running = sources.running
-        self.gradients = Gradients(self._parameters, sources.merge, self._gradients_dropped)
+        self.gradients = Gradients(self._parameters, sources.merge, self._gradients_dropped, self._hides)
         self._dropped = Dropped()
         self._undecided: list[ReferenceType[Pass]] = []
         self._unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
@@ -339,6 +340,10 @@ class Passes:
         if text not in self._said:
             self._said.add(text)
             _log.warning("%s", text)
+
+    def _hides(self) -> bool:
+        model = self._model()
+        return model is not None and is_fully_sharded(model)
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         model = self._model()

@@ -68,16 +68,15 @@ def _of_backward(call: Any) -> Roots:
     tensors, inputs = call["tensors"], call.get("inputs")
     root = tensors[0] if isinstance(tensors, tuple) and len(tensors) == 1 else tensors
     if type(root) is Tensor and inputs is None and call.get("grad_tensors") is None and root.dim() == 0:
-        return Roots("backward", _wide(root.detach()), True, (root,))  # by far the most frequent
+        value = None if root.is_complex() else _wide(root.detach())
+        return Roots("backward", value, True, (root,))  # by far the most frequent
     tensors, inputs = _tuple(tensors), _tuple(inputs)
     value = _value(tensors, _tuple(call.get("grad_tensors")))
     for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)
     return Roots("backward", value, for_parameters, tensors)
 
 
-def _wide(value: Tensor) -> Tensor | None:
-    if value.dtype.is_complex:
-        return None
+def _wide(value: Tensor) -> Tensor:
     return value if value.dtype.itemsize >= 4 else value.float()
 
 
@@ -96,8 +95,7 @@ def _value(tensors: tuple[Any, ...], gradients: tuple[Any, ...]) -> Tensor | Non
     for i, root in enumerate(tensors):
         if not isinstance(root, Tensor) or root.numel() != 1 or root.is_complex() or hasattr(root, "full_tensor"):
             return None
-        value = root.detach().reshape(())
-        value = value if value.dtype.itemsize >= 4 else value.float()
+        value = _wide(root.detach().reshape(()))
         gradient = gradients[i] if i < len(gradients) else None
         if isinstance(gradient, Tensor):
             value = value * gradient.detach().reshape(())

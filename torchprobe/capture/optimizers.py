@@ -227,7 +227,7 @@ def _any(gradient: Tensor) -> bool:
         gradient = gradient.reshape(-1)[:: gradient.numel() // _FEW]
     if gradient.dtype is torch.bfloat16:  # numpy has none
         gradient = gradient.float()
-    return bool(gradient.numpy().any())
+    return bool(gradient.numpy().any())  # in host memory
 
 
 def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -69,7 +69,8 @@ class NanCheck:
         parameter = None if self._first is None else self._first()
         gradient = None if parameter is None else parameter.grad
         if type(gradient) is Tensor and gradient.dtype is torch.float32 and gradient.is_cpu:
-            if gradient.numel() <= _ELEMENTS and math.isfinite(float(gradient.detach().numpy().sum())):
+            few = gradient.numel() <= _ELEMENTS
+            if few and math.isfinite(float(gradient.detach().numpy().sum())):  # in host memory
                 return None
         else:
             parameter = self._first_trained()
@@ -122,7 +123,7 @@ def _sum(x: Tensor) -> float | Tensor:
         return few.sum(dtype=torch.float32)
     if x.dtype.itemsize < 4:  # numpy lacks bfloat16, and adds up halves in halves
         return on_host(few.sum(dtype=torch.float32))
-    return float(few.numpy().sum())
+    return float(few.numpy().sum())  # in host memory
 
 
 def _few(x: Tensor) -> Tensor:

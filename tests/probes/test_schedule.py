@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import torchprobe
@@ -37,6 +37,7 @@ def test_a_cadence_may_be_a_number_or_any_callable():
 
 
 @given(st.integers(1, 200), st.booleans(), st.integers(0, 200))
+@example(steps=7, dense=True, step=8)  # 10 is no dense step where each 7th is sampled
 def test_the_next_step_is_the_first_one_sampled_from_there_on(steps, dense, step):
     cadence = Cadence(steps, dense)
     following = cadence.next(step)

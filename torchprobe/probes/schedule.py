@@ -35,7 +35,7 @@ class Cadence:
             return 1
         following = -(-step // self.steps) * self.steps
         early = next((s for s in _DENSE if s >= step), following) if self.dense else following
-        return min(early, following)
+        return early if early < self.steps else following
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Outlet:
         that the step has already is left out. A step of three host values costs about 1 us.
         """
         wake = buffer.urgent or step == 1 or step % self.flush_every == 0
-        if buffer and self.drain.admit():
+        if (buffer.values or buffer) and self.drain.admit():
             sent = self.transfers.send(step, time(), buffer)
             self.drain.put(sent)
             wake = wake or ((bool(sent.transfers) or sent.lost) and self.transfers.crowded)

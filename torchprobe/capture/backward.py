@@ -41,35 +41,28 @@ def roots() -> Roots:
 
     Costs 0.1 µs a frame.
     """
-    found = _roots_above(sys._getframe(1))
-    if found is not None:
-        return found
-    for frame in sys._current_frames().values():
-        found = _roots_above(frame)
-        if found is not None:
-            return found
-    return _UNSEEN
+    return _roots_above(sys._getframe(1)) or next(filter(None, map(_roots_above, sys._current_frames().values())), _UNSEEN)
 
 
 def _roots_above(frame: FrameType | None) -> Roots | None:
-    found: Roots | None = None
-    at = frame
-    while at is not None:
-        if at.f_code is _BACKWARD and (at.f_back is None or at.f_back.f_code is not _RECOMPUTED):
-            found = _of_backward(at.f_locals)  # the outermost counts: those inside are a checkpoint's
-            break
-        if at.f_code is _GRAD:
-            return _of_grad(at.f_locals)
-        at = at.f_back
-    return found
+    while frame is not None:
+        code = frame.f_code
+        if code is _BACKWARD and (frame.f_back is None or frame.f_back.f_code is not _RECOMPUTED):
+            return _of_backward(frame.f_locals)  # the outermost counts: those inside are a checkpoint's
+        if code is _GRAD:
+            return _of_grad(frame.f_locals)
+        frame = frame.f_back
+    return None
 
 
 def _of_backward(call: Any) -> Roots:
     tensors, inputs = call["tensors"], call.get("inputs")
     root = tensors[0] if isinstance(tensors, tuple) and len(tensors) == 1 else tensors
     if type(root) is Tensor and inputs is None and call.get("grad_tensors") is None and root.dim() == 0:
-        value = None if root.is_complex() else _wide(root.detach())
-        return Roots("backward", value, True, (root,))  # by far the most frequent
+        value = root.detach()  # by far the most frequent
+        if value.dtype.itemsize < 4 or root.is_complex():
+            return Roots("backward", None if root.is_complex() else _wide(value), True, (root,))
+        return Roots("backward", value, True, (root,))
     tensors, inputs = _tuple(tensors), _tuple(inputs)
     value = _value(tensors, _tuple(call.get("grad_tensors")))
     for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)

@@ -151,19 +151,14 @@ def at_end_of_backward(function: Callable[[], None]) -> bool:
     Compiled autograd cannot, nor can it trace this: it is to be called in a hook that is `untraced`.
     """
     queue = find("torch.autograd:Variable._execution_engine.queue_callback")
-    if queue is None or _in_compiled_backward():
+    compiled = find("torch._dynamo:compiled_autograd") if "torch._dynamo.compiled_autograd" in sys.modules else None
+    if queue is None or getattr(compiled, "in_compiled_autograd_region", False):  # it takes them and never calls them
         return False
     try:
         queue(function)
     except RuntimeError:  # nothing that the engine knows of is running
         return False
     return True
-
-
-def _in_compiled_backward() -> bool:
-    """Whether a graph of compiled autograd is running, which takes such functions and never calls them."""
-    compiled = find("torch._dynamo:compiled_autograd") if "torch._dynamo.compiled_autograd" in sys.modules else None
-    return getattr(compiled, "in_compiled_autograd_region", False)
 
 
 def _backward_frame() -> int | None:

@@ -74,17 +74,17 @@ class OptimizerHooks:
             under_way = {id(caller["self"]) for caller in running(_STEP)}
             self._running = [r for r in self._running if id(r()) in under_way and r() is not optimizer]
         self._running.append(ref(optimizer))
-        if len(self._running) == 1 and self._observer.before_step(optimizer, _closure_in(args, kwargs)):
+        has_closure = (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs)
+        if len(self._running) == 1 and self._observer.before_step(optimizer, has_closure):
             self._call_last(optimizer, self._observer.gradients_final)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._running or not self._claimed(optimizer):
-            return
-        outermost = self._running[0]() is optimizer
-        if outermost or self._running[-1]() is optimizer:
-            del self._running[0 if outermost else -1 :]
-        if outermost:
-            self._observer.after_step(optimizer, _closure_in(args, kwargs))
+        under_way = self._running
+        if under_way and under_way[0]() is optimizer:
+            under_way.clear()
+            self._observer.after_step(optimizer, (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs))
+        elif under_way and under_way[-1]() is optimizer:
+            del under_way[-1]
 
     def _call_last(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
         """Call a function when the step's other pre-hooks have run; now, when there are none or a graph would break.
@@ -128,7 +128,7 @@ def _followed_by(
 
 def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `step` got a closure: `args` holds the optimizer itself first."""
-    return any(map(callable, (*args[1:], kwargs.get("closure")))) if len(args) > 1 or kwargs else False
+    return any(map(callable, (*args[1:], kwargs.get("closure"))))
 
 
 def any_alive(parameters: set[int]) -> bool:
@@ -155,26 +155,33 @@ class GradientState:
     gradient, or one that is exactly 0, as the first matrix of a low-rank adapter has while the second is 0.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> None:
+        self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
         self._parameters = [ref(p) for p in parameters]
         self._few = _ends(self._parameters)
         self._seen: list[tuple[int, int] | None] = [None] * len(self._few)  # when a backward pass began
         self._left = self._seen  # when it had ended
 
-    def look(self) -> None:
-        """A backward pass begins: remember the gradients as they are."""
+    def look(self) -> bool:
+        """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
         self._seen = self._now()
+        return any(self._seen)
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
-        self._left = now = self._now()
-        if now == self._seen:
-            return False
-        return any([n is not None and n != s for n, s in zip(now, self._seen, strict=True)])  # noqa: C419
+        self._left = self._now()
+        for now, before in zip(self._left, self._seen, strict=True):
+            if now is not None and now != before:
+                return True
+        return False
 
     def _now(self) -> list[tuple[int, int] | None]:
-        gradients = [None if (p := weak()) is None else p.grad for weak in self._few]
-        return [None if g is None else (id(g), g._version) for g in gradients]
+        now: list[tuple[int, int] | None] = []
+        for weak in self._few:
+            parameter = weak()
+            gradient = None if parameter is None else parameter.grad
+            now.append(None if gradient is None else (id(gradient), gradient._version))
+        return now
 
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.

@@ -61,7 +61,7 @@ class Sources:
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
         self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
-        self._check = None if nan_gate is None else NanCheck(model, nan_gate)
+        self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self.armed = True
@@ -78,7 +78,7 @@ class Sources:
 
         may_trace: hooks are to be there in any case, since compiled graphs see none that come later.
         """
-        if self._check is not None and self._check.wanted and self._check.looks(step):
+        if self.nan_check is not None and self.nan_check.wanted and self.nan_check.looks(step):
             due |= {trace.reporter for trace in self._traces if not trace.reporter.gate.failed}
         if due or may_trace or self.armed or self._opened != (False, due_in_validation):
             self._open(step, due, due_in_validation, may_trace)
@@ -169,27 +169,6 @@ class Sources:
             if taken is not None:
                 passing.keep(attention, taken)
 
-    def check_output(self, passing: Pass, output: Any) -> None:
-        """Whether an output holds NaN."""
-        check = self._check
-        if check is not None and not check.gate.failed:
-            try:
-                sign = check.output(output)
-                if sign is not None:
-                    passing.saw(sign)
-            except Exception as error:
-                check.gate.fail(error)
-
-    def check_gradients(self) -> Sign | Tensor | None:
-        """Whether the gradients of the backward pass that has ended hold NaN or inf."""
-        check = self._check
-        if check is not None and not check.gate.failed:
-            try:
-                return check.gradients()
-            except Exception as error:
-                check.gate.fail(error)
-        return None
-
     def recomputed(self, passing: Pass, output: Any) -> None:
         """A checkpoint has run the whole model again."""
         if passing.due:
@@ -272,8 +251,8 @@ class Sources:
 
     def nan_seen(self) -> None:
         """A step used numbers that are not finite, or would have; for any thread."""
-        if self._check is not None:
-            self._check.seen()
+        if self.nan_check is not None:
+            self.nan_check.seen()
 
     def scaled(self) -> bool:
         """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,7 +26,7 @@ class Backward:
     __slots__ = ("counted", "elsewhere", "flag", "kept", "loss", "passes", "reached", "sign", "stray", "task", "used")
 
     def __init__(
-        self, task: int | None, loss: float | Tensor | None, *, elsewhere: bool = False, stray: bool = False
+        self, task: int | None, loss: float | Tensor | None, elsewhere: bool = False, stray: bool = False
     ) -> None:
         self.task = task
         self.loss = loss
@@ -113,17 +112,21 @@ class Gradients:
         self._dropped = dropped
         self._hidden = hidden
         self._waiting: list[Backward] = []  # oldest first
-        self._states: WeakKeyDictionary[Optimizer, GradientState] = WeakKeyDictionary()
+        self._states: list[GradientState] = []  # of each optimizer that has stepped
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
 
     def begin(self, backward: Backward) -> None:
         """A backward pass begins: those before it whose gradients are gone were dropped."""
-        states = list(self._states.values()) or self._unknown_state()
+        self.running = backward
+        if len(self._states) == 1 and len(self._waiting) == 1 and self._waiting[0].used:  # the plain loop
+            if self._states[0].of() is not None and not self._states[0].look():
+                self._waiting = []
+                return
+        states = self._living()
         if self._waiting:
             self._drop_zeroed(states)
         for state in states:
             state.look()
-        self.running = backward
 
     def end(self) -> None:
         """The running backward pass has ended, or was given up."""
@@ -146,16 +149,24 @@ class Gradients:
 
     def used_by(self, optimizer: Optimizer) -> list[Backward]:
         """The backward passes whose gradients an optimizer is about to use."""
-        state = self._states.get(optimizer)
-        if state is None:
-            state = self._know(optimizer)
+        for known in self._states:
+            if known.of() is optimizer:
+                state = known
+                break
         else:
-            state.choose()
-        running = self.running
+            state = self._know(optimizer)
+        candidates, running = self._waiting, self.running
         if running is not None:
             self._see_reach(running)
-        candidates = self._waiting if running is None else [*self._waiting, running]
-        return [backward for backward in candidates if backward.reached is None or state in backward.reached]
+            candidates = [*candidates, running]
+        found, fresh = [], False
+        for backward in candidates:
+            if backward.reached is None or state in backward.reached:
+                found.append(backward)
+                fresh |= not backward.used
+        if not fresh:
+            state.choose()
+        return found
 
     def waiting(self) -> list[Backward]:
         """The backward passes that were not dropped yet."""
@@ -180,7 +191,7 @@ class Gradients:
     def drop_zeroed(self) -> None:
         """Drop what was zeroed since: asked when a step ends for good."""
         if self._waiting and self.running is None:
-            self._drop_zeroed(list(self._states.values()) or self._unknown_state())
+            self._drop_zeroed(self._living())
 
     def _drop_zeroed(self, states: list[GradientState]) -> None:
         waiting = self._waiting
@@ -202,7 +213,7 @@ class Gradients:
                 self._dropped(backward)
 
     def _see_reach(self, backward: Backward) -> None:
-        for state in list(self._states.values()):
+        for state in self._states:
             if state.grew():
                 if backward.reached is None:
                     backward.reached = {state}
@@ -210,7 +221,8 @@ class Gradients:
                     backward.reached.add(state)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
-        state = self._states[optimizer] = GradientState(trained(optimizer))
+        state = GradientState(trained(optimizer), optimizer)
+        self._states.append(state)
         state.choose()
         for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
             if backward.reached is None:
@@ -219,7 +231,11 @@ class Gradients:
                 backward.reached.add(state)
         return state
 
-    def _unknown_state(self) -> list[GradientState]:
+    def _living(self) -> list[GradientState]:
+        """The states of the optimizers that exist; while none is known, that of all parameters."""
+        self._states = [state for state in self._states if state.of() is not None]
+        if self._states:
+            return self._states
         if self._unknown is None:
             self._unknown = GradientState(p for p in self._parameters() if p.requires_grad)
         return [self._unknown]

@@ -43,10 +43,9 @@ class Plan:
         self.rates = [cast("LearningRatesReporter", r) for r in self.reporters if r.source == "optimizers"]
         self.losses = [r for r in self.reporters if r.source == "loss"]
         self.loss_gate: Gate = self.losses[0].gate if self.losses else Gate("Loss", meter)
-        self.due: tuple[Reporter, ...] = ()
-        self.due_in_validation: tuple[Reporter, ...] = ()
+        self.due: frozenset[Reporter] = frozenset()
+        self.due_in_validation: frozenset[Reporter] = frozenset()
         self._samplers = _by_schedule(self.reporters)
-        self._gates: list[Gate] = [r.gate for r in self.reporters if r.probe.sampled]
         self._optimizers = _Optimizers()
         self._budget, self._meter, self._start = budget, meter, monotonic()
         self._awaits_validation = dict.fromkeys(self.reporters)
@@ -66,13 +65,8 @@ class Plan:
         by_forward: forward passes are the clock, so that each is a step of its own, validation too.
         """
         self._step = step
-        if step in self._quiet and by_forward is self._by_forward:
-            for gate in self._gates:
-                if gate.train:
-                    break
-            else:
-                return
-        self._open(step, by_forward)
+        if step not in self._quiet or by_forward is not self._by_forward:
+            self._open(step, by_forward)
 
     def optimizer_stepped(self, optimizer: Optimizer, step: int | None = None) -> None:
         """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
@@ -106,7 +100,7 @@ class Plan:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         awaiting = set(state["awaits_validation"])
-        self.due, self._quiet = (), range(0)
+        self.due, self._quiet = frozenset(), range(0)
         self._awaits_validation = dict.fromkeys(r for r in self.reporters if r.name in awaiting)
         self._open_validation()
         self._optimizers = _Optimizers(state.get("optimizers", ()))
@@ -121,7 +115,7 @@ class Plan:
             gate.train = reporter in scheduled and not gate.failed
             if gate.train and reporter.probe.sampled:
                 due.append(reporter)
-        self.due = tuple(due)
+        self.due = frozenset(due)
         if by_forward:
             self._awaits_validation = dict.fromkeys(due)
             self._open_validation()
@@ -136,7 +130,7 @@ class Plan:
             gate.val = awaited and reporter.probe.in_validation != "never"
             if gate.val:
                 in_validation.append(reporter)
-        self.due_in_validation = tuple(in_validation)
+        self.due_in_validation = frozenset(in_validation)
 
     def _scheduled(self, step: int) -> set[Reporter]:
         affordable = step == 1 or not self._over_budget()
@@ -150,7 +144,7 @@ class Plan:
         for reporter in done:
             self._awaits_validation.pop(reporter, None)
             reporter.gate.val = False
-        self.due_in_validation = tuple(reporter for reporter in self.due_in_validation if reporter not in done)
+        self.due_in_validation = self.due_in_validation.difference(done)
 
     def _over_budget(self) -> bool:
         if self._budget is None:

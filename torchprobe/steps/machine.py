@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 from torch.optim import Optimizer
 
@@ -25,8 +25,8 @@ class StepMachine:
         self.by_forward = False  # no optimizer is in sight: forward passes do
         self.optimizer_seen = False
         self.passes_seen = False  # a training pass ran in the open step
-        self._ended = True  # an optimizer has stepped in the open step, or it is step 0
-        self._stepped: WeakSet[Optimizer] = WeakSet()
+        self.stepped = True  # an optimizer has stepped in the open step, or it is step 0
+        self._by: list[ReferenceType[Optimizer]] = []  # those that have, in the open step
 
     @property
     def fresh(self) -> bool:
@@ -41,7 +41,7 @@ class StepMachine:
     @property
     def ended(self) -> bool:
         """Whether a training pass would begin a step."""
-        return self._ended and not (self.manual and self.number)
+        return self.stepped and not (self.manual and self.number)
 
     @property
     def following(self) -> int:
@@ -50,7 +50,7 @@ class StepMachine:
 
     def training_pass(self) -> bool:
         """A training pass begins."""
-        begins = self._ended and not (self.manual and self.number)
+        begins = self.stepped and not (self.manual and self.number)
         if begins:
             self._begin()
         self.passes_seen = True
@@ -58,30 +58,31 @@ class StepMachine:
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """An optimizer is about to step, with passes of its own when it has a closure."""
-        if not self._ended:
+        if not self.stepped:
             return False
         # No training pass came since a step ended: then several optimizers share the step.
-        begins = self.ended and (has_closure or self.number == 0 or self.fresh or optimizer in self._stepped)
+        again = any([one() is optimizer for one in self._by])  # noqa: C419
+        begins = self.ended and (has_closure or self.number == 0 or self.fresh or again)
         if begins:
             self._begin()
         return begins
 
     def end(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        self._stepped.add(optimizer)
+        self._by.append(ref(optimizer))
         self.optimizer_seen = True
         if not self.manual:
-            self.completed, self._ended = self.number, True
+            self.completed, self.stepped = self.number, True
 
     def end_by_forward(self) -> None:
         """A forward pass has ended that is a step by itself."""
-        self.completed, self._ended = self.number, True
+        self.completed, self.stepped = self.number, True
 
     def next_step(self) -> None:
         """The user ends the step. The first call right after an optimizer's step finds it ended already."""
         first, self.manual = not self.manual, True
         self.by_forward = False
-        if not (first and self._ended and self.number):
+        if not (first and self.stepped and self.number):
             self.number = max(self.number, 1)
             self.completed = self.number
         self._begin()
@@ -98,7 +99,7 @@ class StepMachine:
         """Passes that were counted for want of an optimizer came before training: they were no steps."""
         self.by_forward = False
         self.number = self.completed = 0
-        self._ended = True
+        self.stepped = True
 
     def state_dict(self) -> dict[str, Any]:
         """Where the machine stands, and what makes it go on."""
@@ -115,11 +116,11 @@ class StepMachine:
         self.skipped = int(state["skipped"])
         self.manual = bool(state["manual"])
         self.optimizer_seen = bool(state["has_optimizer"])
-        self._ended = True
+        self.stepped = True
         if self.manual:
             self._begin()
 
     def _begin(self) -> None:
         self.number += 1
-        self.passes_seen = self._ended = False
-        self._stepped.clear()
+        self.passes_seen = self.stepped = False
+        self._by.clear()

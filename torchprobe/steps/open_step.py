@@ -87,10 +87,9 @@ class OpenStep:
         self.used.append(backward)
         backward.take_for(self.number)
 
-    def scale_by(self, scale: Tensor | None) -> None:
-        """The loss was multiplied by a GradScaler."""
-        if scale is not None:  # whose scale changes in place
-            self.scale = on_host(scale) if scale.is_cpu else scale.clone()
+    def scale_by(self, scale: Tensor) -> None:
+        """The loss was multiplied by a GradScaler, whose scale changes in place."""
+        self.scale = on_host(scale) if scale.is_cpu else scale.clone()
 
     def end(self, with_gradients: bool = True) -> None:
         """An optimizer has stepped, or a forward pass was the step: without gradients some probes see nothing."""

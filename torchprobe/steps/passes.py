@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from threading import enumerate as living_threads
 from threading import get_ident
 from typing import Any
@@ -12,7 +13,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
-from torchprobe.capture.backward import Roots, roots
+from torchprobe.capture.backward import roots
 from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
@@ -36,13 +37,13 @@ class Passes:
         self._clock = steps.clock
         self._sources = sources
         self._running = sources.running
+        self._check = sources.nan_check
         self.gradients = Gradients(self._parameters, sources.merge, self._gradients_dropped, self._hides)
         self._dropped = Dropped()
         self._undecided: list[ReferenceType[Pass]] = []
-        self._unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
+        self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread = 0  # that trains
-        self._evaluates = False  # a pass in training mode was seen: one in evaluation mode is probably validation
         self._said: set[str] = set()
         self._self = ref(self)
         self._running.ask(self._of_backward, self._of_graph)
@@ -54,13 +55,18 @@ class Passes:
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins."""
         kind = (TRAINING if module.training else UNDECIDED) if grad_enabled else VALIDATION
-        if self._thread not in (0, get_ident()) and self._is_foreign():
+        thread = get_ident()
+        if thread != self._thread and self._thread and self._is_foreign():
             return
         if self._dropped.any:
             self.settle_dropped()
         clock = self._clock
         if kind is TRAINING:
-            self._enter_training()
+            self._thread = thread
+            if not clock.optimizer_seen or clock.by_forward:
+                self._look_at_clock()
+            if not clock.by_forward and clock.training_pass():
+                self.begin_step()
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:
@@ -74,15 +80,13 @@ class Passes:
         if due or may_trace or self._sources.armed:
             self._sources.enter(passing, module, may_trace)
 
-    def _enter_training(self) -> None:
-        self._evaluates, self._thread = True, get_ident()
+    def _look_at_clock(self) -> None:
+        """A training pass, and no optimizer was seen yet, or forward passes are the clock for want of one."""
         clock = self._clock
         if not clock.optimizer_seen and clock.passes_seen and not clock.by_forward:
             self._look_for_optimizers()
         elif clock.by_forward and clock.completed == 1 and self._steps.optimizer_alive():
             self._steps.forget_passes()
-        if not clock.by_forward and clock.training_pass():
-            self.begin_step()
 
     def _look_for_optimizers(self) -> None:
         """A second training pass and no step of an optimizer: with none in sight, the first one was a step."""
@@ -108,9 +112,15 @@ class Passes:
             return
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
-        heard = passing.kind is not VALIDATION and self._listen(passing, output)
-        if passing.kind is TRAINING:
-            self._sources.check_output(passing, output)
+        if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
+            output.register_hook(passing)  # by far the most frequent
+            heard = True
+        else:
+            heard = passing.kind is not VALIDATION and self._listen(passing, output)
+        if passing.kind is TRAINING and self._check is not None:
+            sign = self._check.output(output)
+            if sign is not None:
+                passing.saw(sign)
         if self._clock.by_forward:
             self._count(passing)
         elif passing.kind is VALIDATION:
@@ -118,7 +128,7 @@ class Passes:
         elif passing.kind is UNDECIDED:
             self._undecided.append(ref(passing))
         elif not heard:
-            self._unheard.append(passing)
+            self.unheard.append(passing)
         elif not self._clock.optimizer_seen:
             self._first = passing
 
@@ -133,16 +143,12 @@ class Passes:
     @protected
     def leave_recomputation(self, output: Any) -> None:
         """A checkpoint around the whole model has run it again: a reentrant one's graph begins only here."""
-        passing = next((p for p in reversed(self._unheard) if p.task is None), None)
+        passing = next((p for p in reversed(self.unheard) if p.task is None), None)
         if passing is not None and self._listen(passing, output):
             self._sources.recomputed(passing, output)
 
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
-        if type(output) is Tensor:  # by far the most frequent
-            if output.grad_fn is not None:
-                output.register_hook(passing)
-            return output.grad_fn is not None
         heard = 0
         for tensor in hearable_tensors(output):
             if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
@@ -166,8 +172,8 @@ class Passes:
         """The machine has begun a step."""
         if self._dropped.any or self._undecided or self._steps.has_validated:
             self.settle()
-        if self._unheard:
-            self._unheard = [passing for passing in self._unheard if passing is self._running.passing]
+        if self.unheard:
+            self.unheard = [passing for passing in self.unheard if passing is self._running.passing]
         self._steps.begin()
         self.gradients.step_begins()
 
@@ -207,7 +213,7 @@ class Passes:
         step, first = self._steps.current, self._first
         for backward in self.gradients.waiting():
             step.use(backward)
-        unheard = self.unheard()
+        unheard = self.take_unheard()
         if unheard is not None:
             step.keep(unheard)
         if first is not None and first.task is None:
@@ -216,14 +222,9 @@ class Passes:
             alone.add(first)
             step.keep(alone)
 
-    @property
-    def may_be_unheard(self) -> bool:
-        """Whether there may be passes whose backward passes cannot be heard of."""
-        return bool(self._unheard) or self._running.compiled
-
-    def unheard(self) -> Backward | None:
+    def take_unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
-        passes, self._unheard = self._unheard, []
+        passes, self.unheard = self.unheard, []
         if self._running.compiled and self._steps.current.due:
             passes += self._sources.take_from_graphs(self._pass_of_graph())
         if not passes:
@@ -238,10 +239,9 @@ class Passes:
     @protected
     def heard_backward(self, passing: Pass) -> None:
         """A gradient reaches an output of a pass."""
-        task = compat.backward_id()
-        if passing.task == task and self.gradients.running is not None:
+        task, running = compat.backward_id(), self.gradients.running
+        if passing.task == task and running is not None:
             return  # another of its outputs
-        running = self.gradients.running
         if running is None or running.task != task:
             if running is not None:
                 self.end_backward(running)
@@ -253,23 +253,17 @@ class Passes:
 
     def _begin_backward(self, task: int | None) -> Backward:
         call = roots()
-        by_grad = call.call == "grad"
-        backward = Backward(
-            task, self._loss(call), elsewhere=by_grad and call.for_parameters, stray=not call.for_parameters
-        )
+        value = call.value
+        loss = None if value is None else value.tolist() if value.is_cpu else value.clone()  # in host memory: no wait
+        elsewhere = call.call == "grad" and call.for_parameters
+        backward = Backward(task, loss, elsewhere, not call.for_parameters)
         self.gradients.begin(backward)
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due)
-        compat.at_end_of_backward(_end(self._self, backward))
-        if by_grad and call.for_parameters:
+        compat.at_end_of_backward(partial(_end, self._self, backward))
+        if elsewhere:
             self._say("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
         return backward
-
-    def _loss(self, call: Roots) -> float | Tensor | None:
-        value = call.value
-        if value is None:
-            return None
-        return float(value.numpy()) if value.is_cpu else value.clone()  # in host memory: nothing waits
 
     @protected
     def end_backward(self, backward: Backward) -> None:
@@ -277,7 +271,7 @@ class Passes:
         if self.gradients.running is not backward:
             return
         sources, due = self._sources, self._steps.current.due
-        sign = sources.check_gradients()
+        sign = None if self._check is None else self._check.gradients()
         if sign is not None:
             backward.note(sign)
         if due:
@@ -310,7 +304,7 @@ class Passes:
             return running.passes[-1]
         task = compat.backward_id()
         if not self._running.compiled or task is None:
-            return self._unheard[-1] if self._unheard else None
+            return self.unheard[-1] if self.unheard else None
         if running is None or running.task != task:
             running = self._begin_backward(task)
         running.add(self._pass_of_graph())
@@ -322,9 +316,9 @@ class Passes:
             return None
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
-        if not self._unheard or self._unheard[-1].task is not None:
-            self._unheard.append(self._pass_of_graph())
-        return self._unheard[-1]
+        if not self.unheard or self.unheard[-1].task is not None:
+            self.unheard.append(self._pass_of_graph())
+        return self.unheard[-1]
 
     def _pass_of_graph(self) -> Pass:
         return Pass(TRAINING, self._steps.current.due, self._self, self._dropped)
@@ -358,13 +352,10 @@ class Passes:
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""
         self._hooks.remove()
-        self._unheard, self._first = [], None
+        self.unheard, self._first = [], None
 
 
-def _end(weak: ReferenceType[Passes], backward: Backward) -> Callable[[], None]:
-    def end() -> None:
-        passes = weak()
-        if passes is not None:
-            passes.end_backward(backward)
-
-    return end
+def _end(weak: ReferenceType[Passes], backward: Backward) -> None:
+    passes = weak()
+    if passes is not None:
+        passes.end_backward(backward)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from torchprobe.capture.gate import Meter
@@ -77,9 +78,10 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
         guard = self.guard
         if (
             guard.stopped or os.getpid() != guard.pid
-        ) and not guard.records():  # in place: a call costs, at every event
+        ) and not guard.records():  # in place, as the meter is kept: a call costs, at every event
             return None
-        guard.meter.enter()
+        starts = guard.meter.starts
+        starts.append(0.0 if starts else perf_counter())
         try:
             return method(self, *args, **kwargs)
         except TrainingAlert:  # what the user asked for
@@ -88,7 +90,9 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
             guard.fail(error)
             return None
         finally:
-            guard.meter.leave()
+            start = starts.pop()
+            if not starts:
+                guard.meter.total[0] += perf_counter() - start
 
     functools.update_wrapper(call, method)
     return call

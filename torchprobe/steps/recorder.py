@@ -44,9 +44,10 @@ class Recorder:
     @protected
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
-        if self.clock.by_forward:
+        clock = self.clock
+        if clock.by_forward:
             self._steps.forget_passes()
-        if self.clock.begin(optimizer, has_closure):
+        if clock.stepped and clock.begin(optimizer, has_closure):
             self._passes.begin_step()
         due = self._steps.current.due
         if due and self._steps.current.trained:
@@ -101,18 +102,22 @@ class Recorder:
     def _use(self, optimizer: Optimizer) -> None:
         """The optimizer uses the gradients of the backward passes that reached its parameters."""
         step, found = self._steps.current, self._passes.gradients.used_by(optimizer)
-        fresh = [b for b in found if not b.used or b.counted == step.number]
-        # With no new one among them, gradients came that were not heard of, and those before may have been zeroed.
-        for backward in found if fresh else ():
+        for backward in found:
+            if not backward.used or backward.counted == step.number:
+                break
+        else:  # gradients came that were not heard of, and those before may have been zeroed
+            found = []
+        for backward in found:
             if backward.sign is not None and not backward.used:
                 self._steps.put_sign(backward.sign)
             step.use(backward)
-        if self._passes.may_be_unheard:
-            unheard = self._passes.unheard()
+        if self._passes.unheard or self._sources.running.compiled:
+            unheard = self._passes.take_unheard()
             if unheard is not None:
                 step.keep(unheard)
-        if step.loss is not None:
-            step.scale_by(loss_scale(optimizer))
+        scale = None if step.loss is None else loss_scale(optimizer)
+        if scale is not None:
+            step.scale_by(scale)
 
     # ---- what the user asks for
 

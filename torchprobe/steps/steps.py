@@ -43,7 +43,8 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self._device_skips: Tensor | None = None
-        self._has_validated = False  # since the open step began
+        self.has_validated = False
+        """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
@@ -51,14 +52,9 @@ class Steps:
         self._always_light = False  # they are due at every step
 
     @property
-    def has_validated(self) -> bool:
-        """Whether validation passes ran in the open step."""
-        return self._has_validated
-
-    @property
     def due_in_validation(self) -> frozenset[Reporter]:
         """Whose rows the next validation pass gives."""
-        return frozenset(self._plan.due_in_validation)
+        return self._plan.due_in_validation
 
     # ---- how a step begins and ends
 
@@ -70,32 +66,30 @@ class Steps:
 
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """It has a say in what the next step samples, which compiled graphs must know now."""
-        self._end_current()
+        current = self.current
+        if current.due and not current.trained:
+            self._plan.await_validation(current.due)
+        current.end()
         self.clock.end(optimizer)
-        self._plan.optimizer_stepped(optimizer, self.current.number)
+        self._plan.optimizer_stepped(optimizer, current.number)
         self._decided = 0
-        if self.current.due and not self.clock.passes_seen:  # a function around the model may be compiled
+        if current.due and not self.clock.passes_seen:  # a function around the model may be compiled
             self._sources.step_ended()
         if self._sources.running.compiled:
             self._decide(self.clock.following)
 
     def count_pass(self, with_gradients: bool) -> None:
         """A forward pass was the step."""
-        self._end_current(with_gradients)
-        self.clock.end_by_forward()
-
-    def _end_current(self, with_gradients: bool = True) -> None:
-        """The validation that may follow belongs to the step that has just ended, and is sampled as it was."""
-        if self.current.due and not self.current.trained:
+        if self.current.due and not self.current.trained:  # what follows belongs to it, and is sampled as it was
             self._plan.await_validation(self.current.due)
         self.current.end(with_gradients)
+        self.clock.end_by_forward()
 
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
-        plan.open_for(number, self.clock.by_forward)
-        self._due = self._sources.open(
-            number, frozenset(plan.due), frozenset(plan.due_in_validation), may_trace=self.clock.fresh
-        )
+        clock = self.clock
+        plan.open_for(number, clock.by_forward)
+        self._due = self._sources.open(number, plan.due, plan.due_in_validation, clock.completed == clock.origin)
         if not self._always_light:
             self._light = frozenset([r for r in self._unsampled if r.gate.train])
             self._always_light = all([r.schedule == every(1) and r in self._light for r in self._unsampled])  # noqa: C419
@@ -104,20 +98,18 @@ class Steps:
         """The machine has begun a step: the one before it is complete."""
         ended = self.current
         self._complete(ended)
-        if ended.buffer:
-            self._outlet.hand_over(ended.number, ended.buffer)
+        self._outlet.hand_over(ended.number, ended.buffer)
         if ended.due and ended.trained:
             self._sources.step_ended()
-        if self._has_validated:
-            self._has_validated = False
+        if self.has_validated:
+            self.has_validated = False
             self._plan.validation_ended()
         if self.clock.manual:
             self._plan.await_validation(ended.due)
         number = self.clock.number
         if number != self._decided:
             self._decide(number)
-        due = self._due
-        self.current = OpenStep(number, due, self._light)
+        self.current = OpenStep(number, self._due, self._light)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
@@ -125,15 +117,17 @@ class Steps:
     def write(self) -> None:
         """Hand over what the open step has so far."""
         self._complete(self.current)
-        buffer = self.current.take()
-        if buffer:
-            self._outlet.hand_over(self.current.number, buffer)
+        self._outlet.hand_over(self.current.number, self.current.take())
 
     def _complete(self, step: OpenStep) -> None:
         if step.due or step.used:
             self._gather(step)
-        if step.loss is not None:
-            self._put_loss(step)
+        loss = None if step.loss is None else step.take_loss()
+        if isinstance(loss, float) and self._host_loss:
+            step.buffer.values["overview/loss"] = loss
+        elif loss is not None:
+            losses = [reporter for reporter in self._plan.losses if reporter in step.light]
+            step.extend([self._sources.loss_rows(reporter, loss) for reporter in losses])
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
                 unheard = self._sources.running.compiled and not step.due  # a function around the model is compiled
@@ -151,16 +145,6 @@ class Steps:
             step.extend(self._sources.rows(kept, True, step.due, step.scale))
         step.extend(self._sources.settled())
 
-    def _put_loss(self, step: OpenStep) -> None:
-        loss = step.take_loss()
-        if loss is None:
-            return
-        if self._host_loss and not isinstance(loss, Tensor):
-            step.buffer.values["overview/loss"] = loss
-        else:
-            losses = [reporter for reporter in self._plan.losses if reporter in step.light]
-            step.extend([self._sources.loss_rows(reporter, loss) for reporter in losses])
-
     def settle_parameters(self) -> None:
         """An optimizer is about to step again in the open step."""
         self.current.extend(self._sources.settled())
@@ -176,7 +160,7 @@ class Steps:
 
     def validated(self, kept: dict[Any, Any]) -> None:
         """What a pass kept that was validation: it belongs to the open step."""
-        self._has_validated = True
+        self.has_validated = True
         if kept:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
                 self.current.add(piece)
@@ -184,7 +168,7 @@ class Steps:
 
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
-        if self._has_validated:
+        if self.has_validated:
             self.current.extend(self._sources.end_validation())
 
     def put_sign(self, sign: Sign) -> None:

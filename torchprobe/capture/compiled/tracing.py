@@ -22,6 +22,7 @@ _log = logging.getLogger("torchprobe")
 
 TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
+_SWITCH = "torch._C:_dynamo.eval_frame.set_eval_frame"
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint"
 _UNCHECKED = "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer"
 _PACKAGE = str(Path(__file__).parents[2])
@@ -39,7 +40,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def beside(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Call a function from such a hook, with nothing in it traced. Costs 0.3 µs."""
-    switch = find("torch._C:_dynamo.eval_frame.set_eval_frame")
+    switch = find(_SWITCH)
     if switch is None:
         return _disabled()(function, *args, **kwargs) if "torch._dynamo" in sys.modules else function(*args, **kwargs)
     before = switch(None)
@@ -61,7 +62,14 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return beside(function, *args, **kwargs)
+        switch = find(_SWITCH)
+        if switch is None:
+            return beside(function, *args, **kwargs)
+        before = switch(None)  # as `beside` does, without its call
+        try:
+            return function(*args, **kwargs)
+        finally:
+            switch(before)
 
     for key, value in (("disable", True), ("disable_recursive", True), ("orig_callable", function)):
         setattr(call, f"_torchdynamo_{key}", value)

@@ -47,15 +47,33 @@ class NanCheck:
 
     def output(self, output: Any) -> Sign | Tensor | None:
         """A training pass has returned: a sign of NaN, a flag on the device, or None when all is well."""
-        if (
-            type(output) is Tensor
-            and output.dtype is torch.float32
-            and output.is_cpu
-            and 0 < output.numel() <= _ELEMENTS
-        ):
-            x = output.detach().numpy()  # what small models return, at the least cost
-            if not math.isnan(float((x[..., 0] if x.ndim > 1 else x).sum())):
-                return None
+        if self.gate.failed:
+            return None
+        try:
+            if type(output) is Tensor and output.dtype is torch.float32 and output.is_cpu:
+                if 0 < output.numel() <= _ELEMENTS and not math.isnan(output.detach().sum().tolist()):
+                    return None  # what small models return, at the least cost
+            return self._of_output(output)
+        except Exception as error:
+            self.gate.fail(error)
+            return None
+
+    def gradients(self) -> Sign | Tensor | None:
+        """A backward pass has ended: the same for its gradients."""
+        if self.gate.failed:
+            return None
+        try:
+            parameter = None if self._first is None else self._first()
+            gradient = None if parameter is None else parameter.grad
+            if type(gradient) is Tensor and gradient.dtype is torch.float32 and gradient.is_cpu:
+                if gradient.numel() <= _ELEMENTS and math.isfinite(gradient.detach().sum().tolist()):
+                    return None
+            return self._of_gradients()
+        except Exception as error:
+            self.gate.fail(error)
+            return None
+
+    def _of_output(self, output: Any) -> Sign | Tensor | None:
         tensor = main_tensor(output)
         if tensor is None or not _is_plain(tensor):
             return None
@@ -64,17 +82,9 @@ class NanCheck:
             return value.isnan()
         return Sign("output", of_output(self._named(), [tensor])) if math.isnan(value) else None
 
-    def gradients(self) -> Sign | Tensor | None:
-        """A backward pass has ended: the same for its gradients."""
-        parameter = None if self._first is None else self._first()
+    def _of_gradients(self) -> Sign | Tensor | None:
+        parameter = self._first_trained()
         gradient = None if parameter is None else parameter.grad
-        if type(gradient) is Tensor and gradient.dtype is torch.float32 and gradient.is_cpu:
-            few = gradient.numel() <= _ELEMENTS
-            if few and math.isfinite(float(gradient.detach().numpy().sum())):  # in host memory
-                return None
-        else:
-            parameter = self._first_trained()
-            gradient = None if parameter is None else parameter.grad
         if gradient is None or not _is_plain(gradient):
             return None
         value = _sum(gradient.detach() if gradient.requires_grad else gradient)
@@ -121,9 +131,7 @@ def _sum(x: Tensor) -> float | Tensor:
     few = x if x.numel() <= _ELEMENTS else _few(x)
     if not x.is_cpu:
         return few.sum(dtype=torch.float32)
-    if x.dtype.itemsize < 4:  # numpy lacks bfloat16, and adds up halves in halves
-        return on_host(few.sum(dtype=torch.float32))
-    return float(few.numpy().sum())  # in host memory
+    return on_host(few.sum(dtype=torch.float32 if x.dtype.itemsize < 4 else None))  # halves add up to more than fits
 
 
 def _few(x: Tensor) -> Tensor:

@@ -399,7 +399,7 @@ def test_memory_stays_bounded_when_no_step_ends():
             logger.log_gradients(model)
             logger.log_calibration(torch.rand(5, 3).softmax(-1), torch.randint(3, (5,)))
             logger.log_metrics({"loss": 1.0})
-        gathered = logger._steps.current.buffer
+        gathered = logger._steps.current
         assert len(gathered.pieces) + len(gathered.values) == 3
 
 

@@ -17,7 +17,7 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, TransferBuffers
-from torchprobe.capture.gate import Meter, no_autocast
+from torchprobe.capture.gate import Guard, Meter, no_autocast, protected
 from torchprobe.logs import LogCalls
 from torchprobe.naming import ROOT, named_parameters
 from torchprobe.probes.attention import AttentionWeights
@@ -34,7 +34,6 @@ from torchprobe.statistics import calibration, uncertainty
 from torchprobe.statistics.dtypes import measurable
 from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
-from torchprobe.steps.protection import Guard, protected
 from torchprobe.user_values import Number, attention_layers, checked, checked_predictions, decomposition
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import check_run_name, open_writer

@@ -57,6 +57,10 @@ class Decoder:
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
 
+    def resume(self, skipped: int) -> None:
+        """Count on from there."""
+        self.skipped = skipped
+
     def __call__(self, sent: StepInFlight) -> Record | None:
         """The record of a step; None when it has no values. Raises what a device raised."""
         return self.record(sent, sent.arrive())

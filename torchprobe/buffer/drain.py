@@ -127,6 +127,13 @@ class Drain:
         self._incomplete += step.lost
         self._steps.append(step)
 
+    def put_values(self, step: StepInFlight) -> None:
+        """Queue a step of host values alone, if there is room. Never blocks."""
+        if (len(self._steps) < MAX_WAITING and not self._ended) or self.admit():
+            self._put += 1
+            self._latest = step.step
+            self._steps.append(step)
+
     def stopped(self, reason: str) -> None:
         """Recording has stopped: from now on `flush` and `close` are False, and a text says so in the run."""
         if self._stopped is None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
-from torchprobe.buffer.step import StepBuffer, TransferBuffers
+from torchprobe.buffer.step import StepBuffer, StepInFlight, TransferBuffers
 from torchprobe.records import Value
 
 _LEAST = 0.1  # of the longest stretch
@@ -31,7 +31,9 @@ class Outlet:
         that the step has already is left out. A step of three host values costs about 1 us.
         """
         wake = buffer.urgent or step == 1 or step % self.flush_every == 0
-        if (buffer.values or buffer) and self.drain.admit():
+        if buffer.values and buffer.void is None and not (buffer.pieces or buffer.scalars):  # of most steps
+            self.drain.put_values(StepInFlight(step, time(), buffer.values, buffer.due, buffer.same_data))
+        elif buffer and self.drain.admit():
             sent = self.transfers.send(step, time(), buffer)
             self.drain.put(sent)
             wake = wake or ((bool(sent.transfers) or sent.lost) and self.transfers.crowded)
@@ -56,7 +58,7 @@ class Outlet:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on from there."""
-        self.decoder.skipped = int(state["skipped"])
+        self.decoder.resume(int(state["skipped"]))
         self.drain.count_dropped(int(state["dropped"]))
 
 

@@ -138,6 +138,10 @@ class StepInFlight:
     transfers: list[tuple[Transfer, list[Heading]]] = field(default_factory=list)
     lost: bool = False  # device values that found no room
 
+    def lose(self) -> None:
+        """Device values found no room."""
+        self.lost = True
+
     def arrive(self) -> list[Arrived]:
         """Wait for the copies. Raises what a device raised, once all of them have given back their slots."""
         arrived: list[Arrived] = []
@@ -213,7 +217,7 @@ class TransferBuffers:
                     self._send_group(device, [piece], sent)
             return
         if transfer is None:
-            sent.lost = True
+            sent.lose()
         else:
             sent.transfers.append((transfer, [piece.heading for piece in group]))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.compat import running
+from torchprobe.statistics.dtypes import on_host
 
 _BACKWARD = torch.autograd.backward.__code__
 _GRAD = torch.autograd.grad.__code__
@@ -41,7 +42,8 @@ def roots() -> Roots:
 
     Costs 0.1 µs a frame.
     """
-    return _roots_above(sys._getframe(1)) or next(filter(None, map(_roots_above, sys._current_frames().values())), _UNSEEN)
+    found = _roots_above(sys._getframe(1))
+    return found or next(filter(None, map(_roots_above, sys._current_frames().values())), _UNSEEN)
 
 
 def _roots_above(frame: FrameType | None) -> Roots | None:
@@ -59,14 +61,18 @@ def _of_backward(call: Any) -> Roots:
     tensors, inputs = call["tensors"], call.get("inputs")
     root = tensors[0] if isinstance(tensors, tuple) and len(tensors) == 1 else tensors
     if type(root) is Tensor and inputs is None and call.get("grad_tensors") is None and root.dim() == 0:
-        value = root.detach()  # by far the most frequent
-        if value.dtype.itemsize < 4 or root.is_complex():
-            return Roots("backward", None if root.is_complex() else _wide(value), True, (root,))
-        return Roots("backward", value, True, (root,))
+        return Roots("backward", None if root.is_complex() else root, True, (root,))  # by far the most frequent
     tensors, inputs = _tuple(tensors), _tuple(inputs)
     value = _value(tensors, _tuple(call.get("grad_tensors")))
     for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)
     return Roots("backward", value, for_parameters, tensors)
+
+
+def loss_value(value: Tensor) -> float | Tensor:
+    """A number in host memory as such, which waits for nothing; one on a device as a copy, at least 4 bytes wide."""
+    if value.is_cpu:
+        return on_host(value)
+    return _wide(value.detach()).clone()
 
 
 def _wide(value: Tensor) -> Tensor:

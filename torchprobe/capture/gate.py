@@ -1,14 +1,23 @@
-"""The boundary around a probe: whether it samples now, what it costs, and what happens when it fails."""
+"""The boundaries around a probe and around all of torchprobe: what they cost, and what happens when something fails."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from torchprobe.capture.compat import find
+from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
+
 _log = logging.getLogger("torchprobe")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Meter:
@@ -65,11 +74,109 @@ class Gate:
         self.fail(error)
         return True
 
+    def open_training(self, wanted: bool) -> None:
+        """Whether the coming step of training is sampled; never by one that is switched off."""
+        self.train = wanted and not self.failed
+
+    def open_validation(self, wanted: bool) -> None:
+        """The same for the validation that follows."""
+        self.val = wanted and not self.failed
+
+    def switch_off(self) -> None:
+        """For the rest of the run."""
+        self.failed, self.train, self.val = True, False, False
+
     def fail(self, error: BaseException) -> None:
         """The probe is switched off, and it is said with its traceback."""
-        self.failed = True
-        self.train = self.val = False
+        self.switch_off()
         _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
+
+
+class Guard:
+    """Whether a run records, and what that costs the training thread; shared by all that training calls into.
+
+    tell: called with the reason when recording stops by a fault of ours. wanted: what the user asked to be raised.
+    """
+
+    def __init__(self, meter: Meter, tell: Callable[[str], None], wanted: tuple[type[Exception], ...] = ()) -> None:
+        self.pid = os.getpid()
+        self.meter = meter
+        self.wanted = wanted
+        self.stopped = False
+        self._tell = tell
+        self._said_forked = False
+
+    def stop(self) -> None:
+        """The run is over."""
+        self.stopped = True
+
+    def fail(self, error: Exception) -> None:
+        """Something of ours went wrong: recording stops, training goes on."""
+        self.stopped = True
+        _log.exception("torchprobe failed and stops recording; training goes on")
+        self._tell(f"{type(error).__name__}: {error}")
+
+    def records(self) -> bool:
+        """Whether this process records: a forked child says once that it does not."""
+        if self.stopped:
+            return False
+        if os.getpid() == self.pid:
+            return True
+        if not self._said_forked:
+            self._said_forked = True
+            _log.warning("process %d was forked from the one that records: nothing of it is recorded", os.getpid())
+        return False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Passes and steps inside are none of the run's."""
+        stopped, self.stopped = self.stopped, True
+        try:
+            yield
+        finally:
+            self.stopped = stopped
+
+
+class Guarded(Protocol):
+    """Records until something goes wrong."""
+
+    guard: Guard
+
+
+_G = TypeVar("_G", bound=Guarded)
+
+
+def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate[_G, _P], _R | None]:
+    """Whatever goes wrong inside, training goes on; recording stops, with one traceback in the log.
+
+    Dynamo sees nothing of it, the meter counts it. In place, since each call costs, at every event.
+    """
+
+    def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        guard = self.guard
+        if (guard.stopped or os.getpid() != guard.pid) and not guard.records():
+            return None
+        switch, starts = find(DYNAMO_SWITCH), guard.meter.starts
+        dynamo = None if switch is None else switch(None)
+        starts.append(0.0 if starts else perf_counter())
+        try:
+            if switch is None:
+                return beside(method, self, *args, **kwargs)
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, guard.wanted):
+                raise
+            guard.fail(error)
+            return None
+        finally:
+            start = starts.pop()
+            if not starts:
+                guard.meter.total[0] += perf_counter() - start
+            if switch is not None:
+                switch(dynamo)
+
+    functools.update_wrapper(call, method)
+    return unseen(call)
 
 
 def no_graph() -> AbstractContextManager[None]:

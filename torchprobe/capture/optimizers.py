@@ -6,7 +6,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture import compat
 from torchprobe.capture.compat import running
 from torchprobe.capture.compiled.graphs import in_compiled_call
-from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.fully_sharded import lasting_parameters
+from torchprobe.capture.gate import Guard, protected
 
 _FEW = 1024  # elements of a gradient that are looked at
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
@@ -30,6 +30,8 @@ _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs
 
 class StepObserver(Protocol):
     """Hears of each step of the optimizers that train the model."""
+
+    guard: Guard
 
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool | None:
         """The step begins. Whether `gradients_final` is wanted."""
@@ -49,12 +51,15 @@ class OptimizerHooks:
 
     def __init__(self, parameters: Callable[[], set[int]], observer: StepObserver) -> None:
         self._parameters = parameters
+        self.guard = observer.guard
         self._observer = observer
-        self._claims: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        # By identity, with weak references that have no callback: several of these on one object, in garbage of ours
+        # that is collected while the object dies, crash Python 3.11.
+        self._claims: dict[int, tuple[ReferenceType[Optimizer], int, bool]] = {}
         self._running: list[ReferenceType[Optimizer]] = []  # steps under way, outermost first
         self._handles: list[RemovableHandle] = [
-            register_optimizer_step_pre_hook(untraced(self._before)),
-            register_optimizer_step_post_hook(untraced(self._after)),
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
         ]
         # First in line: behind ours, a user's hook that takes itself off would make torch raise.
         both = (compat.optimizer_pre_hooks(), compat.optimizer_post_hooks())
@@ -66,7 +71,9 @@ class OptimizerHooks:
         """Take the hooks off. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+        self._claims.clear()
 
+    @protected
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._claimed(optimizer):
             return
@@ -78,6 +85,7 @@ class OptimizerHooks:
         if len(self._running) == 1 and self._observer.before_step(optimizer, has_closure):
             self._call_last(optimizer, self._observer.gradients_final)
 
+    @protected
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         under_way = self._running
         if under_way and under_way[0]() is optimizer:
@@ -103,10 +111,11 @@ class OptimizerHooks:
         size = 0
         for group in optimizer.param_groups:
             size += len(group["params"])
-        known = self._claims.get(optimizer)
-        if known is None or known[0] != size:
-            known = self._claims[optimizer] = (size, _holds(optimizer, self._parameters()))
-        return known[1]
+        known = self._claims.get(id(optimizer))
+        if known is None or known[1] != size or known[0]() is not optimizer:
+            self._claims = {key: claim for key, claim in self._claims.items() if claim[0]() is not None}
+            known = self._claims[id(optimizer)] = (ref(optimizer), size, _holds(optimizer, self._parameters()))
+        return known[2]
 
 
 def _followed_by(
@@ -160,28 +169,30 @@ class GradientState:
         self._parameters = [ref(p) for p in parameters]
         self._few = _ends(self._parameters)
         self._seen: list[tuple[int, int] | None] = [None] * len(self._few)  # when a backward pass began
-        self._left = self._seen  # when it had ended
+        self._left = self._seen.copy()  # when it had ended
 
     def look(self) -> bool:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
-        self._seen = self._now()
-        return any(self._seen)
+        there = False
+        for i, weak in enumerate(self._few):
+            parameter = weak()
+            gradient = None if parameter is None else parameter.grad
+            self._seen[i] = None if gradient is None else (id(gradient), gradient._version)
+            there = there or gradient is not None
+        return there
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
-        self._left = self._now()
-        for now, before in zip(self._left, self._seen, strict=True):
-            if now is not None and now != before:
-                return True
-        return False
-
-    def _now(self) -> list[tuple[int, int] | None]:
-        now: list[tuple[int, int] | None] = []
-        for weak in self._few:
+        grew = False
+        for i, weak in enumerate(self._few):
             parameter = weak()
             gradient = None if parameter is None else parameter.grad
-            now.append(None if gradient is None else (id(gradient), gradient._version))
-        return now
+            now = self._left[i] = None if gradient is None else (id(gradient), gradient._version)
+            if gradient is not None and now != self._seen[i]:
+                if gradient.is_cpu:  # where its values tell later whether it is still there
+                    return True
+                grew = True
+        return grew
 
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
@@ -203,7 +214,7 @@ class GradientState:
             having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
             if having:
                 self._few = _ends(having)
-                self._seen = self._left = [None] * len(self._few)
+                self._seen, self._left = [None] * len(self._few), [None] * len(self._few)
 
 
 def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:

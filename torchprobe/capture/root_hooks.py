@@ -22,8 +22,9 @@ from torchprobe.capture.compat import (
     under_transform,
 )
 from torchprobe.capture.compiled.graphs import hides_hooks
-from torchprobe.capture.compiled.tracing import beside, scope
+from torchprobe.capture.compiled.tracing import scope
 from torchprobe.capture.eager_hooks import MARKS, before
+from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Running
@@ -34,6 +35,8 @@ _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightnin
 
 class PassObserver(Protocol):
     """Hears of each forward pass that is not traced into a compiled graph."""
+
+    guard: Guard
 
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass of the model begins."""
@@ -52,6 +55,7 @@ class Root(Inert):
     """What the root hooks find on the model."""
 
     def __init__(self, observer: PassObserver, running: Running) -> None:
+        self.guard = observer.guard
         self.observer = observer
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
@@ -63,6 +67,7 @@ class Root(Inert):
             self._told = True
             _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
+    @protected
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
@@ -75,6 +80,7 @@ class Root(Inert):
         elif under_transform():
             self.tell_of_transform()
 
+    @protected
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It has returned, or raised: then there is no output."""
         error, self.error = self.error, None
@@ -93,20 +99,15 @@ def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -
         return
     if not torch.compiler.is_compiling():
         if REPLICA not in module.__dict__:
-            beside(root.enter, module, args, kwargs, torch.is_grad_enabled())
+            root.enter(module, args, kwargs, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
-        _enter_graph(root.running, module.training and torch.is_grad_enabled())
-
-
-def _enter_graph(running: Running, training: bool) -> None:
-    running.compiled = running.seen = True
-    running.training = training
+        root.running.enter_graph(module.training and torch.is_grad_enabled())
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
-        beside(root.leave, module, args, kwargs, output)
+        root.leave(module, args, kwargs, output)
 
 
 class PassHooks:
@@ -119,11 +120,6 @@ class PassHooks:
         self._modules: WeakSet[nn.Module] = WeakSet()
         skip_frames(_enter, _leave)
         self._put_on(list(_roots(model)))
-
-    def move_to_parts(self, model: nn.Module) -> None:
-        """The model itself is never called: follow the outermost parts that can be."""
-        self.remove()
-        self._put_on(list(_entries(model)))
 
     def remove(self) -> None:
         """Take hooks and state off. Safe to call twice."""

@@ -129,16 +129,19 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         _trace(site, output)
     elif REPLICA not in module.__dict__:
-        beside(_observe, site, output)
+        beside(_observe, site, module.training, output)
 
 
-def _observe(site: Site, output: Any) -> None:
+def _observe(site: Site, training: bool, output: Any) -> None:
     running = site.running
     recomputing = in_backward()
-    passing = running.of_backward() if recomputing else running.forward()
     running.note_fired()
-    tensor = None if passing is None or under_transform() else main_tensor(output)
-    if passing is None or tensor is None or not measurable(tensor):
+    tensor = None if under_transform() else main_tensor(output)
+    if tensor is None or not measurable(tensor):
+        return
+    outside = running.of_call(tensor) if training and not recomputing else running.forward()
+    passing = running.of_backward() if recomputing else outside
+    if passing is None:
         return
     if not recomputing:
         for tap in site.outputs:

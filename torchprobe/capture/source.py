@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.compiled.tracing import untraced
+from torchprobe.capture.compiled.tracing import unseen
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.checks import register
 
@@ -75,7 +75,7 @@ class Pass:
         """Whether sources take it as one of training, as far as is known."""
         return self.kind is TRAINING or self.kind is UNDECIDED
 
-    @untraced
+    @unseen
     def __call__(self, gradient: Tensor) -> None:
         """A gradient reaches one of its outputs."""
         observer = self._observer()
@@ -126,17 +126,22 @@ class Running:
         self.passing: Pass | None = None
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
         self.fired = False  # a hook ran outside of graphs in this step
-        self.seen = False  # the model itself was called, not only its parts
         self.training = True  # what the pass that a graph was called for is
         self.sampled = False  # a probe of passes is due in training: the one flag that tells two graphs apart
         self.sampled_val = False  # and in validation
         self._thread = 0
         self._in_backward: Callable[[], Pass | None] = lambda: None
         self._in_graph: Callable[[bool], Pass | None] = lambda training: None
+        self._in_call: Callable[[Tensor], Pass | None] = lambda output: None
 
-    def ask(self, in_backward: Callable[[], Pass | None], in_graph: Callable[[bool], Pass | None]) -> None:
-        """Where values belong that come in a backward pass, and from a graph that is called outside of a pass."""
-        self._in_backward, self._in_graph = in_backward, in_graph
+    def ask(
+        self,
+        in_backward: Callable[[], Pass | None],
+        in_graph: Callable[[bool], Pass | None],
+        in_call: Callable[[Tensor], Pass | None],
+    ) -> None:
+        """Where values belong that come in a backward pass, and outside of passes: from a graph, from a module."""
+        self._in_backward, self._in_graph, self._in_call = in_backward, in_graph, in_call
 
     def enter(self, passing: Pass) -> None:
         """A forward pass begins."""
@@ -149,6 +154,11 @@ class Running:
             return None
         self.passing = None
         return passing
+
+    def enter_graph(self, training: bool) -> None:
+        """A graph of the model runs, which this is part of."""
+        self.compiled = True
+        self.training = training
 
     def follow(self, sampled: bool, sampled_val: bool) -> None:
         """What graphs are to record from now on."""
@@ -169,6 +179,10 @@ class Running:
     def of_backward(self) -> Pass | None:
         """The forward pass that the running backward pass runs through."""
         return self._in_backward()
+
+    def of_call(self, output: Tensor) -> Pass | None:
+        """The pass that a module in training mode runs for, or one of its own, which its output is then of."""
+        return self.forward() or (self._in_call(output) if self.passing is None else None)
 
     def of_graph(self, training: bool) -> Pass | None:
         """The pass that a compiled graph runs for."""

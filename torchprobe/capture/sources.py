@@ -18,7 +18,7 @@ from torchprobe.capture.eager_hooks import EagerHooks
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
-from torchprobe.capture.nan_origin.check import NanCheck, Sign
+from torchprobe.capture.nan_origin.check import NanCheck
 from torchprobe.capture.nan_origin.snapshots import StepSnapshots
 from torchprobe.capture.nan_origin.value_trace import ValueTrace
 from torchprobe.capture.parameters import ParameterSource
@@ -123,6 +123,11 @@ class Sources:
                 attention.enter(passing, module)
             self.predictions.enter(passing)
             self._tell_own("enter", passing, module)
+
+    def arm(self, due: frozenset[Reporter], may_trace: bool) -> None:
+        """Validation is over, and training may go on by calls that no hook of the model itself sees."""
+        if self.armed or due or may_trace:
+            self._arm(due, True, may_trace)
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
         self.armed = bool(due) or may_trace

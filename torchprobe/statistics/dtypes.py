@@ -145,7 +145,7 @@ def examples(x: Tensor, trailing: int) -> Iterator[Tensor]:
 
 def on_host(value: Tensor) -> float:
     """One number in host memory: nothing waits, and nothing is copied from a device."""
-    return float(value.tolist())  # of all ways to read it the one that costs least, and no operation of torch's
+    return float(value.tolist())  # type: ignore[arg-type] # the way that costs least, and no operation of torch's
 
 
 def owners(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
 from weakref import ReferenceType, ref
@@ -112,7 +111,7 @@ class Plan:
         due = []
         for reporter in self.reporters:
             gate = reporter.gate
-            gate.train = reporter in scheduled and not gate.failed
+            gate.open_training(reporter in scheduled)
             if gate.train and reporter.probe.sampled:
                 due.append(reporter)
         self.due = frozenset(due)
@@ -126,8 +125,8 @@ class Plan:
         in_validation = []
         for reporter in self.reporters:
             gate = reporter.gate
-            awaited = reporter in self._awaits_validation and not gate.failed
-            gate.val = awaited and reporter.probe.in_validation != "never"
+            awaited = reporter in self._awaits_validation
+            gate.open_validation(awaited and reporter.probe.in_validation != "never")
             if gate.val:
                 in_validation.append(reporter)
         self.due_in_validation = frozenset(in_validation)
@@ -143,7 +142,7 @@ class Plan:
     def _close_validation(self, done: Sequence[Reporter]) -> None:
         for reporter in done:
             self._awaits_validation.pop(reporter, None)
-            reporter.gate.val = False
+            reporter.gate.open_validation(False)
         self.due_in_validation = self.due_in_validation.difference(done)
 
     def _over_budget(self) -> bool:
@@ -152,27 +151,23 @@ class Plan:
         return self._meter.seconds > self._budget * (monotonic() - self._start)
 
 
-@dataclass(slots=True)
-class _Seen:
-    optimizer: ReferenceType[Optimizer]
-    step: int
-
-
 class _Optimizers:
     """In which step each optimizer stepped last. resumed: those of the process that this one goes on for, in order."""
 
     def __init__(self, resumed: Sequence[int] = ()) -> None:
         self.joined = 0  # the last step in which one was first met
-        self._seen: dict[int, _Seen] = {}  # by identity, which a later one may have again
+        self._seen: dict[
+            int, tuple[ReferenceType[Optimizer], int]
+        ] = {}  # by identity, which a later one may have again
         self._resumed = list(resumed)
 
     def stepped(self, optimizer: Optimizer, step: int) -> bool:
         """Note a step. True for an optimizer that is new to the run."""
         seen = self._seen.get(id(optimizer))
-        if seen is not None and seen.optimizer() is optimizer:
-            seen.step = step
+        if seen is not None and seen[0]() is optimizer:
+            self._seen[id(optimizer)] = (seen[0], step)
             return False
-        self._seen[id(optimizer)] = _Seen(ref(optimizer), step)
+        self._seen[id(optimizer)] = (ref(optimizer), step)
         if self._resumed:
             del self._resumed[0]
             return False
@@ -181,8 +176,8 @@ class _Optimizers:
 
     def steps(self) -> list[int]:
         """When each stepped last, in the order in which they were met."""
-        self._seen = {key: seen for key, seen in self._seen.items() if seen.optimizer() is not None}
-        return [*(seen.step for seen in self._seen.values()), *self._resumed]
+        self._seen = {key: (weak, step) for key, (weak, step) in self._seen.items() if weak() is not None}
+        return [*(step for _, step in self._seen.values()), *self._resumed]
 
     def any_between(self, after: int, before: int) -> bool:
         """Whether one stepped last between two steps, both excluded."""
@@ -253,7 +248,7 @@ class _Sampler:
             names = ", ".join(dict.fromkeys(gate.name for gate in gates))
             _log.exception("the schedule of %s raised, which is switched off; training goes on", names)
             for gate in gates:
-                gate.failed, gate.train, gate.val = True, False, False
+                gate.switch_off()
             return False
 
 

@@ -26,7 +26,9 @@ class OpenStep:
     number: int
     due: frozenset[Reporter] = frozenset()
     light: frozenset[Reporter] = frozenset()
-    buffer: StepBuffer = field(default_factory=StepBuffer)
+    values: dict[str, Value] = field(default_factory=dict)
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
     used: list[Backward] = field(default_factory=list)
     loss: float | Tensor | None = None
     unknown: bool = False  # a loss that is not known was used
@@ -35,16 +37,19 @@ class OpenStep:
     reported: bool = False  # a record said what was due
     silent: bool = False  # it is not to be said
     loss_written: bool = False
+    _missing: Sequence[Reporter] = ()  # what was due
+    _same_data: Sequence[int] = ()
+    _urgent: bool = False
+    _void: Tensor | None = None
 
     def put(self, tag: str, value: Value | Tensor) -> None:
         """A value under a tag; of two the later counts."""
-        buffer = self.buffer
         if isinstance(value, Tensor):
-            buffer.scalars[tag] = value
-            buffer.values.pop(tag, None)
+            self.scalars[tag] = value
+            self.values.pop(tag, None)
         else:
-            buffer.values[tag] = value
-            buffer.scalars.pop(tag, None)
+            self.values[tag] = value
+            self.scalars.pop(tag, None)
 
     def put_all(self, values: Iterable[tuple[str, Value | Tensor]]) -> None:
         """Values under their tags."""
@@ -53,23 +58,21 @@ class OpenStep:
 
     def add(self, piece: Piece, combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
         """Rows of a probe, together with those of the same names that are there, so that memory stays bounded."""
-        pieces = self.buffer.pieces
-        for i, other in enumerate(pieces):
+        for i, other in enumerate(self.pieces):
             if other.heading == piece.heading and other.rows.device == piece.rows.device:
-                pieces[i] = replace(piece, rows=combine(other.rows, piece.rows))
+                self.pieces[i] = replace(piece, rows=combine(other.rows, piece.rows))
                 return
-        pieces.append(piece)
+        self.pieces.append(piece)
 
     def replace(self, piece: Piece) -> None:
         """Rows of a probe in place of earlier ones that have a name in common with them."""
         names, kind = set(piece.names), (piece.reporter, piece.prefix)
-        pieces = self.buffer.pieces
-        pieces[:] = [one for one in pieces if (one.reporter, one.prefix) != kind or names.isdisjoint(one.names)]
-        pieces.append(piece)
+        others = [p for p in self.pieces if (p.reporter, p.prefix) != kind or names.isdisjoint(p.names)]
+        self.pieces = [*others, piece]
 
     def extend(self, pieces: Iterable[Piece]) -> None:
         """Rows as they are."""
-        self.buffer.pieces += pieces
+        self.pieces += pieces
 
     def use(self, backward: Backward) -> None:
         """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
@@ -98,11 +101,15 @@ class OpenStep:
 
     def void(self, flag: Tensor) -> None:
         """A flag on the device says whether the optimizer has skipped the step."""
-        self.buffer.void = flag
+        self._void = flag
+
+    def hurry(self) -> None:
+        """What it has is to be written at once."""
+        self._urgent = True
 
     def compute_on(self, same_data: Sequence[int]) -> None:
         """Ranks that compute on the same examples."""
-        self.buffer.same_data = same_data
+        self._same_data = same_data
 
     def become(self, number: int) -> None:
         """It was no step of training."""
@@ -114,7 +121,7 @@ class OpenStep:
         if self.silent:
             return
         missing = [] if self.loss_written else [reporter for reporter in losses if reporter in self.light]
-        self.buffer.due = [*(reporter for reporter in reporters if reporter in self.due), *missing]
+        self._missing = [*(reporter for reporter in reporters if reporter in self.due), *missing]
 
     def take_used(self) -> list[Backward]:
         """The backward passes whose rows are yet to be gathered."""
@@ -136,5 +143,9 @@ class OpenStep:
 
     def take(self) -> StepBuffer:
         """What was gathered so far; the step goes on with nothing."""
-        buffer, self.buffer = self.buffer, StepBuffer()
-        return buffer
+        taken = StepBuffer(
+            self.values, self.scalars, self.pieces, self._missing, self._same_data, self._urgent, self._void
+        )
+        self.values, self.scalars, self.pieces = {}, {}, []
+        self._missing, self._same_data, self._urgent, self._void = (), (), False, None
+        return taken

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from threading import enumerate as living_threads
 from threading import get_ident
 from typing import Any
@@ -13,14 +12,13 @@ from weakref import ReferenceType, ref
 from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
-from torchprobe.capture.backward import roots
-from torchprobe.capture.fully_sharded import is_fully_sharded
+from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
 from torchprobe.capture.sources import Sources
-from torchprobe.steps.backward import Backward, Gradients
-from torchprobe.steps.protection import Guard, protected
+from torchprobe.steps.backward import Backward
+from torchprobe.steps.gradients import Gradients
 from torchprobe.steps.steps import Steps
 
 _log = logging.getLogger("torchprobe")
@@ -32,26 +30,24 @@ class Passes:
 
     def __init__(self, model: nn.Module, guard: Guard, steps: Steps, sources: Sources) -> None:
         self.guard = guard
-        self._model = ref(model)
         self._steps = steps
         self._clock = steps.clock
         self._sources = sources
         self._running = sources.running
         self._check = sources.nan_check
-        self.gradients = Gradients(self._parameters, sources.merge, self._gradients_dropped, self._hides)
+        self.gradients = Gradients(ref(model), guard, steps, sources, self._train)
         self._dropped = Dropped()
         self._undecided: list[ReferenceType[Pass]] = []
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread = 0  # that trains
         self._said: set[str] = set()
-        self._self = ref(self)
-        self._running.ask(self._of_backward, self._of_graph)
+        self._observer = ref(self.gradients)
+        self._running.ask(self._of_backward, self._of_graph, self._of_call)
         self._hooks = PassHooks(model, self, self._running)
 
     # ---- forward passes
 
-    @protected
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins."""
         kind = (TRAINING if module.training else UNDECIDED) if grad_enabled else VALIDATION
@@ -74,7 +70,7 @@ class Passes:
             if clock.training_pass():
                 self.begin_step()
         due = self._steps.current.due if kind is TRAINING else self._due(kind)
-        passing = Pass(kind, due, self._self, self._dropped)
+        passing = Pass(kind, due, self._observer, self._dropped)
         self._running.enter(passing)
         may_trace = clock.completed == clock.origin
         if due or may_trace or self._sources.armed:
@@ -104,7 +100,6 @@ class Passes:
         following = steps.due_in(self._clock.following)
         return following if not steps.due_in_validation else following | steps.due_in_validation
 
-    @protected
     def leave_pass(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """A forward pass has returned."""
         passing = self._running.leave()
@@ -132,7 +127,6 @@ class Passes:
         elif not self._clock.optimizer_seen:
             self._first = passing
 
-    @protected
     def raise_pass(self) -> None:
         """A forward pass has raised: it leaves nothing behind."""
         passing = self._running.leave()
@@ -140,7 +134,6 @@ class Passes:
             self._sources.exit(passing)
             passing.decide(DROPPED)
 
-    @protected
     def leave_recomputation(self, output: Any) -> None:
         """A checkpoint around the whole model has run it again: a reentrant one's graph begins only here."""
         passing = next((p for p in reversed(self.unheard) if p.task is None), None)
@@ -234,66 +227,16 @@ class Passes:
             backward.add(passing)
         return backward
 
-    # ---- backward passes
-
-    @protected
-    def heard_backward(self, passing: Pass) -> None:
-        """A gradient reaches an output of a pass."""
-        task, running = compat.backward_id(), self.gradients.running
-        if passing.task == task and running is not None:
-            return  # another of its outputs
-        if running is None or running.task != task:
-            if running is not None:
-                self.end_backward(running)
-            running = self._begin_backward(task)
-        if passing.kind is UNDECIDED:
-            self._decide_training(passing)
-        passing.enter_backward(-1 if task is None else task)
-        running.add(passing)
-
-    def _begin_backward(self, task: int | None) -> Backward:
-        call = roots()
-        value = call.value
-        loss = None if value is None else value.tolist() if value.is_cpu else value.clone()  # in host memory: no wait
-        elsewhere = call.call == "grad" and call.for_parameters
-        backward = Backward(task, loss, elsewhere, not call.for_parameters)
-        self.gradients.begin(backward)
-        if self._steps.current.due:
-            self._sources.backward_begins(self._steps.current.due)
-        compat.at_end_of_backward(partial(_end, self._self, backward))
-        if elsewhere:
-            self._say("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
-        return backward
-
-    @protected
-    def end_backward(self, backward: Backward) -> None:
-        """A backward pass has ended."""
-        if self.gradients.running is not backward:
-            return
-        sources, due = self._sources, self._steps.current.due
-        sign = None if self._check is None else self._check.gradients()
-        if sign is not None:
-            backward.note(sign)
-        if due:
-            backward.keep(sources.backward_ends(due), sources.merge)
-        self.gradients.end()
-        if self._clock.by_forward and not backward.stray:
-            self._steps.current.use(backward)
-
-    def _decide_training(self, passing: Pass) -> None:
+    def _train(self, passing: Pass) -> None:
         """A backward pass runs through a pass in evaluation mode: it was training."""
         passing.decide(TRAINING)
         self._thread = get_ident()
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
 
-    def _gradients_dropped(self, backward: Backward) -> None:
-        """Nobody used its gradients. Where they were finite that is no skipped step."""
-        if backward.sign is not None or backward.flag is not None:
-            self._steps.skip(backward.sign, backward.flag)
-
     # ---- for those who ask
 
+    @protected
     def _of_backward(self) -> Pass | None:
         """The pass that the running backward pass runs through.
 
@@ -306,10 +249,11 @@ class Passes:
         if not self._running.compiled or task is None:
             return self.unheard[-1] if self.unheard else None
         if running is None or running.task != task:
-            running = self._begin_backward(task)
+            running = self.gradients.begin(task)
         running.add(self._pass_of_graph())
         return running.passes[-1]
 
+    @protected
     def _of_graph(self, training: bool) -> Pass | None:
         """A pass for what a compiled function around the model hands over: no hook of the root runs there."""
         if not training:
@@ -320,8 +264,20 @@ class Passes:
             self.unheard.append(self._pass_of_graph())
         return self.unheard[-1]
 
+    @protected
+    def _of_call(self, output: Tensor) -> Pass | None:
+        """A pass for one module that other methods than the model's `forward` call: it counts if its gradients do."""
+        if output.grad_fn is None or self._clock.by_forward or self._thread not in (0, get_ident()):
+            return None
+        if self._clock.training_pass():
+            self._steps.train_by_methods()
+            self.begin_step()
+        passing = self._pass_of_graph()
+        output.register_hook(passing)
+        return passing
+
     def _pass_of_graph(self) -> Pass:
-        return Pass(TRAINING, self._steps.current.due, self._self, self._dropped)
+        return Pass(TRAINING, self._steps.current.due, self._observer, self._dropped)
 
     def _is_foreign(self) -> bool:
         """Whether the thread that trains, which is another one, is alive."""
@@ -335,27 +291,7 @@ class Passes:
             self._said.add(text)
             _log.warning("%s", text)
 
-    def _hides(self) -> bool:
-        model = self._model()
-        return model is not None and is_fully_sharded(model)
-
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        model = self._model()
-        return () if model is None else model.parameters()
-
-    def move_to_parts(self) -> None:
-        """The model itself is never called: follow the outermost parts that can be."""
-        model = self._model()
-        if model is not None:
-            self._hooks.move_to_parts(model)
-
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""
         self._hooks.remove()
         self.unheard, self._first = [], None
-
-
-def _end(weak: ReferenceType[Passes], backward: Backward) -> None:
-    passes = weak()
-    if passes is not None:
-        passes.end_backward(backward)

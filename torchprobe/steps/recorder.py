@@ -8,15 +8,15 @@ from torch.optim import Optimizer
 from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.backward import loss_scale
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Guard, Meter, protected
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.records import Value
+from torchprobe.rules.alert import TrainingAlert
 from torchprobe.rules.watch import Watch
 from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.passes import Passes
-from torchprobe.steps.protection import Guard, protected
 from torchprobe.steps.steps import Steps
 
 
@@ -26,7 +26,7 @@ class Recorder:
     def __init__(
         self, model: nn.Module, plan: Plan, sources: Sources, outlet: Outlet, meter: Meter, watch: Watch, ranks: int
     ) -> None:
-        self.guard = Guard(meter, outlet.stopped)
+        self.guard = Guard(meter, outlet.stopped, (TrainingAlert,))
         self._plan = plan
         self._sources = sources
         self._watch = watch
@@ -41,7 +41,6 @@ class Recorder:
 
     # ---- optimizer steps
 
-    @protected
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
         clock = self.clock
@@ -67,7 +66,6 @@ class Recorder:
         step = self._steps.current
         step.extend(self._sources.parameters.gradients(optimizer, step.due))
 
-    @protected
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
         step = self._steps.current
@@ -81,7 +79,7 @@ class Recorder:
             step.compute_on(self._sources.parameters.same_data)
         for tag, value in self._sources.optimizer_values(optimizer, step.light):
             if type(value) is float:
-                step.buffer.values[tag] = value
+                step.values[tag] = value
             else:
                 step.put(tag, value)
         self._steps.optimizer_stepped(optimizer)

@@ -50,6 +50,7 @@ class Steps:
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
         self._light: frozenset[Reporter] = frozenset()
         self._always_light = False  # they are due at every step
+        self._by_methods = False
 
     @property
     def due_in_validation(self) -> frozenset[Reporter]:
@@ -75,8 +76,12 @@ class Steps:
         self._decided = 0
         if current.due and not self.clock.passes_seen:  # a function around the model may be compiled
             self._sources.step_ended()
-        if self._sources.running.compiled:
+        if self._sources.running.compiled or self._by_methods:
             self._decide(self.clock.following)
+
+    def train_by_methods(self) -> None:
+        """Other methods than the model's `forward` train it: hooks must be there before a step begins."""
+        self._by_methods = True
 
     def count_pass(self, with_gradients: bool) -> None:
         """A forward pass was the step."""
@@ -98,7 +103,7 @@ class Steps:
         """The machine has begun a step: the one before it is complete."""
         ended = self.current
         self._complete(ended)
-        self._outlet.hand_over(ended.number, ended.buffer)
+        self._outlet.hand_over(ended.number, ended.take())
         if ended.due and ended.trained:
             self._sources.step_ended()
         if self.has_validated:
@@ -124,7 +129,7 @@ class Steps:
             self._gather(step)
         loss = None if step.loss is None else step.take_loss()
         if isinstance(loss, float) and self._host_loss:
-            step.buffer.values["overview/loss"] = loss
+            step.values["overview/loss"] = loss
         elif loss is not None:
             losses = [reporter for reporter in self._plan.losses if reporter in step.light]
             step.extend([self._sources.loss_rows(reporter, loss) for reporter in losses])
@@ -165,6 +170,8 @@ class Steps:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
                 self.current.add(piece)
         self._plan.validated()
+        if self._by_methods or self.clock.fresh:
+            self._sources.arm(self.due_in(self.clock.following), self.clock.fresh)
 
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
@@ -177,7 +184,7 @@ class Steps:
         step.put(f"nonfinite/{sign.of}", 1.0)
         if sign.finding is not None:
             step.put(f"provenance/{sign.finding.where}", Text(sign.finding.text))
-        step.buffer.urgent = True
+        step.hurry()
         self._sources.nan_seen()
 
     def skip(self, sign: Sign | None, flag: Tensor | None) -> None:

@@ -86,5 +86,5 @@ class Retrace:
         if not self._said:
             _log.warning("the model was compiled before torchprobe watched it; it is compiled once more, with probes")
         self._said = True
-        self._guards.unguarded -= codes
+        self._guards.unguarded.difference_update(codes)
         drop(codes)

@@ -22,7 +22,7 @@ _log = logging.getLogger("torchprobe")
 
 TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
-_SWITCH = "torch._C:_dynamo.eval_frame.set_eval_frame"
+DYNAMO_SWITCH = "torch._C:_dynamo.eval_frame.set_eval_frame"
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint"
 _UNCHECKED = "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer"
 _PACKAGE = str(Path(__file__).parents[2])
@@ -40,7 +40,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def beside(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Call a function from such a hook, with nothing in it traced. Costs 0.3 µs."""
-    switch = find(_SWITCH)
+    switch = find(DYNAMO_SWITCH)
     if switch is None:
         return _disabled()(function, *args, **kwargs) if "torch._dynamo" in sys.modules else function(*args, **kwargs)
     before = switch(None)
@@ -55,6 +55,14 @@ def _disabled() -> Callable[..., Any]:
     return torch.compiler.disable(lambda function, *args, **kwargs: function(*args, **kwargs))  # type: ignore[no-any-return]
 
 
+def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Mark a function that Dynamo must not trace, and whose frame it must not compile; not what it calls."""
+    for key in ("disable", "disable_recursive"):
+        setattr(function, f"_torchdynamo_{key}", True)
+    skip_frames(function)
+    return function
+
+
 def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Keep Dynamo out of a function: `torch.compiler.disable`, without its import of the whole compiler.
 
@@ -62,7 +70,7 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        switch = find(_SWITCH)
+        switch = find(DYNAMO_SWITCH)
         if switch is None:
             return beside(function, *args, **kwargs)
         before = switch(None)  # as `beside` does, without its call
@@ -71,12 +79,11 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
         finally:
             switch(before)
 
-    for key, value in (("disable", True), ("disable_recursive", True), ("orig_callable", function)):
-        setattr(call, f"_torchdynamo_{key}", value)
-    return call
+    call._torchdynamo_orig_callable = function  # type: ignore[attr-defined]
+    return unseen(call)
 
 
-skip_frames(beside, untraced(skip_frames))  # all that `untraced` makes share one code
+skip_frames(beside)
 
 
 @constant

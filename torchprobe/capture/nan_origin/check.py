@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.nan_origin.graph import Finding, of_gradients, of_output
 from torchprobe.capture.outputs import main_tensor
-from torchprobe.naming import named_parameters
+from torchprobe.naming import named_parameters, owner_of
 from torchprobe.statistics.dtypes import on_host
 
 _ELEMENTS = 1024  # of one tensor
+_FEW_ELEMENTS = 128
 _LOOKS = 3  # steps to look at closely before giving up
 
 
@@ -50,10 +51,8 @@ class NanCheck:
         if self.gate.failed:
             return None
         try:
-            if type(output) is Tensor and output.dtype is torch.float32 and output.is_cpu:
-                if 0 < output.numel() <= _ELEMENTS and not math.isnan(output.detach().sum().tolist()):
-                    return None  # what small models return, at the least cost
-            return self._of_output(output)
+            total = _quick_sum(output)
+            return self._of_output(output) if total is None or math.isnan(total) else None
         except Exception as error:
             self.gate.fail(error)
             return None
@@ -65,10 +64,8 @@ class NanCheck:
         try:
             parameter = None if self._first is None else self._first()
             gradient = None if parameter is None else parameter.grad
-            if type(gradient) is Tensor and gradient.dtype is torch.float32 and gradient.is_cpu:
-                if gradient.numel() <= _ELEMENTS and math.isfinite(gradient.detach().sum().tolist()):
-                    return None
-            return self._of_gradients()
+            total = _quick_sum(gradient)
+            return self._of_gradients() if total is None or not math.isfinite(total) else None
         except Exception as error:
             self.gate.fail(error)
             return None
@@ -105,8 +102,11 @@ class NanCheck:
     def _first_trained(self) -> nn.Parameter | None:
         parameter = None if self._first is None else self._first()
         if parameter is None or parameter.grad is None:
-            found = [p for _, p in self._named() if p.grad is not None and p.is_floating_point()]
-            parameter = next((p for p in found if p.numel() <= _ELEMENTS), found[0] if found else None)
+            found = [(n, p) for n, p in self._named() if p.grad is not None and p.is_floating_point()]
+            few = [(n, p) for n, p in found if p.numel() <= _ELEMENTS] or found[:1]
+            # All of the first module's see NaN from everywhere behind it: the smallest costs least.
+            of_first = [p for n, p in few if owner_of(n) == owner_of(few[0][0])]
+            parameter = min(of_first, key=nn.Parameter.numel, default=None)
             self._first = None if parameter is None else ReferenceType(parameter)
         return parameter
 
@@ -124,6 +124,16 @@ def _is_plain(tensor: Tensor) -> bool:
 def _column(x: Tensor) -> Tensor:
     """One element of every row: what is NaN inside a model is NaN along its last dimension soon."""
     return x.select(-1, 0) if x.dim() > 1 else x
+
+
+def _quick_sum(x: Any) -> float | None:
+    """The sum of a tensor such as small models have, float32 in host memory, at the least cost; None of another one."""
+    if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or not 0 < x.numel() <= _ELEMENTS:
+        return None
+    dims = x.dim() if x.numel() <= _FEW_ELEMENTS else 0
+    if dims == 1:  # in Python, which costs less than an operation
+        return float(sum(x.tolist()))
+    return float(sum(map(sum, x.tolist()))) if dims == 2 else on_host(x.detach().sum())
 
 
 def _sum(x: Tensor) -> float | Tensor:

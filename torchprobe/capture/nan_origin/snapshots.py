@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchprobe.random_state import random_state
@@ -31,7 +31,7 @@ class StepSnapshots:
     def saw(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """What its model was called with."""
         if self._snapshots and shapes:
-            self._snapshots[-1].shapes = shapes
+            self._snapshots[-1] = replace(self._snapshots[-1], shapes=shapes)
 
     def latest(self) -> list[StepSnapshot]:
         """All that are kept, oldest first."""

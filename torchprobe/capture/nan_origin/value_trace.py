@@ -32,6 +32,19 @@ class Trace:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.events = 0
 
+    def has_room(self) -> bool:
+        """For one more event."""
+        self.events += 1
+        return self.events <= _MOST_EVENTS
+
+    def merge(self, other: Trace) -> None:
+        """The events of one more pass, if there is room for them, and its shapes."""
+        if self.events + other.events <= _MOST_EVENTS:
+            for device, rows in other.rows.items():
+                self.rows[device] += rows
+            self.events += other.events
+        self.shapes = other.shapes or self.shapes
+
 
 class ValueTrace:
     """What every module call sees, one reduction a tensor: its extremes are NaN or inf where it holds some."""
@@ -54,7 +67,7 @@ class ValueTrace:
         given = list(_floats((args, kwargs)))
         if not in_backward():
             if name == ROOT:
-                trace.shapes = dict(_shapes(args, kwargs))
+                trace.shapes.update(_shapes(args, kwargs))
             prefix = "" if name == ROOT else f"{name}."
             for own, parameter in module.named_parameters(recurse=False):
                 self._add(trace, self._call, "parameter", prefix + own, parameter)
@@ -78,11 +91,7 @@ class ValueTrace:
 
     def merge(self, a: Trace, b: Trace) -> Trace:
         """The events of two passes; those of the first that are too many are all that is lost."""
-        if a.events + b.events <= _MOST_EVENTS:
-            for device, rows in b.rows.items():
-                a.rows[device] += rows
-            a.events += b.events
-        a.shapes = b.shapes or a.shapes
+        a.merge(b)
         return a
 
     def rows(self, trace: Trace, training: bool, due: frozenset[Reporter]) -> list[Piece]:
@@ -113,8 +122,7 @@ class ValueTrace:
         if tensor.data_ptr() != self._place:  # all hooks of one gradient see it in turn
             self._place = tensor.data_ptr()
             self._tensor += 1
-        trace.events += 1
-        if trace.events <= _MOST_EVENTS:
+        if trace.has_room():
             with no_autocast(tensor.device):
                 row = torch.stack(real(tensor).aminmax())
             trace.rows[tensor.device].append((f"{self._turn} {self._tensor} {call} {kind} {name}", row))

@@ -1,0 +1,119 @@
+"""Training through other methods of the model than `forward`, which no hook of the model itself sees."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import torchprobe
+from torchprobe.testing import MemoryWriter
+
+
+class Encoder(nn.Module):
+    """Trained by `encode` and `decode`; `forward` is for use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 3), nn.Linear(3, 6)
+
+    def encode(self, x):
+        return torch.tanh(self.down(x))
+
+    def decode(self, z):
+        return self.up(z)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+def rms(model, *inputs):
+    """Of `down`'s outputs, in float64."""
+    weight, bias = model.down.weight.detach().double(), model.down.bias.detach().double()
+    out = torch.cat([x.double() @ weight.T + bias for x in inputs])
+    return out.square().mean().sqrt().item()
+
+
+def trained(steps, every, before=lambda model: None, also=lambda model: []):
+    """Values of `activation_rms/down` by step, the right ones, and the session's model."""
+    torch.manual_seed(0)
+    model, writer, right = Encoder(), MemoryWriter(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=every, probes=[torchprobe.Activations()]):
+        for _ in range(steps):
+            before(model)
+            x = torch.randn(5, 6)
+            more = also(model)
+            right.append(rms(model, x, *more))
+            loss = (model.decode(model.encode(x)) - x).square().mean()
+            for extra in more:
+                loss = loss + model.encode(extra).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(writer.scalars("activation_rms/down")), right, model
+
+
+def used_by_forward(model):
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(3, 6))
+    model.train()
+
+
+@pytest.mark.parametrize("before", [lambda model: None, used_by_forward], ids=["alone", "beside use by forward"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_activations_of_training_are_exact(before, every):
+    got, right, model = trained(7, every, before)
+    sampled = [step for step in range(1, 8) if step == 1 or step % every == 0]
+    assert sorted(got) == sampled
+    assert [got[step] for step in sampled] == pytest.approx([right[step - 1] for step in sampled], rel=1e-5)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_calls_whose_gradients_are_not_used_leave_nothing():
+    """Acting with gradients: the outputs are thrown away."""
+    kept = []
+    got, right, _ = trained(4, 1, lambda model: kept.append(model.encode(1e3 * torch.ones(2, 6)).sum()))
+    assert [got[step] for step in range(1, 5)] == pytest.approx(right, rel=1e-5)
+
+
+def test_several_calls_of_one_module_in_a_step_count_together():
+    got, right, _ = trained(3, 1, also=lambda model: [torch.randn(5, 6), torch.randn(5, 6)])
+    assert [got[step] for step in range(1, 4)] == pytest.approx(right, rel=1e-5)
+
+
+def test_a_part_that_is_called_beside_the_model_counts_too():
+    torch.manual_seed(1)
+    model, writer, right = Encoder(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1, probes=[torchprobe.Activations()]):
+        for _ in range(3):
+            x, other = torch.randn(4, 6), torch.randn(4, 6)
+            right.append(rms(model, x, other))
+            (model(x).square().mean() + model.encode(other).square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [value for _, value in writer.scalars("activation_rms/down")] == pytest.approx(right, rel=1e-5)
+
+
+def test_graphs_of_calls_that_nobody_uses_are_not_kept_alive():
+    model = Encoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gc.disable()
+    try:
+        with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+            alive = []
+            for _ in range(5):
+                acted = model.encode(torch.ones(2, 6))
+                alive.append(weakref.ref(acted))
+                del acted
+                model.decode(model.encode(torch.ones(2, 6))).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert [one() for one in alive] == [None] * 5
+    finally:
+        gc.enable()

@@ -1,0 +1,228 @@
+"""Backward passes whose gradients an optimizer may yet use: heard of as they run, kept until that is known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from weakref import ReferenceType
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torchprobe.capture import compat
+from torchprobe.capture.backward import loss_value, roots
+from torchprobe.capture.fully_sharded import is_fully_sharded
+from torchprobe.capture.gate import Guard, protected
+from torchprobe.capture.optimizers import GradientState, trained
+from torchprobe.capture.source import UNDECIDED, Pass
+from torchprobe.capture.sources import Sources
+from torchprobe.steps.backward import Backward
+from torchprobe.steps.steps import Steps
+
+_log = logging.getLogger("torchprobe")
+
+
+class Gradients:
+    """The backward passes since gradients were last zeroed, and which gradients they added to.
+
+    train: called with a pass in evaluation mode through which a backward pass runs.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceType[nn.Module],
+        guard: Guard,
+        steps: Steps,
+        sources: Sources,
+        train: Callable[[Pass], None],
+    ) -> None:
+        self.guard = guard
+        self.running: Backward | None = None
+        self._steps = steps
+        self._sources = sources
+        self._merge = sources.merge
+        self._check = sources.nan_check
+        self._model = model
+        self._train = train
+        self._waiting: list[Backward] = []  # oldest first
+        self._states: list[GradientState] = []  # of each optimizer that has stepped
+        self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
+        self._said = False
+
+    # ---- as they run
+
+    @protected
+    def heard_backward(self, passing: Pass) -> None:
+        """A gradient reaches an output of a pass."""
+        task, running = compat.backward_id(), self.running
+        if passing.task == task and running is not None:
+            return  # another of its outputs
+        if running is None or running.task != task:
+            running = self.begin(task)
+        if passing.kind is UNDECIDED:
+            self._train(passing)
+        passing.enter_backward(-1 if task is None else task)
+        running.add(passing)
+
+    def begin(self, task: int | None) -> Backward:
+        """A backward pass begins; one that is thought to run has ended without a word."""
+        if self.running is not None:
+            self.end(self.running)
+        call = roots()
+        loss = None if call.value is None else loss_value(call.value)
+        elsewhere = call.call == "grad" and call.for_parameters
+        backward = Backward(task, loss, elsewhere, not call.for_parameters)
+        self._look(backward)
+        if self._steps.current.due:
+            self._sources.backward_begins(self._steps.current.due)
+        compat.at_end_of_backward(partial(self.end, backward))
+        if elsewhere and not self._said:
+            self._said = True
+            _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
+        return backward
+
+    @protected
+    def end(self, backward: Backward) -> None:
+        """A backward pass has ended."""
+        if self.running is not backward:
+            return
+        due = self._steps.current.due
+        sign = None if self._check is None else self._check.gradients()
+        if sign is not None:
+            backward.note(sign)
+        if due:
+            backward.keep(self._sources.backward_ends(due), self._merge)
+        self.running = None
+        self._await(backward)
+        if self._steps.clock.by_forward and not backward.stray:
+            self._steps.current.use(backward)
+
+    # ---- what becomes of their gradients
+
+    def _look(self, backward: Backward) -> None:
+        """Gradients as a backward pass finds them: those before it whose gradients are gone were dropped."""
+        self.running = backward
+        states, waiting = self._states, self._waiting
+        if len(states) == len(waiting) == 1 and waiting[0].used and states[0].of() is not None and not states[0].look():
+            self._waiting = []  # the plain loop
+            return
+        states = self._living()
+        if self._waiting:
+            self._drop_zeroed(states)
+        for state in states:
+            state.look()
+
+    def _await(self, backward: Backward) -> None:
+        for passing in backward.passes:
+            if passing.kept:
+                backward.settle(self._merge)
+                break
+        if not backward.elsewhere:
+            self._see_reach(backward)
+        if backward.stray and not backward.reached:
+            return
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and not last.used and last.like(backward):
+            last.absorb(backward, self._merge)
+        else:
+            self._waiting.append(backward)
+
+    def used_by(self, optimizer: Optimizer) -> list[Backward]:
+        """The backward passes whose gradients an optimizer is about to use."""
+        for known in self._states:
+            if known.of() is optimizer:
+                state = known
+                break
+        else:
+            state = self._know(optimizer)
+        candidates, running = self._waiting, self.running
+        if running is not None:
+            self._see_reach(running)
+            candidates = [*candidates, running]
+        found, fresh = [], False
+        for backward in candidates:
+            if backward.reached is None or state in backward.reached:
+                found.append(backward)
+                fresh |= not backward.used
+        if not fresh:
+            state.choose()
+        return found
+
+    def waiting(self) -> list[Backward]:
+        """The backward passes that were not dropped yet."""
+        return list(self._waiting)
+
+    def step_begins(self) -> None:
+        """What a step used stays only as a loss whose gradient may still be there."""
+        if len(self._waiting) == 1 and self._waiting[0].used:  # the plain loop; what it kept was taken when it ended
+            return
+        left: list[Backward] = []
+        for backward in self._waiting:
+            if backward.elsewhere and not backward.used:
+                continue
+            if backward.used:
+                backward.forget()
+            if left and left[-1].used and left[-1].like(backward):
+                left[-1].absorb(backward, self._merge)
+            else:
+                left.append(backward)
+        self._waiting = left
+
+    def drop_zeroed(self) -> None:
+        """Drop what was zeroed since: asked when a step ends for good."""
+        if self._waiting and self.running is None:
+            self._drop_zeroed(self._living())
+
+    def _drop_zeroed(self, states: list[GradientState]) -> None:
+        waiting = self._waiting
+        thorough = not all([backward.used for backward in waiting])  # noqa: C419 - a generator costs a call a turn
+        zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states])}
+        if not zeroed:
+            return
+        self._waiting = []
+        if len(zeroed) == len(states) and not thorough:  # the plain loop
+            return
+        for backward in waiting:
+            if backward.reached is not None:
+                backward.reached.difference_update(zeroed)
+            unseen = backward.reached is None
+            gone = len(zeroed) == len(states) and not self._hides() if unseen else not backward.reached
+            if not gone or backward.elsewhere:
+                self._waiting.append(backward)
+            elif not backward.used:
+                self._drop(backward)
+
+    def _drop(self, backward: Backward) -> None:
+        """Nobody used its gradients. Where they were finite that is no skipped step."""
+        if backward.sign is not None or backward.flag is not None:
+            self._steps.skip(backward.sign, backward.flag)
+
+    def _see_reach(self, backward: Backward) -> None:
+        for state in self._states:
+            if state.grew():
+                backward.reach(state)
+
+    def _know(self, optimizer: Optimizer) -> GradientState:
+        state = GradientState(trained(optimizer), optimizer)
+        self._states.append(state)
+        state.choose()
+        for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
+            backward.join(state)  # it came before the optimizer was known, and may be for it too
+        return state
+
+    def _living(self) -> list[GradientState]:
+        """The states of the optimizers that exist; while none is known, that of all parameters."""
+        self._states = [state for state in self._states if state.of() is not None]
+        if self._states:
+            return self._states
+        if self._unknown is None:
+            model = self._model()
+            trained_ones = () if model is None else [p for p in model.parameters() if p.requires_grad]
+            self._unknown = GradientState(trained_ones)
+        return [self._unknown]
+
+    def _hides(self) -> bool:
+        """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""
+        model = self._model()
+        return model is not None and is_fully_sharded(model)

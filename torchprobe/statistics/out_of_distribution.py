@@ -62,7 +62,7 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     found = {}
     for side, (low, high, _, *counts) in zip(SIDES, sides.tolist(), strict=True):
         if any(counts):
-            found[side] = (np.asarray(linear.edges(low, high, BUCKETS)), np.asarray(counts, dtype=np.int64))
+            found[side] = (linear.edges(low, high, BUCKETS), np.asarray(counts, dtype=np.int64))
     return found
 
 

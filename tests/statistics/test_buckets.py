@@ -41,6 +41,20 @@ def test_whatever_has_no_bucket_has_an_index_in_range(index):
     assert at.max() < max(buckets.MAGNITUDES, buckets.SHARES)
 
 
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.floats(-1e6, 1e6) | st.sampled_from((0.0, 1e-310)))))
+@settings(max_examples=50, deadline=None)
+def test_a_tally_is_a_sum_over_each_bucket(elements):
+    index = torch.tensor([at for at, _, _ in elements], dtype=torch.int64)
+    weights = (
+        torch.tensor([kept for _, kept, _ in elements], dtype=torch.bool),
+        torch.tensor([weight for *_, weight in elements], dtype=torch.float64),
+    )
+    kept, sums = buckets.tally(index, 7, *weights).tolist()
+    assert kept == [sum(k for at, k, _ in elements if at == bucket) for bucket in range(7)]
+    expected = [math.fsum(weight for at, _, weight in elements if at == bucket) for bucket in range(7)]
+    assert sums == pytest.approx(expected, rel=1e-12, abs=1e-8)
+
+
 def test_a_tally_adds_up_weights_and_counts_exactly():
     index = torch.tensor([0, 2, 2, 1])
     weights = (torch.tensor([True, True, False, True]), torch.tensor([0.5, 1e-9, 1.0, 2.0], dtype=torch.float64))

@@ -13,10 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.naming import with_parents
-from torchprobe.probes.checks import Select, check_probe_class, checked_reduce, checked_select, offered_sources
+from torchprobe.probes.checks import (
+    REDUCTIONS,
+    Reduce,
+    Select,
+    check_probe_class,
+    checked_reduce,
+    checked_select,
+    offered_sources,
+)
 from torchprobe.probes.schedule import Cadence, Schedule, as_schedule, default_cadence
 from torchprobe.records import Value
-from torchprobe.statistics.reductions import REDUCTIONS, Reduce
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
 Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
@@ -78,6 +85,8 @@ class Probe(metaclass=_Frozen):
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"
     """For ranks that hold parts of one module and see the same examples; equal rows count once."""
+    combines_many: ClassVar[bool] = False
+    """Whether `combine` takes rows of any shape (..., fields), and not one by one."""
     found_everywhere: ClassVar[bool] = True
     """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
@@ -170,7 +179,8 @@ class Probe(metaclass=_Frozen):
         rows = self.compute_all(tensors, before)
         if not self.weighted:
             return rows
-        return torch.cat((rows, rows.new_tensor([[tensor.numel()] for tensor in tensors])), dim=1)
+        counts = [rows.new_full((1, 1), tensor.numel()) for tensor in tensors]  # a copied list would be waited for
+        return torch.cat((rows, torch.cat(counts)), dim=1)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Merge the rows of two parts, shape (len(fields),) each. By default as `reduce` says."""
@@ -180,7 +190,7 @@ class Probe(metaclass=_Frozen):
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """`combine` for many rows at once, on the host: shapes (names, fields). Merges what ranks have seen."""
-        if not self.combines:
+        if self.combines_many or not self.combines:
             return self.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
         pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a

@@ -1,12 +1,19 @@
-"""What a probe class has to say for itself: its source, its fields, how parts are merged, what it selects."""
+"""What a probe class has to say for itself: its source, its fields, how parts are merged, what it selects.
+
+`REDUCTIONS` merge rows that are plain numbers: shape (..., fields), those of "mean" with one column more, last, the
+number of elements of each part, so that the mean of parts of unequal size is that of all their elements. NaN in a part
+is NaN in the whole, but for "last".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
 
 from torchprobe.arguments import checked_patterns
-from torchprobe.statistics.reductions import REDUCTIONS, Reduce
 
 OF_MODULES = ("outputs", "output_gradients", "units")
 OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
@@ -15,9 +22,32 @@ OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
 BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers")
 """Those that are wired to one probe of ours each."""
 
+Reduce: TypeAlias = Literal["sum", "mean", "max", "last"]
 Select: TypeAlias = "str | Iterable[str] | Callable[[str, Any], bool]"
 
 _registered: dict[str, None] = {}  # names of sources of a user's own, process-wide as classes are
+
+
+def _weighted_mean(a: Tensor, b: Tensor) -> Tensor:
+    """The means of both parts' elements, and how many these are; a part without an element counts for nothing."""
+    weight_a, weight_b = a[..., -1:], b[..., -1:]
+    total = weight_a + weight_b
+    mean = a[..., :-1] * (weight_a / total) + b[..., :-1] * (weight_b / total)
+    mean = torch.where(weight_a == 0, b[..., :-1], torch.where(weight_b == 0, a[..., :-1], mean))
+    return torch.cat((mean, total), dim=-1)
+
+
+def _last(a: Tensor, b: Tensor) -> Tensor:
+    """The later part: the later micro-batch, and of several ranks the highest one."""
+    return b
+
+
+REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "mean": _weighted_mean,
+    "max": torch.maximum,
+    "last": _last,
+}
 
 
 def register(source: str) -> None:

@@ -56,17 +56,14 @@ class Provenance(Probe):
     source: ClassVar[str] = "flow"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("low", "high")
+    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "provenance": "The first module in execution order that made NaN or inf from finite numbers."
     }
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The extremes of two tensors together; NaN stays NaN."""
-        return torch.stack((torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])))
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The extremes of two ranks' tensors together; NaN stays NaN."""
-        return np.stack((np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])), axis=1)
+        return torch.stack((torch.minimum(a[..., 0], b[..., 0]), torch.maximum(a[..., 1], b[..., 1])), dim=-1)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are `turn tensor call kind name` of the events; at most one value a step."""

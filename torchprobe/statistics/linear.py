@@ -36,7 +36,7 @@ def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
     more are in use. A bucket holds its lower edge. Counts are exact, and add up to the number of finite elements.
     Equal elements all are in the middle bucket.
 
-    Makes no host read; reads the data twice. On one CPU core an element of a million of float32 costs 5 ns.
+    Makes no host read; reads the data twice. On one CPU core an element of a million of float32 costs 5 ns. Raises
     TypeError for integers and ValueError for fewer than four buckets.
     """
     return linear_histograms([x], buckets)[0]
@@ -88,7 +88,8 @@ def _extremes(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
         values = scratch.first(len(chunk)).values
         lows.append(torch.nan_to_num(values.copy_(chunk), *3 * [math.inf], out=values).amin())
         highs.append(torch.nan_to_num(values.copy_(chunk), *3 * [-math.inf], out=values).amax())
-    return tuple(_finite(end.to(scratch.wide)) for end in (torch.stack(lows).amin(), torch.stack(highs).amax()))
+    low, high = torch.stack(lows).amin(), torch.stack(highs).amax()
+    return _finite(low).to(scratch.wide), _finite(high).to(scratch.wide)
 
 
 def _finite(end: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ is NaN in the whole, but for "last".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from torchprobe.arguments import checked_patterns
+from torchprobe.naming import with_parents
 
 OF_MODULES = ("outputs", "output_gradients", "units")
 OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
@@ -101,6 +103,14 @@ def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[s
     if not {*OF_MODULES, *OF_PARAMETERS, *_registered}.intersection(sources):
         raise TypeError(f"select: {name} watches no modules or parameters to choose from")
     return select if callable(select) else checked_patterns("select", select, "blocks.*.fc")
+
+
+def selects(select: tuple[str, ...] | Callable[[str, Any], bool], name: str, module_or_parameter: Any) -> bool:
+    """Whether patterns or a predicate fit a module or parameter; a pattern also fits the parameters below a module."""
+    if callable(select):
+        return bool(select(name, module_or_parameter))
+    names = with_parents(name) if isinstance(module_or_parameter, Tensor) else (name,)
+    return any(fnmatchcase(part, pattern) for part in names for pattern in select)
 
 
 def _is_ours(cls: type, attribute: str) -> bool:

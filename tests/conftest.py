@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
 from torchprobe.capture.marks import ROOT_KEY
 from torchprobe.capture.sites import SITE
+
+# One thread a process, children included: workers side by side would wait for each other's at every operation.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -33,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
     "distributed": {"buffer", "capture", "probes", "records", "rules"},
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
-    "user_values": {"buffer", "statistics"},
-    "logs": {"buffer", "probes", "records", "steps", "user_values", "writers"},
+    "user_values": {"statistics"},
+    "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "flight": {"_version", "capture", "records", "rules", "writers"},
     "assembly": {"buffer", "capture", "distributed", "naming", "steps"},
     "session": {

@@ -21,21 +21,21 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.logger import TrainingLogger as TrainingLogger
     from torchprobe.probes.activations import ActivationGradients as ActivationGradients
     from torchprobe.probes.activations import Activations as Activations
+    from torchprobe.probes.activations import UnitActivity as UnitActivity
     from torchprobe.probes.attention import Attention as Attention
     from torchprobe.probes.base import Probe as Probe
     from torchprobe.probes.base import Reporter as Reporter
     from torchprobe.probes.calibration import Calibration as Calibration
     from torchprobe.probes.gradients import Gradients as Gradients
+    from torchprobe.probes.gradients import Parameters as Parameters
+    from torchprobe.probes.gradients import Updates as Updates
     from torchprobe.probes.histograms import Histograms as Histograms
     from torchprobe.probes.learning_rates import LearningRates as LearningRates
     from torchprobe.probes.loss import Loss as Loss
-    from torchprobe.probes.parameters import Parameters as Parameters
-    from torchprobe.probes.parameters import Updates as Updates
     from torchprobe.probes.provenance import Provenance as Provenance
     from torchprobe.probes.schedule import every as every
     from torchprobe.probes.schedule import window as window
     from torchprobe.probes.uncertainty import Uncertainty as Uncertainty
-    from torchprobe.probes.unit_activity import UnitActivity as UnitActivity
     from torchprobe.records import Histogram as Histogram
     from torchprobe.records import Image as Image
     from torchprobe.records import Record as Record
@@ -86,7 +86,7 @@ _HOMES = {
     "NonFinite": "rules.non_finite",
     "NothingCaptured": "rules.missing",
     "Overconfidence": "rules.thresholds",
-    "Parameters": "probes.parameters",
+    "Parameters": "probes.gradients",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",
@@ -97,9 +97,9 @@ _HOMES = {
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",
     "Uncertainty": "probes.uncertainty",
-    "UnitActivity": "probes.unit_activity",
+    "UnitActivity": "probes.activations",
     "UpdateRatio": "rules.magnitudes",
-    "Updates": "probes.parameters",
+    "Updates": "probes.gradients",
     "VanishingGradient": "rules.magnitudes",
     "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",

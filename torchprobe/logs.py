@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece
-from torchprobe.probes.separation import Separation
-from torchprobe.records import Text, Value
+from torchprobe.records import Histogram, Text, Value
+from torchprobe.statistics import out_of_distribution
 from torchprobe.steps.recorder import Recorder
-from torchprobe.user_values import Metrics, Number, checked, checked_predictions, separation_piece
+from torchprobe.user_values import Metrics, Number, checked, checked_predictions, floats
 from torchprobe.writers.hparams import HParamsWriter
+
+_log = logging.getLogger("torchprobe")
+
+_SEPARATION = (
+    "AUROC: how often a score from outside the distribution is above one from inside, ties by half; 0.5 is chance "
+    "(exact). And both sets of scores."
+)
 
 
 class LogCalls(ABC):
@@ -52,9 +62,15 @@ class LogCalls(ABC):
         (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
         the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
         """
-        piece = separation_piece(self._separation, in_scores, out_scores, name)
-        if piece is not None:
-            self._log_rows("log_ood", piece)
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r}: takes a string, such as 'ood', not {type(name).__name__}")
+        inside, outside = floats("in_scores", in_scores), floats("out_scores", out_scores)
+        try:
+            row = out_of_distribution.compute(inside, outside.to(inside.device, non_blocking=True))
+        except Exception:
+            _log.exception("log_ood failed and its scores are left out; training goes on")
+        else:
+            self._log_rows("log_ood", Piece(self._separation, [name], row[None]))
 
     @abstractmethod
     def _log(self, call: str, values: Sequence[tuple[str, Value | Tensor]], prefix: str = "") -> None:
@@ -92,3 +108,20 @@ class Logs(LogCalls):
 
     def _log_rows(self, call: str, piece: Piece) -> None:
         self._recorder.log_rows(piece)
+
+
+class Separation:
+    """Rows of `out_of_distribution.compute` as `<name>/auroc` and two histograms, `<name>/in` and `<name>/out`."""
+
+    def __init__(self) -> None:
+        self.descriptions: Mapping[str, str] = {}
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """A row a name. What is not finite is counted beside it."""
+        for name, row in zip(names, rows, strict=True):
+            self.descriptions = {**self.descriptions, name.split("/", 1)[0]: _SEPARATION}
+            for key, value in out_of_distribution.summarise(row).items():
+                if key == "auroc" or (key.startswith("nonfinite") and value):
+                    yield f"{name}/{key}", value
+            for side, (edges, counts) in out_of_distribution.histograms(row).items():
+                yield f"{name}/{side}", Histogram(edges, counts)

@@ -15,13 +15,12 @@ from tests.statistics.strategies import tensors
 from torchprobe.buffer.step import WHOLE, Share
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.merge import Combiner, merge, same_data_groups
-from torchprobe.probes.activations import ActivationGradients
+from torchprobe.probes.activations import ActivationGradients, UnitActivity
 from torchprobe.probes.attention import AttentionWeights
 from torchprobe.probes.base import Probe
+from torchprobe.probes.gradients import Parameters
 from torchprobe.probes.histograms import GradientHistograms, ParameterHistograms
-from torchprobe.probes.parameters import Parameters
 from torchprobe.probes.provenance import Provenance
-from torchprobe.probes.unit_activity import UnitActivity
 from torchprobe.statistics import calibration, intervals, uncertainty
 
 OF_BATCHES = [torchprobe.Activations(every=1), ActivationGradients(1)]

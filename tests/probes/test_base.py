@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import torchprobe
 from torchprobe.distributed.frames import Part
 from torchprobe.distributed.merge import merge
+from torchprobe.probes.checks import REDUCTIONS
 from torchprobe.probes.choosing import checked_probes, default_probes
 from torchprobe.testing import MemoryWriter
 
@@ -122,6 +127,29 @@ def test_a_part_without_elements_does_not_touch_the_mean():
     for a, b in ((empty, full), (full, empty)):
         torch.testing.assert_close(probe.combine(a, b), full)
     assert probe.combine(empty, empty)[0].isnan()
+
+
+NUMBERS = st.floats(-1e6, 1e6) | st.sampled_from((0.0, 1e-310, math.nan, math.inf))
+
+
+def mean_of(part):
+    return math.fsum(part) / len(part) if part else math.nan
+
+
+def largest_of(part):
+    return math.nan if any(map(math.isnan, part)) else max(part, default=-math.inf)
+
+
+@pytest.mark.parametrize(("reduce", "value_of"), [("sum", math.fsum), ("mean", mean_of), ("max", largest_of)])
+@given(parts=st.lists(st.lists(NUMBERS, max_size=5), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_unequal_parts_merge_to_the_whole(reduce, value_of, parts):
+    def row(part):
+        return torch.tensor([value_of(part), len(part)][: 1 + (reduce == "mean")], dtype=torch.float64)
+
+    merged = functools.reduce(REDUCTIONS[reduce], map(row, parts))
+    whole = [number for part in parts for number in part]
+    assert merged.tolist() == pytest.approx(row(whole).tolist(), rel=1e-12, abs=1e-8, nan_ok=True)
 
 
 def test_many_rows_are_merged_as_one_by_one():

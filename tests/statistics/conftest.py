@@ -10,10 +10,8 @@ from torchprobe.statistics import buckets, dense, dtypes
 
 @contextmanager
 def _in_chunks_of(size: int):
-    patches = (
-        *((dtypes, "CPU_CHUNK", size), (dense, "CHUNK", size)),
-        *((buckets, "SMALL", min(size, buckets.SMALL)), (buckets, "COUNT_CHUNK", 2 * size)),
-    )
+    small = min(size, buckets.SMALL)
+    patches = ((dtypes, "CPU_CHUNK", size), (dense, "CHUNK", size), (buckets, "SMALL", small))
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))

@@ -45,3 +45,11 @@ def test_counts_add_up_over_unequal_parts(units, first, second):
 def test_rarely_is_under_one_percent():
     assert inactive_share([(torch.tensor([0, 1, 2, 100]), 200)]).item() == pytest.approx(0.5)
     assert inactive_share([(torch.tensor([0]), 10), (torch.tensor([1, 1, 1]), 100)]).item() == pytest.approx(0.25)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 300)), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_the_share_is_that_of_units_under_one_percent(counts):
+    found = inactive_share([(torch.tensor(active), inputs) for active, inputs in counts]).item()
+    inactive = [100 * n < inputs for active, inputs in counts for n in active]
+    assert found == pytest.approx(sum(inactive) / len(inactive), rel=1e-6)

@@ -10,45 +10,45 @@ from hypothesis import assume, given, settings
 
 from tests.statistics import reference
 from tests.statistics.strategies import tensors
-from torchprobe.statistics import dense, energy, moments
+from torchprobe.statistics import dense, moments, norms
 
 
 @given(x=tensors())
 @settings(max_examples=150, deadline=None)
-def test_energy_is_the_sum_of_squares_of_the_finite_elements(x):
-    squares, nonfinite = energy.compute(x).tolist()
+def test_a_row_is_the_sum_of_squares_of_the_finite_elements(x):
+    squares, nonfinite = norms.sum_squares(x).tolist()
     assert nonfinite == reference.nonfinite(x)
     assert squares == pytest.approx(reference.squares(x), rel=2e-6, nan_ok=True)
 
 
 @given(x=tensors(), y=tensors())
 @settings(max_examples=100, deadline=None)
-def test_energies_combine_to_that_of_the_concatenation(x, y):
+def test_sums_of_squares_combine_to_that_of_the_concatenation(x, y):
     assume(x.numel() and y.numel())
     whole = torch.tensor(reference.elements(x) + reference.elements(y), dtype=torch.float64)
-    squares, nonfinite = energy.combine(energy.compute(x), energy.compute(y)).tolist()
+    squares, nonfinite = norms.combine_squares(norms.sum_squares(x), norms.sum_squares(y)).tolist()
     assert nonfinite == reference.nonfinite(whole)
     assert squares == pytest.approx(reference.squares(whole), rel=2e-6, nan_ok=True)
 
 
-def test_energies_combine_many_at_once():
+def test_sums_of_squares_combine_many_at_once():
     dead, alive = torch.tensor([math.nan, 2.0]), torch.tensor([3.0, 1.0])
-    found = energy.combine(torch.stack((dead, alive, dead)), torch.stack((alive, alive, dead)))
+    found = norms.combine_squares(torch.stack((dead, alive, dead)), torch.stack((alive, alive, dead)))
     torch.testing.assert_close(found, torch.tensor([[3.0, 3], [6, 2], [math.nan, 4]]), equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [3, 300_000])
-def test_a_tensor_without_a_finite_element_has_no_energy_inside_a_graph_either(n):
-    compiled = torch.compile(energy.compute, fullgraph=True, backend="aot_eager")
+def test_a_tensor_without_a_finite_element_has_no_sum_of_squares_inside_a_graph_either(n):
+    compiled = torch.compile(norms.sum_squares, fullgraph=True, backend="aot_eager")
     for x in (torch.full((n,), math.nan), torch.zeros(n), torch.randn(n)):
-        torch.testing.assert_close(compiled(x), energy.compute(x), rtol=2e-6, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(compiled(x), norms.sum_squares(x), rtol=2e-6, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_element_that_is_not_finite_is_left_to_the_careful_way(bad):
     x = torch.randn(300_000)
     x[123_456] = bad
-    assert dense.sum_squares(x) is None
+    assert dense.sums(x) is None
     assert dense.moments(x) is None
     assert moments.compute(x)[5] == 1
 
@@ -56,15 +56,15 @@ def test_an_element_that_is_not_finite_is_left_to_the_careful_way(bad):
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_numbers_whose_squares_leave_float32_are_left_to_the_careful_way(scale):
     x = torch.randn(1000) * scale
-    assert dense.sum_squares(x) is None
+    assert dense.sums(x) is None
     assert dense.moments(x) is None
-    assert math.sqrt(energy.compute(x)[0]) == pytest.approx(x.double().norm().item(), rel=1e-6)
+    assert math.sqrt(norms.sum_squares(x)[0]) == pytest.approx(x.double().norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3_000_001,), (1000, 7, 200)])
 def test_many_elements_stay_within_a_millionth(shape):
     x = torch.rand(shape)
-    assert dense.sum_squares(x) == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+    assert dense.sums(x)[0] == pytest.approx(x.double().square().sum().item(), rel=1e-6)
     count, mean, m2, *_ = dense.moments(x.transpose(0, -1))
     assert count == x.numel()
     assert mean == pytest.approx(x.double().mean().item(), rel=1e-6)
@@ -87,7 +87,7 @@ def test_rounding_does_not_add_up_over_elements_that_are_alike(make):
     assert (count, max_abs, zeros) == (len(x), x.abs().max().item(), (x == 0).sum().item())
     assert mean == pytest.approx(wide.mean().item(), rel=0, abs=1e-7 * max_abs)
     assert m2 == pytest.approx(wide.var(correction=0).item() * count, rel=5e-7)
-    assert dense.sum_squares(x) == pytest.approx(wide.square().sum().item(), rel=5e-7)
+    assert dense.sums(x)[0] == pytest.approx(wide.square().sum().item(), rel=5e-7)
 
 
 def test_only_plain_float32_in_host_memory_is_looked_at():

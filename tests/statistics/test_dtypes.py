@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from tests.modes import NoHostRead
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
-from torchprobe.statistics import buckets, dtypes, energy, exponents, linear, moments, norms
+from torchprobe.statistics import buckets, dtypes, exponents, linear, moments, norms
 
 
 def tally(values: list[float]) -> Counter[str]:
@@ -162,7 +162,7 @@ def test_what_is_measurable_is_taken_by_every_statistic(make):
     for statistic in (norms.finite_sums, norms.l2_norms, exponents.log_histograms, linear.linear_histograms):
         assert len(statistic([torch.ones(2), x])) == 2
     moments.compute(x)
-    energy.compute(x)
+    norms.sum_squares(x)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of formats that are young or old

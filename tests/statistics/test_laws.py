@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.modes import Largest, NoHostRead
-from torchprobe.statistics import energy, exponents, linear, moments, norms
+from torchprobe.statistics import exponents, linear, moments, norms
 
 
 def combined(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def combined(x: torch.Tensor) -> torch.Tensor:
 STATISTICS = {
     "compute": moments.compute,
     "combine": combined,
-    "energy": energy.compute,
+    "sum_squares": norms.sum_squares,
     "finite_sums": lambda x: norms.finite_sums([x, x[:2]]),
     "l2_norms": lambda x: norms.l2_norms([x, x[:2]]),
     "log_histogram": exponents.log_histogram,

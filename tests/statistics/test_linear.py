@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
+from torchprobe.statistics import buckets as counting
 from torchprobe.statistics import linear
 
 
@@ -42,16 +43,16 @@ def test_elements_are_between_the_edges_of_their_bucket(x, buckets, piece, in_ch
 def test_buckets_are_as_narrow_as_a_power_of_two_can_be():
     row = linear.linear_histogram(torch.arange(11.0), 11)
     assert row.tolist() == [0, 10, 0, *11 * [1]]
-    assert linear.edges(0.0, 10.0, 11) == list(range(12))
+    assert linear.edges(0.0, 10.0, 11).tolist() == list(range(12))
     row = linear.linear_histogram(torch.arange(11.0), 10)
     assert row.tolist() == [0, 10, 0, 2, 2, 2, 2, 2, 1, 0, 0, 0, 0]
-    assert linear.edges(0.0, 10.0, 10) == list(range(0, 22, 2))
+    assert linear.edges(0.0, 10.0, 10).tolist() == list(range(0, 22, 2))
 
 
 def test_edges_are_multiples_of_the_width_so_zero_is_one_of_them():
     row = linear.linear_histogram(torch.tensor([-1.0, -1e-30, 0.0, 0.1, 2.9]), 4)
     assert row.tolist() == [-1, torch.tensor(2.9).item(), 0, 2, 2, 0, 1]
-    assert linear.edges(-1.0, 2.9, 4) == [-1, 0, 1, 2, 3]
+    assert linear.edges(-1.0, 2.9, 4).tolist() == [-1, 0, 1, 2, 3]
 
 
 @given(x=tensors(), cut=st.floats(0, 1), buckets=st.sampled_from((4, 7, 64)))
@@ -75,7 +76,7 @@ def test_the_histograms_of_two_parts_merge_to_that_of_the_whole_exactly(x, cut, 
 @settings(max_examples=200, deadline=None)
 def test_float32_arithmetic_puts_no_element_elsewhere_than_float64_does(values, tiny, scale, offset, buckets):
     x = torch.cat((torch.tensor(values) * scale + offset, torch.tensor(tiny)))
-    repeated = x.repeat(5000)  # too many to be counted together with others
+    repeated = x.repeat(1 + counting.SMALL // len(x))  # too many to be counted together with others
     row = linear.linear_histogram(repeated, buckets)
     assert row.tolist() == linear.linear_histogram(repeated.double(), buckets).tolist()
 
@@ -93,7 +94,7 @@ def test_many_parts_merge_in_any_order():
 def test_equal_elements_are_in_one_bucket_around_them(value, buckets):
     x = torch.tensor([value, math.nan, value])
     low, high, nonfinite, *counts = linear.linear_histogram(x, buckets).tolist()
-    edges = linear.edges(low, high, buckets)
+    edges = linear.edges(low, high, buckets).tolist()
     index = counts.index(2)
     assert low == high == x[0].item()
     assert nonfinite == 1
@@ -117,14 +118,14 @@ def test_a_range_beyond_float64_is_still_a_range():
     low, high, nonfinite, *counts = linear.linear_histogram(x, 4).tolist()
     assert (low, high, nonfinite, counts) == (-1.7e308, 1.7e308, 0, [1, 0, 1, 1])
     largest = torch.finfo(torch.float64).max
-    assert linear.edges(low, high, 4) == [-largest, -(2.0**1023), 0, 2.0**1023, largest]
+    assert linear.edges(low, high, 4).tolist() == [-largest, -(2.0**1023), 0, 2.0**1023, largest]
 
 
 @given(low=st.floats(-1e300, 1e300), width=st.floats(0, 1e300), buckets=st.integers(4, 100))
 @settings(max_examples=60, deadline=None)
 def test_edges_rise_from_low_to_high(low, width, buckets):
     high = low + width
-    edges = linear.edges(low, high, buckets)
+    edges = linear.edges(low, high, buckets).tolist()
     assert len(edges) == buckets + 1
     assert edges == sorted(edges)
     assert edges[0] <= low + 1e-300 * width  # what underflows beside the width of a bucket counts as 0
@@ -135,9 +136,9 @@ def test_no_bucket_is_refused():
     with pytest.raises(ValueError, match=r"buckets: got 0, takes 4 or more"):
         linear.linear_histogram(torch.ones(2), 0)
     with pytest.raises(ValueError, match=r"buckets: got -1, takes 4 or more"):
-        linear.edges(0.0, 1.0, -1)
+        linear.edges(0.0, 1.0, -1).tolist()
 
 
 def test_edges_in_the_wrong_order_are_refused():
     with pytest.raises(ValueError, match=r"low, high: got 2.0 and 1.0, takes low <= high"):
-        linear.edges(2.0, 1.0)
+        linear.edges(2.0, 1.0).tolist()

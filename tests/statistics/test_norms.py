@@ -135,3 +135,18 @@ def test_distances_are_those_of_float64(shape, bad):
     found = norms.distances([x, torch.ones(2)], [y, torch.full((2,), 4.0)])
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1], torch.tensor([18.0, 32.0], dtype=torch.float64).sqrt())
+
+
+SUBTRACTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
+
+
+@given(many=st.lists(tensors(SUBTRACTABLE), max_size=4), piece=piece_sizes())
+@settings(max_examples=50, deadline=None)
+def test_distances_are_those_of_each_pair_subtracted_in_its_own_type(many, piece, in_chunks_of):
+    others = [x.clone().roll(1) for x in many]
+    pairs = [(other - x, other) for x, other in zip(many, others, strict=True)]
+    expected = [math.sqrt(reference.squares(x)) for pair in pairs for x in pair]
+    with in_chunks_of(piece):
+        found = norms.distances(many, others)
+    assert found.shape == (len(many), 2)
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-13, nan_ok=True)

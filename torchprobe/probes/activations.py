@@ -1,9 +1,10 @@
-"""Activations: the distribution of what each module puts out."""
+"""Activations: the distribution of what each module puts out, its gradient, and which units are ever active."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.probes.base import Probe, Report
+from torchprobe.probes.base import Probe, Report, Way
 from torchprobe.probes.checks import Select
 from torchprobe.probes.schedule import Schedule
-from torchprobe.statistics import energy, moments
+from torchprobe.records import Value
+from torchprobe.statistics import moments, norms
 
 
 class Activations(Probe):
@@ -26,6 +28,7 @@ class Activations(Probe):
 
     source: ClassVar[str] = "outputs"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
+    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_mean": "Mean of the module's output (exact, finite elements).",
         "activation_std": "Population standard deviation of the module's output (exact, finite elements).",
@@ -53,10 +56,6 @@ class Activations(Probe):
         """Chan's parallel merge."""
         return moments.combine(a, b)
 
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The same, all modules at once."""
-        return moments.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """One tag per summary value; the non-finite count only when there is one."""
         for key, value in moments.summarise(list(values.values())).items():
@@ -68,7 +67,8 @@ class ActivationGradients(Probe):
     """L2 norm of the loss's gradient with respect to each module's output, over finite elements."""
 
     source: ClassVar[str] = "output_gradients"
-    fields: ClassVar[tuple[str, ...]] = energy.FIELDS
+    fields: ClassVar[tuple[str, ...]] = norms.SQUARES
+    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",
         "activation_grad_nonfinite": "Number of NaN and inf elements in that gradient; only when not 0.",
@@ -76,15 +76,11 @@ class ActivationGradients(Probe):
 
     def compute(self, tensor: Tensor) -> Tensor:
         """The sum of squares."""
-        return energy.compute(tensor)
+        return norms.sum_squares(tensor)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The sum over two parts together."""
-        return energy.combine(a, b)
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The same, all modules at once."""
-        return energy.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+        return norms.combine_squares(a, b)
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """The sum of squares scales with the square."""
@@ -96,3 +92,33 @@ class ActivationGradients(Probe):
         yield f"activation_grad_norm/{name}", math.sqrt(values["sum_squares"])
         if values["nonfinite"]:
             yield f"activation_grad_nonfinite/{name}", values["nonfinite"]
+
+
+class UnitActivity(Probe):
+    """`dead_units/<module>`: share of a ReLU's units that are active on under 1 % of inputs.
+
+    Of the modules `nn.ReLU`, `nn.ReLU6` and `nn.Threshold`, in eager training passes; `torch.relu` has no module to
+    watch, and what leaks below zero (LeakyReLU, GELU, SiLU, ELU) passes a gradient there and is not dead. A unit is a
+    channel of a (N, C, …) image with two or more spatial dimensions, else an element of the last dimension; its inputs
+    are all examples and positions. Under 32 inputs say little: they are gathered over sampled steps until there are as
+    many. Of several ranks it is the mean share, each over its own inputs.
+    """
+
+    source: ClassVar[str] = "units"
+    found_everywhere: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = ("dead",)
+    reduce = "last"  # rows are listed side by side, and never merged
+    over_batches: ClassVar[Way] = "append"
+    over_shards: ClassVar[Way] = "append"
+    descriptions: Mapping[str, str] = {
+        "dead_units": "Share of the ReLU's units that are active on under 1 % of inputs (exact)."
+    }
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """One tag a module; names repeat where several ranks have a share each."""
+        shares: defaultdict[str, list[float]] = defaultdict(list)
+        for name, share in zip(names, rows[:, 0].tolist(), strict=True):
+            if not math.isnan(share):
+                shares[name].append(share)
+        for name, known in shares.items():
+            yield f"dead_units/{name}", math.fsum(known) / len(known)

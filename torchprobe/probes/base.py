@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -12,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.naming import with_parents
-from torchprobe.probes.checks import Select, check_probe_class, checked_reduce, checked_select, offered_sources
-from torchprobe.probes.schedule import Cadence, Schedule, as_schedule, default_cadence
+from torchprobe.probes import checks
+from torchprobe.probes.checks import REDUCTIONS, Reduce, Select
+from torchprobe.probes.schedule import Cadence, Schedule, as_schedule
 from torchprobe.records import Value
-from torchprobe.statistics.reductions import REDUCTIONS, Reduce
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
 Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
@@ -78,20 +76,21 @@ class Probe(metaclass=_Frozen):
     """For ranks that see different examples."""
     over_shards: ClassVar[Way] = "combine"
     """For ranks that hold parts of one module and see the same examples; equal rows count once."""
+    combines_many: ClassVar[bool] = False
+    """Whether `combine` takes rows of any shape (..., fields), and not one by one."""
     found_everywhere: ClassVar[bool] = True
     """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 
     def __init__(
         self, every: int | Schedule | None = None, *, select: Select | None = None, reduce: Reduce | None = None
     ) -> None:
-        check_probe_class(type(self), offered_sources())
+        checks.check_probe_class(type(self), checks.offered_sources())
         self.every = every
-        self.schedule: Schedule = (
-            default_cadence(self.default_every, self.dense_start) if every is None else as_schedule("every", every)
-        )
-        self.select = None if select is None else checked_select(self.name, self.sources, select)
+        usual = Cadence(self.default_every, self.dense_start and self.default_every > 2)
+        self.schedule: Schedule = usual if every is None else as_schedule("every", every)
+        self.select = None if select is None else checks.checked_select(self.name, self.sources, select)
         if reduce is not None:
-            self.reduce = checked_reduce(type(self), reduce, self.combines)
+            self.reduce = checks.checked_reduce(type(self), reduce, self.combines)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_made" in self.__dict__:
@@ -141,12 +140,7 @@ class Probe(metaclass=_Frozen):
 
     def selects(self, name: str, module_or_parameter: Any) -> bool:
         """Whether `select=` leaves it a module or parameter. Raises what a predicate of the user's raises."""
-        if self.select is None:
-            return True
-        if callable(self.select):
-            return bool(self.select(name, module_or_parameter))
-        names = with_parents(name) if isinstance(module_or_parameter, Tensor) else (name,)
-        return any(fnmatchcase(part, pattern) for part in names for pattern in self.select)
+        return self.select is None or checks.selects(self.select, name, module_or_parameter)
 
     def compute(self, tensor: Tensor) -> Tensor:
         """The statistic of one tensor: shape (len(fields),), on the tensor's device."""
@@ -170,7 +164,8 @@ class Probe(metaclass=_Frozen):
         rows = self.compute_all(tensors, before)
         if not self.weighted:
             return rows
-        return torch.cat((rows, rows.new_tensor([[tensor.numel()] for tensor in tensors])), dim=1)
+        counts = [rows.new_full((1, 1), tensor.numel()) for tensor in tensors]  # a copied list would be waited for
+        return torch.cat((rows, torch.cat(counts)), dim=1)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Merge the rows of two parts, shape (len(fields),) each. By default as `reduce` says."""
@@ -180,7 +175,7 @@ class Probe(metaclass=_Frozen):
 
     def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
         """`combine` for many rows at once, on the host: shapes (names, fields). Merges what ranks have seen."""
-        if not self.combines:
+        if self.combines_many or not self.combines:
             return self.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
         pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a

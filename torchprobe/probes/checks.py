@@ -1,12 +1,21 @@
-"""What a probe class has to say for itself: its source, its fields, how parts are merged, what it selects."""
+"""What a probe class has to say for itself: its source, its fields, how parts are merged, what it selects.
+
+`REDUCTIONS` merge rows that are plain numbers: shape (..., fields), those of "mean" with one column more, last, the
+number of elements of each part, so that the mean of parts of unequal size is that of all their elements. NaN in a part
+is NaN in the whole, but for "last".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
 
 from torchprobe.arguments import checked_patterns
-from torchprobe.statistics.reductions import REDUCTIONS, Reduce
+from torchprobe.naming import with_parents
 
 OF_MODULES = ("outputs", "output_gradients", "units")
 OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
@@ -15,9 +24,32 @@ OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
 BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers")
 """Those that are wired to one probe of ours each."""
 
+Reduce: TypeAlias = Literal["sum", "mean", "max", "last"]
 Select: TypeAlias = "str | Iterable[str] | Callable[[str, Any], bool]"
 
 _registered: dict[str, None] = {}  # names of sources of a user's own, process-wide as classes are
+
+
+def _weighted_mean(a: Tensor, b: Tensor) -> Tensor:
+    """The means of both parts' elements, and how many these are; a part without an element counts for nothing."""
+    weight_a, weight_b = a[..., -1:], b[..., -1:]
+    total = weight_a + weight_b
+    mean = a[..., :-1] * (weight_a / total) + b[..., :-1] * (weight_b / total)
+    mean = torch.where(weight_a == 0, b[..., :-1], torch.where(weight_b == 0, a[..., :-1], mean))
+    return torch.cat((mean, total), dim=-1)
+
+
+def _last(a: Tensor, b: Tensor) -> Tensor:
+    """The later part: the later micro-batch, and of several ranks the highest one."""
+    return b
+
+
+REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "mean": _weighted_mean,
+    "max": torch.maximum,
+    "last": _last,
+}
 
 
 def register(source: str) -> None:
@@ -71,6 +103,14 @@ def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[s
     if not {*OF_MODULES, *OF_PARAMETERS, *_registered}.intersection(sources):
         raise TypeError(f"select: {name} watches no modules or parameters to choose from")
     return select if callable(select) else checked_patterns("select", select, "blocks.*.fc")
+
+
+def selects(select: tuple[str, ...] | Callable[[str, Any], bool], name: str, module_or_parameter: Any) -> bool:
+    """Whether patterns or a predicate fit a module or parameter; a pattern also fits the parameters below a module."""
+    if callable(select):
+        return bool(select(name, module_or_parameter))
+    names = with_parents(name) if isinstance(module_or_parameter, Tensor) else (name,)
+    return any(fnmatchcase(part, pattern) for part in names for pattern in select)
 
 
 def _is_ours(cls: type, attribute: str) -> bool:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchprobe.probes.activations import Activations
+from torchprobe.probes.activations import Activations, UnitActivity
 from torchprobe.probes.attention import Attention
 from torchprobe.probes.base import Probe
 from torchprobe.probes.calibration import Calibration
 from torchprobe.probes.checks import check_merging, check_probe_class, offered_sources
-from torchprobe.probes.gradients import Gradients
+from torchprobe.probes.gradients import Gradients, Parameters, Updates
 from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
-from torchprobe.probes.parameters import Parameters, Updates
 from torchprobe.probes.provenance import Provenance
 from torchprobe.probes.schedule import Never
 from torchprobe.probes.uncertainty import Uncertainty
-from torchprobe.probes.unit_activity import UnitActivity
 
 
 def default_probes() -> list[Probe]:

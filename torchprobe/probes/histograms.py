@@ -72,7 +72,7 @@ class ParameterHistograms(Probe):
         header = len(linear.HEADER)
         counts = rows[:, header:].astype(np.int64)
         for name, (low, high, nonfinite), row in zip(names, rows[:, :header].tolist(), counts, strict=True):
-            yield f"parameters/{name}", Histogram(linear.edge_array(low, high, _BUCKETS), row)
+            yield f"parameters/{name}", Histogram(linear.edges(low, high, _BUCKETS), row)
             if nonfinite:
                 yield f"parameters_nonfinite/{name}", nonfinite
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchprobe.probes.base import Probe, Reporter
+
+Tagged: TypeAlias = "tuple[str, float | Tensor]"
 
 _ON_CHANGE = ("momentum", "weight_decay")
 
@@ -39,7 +41,7 @@ class LearningRates(Probe):
         """Tells optimizers of one class apart, and values that changed from those that did not."""
         return LearningRatesReporter(self)
 
-    def observe(self, optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
+    def observe(self, optimizer: Optimizer) -> Iterator[Tagged]:
         """Tags and values of the step that this optimizer has just taken, under the name of its class.
 
         A subclass may add to these. The session numbers optimizers of one class, and leaves out momentum and weight
@@ -60,17 +62,18 @@ class LearningRates(Probe):
 _KEYS = ("lr", "momentum", "betas", "weight_decay")
 
 
-class _Unchanged:
-    """What an optimizer used at its last step: most steps use the same again, which costs a comparison."""
+class _Used:
+    """What an optimizer is called, and what it used last: most steps use the same again, which costs a comparison."""
 
-    def __init__(self, optimizer: Optimizer, found: list[tuple[str, float | Tensor]]) -> None:
-        self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
-        self._values = _values(optimizer)
-        self._comparable = not any(isinstance(value, Tensor) for value in self._values)
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.rates: list[Tagged] = []
+        self._last: dict[str, Any] = {}
+        self._values: list[Any] | None = None
 
-    def holds(self, optimizer: Optimizer) -> bool:
+    def again(self, optimizer: Optimizer) -> bool:
         """Whether the next step used the same; a tensor is never compared, which would read it."""
-        if not self._comparable or len(optimizer.param_groups) * len(_KEYS) != len(self._values):
+        if self._values is None or len(optimizer.param_groups) * len(_KEYS) != len(self._values):
             return False
         known = iter(self._values)
         for group in optimizer.param_groups:
@@ -79,6 +82,22 @@ class _Unchanged:
                 if value is not before and (isinstance(value, Tensor) or value != before):
                     return False
         return True
+
+    def note(self, optimizer: Optimizer, seen: Iterable[Tagged]) -> list[Tagged]:
+        """What of these tags is to be written, under the optimizer's own name."""
+        name, found = type(optimizer).__name__, []
+        for tag, value in seen:
+            group, _, where = tag.partition("/")
+            if group in _ON_CHANGE and isinstance(value, Real):
+                if self._last.get(tag) == value:
+                    continue
+                self._last[tag] = value
+            named = where.startswith(f"{name}/")
+            found.append((f"{group}/{self.label}{where[len(name) :]}" if named else tag, value))
+        self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
+        values = _values(optimizer)
+        self._values = None if any(isinstance(value, Tensor) for value in values) else values
+        return found
 
 
 def _values(optimizer: Optimizer) -> list[Any]:
@@ -91,42 +110,19 @@ class LearningRatesReporter(Reporter):
     def __init__(self, probe: LearningRates) -> None:
         super().__init__(probe)
         self._observe = probe.observe
-        self._labels: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
-        self._last: WeakKeyDictionary[Optimizer, dict[str, Any]] = WeakKeyDictionary()
         self._plain = type(probe).observe is LearningRates.observe
-        self._unchanged: WeakKeyDictionary[Optimizer, _Unchanged] = WeakKeyDictionary()
+        self._used: WeakKeyDictionary[Optimizer, _Used] = WeakKeyDictionary()
 
-    def observe(self, optimizer: Optimizer) -> list[tuple[str, float | Tensor]]:
+    def observe(self, optimizer: Optimizer) -> list[Tagged]:
         """Tags and values of the step that this optimizer has just taken. Raises what a user's `observe` raises."""
-        if self._plain:
-            same = self._unchanged.get(optimizer)
-            if same is not None and same.holds(optimizer):
-                return same.rates
-        found = self._observed(optimizer)
-        if self._plain:
-            self._unchanged[optimizer] = _Unchanged(optimizer, found)
-        return found
-
-    def _observed(self, optimizer: Optimizer) -> list[tuple[str, float | Tensor]]:
-        name, label = type(optimizer).__name__, self._label(optimizer)
-        last = self._last.setdefault(optimizer, {})
-        found = []
-        for tag, value in self._observe(optimizer):
-            group, _, where = tag.partition("/")
-            if group in _ON_CHANGE and isinstance(value, Real):
-                if last.get(tag) == value:
-                    continue
-                last[tag] = value
-            named = where.startswith(f"{name}/")
-            found.append((f"{group}/{label}{where[len(name) :]}" if named else tag, value))
-        return found
-
-    def _label(self, optimizer: Optimizer) -> str:
-        if optimizer not in self._labels:
-            name, taken = type(optimizer).__name__, set(self._labels.values())
+        used = self._used.get(optimizer)
+        if used is None:
+            name, taken = type(optimizer).__name__, {other.label for other in self._used.values()}
             numbered = (f"{name}_{i}" if i else name for i in itertools.count())
-            self._labels[optimizer] = next(label for label in numbered if label not in taken)
-        return self._labels[optimizer]
+            used = self._used[optimizer] = _Used(next(label for label in numbered if label not in taken))
+        if self._plain and used.again(optimizer):
+            return used.rates
+        return used.note(optimizer, self._observe(optimizer))
 
 
 def _momentum(group: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +29,12 @@ class Event(NamedTuple):
     name: str
     low: float
     high: float
+
+    @classmethod
+    def of(cls, row: str, low: float, high: float) -> Event:
+        """A row's name is `turn tensor call kind name`."""
+        turn, tensor, call, kind, name = row.split(" ", 4)
+        return cls(int(turn), int(tensor), int(call), kind, name, low, high)
 
     @property
     def finite(self) -> bool:
@@ -56,21 +63,18 @@ class Provenance(Probe):
     source: ClassVar[str] = "flow"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("low", "high")
+    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "provenance": "The first module in execution order that made NaN or inf from finite numbers."
     }
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The extremes of two tensors together; NaN stays NaN."""
-        return torch.stack((torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])))
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The extremes of two ranks' tensors together; NaN stays NaN."""
-        return np.stack((np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])), axis=1)
+        return torch.stack((torch.minimum(a[..., 0], b[..., 0]), torch.maximum(a[..., 1], b[..., 1])), dim=-1)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """Names are `turn tensor call kind name` of the events; at most one value a step."""
-        events = sorted(_event(name, low, high) for name, (low, high) in zip(names, rows.tolist(), strict=True))
+        """A name is an `Event`'s; at most one value a step."""
+        events = sorted(Event.of(name, *extremes) for name, extremes in zip(names, rows.tolist(), strict=True))
         if all(event.sound for event in events):
             return
         found = _in_forward(events) or _in_backward(events)
@@ -78,22 +82,22 @@ class Provenance(Probe):
             yield f"provenance/{found[0]}", Text(found[1])
 
 
-def _event(name: str, low: float, high: float) -> Event:
-    turn, tensor, call, kind, where = name.split(" ", 4)
-    return Event(int(turn), int(tensor), int(call), kind, where, low, high)
-
-
 def _in_forward(events: Sequence[Event]) -> tuple[str, str] | None:
-    calls = _by_call(events)
+    inputs = defaultdict[int, list[Event]](list)
+    for event in events:
+        if event.kind == "in":
+            inputs[event.call].append(event)
     for event in events:
         if event.kind == "parameter" and not event.finite:
             text = f"{event.name} held {event.made} before the forward pass, as the optimizer's last update left it"
             return event.name, text
         if event.kind == "in" and event.name == ROOT and not event.sound:
             return NO_MODULE, f"the model's input holds {event.made}"
-        if event.kind == "out" and not event.sound and all(e.finite for e in calls[event.call] if e.kind == "in"):
-            given = _range(e for e in calls[event.call] if e.kind == "in")
-            return event.name, f"{event.name} produced {event.made} from {given} in the forward pass"
+        if event.kind == "out" and not event.sound and all(given.finite for given in inputs[event.call]):
+            return (
+                event.name,
+                f"{event.name} produced {event.made} from {_range(inputs[event.call])} in the forward pass",
+            )
     bad = next((e for e in events if e.kind == "out" and not e.sound), None)
     if bad is None:
         return None
@@ -117,13 +121,6 @@ def _in_backward(events: Sequence[Event]) -> tuple[str, str] | None:
     if given:
         return first.name, f"the gradient of the output of {first.name} is the first that holds {first.made}"
     return NO_MODULE, f"the gradient that the loss gives the model holds {first.made} already"
-
-
-def _by_call(events: Iterable[Event]) -> dict[int, list[Event]]:
-    calls: dict[int, list[Event]] = {}
-    for event in events:
-        calls.setdefault(event.call, []).append(event)
-    return calls
 
 
 def _range(events: Iterable[Event]) -> str:

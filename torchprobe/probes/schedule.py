@@ -68,11 +68,6 @@ def window(first: int, last: int) -> Schedule:
     return lambda step: first <= step <= last
 
 
-def default_cadence(steps: int, dense: bool) -> Schedule:
-    """That of a probe that was given none."""
-    return Cadence(steps, dense and steps > _DENSE[1])
-
-
 def as_schedule(argument: str, value: int | Schedule) -> Schedule:
     """A cadence given as a number of steps, or a schedule as it is."""
     return value if callable(value) else Cadence(check_count(argument, value))

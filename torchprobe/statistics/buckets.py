@@ -34,9 +34,6 @@ SMALL = 2**12
 PACK = 64
 """So many of them at a time."""
 
-COUNT_CHUNK = 2**22
-"""Elements of a larger one in host memory that are counted at a time: a table has its price, and codes are small."""
-
 
 def magnitude_index(x: Tensor) -> Tensor:
     """The bucket of each positive element, int64; that of another one is meaningless but in range."""
@@ -78,36 +75,7 @@ def small_packs(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def count_codes(codes: Tensor, size: int) -> Tensor:
     """Occurrences of 0 ... size - 1 in 1-D integer `codes`, which holds nothing else: int64 of shape (size,)."""
-    if codes.is_cpu:
-        return torch.bincount(codes, minlength=size)
-    return scattered(codes, size)
-
-
-def count_in_pairs(codes: Tensor, size: int) -> Tensor:
-    """The same for 8-bit codes in host memory, with half the increments: of two neighbours as one 16-bit code.
-
-    A processor adds to a counter about every 0.7 ns, whatever is counted: 0.4 ns an element.
-    """
-    if size > 128 or codes.numel() < 256 * size:  # 16 bits have a sign; a table has its price
-        return torch.bincount(codes, minlength=size)
-    even = codes.numel() // 2 * 2
-    table = torch.bincount(codes[:even].view(torch.int16), minlength=256 * size).view(size, 256)
-    counts = table.sum(1) + table[:, :size].sum(0)
-    return counts if even == codes.numel() else counts + torch.bincount(codes[even:], minlength=size)
-
-
-def count_halves(codes: Tensor, size: int) -> Tensor:
-    """The same for 16-bit codes below 181: of two elements, half the codes apart, as one code.
-
-    Its table is dense, which matters where many codes are frequent: counters 2 KiB apart share cache sets.
-    """
-    half = codes.numel() // 2
-    if size > 181 or half < size**2:
-        return torch.bincount(codes, minlength=size)
-    pairs = torch.add(codes[:half], codes[half : 2 * half], alpha=size)
-    table = torch.bincount(pairs, minlength=size**2).view(size, size)
-    counts = table.sum(0) + table.sum(1)
-    return counts if 2 * half == codes.numel() else counts + torch.bincount(codes[2 * half :], minlength=size)
+    return torch.bincount(codes, minlength=size) if codes.is_cpu else scattered(codes, size)
 
 
 def scattered(codes: Tensor, size: int) -> Tensor:

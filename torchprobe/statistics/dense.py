@@ -33,33 +33,19 @@ def applies_to(x: Tensor) -> bool:
     return is_plain(x) and x.dtype == torch.float32 and x.numel() > 0
 
 
-def sum_squares(x: Tensor) -> float | None:
-    """The sum of squares of the elements; None when they are not the common case after all."""
-    size = _STREAM * CHUNK if x.is_contiguous() else CHUNK  # other layouts are copied one chunk at a time
-    return _ordinary(_squares([_row_norms(chunk) for chunk in chunks(x, size)]))
-
-
-def sums(x: Tensor) -> tuple[float, float] | None:
-    """The sums of squares and of magnitudes; None when not the common case after all."""
-    scratch = _scratch(x)
+def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
+    """The sum of squares, 0 and, where wanted, the sum of magnitudes; None when not the common case after all."""
+    size = CHUNK if absolute or not x.is_contiguous() else _STREAM * CHUNK  # what is copied, a chunk at a time
+    scratch = _scratch(x) if absolute else x
     norms, magnitudes = [], 0.0
-    for chunk in chunks(x, CHUNK):
+    for chunk in chunks(x, size):
         norms.append(_row_norms(chunk))
-        magnitudes += on_host(torch.abs(chunk, out=_first(scratch, len(chunk))).sum())
+        if absolute:
+            magnitudes += on_host(torch.abs(chunk, out=_first(scratch, len(chunk))).sum())
     squares = _squares(norms)
-    return None if _ordinary(squares) is None else (squares, magnitudes)
-
-
-def distance(x: Tensor, y: Tensor) -> tuple[float, float] | None:
-    """The sums of squares of x - y and of y, contiguous and of one shape; None when not the common case after all."""
-    scratch = _scratch(x)
-    changes, sizes = [], []
-    for a, b in zip(chunks(x, CHUNK), chunks(y, CHUNK), strict=True):
-        changes.append(_row_norms(torch.sub(a, b, out=_first(scratch, len(a)))))
-        sizes.append(_row_norms(b))
-    between, size = _squares(changes), _squares(sizes)
-    ordinary = _ordinary(size) is not None and (between == 0 or _ordinary(between) is not None)
-    return (between, size) if ordinary else None
+    if not _TINY**2 < squares < math.inf:
+        return None
+    return (squares, 0.0, magnitudes) if absolute else (squares, 0.0)
 
 
 def moments(x: Tensor) -> tuple[float, ...] | None:
@@ -123,10 +109,6 @@ def _squares(norms: list[Tensor]) -> float:
     """The sum of squares of the elements that norms are of."""
     wide = torch.cat(norms).double()
     return on_host(torch.dot(wide, wide))
-
-
-def _ordinary(squares: float) -> float | None:
-    return squares if _TINY**2 < squares < math.inf else None
 
 
 def _scratch(x: Tensor) -> Tensor:

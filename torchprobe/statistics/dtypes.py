@@ -89,10 +89,6 @@ class Scratch(NamedTuple):
         """Its first `size` elements."""
         return Scratch(self.values[:size], self.wide[:size])
 
-    def source(self, x: Tensor) -> Tensor:
-        """1-D `x`, as long as this scratch, in the type of `values`: copied there only if it is of another type."""
-        return x if x.dtype == self.values.dtype else self.values.copy_(x)
-
 
 def chunks(x: Tensor, size: int) -> Iterator[Tensor]:
     """The elements of `x`, each once and in any order, as non-empty 1-D tensors of at most `size` elements.

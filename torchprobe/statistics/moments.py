@@ -142,7 +142,7 @@ def _sums(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     cancels when the mean's share is taken off.
     """
     values, wide = scratch
-    source = scratch.source(x)
+    source = x if x.dtype == values.dtype else values.copy_(x)
     wide.copy_(source)
     nonzero = source.count_nonzero()
     finite = torch.nan_to_num(source, 0.0, 0.0, 0.0, out=values)

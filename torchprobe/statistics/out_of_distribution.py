@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.statistics import linear
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.statistics.dtypes import arithmetic, row_dtype
 
 BUCKETS = 64
 SIDES = ("in", "out")
@@ -32,7 +32,9 @@ def compute(in_scores: Tensor, out_scores: Tensor) -> Tensor:
     A score is to be high outside the distribution, such as epistemic uncertainty. NaN and inf are left out of the
     pairs and counted. Sorts both sets; makes no host read. Raises TypeError for scores of integers.
     """
-    inside, outside = (_flat(x, name) for x, name in ((in_scores, "in_scores"), (out_scores, "out_scores")))
+    for name, x in (("in_scores", in_scores), ("out_scores", out_scores)):
+        arithmetic(x, name)
+    inside, outside = (x.detach().flatten().to(row_dtype(x.device)) for x in (in_scores, out_scores))
     counts = torch.stack((inside.isfinite().sum(), outside.isfinite().sum()))
     ordered = inside.masked_fill(~inside.isfinite(), torch.inf).sort().values  # those at the end are never counted
     finite = outside.isfinite()
@@ -62,11 +64,5 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     found = {}
     for side, (low, high, _, *counts) in zip(SIDES, sides.tolist(), strict=True):
         if any(counts):
-            found[side] = (np.asarray(linear.edges(low, high, BUCKETS)), np.asarray(counts, dtype=np.int64))
+            found[side] = (linear.edges(low, high, BUCKETS), np.asarray(counts, dtype=np.int64))
     return found
-
-
-def _flat(x: Tensor, name: str) -> Tensor:
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: got a tensor of {x.dtype}, takes a floating one; convert it with {name}.float()")
-    return x.detach().flatten().to(row_dtype(x.device))

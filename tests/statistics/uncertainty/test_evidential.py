@@ -53,6 +53,24 @@ def test_dirichlet_is_that_of_the_twin(rows, dtype, piece, in_chunks_of):
     assert_near(vacuity, shares, 1e-6)
 
 
+@given(
+    rows=st.lists(st.tuples(alphas, alphas, alphas), max_size=8), dtype=st.sampled_from((torch.bfloat16, torch.float64))
+)
+@settings(max_examples=100, deadline=None)
+def test_normal_inverse_gamma_is_that_of_the_formulas(rows, dtype):
+    parameters = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).to(dtype)
+    amini, meinert = [], []
+    for nu, alpha, beta in parameters.double().tolist():
+        proper = nu > 0 and alpha > 0 and beta > 0
+        spread = beta / (alpha - 1) if proper and alpha > 1 else math.nan
+        amini.append((spread + spread / nu if proper else math.nan, spread, spread / nu if proper else math.nan))
+        student = (beta * (1 + nu) / (alpha * nu), 1 / nu) if proper else (math.nan, math.nan)
+        meinert.append((amini[-1][0], *student))
+    for convention, expected in (("amini", amini), ("meinert", meinert)):
+        found = torch.stack(uncertainty.normal_inverse_gamma(*parameters.unbind(-1), convention), dim=-1).tolist()
+        assert found == [pytest.approx(list(row), rel=1e-12, nan_ok=True) for row in expected]
+
+
 def test_dirichlet_is_what_sampling_predictions_tends_to():
     alpha = torch.tensor([[1.5, 3.0, 0.7], [40.0, 2.0, 8.0]])
     drawn = torch.distributions.Dirichlet(alpha.double()).sample((100_000,))

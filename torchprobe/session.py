@@ -20,8 +20,8 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
-from torchprobe.distributed.exchange import NoWriter, open_exchange
-from torchprobe.distributed.world import world
+from torchprobe.distributed import open_exchange
+from torchprobe.distributed.world import NoWriter, world
 from torchprobe.flight import FlightRecorder
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks

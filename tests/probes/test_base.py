@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchprobe
-from torchprobe.distributed.frames import Part
+from torchprobe.distributed.mailbox import Part
 from torchprobe.distributed.merge import merge
 from torchprobe.probes.choosing import checked_probes, default_probes
 from torchprobe.testing import MemoryWriter

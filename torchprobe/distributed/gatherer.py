@@ -11,15 +11,12 @@ from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
-from torchprobe.distributed.frames import FrameDecoder, Key, Numbering, Part, Step
-from torchprobe.distributed.mailbox import Inbox, Mailbox, open_mailbox
+from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Numbering, Part, Step, open_mailbox
 from torchprobe.distributed.merge import Combiner, same_data_groups
 from torchprobe.distributed.sender import HELD
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
-
-_log = logging.getLogger("torchprobe")
 
 
 class Peer:

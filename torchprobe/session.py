@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -35,10 +35,7 @@ from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
-from torchprobe.writers.opening import open_writer
-
-if TYPE_CHECKING:
-    from torchprobe.writers.run_directory import RunDirectory
+from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _log = logging.getLogger("torchprobe")
 

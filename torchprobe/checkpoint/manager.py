@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 from torch import nn
@@ -15,14 +15,23 @@ from torch import nn
 from torchprobe.arguments import check_count
 from torchprobe.checkpoint import arguments, files
 from torchprobe.checkpoint.files import Stored, plain, write_file
-from torchprobe.checkpoint.sharded import agreed, is_sharded, own_rank, read_directory, sharded_states, write_directory
-from torchprobe.checkpoint.states import Target, apply, check_sharded_names, model_state, read_sharded, states_of
+from torchprobe.checkpoint.sharded import (
+    agreed,
+    is_sharded,
+    own_rank,
+    read_directory,
+    saved_names,
+    sharded_states,
+    write_directory,
+)
+from torchprobe.checkpoint.states import Target, apply, check_names, model_state, read_sharded, states_of
 from torchprobe.random_state import random_states
 from torchprobe.session import Session, session_of
 
 _log = logging.getLogger("torchprobe")
 
 Checkpoint = dict[str, Any]
+_T = TypeVar("_T")
 _DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError, BadZipFile)
 _VERSION = 1
 _KEYS = {"epoch", "extras", "metrics", "model", "optimizer", "random", "scheduler", "session", "step"}
@@ -124,16 +133,18 @@ class CheckpointManager:
         return path
 
     def load_latest(self, map_location: Any = "cpu") -> Checkpoint | None:
-        """The newest checkpoint that is not damaged, as a dict; None when there is none.
+        """The newest checkpoint that can be loaded, as a dict; None where none was saved yet.
 
         Its keys: `model`, `optimizer`, `scheduler`, `extras`, `session`, `random` (states), `epoch`, `step`,
         `metrics`. The tensors of a sharded model come whole, on the CPU.
+
+        Raises RuntimeError when there are checkpoints and none of them can be loaded; the message names them.
         """
-        return self._first_readable(files.stored(self.directory), map_location)
+        return self._newest(files.stored(self.directory), map_location)
 
     def load_best(self, map_location: Any = "cpu") -> Checkpoint | None:
         """The checkpoint that was the best when it was saved and is not beaten since; else like `load_latest`."""
-        return self._first_readable([one for one in files.stored(self.directory) if one.best], map_location)
+        return self._newest([one for one in files.stored(self.directory) if one.best], map_location)
 
     def restore(
         self,
@@ -156,7 +167,7 @@ class CheckpointManager:
 
         Raises:
             ValueError: for a checkpoint of another model; the message lists the names that differ.
-            RuntimeError: when there are checkpoints and all of them are damaged.
+            RuntimeError: when there are checkpoints and none of them can be loaded.
         """
         if which not in ("latest", "best"):
             raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
@@ -164,13 +175,8 @@ class CheckpointManager:
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
         found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found
-        for one in reversed(found):
-            checkpoint = self._restored(one, target)
-            if checkpoint is not None:
-                return {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
-        if found:
-            raise RuntimeError(f"all {len(found)} checkpoints in {str(self.directory)!r} are damaged; see the log")
-        return None
+        checkpoint = self._first(found, lambda one, unreadable: self._restored(one, target, unreadable))
+        return checkpoint and {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
 
     def _states(self, model: nn.Module, optimizer: Any, session: Session | None, *, sharded: bool) -> dict[str, Any]:
         if sharded:
@@ -185,7 +191,10 @@ class CheckpointManager:
         if is_best is not None or name is None:
             return bool(is_best)
         if self._best is None:
-            before = self.load_best()
+            try:
+                before = self.load_best()
+            except RuntimeError:  # none can be read, as the log says: this one may be the best
+                before = None
             self._best = {} if before is None else before["metrics"]
         return arguments.is_better(numbers[name], self._best.get(name), self._mode)
 
@@ -216,24 +225,41 @@ class CheckpointManager:
     def _rank_file(self, step: int) -> Path:
         return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"
 
-    def _first_readable(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
-        checkpoints = (self._read(one, map_location=map_location) for one in reversed(found))
-        return next((one for one in checkpoints if one is not None), None)
+    def _newest(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
+        def read(path: Path) -> Checkpoint:
+            return _checked(read_directory(path, None) if path.is_dir() else files.read_file(path, map_location))
 
-    def _read(self, one: Stored, target: Target | None = None, map_location: Any = "cpu") -> Checkpoint | None:
-        try:
-            if not one.path.is_dir():
-                return _checked(files.read_file(one.path, map_location))
-            return _checked(read_directory(one.path, None) if target is None else read_sharded(one.path, target))
-        except _DAMAGE as error:
-            _log.warning("checkpoint %s is damaged and skipped: %s", one.path.name, _first_line(error))
+        return self._first(found, lambda one, unreadable: _attempted(one.path, read, unreadable))
+
+    def _first(
+        self, found: list[Stored], load: Callable[[Stored, dict[str, str]], Checkpoint | None]
+    ) -> Checkpoint | None:
+        """The newest that can be loaded, None when there are none. Raises RuntimeError when none of them can be."""
+        unreadable: dict[str, str] = {}
+        for one in reversed(found):
+            checkpoint = load(one, unreadable)
+            if checkpoint is not None:
+                return checkpoint
+        if not found:
             return None
+        kinds = " or ".join(sorted(set(unreadable.values())))
+        names = ", ".join(f"{name} ({kind})" for name, kind in unreadable.items())
+        raise RuntimeError(
+            f"all {len(found)} checkpoints in {str(self.directory)!r} are {kinds}: {names}. The log says why; "
+            "to begin anew, move them away"
+        )
 
-    def _restored(self, one: Stored, target: Target) -> Checkpoint | None:
+    def _restored(self, one: Stored, target: Target, unreadable: dict[str, str]) -> Checkpoint | None:
         sharded = one.path.is_dir()
+        checkpoint: Checkpoint | None
         if sharded:
-            check_sharded_names(one.path, target)
-        checkpoint = self._read(one, target if sharded else None)
+            names = _attempted(one.path, saved_names, unreadable)
+            if names is None:
+                return None
+            check_names(names, sharded_states(target.model, None, None)["model"], strict=target.strict)
+            checkpoint = _attempted(one.path, lambda path: _checked(read_sharded(path, target, names)), unreadable)
+        else:
+            checkpoint = _attempted(one.path, lambda path: _checked(files.read_file(path, "cpu")), unreadable)
         if checkpoint is not None:
             apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=sharded)
         return checkpoint
@@ -242,7 +268,17 @@ class CheckpointManager:
         if not own_rank():
             return checkpoint["random"]
         path = self._rank_file(one.step)
-        return files.read_file(path, "cpu") if path.exists() else None
+        return _attempted(path, lambda path: files.read_file(path, "cpu"), {}) if path.exists() else None
+
+
+def _attempted(path: Path, read: Callable[[Path], _T], unreadable: dict[str, str]) -> _T | None:
+    """What is read; None with a warning for what cannot be, whose name is noted with what it is."""
+    try:
+        return read(path)
+    except _DAMAGE as error:
+        unreadable[path.name] = what = "refused" if isinstance(error, files.RefusedError) else "damaged"
+        _log.warning("checkpoint %s is %s and skipped: %s", path.name, what, _first_line(error))
+        return None
 
 
 def _checked(checkpoint: Any) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_directory, saved_names, sharded_states
+from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_directory, sharded_states
 from torchprobe.naming import bare_keys, unwrapped
 from torchprobe.random_state import set_random_states
 from torchprobe.session import Session
@@ -29,23 +29,14 @@ def model_state(model: nn.Module) -> OrderedDict[str, Any]:
     """`state_dict()` of the user's own module, with bare names, and the versions of its modules."""
     root = unwrapped(model)
     state = root.state_dict()
-    names = bare_keys(root, state)
-    bare = OrderedDict((names[key], value) for key, value in state.items())
-    versions = getattr(state, "_metadata", {})
-    prefixes = bare_keys(root, versions)
-    bare._metadata = {prefixes[key]: value for key, value in versions.items()}  # type: ignore[attr-defined]
-    return bare
+    return _renamed(state, bare_keys(root, _keys(state)))
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a `model_state` into a model, whatever wraps it. Check first: torch stops half-way at an error."""
     root = unwrapped(model)
-    own = root.state_dict()
-    names = {bare: key for key, bare in bare_keys(root, [*own, *getattr(own, "_metadata", {})]).items()}
-    wrapped = OrderedDict((names.get(name, name), value) for name, value in state.items())
-    versions = getattr(state, "_metadata", {})
-    wrapped._metadata = {names.get(key, key): value for key, value in versions.items()}  # type: ignore[attr-defined]
-    root.load_state_dict(wrapped, strict=strict)
+    names = {bare: key for key, bare in bare_keys(root, _keys(root.state_dict())).items()}
+    root.load_state_dict(_renamed(state, names), strict=strict)
 
 
 def states_of(helper: Any) -> Any:
@@ -83,19 +74,13 @@ class Target:
     strict: bool
 
 
-def check_sharded_names(path: Path, target: Target) -> None:
-    """`check_names` of a directory, without reading it."""
-    check_names(saved_names(path), sharded_states(target.model, None, None)["model"], strict=target.strict)
+def read_sharded(path: Path, target: Target, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a directory, whose `saved_names` are known to fit, into the target's own tensors.
 
-
-def read_sharded(path: Path, target: Target) -> dict[str, Any]:
-    """Read a directory into the target's own tensors, once the names are known to fit.
-
-    Raises ValueError for another model's, and what torch raises for a damaged one.
+    Raises what torch raises for a damaged one.
     """
     into = sharded_states(target.model, target.optimizer, target.session)
     if not target.strict:
-        names = saved_names(path)
         into["model"] = {name: value for name, value in into["model"].items() if name in names}
     return read_directory(path, into)
 
@@ -139,6 +124,18 @@ def check_names(saved: Mapping[str, Any], own: Mapping[str, Any], *, strict: boo
         raise ValueError(
             f"the checkpoint is of another model; saved shapes differ: {', '.join(shapes[:_SHAPES_SHOWN])}"
         )
+
+
+def _keys(state: Mapping[str, Any]) -> list[str]:
+    return [*state, *getattr(state, "_metadata", {})]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """A state under other names, with the versions of its modules."""
+    renamed = OrderedDict((names.get(key, key), value) for key, value in state.items())
+    versions = getattr(state, "_metadata", {})
+    vars(renamed).update(_metadata={names.get(key, key): value for key, value in versions.items()})
+    return renamed
 
 
 def _check(checkpoint: Mapping[str, Any], target: Target, *, sharded: bool) -> None:

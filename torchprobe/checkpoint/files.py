@@ -225,9 +225,12 @@ def _remove_abandoned(path: Path) -> None:
     except (BlockingIOError, FileNotFoundError):
         return
     except OSError:  # a file system without locks
-        with contextlib.suppress(OSError):
-            if not _is_alive(int(match["pid"])):
-                remove(path)
+        try:
+            os.kill(int(match["pid"]), 0)
+        except ProcessLookupError:
+            remove(path)
+        except OSError:
+            return
 
 
 @contextlib.contextmanager
@@ -242,16 +245,6 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _foreign(path: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 from torch import nn
@@ -31,7 +32,6 @@ from torchprobe.session import Session, session_of
 _log = logging.getLogger("torchprobe")
 
 Checkpoint = dict[str, Any]
-_T = TypeVar("_T")
 _DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError, BadZipFile)
 _VERSION = 1
 _KEYS = {"epoch", "extras", "metrics", "model", "optimizer", "random", "scheduler", "session", "step"}
@@ -140,11 +140,12 @@ class CheckpointManager:
 
         Raises RuntimeError when there are checkpoints and none of them can be loaded; the message names them.
         """
-        return self._newest(files.stored(self.directory), map_location)
+        return self._newest(files.stored(self.directory), lambda one: _read(one.path, map_location))
 
     def load_best(self, map_location: Any = "cpu") -> Checkpoint | None:
         """The checkpoint that was the best when it was saved and is not beaten since; else like `load_latest`."""
-        return self._newest([one for one in files.stored(self.directory) if one.best], map_location)
+        found = [one for one in files.stored(self.directory) if one.best]
+        return self._newest(found, lambda one: _read(one.path, map_location))
 
     def restore(
         self,
@@ -175,7 +176,7 @@ class CheckpointManager:
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
         found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found
-        checkpoint = self._first(found, lambda one, unreadable: self._restored(one, target, unreadable))
+        checkpoint = self._newest(found, lambda one: self._restored(one, target))
         return checkpoint and {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
 
     def _states(self, model: nn.Module, optimizer: Any, session: Session | None, *, sharded: bool) -> dict[str, Any]:
@@ -191,11 +192,9 @@ class CheckpointManager:
         if is_best is not None or name is None:
             return bool(is_best)
         if self._best is None:
-            try:
-                before = self.load_best()
-            except RuntimeError:  # none can be read, as the log says: this one may be the best
-                before = None
-            self._best = {} if before is None else before["metrics"]
+            self._best = {}
+            with suppress(RuntimeError):  # none can be read, as the log says: this one may be the best
+                self._best = (self.load_best() or {"metrics": {}})["metrics"]
         return arguments.is_better(numbers[name], self._best.get(name), self._mode)
 
     def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
@@ -211,7 +210,9 @@ class CheckpointManager:
             if own_rank():  # last: a rank that failed alone before would leave the others waiting
                 write_file(self._rank_file(step), payload["random"])
         except OSError as error:
-            raise _explained(error, step, self.directory) from error
+            where = f"{str(self.directory)!r} ({error.strerror or error})"
+            message = f"the checkpoint of step {step} could not be written to {where}; earlier ones are as they were"
+            raise OSError(error.errno, message) from error
         if not own_rank():
             self._tidy(path, step)
         return path
@@ -225,21 +226,14 @@ class CheckpointManager:
     def _rank_file(self, step: int) -> Path:
         return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"
 
-    def _newest(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
-        def read(path: Path) -> Checkpoint:
-            return _checked(read_directory(path, None) if path.is_dir() else files.read_file(path, map_location))
-
-        return self._first(found, lambda one, unreadable: _attempted(one.path, read, unreadable))
-
-    def _first(
-        self, found: list[Stored], load: Callable[[Stored, dict[str, str]], Checkpoint | None]
-    ) -> Checkpoint | None:
+    def _newest(self, found: list[Stored], load: Callable[[Stored], Checkpoint]) -> Checkpoint | None:
         """The newest that can be loaded, None when there are none. Raises RuntimeError when none of them can be."""
         unreadable: dict[str, str] = {}
         for one in reversed(found):
-            checkpoint = load(one, unreadable)
-            if checkpoint is not None:
-                return checkpoint
+            try:
+                return load(one)
+            except _UnreadableError as error:  # noqa: PERF203
+                unreadable[one.path.name] = error.kind
         if not found:
             return None
         kinds = " or ".join(sorted(set(unreadable.values())))
@@ -249,51 +243,53 @@ class CheckpointManager:
             "to begin anew, move them away"
         )
 
-    def _restored(self, one: Stored, target: Target, unreadable: dict[str, str]) -> Checkpoint | None:
-        sharded = one.path.is_dir()
-        checkpoint: Checkpoint | None
-        if sharded:
-            names = _attempted(one.path, saved_names, unreadable)
-            if names is None:
-                return None
-            check_names(names, sharded_states(target.model, None, None)["model"], strict=target.strict)
-            checkpoint = _attempted(one.path, lambda path: _checked(read_sharded(path, target, names)), unreadable)
+    def _restored(self, one: Stored, target: Target) -> Checkpoint:
+        if not one.path.is_dir():
+            checkpoint = _read(one.path)
         else:
-            checkpoint = _attempted(one.path, lambda path: _checked(files.read_file(path, "cpu")), unreadable)
-        if checkpoint is not None:
-            apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=sharded)
+            with _readable(one.path):
+                names = saved_names(one.path)
+            check_names(names, sharded_states(target.model, None, None)["model"], strict=target.strict)
+            with _readable(one.path):
+                checkpoint = _checked(read_sharded(one.path, target, names))
+        apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=one.path.is_dir())
         return checkpoint
 
     def _own_random_states(self, one: Stored, checkpoint: Checkpoint) -> Any:
         if not own_rank():
             return checkpoint["random"]
         path = self._rank_file(one.step)
-        return _attempted(path, lambda path: files.read_file(path, "cpu"), {}) if path.exists() else None
-
-
-def _attempted(path: Path, read: Callable[[Path], _T], unreadable: dict[str, str]) -> _T | None:
-    """What is read; None with a warning for what cannot be, whose name is noted with what it is."""
-    try:
-        return read(path)
-    except _DAMAGE as error:
-        unreadable[path.name] = what = "refused" if isinstance(error, files.RefusedError) else "damaged"
-        _log.warning("checkpoint %s is %s and skipped: %s", path.name, what, _first_line(error))
+        with suppress(_UnreadableError), _readable(path):
+            return files.read_file(path, "cpu") if path.exists() else None
         return None
+
+
+class _UnreadableError(Exception):
+    """A checkpoint that is "damaged" or "refused"."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says what is wrong with a file or directory that is read inside; raises `_UnreadableError` then."""
+    try:
+        yield
+    except _DAMAGE as error:
+        kind = "refused" if isinstance(error, files.RefusedError) else "damaged"
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        _log.warning("checkpoint %s is %s and skipped: %s", path.name, kind, reason)
+        raise _UnreadableError(kind) from error
+
+
+def _read(path: Path, map_location: Any = "cpu") -> Checkpoint:
+    with _readable(path):
+        return _checked(read_directory(path, None) if path.is_dir() else files.read_file(path, map_location))
 
 
 def _checked(checkpoint: Any) -> Checkpoint:
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise ValueError("it was not written by CheckpointManager")
     return checkpoint
-
-
-def _explained(error: OSError, step: int, directory: Path) -> OSError:
-    return OSError(
-        error.errno,
-        f"the checkpoint of step {step} could not be written to {str(directory)!r} ({error.strerror or error}); "
-        "earlier ones are as they were",
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,22 @@ def states_of(helper: Any) -> Any:
     return helper.state_dict()
 
 
-def load_states(helper: Any, state: Any) -> None:
-    """The inverse of `states_of`, into objects of the same arrangement."""
+def each_with(helper: Any, state: Any) -> Iterator[tuple[Any, Any]]:
+    """Each of several helpers in a list or a dict, or the one, with its part of a state of the same arrangement."""
     if isinstance(helper, Mapping):
         for name, one in helper.items():
-            load_states(one, state[name])
+            yield from each_with(one, state[name])
     elif isinstance(helper, list | tuple):
-        for one, saved in zip(helper, state, strict=True):
-            load_states(one, saved)
+        for one, part in zip(helper, state, strict=True):
+            yield from each_with(one, part)
     else:
-        helper.load_state_dict(state)
+        yield helper, state
+
+
+def load_states(helper: Any, state: Any) -> None:
+    """The inverse of `states_of`, into objects of the same arrangement."""
+    for one, part in each_with(helper, state):
+        one.load_state_dict(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +170,11 @@ def _resume_session(state: Mapping[str, Any] | None, target: Target) -> None:
 
 def _check_groups(optimizer: Any, saved: Any) -> None:
     """Raise ValueError when an optimizer's state is of other parameter groups; likewise for several."""
-    if isinstance(optimizer, Mapping):
-        optimizer, saved = list(optimizer.values()), [saved.get(name) for name in optimizer]
-    if isinstance(optimizer, list | tuple):
-        for one, state in zip(optimizer, saved, strict=True):
-            _check_groups(one, state)
-    elif isinstance(optimizer, Optimizer):
-        own, before = (
-            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved["param_groups"])
-        )
-        if own != before:
-            raise ValueError(
-                f"the checkpoint's {type(optimizer).__name__} has groups of {before} parameters, and this one "
-                f"of {own}: make the optimizer as it was made for the saved run"
-            )
+    for one, state in each_with(optimizer, saved):
+        if isinstance(one, Optimizer):
+            own, before = ([len(g["params"]) for g in groups] for groups in (one.param_groups, state["param_groups"]))
+            if own != before:
+                raise ValueError(
+                    f"the checkpoint's {type(one).__name__} has groups of {before} parameters, and this one "
+                    f"of {own}: make the optimizer as it was made for the saved run"
+                )

@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from torchprobe.writers.remote import RemoteFile, RemotePlace
 
 MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
@@ -24,26 +27,11 @@ _LOCAL = ("file", "local")
 
 _log = logging.getLogger("torchprobe")
 
+Place: TypeAlias = "LocalPlace | RemotePlace"
+"""A directory of files."""
 
-class GrowingFile(Protocol):
-    """A file that takes whole pieces."""
-
-    @property
-    def path(self) -> Path | str:
-        """Where it is."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the next batch had better go into another file."""
-
-    def append(self, data: bytes) -> None:
-        """Write all of `data`, or raise OSError and leave the file as it was."""
-
-    def fault(self) -> str | None:
-        """What became of it since the last `append`, as "deleted"; None while it is there as it was left."""
-
-    def close(self) -> None:
-        """Release it; a second call does nothing."""
+GrowingFile: TypeAlias = "AppendFile | RemoteFile"
+"""A file that takes whole pieces."""
 
 
 class FileStore(Protocol):
@@ -51,22 +39,6 @@ class FileStore(Protocol):
 
     def put(self, name: str, data: bytes) -> str:
         """A whole file, in place of an older one of this name; its path. Raises OSError; no reader sees half of it."""
-
-
-class Place(FileStore, Protocol):
-    """A directory of files."""
-
-    def check(self) -> None:
-        """Raise OSError when nothing can be written here. Leaves no file."""
-
-    def names(self) -> list[str]:
-        """The files there are; makes the directory when it is missing. Raises OSError."""
-
-    def make(self, name: str) -> bool:
-        """Make the directory `name` here; False when another process was first. A store, which has none, says True."""
-
-    def begin(self, name: str, head: bytes) -> GrowingFile:
-        """A new file that starts with `head`. Raises OSError, with no file left."""
 
 
 def located(path: str | os.PathLike[str]) -> Path | str:
@@ -111,7 +83,7 @@ class AppendFile:
 
     @property
     def full(self) -> bool:
-        """Never: a local file may grow as long as there is room."""
+        """Whether the next batch had better go into another file: never, for a local one grows as there is room."""
         return False
 
     def append(self, data: bytes) -> None:
@@ -124,7 +96,10 @@ class AppendFile:
         self.size += len(data)
 
     def fault(self) -> str | None:
-        """See `GrowingFile`. Raises OSError while the file system does not answer."""
+        """What became of it since the last `append`, as "deleted"; None while it is there as it was left.
+
+        Raises OSError while the file system does not answer.
+        """
         if self._raw.closed:
             return "given up after a failed write"
         try:
@@ -166,20 +141,20 @@ class LocalPlace:
         self._directory = directory
 
     def check(self) -> None:
-        """See `Place`. Makes the directory when it is missing."""
+        """Raise OSError when nothing can be written here. Makes the directory when it is missing; leaves no file."""
         with _explained(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory, buffering=0) as trial:
                 trial.write(b"torchprobe")
 
     def names(self) -> list[str]:
-        """See `Place`."""
+        """The files there are; makes the directory when it is missing. Raises OSError."""
         with _explained(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             return [path.name for path in self._directory.iterdir()]
 
     def make(self, name: str) -> bool:
-        """See `Place`."""
+        """Make the directory `name` here; False when another process was first."""
         with _explained(self._directory):
             try:
                 (self._directory / name).mkdir()
@@ -187,8 +162,8 @@ class LocalPlace:
                 return False
         return True
 
-    def begin(self, name: str, head: bytes) -> GrowingFile:
-        """See `Place`."""
+    def begin(self, name: str, head: bytes) -> AppendFile:
+        """A new file that starts with `head`. Raises OSError, with no file left."""
         path = self._directory / name
         with _explained(self._directory):
             file = AppendFile(path, "xb")
@@ -201,7 +176,7 @@ class LocalPlace:
         return file
 
     def put(self, name: str, data: bytes) -> str:
-        """See `Place`."""
+        """See `FileStore`."""
         path = self._directory / name
         unfinished = path.with_suffix(".part")
         with _explained(self._directory):

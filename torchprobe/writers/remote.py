@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 FULL = 4 * 2**20
@@ -21,42 +22,35 @@ class RemotePlace:
         self._filesystem = filesystem_of(url)
 
     def check(self) -> None:
-        """See `Place`. Where objects cannot be deleted again, an empty one stays."""
+        """See `LocalPlace`. Where objects cannot be deleted again, an empty one stays."""
         self.names()
         path = self.put(_TRIAL, b"")
         with suppress(Exception):
             self._filesystem.rm_file(path)
 
     def names(self) -> list[str]:
-        """See `Place`. A store makes a directory with its first object."""
-        try:
+        """See `LocalPlace`. A store makes a directory with its first object."""
+        paths: list[str] = []
+        with _explained(self._url), suppress(FileNotFoundError):
             paths = self._filesystem.ls(self._url, detail=False, refresh=True)
-        except FileNotFoundError:
-            return []
-        except Exception as error:
-            raise _unreachable(error, self._url) from error
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
     def make(self, name: str) -> bool:
-        """See `Place`."""
+        """True: a store has no directories."""
         return True
 
     def begin(self, name: str, head: bytes) -> RemoteFile:
-        """See `Place`."""
+        """See `LocalPlace`."""
         file = RemoteFile(self._filesystem, f"{self._url}/{name}")
-        try:
+        with _explained(self._url):
             file.append(head)
-        except OSError as error:
-            raise _unreachable(error, self._url) from error
         return file
 
     def put(self, name: str, data: bytes) -> str:
-        """See `Place`. A store replaces an object as a whole."""
+        """See `FileStore`. A store replaces an object as a whole."""
         path = f"{self._url}/{name}"
-        try:
+        with _explained(self._url):
             self._filesystem.pipe_file(path, data)
-        except Exception as error:
-            raise _unreachable(error, self._url) from error
         return path
 
 
@@ -108,24 +102,23 @@ def filesystem_of(url: str, argument: str = "log_dir=") -> Any:
     protocol = protocol_of(url)
     try:
         import fsspec
-    except ImportError as error:
-        raise _not_installed(url, argument, "fsspec is not installed") from error
-    try:
+
         return fsspec.filesystem(protocol, **_NO_CACHE.get(protocol, {}))
     except ImportError as error:
-        raise _not_installed(url, argument, str(error).rstrip(".")) from error
+        raise ImportError(
+            f"{argument}{url!r} needs a package for {protocol}:// ({str(error).rstrip('.')}). "
+            "pip install 'torchprobe[remote]' brings fsspec, and s3fs for s3://"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"{argument}{url!r}: fsspec knows no {protocol!r}: use s3://, gs://, az:// or the like"
         ) from error
 
 
-def _not_installed(url: str, argument: str, reason: str) -> ImportError:
-    return ImportError(
-        f"{argument}{url!r} needs a package for {protocol_of(url)}:// ({reason}). "
-        "pip install 'torchprobe[remote]' brings fsspec, and s3fs for s3://"
-    )
-
-
-def _unreachable(error: Exception, url: str) -> OSError:
-    return OSError(f"log_dir={url!r}: cannot write there ({str(error) or type(error).__name__})")
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Stores have exceptions of their own: the same as an OSError that says which argument it is about."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"log_dir={url!r}: cannot write there ({str(error) or type(error).__name__})") from error

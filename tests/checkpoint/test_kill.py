@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoint.run import Run, names
+from torchprobe.checkpoint import files
+from torchprobe.checkpoint.files import write_file
 
 KILLS = 20
 
@@ -118,6 +122,19 @@ def test_a_leftover_of_this_number_and_step_is_no_hindrance(manager):
     assert manager.load_latest()["step"] == 3
 
 
+def test_threads_that_write_one_file_take_turns(manager):
+    path = manager.directory / "step_0000000001.pt"
+
+    def write(number):
+        for _ in range(5):
+            write_file(path, {"number": torch.full((20_000,), number)})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert names(manager) == [path.name]
+    assert torch.load(path, weights_only=True)["number"].unique().numel() == 1
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_another_process_is_writing_stays_until_it_is_killed(manager, kind):
@@ -131,6 +148,14 @@ def test_what_another_process_is_writing_stays_until_it_is_killed(manager, kind)
         process.kill()
     manager.save_checkpoint(*Run().parts, 0, 9, {})
     assert not left.exists()
+
+
+def test_on_a_system_without_locks_checkpoints_are_written_and_leftovers_stay(manager, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    left = leave(manager, os.getpid(), "pt")
+    manager.save_checkpoint(*Run().parts, 0, 4, {})
+    assert left.exists()
+    assert manager.load_latest()["step"] == 4
 
 
 def test_what_another_machine_is_writing_stays(manager):

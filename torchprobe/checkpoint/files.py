@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.step_.*\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
 _ATOMS = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _PICKLE = b"\x80"  # how one begins
-_ATTEMPTS = 10  # to lock a new file that another process takes for one of a killed process
+_ATTEMPTS = 1000  # to lock a file that others rename or remove first; each costs them a whole file
 
 
 class RefusedError(UnpicklingError):
@@ -102,17 +102,25 @@ def temporary(path: Path) -> Path:
 def held(path: Path, make: Callable[[Path], object]) -> Iterator[None]:
     """Makes a temporary file or directory, which no other process's `prune` removes inside, unless this one is killed.
 
-    What cannot be made, or not be locked, is left to those who write to it.
+    What cannot be made, or not be locked (as on Windows), is left to those who write to it.
     """
-    with contextlib.suppress(OSError):
-        remove(path)  # of a killed process that had this one's number
     with contextlib.ExitStack() as lock:
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(OSError):
+        for _ in range(0 if fcntl is None else _ATTEMPTS):
+            try:
                 make(path)
                 lock.enter_context(_locked(path, wait=True))
-                break
+            except FileNotFoundError:  # removed between the two
+                continue
+            except OSError:
+                pass
+            break
         yield
+
+
+def make_anew(directory: Path) -> None:
+    """Make a directory, in place of what a killed process of this one's number left."""
+    remove(directory)
+    directory.mkdir()
 
 
 def write_file(path: Path, payload: Any) -> None:
@@ -121,19 +129,24 @@ def write_file(path: Path, payload: Any) -> None:
     Raises OSError when it does not fit, and what `torch.save` raises; then nothing is left of it.
     """
     unfinished = temporary(path)
+    with held(unfinished, Path.touch):
+        try:
+            with unfinished.open("wb") as raw:
+                _save(payload, raw)
+            publish(unfinished, path)
+        except BaseException:
+            remove(unfinished)
+            raise
+
+
+def _save(payload: Any, raw: IO[bytes]) -> None:
+    file = _Noting(raw)
     try:
-        with held(unfinished, Path.touch), unfinished.open("wb") as raw:
-            file = _Noting(raw)
-            try:
-                torch.save(payload, cast("IO[bytes]", file))
-            except RuntimeError as error:  # torch's, for a write that failed below it
-                raise (file.failure or error) from error
-            raw.flush()
-            os.fsync(raw.fileno())
-        publish(unfinished, path)
-    except BaseException:
-        remove(unfinished)
-        raise
+        torch.save(payload, cast("IO[bytes]", file))
+    except RuntimeError as error:  # torch's, for a write that failed below it
+        raise (file.failure or error) from error
+    raw.flush()
+    os.fsync(raw.fileno())
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -238,10 +251,9 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
     """A lock that ends with the process. Raises BlockingIOError when another has it, OSError where there are none."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if not os.path.samestat(os.fstat(descriptor), path.stat()):
-                raise FileNotFoundError(path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(path)
         yield
     finally:
         os.close(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.checkpoint.files import held, plain, publish, read_file, remove, temporary, write_file
+from torchprobe.checkpoint.files import held, make_anew, plain, publish, read_file, remove, temporary, write_file
 from torchprobe.session import Session
 
 _REST = "rest.pt"
@@ -85,7 +84,7 @@ def write_directory(path: Path, payload: Mapping[str, Any]) -> None:
     unfinished = Path(agreed(str(temporary(path))))  # it names the process
     tensors, rest = _split(payload)
     error = None
-    with nullcontext() if own_rank() else held(unfinished, partial(Path.mkdir, exist_ok=True)):
+    with nullcontext() if own_rank() else held(unfinished, make_anew):
         try:
             save(tensors, checkpoint_id=unfinished)
             if own_rank() == 0:

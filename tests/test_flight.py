@@ -13,7 +13,7 @@ import torchprobe
 from tests.models import inputs, mlp
 from torchprobe import flight
 from torchprobe.random_state import random_state, set_random_state
-from torchprobe.writers.places import LocalPlace
+from torchprobe.writers.files import LocalPlace
 
 
 def train(session, model, steps, poison=None):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from torchprobe.buffer.step import TransferBuffers
+from torchprobe.capture.fully_sharded import is_flat_sharded
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
 from torchprobe.capture.sources import Sources
-from torchprobe.distributed.world import check_wrappers
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.steps.cadence import Plan
 
@@ -31,7 +31,7 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
         raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
-    check_wrappers(model)
+    _check_wrappers(model)
     root = unwrapped(model)
     if root in sessions:
         raise ValueError(
@@ -58,3 +58,18 @@ def sources_of(root: nn.Module, plan: Plan, selection: Selection, meter: Meter, 
         meter,
         Gate("NonFinite", meter) if traces_nan else None,
     )
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "
+                "in several threads; takes DistributedDataParallel, one process a device, or the bare model"
+            )
+        if is_flat_sharded(module) and not getattr(module, "_use_orig_params", True):
+            raise ValueError(
+                "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
+                "their names; takes one with use_orig_params=True, or fully_shard(model)"
+            )

@@ -19,8 +19,8 @@ from torchprobe.capture.nan_origin.snapshots import StepSnapshot
 from torchprobe.records import Image, Record
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
+from torchprobe.writers.files import FileStore, Outbox
 from torchprobe.writers.json_lines import json_value
-from torchprobe.writers.places import FileStore, Outbox
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception

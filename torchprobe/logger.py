@@ -36,7 +36,7 @@ from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
 from torchprobe.user_values import Number, attention_layers, checked, checked_predictions, decomposition
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
-from torchprobe.writers.opening import check_run_name, open_writer
+from torchprobe.writers.run_directory import check_run_name, open_writer
 
 _SLOTS = 2**18
 _FLUSH_EVERY = 100  # steps

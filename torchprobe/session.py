@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +20,8 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
-from torchprobe.distributed.exchange import NoWriter, open_exchange
-from torchprobe.distributed.world import world
+from torchprobe.distributed import open_exchange
+from torchprobe.distributed.world import NoWriter, world
 from torchprobe.flight import FlightRecorder
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
@@ -35,10 +35,7 @@ from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
-from torchprobe.writers.opening import open_writer
-
-if TYPE_CHECKING:
-    from torchprobe.writers.run_directory import RunDirectory
+from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _log = logging.getLogger("torchprobe")
 

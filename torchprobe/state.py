@@ -44,21 +44,20 @@ class RunState:
         Raises TypeError or ValueError, with nothing changed, for what is no state, one of a later version, and one
         of another model; then the message lists the parameters that differ.
         """
-        check_state(state, model)
+        if not isinstance(state, Mapping) or not {"version", "parameters", "parts"} <= state.keys():
+            raise TypeError(
+                "state: takes what session.state_dict() returned; a model's or optimizer's is another thing"
+            )
+        if state["version"] > _VERSION:
+            raise ValueError(
+                f"state is of version {state['version']}, and this torchprobe reads {_VERSION}: upgrade it"
+            )
+        different = differing_names(state["parameters"], _names(model))
+        if different:
+            raise ValueError(f"state is of another model: {different}")
         for name, part in self.parts.items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
-
-
-def check_state(state: Any, model: nn.Module) -> None:
-    """Raise unless `state` is a session's, of this version and of this model."""
-    if not isinstance(state, Mapping) or not {"version", "parameters", "parts"} <= state.keys():
-        raise TypeError("state: takes what session.state_dict() returned; a model's or optimizer's is another thing")
-    if state["version"] > _VERSION:
-        raise ValueError(f"state is of version {state['version']}, and this torchprobe reads {_VERSION}: upgrade it")
-    different = differing_names(state["parameters"], _names(model))
-    if different:
-        raise ValueError(f"state is of another model: {different}")
 
 
 def differing_names(saved: Iterable[str], own: Iterable[str]) -> str:

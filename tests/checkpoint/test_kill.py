@@ -1,13 +1,20 @@
-"""A process that is killed while it saves leaves the checkpoint before, whole."""
+"""A process that is killed while it saves leaves the checkpoint before, whole, and nothing for long."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.checkpoint.run import Run, names
+from torchprobe.checkpoint import files
+from torchprobe.checkpoint.files import write_file
 
 KILLS = 20
 
@@ -73,3 +80,100 @@ def test_twenty_kills_lose_nothing_that_was_saved(tmp_path):
     assert interrupted > 0  # some kills did come in the middle of a save
     assert left == 0  # and the next save clears up what these left
     assert files <= 3
+
+
+# ---- what a killed process leaves
+
+HOST = socket.gethostname().replace(".", "-")
+WRITING = """
+import sys
+from pathlib import Path
+from torchprobe.checkpoint.files import held, temporary
+with held(temporary(Path(sys.argv[1])), Path.touch if sys.argv[2] == "file" else Path.mkdir):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def leave(manager, pid, kind, host=HOST):
+    path = manager.directory / f".step_0000000003.{kind}.{host}.{pid}.tmp"
+    if kind == "pt":
+        path.write_bytes(b"half")
+    else:
+        path.mkdir()
+        (path / "__0_0.distcp").write_bytes(b"half")
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
+@pytest.mark.parametrize("kind", ["pt", "sharded"])
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1, 2**22 + 1])
+def test_what_a_killed_process_left_is_removed_whoever_has_its_number_now(manager, pid, kind):
+    left = leave(manager, pid, kind)
+    manager.save_checkpoint(*Run().parts, 0, 4, {})
+    assert not left.exists()
+    assert names(manager) == ["step_0000000004.pt"]
+
+
+def test_a_leftover_of_this_number_and_step_is_no_hindrance(manager):
+    leave(manager, os.getpid(), "pt")
+    manager.save_checkpoint(*Run().parts, 0, 3, {})
+    assert names(manager) == ["step_0000000003.pt"]
+    assert manager.load_latest()["step"] == 3
+
+
+def test_threads_that_write_one_file_take_turns(manager):
+    path = manager.directory / "step_0000000001.pt"
+
+    def write(number):
+        for _ in range(5):
+            write_file(path, {"number": torch.full((20_000,), number)})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert names(manager) == [path.name]
+    assert torch.load(path, weights_only=True)["number"].unique().numel() == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_process_is_writing_stays_until_it_is_killed(manager, kind):
+    target = manager.directory / "step_0000000007.pt"
+    command = [sys.executable, "-W", "ignore", "-c", WRITING, str(target), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        left = manager.directory / f".step_0000000007.pt.{HOST}.{process.pid}.tmp"
+        manager.save_checkpoint(*Run().parts, 0, 8, {})
+        assert left.exists()
+        process.kill()
+    manager.save_checkpoint(*Run().parts, 0, 9, {})
+    assert not left.exists()
+
+
+def test_on_a_system_without_locks_checkpoints_are_written_and_leftovers_stay(manager, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    left = leave(manager, os.getpid(), "pt")
+    manager.save_checkpoint(*Run().parts, 0, 4, {})
+    assert left.exists()
+    assert manager.load_latest()["step"] == 4
+
+
+def test_what_another_machine_is_writing_stays(manager):
+    left = leave(manager, os.getpid(), "pt", host="elsewhere")
+    manager.save_checkpoint(*Run().parts, 0, 4, {})
+    assert left.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
+@pytest.mark.parametrize(("pid", "stays"), [(os.getpid(), True), (2**22 + 1, False)])
+def test_on_a_file_system_without_locks_the_number_alone_must_do(manager, monkeypatch, pid, stays):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    left = leave(manager, pid, "pt")
+    manager.save_checkpoint(*Run().parts, 0, 4, {})
+    assert left.exists() == stays
+    assert manager.load_latest()["step"] == 4

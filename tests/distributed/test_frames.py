@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.frames import Frame, FrameDecoder, FrameEncoder, Key, Part, Step
+from torchprobe.distributed.mailbox import Frame, FrameDecoder, FrameEncoder, Key, Part, Step
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 NAMES = st.text(max_size=8) | st.sampled_from(["blocks.0.weight", "blocks.1.weight", "Ä 'quoted\" \\ name"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import torchprobe
 from tests.statistics.strategies import tensors
 from torchprobe.buffer.step import WHOLE, Share
-from torchprobe.distributed.frames import Part
+from torchprobe.distributed.mailbox import Part
 from torchprobe.distributed.merge import Combiner, merge, same_data_groups
 from torchprobe.probes.activations import ActivationGradients, UnitActivity
 from torchprobe.probes.attention import AttentionWeights

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchprobe
-from torchprobe.distributed.frames import Part
+from torchprobe.distributed.mailbox import Part
 from torchprobe.distributed.merge import merge
 from torchprobe.probes.checks import REDUCTIONS
 from torchprobe.probes.choosing import checked_probes, default_probes

@@ -13,7 +13,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.util.tensor_util import make_ndarray
 
 from torchprobe.records import Histogram, Image, Record, Text
-from torchprobe.writers.encode import encode, trim
+from torchprobe.writers.event_file import encode, trim
 
 HISTOGRAM = Histogram(np.arange(4.0), np.array([0, 2, 5]))
 IMAGE = Image(np.zeros((2, 3, 3), np.uint8))

@@ -16,8 +16,7 @@ import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.records import Layout, Lines, Margin, Record, Text
 from torchprobe.testing import MemoryWriter
-from torchprobe.writers.encode import serialized
-from torchprobe.writers.event_file import EventFileWriter
+from torchprobe.writers.event_file import EventFileWriter, serialized
 from torchprobe.writers.layout import (
     _CATEGORIES,
     BANDED,

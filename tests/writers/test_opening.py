@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from torchprobe.writers import opening as module
-from torchprobe.writers.opening import run_directory
+from torchprobe.writers import run_directory as module
+from torchprobe.writers.run_directory import run_directory
 
 
 @pytest.fixture(autouse=True)

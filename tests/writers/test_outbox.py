@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from torchprobe.writers import places
-from torchprobe.writers.places import MAX_WAITING, LocalPlace, Outbox
+from torchprobe.writers import files
+from torchprobe.writers.files import MAX_WAITING, LocalPlace, Outbox
 
 
 class Place:
@@ -37,7 +37,7 @@ def place():
 def now(monkeypatch):
     """A clock that stands still until it is set."""
     clock = [100.0]
-    monkeypatch.setattr(places, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files, "monotonic", lambda: clock[0])
     return clock
 
 

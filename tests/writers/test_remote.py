@@ -18,8 +18,7 @@ from tests.models import inputs, mlp
 from torchprobe.buffer import backlog
 from torchprobe.records import Record
 from torchprobe.reports.run import NoRunError, read_run
-from torchprobe.writers import files as files_module
-from torchprobe.writers import places
+from torchprobe.writers import files, remote
 from torchprobe.writers.event_file import EventFileWriter
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
@@ -34,7 +33,7 @@ def memory():
     store.store.clear()
 
 
-def files(store, url="memory://runs/a"):
+def names(store, url="memory://runs/a"):
     return sorted(store.ls(url, detail=False))
 
 
@@ -45,7 +44,7 @@ def events_in(store, path, tmp_path):
 
 
 def scalars(store, tmp_path, tag, url="memory://runs/a"):
-    paths = [path for path in files(store, url) if "tfevents" in path]
+    paths = [path for path in names(store, url) if "tfevents" in path]
     events = [event for path in paths for event in events_in(store, path, tmp_path)]
     return [(e.step, v.simple_value) for e in events for v in e.summary.value if v.tag == tag]
 
@@ -67,19 +66,19 @@ def test_a_run_in_a_store_is_one_growing_object(memory, tmp_path):
     writer.write(records(1, 2))
     writer.write(records(3))
     writer.close()
-    assert len(files(memory)) == 1
+    assert len(names(memory)) == 1
     assert scalars(memory, tmp_path, "loss") == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    assert writer.path == f"memory://{files(memory)[0].lstrip('/')}"
+    assert writer.path == f"memory://{names(memory)[0].lstrip('/')}"
 
 
 def test_an_object_that_is_large_is_followed_by_another_one(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(files_module, "FULL", 200)
+    monkeypatch.setattr(remote, "FULL", 200)
     writer = EventFileWriter("memory://runs/a")
     for step in range(1, 6):
         writer.write(records(step))
-    assert len(files(memory)) > 1
+    assert len(names(memory)) > 1
     assert scalars(memory, tmp_path, "loss") == [(step, step / 2) for step in range(1, 6)]
-    starts = [e.step for path in files(memory) for e in events_in(memory, path, tmp_path) if e.HasField("session_log")]
+    starts = [e.step for path in names(memory) for e in events_in(memory, path, tmp_path) if e.HasField("session_log")]
     assert starts == sorted(set(starts))
 
 
@@ -97,7 +96,7 @@ def test_an_alert_leaves_its_flight_recording_there(memory):
     model = mlp()
     with torchprobe.instrument(model, log_dir="memory://runs/a", every=1, rules=[on_step_5]):
         train(model, 6)
-    assert files(memory, "memory://runs/a/flight") == ["/runs/a/flight/5.json"]
+    assert names(memory, "memory://runs/a/flight") == ["/runs/a/flight/5.json"]
     content = json.loads(memory.cat_file("/runs/a/flight/5.json"))
     assert [record["step"] for record in content["records"]] == [1, 2, 3, 4, 5]
 
@@ -129,7 +128,7 @@ def test_a_remote_run_is_read_back_with_its_recordings(memory):
 
 def test_a_path_object_names_the_same_place(memory):
     EventFileWriter(Path("memory://runs/a")).write(records(1))
-    assert len(files(memory)) == 1
+    assert len(names(memory)) == 1
 
 
 def test_a_run_after_another_sorts_behind_it(memory, tmp_path):
@@ -138,7 +137,7 @@ def test_a_run_after_another_sorts_behind_it(memory, tmp_path):
     second = EventFileWriter("memory://runs/a")
     second.restart(3)
     second.write(records(3))
-    old, new = files(memory)
+    old, new = names(memory)
     assert old.rpartition("/")[2] == first.path.rpartition("/")[2]
     assert [e.step for e in events_in(memory, new, tmp_path) if e.HasField("session_log")] == [3]
 
@@ -224,7 +223,7 @@ def eventually(flush, seconds=60.0):
 
 @pytest.mark.slow
 def test_a_store_that_goes_down_and_comes_back_has_everything(s3, monkeypatch, caplog):
-    for part in (backlog, places):
+    for part in (backlog, files):
         monkeypatch.setattr(part, "_FIRST_RETRY", 0.1)
         monkeypatch.setattr(part, "_LAST_RETRY", 0.2)
     model = mlp()

@@ -14,8 +14,7 @@ import pytest
 from tests.loaders import python_points
 from torchprobe.records import Record
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.opening import open_writer
-from torchprobe.writers.run_directory import LOCK, RunDirectory
+from torchprobe.writers.run_directory import LOCK, RunDirectory, open_writer
 
 
 def record(step=1):

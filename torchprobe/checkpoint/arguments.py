@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from torchprobe.checkpoint.states import each_with
 from torchprobe.session import Session
 
 Mode = Literal["min", "max"]
@@ -76,16 +77,9 @@ def checked_step(step: int | None, session: Session | None) -> int:
 def check_helpers(**helpers: Any) -> None:
     """Raise TypeError unless each has a state, is a list or dict of such, or is None."""
     for argument, helper in helpers.items():
-        _check_helper(argument, helper)
-
-
-def _check_helper(argument: str, helper: Any) -> None:
-    several = helper.values() if isinstance(helper, Mapping) else helper if isinstance(helper, list | tuple) else None
-    if several is not None:
-        for one in several:
-            _check_helper(argument, one)
-    elif helper is not None and not (hasattr(helper, "state_dict") and hasattr(helper, "load_state_dict")):
-        raise TypeError(f"{argument}={helper!r}: takes an object with state_dict() and load_state_dict(), or None")
+        for one, _ in each_with(helper, helper):
+            if one is not None and not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+                raise TypeError(f"{argument}={one!r}: takes an object with state_dict() and load_state_dict(), or None")
 
 
 def _is_number(value: Any) -> bool:

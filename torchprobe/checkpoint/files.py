@@ -12,14 +12,20 @@ import shutil
 import socket
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SHARDED = ".sharded"  # a directory of torch.distributed.checkpoint
 WHOLE = ".pt"
@@ -30,6 +36,12 @@ _TEMPORARY = re.compile(r"\.step_.*\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
 
 _ATOMS = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_PICKLE = b"\x80"  # how one begins
+_ATTEMPTS = 1000  # to lock a file that others rename or remove first; each costs them a whole file
+
+
+class RefusedError(UnpicklingError):
+    """A file that weights-only loading does not take, whole as it is."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,8 +80,9 @@ def prune(directory: Path, max_keep: int) -> None:
     steps = {one.step for one in kept}
     for path in directory.iterdir():
         match = _RANK.fullmatch(path.name)
-        if (match and int(match[1]) not in steps) or _abandoned(path):
+        if match and int(match[1]) not in steps:
             remove(path)
+        _remove_abandoned(path)
 
 
 def remove(path: Path) -> None:
@@ -82,8 +95,32 @@ def remove(path: Path) -> None:
 
 def temporary(path: Path) -> Path:
     """A hidden name beside `path` for what is not complete yet; it says whose it is."""
-    host = socket.gethostname().replace(".", "-")
-    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def held(path: Path, make: Callable[[Path], object]) -> Iterator[None]:
+    """Makes a temporary file or directory, which no other process's `prune` removes inside, unless this one is killed.
+
+    What cannot be made, or not be locked (as on Windows), is left to those who write to it.
+    """
+    with contextlib.ExitStack() as lock:
+        for _ in range(0 if fcntl is None else _ATTEMPTS):
+            try:
+                make(path)
+                lock.enter_context(_locked(path, wait=True))
+            except FileNotFoundError:  # removed between the two
+                continue
+            except OSError:
+                pass
+            break
+        yield
+
+
+def make_anew(directory: Path) -> None:
+    """Make a directory, in place of what a killed process of this one's number left."""
+    remove(directory)
+    directory.mkdir()
 
 
 def write_file(path: Path, payload: Any) -> None:
@@ -92,19 +129,24 @@ def write_file(path: Path, payload: Any) -> None:
     Raises OSError when it does not fit, and what `torch.save` raises; then nothing is left of it.
     """
     unfinished = temporary(path)
+    with held(unfinished, Path.touch):
+        try:
+            with unfinished.open("wb") as raw:
+                _save(payload, raw)
+            publish(unfinished, path)
+        except BaseException:
+            remove(unfinished)
+            raise
+
+
+def _save(payload: Any, raw: IO[bytes]) -> None:
+    file = _Noting(raw)
     try:
-        with unfinished.open("wb") as raw:
-            file = _Noting(raw)
-            try:
-                torch.save(payload, cast("IO[bytes]", file))
-            except RuntimeError as error:  # torch's, for a write that failed below it
-                raise (file.failure or error) from error
-            raw.flush()
-            os.fsync(raw.fileno())
-        publish(unfinished, path)
-    except BaseException:
-        remove(unfinished)
-        raise
+        torch.save(payload, cast("IO[bytes]", file))
+    except RuntimeError as error:  # torch's, for a write that failed below it
+        raise (file.failure or error) from error
+    raw.flush()
+    os.fsync(raw.fileno())
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -123,14 +165,20 @@ def publish(unfinished: Path, path: Path) -> None:
 def read_file(path: Path, map_location: Any) -> Any:
     """`torch.load(weights_only=True)` after a look at the file's checksums, which torch does not compare.
 
-    Raises what either raises for a file that is damaged.
+    Raises what either raises for a file that is damaged, RefusedError for one that holds more than plain values.
     """
+    with path.open("rb") as file:
+        if file.read(1) == _PICKLE:
+            raise RefusedError("it is a bare pickle, which CheckpointManager does not write and which could run code")
     if torch.serialization.get_crc32_options():
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError:  # its message tells how to load the file all the same
+        raise RefusedError(f"it holds {_foreign(path)}; loading a checkpoint runs no code") from None
 
 
 def plain(value: Any, where: str) -> Any:
@@ -175,18 +223,48 @@ class _Noting:
         self._raw.flush()
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether it is a temporary file of a process of this machine that is gone."""
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file of a process of this machine that is gone, whoever has its number now."""
     match = _TEMPORARY.fullmatch(path.name)
-    if os.name != "posix" or match is None or match["host"] != socket.gethostname().replace(".", "-"):
-        return False
+    if fcntl is None or match is None or match["host"] != _host():
+        return
     try:
-        os.kill(int(match["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+        with _locked(path, wait=False):
+            remove(path)
+    except (BlockingIOError, FileNotFoundError):
+        return
+    except OSError:  # a file system without locks
+        try:
+            os.kill(int(match["pid"]), 0)
+        except ProcessLookupError:
+            remove(path)
+        except OSError:
+            return
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """A lock that ends with the process. Raises BlockingIOError when another has it, OSError where there are none."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _foreign(path: Path) -> str:
+    """What a file holds that weights-only loading does not take."""
+    names: list[str] = []
+    with contextlib.suppress(Exception):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return ", ".join(names) or "more than plain values and tensors"
 
 
 def _plain_mapping(value: Mapping[Any, Any], where: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -15,8 +16,16 @@ from torch import nn
 from torchprobe.arguments import check_count
 from torchprobe.checkpoint import arguments, files
 from torchprobe.checkpoint.files import Stored, plain, write_file
-from torchprobe.checkpoint.sharded import agreed, is_sharded, own_rank, read_directory, sharded_states, write_directory
-from torchprobe.checkpoint.states import Target, apply, check_sharded_names, model_state, read_sharded, states_of
+from torchprobe.checkpoint.sharded import (
+    agreed,
+    is_sharded,
+    own_rank,
+    read_directory,
+    saved_names,
+    sharded_states,
+    write_directory,
+)
+from torchprobe.checkpoint.states import Target, apply, check_names, model_state, read_sharded, states_of
 from torchprobe.random_state import random_states
 from torchprobe.session import Session, session_of
 
@@ -124,16 +133,19 @@ class CheckpointManager:
         return path
 
     def load_latest(self, map_location: Any = "cpu") -> Checkpoint | None:
-        """The newest checkpoint that is not damaged, as a dict; None when there is none.
+        """The newest checkpoint that can be loaded, as a dict; None where none was saved yet.
 
         Its keys: `model`, `optimizer`, `scheduler`, `extras`, `session`, `random` (states), `epoch`, `step`,
         `metrics`. The tensors of a sharded model come whole, on the CPU.
+
+        Raises RuntimeError when there are checkpoints and none of them can be loaded; the message names them.
         """
-        return self._first_readable(files.stored(self.directory), map_location)
+        return self._newest(files.stored(self.directory), lambda one: _read(one.path, map_location))
 
     def load_best(self, map_location: Any = "cpu") -> Checkpoint | None:
         """The checkpoint that was the best when it was saved and is not beaten since; else like `load_latest`."""
-        return self._first_readable([one for one in files.stored(self.directory) if one.best], map_location)
+        found = [one for one in files.stored(self.directory) if one.best]
+        return self._newest(found, lambda one: _read(one.path, map_location))
 
     def restore(
         self,
@@ -156,7 +168,7 @@ class CheckpointManager:
 
         Raises:
             ValueError: for a checkpoint of another model; the message lists the names that differ.
-            RuntimeError: when there are checkpoints and all of them are damaged.
+            RuntimeError: when there are checkpoints and none of them can be loaded.
         """
         if which not in ("latest", "best"):
             raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
@@ -164,13 +176,8 @@ class CheckpointManager:
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
         found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found
-        for one in reversed(found):
-            checkpoint = self._restored(one, target)
-            if checkpoint is not None:
-                return {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
-        if found:
-            raise RuntimeError(f"all {len(found)} checkpoints in {str(self.directory)!r} are damaged; see the log")
-        return None
+        checkpoint = self._newest(found, lambda one: self._restored(one, target))
+        return checkpoint and {key: checkpoint[key] for key in ("epoch", "step", "metrics")}
 
     def _states(self, model: nn.Module, optimizer: Any, session: Session | None, *, sharded: bool) -> dict[str, Any]:
         if sharded:
@@ -185,8 +192,9 @@ class CheckpointManager:
         if is_best is not None or name is None:
             return bool(is_best)
         if self._best is None:
-            before = self.load_best()
-            self._best = {} if before is None else before["metrics"]
+            self._best = {}
+            with suppress(RuntimeError):  # none can be read, as the log says: this one may be the best
+                self._best = (self.load_best() or {"metrics": {}})["metrics"]
         return arguments.is_better(numbers[name], self._best.get(name), self._mode)
 
     def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
@@ -202,7 +210,9 @@ class CheckpointManager:
             if own_rank():  # last: a rank that failed alone before would leave the others waiting
                 write_file(self._rank_file(step), payload["random"])
         except OSError as error:
-            raise _explained(error, step, self.directory) from error
+            where = f"{str(self.directory)!r} ({error.strerror or error})"
+            message = f"the checkpoint of step {step} could not be written to {where}; earlier ones are as they were"
+            raise OSError(error.errno, message) from error
         if not own_rank():
             self._tidy(path, step)
         return path
@@ -216,48 +226,70 @@ class CheckpointManager:
     def _rank_file(self, step: int) -> Path:
         return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"
 
-    def _first_readable(self, found: list[Stored], map_location: Any) -> Checkpoint | None:
-        checkpoints = (self._read(one, map_location=map_location) for one in reversed(found))
-        return next((one for one in checkpoints if one is not None), None)
-
-    def _read(self, one: Stored, target: Target | None = None, map_location: Any = "cpu") -> Checkpoint | None:
-        try:
-            if not one.path.is_dir():
-                return _checked(files.read_file(one.path, map_location))
-            return _checked(read_directory(one.path, None) if target is None else read_sharded(one.path, target))
-        except _DAMAGE as error:
-            _log.warning("checkpoint %s is damaged and skipped: %s", one.path.name, _first_line(error))
+    def _newest(self, found: list[Stored], load: Callable[[Stored], Checkpoint]) -> Checkpoint | None:
+        """The newest that can be loaded, None when there are none. Raises RuntimeError when none of them can be."""
+        unreadable: dict[str, str] = {}
+        for one in reversed(found):
+            try:
+                return load(one)
+            except _UnreadableError as error:  # noqa: PERF203
+                unreadable[one.path.name] = error.kind
+        if not found:
             return None
+        kinds = " or ".join(sorted(set(unreadable.values())))
+        names = ", ".join(f"{name} ({kind})" for name, kind in unreadable.items())
+        raise RuntimeError(
+            f"all {len(found)} checkpoints in {str(self.directory)!r} are {kinds}: {names}. The log says why; "
+            "to begin anew, move them away"
+        )
 
-    def _restored(self, one: Stored, target: Target) -> Checkpoint | None:
-        sharded = one.path.is_dir()
-        if sharded:
-            check_sharded_names(one.path, target)
-        checkpoint = self._read(one, target if sharded else None)
-        if checkpoint is not None:
-            apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=sharded)
+    def _restored(self, one: Stored, target: Target) -> Checkpoint:
+        if not one.path.is_dir():
+            checkpoint = _read(one.path)
+        else:
+            with _readable(one.path):
+                names = saved_names(one.path)
+            check_names(names, sharded_states(target.model, None, None)["model"], strict=target.strict)
+            with _readable(one.path):
+                checkpoint = _checked(read_sharded(one.path, target, names))
+        apply(checkpoint, target, self._own_random_states(one, checkpoint), sharded=one.path.is_dir())
         return checkpoint
 
     def _own_random_states(self, one: Stored, checkpoint: Checkpoint) -> Any:
         if not own_rank():
             return checkpoint["random"]
         path = self._rank_file(one.step)
-        return files.read_file(path, "cpu") if path.exists() else None
+        with suppress(_UnreadableError), _readable(path):
+            return files.read_file(path, "cpu") if path.exists() else None
+        return None
+
+
+class _UnreadableError(Exception):
+    """A checkpoint that is "damaged" or "refused"."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says what is wrong with a file or directory that is read inside; raises `_UnreadableError` then."""
+    try:
+        yield
+    except _DAMAGE as error:
+        kind = "refused" if isinstance(error, files.RefusedError) else "damaged"
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        _log.warning("checkpoint %s is %s and skipped: %s", path.name, kind, reason)
+        raise _UnreadableError(kind) from error
+
+
+def _read(path: Path, map_location: Any = "cpu") -> Checkpoint:
+    with _readable(path):
+        return _checked(read_directory(path, None) if path.is_dir() else files.read_file(path, map_location))
 
 
 def _checked(checkpoint: Any) -> Checkpoint:
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise ValueError("it was not written by CheckpointManager")
     return checkpoint
-
-
-def _explained(error: OSError, step: int, directory: Path) -> OSError:
-    return OSError(
-        error.errno,
-        f"the checkpoint of step {step} could not be written to {str(directory)!r} ({error.strerror or error}); "
-        "earlier ones are as they were",
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.checkpoint.files import plain, publish, read_file, remove, temporary, write_file
+from torchprobe.checkpoint.files import held, make_anew, plain, publish, read_file, remove, temporary, write_file
 from torchprobe.session import Session
 
 _REST = "rest.pt"
@@ -84,13 +84,14 @@ def write_directory(path: Path, payload: Mapping[str, Any]) -> None:
     unfinished = Path(agreed(str(temporary(path))))  # it names the process
     tensors, rest = _split(payload)
     error = None
-    try:
-        save(tensors, checkpoint_id=unfinished)
-        if own_rank() == 0:
-            write_file(unfinished / _REST, plain(rest, "checkpoint"))
-            publish(unfinished, path)
-    except (OSError, RuntimeError, CheckpointException) as failure:
-        error = _reason(failure)
+    with nullcontext() if own_rank() else held(unfinished, make_anew):
+        try:
+            save(tensors, checkpoint_id=unfinished)
+            if own_rank() == 0:
+                write_file(unfinished / _REST, plain(rest, "checkpoint"))
+                publish(unfinished, path)
+        except (OSError, RuntimeError, CheckpointException) as failure:
+            error = _reason(failure)
     error = agreed(error)
     if error is not None:
         if own_rank() == 0:

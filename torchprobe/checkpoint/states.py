@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_directory, saved_names, sharded_states
+from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_directory, sharded_states
 from torchprobe.naming import bare_keys, unwrapped
 from torchprobe.random_state import set_random_states
 from torchprobe.session import Session
@@ -29,23 +29,14 @@ def model_state(model: nn.Module) -> OrderedDict[str, Any]:
     """`state_dict()` of the user's own module, with bare names, and the versions of its modules."""
     root = unwrapped(model)
     state = root.state_dict()
-    names = bare_keys(root, state)
-    bare = OrderedDict((names[key], value) for key, value in state.items())
-    versions = getattr(state, "_metadata", {})
-    prefixes = bare_keys(root, versions)
-    bare._metadata = {prefixes[key]: value for key, value in versions.items()}  # type: ignore[attr-defined]
-    return bare
+    return _renamed(state, bare_keys(root, _keys(state)))
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a `model_state` into a model, whatever wraps it. Check first: torch stops half-way at an error."""
     root = unwrapped(model)
-    own = root.state_dict()
-    names = {bare: key for key, bare in bare_keys(root, [*own, *getattr(own, "_metadata", {})]).items()}
-    wrapped = OrderedDict((names.get(name, name), value) for name, value in state.items())
-    versions = getattr(state, "_metadata", {})
-    wrapped._metadata = {names.get(key, key): value for key, value in versions.items()}  # type: ignore[attr-defined]
-    root.load_state_dict(wrapped, strict=strict)
+    names = {bare: key for key, bare in bare_keys(root, _keys(root.state_dict())).items()}
+    root.load_state_dict(_renamed(state, names), strict=strict)
 
 
 def states_of(helper: Any) -> Any:
@@ -59,16 +50,22 @@ def states_of(helper: Any) -> Any:
     return helper.state_dict()
 
 
-def load_states(helper: Any, state: Any) -> None:
-    """The inverse of `states_of`, into objects of the same arrangement."""
+def each_with(helper: Any, state: Any) -> Iterator[tuple[Any, Any]]:
+    """Each of several helpers in a list or a dict, or the one, with its part of a state of the same arrangement."""
     if isinstance(helper, Mapping):
         for name, one in helper.items():
-            load_states(one, state[name])
+            yield from each_with(one, state[name])
     elif isinstance(helper, list | tuple):
-        for one, saved in zip(helper, state, strict=True):
-            load_states(one, saved)
+        for one, part in zip(helper, state, strict=True):
+            yield from each_with(one, part)
     else:
-        helper.load_state_dict(state)
+        yield helper, state
+
+
+def load_states(helper: Any, state: Any) -> None:
+    """The inverse of `states_of`, into objects of the same arrangement."""
+    for one, part in each_with(helper, state):
+        one.load_state_dict(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +80,13 @@ class Target:
     strict: bool
 
 
-def check_sharded_names(path: Path, target: Target) -> None:
-    """`check_names` of a directory, without reading it."""
-    check_names(saved_names(path), sharded_states(target.model, None, None)["model"], strict=target.strict)
+def read_sharded(path: Path, target: Target, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a directory, whose `saved_names` are known to fit, into the target's own tensors.
 
-
-def read_sharded(path: Path, target: Target) -> dict[str, Any]:
-    """Read a directory into the target's own tensors, once the names are known to fit.
-
-    Raises ValueError for another model's, and what torch raises for a damaged one.
+    Raises what torch raises for a damaged one.
     """
     into = sharded_states(target.model, target.optimizer, target.session)
     if not target.strict:
-        names = saved_names(path)
         into["model"] = {name: value for name, value in into["model"].items() if name in names}
     return read_directory(path, into)
 
@@ -141,6 +132,18 @@ def check_names(saved: Mapping[str, Any], own: Mapping[str, Any], *, strict: boo
         )
 
 
+def _keys(state: Mapping[str, Any]) -> list[str]:
+    return [*state, *getattr(state, "_metadata", {})]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """A state under other names, with the versions of its modules."""
+    renamed = OrderedDict((names.get(key, key), value) for key, value in state.items())
+    versions = getattr(state, "_metadata", {})
+    vars(renamed).update(_metadata={names.get(key, key): value for key, value in versions.items()})
+    return renamed
+
+
 def _check(checkpoint: Mapping[str, Any], target: Target, *, sharded: bool) -> None:
     if not sharded:
         check_names(checkpoint["model"], model_state(target.model), strict=target.strict)
@@ -167,17 +170,11 @@ def _resume_session(state: Mapping[str, Any] | None, target: Target) -> None:
 
 def _check_groups(optimizer: Any, saved: Any) -> None:
     """Raise ValueError when an optimizer's state is of other parameter groups; likewise for several."""
-    if isinstance(optimizer, Mapping):
-        optimizer, saved = list(optimizer.values()), [saved.get(name) for name in optimizer]
-    if isinstance(optimizer, list | tuple):
-        for one, state in zip(optimizer, saved, strict=True):
-            _check_groups(one, state)
-    elif isinstance(optimizer, Optimizer):
-        own, before = (
-            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved["param_groups"])
-        )
-        if own != before:
-            raise ValueError(
-                f"the checkpoint's {type(optimizer).__name__} has groups of {before} parameters, and this one "
-                f"of {own}: make the optimizer as it was made for the saved run"
-            )
+    for one, state in each_with(optimizer, saved):
+        if isinstance(one, Optimizer):
+            own, before = ([len(g["params"]) for g in groups] for groups in (one.param_groups, state["param_groups"]))
+            if own != before:
+                raise ValueError(
+                    f"the checkpoint's {type(one).__name__} has groups of {before} parameters, and this one "
+                    f"of {own}: make the optimizer as it was made for the saved run"
+                )

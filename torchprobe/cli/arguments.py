@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchprobe.writers.places import as_url, is_url, local_path
+from torchprobe.writers.files import located
 
 if TYPE_CHECKING:
     from torchprobe.reports.run import Run
@@ -87,7 +87,7 @@ def _number(text: str) -> float:
 
 def place(text: str) -> Path | str:
     """A folder, or a URL as it stands: for argparse."""
-    return as_url(text) if is_url(text) else local_path(text)
+    return located(text)
 
 
 def recorded(where: Path | str) -> Run:

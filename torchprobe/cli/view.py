@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from torchprobe.cli.arguments import CommandError, add_command, place, port_number
-from torchprobe.writers.places import protocol_of
+from torchprobe.writers.remote import protocol_of
 
 _DESCRIPTION = """\
 Show recorded runs in TensorBoard: start it, print its address, open the browser.

@@ -1,5 +1,27 @@
 """One run over several ranks: each sends what it has seen to rank 0, which combines and writes it.
 
-Read in the order in which values flow: `world` (who writes), `exchange` (what a rank does), `sender`, `frames` (which
-steps are the same, and their bytes), `mailbox` (how they travel), `gatherer`, `merge` (one row from many).
+Read in the order in which values flow: `world` (who writes), `sender`, `mailbox` (their bytes, and how they travel),
+`gatherer`, `merge` (one row from many); `stopping` (how all stop at the same step).
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.step import Reporter
+from torchprobe.distributed.gatherer import Gatherer
+from torchprobe.distributed.sender import Sender
+from torchprobe.distributed.world import SingleProcess, World
+
+
+def open_exchange(world: World, reporters: Iterable[Any], decoder: Decoder) -> Gatherer | Sender | SingleProcess:
+    """The exchange of a session.
+
+    reporters: what ranks combine, in the same order on every rank: each has `combine_rows`.
+    """
+    if world.is_single:
+        return SingleProcess(decoder)
+    keys: dict[Reporter, str] = {reporter: f"{i}:{type(reporter).__name__}" for i, reporter in enumerate(reporters)}
+    return Gatherer(world, keys, decoder) if world.writes else Sender(world, keys)

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
-from torchprobe.distributed.frames import FrameDecoder, Key, Numbering, Part, Step
-from torchprobe.distributed.mailbox import Inbox, Mailbox, open_mailbox
+from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Numbering, Part, Step, open_mailbox
 from torchprobe.distributed.merge import Combiner, same_data_groups
 from torchprobe.distributed.sender import HELD
 from torchprobe.distributed.stopping import Stopping
@@ -20,6 +19,13 @@ from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")
+
+POLL = 0.25  # seconds between looks while steps wait
+URGENT_POLL = 0.005
+PATIENCE = 30.0  # seconds that a step waits for a rank that lags
+URGENT_PATIENCE = 5.0  # the same while the user waits for `flush` or `detach`
+GRACE = 2.0  # seconds from the first step on in which a rank may still call `instrument`
+MAX_WAITING = 1000  # steps
 
 
 class Peer:
@@ -70,22 +76,18 @@ class Peer:
             return False
         return self._mark is None or self._mark < key
 
+    def give_up(self, key: Key) -> None:
+        """It was waited for in vain."""
+        if self.heard:
+            self.late = True
+            _log.warning("rank %d is late with step %d: it is left out until it is back", self.rank, key.step)
+
     def take_until(self, key: Key) -> Iterator[tuple[Key, Sequence[Part]]]:
         """The steps up to this one, which are used now."""
         for early in sorted(k for k in self._steps if k <= key):
             step = self._steps.pop(early)
             self.same_data = step.same_data or self.same_data
             yield early, step.parts
-
-
-_log = logging.getLogger("torchprobe")
-
-POLL = 0.25  # seconds between looks while steps wait
-URGENT_POLL = 0.005
-PATIENCE = 30.0  # seconds that a step waits for a rank that lags
-URGENT_PATIENCE = 5.0  # the same while the user waits for `flush` or `detach`
-GRACE = 2.0  # seconds from the first step on in which a rank may still call `instrument`
-MAX_WAITING = 1000  # steps
 
 
 class Waiting(NamedTuple):
@@ -207,11 +209,7 @@ class Gatherer:
 
     def _give_up(self, waiting: Waiting) -> None:
         for peer in self._owing(waiting):
-            if peer.heard:
-                peer.late = True
-                _log.warning(
-                    "rank %d is late with step %d: it is left out until it is back", peer.rank, waiting.key.step
-                )
+            peer.give_up(waiting.key)
 
     def _records(self, waiting: Waiting) -> Iterator[Record]:
         parts: dict[Key, dict[int, Sequence[Part]]] = {}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from torchprobe.buffer.step import Arrived, Heading, Share
-from torchprobe.distributed.frames import Part
-from torchprobe.probes.base import Way
+from torchprobe.distributed.mailbox import Part
+from torchprobe.probes.base import Reporter, Way
 
 _log = logging.getLogger("torchprobe")
 
@@ -69,16 +69,6 @@ Rows: TypeAlias = "dict[str, NDArray[np.float64]]"
 """What one rank has under each name: (occurrences, fields), as several optimizers or heads have a row each."""
 
 
-class Combines(Protocol):
-    """The half of a probe that knows what rows of several ranks are together."""
-
-    over_batches: Way
-    over_shards: Way
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Rows of the same names from two ranks, as one: shapes (names, fields)."""
-
-
 class Merged(NamedTuple):
     """Names and rows of all ranks together; incomplete names some parts of which are missing."""
 
@@ -87,7 +77,7 @@ class Merged(NamedTuple):
     incomplete: list[str]
 
 
-def merge(probe: Combines, parts: Mapping[int, Sequence[Part]], groups: Iterable[Sequence[int]]) -> Merged:
+def merge(probe: Reporter, parts: Mapping[int, Sequence[Part]], groups: Iterable[Sequence[int]]) -> Merged:
     """What all ranks have of one probe. groups: the ranks that saw the same examples, each rank in one group."""
     if any(part.shards is not None for some in parts.values() for part in some):
         rows, incomplete = _of_parameters(probe, parts)
@@ -99,7 +89,7 @@ def merge(probe: Combines, parts: Mapping[int, Sequence[Part]], groups: Iterable
     return Merged(names, np.concatenate(list(rows.values())) if rows else np.zeros((0, 1)), incomplete)
 
 
-def _of_parameters(probe: Combines, parts: Mapping[int, Sequence[Part]]) -> tuple[Rows, list[str]]:
+def _of_parameters(probe: Reporter, parts: Mapping[int, Sequence[Part]]) -> tuple[Rows, list[str]]:
     """A row of the whole parameter is taken from the first rank that has one, else the parts of one copy are merged."""
     whole: Rows = {}
     copies: defaultdict[str, defaultdict[int, list[_Held]]] = defaultdict(lambda: defaultdict(list))
@@ -131,7 +121,7 @@ def _complete_copy(copies: Mapping[int, list[_Held]]) -> list[_Held]:
     return []
 
 
-def _of_shards(probe: Combines, ranks: Sequence[Rows]) -> Rows:
+def _of_shards(probe: Reporter, ranks: Sequence[Rows]) -> Rows:
     """Rows of ranks that saw the same examples. Equal ones are copies; others are of parts."""
     if len(ranks) < 2:
         return dict(ranks[0]) if ranks else {}
@@ -143,7 +133,7 @@ def _of_shards(probe: Combines, ranks: Sequence[Rows]) -> Rows:
     return {name: merged[name] for name in names}
 
 
-def _averaged(probe: Combines, rows: Rows, batches: int) -> Rows:
+def _averaged(probe: Reporter, rows: Rows, batches: int) -> Rows:
     """The training loss is the mean of the ranks' losses, and each has seen the gradient of its own."""
     unscale = getattr(probe, "unscale", None)
     if batches == 1 or unscale is None or getattr(probe, "source", "") != "output_gradients":
@@ -154,7 +144,7 @@ def _averaged(probe: Combines, rows: Rows, batches: int) -> Rows:
     }
 
 
-def _folded(probe: Combines, ranks: Iterable[Rows], way: Way) -> Rows:
+def _folded(probe: Reporter, ranks: Iterable[Rows], way: Way) -> Rows:
     total: Rows = {}
     for rows in ranks:
         shared = [name for name in rows if name in total]
@@ -166,7 +156,7 @@ def _folded(probe: Combines, ranks: Iterable[Rows], way: Way) -> Rows:
     return total
 
 
-def _combined(probe: Combines, a: Rows, b: Rows, names: Sequence[str]) -> Rows:
+def _combined(probe: Reporter, a: Rows, b: Rows, names: Sequence[str]) -> Rows:
     """One call for all names: a call costs more than its arithmetic."""
     if not names:
         return {}

@@ -7,8 +7,17 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
-from torchprobe.distributed.frames import Frame, FrameEncoder, Key, Numbering, Part, Step
-from torchprobe.distributed.mailbox import Mailbox, Outbox, open_mailbox
+from torchprobe.distributed.mailbox import (
+    Frame,
+    FrameEncoder,
+    Key,
+    Mailbox,
+    Numbering,
+    Outbox,
+    Part,
+    Step,
+    open_mailbox,
+)
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.probes.base import Reporter as ProbeReporter

@@ -1,14 +1,19 @@
-"""Which rank this process is, and the wrappers under which a model cannot be watched."""
+"""Which rank this process is, and what takes the place of the other ranks where there are none."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch import nn
 
-from torchprobe.capture.fully_sharded import is_flat_sharded
+from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.step import StepInFlight
+from torchprobe.records import Record
+
+_log = logging.getLogger("torchprobe")
 
 
 class World(NamedTuple):
@@ -44,16 +49,53 @@ def is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def check_wrappers(model: nn.Module) -> None:
-    """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
-    for module in model.modules():
-        if isinstance(module, nn.DataParallel):
-            raise TypeError(
-                "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "
-                "in several threads; takes DistributedDataParallel, one process a device, or the bare model"
+class SingleProcess:
+    """The exchange where there is no other rank, or none was known of when the session began.
+
+    Makes records of one process's steps; warns once on a rank that turns out to be one of several.
+    """
+
+    patience: float | None = None
+    dropped = 0
+    stopping = None
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._warned = False
+
+    def read(self, sealed: StepInFlight) -> Record | None:
+        """The record of a step. Raises what a device raised."""
+        return self._decoder(sealed)
+
+    def summary(self) -> str:
+        """Nothing to say of other ranks."""
+        return ""
+
+    def pause(self) -> float | None:
+        """Nothing to look for."""
+        return None
+
+    def release(self, urgent: bool) -> Iterable[Record]:
+        """No step was kept back."""
+        if not self._warned and is_connected() and world().rank:
+            self._warned = True
+            _log.warning(
+                "torchprobe.instrument was called before init_process_group and without torchrun's RANK and "
+                "WORLD_SIZE, so that each rank writes a run of its own, rank %d too: call it after init_process_group "
+                "for one run",
+                world().rank,
             )
-        if is_flat_sharded(module) and not getattr(module, "_use_orig_params", True):
-            raise ValueError(
-                "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
-                "their names; takes one with use_orig_params=True, or fully_shard(model)"
-            )
+        return ()
+
+    def close(self) -> None:
+        """Nobody to take leave of."""
+
+
+class NoWriter:
+    """The writer of a rank that writes nothing."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Nothing: the records are rank 0's."""
+
+    def close(self) -> None:
+        """Nothing is open."""

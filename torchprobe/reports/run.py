@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.reports.words import visible
+from torchprobe.writers.files import located
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
-from torchprobe.writers.places import as_url, filesystem_of, is_url, local_path
+from torchprobe.writers.remote import filesystem_of
 
 _T = TypeVar("_T", tuple[int, str], tuple[int, float, float])
 _EVENTS = "*tfevents*"
@@ -104,9 +105,10 @@ def read_run(where: Path | str) -> Run:
     where: the run's folder or URL, or one above it, of which the newest run is taken. Raises NoRunError; for a URL also
     what `copied` raises.
     """
-    if not is_url(str(where)):
-        return _read(newest_run(local_path(str(where))))
-    with copied(as_url(str(where))) as (folder, url):
+    place = located(where)
+    if isinstance(place, Path):
+        return _read(newest_run(place))
+    with copied(place) as (folder, url):
         if not _event_files(folder):
             raise NoRunError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")
         run = _read(folder)

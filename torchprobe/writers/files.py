@@ -1,38 +1,70 @@
-"""Files that grow by whole batches, local and remote: one that cannot be written in full leaves no trace."""
+"""Files that a run makes, in a local directory or another place: they grow by whole batches, or are put there whole.
+
+What cannot be written in full leaves no trace.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from time import monotonic
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from torchprobe.writers.remote import RemoteFile, RemotePlace
+
+MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_LOCAL = ("file", "local")
 
 _log = logging.getLogger("torchprobe")
 
-FULL = 4 * 2**20
-"""Bytes from which a file is to be followed by another one: what each flush sends, and what is held in memory."""
+Place: TypeAlias = "LocalPlace | RemotePlace"
+"""A directory of files."""
+
+GrowingFile: TypeAlias = "AppendFile | RemoteFile"
+"""A file that takes whole pieces."""
 
 
-class GrowingFile(Protocol):
-    """A file that takes whole pieces."""
+class FileStore(Protocol):
+    """Takes whole files."""
 
-    @property
-    def path(self) -> Path | str:
-        """Where it is."""
+    def put(self, name: str, data: bytes) -> str:
+        """A whole file, in place of an older one of this name; its path. Raises OSError; no reader sees half of it."""
 
-    @property
-    def full(self) -> bool:
-        """Whether the next batch had better go into another file."""
 
-    def append(self, data: bytes) -> None:
-        """Write all of `data`, or raise OSError and leave the file as it was."""
+def located(path: str | os.PathLike[str]) -> Path | str:
+    """A local path, also of a `file://` URL; a str for the URL of a place in a remote store, as it should be."""
+    text = os.fspath(path)
+    match = _URL.match(text)  # a single letter is a drive
+    if match is None:
+        return Path(text)
+    rest = text[match.end() :]
+    return Path(f"/{rest}") if match[1].lower() in _LOCAL else f"{match[1]}://{rest}".rstrip("/")
 
-    def fault(self) -> str | None:
-        """What became of it since the last `append`, as "deleted"; None while it is there as it was left."""
 
-    def close(self) -> None:
-        """Release it; a second call does nothing."""
+def place_of(log_dir: str | os.PathLike[str]) -> Place:
+    """The place that a path or URL names.
+
+    Raises TypeError for what is neither, ValueError for a URL of an unknown kind, ImportError for one whose package is
+    not installed.
+    """
+    if not isinstance(log_dir, str | os.PathLike):
+        raise TypeError(f"log_dir={log_dir!r} is a {type(log_dir).__name__}: pass the path of a directory, or a URL")
+    where = located(log_dir)
+    if isinstance(where, Path):
+        return LocalPlace(where)
+    from torchprobe.writers.remote import RemotePlace
+
+    return RemotePlace(where)
 
 
 class AppendFile:
@@ -51,7 +83,7 @@ class AppendFile:
 
     @property
     def full(self) -> bool:
-        """Never: a local file may grow as long as there is room."""
+        """Whether the next batch had better go into another file: never, for a local one grows as there is room."""
         return False
 
     def append(self, data: bytes) -> None:
@@ -64,7 +96,10 @@ class AppendFile:
         self.size += len(data)
 
     def fault(self) -> str | None:
-        """See `GrowingFile`. Raises OSError while the file system does not answer."""
+        """What became of it since the last `append`, as "deleted"; None while it is there as it was left.
+
+        Raises OSError while the file system does not answer.
+        """
         if self._raw.closed:
             return "given up after a failed write"
         try:
@@ -99,39 +134,113 @@ class AppendFile:
             self.close()  # readers tolerate a torn tail, but nothing may follow it
 
 
-class RemoteFile:
-    """An object of a store, which knows no append: holds what it has written, and sends all of it at each `append`.
+class LocalPlace:
+    """A local directory."""
 
-    A store that fails leaves the object as it was (stores replace objects whole) or as it would have been; either way
-    the same data can be appended again.
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def check(self) -> None:
+        """Raise OSError when nothing can be written here. Makes the directory when it is missing; leaves no file."""
+        with _explained(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory, buffering=0) as trial:
+                trial.write(b"torchprobe")
+
+    def names(self) -> list[str]:
+        """The files there are; makes the directory when it is missing. Raises OSError."""
+        with _explained(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            return [path.name for path in self._directory.iterdir()]
+
+    def make(self, name: str) -> bool:
+        """Make the directory `name` here; False when another process was first."""
+        with _explained(self._directory):
+            try:
+                (self._directory / name).mkdir()
+            except FileExistsError:
+                return False
+        return True
+
+    def begin(self, name: str, head: bytes) -> AppendFile:
+        """A new file that starts with `head`. Raises OSError, with no file left."""
+        path = self._directory / name
+        with _explained(self._directory):
+            file = AppendFile(path, "xb")
+            try:
+                file.append(head)
+            except OSError:
+                file.close()
+                path.unlink()
+                raise
+        return file
+
+    def put(self, name: str, data: bytes) -> str:
+        """See `FileStore`."""
+        path = self._directory / name
+        unfinished = path.with_suffix(".part")
+        with _explained(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        return str(path)
+
+
+class Outbox:
+    """Puts whole files into a place, each as soon as it can. Used by one thread.
+
+    One that cannot be written waits, and is tried again with growing pauses; beyond MAX_WAITING the new one is
+    dropped. The first failure is logged. what: how the log calls such a file.
     """
 
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self.path = path
-        self._filesystem = filesystem
-        self._written = b""
+    def __init__(self, place: FileStore, what: str) -> None:
+        self.dropped = 0
+        self._place = place
+        self._what = what
+        self._waiting: dict[str, bytes] = {}
+        self._retry_at = 0.0
+        self._pause = _FIRST_RETRY
+        self._failed = False
 
-    @property
-    def full(self) -> bool:
-        """Whether the next batch had better go into another file."""
-        return len(self._written) >= FULL
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, in place of an older one of this name, now or later."""
+        if name in self._waiting or len(self._waiting) < MAX_WAITING:
+            self._waiting[name] = data
+        else:
+            self.dropped += 1
+        self.retry()
 
-    def append(self, data: bytes) -> None:
-        """Write all of `data`, or raise OSError."""
-        grown = self._written + data
+    def retry(self) -> None:
+        """Write what waits, unless the pause after a failure is not over yet."""
+        if self._waiting and monotonic() >= self._retry_at:
+            self._write()
+
+    def close(self, seconds: float) -> None:
+        """Try once more what waits, and give it up after so many seconds: a store may hang as long as it likes."""
+        if self._waiting:
+            attempt = threading.Thread(target=self._write, name="torchprobe-outbox", daemon=True)
+            try:
+                attempt.start()
+                attempt.join(seconds)
+            except RuntimeError:  # the interpreter takes no new thread at its very end
+                self._write()
+        lost = self.dropped + len(self._waiting)
+        if lost:
+            _log.error("%d of the run's %ss could not be written and are lost", lost, self._what)
+
+    def _write(self) -> None:
         try:
-            self._filesystem.pipe_file(self.path, grown)
-        except Exception as error:  # stores have exceptions of their own for a network that is down
-            raise OSError(f"{self.path}: {str(error) or type(error).__name__}") from error
-        self._written = grown
-
-    def fault(self) -> str | None:
-        """None: an object that was deleted or replaced comes back whole with the next `append`."""
-        return None
-
-    def close(self) -> None:
-        """Free the memory."""
-        self._written = b""
+            for name in list(self._waiting):
+                self._place.put(name, self._waiting[name])
+                del self._waiting[name]
+        except OSError as error:
+            if not self._failed:
+                _log.warning("a %s could not be written and is tried again: %s", self._what, error)
+            self._failed = True
+            self._retry_at = monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LAST_RETRY)
+        else:
+            self._pause = _FIRST_RETRY
 
 
 class FaultLog:
@@ -145,3 +254,17 @@ class FaultLog:
         if fault not in self._said:
             self._said.add(fault)
             _log.warning("%s was %s: writing goes on in %s", path, fault, "it" if successor == path else successor)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """The same kind of error, saying which argument it is about and what to do."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write there ({error.strerror}): pass a directory with free space that you may write to"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            for path in (directory, *directory.parents):
+                if path.is_file():
+                    problem = f"{str(path)!r} is a file, not a directory: pass another log_dir or move that file away"
+        raise OSError(error.errno, f"log_dir={str(directory)!r}: {problem}") from error

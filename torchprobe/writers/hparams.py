@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from numbers import Real
 from time import time
 from typing import Any
@@ -95,10 +95,9 @@ class HParamsWriter:
 
     def _end(self) -> Record:
         now = time()
-        has_loss = any(tag.endswith("loss") for tag in self._last if tag != _LOSS)
-        final = {tag: value for tag, value in self._last.items() if not (has_loss and tag == _LOSS)}
-        values: dict[str, Value] = {f"{FINAL}/{tag}": value for tag, value in final.items()}
-        values[END_TAG] = Outcome(success=not self.failed, ended=now)
+        own_loss = any(tag.endswith("loss") for tag in self._last if tag != _LOSS)
+        final = {f"{FINAL}/{tag}": value for tag, value in self._last.items() if tag != _LOSS or not own_loss}
+        values: dict[str, Value] = {**final, END_TAG: Outcome(success=not self.failed, ended=now)}
         return Record(self._step, now, values, {FINAL: DESCRIPTION})
 
 
@@ -109,23 +108,22 @@ def checked_hparams(hparams: Mapping[str, Any]) -> dict[str, HParam]:
     """
     if not isinstance(hparams, Mapping):
         raise TypeError(f"hparams={hparams!r}: takes a mapping of names to values, such as {{'lr': 1e-3}}")
-    return {_checked_name(name): _checked_value(name, value) for name, value in hparams.items()}
+    return {name: _checked(name, value) for name, value in hparams.items()}
 
 
 def plugin_data(value: HParams | Outcome) -> bytes:
     """The record that the HParams page reads, serialized."""
+    from google.protobuf import struct_pb2
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-    data = plugin_data_pb2.HParamsPluginData()
+    part: dict[str, Any]
     if isinstance(value, HParams):
-        start = data.session_start_info
-        start.start_time_secs = value.started
-        for name, hparam in value.values.items():
-            _store(start.hparams[name], hparam)
+        stored = {name: struct_pb2.Value(**_stored(hparam)) for name, hparam in value.values.items()}
+        part = {"session_start_info": {"start_time_secs": value.started, "hparams": stored}}
     else:
-        data.session_end_info.end_time_secs = value.ended
-        data.session_end_info.status = api_pb2.STATUS_SUCCESS if value.success else api_pb2.STATUS_FAILURE
-    return bytes(data.SerializeToString())
+        status = api_pb2.STATUS_SUCCESS if value.success else api_pb2.STATUS_FAILURE
+        part = {"session_end_info": {"end_time_secs": value.ended, "status": status}}
+    return bytes(plugin_data_pb2.HParamsPluginData(**part).SerializeToString())
 
 
 def read_hparams(plugin_content: bytes) -> dict[str, HParam]:
@@ -136,13 +134,9 @@ def read_hparams(plugin_content: bytes) -> dict[str, HParam]:
     return {name: getattr(stored[name], stored[name].WhichOneof("kind")) for name in sorted(stored)}
 
 
-def _checked_name(name: object) -> str:
+def _checked(name: object, value: Any) -> HParam:
     if not isinstance(name, str):
         raise TypeError(f"hparams key {name!r}: takes a string, not {type(name).__name__}")
-    return name
-
-
-def _checked_value(name: object, value: Any) -> HParam:
     plain = value.item() if isinstance(value, np.generic) else value
     if isinstance(plain, bool | int | float | str):
         return plain
@@ -152,20 +146,12 @@ def _checked_value(name: object, value: Any) -> HParam:
     )
 
 
-def _store(field: Any, value: HParam) -> None:
+def _stored(value: HParam) -> dict[str, HParam]:
+    """As a number, if the page can show it so: it drops NaN and inf, and rounds a long integer, such as a seed."""
     if isinstance(value, bool):  # first: a bool is an int too
-        field.bool_value = value
-    elif _is_number(value):
-        field.number_value = value
-    else:
-        field.string_value = str(value)
-
-
-def _is_number(value: HParam) -> bool:
-    """Whether the page can show it as a number: it drops NaN and inf, and rounds a long integer, such as a seed."""
-    if isinstance(value, int):
-        return abs(value) <= _EXACT_INTEGERS
-    return isinstance(value, float) and math.isfinite(value)
+        return {"bool_value": value}
+    exact = abs(value) <= _EXACT_INTEGERS if isinstance(value, int) else not isinstance(value, str) and isfinite(value)
+    return {"number_value": value} if exact else {"string_value": str(value)}
 
 
 def _metrics(record: Record) -> Iterator[tuple[str, float]]:

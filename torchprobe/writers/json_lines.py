@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.records import Histogram, HParam, HParams, Image, Layout, Outcome, Record, Text, Value
+from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
 from torchprobe.writers.files import AppendFile, FaultLog
 
 
@@ -80,35 +80,26 @@ def _line(record: Record) -> str:
 def json_value(value: Value) -> Any:
     """A value as JSON has it: see `JsonLinesWriter`."""
     if isinstance(value, Histogram):
-        return {"edges": _numbers(value.edges.tolist()), "counts": value.counts.tolist()}
+        return {"edges": _plain(value.edges.tolist()), "counts": value.counts.tolist()}
     if isinstance(value, Text):
         return {"text": value.markdown}
     if isinstance(value, Image):
         return {"shape": value.pixels.shape, "png": base64.b64encode(value.png()).decode()}
     if isinstance(value, HParams):
-        return {"hparams": {name: _hparam(hparam) for name, hparam in value.values.items()}}
+        return {"hparams": {name: _plain(hparam) for name, hparam in value.values.items()}}
     if isinstance(value, Outcome):
         return {"success": value.success}
     if isinstance(value, Layout):
-        return {
-            "charts": {
-                title: [dataclasses.asdict(chart) for chart in charts] for title, charts in value.categories.items()
-            }
-        }
+        return {"charts": {title: list(map(dataclasses.asdict, made)) for title, made in value.categories.items()}}
     if isinstance(value, np.ndarray):
-        return {"array": _numbers(value.tolist())}
-    return _number(float(value))
+        return {"array": _plain(value.tolist())}
+    return _plain(float(value))
 
 
-def _hparam(value: HParam) -> HParam:
-    return _number(value) if isinstance(value, float) else value
-
-
-def _numbers(nested: Any) -> Any:
-    return [_numbers(item) for item in nested] if isinstance(nested, list) else _number(nested)
-
-
-def _number(value: float) -> float | str:
-    if math.isfinite(value):
+def _plain(value: Any) -> Any:
+    """A value, or nested lists of such, with names for the numbers that JSON lacks."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -156,36 +156,20 @@ def _lines(title: str, *patterns: str) -> _Maker:
 
 def _band(title: str, group: str) -> _Maker:
     """A chart of the median over all layers, between the smallest and the largest."""
-
-    def make(tags: Collection[str]) -> Margin | None:
-        return _margin(
-            f"{title} (median layer, smallest to largest)", [band_tags(prefix, group) for prefix in ("", "val/")], tags
-        )
-
-    return make
+    return _between(f"{title} (median layer, smallest to largest)", *band_tags("", group))
 
 
 def _between(title: str, line: str, lower: str, upper: str) -> _Maker:
-    """A chart of one group's tags, each between the tags of two other groups that have the same ending."""
+    """A chart of tags, each between two others, in training and in validation; `*` is the same in all three."""
+    pattern = re.compile("(?P<val>val/)?" + line.replace("*", "(?P<rest>.+)"))
 
     def make(tags: Collection[str]) -> Margin | None:
-        return _margin(title, list(_triples(sorted(tags), line, lower, upper)), tags)
+        found = [match.groupdict("") for tag in sorted(tags) if (match := pattern.fullmatch(tag))]
+        series = [[m["val"] + tag.replace("*", m.get("rest", "")) for tag in (line, lower, upper)] for m in found]
+        there = [(a, b, c) for a, b, c in series if b in tags and c in tags]
+        return Margin(title, tuple(there[:_MAX_SERIES])) if there else None
 
     return make
-
-
-def _triples(tags: Sequence[str], *groups: str) -> Iterator[tuple[str, str, str]]:
-    start = re.compile(f"(val/)?{groups[0]}/")
-    for tag in tags:
-        found = start.match(tag)
-        if found:
-            line, lower, upper = (f"{found[1] or ''}{group}/{tag[found.end() :]}" for group in groups)
-            yield line, lower, upper
-
-
-def _margin(title: str, series: Sequence[tuple[str, str, str]], tags: Collection[str]) -> Margin | None:
-    there = [triple for triple in series if all(tag in tags for tag in triple)]
-    return Margin(title, tuple(there[:_MAX_SERIES])) if there else None
 
 
 _CATEGORIES: dict[str, tuple[_Maker, ...]] = {
@@ -219,9 +203,9 @@ _CATEGORIES: dict[str, tuple[_Maker, ...]] = {
         _band("Entropy", "attention_entropy"),
         _between(
             "Entropy of every layer (mean over heads, from the lowest head)",
-            "attention_entropy",
-            "attention_entropy_min",
-            "attention_entropy",
+            "attention_entropy/*",
+            "attention_entropy_min/*",
+            "attention_entropy/*",
         ),
         _band("Largest logit", "attention_max_logit"),
         _band("Probability on the first key", "attention_sink"),
@@ -230,9 +214,9 @@ _CATEGORIES: dict[str, tuple[_Maker, ...]] = {
     "Uncertainty": (
         _between(
             "Total; the band below it is the epistemic part",
-            "uncertainty_total",
-            "uncertainty_aleatoric",
-            "uncertainty_total",
+            "uncertainty_total/*",
+            "uncertainty_aleatoric/*",
+            "uncertainty_total/*",
         ),
         _lines("Epistemic", "uncertainty_epistemic/.+", "epistemic"),
         _lines("Total", "uncertainty_total/.+"),

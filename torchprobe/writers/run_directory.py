@@ -1,21 +1,30 @@
-"""The directory of one run: the one that was asked for, unless another run is there. Settled at the first write."""
+"""Which directory and which writer a run gets: the user's own writer, or event files in a directory of its own.
+
+That is the directory that was asked for, unless another run is there: settled at the first write.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchprobe.records import Record
-from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.places import FileStore, place_of
+from torchprobe.writers.files import FileStore, located, place_of
+from torchprobe.writers.layout import LayoutWriter
+from torchprobe.writers.protocol import Writer
+
+if TYPE_CHECKING:
+    from torchprobe.writers.event_file import EventFileWriter
 
 LOCK = ".torchprobe.lock"
 _LOCK_SECONDS = 60.0  # it is held for milliseconds: an older one is that of a killed process
@@ -24,6 +33,69 @@ _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
 
 _log = logging.getLogger("torchprobe")
+
+
+def open_writer(
+    writer: Any,
+    log_dir: str | os.PathLike[str] | None,
+    run_name: str | None,
+    model_name: str,
+    *,
+    overwrite: bool = False,
+) -> tuple[RunDirectory | None, Writer]:
+    """The run's directory (None for a writer of the user's) and the writer.
+
+    Raises TypeError or ValueError for what is no writer or no directory, OSError where it cannot be written.
+    """
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite={overwrite!r}: takes True or False, not {type(overwrite).__name__}")
+    if writer is None:
+        run = RunDirectory(run_directory(log_dir, run_name, model_name), overwrite=overwrite)
+        return run, LayoutWriter(run)
+    if log_dir is not None or run_name is not None or overwrite:
+        raise ValueError(
+            "writer and log_dir (or run_name, overwrite) exclude each other: a writer knows where it writes"
+        )
+    if hasattr(writer, "add_scalar"):
+        from torchprobe.writers.summary_writer import SummaryWriterAdapter
+
+        return None, SummaryWriterAdapter(writer)
+    if isinstance(writer, Writer) and not isinstance(writer, type):
+        return None, writer
+    raise TypeError(f"writer={writer!r}: takes a SummaryWriter, or an object with write(records) and close()")
+
+
+def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path | str:
+    """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`. A str for a URL.
+
+    Without either, the folder is new and made at once, so that no other run takes the same name. Raises
+    TypeError or ValueError for a run name that is no single folder name, and for a `log_dir` that is
+    empty or a file.
+    """
+    if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
+        raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
+    if log_dir == "":
+        raise ValueError("log_dir='' is empty: takes a path, such as 'runs/exp1'; leave it out for a new folder")
+    if run_name is not None:
+        check_run_name(run_name)
+    parent = located("runs" if log_dir is None else log_dir)
+    path = _join(parent, run_name) if run_name else parent
+    if isinstance(path, Path):
+        nearest = next((part for part in (path, *path.parents) if part.exists()), path)
+        if nearest.exists() and not nearest.is_dir():
+            raise ValueError(f"log_dir: {nearest} is a file, and a run needs a directory; choose another path")
+    return _new_folder(Path("runs"), model_name) if log_dir is None and run_name is None else path
+
+
+def check_run_name(run_name: str, argument: str = "run_name") -> None:
+    """Raise for a name that would leave the log directory or nest inside it."""
+    if not isinstance(run_name, str):
+        raise TypeError(f"{argument}={run_name!r}: takes a string, not {type(run_name).__name__}")
+    if not run_name.strip() or run_name == "." or ".." in run_name or re.search(r"[/\\\0]", run_name):
+        raise ValueError(
+            f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
+            "put the folders above it into log_dir"
+        )
 
 
 class RunDirectory:
@@ -43,7 +115,10 @@ class RunDirectory:
     """
 
     def __init__(self, log_dir: Path | str, *, overwrite: bool = False) -> None:
+        from torchprobe.writers.event_file import EventFileWriter  # imports tensorboard: only when needed
+
         place_of(log_dir).check()
+        self._make = EventFileWriter
         self._asked = log_dir
         self._overwrite = overwrite
         self._run = uuid4().hex[:12]
@@ -139,7 +214,7 @@ class RunDirectory:
 
     def _begin(self, directory: Path | str) -> EventFileWriter:
         step = 0 if self._overwrite and self._step is None else self._step
-        file = EventFileWriter(directory, filename_suffix=f".run-{self._run}", restart_step=step)
+        file = self._make(directory, filename_suffix=f".run-{self._run}", restart_step=step)
         self._path = directory
         return file
 
@@ -152,6 +227,20 @@ class RunDirectory:
             below = _join(self._asked, f"run_{number}")
             if _owner(place_of(below).names()) == self._run:
                 yield below
+
+
+def _new_folder(parent: Path, model_name: str) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
+    number, path = 1, parent / name
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # of another run of this second
+            if not path.exists():  # or a link to nowhere, further up
+                raise
+        number += 1
+        path = parent / f"{name}-{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +275,7 @@ def _join(directory: Path | str, name: str) -> Path | str:
 def _claim(directory: Path | str) -> Iterator[bool]:
     """While entered with True, nobody else is. Never waits. A store, which knows no locks, always says True."""
     lock = directory / LOCK if isinstance(directory, Path) else None
-    is_mine = lock is None or _made(lock) or (_is_stale(lock) and _made(lock))
+    is_mine = lock is None or _made(lock)
     try:
         yield is_mine
     finally:
@@ -195,18 +284,12 @@ def _claim(directory: Path | str) -> Iterator[bool]:
 
 
 def _made(lock: Path) -> bool:
-    """Whether this call made the file: of several processes only one does."""
+    """Whether this call made the file: of several processes only one does. That of a killed process goes first."""
+    with suppress(FileNotFoundError):
+        if time() - lock.stat().st_mtime >= _LOCK_SECONDS:
+            lock.unlink()
     try:
         lock.open("xb").close()
     except FileExistsError:
         return False
-    return True
-
-
-def _is_stale(lock: Path) -> bool:
-    """Whether a killed process left it; then removes it."""
-    with suppress(FileNotFoundError):
-        if time() - lock.stat().st_mtime < _LOCK_SECONDS:
-            return False
-        lock.unlink()
     return True

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
-from torchprobe.writers.encode import encode, trim
+from torchprobe.writers.event_file import encode, trim
 
 _logger = logging.getLogger("torchprobe")
 

@@ -251,7 +251,7 @@ class Session(Logs):
             f"  time in probes    {recorder.guard.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
-            f"  alerts            {len(self._watch.alerts)}",
+            f"  alerts            {self._watch.count}",
         ]
         lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
         lines += outlet.drain.ranks

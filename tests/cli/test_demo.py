@@ -14,7 +14,7 @@ import pytest
 
 from torchprobe.cli import main
 from torchprobe.cli.corpus import standard_library
-from torchprobe.cli.progress import ProgressLines
+from torchprobe.cli.training import ProgressLines
 
 SMALL = ["--lines", "1", "--steps", "20", "--batch-size", "8", "--passes", "3", "--device", "cpu"]
 

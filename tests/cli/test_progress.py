@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from torchprobe.cli.bayesian_transformer import Validation
-from torchprobe.cli.progress import ProgressBar, ProgressLines, progress_on
+from torchprobe.cli.training import ProgressBar, ProgressLines, progress_on
 
 VALIDATION = Validation(
     accuracy=0.625, loss=1.0, epistemic=0.1, epistemic_right=0.1, epistemic_wrong=0.1, class_accuracy=(0.5, 0.75)

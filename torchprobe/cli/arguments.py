@@ -1,4 +1,4 @@
-"""What commands take: numbers, folders and runs; and what they raise when it cannot be done."""
+"""What commands take: numbers and places; and what they raise when it cannot be done."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torchprobe.writers.places import as_url, is_url, local_path
-
-if TYPE_CHECKING:
-    from torchprobe.reports.run import Run
 
 
 class CommandError(Exception):
@@ -88,15 +84,3 @@ def _number(text: str) -> float:
 def place(text: str) -> Path | str:
     """A folder, or a URL as it stands: for argparse."""
     return as_url(text) if is_url(text) else local_path(text)
-
-
-def recorded(where: Path | str) -> Run:
-    """The run of a folder or URL. Raises CommandError, in one line, where there is none or it cannot be read."""
-    from torchprobe.reports.run import NoRunError, read_run
-
-    try:
-        return read_run(where)
-    except NoRunError as error:
-        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
-    except (OSError, ImportError, ValueError) as error:
-        raise CommandError(" ".join(str(error).split())) from error

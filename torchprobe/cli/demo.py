@@ -183,8 +183,7 @@ def _model(arguments: argparse.Namespace, corpus: Corpus, settings: Settings) ->
 
 
 def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:
-    from torchprobe.cli.progress import progress_on, summary_table
-    from torchprobe.cli.training import Data, train
+    from torchprobe.cli.training import Data, progress_on, summary_table, train
 
     model = _model(arguments, corpus, settings)
     data = Data.of(corpus, WORDS, VOCABULARY)

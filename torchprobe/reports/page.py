@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series
-from torchprobe.reports.words import ROUNDING, headline, listed, reason, stopped_early, visible
+from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.summary import ROUNDING, headline, listed, reason, stopped_early
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen

@@ -10,18 +10,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.reports.words import visible
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
 from torchprobe.writers.places import as_url, filesystem_of, is_url, local_path
 
 _T = TypeVar("_T", tuple[int, str], tuple[int, float, float])
 _EVENTS = "*tfevents*"
 _FLIGHT = {"step": int, "reason": str, "alert": dict, "alerts": list, "exception": str}  # what is shown of a recording
+_UNSEEN = ("Cc", "Cs")  # categories of Unicode
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
+
+
+def visible(text: str) -> str:
+    """Text from a file in one line: control characters, which a terminal would obey, and halves of pairs as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
 
 
 class NoRunError(ValueError):

@@ -1,4 +1,4 @@
-"""A run's story in one dictionary: what `torchprobe report` shows, and `--json` prints."""
+"""A run's story in one dictionary, which `--json` prints, and in the sentences that every other form shares."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series
-from torchprobe.reports.words import visible
+from torchprobe.reports.run import Run, Series, visible
 
+ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are the same
 _WORST = 5  # layers of each kind
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
@@ -137,3 +137,41 @@ def _overhead(run: Run) -> float | None:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """How long the run was, what recording took of it, and what there is to count."""
+    seconds = summary["seconds"]
+    parts = [f"{counted(summary['steps'], 'steps')} in {f'{seconds:.0f}' if seconds >= 10 else f'{seconds:.2g}'} s"]
+    if summary["probe_overhead"] is not None:
+        parts.append(f"{summary['probe_overhead']:.1%} of the time in probes")
+    parts += [counted(count, name.replace("_", " ")) for name, count in summary["counts"].items() if count]
+    return ", ".join(parts)
+
+
+def stopped_early(stopped: Mapping[str, Any]) -> str:
+    """That recording ended before the run did."""
+    return f"Recording stopped at step {stopped['step']}: {stopped['why']}"
+
+
+def listed(hparams: Mapping[str, Any]) -> str:
+    """Hyperparameters in a line."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in hparams.items())
+
+
+def plain(value: Any) -> str:
+    """A hyperparameter; TensorBoard keeps whole numbers as floats."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def reason(flight: Mapping[str, Any]) -> str:
+    """Why a flight recording was made: the exception's last line, or the rules."""
+    lines = str(flight.get("exception") or "").strip().splitlines()
+    rules = sorted({str(alert.get("rule")) for alert in flight.get("alerts") or [flight.get("alert") or {}]} - {"None"})
+    found = lines[-1:] or rules
+    return f" ({visible(', '.join(found))})" if found else ""
+
+
+def counted(count: int, plural: str) -> str:
+    """`1 alert`, `2 alerts`."""
+    return f"{count} {plural.removesuffix('s') if count == 1 else plural}"

@@ -1,10 +1,11 @@
-"""The flight recorder: the last sampled steps, written down when something goes wrong."""
+"""How a run ends, and the flight recorder: the last sampled steps, written down when something goes wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import platform
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from torchprobe.writers.json_lines import json_value
 from torchprobe.writers.places import FileStore, Outbox
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
+STATE_TAG = "torchprobe/state"  # Text: RUNNING, with the first record; at the end ENDED, or what `state_after` says
+RUNNING, ENDED = "running", "ended"  # the latter: without `detach`, and by what is not known
+_LONGEST = 300  # characters of an exception
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
 
@@ -88,6 +92,26 @@ class FlightRecorder:
             "steps": [dataclasses.asdict(note) for note in self._notes()],
             "records": [_plain(record) for record in [*self._records, *latest]],
         }
+
+
+def last_error() -> BaseException | None:
+    """What ends the program: an exception that nothing has caught, known at the interpreter's exit.
+
+    Of an interactive session, and of programs that run others in their own process, it may be one that is long over.
+    """
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if hasattr(sys, "ps1") or not isinstance(error, BaseException):
+        return None
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = ((frame.f_code.co_name, frame.f_globals.get("__name__")) for frame in frames)
+    return error if ("<module>", "__main__") in names else None
+
+
+def state_after(error: BaseException | None) -> str:
+    """`finished`, or `crashed: ` and the exception in one line."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "finished"
+    return f"crashed: {' '.join(''.join(traceback.format_exception_only(error)).split())[:_LONGEST]}"
 
 
 def versions() -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +23,13 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.world import world
-from torchprobe.flight import FlightRecorder
+from torchprobe.flight import ENDED, RUNNING, STATE_TAG, FlightRecorder, last_error, state_after
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
+from torchprobe.records import Text
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
@@ -122,6 +124,7 @@ def instrument(
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
     if run is not None:
+        watch.announce({STATE_TAG: Text(RUNNING)})
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
@@ -154,9 +157,10 @@ class Session(Logs):
         self._outlet = outlet
         self._state = state
         self._model = weakref.ref(root)
+        self._outcome = state_after(None)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(root, self._finish, _AT_EXIT_SECONDS)
+        self._finalizer = weakref.finalize(root, self._at_exit)
 
     @property
     def log_dir(self) -> Path | str | None:
@@ -266,8 +270,7 @@ class Session(Logs):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sink.failed = kind is not None
-        self._watch.crashed(error)
+        self._leave(error)
         self.detach()
 
     def __repr__(self) -> str:
@@ -279,12 +282,27 @@ class Session(Logs):
             raise RuntimeError("the model of this session is gone")
         return root
 
+    def _leave(self, error: BaseException | None) -> None:
+        """The loop is over, by an exception unless that is None."""
+        self._sink.failed = error is not None
+        self._watch.crashed(error)
+        self._outcome = state_after(error)
+
+    def _at_exit(self) -> None:
+        self._leave(last_error())
+        unknown = self._model() is None or multiprocessing.parent_process() is not None
+        if unknown and self._outcome == state_after(None):
+            self._outcome = ENDED  # what ends a worker, or the life of a model, may have been an exception
+        self._finish(_AT_EXIT_SECONDS)
+
     def _finish(self, timeout: float | None) -> bool:
         root = self._model()
         if root is not None:
             _sessions.pop(root, None)
         forked = os.getpid() != self._recorder.guard.pid  # a child has no drain thread, and not its own file
         if not forked:
+            if self._run is not None and not self._recorder.clock.untouched:
+                self._recorder.log(STATE_TAG, Text(self._outcome))
             self._recorder.close()
         self._recorder.detach()
         if forked:

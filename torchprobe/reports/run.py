@@ -86,6 +86,12 @@ class Run:
         return max((int(series.steps[-1]) for series in self.scalars.values()), default=0)
 
     @property
+    def latest(self) -> float:
+        """When the last value was written, in seconds since the epoch."""
+        times = [series.wall_times[-1] for series in self.scalars.values() if np.isfinite(series.wall_times[-1])]
+        return float(max(times, default=0.0))
+
+    @property
     def seconds(self) -> float:
         """Wall time between the first and the last value."""
         ends = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]

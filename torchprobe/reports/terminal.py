@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchprobe.reports.run import Run, Series, visible
-from torchprobe.reports.summary import ROUNDING, counted, headline, listed, plain, reason, stopped_early
+from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason
 
 BARS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "!"
@@ -33,8 +33,7 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
-    if summary["stopped"] is not None:
-        yield Text(stopped_early(summary["stopped"]), style="red")
+    yield from (Text(ending, style="red") for ending in endings(summary))
     if summary["hparams"]:
         yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
@@ -55,6 +54,8 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
     for alert in alerts:
         steps = ", ".join(map(str, alert["steps"][:_STEPS])) + (", …" if len(alert["steps"]) > _STEPS else "")
         table.add_row(alert["rule"], steps, escape(alert["said"] or ""), style="yellow")
+        if alert["advice"]:
+            table.add_row("", "", escape(alert["advice"]))
     return table
 
 

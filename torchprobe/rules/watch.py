@@ -73,12 +73,17 @@ class Watch:
         self._completed: Callable[[], int] = lambda: 0
         self._together: Together | None = None
         self._display = Display()
+        self._announced: Mapping[str, Value] = {}
         self._stop: Alert | None = None
         self._step = 0
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
         self._progress, self._completed = progress, completed
+
+    def announce(self, values: Mapping[str, Value]) -> None:
+        """Values that go with the next record."""
+        self._announced = values
 
     def add_follower(self, follower: Follower) -> None:
         """Show it every record from now on, with its alerts."""
@@ -92,7 +97,8 @@ class Watch:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
         alerts = self._ask(record.step, lambda watcher: watcher(record))
-        shown = self._act(alerts) if alerts else self._count(record)
+        shown = {**self._announced, **(self._act(alerts) if alerts else self._count(record))}
+        self._announced = {}
         record = replace(record, values={**record.values, **shown}) if shown else record
         self._tell(lambda follower: follower.follow(record, alerts))
         return record

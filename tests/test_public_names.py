@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "probes", "records", "steps", "user_values", "writers"},
-    "flight": {"_version", "capture", "records", "rules", "writers"},
+    "flight": {"_version", "records", "rules", "writers"},
     "assembly": {"buffer", "capture", "distributed", "naming", "steps"},
     "session": {
         *("arguments", "assembly", "buffer", "capture", "distributed", "flight", "logs"),

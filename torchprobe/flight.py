@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import platform
 import sys
 import traceback
@@ -16,16 +17,15 @@ import numpy as np
 import torch
 
 from torchprobe._version import __version__
-from torchprobe.capture.nan_origin.snapshots import StepSnapshot
-from torchprobe.records import Image, Record
+from torchprobe.records import Image, Record, StepSnapshot, Text
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.json_lines import json_value
 from torchprobe.writers.places import FileStore, Outbox
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
-STATE_TAG = "torchprobe/state"  # Text: RUNNING, with the first record; at the end ENDED, or what `state_after` says
-RUNNING, ENDED = "running", "ended"  # the latter: without `detach`, and by what is not known
+STATE_TAG = "torchprobe/state"
+RUNNING = {STATE_TAG: Text("running")}  # goes with the first record
 _LONGEST = 300  # characters of an exception
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
@@ -107,11 +107,20 @@ def last_error() -> BaseException | None:
     return error if ("<module>", "__main__") in names else None
 
 
-def state_after(error: BaseException | None) -> str:
+def state_after(error: BaseException | None) -> Text:
     """`finished`, or `crashed: ` and the exception in one line."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "finished"
-    return f"crashed: {' '.join(''.join(traceback.format_exception_only(error)).split())[:_LONGEST]}"
+        return Text("finished")
+    return Text(f"crashed: {' '.join(''.join(traceback.format_exception_only(error)).split())[:_LONGEST]}")
+
+
+def state_at_exit(error: BaseException | None, model: object) -> Text:
+    """The same at the end of a program; `ended` where an exception that was caught may be to blame.
+
+    That is so in a worker process, whose runner catches everything, and when a model is dropped: model is None then.
+    """
+    known = error is not None or (model is not None and multiprocessing.parent_process() is None)
+    return state_after(error) if known else Text("ended")
 
 
 def versions() -> dict[str, str | None]:

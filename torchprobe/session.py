@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,13 +21,12 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.distributed.exchange import NoWriter, open_exchange
 from torchprobe.distributed.world import world
-from torchprobe.flight import ENDED, RUNNING, STATE_TAG, FlightRecorder, last_error, state_after
+from torchprobe.flight import RUNNING, STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
-from torchprobe.records import Text
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
@@ -40,11 +37,10 @@ from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.opening import open_writer
 
 if TYPE_CHECKING:
+    from torchprobe.records import Text
     from torchprobe.writers.run_directory import RunDirectory
 
 _log = logging.getLogger("torchprobe")
-
-_AT_EXIT_SECONDS = 30.0
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -123,12 +119,11 @@ def instrument(
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
-    if run is not None:
-        watch.announce({STATE_TAG: Text(RUNNING)})
-        watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:
+        watch.announce(RUNNING)
+        watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
         state.parts["run"] = run
     return Session(root, recorder, outlet, run, sink, watch, state)
 
@@ -267,10 +262,8 @@ class Session(Logs):
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave(error)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._leave(error, state_after(error))
         self.detach()
 
     def __repr__(self) -> str:
@@ -282,18 +275,15 @@ class Session(Logs):
             raise RuntimeError("the model of this session is gone")
         return root
 
-    def _leave(self, error: BaseException | None) -> None:
-        """The loop is over, by an exception unless that is None."""
+    def _leave(self, error: BaseException | None, outcome: Text) -> None:
         self._sink.failed = error is not None
         self._watch.crashed(error)
-        self._outcome = state_after(error)
+        self._outcome = outcome
 
     def _at_exit(self) -> None:
-        self._leave(last_error())
-        unknown = self._model() is None or multiprocessing.parent_process() is not None
-        if unknown and self._outcome == state_after(None):
-            self._outcome = ENDED  # what ends a worker, or the life of a model, may have been an exception
-        self._finish(_AT_EXIT_SECONDS)
+        error = last_error()
+        self._leave(error, state_at_exit(error, self._model()))
+        self._finish(timeout=30.0)
 
     def _finish(self, timeout: float | None) -> bool:
         root = self._model()
@@ -302,7 +292,7 @@ class Session(Logs):
         forked = os.getpid() != self._recorder.guard.pid  # a child has no drain thread, and not its own file
         if not forked:
             if self._run is not None and not self._recorder.clock.untouched:
-                self._recorder.log(STATE_TAG, Text(self._outcome))
+                self._recorder.log(STATE_TAG, self._outcome)
             self._recorder.close()
         self._recorder.detach()
         if forked:

@@ -130,12 +130,8 @@ def _settings(arguments: argparse.Namespace, corpus: Corpus) -> Settings:
     if arguments.epochs is not None:
         steps = arguments.epochs * math.ceil(len(corpus.train.passages) / arguments.batch_size)
     return Settings(
+        **{name: getattr(arguments, name) for name in ("batch_size", "learning_rate", "passes", "every", "seed")},
         steps=steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        passes=arguments.passes,
-        every=arguments.every,
-        seed=arguments.seed,
         device=_device(arguments.device),
         log_dir=_new_folder(arguments.log_dir),
     )
@@ -183,12 +179,12 @@ def _model(arguments: argparse.Namespace, corpus: Corpus, settings: Settings) ->
 
 
 def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:
-    from torchprobe.cli.training import Data, progress_on, summary_table, train
+    from torchprobe.cli.training import Data, Progress, summary_table, train
 
     model = _model(arguments, corpus, settings)
     data = Data.of(corpus, WORDS, VOCABULARY)
     start = time.monotonic()
-    progress = progress_on(console, settings.steps)
+    progress = Progress(console, settings.steps)
     try:
         with progress:
             validation = train(model, data, settings, progress)

@@ -75,7 +75,7 @@ def train(model: nn.Module, data: Data, settings: Settings, progress: Progress) 
             optimizer.step()
             scheduler.step()
             session.log_metrics({"loss": loss}, prefix="train")
-            progress.advance(step, loss)
+            progress.after_step(step, loss)
             if step % validate_every == 0 or step == settings.steps:
                 validation = validate(
                     model,
@@ -112,64 +112,17 @@ def _tensors(part: Part, length: int, vocabulary: int) -> TensorDataset:
     return TensorDataset(words, torch.tensor(part.labels))
 
 
-class Progress:
-    """Hears of every step and of every validation; a context manager around the training."""
+class Progress(Bar):
+    """Hears of every step and of every validation: a bar with the latest loss and held-out accuracy.
 
-    def __init__(self) -> None:
+    Where the console is no terminal that can redraw a line it is a line a validation, without control characters, so
+    that a log file reads well.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.redraws = console.file.isatty() and not console.is_dumb_terminal
         self.completed = 0
-
-    def advance(self, step: int, loss: Tensor) -> None:
-        """Step `step` is done. The loss is read from the device only when it is shown."""
-        self.completed = step
-
-    def validated(self, step: int, validation: Validation) -> None:
-        """The model was validated after step `step`."""
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to put back."""
-
-
-def progress_on(console: Console, steps: int) -> Progress:
-    """A bar when the console is a terminal that can redraw a line, otherwise lines."""
-    redraws = console.file.isatty() and not console.is_dumb_terminal
-    return ProgressBar(console, steps) if redraws else ProgressLines(console, steps)
-
-
-class ProgressLines(Progress):
-    """One line a validation, without control characters, so that a log file reads well."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        super().__init__()
-        self._console = console
-        self._steps = steps
-        self._start = time.monotonic()
-        self._loss: Tensor | None = None
-
-    def advance(self, step: int, loss: Tensor) -> None:
-        """Remember the loss for the next line."""
-        super().advance(step, loss)
-        self._loss = loss.detach()
-
-    def validated(self, step: int, validation: Validation) -> None:
-        """Print a line."""
-        loss = float("nan") if self._loss is None else self._loss.item()
-        seconds = time.monotonic() - self._start
-        line = (
-            f"step {step:>{len(str(self._steps))}}/{self._steps}  train loss {loss:.3f}  "
-            f"held-out accuracy {validation.accuracy:6.1%}  {seconds:4.0f} s"
-        )
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-class ProgressBar(Progress):
-    """A bar with the latest loss and held-out accuracy."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        super().__init__()
-        self._bar = Bar(
+        super().__init__(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -177,26 +130,29 @@ class ProgressBar(Progress):
             TextColumn("held-out accuracy {task.fields[accuracy]}"),
             TimeRemainingColumn(),
             console=console,
+            disable=not self.redraws,
         )
-        self._task = self._bar.add_task("training", total=steps, loss=float("nan"), accuracy="-")
+        self._steps = steps
+        self._training = self.add_task("training", total=steps, loss=math.nan, accuracy="-")
+        self._start = time.monotonic()
+        self._loss = torch.tensor(math.nan)
 
-    def advance(self, step: int, loss: Tensor) -> None:
-        """Move the bar; show the loss at every tenth step, since reading it waits for the device."""
-        super().advance(step, loss)
-        self._bar.update(self._task, completed=step)
-        if step % REFRESH_EVERY == 0:
-            self._bar.update(self._task, loss=loss.item())
+    def after_step(self, step: int, loss: Tensor) -> None:
+        """Step `step` is done. The loss is read from the device only when it is shown: at every tenth step."""
+        self.completed, self._loss = step, loss.detach()
+        self.update(self._training, completed=step)
+        if self.redraws and step % REFRESH_EVERY == 0:
+            self.update(self._training, loss=loss.item())
 
     def validated(self, step: int, validation: Validation) -> None:
-        """Show the new accuracy."""
-        self._bar.update(self._task, completed=step, accuracy=f"{validation.accuracy:.1%}")
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        """The model was validated after step `step`."""
+        self.update(self._training, accuracy=f"{validation.accuracy:.1%}")
+        if not self.redraws:
+            line = (
+                f"step {step:>{len(str(self._steps))}}/{self._steps}  train loss {self._loss.item():.3f}  "
+                f"held-out accuracy {validation.accuracy:6.1%}  {time.monotonic() - self._start:4.0f} s"
+            )
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_table(corpus: Corpus, validation: Validation, *, steps: int, seconds: float) -> Table:

@@ -101,10 +101,12 @@ def short(value: float | None) -> str:
 def plain_table(title: str, *columns: str) -> Table:
     """A table under a blank line and its title; a column whose name begins with > is aligned to the right.
 
-    In a narrow terminal the first column is the last to be cut: names that look alike say nothing.
+    It is never narrower than its title, which would be wrapped. In a narrow terminal the first column is the last to be
+    cut: names that look alike say nothing.
     """
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", show_edge=False)
-    table.min_width = len(title) + 1  # else a long title is wrapped over a narrow table
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", show_edge=False, min_width=len(title) + 1
+    )
     for column in columns:
         table.add_column(
             column.removeprefix(">"), justify="right" if column[0] == ">" else "left", no_wrap=column is columns[0]

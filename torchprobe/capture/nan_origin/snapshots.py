@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 from torchprobe.random_state import random_state
-
-
-@dataclass(slots=True)
-class StepSnapshot:
-    """One step. shapes: of the tensors that the model was called with, by position or keyword."""
-
-    step: int
-    random_state: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+from torchprobe.records import StepSnapshot
 
 
 class StepSnapshots:
@@ -31,7 +22,7 @@ class StepSnapshots:
     def saw(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """What its model was called with."""
         if self._snapshots and shapes:
-            self._snapshots[-1].shapes = shapes
+            self._snapshots[-1] = replace(self._snapshots[-1], shapes=shapes)
 
     def latest(self) -> list[StepSnapshot]:
         """All that are kept, oldest first."""

@@ -49,6 +49,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
         "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
         "uncertainty": _uncertainty(run),
+        "unread": run.unread,
         "flight_recordings": [_recording(flight) for flight in run.flights],
     }
 
@@ -57,7 +58,7 @@ def _state(run: Run) -> dict[str, str | None]:
     """What has become of the run, as its last word has it; None where it has none, as with a writer of one's own."""
     words = [text for tag in _STATE_TEXTS for _, text in run.texts.get(tag, ())]
     state, _, error = words[-1].partition(": ") if words else ("", "", "")
-    if state == "running" and time() - run.latest > _SILENT:
+    if state == "running" and time() - run.times[1] > _SILENT:
         state = "killed"
     if state != "crashed" and _stopped(run) is not None:
         state = "stopped recording"
@@ -170,7 +171,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def endings(summary: Mapping[str, Any]) -> Iterator[str]:
-    """That the run, or its recording, did not come to a good end."""
+    """That the run, its recording or the reading of it did not come to a good end."""
     step, stopped = summary["steps"], summary["stopped"]
     if summary["state"] == "crashed":
         yield f"Crashed at step {step}: {summary['exception']}"
@@ -178,6 +179,9 @@ def endings(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"Not finished: killed after step {step}, or silent since then for over {_SILENT / 60:.0f} minutes"
     if stopped is not None:
         yield f"Recording stopped at step {stopped['step']}: {stopped['why']}"
+    if unread := summary["unread"]:
+        rest = f" and {len(unread) - _WORST} more" if len(unread) > _WORST else ""
+        yield f"Not read, since damaged or of another program: {', '.join(unread[:_WORST])}{rest}"
 
 
 def listed(hparams: Mapping[str, Any]) -> str:

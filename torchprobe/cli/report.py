@@ -70,7 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         from torchprobe.reports.page import page
 
-        _write(arguments.html, page(found, summary))
+        try:
+            arguments.html.write_text(page(found, summary), encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"--html: cannot write '{arguments.html}': {error.strerror}") from error
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     elif arguments.html is None:
@@ -82,13 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.html} shows {found.path}")
     return 0
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"--html: cannot write '{file}': {error.strerror}") from error
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

@@ -134,11 +134,8 @@ def _worst_of(series: Series, worst: Any) -> float:
 
 
 def _uncertainty(run: Run) -> dict[str, float | None]:
-    return {tag: _number(series.last) for tag, series in sorted(run.scalars.items()) if _is_uncertainty(tag)}
-
-
-def _is_uncertainty(tag: str) -> bool:
-    return tag.removeprefix("val/").startswith("uncertainty_")
+    tags = sorted(tag for tag in run.scalars if tag.removeprefix("val/").startswith("uncertainty_"))
+    return {tag: _number(run.scalars[tag].last) for tag in tags}
 
 
 def _latest(run: Run, group: str) -> dict[str, float | None]:

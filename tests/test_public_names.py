@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "assembly": {"buffer", "capture", "distributed", "naming", "steps"},
     "session": {
         *("arguments", "assembly", "buffer", "capture", "distributed", "flight", "logs"),
-        *("naming", "probes", "rules", "state", "steps", "writers"),
+        *("naming", "probes", "records", "rules", "state", "steps", "writers"),
     },
     "logger": {
         *("buffer", "capture", "logs", "naming", "probes", "records", "statistics", "steps", "user_values", "writers"),

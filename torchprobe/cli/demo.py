@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)  # paths are neither wrapped nor taken for markup
-    corpus = _read_corpus(arguments)
+    given = {"lines": arguments.lines, "seed": arguments.seed}
+    corpus = standard_library(**given) if arguments.data is None else labelled_folder(arguments.data, **given)
     console.print(*_introduction(arguments, corpus), sep="\n")
     settings = _settings(arguments, corpus)
     console.print(f"Recording to {settings.log_dir}")
@@ -100,12 +101,6 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind, default, metavar, text in options:
         training.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
-
-
-def _read_corpus(arguments: argparse.Namespace) -> Corpus:
-    if arguments.data is None:
-        return standard_library(lines=arguments.lines, seed=arguments.seed)
-    return labelled_folder(arguments.data, lines=arguments.lines, seed=arguments.seed)
 
 
 def _introduction(arguments: argparse.Namespace, corpus: Corpus) -> list[str]:

@@ -37,7 +37,9 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     if summary["hparams"]:
         yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
-    yield from _flights(summary["flight_recordings"])
+    for flight in summary["flight_recordings"]:
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
+        yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
     yield from _curves("course of the run", run, summary["curves"])
     yield from _layers(summary["layers"])
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
@@ -57,12 +59,6 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
         if alert["advice"]:
             table.add_row("", "", escape(alert["advice"]))
     return table
-
-
-def _flights(flights: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    for flight in flights:
-        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
-        yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
 
 
 def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:

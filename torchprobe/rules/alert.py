@@ -63,30 +63,26 @@ class Display:
     """Values that show the alerts of a run, step by step."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        """Of conditions that have begun."""
         self._by_rule: Counter[str] = Counter()
         self._latest: deque[Alert] = deque(maxlen=_LATEST)
 
-    @property
-    def count(self) -> int:
-        """The conditions that have begun."""
-        return self._count
-
     def restore(self, count: int) -> None:
         """Go on from there."""
-        self._count = count
+        self.count = count
 
     def values(self, alerts: Sequence[Alert]) -> Mapping[str, Value]:
         """Tags of a step with alerts: `alerts`, `alerts_summary`, `overview/alerts`, `alerts/<rule>` at a beginning."""
         begun = [alert.rule for alert in alerts if not alert.ended]
-        self._count += len(begun)
+        self.count += len(begun)
         self._by_rule.update(begun)
         self._latest.extend(alerts)
         return {
             **{f"alerts/{rule}": 1.0 for rule in begun},
             "alerts": Text(_listed(alerts)),
             "alerts_summary": Text(self._summary()),
-            "overview/alerts": float(self._count),
+            "overview/alerts": float(self.count),
         }
 
     def _summary(self) -> str:

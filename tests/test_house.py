@@ -23,11 +23,11 @@ PACKAGE = Path(torchprobe.__file__).parent
 FILES = {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
-MOST_FILES = 190  # goal: 180
+MOST_FILES = 181  # goal: 180
 MOST_LINES = 25_700  # goal: 21,000
-MOST_FOREIGN_WRITES = 90  # goal: 20
+MOST_FOREIGN_WRITES = 84  # goal: 20
 MOST_FILES_OF_A_GRADIENT = 46  # goal: 25
-MOST_FILES_WITH_RULES = 53  # those of all rules too
+MOST_FILES_WITH_RULES = 48  # those of all rules too
 LONGEST_FILE = 300
 LONGEST_BODY = 40
 TOO_LONG = {"capture/compat.py", "steps/passes.py"}  # goal: none

@@ -113,7 +113,7 @@ def test_spikes():
     )  # fmt: skip
     begun = {(a.rule, a.step) for a in session.alerts if not a.ended}
     assert begun == {("loss_spike", 135), ("grad_norm_spike", 135), ("exploding_gradient", 135)}
-    assert {(a.rule, a.step) for a in session.alerts if a.ended} == {(rule, 136) for rule, _ in begun}
+    assert {(a.rule, a.step) for a in session.alerts if a.ended} == {(rule, 139) for rule, _ in begun}
 
 
 def test_a_deep_stack_of_sigmoids():
@@ -129,8 +129,8 @@ def test_a_deep_stack_of_sigmoids():
 def test_relus_that_died():
     model = small_mlp()
     model[2].bias.data.fill_(-10.0)
-    session = train(model, mlp_step, torch.optim.SGD(model.parameters(), lr=1e-3), 2)
-    assert ("dead_units", 1, "3") in {(a.rule, a.step, a.where) for a in session.alerts}
+    session = train(model, mlp_step, torch.optim.SGD(model.parameters(), lr=1e-3), 4)
+    assert ("dead_units", 3, "3") in {(a.rule, a.step, a.where) for a in session.alerts}
     assert rules_fired(session) <= {"dead_units", "vanishing_gradient", "update_ratio"}  # nothing passes a dead layer
 
 
@@ -138,10 +138,10 @@ def test_few_inputs_are_gathered_before_units_are_called_dead():
     model = small_mlp()
     model[2].bias.data.fill_(-10.0)
     session = train(
-        model, lambda m: m(torch.randn(8, 8)).sum(), torch.optim.SGD(model.parameters(), lr=0.0), 5,
+        model, lambda m: m(torch.randn(8, 8)).sum(), torch.optim.SGD(model.parameters(), lr=0.0), 13,
         rules=["dead_units"], probes=[torchprobe.UnitActivity()],
     )  # fmt: skip
-    assert [(a.step, a.where) for a in session.alerts] == [(4, "3")]
+    assert [(a.step, a.where) for a in session.alerts] == [(12, "3")]
 
 
 def permutation_step(model):
@@ -166,7 +166,7 @@ def test_attention_that_collapses_or_grows(factor, rule):
 @pytest.mark.parametrize("rate", [1e-12, 1e3])
 def test_updates_that_are_tiny_or_huge(rate):
     model = small_mlp()
-    session = train(model, mlp_step, torch.optim.SGD(model.parameters(), lr=rate), 1)
+    session = train(model, mlp_step, torch.optim.SGD(model.parameters(), lr=rate), 1 if rate < 1 else 2)
     assert rules_fired(session) == {"update_ratio"}
     assert {a.threshold for a in session.alerts} == {1e-8 if rate < 1 else 10.0}
 

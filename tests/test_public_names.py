@@ -35,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
     "user_values": {"statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
-    "flight": {"_version", "capture", "records", "rules", "writers"},
+    "flight": {"_version", "records", "rules", "writers"},
     "assembly": {"buffer", "capture", "naming", "steps"},
     "session": {
         *("arguments", "assembly", "buffer", "capture", "distributed", "flight", "logs"),
-        *("naming", "probes", "rules", "state", "steps", "writers"),
+        *("naming", "probes", "records", "rules", "state", "steps", "writers"),
     },
     "logger": {
         *("buffer", "capture", "logs", "naming", "probes", "records", "statistics", "steps", "user_values", "writers"),

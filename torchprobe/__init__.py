@@ -42,18 +42,18 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.records import Text as Text
     from torchprobe.rules.alert import Alert as Alert
     from torchprobe.rules.alert import TrainingAlert as TrainingAlert
-    from torchprobe.rules.magnitudes import UpdateRatio as UpdateRatio
-    from torchprobe.rules.magnitudes import VanishingGradient as VanishingGradient
-    from torchprobe.rules.missing import NothingCaptured as NothingCaptured
-    from torchprobe.rules.missing import Stalled as Stalled
+    from torchprobe.rules.course import ExplodingGradient as ExplodingGradient
+    from torchprobe.rules.course import GradNormSpike as GradNormSpike
+    from torchprobe.rules.course import LossSpike as LossSpike
+    from torchprobe.rules.course import NothingCaptured as NothingCaptured
+    from torchprobe.rules.course import Overconfidence as Overconfidence
+    from torchprobe.rules.course import Stalled as Stalled
+    from torchprobe.rules.layers import AttentionCollapse as AttentionCollapse
+    from torchprobe.rules.layers import AttentionLogitGrowth as AttentionLogitGrowth
+    from torchprobe.rules.layers import DeadUnits as DeadUnits
+    from torchprobe.rules.layers import UpdateRatio as UpdateRatio
+    from torchprobe.rules.layers import VanishingGradient as VanishingGradient
     from torchprobe.rules.non_finite import NonFinite as NonFinite
-    from torchprobe.rules.spikes import ExplodingGradient as ExplodingGradient
-    from torchprobe.rules.spikes import GradNormSpike as GradNormSpike
-    from torchprobe.rules.spikes import LossSpike as LossSpike
-    from torchprobe.rules.thresholds import AttentionCollapse as AttentionCollapse
-    from torchprobe.rules.thresholds import AttentionLogitGrowth as AttentionLogitGrowth
-    from torchprobe.rules.thresholds import DeadUnits as DeadUnits
-    from torchprobe.rules.thresholds import Overconfidence as Overconfidence
     from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
@@ -67,14 +67,14 @@ _HOMES = {
     "Activations": "probes.activations",
     "Alert": "rules.alert",
     "Attention": "probes.attention",
-    "AttentionCollapse": "rules.thresholds",
-    "AttentionLogitGrowth": "rules.thresholds",
+    "AttentionCollapse": "rules.layers",
+    "AttentionLogitGrowth": "rules.layers",
     "Calibration": "probes.calibration",
     "CheckpointManager": "checkpoint",
-    "DeadUnits": "rules.thresholds",
+    "DeadUnits": "rules.layers",
     "EventFileWriter": "writers.event_file",
-    "ExplodingGradient": "rules.spikes",
-    "GradNormSpike": "rules.spikes",
+    "ExplodingGradient": "rules.course",
+    "GradNormSpike": "rules.course",
     "Gradients": "probes.gradients",
     "Histogram": "records",
     "Histograms": "probes.histograms",
@@ -82,25 +82,25 @@ _HOMES = {
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
-    "LossSpike": "rules.spikes",
+    "LossSpike": "rules.course",
     "NonFinite": "rules.non_finite",
-    "NothingCaptured": "rules.missing",
-    "Overconfidence": "rules.thresholds",
+    "NothingCaptured": "rules.course",
+    "Overconfidence": "rules.course",
     "Parameters": "probes.gradients",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",
     "Reporter": "probes.base",
     "Session": "session",
-    "Stalled": "rules.missing",
+    "Stalled": "rules.course",
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",
     "Uncertainty": "probes.uncertainty",
     "UnitActivity": "probes.activations",
-    "UpdateRatio": "rules.magnitudes",
+    "UpdateRatio": "rules.layers",
     "Updates": "probes.gradients",
-    "VanishingGradient": "rules.magnitudes",
+    "VanishingGradient": "rules.layers",
     "WebhookNotifier": "rules.webhook",
     "Writer": "writers.protocol",
     "every": "probes.schedule",

@@ -1,10 +1,12 @@
-"""The flight recorder: the last sampled steps, written down when something goes wrong."""
+"""How a run ends, and the flight recorder: the last sampled steps, written down when something goes wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import platform
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,14 +17,16 @@ import numpy as np
 import torch
 
 from torchprobe._version import __version__
-from torchprobe.capture.nan_origin.snapshots import StepSnapshot
-from torchprobe.records import Image, Record
+from torchprobe.records import Image, Record, StepSnapshot, Text
 from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
 from torchprobe.writers.json_lines import json_value
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
+STATE_TAG = "torchprobe/state"
+RUNNING = {STATE_TAG: Text("running")}  # goes with the first record
+_LONGEST = 300  # characters of an exception
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
 
@@ -88,6 +92,35 @@ class FlightRecorder:
             "steps": [dataclasses.asdict(note) for note in self._notes()],
             "records": [_plain(record) for record in [*self._records, *latest]],
         }
+
+
+def last_error() -> BaseException | None:
+    """What ends the program: an exception that nothing has caught, known at the interpreter's exit.
+
+    Of an interactive session, and of programs that run others in their own process, it may be one that is long over.
+    """
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if hasattr(sys, "ps1") or not isinstance(error, BaseException):
+        return None
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = ((frame.f_code.co_name, frame.f_globals.get("__name__")) for frame in frames)
+    return error if ("<module>", "__main__") in names else None
+
+
+def state_after(error: BaseException | None) -> Text:
+    """`finished`, or `crashed: ` and the exception in one line."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return Text("finished")
+    return Text(f"crashed: {' '.join(''.join(traceback.format_exception_only(error)).split())[:_LONGEST]}")
+
+
+def state_at_exit(error: BaseException | None, model: object) -> Text:
+    """The same at the end of a program; `ended` where an exception that was caught may be to blame.
+
+    That is so in a worker process, whose runner catches everything, and when a model is dropped: model is None then.
+    """
+    known = error is not None or (model is not None and multiprocessing.parent_process() is None)
+    return state_after(error) if known else Text("ended")
 
 
 def versions() -> dict[str, str | None]:

@@ -81,13 +81,9 @@ def grid(
 
 def coloured(matrix: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
     """Colours of a matrix's cells: shape (rows, columns, 3)."""
-    share = np.clip((matrix - low) / (high - low if high > low else 1.0), 0.0, 1.0) * (len(_STOPS) - 1)
-    known = np.isfinite(share)
-    share = np.where(known, share, 0.0)
-    below = np.minimum(share.astype(np.int64), len(_STOPS) - 2)
-    part = (share - below)[..., None]
-    colours = _STOPS[below] * (1 - part) + _STOPS[below + 1] * part
-    pixels: NDArray[np.uint8] = np.where(known[..., None], colours, _NOTHING).round().astype(np.uint8)
+    share = (matrix - low) / (high - low if high > low else 1.0)  # np.interp keeps to the ends
+    colours = np.stack([np.interp(share, np.linspace(0.0, 1.0, len(_STOPS)), channel) for channel in _STOPS.T], axis=-1)
+    pixels: NDArray[np.uint8] = np.where(np.isfinite(matrix)[..., None], colours, _NOTHING).round().astype(np.uint8)
     return pixels
 
 

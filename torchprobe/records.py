@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,18 @@ class Record:
     values: Mapping[str, Value]
     descriptions: Mapping[str, str] = field(default_factory=dict)
     sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepSnapshot:
+    """What it takes to run a sampled step again: the random state at its beginning, and what the model was called with.
+
+    shapes: of its tensors, by position or keyword.
+    """
+
+    step: int
+    random_state: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def group_of(tag: str) -> str:

@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import NoWriter, world
-from torchprobe.flight import FlightRecorder
+from torchprobe.flight import RUNNING, STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
@@ -37,9 +36,10 @@ from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.run_directory import RunDirectory, open_writer
 
-_log = logging.getLogger("torchprobe")
+if TYPE_CHECKING:
+    from torchprobe.records import Text
 
-_AT_EXIT_SECONDS = 30.0
+_log = logging.getLogger("torchprobe")
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -118,11 +118,11 @@ def instrument(
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
-    if run is not None:
-        watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:
+        watch.announce(RUNNING)
+        watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
         state.parts["run"] = run
     return Session(root, recorder, outlet, run, sink, watch, state)
 
@@ -151,9 +151,10 @@ class Session(Logs):
         self._outlet = outlet
         self._state = state
         self._model = weakref.ref(root)
+        self._outcome = state_after(None)
         _sessions[root] = self
         # Runs when the model is collected, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(root, self._finish, _AT_EXIT_SECONDS)
+        self._finalizer = weakref.finalize(root, self._at_exit)
 
     @property
     def log_dir(self) -> Path | str | None:
@@ -248,7 +249,7 @@ class Session(Logs):
             f"  time in probes    {recorder.guard.meter.seconds:.3f} s",
             f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
             f"  dropped records   {outlet.drain.dropped}",
-            f"  alerts            {len(self._watch.alerts)}",
+            f"  alerts            {self._watch.count}",
         ]
         lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
         lines += outlet.drain.ranks
@@ -260,11 +261,8 @@ class Session(Logs):
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sink.failed = kind is not None
-        self._watch.crashed(error)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._leave(error, state_after(error))
         self.detach()
 
     def __repr__(self) -> str:
@@ -276,12 +274,24 @@ class Session(Logs):
             raise RuntimeError("the model of this session is gone")
         return root
 
+    def _leave(self, error: BaseException | None, outcome: Text) -> None:
+        self._sink.failed = error is not None
+        self._watch.crashed(error)
+        self._outcome = outcome
+
+    def _at_exit(self) -> None:
+        error = last_error()
+        self._leave(error, state_at_exit(error, self._model()))
+        self._finish(timeout=30.0)
+
     def _finish(self, timeout: float | None) -> bool:
         root = self._model()
         if root is not None:
             _sessions.pop(root, None)
         forked = os.getpid() != self._recorder.guard.pid  # a child has no drain thread, and not its own file
         if not forked:
+            if self._run is not None and not self._recorder.clock.untouched:
+                self._recorder.log(STATE_TAG, self._outcome)
             self._recorder.close()
         self._recorder.detach()
         if forked:

@@ -14,7 +14,7 @@ import pytest
 
 from torchprobe.cli import main
 from torchprobe.cli.corpus import standard_library
-from torchprobe.cli.progress import ProgressLines
+from torchprobe.cli.training import Progress
 
 SMALL = ["--lines", "1", "--steps", "20", "--batch-size", "8", "--passes", "3", "--device", "cpu"]
 
@@ -107,14 +107,14 @@ def test_ctrl_c_ends_cleanly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    advance = ProgressLines.advance
+    advance = Progress.after_step
 
-    def interrupt(self: ProgressLines, step: int, loss: object) -> None:
+    def interrupt(self: Progress, step: int, loss: object) -> None:
         advance(self, step, loss)
         if step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ProgressLines, "advance", interrupt)
+    monkeypatch.setattr(Progress, "after_step", interrupt)
     assert demo(texts, tmp_path / "runs") == 130
     assert null_sessions[0].detached
     text = capsys.readouterr().out

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from torchprobe.cli.bayesian_transformer import Validation
-from torchprobe.cli.progress import ProgressBar, ProgressLines, progress_on
+from torchprobe.cli.training import Progress
 
 VALIDATION = Validation(
     accuracy=0.625, loss=1.0, epistemic=0.1, epistemic_right=0.1, epistemic_wrong=0.1, class_accuracy=(0.5, 0.75)
@@ -19,9 +19,9 @@ class Terminal(io.StringIO):
 
 
 def drive(console: Console) -> str:
-    with progress_on(console, steps=20) as progress:
+    with Progress(console, steps=20) as progress:
         for step in range(1, 21):
-            progress.advance(step, torch.tensor(1.25))
+            progress.after_step(step, torch.tensor(1.25))
         progress.validated(20, VALIDATION)
     assert progress.completed == 20
     assert isinstance(console.file, io.StringIO)
@@ -45,6 +45,6 @@ def test_a_terminal_gets_a_bar():
 
 def test_a_terminal_that_cannot_redraw_gets_lines():
     console = Console(file=Terminal(), force_terminal=True, _environ={"TERM": "dumb"})
-    assert isinstance(progress_on(console, 5), ProgressLines)
+    assert not Progress(console, 5).redraws
     capable = Console(file=Terminal(), force_terminal=True, _environ={"TERM": "xterm"})
-    assert isinstance(progress_on(capable, 5), ProgressBar)
+    assert Progress(capable, 5).redraws

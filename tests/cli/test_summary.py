@@ -9,7 +9,7 @@ from rich.console import Console
 
 from torchprobe.cli.bayesian_transformer import Validation
 from torchprobe.cli.corpus import Corpus, Part
-from torchprobe.cli.progress import summary_table
+from torchprobe.cli.training import summary_table
 
 CORPUS = Corpus(
     classes=("asyncio", "json"),

@@ -128,3 +128,31 @@ def test_what_came_after_the_step_at_which_a_run_was_taken_up_again_is_gone(tmp_
     (tmp_path / "events.out.tfevents.9999999999.z").write_bytes(frame(event.SerializeToString()))
     run = read_run(tmp_path)
     assert {tag: series.values.tolist() for tag, series in run.scalars.items()} == {"train/loss": [4.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda run, events: events.write(frame(b"\xff" * 9)), "a record of "),
+        (lambda run, events: events.write(frame(b"x" * 50)[:30]), "the last 30 bytes of "),
+        (lambda run, events: events.write(frame(b"x" * 50)[:-1] + b"?"), "the last 66 bytes of "),
+        (lambda run, events: (run / "flight" / "7.json").write_text("{"), "flight/7.json"),
+        (lambda run, events: (run / "flight" / "8.json").write_text("[" * 10**5), "flight/8.json"),
+        (lambda run, events: (run / "flight" / "\x1b[2J.json").write_text("3"), "flight/\\x1b[2J.json"),
+    ],
+    ids=["no event", "torn", "a wrong checksum", "half a flight", "a deep one", "an odd name"],
+)
+def test_what_cannot_be_read_is_named_and_costs_nothing_else(tmp_path, capsys, break_it, named):
+    folder = write_run(tmp_path / "run", {"overview/loss": [1.0, 2.0]})
+    (folder / "flight").mkdir()
+    (folder / "flight" / "1.json").write_text('{"step": 1}')
+    assert read_run(folder).unread == []
+    [file] = folder.glob("*tfevents*")
+    with file.open("ab") as events:
+        break_it(folder, events)
+    run = read_run(folder)
+    assert len(run.unread) == 1
+    assert run.unread[0].startswith(named)
+    assert (run.steps, len(run.flights)) == (2, 1)
+    assert main(["report", str(folder)]) == 0
+    assert f"Not read, since damaged or of another program: {named[:9]}" in capsys.readouterr().out

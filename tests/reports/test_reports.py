@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
-from torchprobe.reports.comparison import compare
 from torchprobe.reports.page import page
 from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.summary import summarise
-from torchprobe.reports.words import BARS, sparkline
+from torchprobe.reports.terminal import BARS, compare, sparkline
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 
@@ -175,7 +174,7 @@ finite = st.floats(-1e6, 1e6)
 
 @given(st.lists(finite, min_size=1, max_size=30), st.lists(finite, min_size=1, max_size=30))
 def test_a_difference_does_not_depend_on_the_order_of_the_runs(one, other):
-    from torchprobe.reports.comparison import _difference
+    from torchprobe.reports.terminal import _difference
 
     there, back = _difference("t", series(one), series(other)), _difference("t", series(other), series(one))
     assert there.size == back.size
@@ -184,7 +183,7 @@ def test_a_difference_does_not_depend_on_the_order_of_the_runs(one, other):
 
 
 def test_a_run_that_became_nan_differs_most():
-    from torchprobe.reports.comparison import _difference
+    from torchprobe.reports.terminal import _difference
 
     assert _difference("t", series([1.0]), series([math.nan])).size == math.inf
     assert _difference("t", series([math.nan]), series([math.nan])).size == 0
@@ -224,7 +223,7 @@ def test_two_points_of_one_step_count_as_one(tmp_path: Path):
 
 
 def test_one_is_one_and_many_are_many_and_none_is_not_said():
-    from torchprobe.reports.words import headline
+    from torchprobe.reports.summary import headline
 
     summary = {"steps": 1, "seconds": 0.42, "probe_overhead": None, "counts": {"alerts": 1, "skipped_steps": 0}}
     assert headline(summary) == "1 step in 0.42 s, 1 alert"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
 import torchprobe
 from torchprobe.records import Record, Text
+from torchprobe.rules.choosing import checked_rules
 from torchprobe.rules.watch import open_watch
+from torchprobe.rules.webhook import payload
+
+DOCS = Path(torchprobe.__file__).parents[1] / "docs"
 
 
 def too_high(record):
@@ -24,12 +30,53 @@ def run(watch, losses):
 
 def test_a_condition_is_said_when_it_begins_and_when_it_ends(caplog):
     watch = open_watch([too_high], None, None)
-    records = run(watch, [0.5, 2.0, 3.0, None, 4.0, 0.5, 2.0])
-    assert [(a.step, a.ended) for a in watch.alerts] == [(2, False), (6, True), (7, False)]
-    assert [r.step for r in records if r.values.get("alerts/too_high") == 1.0] == [2, 6, 7]
-    assert [r.step for r in records if "alerts" in r.values] == [2, 6, 7]
-    assert [r.values["overview/alerts"] for r in records if "overview/alerts" in r.values] == [1, 2, 3]
+    records = run(watch, [0.5, 2.0, 3.0, None, 4.0, 0.5, 0.5, 2.0, 0.5, 0.5, None, 0.5, 0.5, 2.0])
+    assert [(a.step, a.ended) for a in watch.alerts] == [(2, False), (13, True), (14, False)]
+    assert [r.step for r in records if r.values.get("alerts/too_high") == 1.0] == [2, 14]
+    assert [r.step for r in records if "alerts" in r.values] == [2, 13, 14]
+    assert [r.values["overview/alerts"] for r in records if "overview/alerts" in r.values] == [1, 1, 2]
+    assert str(watch.alerts[1]) == "too_high has ended, step 13: not seen any more; it began at step 2"
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
+
+
+def illness(*places):
+    """A rule whose one illness is at these places, a tuple a step."""
+    return lambda record: [
+        torchprobe.Alert("ill", record.step, ill[0], 0.0, 1.0, "it is ill", members=ill, advice="See a doctor.")
+        for ill in places[record.step - 1 : record.step]
+        if ill
+    ]
+
+
+def test_one_illness_of_many_members_is_one_alert_however_it_moves():
+    watch = open_watch([illness(("b", "c"), ("a", "b"), (), ("c",), (), (), (), ())], None, None)
+    run(watch, [0.0] * 8)
+    assert [(a.step, a.where, a.members, a.ended) for a in watch.alerts] == [
+        (1, "b", ("b", "c"), False),
+        (8, "b", ("b", "c", "a"), True),
+    ]
+
+
+def test_what_to_try_stands_in_the_text_the_log_and_the_webhook(caplog):
+    watch = open_watch([illness(("b.0", "b.1"))], None, None)
+    [record] = run(watch, [0.0])
+    said, advice = record.values["alerts"].markdown.splitlines()
+    assert said == "- ill, step 1 at b.0 to b.1 (2 in all): it is ill (value 0, threshold 1)"
+    assert advice == "    - See a doctor."
+    assert "See a doctor." in caplog.text
+    posted = payload(watch.alerts[0])
+    assert posted["advice"] == "See a doctor."
+    assert posted["members"] == ["b.0", "b.1"]
+    assert "See a doctor." in posted["text"]
+
+
+@pytest.mark.parametrize("rule", checked_rules(None), ids=lambda rule: rule.name)
+def test_every_rule_says_what_it_means_what_to_try_and_where_that_is_from(rule):
+    said, source = rule.advice.rsplit(" (", 1)
+    assert len(re.findall(r"[.;]( |$)", f"{said}.")) >= 2
+    assert source.endswith(").")
+    assert re.search(r"\d{4}|PyTorch|docs|py-spy|CS231n", source)
+    assert rule.advice.replace("\n", " ") in " ".join((DOCS / "alerts.md").read_text().split())
 
 
 def test_an_alert_is_one_line_that_names_everything():
@@ -73,7 +120,7 @@ def test_what_on_alert_raises_is_logged_once(caplog):
         raise OSError("no pager")
 
     watch = open_watch([too_high], callback, None)
-    run(watch, [2.0, 0.0, 2.0])
+    run(watch, [2.0, 0.0, 0.0, 0.0, 0.0, 2.0])
     assert len(seen) == 3
     assert sum("on_alert failed" in r.getMessage() for r in caplog.records) == 1
 

@@ -1,7 +1,7 @@
 """The command line: `torchprobe demo`, `view`, `report` and `compare`.
 
-Each command is a module with `add_parser(commands)` and `run(arguments) -> exit code`. Those modules import torch,
-rich and TensorBoard only once the command runs, so that `torchprobe --help` answers at once.
+Each module has `add_parser(commands)`, which says by what function `(arguments) -> exit code` a command runs. They
+import torch, rich and TensorBoard only once the command runs, so that `torchprobe --help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchprobe._version import __version__
-from torchprobe.cli import compare, demo, report, view
+from torchprobe.cli import demo, report, view
 from torchprobe.cli.arguments import CommandError
 
 __all__ = ["build_parser", "main"]
@@ -27,7 +27,7 @@ In your own training script the same takes one line:
   session = torchprobe.instrument(model, log_dir="runs/mine")
 """
 
-_COMMANDS = (demo, view, report, compare)
+_COMMANDS = (demo, view, report)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = arguments.run(arguments)
     except CommandError as error:
-        from torchprobe.reports.words import visible  # numpy is not needed for --help
+        from torchprobe.reports.run import visible  # numpy is not needed for --help
 
         print(f"torchprobe {arguments.command}: error: {visible(str(error))}", file=sys.stderr)
         return 1

@@ -1,18 +1,16 @@
-"""What commands take: numbers, folders and runs; and what they raise when it cannot be done."""
+"""What commands take: numbers and places; and what they raise when it cannot be done."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from torchprobe.writers.files import located
 
-if TYPE_CHECKING:
-    from torchprobe.reports.run import Run
+_N = TypeVar("_N", int, float)
 
 
 class CommandError(Exception):
@@ -43,60 +41,30 @@ def add_command(
     return parser
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `low` to `high`."""
-    takes = f"takes a whole number of at least {low}" if high is None else f"takes a whole number, {low} to {high}"
+def number(kind: Callable[[str], _N], takes: str, fits: Callable[[_N], bool]) -> Callable[[str], _N]:
+    """A type for argparse: what `kind` makes of the text, if it fits; takes: what does, in words."""
 
-    def parsed(text: str) -> int:
-        with suppress(ValueError):
-            value = int(text)
-            if value >= low and (high is None or value <= high):
-                return value
-        raise argparse.ArgumentTypeError(f"{takes}, got {text!r}")
+    def parsed(text: str) -> _N:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a number" if kind is float else takes
+            raise argparse.ArgumentTypeError(f"takes {what}, got {text!r}") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"takes {takes}, got {text!r}")
+        return value
 
     return parsed
 
 
-positive_int = whole_number(1)
-port_number = whole_number(1, 65535)
-seed_number = whole_number(0, 2**32 - 1)  # 32 bits, which seed every generator
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    value = _number(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"takes a number above 0, got {text!r}")
-    return value
-
-
-def probability(text: str) -> float:
-    """A number from 0 up to, but not including, 1."""
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"takes a number from 0 to below 1, got {text!r}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a number, got {text!r}") from None
+positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
+port_number = number(int, "a whole number, 1 to 65535", lambda value: 1 <= value <= 65535)
+# 32 bits, which seed every generator
+seed_number = number(int, f"a whole number, 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
+positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+probability = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def place(text: str) -> Path | str:
     """A folder, or a URL as it stands: for argparse."""
     return located(text)
-
-
-def recorded(where: Path | str) -> Run:
-    """The run of a folder or URL. Raises CommandError, in one line, where there is none or it cannot be read."""
-    from torchprobe.reports.run import NoRunError, read_run
-
-    try:
-        return read_run(where)
-    except NoRunError as error:
-        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
-    except (OSError, ImportError, ValueError) as error:
-        raise CommandError(" ".join(str(error).split())) from error

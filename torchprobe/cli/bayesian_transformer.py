@@ -108,8 +108,8 @@ def monte_carlo_dropout(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # those inside come later
+            module.train(training)
 
 
 Batch = tuple[Tensor, Tensor]

@@ -10,7 +10,7 @@ import random
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +95,11 @@ def labelled_folder(folder: Path, *, lines: int, seed: int) -> Corpus:
     else:
         split, ignored = _ready_split(folder / "train", held_out)
     for name, parts in split.items():
-        _require_files(folder, name, parts)
+        if not all(parts):
+            raise CommandError(
+                f"--data: class '{name}' of '{folder}' has {sum(map(len, parts))} text file(s), too few to split. Each "
+                "class takes at least one file to train on and one to hold out; empty and binary files do not count."
+            )
     return _corpus(split, lines=lines, seed=seed, ignored=ignored)
 
 
@@ -177,15 +181,6 @@ def _ready_split(train: Path, held_out: Path) -> tuple[dict[str, _Files], tuple[
     return split, tuple(ignored)
 
 
-def _require_files(folder: Path, name: str, parts: _Files) -> None:
-    if not all(parts):
-        count = sum(len(files) for files in parts)
-        raise CommandError(
-            f"--data: class '{name}' of '{folder}' has {count} text file(s), too few to split. "
-            "Each class takes at least one file to train on and one to hold out; empty and binary files do not count."
-        )
-
-
 def _corpus(
     split: Mapping[str, _Files],
     *,
@@ -214,18 +209,14 @@ def _part(
     for label, (name, files) in enumerate(files_of.items()):
         rng = random.Random(f"{seed} {name}")
         chosen = rng.sample(list(files), min(limit, len(files)))
-        candidates = list(_passages_of_files(chosen, lines, blank))
+        texts = (read_text(path) for path in chosen)
+        blanked = (blank.sub("_", text) if blank else text for text in texts)
+        candidates = [passage for text in blanked for passage in passages_of(text, lines)]
         drawn = rng.sample(candidates, min(limit, len(candidates)))
         passages += drawn
         labels += [label] * len(drawn)
         used += chosen
     return Part(tuple(passages), tuple(labels), tuple(used))
-
-
-def _passages_of_files(files: Iterable[Path], lines: int, blank: re.Pattern[str] | None) -> Iterator[str]:
-    for path in files:
-        text = read_text(path)
-        yield from passages_of(blank.sub("_", text) if blank else text, lines)
 
 
 PADDING = 0

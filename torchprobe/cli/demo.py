@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from torchprobe.cli.bayesian_transformer import BayesianTransformer
     from torchprobe.cli.training import Settings
 
 WORDS = 128
@@ -62,11 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the text, train, print the table and the line that shows the run. Returns the exit code."""
     from rich.console import Console
 
-    console = Console()
-    corpus = _read_corpus(arguments)
-    _say(console, *_introduction(arguments, corpus))
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # paths are neither wrapped nor taken for markup
+    given = {"lines": arguments.lines, "seed": arguments.seed}
+    corpus = standard_library(**given) if arguments.data is None else labelled_folder(arguments.data, **given)
+    console.print(*_introduction(arguments, corpus), sep="\n")
     settings = _settings(arguments, corpus)
-    _say(console, f"Recording to {settings.log_dir}")
+    console.print(f"Recording to {settings.log_dir}")
     return _train(console, arguments, corpus, settings)
 
 
@@ -103,12 +103,6 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         training.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
 
 
-def _read_corpus(arguments: argparse.Namespace) -> Corpus:
-    if arguments.data is None:
-        return standard_library(lines=arguments.lines, seed=arguments.seed)
-    return labelled_folder(arguments.data, lines=arguments.lines, seed=arguments.seed)
-
-
 def _introduction(arguments: argparse.Namespace, corpus: Corpus) -> list[str]:
     source = "standard-library package" if arguments.data is None else f"class of {arguments.data}"
     train, held_out = corpus.train, corpus.held_out
@@ -130,12 +124,8 @@ def _settings(arguments: argparse.Namespace, corpus: Corpus) -> Settings:
     if arguments.epochs is not None:
         steps = arguments.epochs * math.ceil(len(corpus.train.passages) / arguments.batch_size)
     return Settings(
+        **{name: getattr(arguments, name) for name in ("batch_size", "learning_rate", "passes", "every", "seed")},
         steps=steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        passes=arguments.passes,
-        every=arguments.every,
-        seed=arguments.seed,
         device=_device(arguments.device),
         log_dir=_new_folder(arguments.log_dir),
     )
@@ -172,43 +162,32 @@ def _new_folder(log_dir: Path) -> Path:
     raise CommandError(f"--log-dir: '{log_dir}' is a file or full of runs of this second. Name another folder.")
 
 
-def _model(arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> BayesianTransformer:
+def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:
     import torch
 
     from torchprobe.cli.bayesian_transformer import BayesianTransformer
+    from torchprobe.cli.training import Data, Progress, summary_table, train
 
     torch.manual_seed(settings.seed)
     model = BayesianTransformer(len(corpus.classes), vocabulary=VOCABULARY, length=WORDS, dropout=arguments.dropout)
-    return model.to(settings.device)
-
-
-def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:
-    from torchprobe.cli.progress import progress_on, summary_table
-    from torchprobe.cli.training import Data, train
-
-    model = _model(arguments, corpus, settings)
+    model.to(settings.device)
     data = Data.of(corpus, WORDS, VOCABULARY)
     start = time.monotonic()
-    progress = progress_on(console, settings.steps)
+    progress = Progress(console, settings.steps)
     try:
         with progress:
             validation = train(model, data, settings, progress)
     except KeyboardInterrupt:
-        _say(console, f"Stopped after step {progress.completed}; what was recorded until then is kept.")
-        _say(console, *_view_lines(arguments.log_dir))
+        console.print(f"Stopped after step {progress.completed}; what was recorded until then is kept.")
+        console.print(_view_lines(arguments.log_dir))
         return INTERRUPTED
-    console.print(summary_table(corpus, validation, steps=settings.steps, seconds=time.monotonic() - start))
-    _say(console, *_view_lines(arguments.log_dir))
+    table = summary_table(corpus, validation, steps=settings.steps, seconds=time.monotonic() - start)
+    console.print(table, soft_wrap=False)
+    console.print(_view_lines(arguments.log_dir))
     return 0
 
 
-def _view_lines(log_dir: Path) -> list[str]:
+def _view_lines(log_dir: Path) -> str:
     command = ["torchprobe", "view", str(log_dir)]
     quoted = subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
-    return ["To look at it:", f"  {quoted}"]
-
-
-def _say(console: Console, *lines: str) -> None:
-    """Print text as it is: paths are neither wrapped nor taken for markup."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return f"To look at it:\n  {quoted}"

@@ -107,18 +107,17 @@ def _tensorboard_program() -> ModuleType:
     try:
         from tensorboard import program
     except ModuleNotFoundError as error:
-        raise CommandError(_missing(error.name or "")) from error
+        missing = (
+            f"TensorBoard cannot be started, since the module {error.name} is missing. Run: pip install tensorboard"
+        )
+        if error.name == "pkg_resources":
+            missing = (
+                "this TensorBoard needs pkg_resources, which setuptools no longer has from version 82 on. "
+                "Run: pip install --upgrade 'tensorboard>=2.21'"
+            )
+        raise CommandError(missing) from error
     module: ModuleType = program
     return module
-
-
-def _missing(module: str) -> str:
-    if module == "pkg_resources":
-        return (
-            "this TensorBoard needs pkg_resources, which setuptools no longer has from version 82 on. "
-            "Run: pip install --upgrade 'tensorboard>=2.21'"
-        )
-    return f"TensorBoard cannot be started, since the module {module} is missing. Run: pip install tensorboard"
 
 
 def _has_display() -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series
-from torchprobe.reports.words import ROUNDING, headline, listed, reason, stopped_early, visible
+from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.summary import ROUNDING, endings, headline, listed, reason
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18
 _POINTS = 400  # of a curve: more would not be seen
@@ -39,8 +39,7 @@ def page(run: Run, summary: Mapping[str, Any]) -> str:
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"<p>{escape(headline(summary))}.</p>"
-    if summary["stopped"] is not None:
-        yield f'<p class="alert">{escape(stopped_early(summary["stopped"]))}</p>'
+    yield from (f'<p class="alert">{escape(ending)}</p>' for ending in endings(summary))
     if summary["hparams"]:
         yield f"<p>{escape(listed(summary['hparams']))}</p>"
     yield from _alerts(summary["alerts"])
@@ -69,6 +68,8 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         steps = alert["steps"]
         others = f", {len(steps) - 1} more" if len(steps) > 1 else ""
         yield f'<p class="alert">{said} (first at step {steps[0]}{others})</p>'
+        if alert["advice"]:
+            yield f"<p>{escape(alert['advice'])}</p>"
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:

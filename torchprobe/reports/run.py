@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from posixpath import basename, dirname
 from typing import Any, TypeVar
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.reports.words import visible
 from torchprobe.writers.files import located
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
 from torchprobe.writers.remote import filesystem_of
 
 _T = TypeVar("_T", tuple[int, str], tuple[int, float, float])
 _EVENTS = "*tfevents*"
+_FRAME = 16  # bytes around a record of an event file
 _FLIGHT = {"step": int, "reason": str, "alert": dict, "alerts": list, "exception": str}  # what is shown of a recording
+_UNSEEN = ("Cc", "Cs")  # categories of Unicode
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
+
+
+def visible(text: str) -> str:
+    """Text from a file in one line: control characters, which a terminal would obey, and halves of pairs as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
 
 
 class NoRunError(ValueError):
@@ -59,7 +69,8 @@ class Series:
 class Run:
     """All scalars by tag, all texts by tag as (step, Markdown), the flight recorder's files, and hyperparameters.
 
-    path is a str for a URL. The final metrics of the HParams page, which repeat others, are left out.
+    path is a str for a URL. The final metrics of the HParams page, which repeat others, are left out. unread: what is
+    there and could not be read, each of which costs itself alone.
     """
 
     path: Path | str
@@ -67,6 +78,7 @@ class Run:
     texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     flights: list[dict[str, Any]] = field(default_factory=list)
     hparams: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def group(self, name: str) -> dict[str, Series]:
         """The series of a tag group, by what follows it: `grad_norm` gives {"fc.weight": ...}."""
@@ -79,11 +91,17 @@ class Run:
         return max((int(series.steps[-1]) for series in self.scalars.values()), default=0)
 
     @property
+    def times(self) -> tuple[float, float]:
+        """When the first and the last value were written, in seconds since the epoch; 0 when nobody knows."""
+        ends = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]
+        known = _finite(np.array(ends, np.float64))
+        return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+
+    @property
     def seconds(self) -> float:
         """Wall time between the first and the last value."""
-        ends = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]
-        times = _finite(np.array(ends))
-        return float(times.max() - times.min()) if times.size else 0.0
+        first, last = self.times
+        return last - first
 
 
 def newest_run(folder: Path) -> Path:
@@ -93,7 +111,7 @@ def newest_run(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise NoRunError(f"'{folder}' is not a folder; name a run, such as runs/exp1, or a folder of runs")
-    files = _event_files(folder) or sorted(filter(_is_regular, folder.rglob(_EVENTS)), key=lambda f: f.stat().st_mtime)
+    files = _event_files(folder) or sorted(_regular(folder.rglob(_EVENTS)), key=lambda f: f.stat().st_mtime)
     if not files:
         raise NoRunError(f"no run is recorded in '{folder}' (it holds no TensorBoard event file)")
     return files[-1].parent
@@ -116,13 +134,13 @@ def read_run(where: Path | str) -> Run:
     return replace(run, path=url, flights=flights)
 
 
-def _is_regular(file: Path) -> bool:
-    """Not a pipe, at which a reader would wait for ever, nor a link to nothing."""
-    return file.is_file()
+def _regular(files: Iterable[Path]) -> list[Path]:
+    """Sorted; no pipe, at which a reader would wait for ever, and no link to nothing."""
+    return sorted(filter(Path.is_file, files))
 
 
 def _event_files(folder: Path) -> list[Path]:
-    return sorted(filter(_is_regular, folder.glob(_EVENTS)))
+    return _regular(folder.glob(_EVENTS))
 
 
 def _read(path: Path) -> Run:
@@ -131,11 +149,19 @@ def _read(path: Path) -> Run:
 
     contents = _Contents()
     for file in _event_files(path):
+        left = file.stat().st_size
         for record in RawEventFileLoader(str(file)).Load():
-            with suppress(Exception):  # damaged
+            left -= len(record) + _FRAME
+            with contents.naming(f"a record of {file.name}"):
                 contents.take(Event.FromString(record))
+        if left > 0:
+            contents.unread[f"the last {left} bytes of {visible(file.name)}"] = None
+    flights = []
+    for file in _regular((path / "flight").glob("*.json")):
+        with contents.naming(f"flight/{file.name}"):
+            flights.append(_flight(file))
     series = {tag: _series(points) for tag, points in contents.scalars.items()}
-    return Run(path, series, contents.texts, _flights(path), contents.hparams)
+    return Run(path, series, contents.texts, flights, contents.hparams, list(contents.unread))
 
 
 class _Contents:
@@ -145,7 +171,16 @@ class _Contents:
         self.scalars: dict[str, list[tuple[int, float, float]]] = {}
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.hparams: dict[str, Any] = {}
+        self.unread: dict[str, None] = {}
         self._plugins: dict[str, str] = {}  # a tag's first value says which page shows it
+
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """What raises inside is damaged, or of another program: it is named, and all else is read."""
+        try:
+            yield
+        except Exception:
+            self.unread[visible(what)] = None
 
     def take(self, event: Any) -> None:
         """Add an event's values. A program that goes on from an earlier step takes back what came after that."""
@@ -153,7 +188,7 @@ class _Contents:
             self.scalars = _before(event.step, self.scalars)
             self.texts = _before(event.step, self.texts)
         for value in event.summary.value:
-            with suppress(Exception):  # damaged, or of another program
+            with self.naming(f"a value of {value.tag}"):
                 self._take(event, value)
 
     def _take(self, event: Any, value: Any) -> None:
@@ -206,23 +241,15 @@ def _series(points: list[tuple[int, float, float]]) -> Series:
     return Series(np.array(steps, np.int64), np.array(values, np.float64), np.array(times, np.float64))
 
 
-def _flights(path: Path) -> list[dict[str, Any]]:
-    files = sorted(filter(_is_regular, (path / "flight").glob("*.json")))
-    return [read for file in files if (read := _flight(file)) is not None]
-
-
-def _flight(file: Path) -> dict[str, Any] | None:
-    """What is known of a recording, with its file's name; None for one that is half written, or of another program."""
-    try:
-        content = json.loads(
-            file.read_text(encoding="utf-8"),
-            parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
-            parse_constant=lambda text: None,
-        )
-    except (OSError, ValueError, RecursionError):
-        return None
+def _flight(file: Path) -> dict[str, Any]:
+    """What is known of a recording, with its file's name. Raises for one that is half written or foreign."""
+    content = json.loads(
+        file.read_text(encoding="utf-8"),
+        parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
+        parse_constant=lambda text: None,
+    )
     if not isinstance(content, dict):
-        return None
+        raise TypeError("no recording")
     known = {key: content[key] for key, kind in _FLIGHT.items() if isinstance(content.get(key), kind)}
     if "alerts" in known:
         known["alerts"] = [alert for alert in known["alerts"] if isinstance(alert, dict)]
@@ -248,31 +275,23 @@ def copied(url: str) -> Iterator[tuple[Path, str]]:
 def _fetch(store: Any, url: str, folder: Path) -> str:
     root = store._strip_protocol(url).rstrip("/")
     paths: dict[str, Any] = store.find(url, detail=True)
-    run = _newest(root, {path: details for path, details in paths.items() if "tfevents" in _name(path)})
+    run = _newest(root, {path: details for path, details in paths.items() if "tfevents" in basename(path)})
     (folder / "flight").mkdir()
     for path in paths:
-        if _parent(path) == run and "tfevents" in _name(path):
-            store.get_file(path, str(folder / _name(path)))
-        elif _parent(path) == f"{run}/flight":
-            store.get_file(path, str(folder / "flight" / _name(path)))
+        if dirname(path) == run and "tfevents" in basename(path):
+            store.get_file(path, str(folder / basename(path)))
+        elif dirname(path) == f"{run}/flight":
+            store.get_file(path, str(folder / "flight" / basename(path)))
     return url + run[len(root) :]
 
 
 def _newest(root: str, event_files: Mapping[str, Mapping[str, Any]]) -> str:
     """The root itself when it holds event files, else the folder of the one that was written last."""
-    if any(_parent(path) == root for path in event_files):
+    if any(dirname(path) == root for path in event_files):
         return root
-    return _parent(max(event_files, key=lambda path: (_written(event_files[path]), _name(path)), default=f"{root}/"))
+    return dirname(max(event_files, key=lambda path: (_written(event_files[path]), basename(path)), default=f"{root}/"))
 
 
 def _written(details: Mapping[str, Any]) -> str:
     """When, in a form that sorts; empty where a store does not say: then names decide, which hold a time too."""
     return next((str(details[key]) for key in _TIMES if details.get(key)), "")
-
-
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]

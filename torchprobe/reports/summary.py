@@ -1,22 +1,25 @@
-"""A run's story in one dictionary: what `torchprobe report` shows, and `--json` prints."""
+"""A run's story in one dictionary, which `--json` prints, and in the sentences that every other form shares."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from time import time
 from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series
-from torchprobe.reports.words import visible
+from torchprobe.reports.run import Run, Series, visible
 
+ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are the same
 _WORST = 5  # layers of each kind
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
 _ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
+_STATE_TEXTS = ("torchprobe/state", "torchprobe/state/text_summary")
 _STOPPED_TEXTS = ("torchprobe/stopped", "torchprobe/stopped/text_summary")
+_SILENT = 600.0  # seconds without a new value, after which a run without an end was killed
 _STOPPED_AT = re.compile(r"^recording stopped( at step \d+)?[:,.]? *", re.IGNORECASE)
 _EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
     "largest gradients": ("grad_norm_layer", max),
@@ -32,6 +35,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
     return {
         "run": visible(str(run.path)),
+        **_state(run),
         "stopped": _stopped(run),
         "hparams": run.hparams,
         "steps": run.steps,
@@ -45,8 +49,20 @@ def summarise(run: Run) -> dict[str, Any]:
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
         "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
         "uncertainty": _uncertainty(run),
+        "unread": run.unread,
         "flight_recordings": [_recording(flight) for flight in run.flights],
     }
+
+
+def _state(run: Run) -> dict[str, str | None]:
+    """What has become of the run, as its last word has it; None where it has none, as with a writer of one's own."""
+    words = [text for tag in _STATE_TEXTS for _, text in run.texts.get(tag, ())]
+    state, _, error = words[-1].partition(": ") if words else ("", "", "")
+    if state == "running" and time() - run.times[1] > _SILENT:
+        state = "killed"
+    if state != "crashed" and _stopped(run) is not None:
+        state = "stopped recording"
+    return {"state": state or None, "exception": error or None}
 
 
 def _stopped(run: Run) -> dict[str, Any] | None:
@@ -81,17 +97,21 @@ def _curve(series: Series) -> dict[str, Any]:
 
 def _alerts(run: Run) -> list[dict[str, Any]]:
     """Per rule, in the order in which they first fired: the steps at which it did, and what it said last."""
-    lines = [line for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for line in _plain(text)]
+    lines = [entry for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for entry in _plain(text)]
     found = []
     for rule, series in sorted(run.group("alerts").items(), key=lambda item: (item[1].steps[0], item[0])):
-        said = [line for line in lines if line.startswith(rule)]
-        found.append({"rule": rule, "steps": series.steps.tolist(), "said": said[-1] if said else None})
+        said = [(line, advice) for line, advice in lines if line.startswith(rule)]
+        last = said[-1][0] if said else None
+        advice = next((advice for _, advice in reversed(said) if advice), None)
+        found.append({"rule": rule, "steps": series.steps.tolist(), "said": last, "advice": advice})
     return found
 
 
-def _plain(markdown: str) -> list[str]:
-    """The entries of a Markdown list, without its escapes."""
-    return [_unescaped(line[2:]) for line in markdown.splitlines() if line[:2] == "- "]
+def _plain(markdown: str) -> Iterator[tuple[str, str]]:
+    """The entries of a Markdown list without its escapes, each with what stands below it."""
+    for entry in re.split(r"^- ", markdown, flags=re.MULTILINE)[1:]:
+        said, _, below = _unescaped(entry).partition("\n")
+        yield said, " ".join(below.replace("    - ", " ").split())
 
 
 def _unescaped(markdown: str) -> str:
@@ -114,11 +134,8 @@ def _worst_of(series: Series, worst: Any) -> float:
 
 
 def _uncertainty(run: Run) -> dict[str, float | None]:
-    return {tag: _number(series.last) for tag, series in sorted(run.scalars.items()) if _is_uncertainty(tag)}
-
-
-def _is_uncertainty(tag: str) -> bool:
-    return tag.removeprefix("val/").startswith("uncertainty_")
+    tags = sorted(tag for tag in run.scalars if tag.removeprefix("val/").startswith("uncertainty_"))
+    return {tag: _number(run.scalars[tag].last) for tag in tags}
 
 
 def _latest(run: Run, group: str) -> dict[str, float | None]:
@@ -137,3 +154,51 @@ def _overhead(run: Run) -> float | None:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """How long the run was, what recording took of it, and what there is to count."""
+    seconds = summary["seconds"]
+    parts = [f"{counted(summary['steps'], 'steps')} in {f'{seconds:.0f}' if seconds >= 10 else f'{seconds:.2g}'} s"]
+    if summary["probe_overhead"] is not None:
+        parts.append(f"{summary['probe_overhead']:.1%} of the time in probes")
+    parts += [summary["state"]] if summary.get("state") in ("running", "finished", "ended") else []
+    parts += [counted(count, name.replace("_", " ")) for name, count in summary["counts"].items() if count]
+    return ", ".join(parts)
+
+
+def endings(summary: Mapping[str, Any]) -> Iterator[str]:
+    """That the run, its recording or the reading of it did not come to a good end."""
+    step, stopped = summary["steps"], summary["stopped"]
+    if summary["state"] == "crashed":
+        yield f"Crashed at step {step}: {summary['exception']}"
+    if summary["state"] == "killed":
+        yield f"Not finished: killed after step {step}, or silent since then for over {_SILENT / 60:.0f} minutes"
+    if stopped is not None:
+        yield f"Recording stopped at step {stopped['step']}: {stopped['why']}"
+    if unread := summary["unread"]:
+        rest = f" and {len(unread) - _WORST} more" if len(unread) > _WORST else ""
+        yield f"Not read, since damaged or of another program: {', '.join(unread[:_WORST])}{rest}"
+
+
+def listed(hparams: Mapping[str, Any]) -> str:
+    """Hyperparameters in a line."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in hparams.items())
+
+
+def plain(value: Any) -> str:
+    """A hyperparameter; TensorBoard keeps whole numbers as floats."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def reason(flight: Mapping[str, Any]) -> str:
+    """Why a flight recording was made: the exception's last line, or the rules."""
+    lines = str(flight.get("exception") or "").strip().splitlines()
+    rules = sorted({str(alert.get("rule")) for alert in flight.get("alerts") or [flight.get("alert") or {}]} - {"None"})
+    found = lines[-1:] or rules
+    return f" ({visible(', '.join(found))})" if found else ""
+
+
+def counted(count: int, plural: str) -> str:
+    """`1 alert`, `2 alerts`."""
+    return f"{count} {plural.removesuffix('s') if count == 1 else plural}"

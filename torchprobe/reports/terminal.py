@@ -1,20 +1,29 @@
-"""A run's summary as tables for the terminal."""
+"""A run, and the differences of two, as tables for the terminal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from torchprobe.reports.run import Run
-from torchprobe.reports.words import headline, listed, reason, sparkline, stopped_early, visible
+from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason
 
-_BARS = 16  # of a curve: the table fits into 100 columns
+BARS = "▁▂▃▄▅▆▇█"
+_NOT_FINITE = "!"
+_WIDTH = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
+_TIMES = 10  # apart: from there on so many times says more than a percentage
+_WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
+_NAMED = 5  # tags that one run alone has
 
 
 def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
@@ -24,12 +33,13 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
-    if summary["stopped"] is not None:
-        yield Text(stopped_early(summary["stopped"]), style="red")
+    yield from (Text(ending, style="red") for ending in endings(summary))
     if summary["hparams"]:
         yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
-    yield from _flights(summary["flight_recordings"])
+    for flight in summary["flight_recordings"]:
+        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
+        yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
     yield from _curves("course of the run", run, summary["curves"])
     yield from _layers(summary["layers"])
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
@@ -46,13 +56,9 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
     for alert in alerts:
         steps = ", ".join(map(str, alert["steps"][:_STEPS])) + (", …" if len(alert["steps"]) > _STEPS else "")
         table.add_row(alert["rule"], steps, escape(alert["said"] or ""), style="yellow")
+        if alert["advice"]:
+            table.add_row("", "", escape(alert["advice"]))
     return table
-
-
-def _flights(flights: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    for flight in flights:
-        about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
-        yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
 
 
 def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
@@ -61,7 +67,7 @@ def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> It
         for tag, curve in curves.items():
             numbers = [short(curve[key]) for key in ("first", "last", "lowest", "highest")]
             table.add_row(
-                escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values, _BARS)
+                escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values, _WIDTH)
             )
         yield table
 
@@ -91,12 +97,133 @@ def short(value: float | None) -> str:
 def plain_table(title: str, *columns: str) -> Table:
     """A table under a blank line and its title; a column whose name begins with > is aligned to the right.
 
-    In a narrow terminal the first column is the last to be cut: names that look alike say nothing.
+    It is never narrower than its title, which would be wrapped. In a narrow terminal the first column is the last to be
+    cut: names that look alike say nothing.
     """
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", show_edge=False)
-    table.min_width = len(title) + 1  # else a long title is wrapped over a narrow table
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", show_edge=False, min_width=len(title) + 1
+    )
     for column in columns:
         table.add_column(
             column.removeprefix(">"), justify="right" if column[0] == ">" else "left", no_wrap=column is columns[0]
         )
     return table
+
+
+def sparkline(values: NDArray[np.float64], width: int = 24) -> str:
+    """The course of values as at most `width` bars, each the mean of its share; ! where one is not finite."""
+    if not values.size:
+        return ""
+    shares = np.array_split(values, min(width, values.size))
+    means = np.array([share.mean() for share in shares])
+    finite = means[np.isfinite(means)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    scale = (len(BARS) - 1) / (high - low) if high - low > ROUNDING * max(abs(high), abs(low)) else 0.0
+    return "".join(BARS[round((m - low) * scale)] if np.isfinite(m) else _NOT_FINITE for m in means.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tag of both runs: where each has settled (`Series.settled`), and how far apart that is.
+
+    size is |a - b| over the largest of |a|, |b| and the spread of either, from 0 (equal) to 2 (of opposite sign and
+    equal size); infinite when one of the two is not finite. times is how many times the smaller the larger is, for two
+    of one sign: the smaller, or the spread where that is more.
+    """
+
+    tag: str
+    a: float
+    b: float
+    size: float
+    times: float = 1.0
+
+    @property
+    def rank(self) -> float:
+        """What comes first: a size says nearly 100 % of all that are many times apart."""
+        return max(self.size, self.times - 1)
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.size):
+            return "not finite"
+        return f"{self.times:,.0f} times" if self.times >= _TIMES else f"{self.size:.1%}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Differences of common tags, biggest first, and the tags that one run alone has.
+
+    hparams: the hyperparameters that differ, as (name, first run's, second run's); None where a run has none.
+    """
+
+    differences: list[Difference]
+    only_a: list[str]
+    only_b: list[str]
+    hparams: list[tuple[str, Any, Any]]
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """Compare every scalar tag of two runs."""
+    common = a.scalars.keys() & b.scalars.keys()
+    found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
+    found.sort(key=lambda difference: difference.rank, reverse=True)
+    return Comparison(
+        found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), _hparams(a.hparams, b.hparams)
+    )
+
+
+def _hparams(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    pairs = ((name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()))
+    return [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
+
+
+def _difference(tag: str, one: Series, other: Series) -> Difference:
+    a, b = one.settled, other.settled
+    if not (math.isfinite(a) and math.isfinite(b)):
+        same = math.isnan(a) and math.isnan(b)
+        return Difference(tag, a, b, 0.0 if same else math.inf)
+    low, high = sorted((abs(a), abs(b)))
+    noise = max(one.spread, other.spread)
+    size = abs(a - b) / max(high, noise) if high else 0.0
+    return Difference(tag, a, b, size, high / max(low, noise) if low and (a > 0) == (b > 0) else 1.0)
+
+
+def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> RenderableType:
+    """Hyperparameters, numbers of the whole run, numbers of its layers; of the numbers those whose tag holds `only`."""
+    return Group(*_compared(a, b, compared, only, most))
+
+
+def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Iterator[RenderableType]:
+    first, second = visible(str(a.path)), visible(str(b.path))
+    yield Text(f"{first} (first, {a.steps} steps) against {second} (second, {b.steps} steps)", style="bold")
+    if compared.hparams:
+        table = plain_table("hyperparameters that differ", "name", ">first", ">second")
+        for name, one, other in compared.hparams:
+            table.add_row(escape(name), *("-" if value is None else escape(plain(value)) for value in (one, other)))
+        yield table
+    shown = [found for found in compared.differences if only in found.tag and found.size > 0]
+    if not shown:
+        yield Text("\nNo number that both runs have differs.")
+    yield from _of_both("the whole run", [found for found in shown if _of_whole_run(found.tag)], most)
+    yield from _of_both("inside the model", [found for found in shown if not _of_whole_run(found.tag)], most)
+    for name, tags in (("first", compared.only_a), ("second", compared.only_b)):
+        if tags:
+            rest = ", …" if len(tags) > _NAMED else ""
+            yield Text(f"\nIn the {name} run alone, {counted(len(tags), 'tags')}: {', '.join(tags[:_NAMED])}{rest}")
+
+
+def _of_both(title: str, found: Sequence[Difference], most: int) -> Iterator[RenderableType]:
+    if found:
+        table = plain_table(title, "tag", ">first", ">second", ">difference")
+        for one in found[:most]:
+            table.add_row(escape(one.tag), short(one.a), short(one.b), str(one))
+        yield table
+    if len(found) > most:
+        rest = len(found) - most
+        are = "smaller difference is" if rest == 1 else "smaller differences are"
+        yield Text(f" {rest} {are} not shown; --most shows more.", style="dim")
+
+
+def _of_whole_run(tag: str) -> bool:
+    """Rather than of one layer."""
+    rest = tag.removeprefix("val/")
+    return "/" not in rest or rest.partition("/")[0] in _WHOLE_RUN

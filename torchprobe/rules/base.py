@@ -1,13 +1,13 @@
-"""What built-in rules are made of: frozen thresholds, what a watcher remembers, and numbers of a record by tag."""
+"""What rules are made of: frozen thresholds, what a watcher remembers, what holds since when, numbers by tag."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torchprobe.arguments import check_count
 from torchprobe.records import Record
@@ -21,9 +21,15 @@ LOSS_TAGS = ("train/loss", "loss", "overview/loss")  # the first that a record h
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """Configuration of a rule: thresholds and counts above 0. Raises TypeError or ValueError for others."""
+    """Configuration of a rule: thresholds and counts above 0. Raises TypeError or ValueError for others.
+
+    advice: what an alert of it means, what to try, and where that is from. patience: so many evaluated steps in a row
+    without its condition end it.
+    """
 
     name: ClassVar[str]
+    advice: ClassVar[str]
+    patience: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -35,6 +41,17 @@ class BuiltIn:
     def watcher(self) -> Any:
         """Sees the records of one run: the rule itself, unless it has to remember something."""
         return self
+
+    def alert(self, step: int, where: str | None, value: float, threshold: float | None, message: str) -> Alert:
+        """One of this rule, with its advice."""
+        return Alert(self.name, step, where, value, threshold, message, advice=self.advice)
+
+    def together(self, step: int, ill: Mapping[str, float], threshold: float, message: str) -> list[Alert]:
+        """One alert for all names of a record with their values, none when there is none: one illness of many."""
+        if not ill:
+            return []
+        where, value = next(iter(ill.items()))
+        return [Alert(self.name, step, where, value, threshold, message, members=tuple(ill), advice=self.advice)]
 
 
 class Memory:
@@ -57,6 +74,76 @@ class Memory:
         self._kept = deepcopy(dict(state))
 
 
+_Key: TypeAlias = "tuple[str, str | None]"  # a condition: its rule, and the place or, of many members, what it is
+
+
+class _Held(NamedTuple):
+    """A condition that holds: the alert that it began with, all members since, and evaluated steps running without."""
+
+    alert: Alert
+    members: tuple[str, ...]
+    step: int
+    without: int = 0
+
+    def seen(self, alert: Alert) -> _Held:
+        """Again, maybe at other members."""
+        return _Held(self.alert, tuple(dict.fromkeys((*self.members, *alert.members))), alert.step)
+
+    def missed(self, step: int) -> _Held:
+        """Not at this step, which counts once."""
+        return self._replace(step=step, without=self.without + (step != self.step or not self.without))
+
+    def over(self, step: int) -> Alert:
+        """What is said at the end."""
+        message = f"not seen any more; it began at step {self.alert.step}"
+        return replace(self.alert, step=step, ended=True, message=message, members=self.members, advice="")
+
+
+class Conditions:
+    """The conditions of one rule that hold now; each ends after `patience` evaluated steps in a row without it."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._holding: dict[_Key, _Held] = {}
+
+    def turn(self, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:
+        """Alerts of what has begun, and of what has ended.
+
+        An alert that says `ended` by itself ends its condition at once; None leaves all as it is. Raises TypeError or
+        ValueError for what is no alert, or one whose numbers are none.
+        """
+        if found is None:
+            return []
+        said = [_plain(alert) for alert in ([found] if isinstance(found, Alert) else found)]
+        now = {_key(alert): alert for alert in reversed(said) if not alert.ended}
+        over = {_key(alert) for alert in said if alert.ended} - now.keys()
+        begun = [alert for key, alert in reversed(now.items()) if key not in self._holding]
+        held = {key: one.seen(now[key]) if key in now else one.missed(step) for key, one in self._holding.items()}
+        ended = [one for key, one in held.items() if key in over or one.without >= self._patience]
+        self._holding = {key: one for key, one in held.items() if one not in ended}
+        self._holding.update((_key(alert), _Held(alert, alert.members, step)) for alert in begun)
+        return [*begun, *(one.over(step) for one in ended)]
+
+
+def _key(alert: Alert) -> _Key:
+    return alert.rule, alert.message if alert.members else alert.where
+
+
+_KINDS: dict[str, Any] = {"rule": str, "step": int, "where": str, "value": float, "threshold": float, "message": str}
+
+
+def _plain(alert: Any) -> Alert:
+    """Its numbers as Python's own: those of numpy and torch are no JSON."""
+    if not isinstance(alert, Alert):
+        raise TypeError(f"a rule returned {alert!r}; takes torchprobe.Alert objects, an empty list or None")
+    odd: dict[str, Any] = {}
+    for name, kind in _KINDS.items():
+        value = getattr(alert, name)
+        if not isinstance(value, (kind, int)) and not (value is None and name in ("where", "threshold")):
+            odd[name] = kind(value)
+    return replace(alert, **odd) if odd else alert
+
+
 def scalar(record: Record, tag: str) -> float | None:
     """The number under a tag, NaN and inf included; None when there is none."""
     value = record.values.get(tag)
@@ -71,8 +158,8 @@ def group(record: Record, name: str) -> Iterator[tuple[str, float]]:
             yield tag[len(prefix) :], float(value)
 
 
-def loss_of(record: Record, tags: tuple[str, ...] = LOSS_TAGS) -> tuple[str, float] | None:
-    """The tag and value of the record's loss, or None."""
+def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
+    """The first of the tags that the record has, with its number, or None."""
     found = ((tag, scalar(record, tag)) for tag in tags)
     return next(((tag, value) for tag, value in found if value is not None), None)
 

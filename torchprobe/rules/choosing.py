@@ -7,11 +7,16 @@ from typing import Any, Protocol, TypeAlias
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.magnitudes import UpdateRatio, VanishingGradient
-from torchprobe.rules.missing import NothingCaptured, Stalled
+from torchprobe.rules.course import (
+    ExplodingGradient,
+    GradNormSpike,
+    LossSpike,
+    NothingCaptured,
+    Overconfidence,
+    Stalled,
+)
+from torchprobe.rules.layers import AttentionCollapse, AttentionLogitGrowth, DeadUnits, UpdateRatio, VanishingGradient
 from torchprobe.rules.non_finite import NonFinite
-from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike
-from torchprobe.rules.thresholds import AttentionCollapse, AttentionLogitGrowth, DeadUnits, Overconfidence
 
 Watcher: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
 """Takes each record of a run in turn, in the drain thread, and returns alerts for the conditions that hold in it: an

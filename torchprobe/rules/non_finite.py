@@ -42,24 +42,30 @@ class NonFinite(BuiltIn):
 
     Names the first module in execution order that made one from finite numbers, where that was seen (see the
     `Provenance` probe); a second alert follows when it becomes known after the first. value: number of elements, where
-    they were counted, else 1. Ends with the first step after it that shows none.
+    they were counted, else 1.
     """
 
     name = "non_finite"
+    advice = (
+        "A number overflowed or an operation is not defined there, and all that is computed from it is void. Go back "
+        "to the last good checkpoint, look at logarithms, divisions, roots and half precision in the module named, "
+        "and clip gradients or lower the learning rate (PyTorch, notes on numerical accuracy)."
+    )
 
     def watcher(self) -> _NonFiniteWatcher:
         """Without anything seen, for one run."""
-        return _NonFiniteWatcher(self.name)
+        return _NonFiniteWatcher(self)
 
 
 class _NonFiniteWatcher:
     """Remembers what holds since when, and whether its origin is known."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, rule: NonFinite) -> None:
+        self._rule = rule
         self._holding: dict[str | None, Alert] = {}
         self._explained = False
         self._last_bad = self._last_clean = 0
+        self._clean = 0  # steps running
 
     def __call__(self, record: Record) -> Found:
         """One alert for all of it."""
@@ -69,18 +75,24 @@ class _NonFiniteWatcher:
         elif record.step == self._last_bad:  # a second record of that step: of what was logged after it
             return None
         else:
-            self._holding, self._explained = {}, False
-            self._last_clean = record.step
+            self._settle(record.step)
+            return []
         return list(self._holding.values())
 
+    def _settle(self, step: int) -> None:
+        self._clean += step != self._last_clean
+        self._last_clean = step
+        if self._clean >= self._rule.patience:
+            self._holding, self._explained = {}, False
+
     def _hold(self, step: int, evidence: _Evidence) -> None:
-        self._last_bad = step
+        self._last_bad, self._clean = step, 0
         if self._holding and (self._explained or not evidence.origin):
             return
         self._explained = evidence.origin
         since = f"; the last step without was {self._last_clean}" if 0 < self._last_clean < step - 1 else ""
         message = evidence.message + since
-        self._holding[evidence.where] = Alert(self._name, step, evidence.where, evidence.elements, None, message)
+        self._holding[evidence.where] = self._rule.alert(step, evidence.where, evidence.elements, None, message)
 
 
 def _evidence(record: Record) -> Iterator[_Evidence]:

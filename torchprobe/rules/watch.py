@@ -11,8 +11,8 @@ from time import time
 from typing import Any, Protocol
 
 from torchprobe.records import Record, Value
-from torchprobe.rules import showing
-from torchprobe.rules.alert import Alert, Conditions, TrainingAlert
+from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
+from torchprobe.rules.base import BuiltIn, Conditions
 from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 
@@ -63,7 +63,8 @@ class Watch:
         self.alerts: list[Alert] = []
         self._rules: dict[str, tuple[Watcher, Conditions]] = {}
         for rule in rules:
-            self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions()
+            patience = getattr(rule, "patience", BuiltIn.patience)
+            self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}
@@ -71,13 +72,18 @@ class Watch:
         self._progress: Callable[[], Hashable] = lambda: None
         self._completed: Callable[[], int] = lambda: 0
         self._together: Together | None = None
-        self._display = showing.Display()
+        self._display = Display()
+        self._announced: Mapping[str, Value] = {}
         self._stop: Alert | None = None
         self._step = 0
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
         self._progress, self._completed = progress, completed
+
+    def announce(self, values: Mapping[str, Value]) -> None:
+        """Values that go with the next record."""
+        self._announced = values
 
     def add_follower(self, follower: Follower) -> None:
         """Show it every record from now on, with its alerts."""
@@ -91,7 +97,8 @@ class Watch:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
         alerts = self._ask(record.step, lambda watcher: watcher(record))
-        shown = self._act(alerts) if alerts else self._count(record)
+        shown = {**self._announced, **(self._act(alerts) if alerts else self._count(record))}
+        self._announced = {}
         record = replace(record, values={**record.values, **shown}) if shown else record
         self._tell(lambda follower: follower.follow(record, alerts))
         return record
@@ -111,6 +118,11 @@ class Watch:
     def faults(self) -> list[str]:
         """What failed in this run and why, a short line each, such as `rule mine: ValueError: no`: a new list."""
         return [f"{what}: {why}" for what, why in list(self._faults.items())]
+
+    @property
+    def count(self) -> int:
+        """The alerts of conditions that have begun, those of a run that is resumed included."""
+        return self._display.count
 
     @property
     def traces_nan(self) -> bool:
@@ -145,7 +157,7 @@ class Watch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. Raises what a rule raises for a state that is none of its own."""
-        self._display.count = int(state["alerts"])
+        self._display.restore(int(state["alerts"]))
         for name, (watcher, _) in self._rules.items():
             if hasattr(watcher, "load_state_dict") and name in state["rules"]:
                 watcher.load_state_dict(state["rules"][name])
@@ -169,7 +181,7 @@ class Watch:
 
     def _act(self, alerts: Sequence[Alert]) -> dict[str, Value]:
         self.alerts += alerts[: MAX_ALERTS - len(self.alerts)]
-        showing.log(alerts)
+        log(alerts)
         for alert in alerts:
             if alert.rule in self._stops and not alert.ended and self._stop is None:
                 completed = self.hold(alert)

@@ -133,7 +133,7 @@ class WebhookNotifier:
 def payload(alert: Alert) -> dict[str, Any]:
     """What is posted: `text` for people, and the alert's fields; numbers that JSON lacks are strings."""
     return {
-        "text": f"torchprobe: {alert}",
+        "text": f"torchprobe: {alert}" + (f"\n{alert.advice}" if alert.advice else ""),
         "rule": alert.rule,
         "step": alert.step,
         "where": alert.where,
@@ -141,6 +141,8 @@ def payload(alert: Alert) -> dict[str, Any]:
         "threshold": None if alert.threshold is None else _number(alert.threshold),
         "message": alert.message,
         "ended": alert.ended,
+        **({"members": list(alert.members)} if alert.members else {}),
+        **({"advice": alert.advice} if alert.advice else {}),
     }
 
 

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from torchprobe.random_state import random_state
-
-
-@dataclass(slots=True)
-class StepSnapshot:
-    """One step. shapes: of the tensors that the model was called with, by position or keyword."""
-
-    step: int
-    random_state: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+from torchprobe.records import StepSnapshot
 
 
 class StepSnapshots:

@@ -57,6 +57,13 @@ class Decoder:
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
 
+    @property
+    def unsaid(self) -> list[str]:
+        """What probes looked at and did not record, a line each, and what would settle it."""
+        silent = [r for r in self._asked if r not in self._seen and getattr(r, "reason", "")]
+        remarks = [line for reporter in self._asked for line in getattr(reporter, "remarks", ())]
+        return [*(f"{_name(reporter)}: {reporter.reason}" for reporter in silent), *remarks]
+
     def __call__(self, sent: StepInFlight) -> Record | None:
         """The record of a step; None when it has no values. Raises what a device raised."""
         return self.record(sent, sent.arrive())

@@ -115,13 +115,25 @@ class UncertaintyReporter(Reporter):
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
         self.descriptions = _descriptions(how, self._note)
         means: dict[str, dict[str, float]] = {}
-        for name, row in found.items():
-            if self.evidence.holds(name):
-                _, group, where = name.split("|", 2)
-                yield from _tags(group, where, row[: -len(EVIDENCE)])
-                if not group:
-                    means.setdefault(where, uncertainty.summarise(row[: -len(EVIDENCE)]))
+        for (group, where), row in self._confirmed(found).items():
+            yield from _tags(group, where, row)
+            if not group:
+                means[where] = uncertainty.summarise(row)
         yield from _overview(means)
+        if not means and not self.reason and any(row[-len(EVIDENCE)] > 0 for row in found.values()):
+            self.explain(
+                "the loss told no form of the model's output: Uncertainty(task='classification') or task='regression' "
+                "says what it is, sample_dim= along which dimension members lie"
+            )
+
+    def _confirmed(self, found: Mapping[str, NDArray[np.float64]]) -> dict[tuple[str, str], NDArray[np.float64]]:
+        """One row a group and place: what the output says itself before what a loss told of it."""
+        confirmed: dict[tuple[str, str], NDArray[np.float64]] = {}
+        for name, row in sorted(found.items(), key=lambda item: not item[0].startswith("|")):
+            _, group, where = name.split("|", 2)
+            if self.evidence.holds(name) and row[: -len(EVIDENCE)].any():
+                confirmed.setdefault((group, where), row[: -len(EVIDENCE)])
+        return confirmed
 
 
 def _tags(group: str, where: str, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

@@ -21,6 +21,9 @@ from torchprobe.statistics.scoring import Judged, judge
 Row: TypeAlias = "Sequence[float] | NDArray[np.float64]"
 Curve: TypeAlias = dict[str, NDArray[np.float64]]
 
+RANKING_BOUND = 0.01
+"""How far auroc and average_precision may lie from those of the scores themselves."""
+
 BINS = 15
 """Equal-width bins of the confidence: [a, b), the last one closed, so that a confidence of 1 is in bin 15."""
 
@@ -94,7 +97,8 @@ def summarise(row: Row) -> dict[str, float]:
     abs(accuracy - confidence) in 15 equal-width bins (Guo et al. 2017); mce its largest over non-empty bins.
     adaptive_ece: the same with 15 bins of equal mass, cut at the edges of 512 fine ones. confidence_gap: mean
     confidence - accuracy, above 0 when over-confident. A binary task with both classes has auroc and
-    average_precision, whose scores tie within a fine bin.
+    average_precision, whose scores tie within a fine bin: they are left out where the order within bins, which is not
+    kept, may move them by more than `RANKING_BOUND`.
     """
     values = dict(zip(HEADER, _header(row), strict=True))
     counts = {name: values[name] for name in ("count", "ignored", "invalid")}
@@ -217,8 +221,25 @@ def _ranking(row: Row) -> dict[str, float]:
     precision = precision_recall(row)
     steps = np.diff(precision["recall"], prepend=0.0)
     false, true = (np.concatenate(([0.0], curve[name])) for name in ("false_positive_rate", "true_positive_rate"))
-    auroc = np.diff(false) @ (true[1:] + true[:-1]) / 2
-    return {"auroc": float(auroc), "average_precision": float(steps @ precision["precision"])}
+    found = {
+        "auroc": (float(np.diff(false) @ (true[1:] + true[:-1]) / 2), float(np.diff(false) @ np.diff(true) / 2)),
+        "average_precision": (float(steps @ precision["precision"]), _open_precision(row)),
+    }
+    return {name: value for name, (value, bound) in found.items() if bound <= RANKING_BOUND}
+
+
+def _open_precision(row: Row) -> float:
+    """By how much average precision may change with the order within bins: positives first, or negatives first."""
+    _, found, false = _by_threshold(row)
+    hits, misses = np.diff(found, prepend=0.0), np.diff(false, prepend=0.0)
+    before = found + false - hits - misses
+    best = (found - hits + 1) / (before + 1)  # of the first positive, when positives come first
+    worst = (found - hits + 1) / (before + misses + 1)
+    bounds = np.maximum(
+        np.abs(np.maximum(best, found / (before + hits)) - found / (found + false)),
+        np.abs(found / (found + false) - worst),
+    )
+    return float((hits * bounds)[hits > 0].sum() / found[-1])
 
 
 def _by_threshold(row: Row) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

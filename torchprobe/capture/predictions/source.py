@@ -136,11 +136,12 @@ class PredictionSource:
     def _pieces(self, reporter: Reporter, phase: Phase) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting
         if reporter is reporting.uncertainty:
-            reporter.explain(phase.unread)
+            reporter.explain(phase.lines.get("uncertainty", ""))
             reporting.uncertainty.describe(phase.note)
             yield from (Piece(reporter, names, rows, prefix) for names, rows in phase.uncertainty.rows())
         elif reporter is reporting.calibration:
-            reporter.explain(phase.cannot_judge)
+            reporter.explain(phase.lines.get("calibration", ""))
+            reporting.calibration.expect(phase.lines.get("remark", ""))
             yield from _of_calibration(reporting.calibration, phase, prefix)
             yield from _of_coverage(reporting.calibration, phase, prefix)
 

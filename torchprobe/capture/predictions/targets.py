@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, SECOND, Form
+from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, SECOND, Form, rows_of
 from torchprobe.naming import unwrapped
 
 _NAMES = ("labels", "targets", "label", "target")
-_SHIFTING = re.compile(r"CausalLM|LMHeadModel|DoubleHeadsModel")
-_PROBLEMS = {"regression": None, "multi_label_classification": BINARY}
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _ELEMENTS = (nn.BCEWithLogitsLoss, nn.BCELoss)
 _NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.GaussianNLLLoss)
@@ -27,46 +25,9 @@ KINDS = (*_CLASSES, *_ELEMENTS, *_NUMBERS)
 
 
 def labels_in(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The labels that a model was called with, by name or by position."""
+    """An argument that may hold the labels, by name or by position; its name confirms nothing."""
     given = {**_by_position(module, args), **kwargs}
     return next((given[name] for name in _NAMES if isinstance(given.get(name), Tensor)), None)
-
-
-def matched(module: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Form, Tensor, Tensor] | None:
-    """The form of the logits, and logits and labels row by row; None where shapes do not go together.
-
-    Logits (batch, time, classes) of a causal language model predict the label one further on.
-    """
-    if labels.is_floating_point():
-        several = _problem(module) == "multi_label_classification" and labels.shape == logits.shape
-        return (BINARY, logits, labels) if several else None
-    if logits.dim() < 2 or logits.shape[-1] == 1:
-        return None
-    labels = torch.where(labels < 0, IGNORED, labels)
-    if labels.shape == logits.shape[:-1]:
-        if labels.dim() == 2 and _shifts(module):
-            return LAST, logits[:, :-1], labels[:, 1:]
-        return LAST, logits, labels
-    return (SECOND, logits, labels) if labels.shape == logits.shape[:1] + logits.shape[2:] else None
-
-
-def form_is_known(module: nn.Module) -> bool:
-    """Whether a field called logits holds those of one class in several; a HuggingFace config may say otherwise."""
-    return _problem(module) not in _PROBLEMS
-
-
-def _shifts(module: nn.Module) -> bool:
-    """Whether a model's own loss shifts the labels, as HuggingFace's causal language models do."""
-    model = unwrapped(module)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    if getattr(model, "loss_type", None) is not None:
-        return bool(model.loss_type == "ForCausalLM")
-    return any(_SHIFTING.search(cls.__name__) for cls in type(model).__mro__)
-
-
-def _problem(module: nn.Module) -> str | None:
-    return getattr(getattr(unwrapped(module), "config", None), "problem_type", None)
 
 
 def _by_position(module: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
@@ -83,13 +44,19 @@ def _by_position(module: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
 
 
 class Call(NamedTuple):
-    """What a loss module judged. form is None for numbers, whose variance is known to `GaussianNLLLoss` alone."""
+    """What a loss module judged. form is None for numbers, whose variance is known to `GaussianNLLLoss` alone.
+
+    weight, smoothing: of classes. reduced: whether it returned one number, of all examples that count.
+    """
 
     input: Tensor
     target: Tensor
     form: Form | None
     are_probabilities: bool = False
     variance: Tensor | None = None
+    weight: Tensor | None = None
+    smoothing: float = 0.0
+    reduced: bool = True
 
 
 def read_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
@@ -98,10 +65,14 @@ def read_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     x, y = given.get("input"), given.get("target")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return None
+    reduced = getattr(module, "reduction", "mean") != "none"
     if isinstance(module, _CLASSES):
-        return _of_classes(x, y, module.ignore_index)
+        call = _of_classes(x, y, module.ignore_index)
+        smoothing = float(getattr(module, "label_smoothing", 0.0))
+        return call and call._replace(weight=module.weight, smoothing=smoothing, reduced=reduced)
     if isinstance(module, _ELEMENTS):
-        return Call(x, y, BINARY, isinstance(module, nn.BCELoss)) if x.shape == y.shape else None
+        same = x.shape == y.shape
+        return Call(x, y, BINARY, isinstance(module, nn.BCELoss), reduced=reduced) if same else None
     return Call(x, y, None, variance=given.get("var") if isinstance(module, nn.GaussianNLLLoss) else None)
 
 
@@ -114,3 +85,24 @@ def _of_classes(x: Tensor, y: Tensor, ignore_index: int) -> Call | None:
     if y.shape != x.shape[:1] + x.shape[2:]:
         return None
     return Call(x, torch.where(y == ignore_index, IGNORED, y), form)
+
+
+def by_row(targets: Tensor, form: Form, index: Tensor | None) -> Tensor:
+    """Row by row, as the predictions: (n,), or (n, classes) for class probabilities; no view."""
+    targets = targets.detach()
+    if form.kind == "softmax" and targets.is_floating_point():
+        return rows_of(targets, form, index).clone()
+    flat = targets.reshape(-1).clone() if index is None else targets.reshape(-1)[index]
+    return flat if form.kind == "softmax" else torch.stack((1 - flat, flat), -1).float()
+
+
+def wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
+    """What a cross-entropy wants of each class, (n, classes): its targets, smoothed and weighted; 0 of ignored rows."""
+    classes = like.shape[-1]
+    if targets.dim() == 1:
+        valid = ((targets >= 0) & (targets < classes))[:, None]
+        b = F.one_hot(targets.clamp(0, classes - 1).long(), classes).to(like.dtype) * valid
+    else:
+        valid, b = torch.ones_like(targets[:, :1], dtype=torch.bool), targets.to(like.dtype)
+    b = (1 - smoothing) * b + smoothing / classes * valid if smoothing else b
+    return b if weight is None else b * weight.detach().to(like.dtype)

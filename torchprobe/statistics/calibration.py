@@ -16,12 +16,12 @@ from torch import Tensor
 
 from torchprobe.statistics.buckets import MAGNITUDES, SHARES, magnitude_index, share_edges, share_index, tally
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.scoring import Judged, judge
+from torchprobe.statistics.scoring import Judged, are_one_hot, judge, may_be_one_hot
 
 Row: TypeAlias = "Sequence[float] | NDArray[np.float64]"
 Curve: TypeAlias = dict[str, NDArray[np.float64]]
 
-RANKING_BOUND = 0.01
+RANKING_BOUND = 0.02
 """How far auroc and average_precision may lie from those of the scores themselves."""
 
 BINS = 15
@@ -67,7 +67,8 @@ def compute(
         - (..., classes) and class numbers (...): those of `ignore_index` are left out and counted;
         - (..., classes) and floating (..., classes): soft labels; "correct" then means that both have the same argmax;
         - a binary task: probabilities (or log-odds) of class 1 and targets from 0 to 1, of one shape, (...), or with a
-          last dimension of 1 on either. Floating targets of two columns or more are soft labels instead.
+          last dimension of 1 on either. Floating targets of two columns or more are soft labels instead, and so are
+          one-hot rows of integers where the predictions are distributions.
     uncertainty: as many numbers as examples; by it `risk_coverage` refuses them, otherwise by confidence.
     favourite: of (..., classes), the class with the largest number, when it is known; to look for it costs a fifth.
 
@@ -78,6 +79,25 @@ def compute(
     Temporaries are a cache's worth, but for soft labels of odd strides, which are copied. Makes no host read. Raises
     ValueError for shapes that do not go together and TypeError for predictions of integers.
     """
+    if may_be_one_hot(predictions, targets) and not from_logits:
+        answers = _judged_row(predictions, targets, ignore_index, from_logits, uncertainty, favourite)
+        if uncertainty is None:
+            classes = _judged_row(
+                predictions, targets.to(predictions.dtype), ignore_index, from_logits, None, favourite
+            )
+            return torch.where(are_one_hot(predictions, targets), classes, answers)
+        return answers
+    return _judged_row(predictions, targets, ignore_index, from_logits, uncertainty, favourite)
+
+
+def _judged_row(
+    predictions: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    from_logits: bool,
+    uncertainty: Tensor | None,
+    favourite: Tensor | None,
+) -> Tensor:
     judged, target = judge(predictions, targets, from_logits, favourite)
     if uncertainty is not None and uncertainty.numel() != len(target):
         raise ValueError(f"uncertainty: got shape {tuple(uncertainty.shape)}, takes a number for each of {len(target)}")

@@ -17,6 +17,8 @@ IMPOSSIBLE = 2.0**-126
 
 _LEAST = math.log(IMPOSSIBLE)
 _SLACK = 0.05  # by how much a distribution in a narrow type may miss 1
+_MOST = 0.5  # where fewer rows are distributions, those that are are so by chance
+_NO_CLASS = -(2**62)
 
 
 class Judged(NamedTuple):
@@ -45,7 +47,7 @@ def judge(
     """
     dtype, task = arithmetic(predictions, "predictions"), _task(predictions, targets)
     target = targets.detach().reshape(-1, targets.size(-1)) if task is _judge_soft else targets.detach().reshape(-1)
-    target = target.long() if task is _judge_classes else target.to(dtype)
+    target = _class_numbers(target) if task is _judge_classes else target.to(dtype)
     best = favourite.reshape(-1) if favourite is not None and task is _judge_classes else None
     rows = predictions.detach().reshape(-1, 1) if task is _judge_binary else predictions.detach()
     found, at = [], 0
@@ -57,6 +59,25 @@ def judge(
         at = end
     columns = zip(*found, strict=True)
     return Judged._make(None if column[0] is None else torch.cat(column) for column in columns), target
+
+
+def _class_numbers(target: Tensor) -> Tensor:
+    """int64; what is no whole number names no class."""
+    if not target.is_floating_point():
+        return target.long()
+    return torch.where(target == target.round(), target, _NO_CLASS).long()
+
+
+def may_be_one_hot(predictions: Tensor, targets: Tensor) -> bool:
+    """Whether integers or booleans of the predictions' shape may be rows of classes as well as answers yes or no."""
+    rows = predictions.dim() > 1 and predictions.size(-1) > 1 and predictions.shape == targets.shape
+    return rows and not targets.is_floating_point() and not targets.is_complex()
+
+
+def are_one_hot(predictions: Tensor, targets: Tensor) -> Tensor:
+    """A flag: whether they are one-hot rows, and nearly all predictions distributions."""
+    one = (targets.long().sum(-1) == 1) & (targets.long().amin(-1) == 0)
+    return one.all() & (_is_distribution(predictions.detach()).to(torch.float32).mean() > _MOST)
 
 
 def _task(predictions: Tensor, targets: Tensor) -> _Judge:
@@ -110,7 +131,8 @@ def _judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judge
     brier = (probability - target).square().sum(dim=-1)
     log = probability.clamp(min=IMPOSSIBLE).log() if log is None else log.masked_fill(log == -torch.inf, _LEAST)
     nll = -(target * log).sum(dim=-1)
-    valid = _is_distribution(probability) & _is_distribution(target)
+    proper = _is_distribution(probability)
+    valid = proper & _is_distribution(target) & (proper.to(probability.dtype).mean() > _MOST)
     two = (probability[:, 1], target[:, 1] > 0.5) if target.size(-1) == 2 else (None, None)
     return Judged(confidence, predicted == target.argmax(dim=-1), brier, _bounded(nll), valid, *two)
 

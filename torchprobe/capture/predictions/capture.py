@@ -54,7 +54,7 @@ class PredictionCapture:
         self._gate = gate
         self._generators = Generators()
         self._plain = PlainOutputs(options, settled, self._generators)
-        self._parts = Parts(model, options.modules, self._on_part)
+        self._parts = Parts(model, options.modules, self._on_part, self._protected)
         self._loss_modules = LossModules(self._on_loss)
         self._training = True
         self._ignored = IGNORED  # the class number that the model's own loss was seen to leave out

@@ -203,7 +203,7 @@ class _Some(NamedTuple):
 
 def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether rows pass, and their s. With two or three classes a row alone can be anything: all rows of a
-    class have to agree on the factor, or all rows on factor and smoothing. Weights and smoothing together are not known.
+    class have to agree on the factor, or all rows on factor and smoothing. Weights with smoothing are not known.
     """
     classes, size = p.shape[-1], rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
     g = rows.g / size

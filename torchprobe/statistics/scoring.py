@@ -17,7 +17,7 @@ IMPOSSIBLE = 2.0**-126
 
 _LEAST = math.log(IMPOSSIBLE)
 _SLACK = 0.05  # by how much a distribution in a narrow type may miss 1
-_MOST = 0.5  # where fewer rows are distributions, those that are are so by chance
+_MOST = 0.5
 _NO_CLASS = -(2**62)
 
 
@@ -58,7 +58,10 @@ def judge(
         found.append(task(values, target[at:end], from_logits, *known))
         at = end
     columns = zip(*found, strict=True)
-    return Judged._make(None if column[0] is None else torch.cat(column) for column in columns), target
+    judged = Judged._make(None if column[0] is None else torch.cat(column) for column in columns)
+    if task is _judge_soft and not from_logits:
+        judged = judged._replace(valid=judged.valid & ~_are_answers(rows))
+    return judged, target
 
 
 def _class_numbers(target: Tensor) -> Tensor:
@@ -66,6 +69,13 @@ def _class_numbers(target: Tensor) -> Tensor:
     if not target.is_floating_point():
         return target.long()
     return torch.where(target == target.round(), target, _NO_CLASS).long()
+
+
+def _are_answers(predictions: Tensor) -> Tensor:
+    """A flag: whether most rows of numbers from 0 to 1 do not add up to 1. Those that do then do so by chance."""
+    rows = predictions.reshape(-1, predictions.size(-1))
+    inside, proper = (rows.amin(-1) >= 0) & (rows.amax(-1) <= 1), _is_distribution(rows)
+    return (inside & ~proper).sum() > proper.sum()
 
 
 def may_be_one_hot(predictions: Tensor, targets: Tensor) -> bool:
@@ -131,8 +141,7 @@ def _judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judge
     brier = (probability - target).square().sum(dim=-1)
     log = probability.clamp(min=IMPOSSIBLE).log() if log is None else log.masked_fill(log == -torch.inf, _LEAST)
     nll = -(target * log).sum(dim=-1)
-    proper = _is_distribution(probability)
-    valid = proper & _is_distribution(target) & (proper.to(probability.dtype).mean() > _MOST)
+    valid = _is_distribution(probability) & _is_distribution(target)
     two = (probability[:, 1], target[:, 1] > 0.5) if target.size(-1) == 2 else (None, None)
     return Judged(confidence, predicted == target.argmax(dim=-1), brier, _bounded(nll), valid, *two)
 

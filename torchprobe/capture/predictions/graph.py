@@ -148,7 +148,7 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> Above:
     Empty where that is not to be seen.
     """
     above: defaultdict[tuple[Any, int], list[Any]] = defaultdict(list)
-    todo = [root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None]
+    todo: list[Any] = [root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None]
     seen, least, found = set(todo), 0 if place is None else place.sequence, False
     while todo and place is not None:
         node = todo.pop()

@@ -15,7 +15,7 @@ from torchprobe.capture.predictions.forms import Form, Predicted, members_of
 from torchprobe.capture.predictions.graph import Place
 from torchprobe.capture.predictions.likelihood import Spread
 from torchprobe.capture.predictions.pool import InputKey, Pool
-from torchprobe.capture.predictions.reading import Reading
+from torchprobe.capture.predictions.reading import Quantity, Reading
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import uncertainty
@@ -25,6 +25,7 @@ from torchprobe.statistics.uncertainty import Decomposition
 EVIDENTIAL = "evidential"
 """The form of a field that may hold the parameters of a Dirichlet distribution."""
 
+QUANTITIES: tuple[Quantity, ...] = ("total", "aleatoric", "epistemic")
 _MAX_WAITING = 16  # passes over one input before their targets are seen
 
 
@@ -242,7 +243,7 @@ class Phase:
         """Rows of everything but the plain tensor. Numbers with a variance go to the pool: passes belong together."""
         where, tally = pool.where, self.uncertainty
         if reading.named:
-            tally.describe(f"{SURE}||{where}", *map(reading.named.get, uncertainty.KINDS))
+            tally.describe(f"{SURE}||{where}", *(reading.named.get(kind) for kind in QUANTITIES))
         if reading.alpha is not None:
             _describe_evidence(tally, where, reading.alpha, reading)
         for number in () if reading.named or reading.alpha is not None else reading.numbers:

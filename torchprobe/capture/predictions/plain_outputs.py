@@ -143,7 +143,7 @@ def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
             f"the model returns {names}, which has other meanings too: it counts as uncertainty once a Gaussian or "
             "evidential likelihood of it is trained; call it variance, or return a torch.distributions object",
         )
-    if any(not number.key for number in reading.numbers):
+    if any(number.key in ("", *reading.guesses) for number in reading.numbers):
         yield "calibration", NO_TARGETS
     if reading.others:
         names = ", ".join(reading.others)
@@ -156,8 +156,9 @@ def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
 
 def _settle(phase: Phase, pool: Pool, flag: Tensor | None) -> None:
     """Rows of members that a flag says are such; without it there are none."""
-    for name, row, sampled in pool.settle() if flag is not None else ():
-        phase.uncertainty.add(name, row * flag, sampled)
+    if flag is not None:
+        for name, row, sampled in pool.settle():
+            phase.uncertainty.add(name, row * flag, sampled)
 
 
 def _only_adds(output: Tensor, members: Sequence[Tensor]) -> bool:

@@ -276,8 +276,10 @@ def _of_number(found: Distribution) -> Reading:
         mean, variance = found.mean, found.variance
     except NotImplementedError:
         return Reading(note=note)
-    normal = isinstance(found, distributions.Normal)
-    number = Number("", mean, found.scale, STD, torch.square) if normal else Number("", mean, variance, is_normal=False)
+    if isinstance(found, distributions.Normal):
+        number = Number("", mean, found.scale, STD, torch.square)
+    else:
+        number = Number("", mean, variance, is_normal=False)
     return Reading(numbers=(number,), entropy=_entropy(found, variance.detach()), note=note)
 
 

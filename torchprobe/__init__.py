@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.spikes import ExplodingGradient as ExplodingGradient
     from torchprobe.rules.spikes import GradNormSpike as GradNormSpike
     from torchprobe.rules.spikes import LossSpike as LossSpike
+    from torchprobe.rules.spikes import Overfitting as Overfitting
     from torchprobe.rules.thresholds import AttentionCollapse as AttentionCollapse
     from torchprobe.rules.thresholds import AttentionLogitGrowth as AttentionLogitGrowth
     from torchprobe.rules.thresholds import DeadUnits as DeadUnits
@@ -86,6 +87,7 @@ _HOMES = {
     "NonFinite": "rules.non_finite",
     "NothingCaptured": "rules.missing",
     "Overconfidence": "rules.thresholds",
+    "Overfitting": "rules.spikes",
     "Parameters": "probes.parameters",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",

@@ -22,6 +22,8 @@ FLAGS = ("pictures",)
 
 _EVIDENCE = slice(-len(EVIDENCE) - len(FLAGS), -len(FLAGS))
 _COUNTS = ("count", "ignored", "invalid")
+_COUNT, _CORRECT, _NLL = (calibration.FIELDS.index(name) for name in ("count", "correct", "nll"))
+_GAP_EVIDENCE = slice(len(calibration.HEADER), len(calibration.HEADER) + len(EVIDENCE))
 _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
@@ -76,7 +78,8 @@ class CalibrationReporter(Reporter):
     def __init__(self, probe: Calibration) -> None:
         super().__init__(probe)
         self.coverage = Coverage(self)
-        self.beside = (self.coverage,)
+        self.gap = GeneralisationGap(self)
+        self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._expected = ""
 
@@ -182,6 +185,39 @@ class Coverage(Reporter):
             if counts.any():
                 yield "calibration_pit/targets", Histogram(edges, counts)
                 yield "calibration_pit_chart/targets", pit_chart(edges, counts)
+
+
+class GeneralisationGap(Reporter):
+    """How much worse the same output is judged in validation than in the last sampled step of training before it.
+
+    Rows are the first columns of those of calibration, with their evidence; names are theirs.
+    """
+
+    rows_suffice: ClassVar[bool] = False
+
+    def __init__(self, speaks_for: CalibrationReporter) -> None:
+        super().__init__(speaks_for.probe)
+        self.speaks_for = speaks_for
+        self._trained: dict[bool, tuple[float, float]] = {}  # by whether predictions were handed in: NLL, accuracy
+        self.descriptions: Mapping[str, str] = {}
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Of both phases together."""
+        found = added_up(names, rows)
+        evidence = self.speaks_for.evidence
+        evidence.weigh({name: row[_GAP_EVIDENCE] for name, row in found.items()})
+        judged = {name: row for name, row in found.items() if evidence.holds(name) and row[_COUNT] > 0}
+        by_phase = {p: _preferred([n for n in judged if n.endswith(f"|{p}")]) for p in ("train", "val")}
+        for phase, name in by_phase.items():
+            if name is None:
+                continue
+            row, given = judged[name], f"|{GIVEN}|" in name
+            nll, accuracy = row[_NLL] / row[_COUNT], row[_CORRECT] / row[_COUNT]
+            if phase == "train":
+                self._trained[given] = nll, accuracy
+            elif given in self._trained:
+                yield "overview/generalisation_gap_nll", float(nll - self._trained[given][0])
+                yield "overview/generalisation_gap_accuracy", float(accuracy - self._trained[given][1])
 
 
 def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

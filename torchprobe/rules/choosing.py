@@ -10,7 +10,7 @@ from torchprobe.rules.alert import Alert
 from torchprobe.rules.magnitudes import UpdateRatio, VanishingGradient
 from torchprobe.rules.missing import NothingCaptured, Stalled
 from torchprobe.rules.non_finite import NonFinite
-from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike
+from torchprobe.rules.spikes import ExplodingGradient, GradNormSpike, LossSpike, Overfitting
 from torchprobe.rules.thresholds import AttentionCollapse, AttentionLogitGrowth, DeadUnits, Overconfidence
 
 Watcher: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
@@ -40,6 +40,7 @@ _BUILT_IN: tuple[Configuration, ...] = (
     DeadUnits(),
     UpdateRatio(),
     Overconfidence(),
+    Overfitting(),
     Stalled(),
     NothingCaptured(),
 )

@@ -111,3 +111,47 @@ def _limit(values: list[float], deviations: float) -> float:
     mean = fmean(values)
     variance = fmean((value - mean) ** 2 for value in values)
     return mean + deviations * max(math.sqrt(variance), _ROUNDING * abs(mean))
+
+
+@dataclass(frozen=True)
+class Overfitting(BuiltIn):
+    """The validation loss is more than `rise` of itself above its smallest while the training loss has fallen since, in
+    `patience` validations running.
+
+    Source: early stopping by generalisation loss over successive validations (Prechelt 1998, GL and UP); 20 % is far
+    beyond the noise of a validation, GL of 20. The losses are `val/loss` and the training loss, as the user logs them,
+    else `val/calibration/nll` and `calibration/nll`. Training losses are averaged between validations.
+    """
+
+    rise: float = 0.2
+    patience: int = 3
+
+    name = "overfitting"
+
+    def watcher(self) -> Memory:
+        """That has seen no validation."""
+        return Memory(self._look)
+
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        found: Found = None
+        for tag, training in (("val/loss", LOSS_TAGS), ("val/calibration/nll", ("calibration/nll",))):
+            own = kept.setdefault(tag, {"sum": 0.0, "count": 0, "run": 0})
+            trained, loss = loss_of(record, training), scalar(record, tag)
+            if trained is not None:
+                own["sum"], own["count"] = own["sum"] + trained[1], own["count"] + 1
+            if loss is not None and own["count"] and found is None:
+                found = self._judge(record.step, loss, own)
+        return found
+
+    def _judge(self, step: int, loss: float, own: dict[str, Any]) -> list[Alert]:
+        mean = own["sum"] / own["count"]
+        own["sum"], own["count"] = 0.0, 0
+        if "best" not in own or loss < own["best"]:
+            own["best"], own["trained"], own["run"] = loss, mean, 0
+            return []
+        limit = own["best"] + self.rise * abs(own["best"])
+        own["run"] = own["run"] + 1 if loss > limit and mean < own["trained"] else 0
+        if own["run"] < self.patience:
+            return []
+        message = f"the validation loss is far above its smallest, {own['best']:.4g}, while the training loss falls"
+        return [Alert(self.name, step, "val", loss, limit, message)]

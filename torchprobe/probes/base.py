@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -23,7 +22,6 @@ Report: TypeAlias = "Iterable[tuple[str, Value]]"
 Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
 Way: TypeAlias = Literal["combine", "append"]
 """How rows of one name from several ranks become those of the whole: merged by the probe, or listed side by side."""
-_log = logging.getLogger("torchprobe")
 InValidation: TypeAlias = Literal["never", "first", "all"]
 """Which batches of a validation pass a probe sees, after a sampled training step."""
 
@@ -228,8 +226,6 @@ class Reporter:
         self.schedule = probe.schedule
         self.reason = ""
         """Why nothing was found, when that is known."""
-        self.remarks: list[str] = []
-        """What was looked at and not recorded, a line each, beside what was."""
         self.descriptions: Mapping[str, str] = probe.descriptions
         self.beside: tuple[Reporter, ...] = ()
         """Reporters whose rows come with this one's."""
@@ -255,12 +251,6 @@ class Reporter:
     def explain(self, reason: str) -> None:
         """Why nothing can be found, as far as a capture knows."""
         self.reason = reason
-
-    def remark(self, line: str) -> None:
-        """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
-        if line and line not in self.remarks:
-            self.remarks.append(line)
-            _log.warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""

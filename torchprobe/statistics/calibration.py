@@ -79,25 +79,10 @@ def compute(
     Temporaries are a cache's worth, but for soft labels of odd strides, which are copied. Makes no host read. Raises
     ValueError for shapes that do not go together and TypeError for predictions of integers.
     """
-    if may_be_one_hot(predictions, targets) and not from_logits:
-        answers = _judged_row(predictions, targets, ignore_index, from_logits, uncertainty, favourite)
-        if uncertainty is None:
-            classes = _judged_row(
-                predictions, targets.to(predictions.dtype), ignore_index, from_logits, None, favourite
-            )
-            return torch.where(are_one_hot(predictions, targets), classes, answers)
-        return answers
-    return _judged_row(predictions, targets, ignore_index, from_logits, uncertainty, favourite)
-
-
-def _judged_row(
-    predictions: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    from_logits: bool,
-    uncertainty: Tensor | None,
-    favourite: Tensor | None,
-) -> Tensor:
+    if uncertainty is None and not from_logits and may_be_one_hot(predictions, targets):
+        classes = compute(predictions, targets.to(predictions.dtype))
+        answers = compute(predictions.reshape(-1), targets.reshape(-1), ignore_index=ignore_index)
+        return torch.where(are_one_hot(predictions, targets), classes, answers)
     judged, target = judge(predictions, targets, from_logits, favourite)
     if uncertainty is not None and uncertainty.numel() != len(target):
         raise ValueError(f"uncertainty: got shape {tuple(uncertainty.shape)}, takes a number for each of {len(target)}")

@@ -1,6 +1,6 @@
-"""Small programs as people write them. Of each: the right numbers, or none and one line; of another kind of loss nothing.
+"""Small programs as people write them: of each the right numbers, or none and one line; of other losses nothing.
 
-A row is (name, program, truths); a program gives a model and the loss of one step. The weights stay as they are, so that
+A row is a name, a program (a model and the loss of one step) and the truths. The weights stay as they are, so that
 the truth is that of every step.
 """
 
@@ -68,7 +68,6 @@ class Program(NamedTuple):
     name: str
     make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
     truths: Callable[[Any], dict[str, float]]
-    options: dict[str, Any] = {}
 
 
 def classes(name: str, loss: Callable[[Tensor], Tensor], rows: Any = slice(None), scale: float = 1.0) -> Program:
@@ -90,10 +89,8 @@ def form(
     )
 
 
-def says(
-    name: str, make: Callable[[], nn.Module], step: Callable[[Any], Tensor], truths: Any, **options: Any
-) -> Program:
-    return Program(name, lambda: (make(), step), truths, options)
+def says(name: str, make: Callable[[], nn.Module], step: Callable[[Any], Tensor], truths: Any) -> Program:
+    return Program(name, lambda: (make(), step), truths)
 
 
 def likelihood(mean: Tensor, variance: Tensor) -> Tensor:

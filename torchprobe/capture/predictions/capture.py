@@ -18,7 +18,6 @@ from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import main_tensor, tensors_in
 from torchprobe.capture.predictions import targets
-from torchprobe.capture.predictions.calls import hear
 from torchprobe.capture.predictions.confirmation import (
     confirm_gradient,
     confirm_labels,
@@ -237,7 +236,7 @@ class PredictionCapture:
             call = targets.read_call(module, args, kwargs)
             phases = list(self._recent()) if self._training else [self._validation] if self._validation else []
             if call is not None:
-                hear(phases, call, self._training)
+                targets.hear(phases, call, self._training)
 
     # ---- machinery
 

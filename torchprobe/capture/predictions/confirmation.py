@@ -32,15 +32,12 @@ from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.targets import wanted
+from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady, is_trusted
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
 
 _ENOUGH = 0.9  # of the rows
-_STEADY = 1e-2  # by which factors of the rows of one loss may differ
-_ONE = 5e-3
-_ODD = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
-_LEAST_AGREEMENT = 8  # rows of a class beyond the first, in all
 _MOST_RECOMPUTED = 2**24
 
 
@@ -74,7 +71,7 @@ def _from_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of their mean logits."""
     found = recover(predicted, g, form, precision)
-    claim = _claimed(found, form, predicted, g, precision, judge)
+    claim = _claimed(found, predicted, g, precision, judge)
     favourite = found.favourite[0] if len(g) == 1 else None
     row = calibration.compute(predicted.mean, claim.targets, ignore_index=IGNORED, favourite=favourite)
     members = waiting.pool.members(form)
@@ -83,102 +80,29 @@ def _from_gradient(
         return claim.evidence, row
     each = mean[None].expand(len(g), -1, -1)
     at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
-    other = _claimed(recover(at_mean, g, form, precision), form, at_mean, g, precision, judge)
+    other = _claimed(recover(at_mean, g, form, precision), at_mean, g, precision, judge)
     better = other.evidence[1] > claim.evidence[1]
     last = float(waiting.number == waiting.pool.passes)  # one prediction, whose passes all have a gradient
     of_mean = calibration.compute(members.mean, other.targets, ignore_index=IGNORED) * last
     return torch.where(better, other.evidence, claim.evidence), torch.where(better, of_mean, row)
 
 
-def _claimed(
-    found: Recovered, form: Form, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge
-) -> Claim:
+def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:
     """What may be claimed of all rows together: a row alone fits every loss that chooses a class, a policy's too."""
     passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
     fine, targets = passed.any(0), found.targets.amax(0)
     factor = found.factor.where(passed, 0.0).sum(0)
     common = factor.where(fine, torch.nan).nanmedian()
-    loose = _STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
-    close = _ONE if precision not in TOLERANCE else loose
-    count = _Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
-    trusted = _is_trusted(judge, form, _is_steady(factor, fine, targets, common, loose), count)
+    loose = STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
+    close = CLOSE if precision not in TOLERANCE else loose
+    count = Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
+    trusted = is_trusted(judge, is_steady(factor, fine, targets, common, loose), count)
     # A row whose gradient was lost has its likeliest class for a target, or was ignored: the number of rows tells.
     lost = faint & (alive | count.zeros_count)
     targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted, IGNORED))
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
     evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
     return Claim(torch.where(broken, 0, targets), evidence)
-
-
-class _Count(NamedTuple):
-    """How many rows a mean was taken over, 1 / s, against those with a gradient and those whose may have been lost."""
-
-    factor: Tensor
-    alive: Tensor
-    zeros: Tensor
-    rows: int
-    tolerance: float
-
-    @property
-    def zeros_count(self) -> Tensor:
-        """Whether rows without a gradient are among those that count."""
-        own, other = self._scale(self.alive + self.zeros), self._scale(self.alive)
-        return self._is_one(own) | (~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other))
-
-    @property
-    def is_known(self) -> Tensor:
-        """Whether that is told at all."""
-        own, other = self._scale(self.alive + self.zeros), self._scale(self.alive)
-        ignored = self._is_one(other) | (self._is_natural(other) & ~self._is_natural(own))
-        return self.zeros_count | ignored
-
-    @property
-    def is_plain(self) -> Tensor:
-        """Whether the factor is that of a mean, or of a sum, that nothing was multiplied with."""
-        rows = self._is_one(self._scale(self.alive + self.zeros)) | self._is_one(self._scale(self.alive))
-        return rows | self._is_one(self.factor) | self._is_one(self.factor * self.rows)
-
-    @property
-    def is_usual(self) -> Tensor:
-        """The same, or one that micro-batches or a loss scale divide or multiply."""
-        return self._is_natural(self._scale(self.alive + self.zeros)) | self._is_natural(self._scale(self.alive))
-
-    def _scale(self, rows: Tensor) -> Tensor:
-        return self.factor * rows
-
-    def _is_one(self, x: Tensor) -> Tensor:
-        return (x - 1).abs() <= self.tolerance
-
-    def _is_natural(self, x: Tensor) -> Tensor:
-        """A power of two over a small odd number."""
-        octaves = torch.stack([(x * odd).log2() for odd in _ODD])
-        return ((octaves - octaves.round()).abs() <= self.tolerance / 5).any()
-
-
-def _is_trusted(judge: Judge, form: Form, steady: Tensor, count: _Count) -> Tensor:
-    if judge.kind == "whole":
-        return torch.ones_like(steady)
-    if judge.kind == "also":
-        return steady
-    if judge.kind == "blind":
-        return steady & (count.is_usual | count.is_plain)
-    return steady & count.is_plain
-
-
-def _is_steady(factor: Tensor, fine: Tensor, targets: Tensor, common: Tensor, tolerance: float) -> Tensor:
-    """Whether one factor is that of nearly all rows, or one for each class, of enough rows of a class."""
-    equal = fine & ((factor - common).abs() <= tolerance * common)
-    classes = targets.clamp(min=0)
-    size = int(classes.numel()) + 1
-    slot = classes % size  # classes that share a slot only make it stricter
-    sums, counts = (
-        factor.new_zeros(size).index_add_(0, slot, x.to(factor.dtype)) for x in (factor.where(fine, 0.0), fine)
-    )
-    mean = (sums / counts.clamp(min=1))[slot]
-    alike = fine & ((factor - mean).abs() <= tolerance * mean)
-    repeated, rows = (counts - 1).clamp(min=0).sum(), fine.sum()
-    by_class = (alike.sum() >= _ENOUGH * rows) & (repeated >= _LEAST_AGREEMENT) & (2 * repeated >= rows)
-    return (rows > 0) & ((equal.sum() >= _ENOUGH * rows) | by_class)
 
 
 # ---- by the calls of loss modules, which the gradient confirms

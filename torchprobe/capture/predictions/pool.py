@@ -19,6 +19,7 @@ NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""
 
 _MOST_NUMBERS = 2**20
+_SIMPLE = (str, int, float, bool, type(None))
 _A_SIDE = 16  # elements along a dimension that stand for a tensor's values
 _SAME = 1e-6  # probabilities that lie no further apart are those of one deterministic pass
 
@@ -26,8 +27,8 @@ _SAME = 1e-6  # probabilities that lie no further apart are those of one determi
 class InputKey:
     """What a pass was called with, and the state of the model that it was called on; keeps nothing alive.
 
-    Versions, places and simple attributes are compared on the host. What changes values without a trace there, a numpy
-    array beneath or `.data.copy_`, a few values of each tensor tell, on the device.
+    Versions, places and simple attributes are compared on the host; what leaves no trace there (a numpy array beneath,
+    `.data.copy_`), a few values of each tensor tell, on the device.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None) -> None:
@@ -44,9 +45,8 @@ class InputKey:
         if not self._tensors or len(self._tensors) != len(other._tensors) or self._state != other._state:
             return False
         pairs = zip(self._tensors, other._tensors, strict=True)
-        return all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs) and _equal(
-            self._others, other._others
-        )
+        same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
+        return same and len(self._others) == len(other._others) and all(map(_same, self._others, other._others))
 
     def unchanged_since(self, other: InputKey) -> Iterator[Tensor]:
         """Flags on the devices: whether values are what they were."""
@@ -149,7 +149,7 @@ class ValueMembers:
         return Decomposition(alone, alone, None)
 
     def differ(self) -> Tensor | None:
-        """A flag: whether not all say the same."""
+        """The same as of classes."""
         return None if self.count < 2 or self._squares is None else (self._squares > 0).any()
 
 
@@ -235,15 +235,15 @@ class Pool:
             return together
         each = sums.each()
         alone = torch.zeros_like(together) if each.total is None else uncertainty.compute(each)
-        device = together.device
-        return torch.where(torch.stack([f.to(device, non_blocking=True) for f in flags]).all(), together, alone)
+        together_only = torch.stack([flag.to(together.device, non_blocking=True) for flag in flags]).all()
+        return torch.where(together_only, together, alone)
+
+
+# ---- what a pass was called on
 
 
 def _log(probabilities: Tensor) -> Tensor:
     return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
-
-
-# ---- what a pass was called on
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -272,25 +272,16 @@ def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         yield tuple(value for value in module.__dict__.values() if type(value) in _SIMPLE)
 
 
-_SIMPLE = (str, int, float, bool, type(None))
-
-
 def _remembered(part: Any) -> object:
     """A simple value itself; of anything else a weak reference, or what is never equal where it takes none."""
-    if _is_simple(part):
-        return part
     try:
-        return ref(part)
+        return part if _is_simple(part) else ref(part)
     except TypeError:
         return object()
 
 
-def _equal(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Of simple values; anything else has to be the same living object."""
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-
-
 def _same(x: object, y: object) -> bool:
+    """Of simple values; anything else has to be the same living object."""
     if isinstance(x, ReferenceType) and isinstance(y, ReferenceType):
         return x() is not None and x() is y()
     return _is_simple(x) and _is_simple(y) and x == y

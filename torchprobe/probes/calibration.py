@@ -45,10 +45,12 @@ def _descriptions(notes: str) -> dict[str, str]:
 class Calibration(Probe):
     """Calibration of class predictions: `calibration/ece`, `mce`, `adaptive_ece`, `brier`, `nll`, `accuracy`, ...
 
-    Targets come from, in this order: a `labels=` or `targets=` argument of the model; a loss module of torch's that
-    judges the model's output; for functional losses the gradient at the output, which is s (p - y) for a
-    cross-entropy (checked; of another loss nothing is claimed); `session.log_predictions(probs, targets)`, which
-    takes precedence. In validation without gradients the first two and the last work.
+    Targets come from the loss that the model returns (its graph, or recomputed from a `labels=` or `targets=` argument),
+    from a loss module of torch's that judges the output, confirmed by the gradient, from the gradient at the output
+    alone, which is s (p - y) for a cross-entropy, or from `session.log_predictions(probs, targets)`, which takes
+    precedence. Of any other loss nothing is claimed, and a line in `session.summary()` says what would settle it. In
+    validation without gradients a returned loss, a loss module and the call work. With both phases:
+    `overview/generalisation_gap_nll` and `..._accuracy`, validation minus the last sampled step of training.
 
     Training: over the sampled step. Validation: over the whole pass, under `val/`. Regression:
     `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known

@@ -347,6 +347,13 @@ def policy(z: Tensor, returns: Tensor) -> Tensor:
     return -(law.log_prob(law.sample()) * returns).mean()
 
 
+EACH = nn.CrossEntropyLoss(reduction="none")
+
+
+def module_policy(z: Tensor) -> Tensor:
+    return (EACH(z, distributions.Categorical(logits=z).sample()) * RETURNS).mean()
+
+
 RETURNS, JUDGE = torch.rand(48) * 9 + 1, nn.Linear(5, 1)
 TREACHEROUS = [
     ("squared error", linear, lambda m: F.mse_loss(m(X.clone()), MANY), JUDGED + UNCERTAIN),
@@ -360,6 +367,7 @@ TREACHEROUS = [
     ("a temperature", linear, lambda m: F.cross_entropy(m(X.clone()) / 2, Y), JUDGED + UNCERTAIN),
     ("an energy", linear, lambda m: m(X.clone()).logsumexp(-1).mean(), JUDGED + UNCERTAIN),
     ("a policy gradient", linear, lambda m: policy(m(X.clone()), RETURNS), JUDGED),
+    ("a policy gradient by a module", linear, lambda m: module_policy(m(X.clone())), JUDGED),
     ("a policy gradient, signed", linear, lambda m: policy(m(X.clone()), RETURNS - 5), JUDGED),
     ("a constant reward", linear, lambda m: policy(m(X.clone()), torch.full((48,), 2.7)), JUDGED),
     (
@@ -437,7 +445,7 @@ TREACHEROUS = [
         "negative variances",
         lambda: linear(2, lambda z: {"mean": z[:, :1], "variance": z[:, 1:] - 9}),
         lambda m: m(X.clone())["mean"].mean(),
-        ("uncertainty_total/", "uncertainty_aleatoric/", "overview/"),
+        ("uncertainty_total/", "uncertainty_aleatoric/", "overview/aleatoric"),
     ),
     (
         "heads that are stacked",

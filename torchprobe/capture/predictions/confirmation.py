@@ -117,7 +117,7 @@ def _from_calls(
         return []
     p, g = predicted.mean, g[0]
     if form.kind != "softmax":
-        return [_of_answers(p, g, calls[0])] if len(calls) == 1 else []
+        return [_of_answers(p, g, calls[0])] if len(calls) == 1 and calls[0].reduced else []
     directions = [_direction(p, call, predicted) for call in calls]
     weights = _weights(directions, g)
     away = g - sum(w * d for w, d in zip(weights, directions, strict=True))
@@ -130,8 +130,16 @@ def _from_calls(
     total = sum(w.mean() for w in weights)
     rows = [calibration.compute(p, _kept(call, alive), ignore_index=IGNORED) for call in calls]
     if len(rows) == 1:
-        return [(confirmed, rows[0])]
+        return [(confirmed & _is_unweighted(calls[0], weights[0][:, 0], clear, alive), rows[0])]
     return [(confirmed, sum(row * (w / total).to(row.dtype) for row, w in zip(rows, weights, strict=True)))]  # type: ignore[list-item]
+
+
+def _is_unweighted(call: Candidate, weight: Tensor, clear: Tensor, alive: Tensor) -> Tensor:
+    """A flag: that what was computed of each example was masked at most. A policy's gradient has weights of its own."""
+    common = weight.where(clear, torch.nan).nanmedian()
+    equal = clear & ((weight - common).abs() <= STEADY * common)
+    count = Count(common, alive.sum(), torch.zeros_like(common), len(weight), CLOSE)
+    return ((equal.sum() >= _ENOUGH * clear.sum()) & count.is_plain) | call.reduced
 
 
 def _direction(p: Tensor, call: Candidate, predicted: Predicted) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchprobe.capture.predictions.forms import (
     BINARY,
@@ -125,7 +124,7 @@ def wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tenso
     classes = like.shape[-1]
     if targets.dim() == 1:
         valid = ((targets >= 0) & (targets < classes))[:, None]
-        b = F.one_hot(targets.clamp(0, classes - 1).long(), classes).to(like.dtype) * valid
+        b = (torch.arange(classes, device=like.device) == targets[:, None]).to(like.dtype)
     else:
         valid, b = torch.ones_like(targets[:, :1], dtype=torch.bool), targets.to(like.dtype)
     b = (1 - smoothing) * b + smoothing / classes * valid if smoothing else b

@@ -45,8 +45,8 @@ def _descriptions(notes: str) -> dict[str, str]:
 class Calibration(Probe):
     """Calibration of class predictions: `calibration/ece`, `mce`, `adaptive_ece`, `brier`, `nll`, `accuracy`, ...
 
-    Targets come from the loss that the model returns (its graph, or recomputed from a `labels=` or `targets=` argument),
-    from a loss module of torch's that judges the output, confirmed by the gradient, from the gradient at the output
+    Targets come from the loss that the model returns (its graph, or recomputed from a `labels=` or `targets=`), from
+    a loss module of torch's that judges the output, confirmed by the gradient, from the gradient at the output
     alone, which is s (p - y) for a cross-entropy, or from `session.log_predictions(probs, targets)`, which takes
     precedence. Of any other loss nothing is claimed, and a line in `session.summary()` says what would settle it. In
     validation without gradients a returned loss, a loss module and the call work. With both phases:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.layers import UpdateRatio as UpdateRatio
     from torchprobe.rules.layers import VanishingGradient as VanishingGradient
     from torchprobe.rules.non_finite import NonFinite as NonFinite
+    from torchprobe.rules.overfitting import Overfitting as Overfitting
     from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
@@ -86,6 +87,7 @@ _HOMES = {
     "NonFinite": "rules.non_finite",
     "NothingCaptured": "rules.course",
     "Overconfidence": "rules.course",
+    "Overfitting": "rules.overfitting",
     "Parameters": "probes.gradients",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",

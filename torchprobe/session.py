@@ -255,6 +255,7 @@ class Session(Logs):
         lines += outlet.drain.ranks
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
+        lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
         return "\n".join(lines)
 

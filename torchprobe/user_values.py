@@ -143,7 +143,8 @@ def decomposition(epistemic: Any, aleatoric: Any) -> Decomposition:
     a = floats("aleatoric", aleatoric).to(e.device, non_blocking=True)
     if a.shape != e.shape:
         raise ValueError(f"aleatoric: got shape {tuple(a.shape)}, takes that of epistemic, {tuple(e.shape)}")
-    return Decomposition(e + a, a, e)
+    wide = torch.promote_types(torch.promote_types(e.dtype, a.dtype), torch.float32)
+    return Decomposition(e.to(wide) + a.to(wide), a, e)
 
 
 def attention_layers(weights: Any, name: str) -> Iterator[tuple[str, Tensor]]:

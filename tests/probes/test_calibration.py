@@ -129,6 +129,36 @@ def test_labels_that_the_model_is_called_with(kind, by_name):
     assert_calibration(writer, 1, q[kept], y[kept], "val/")
 
 
+# ---- the generalisation gap
+
+
+@pytest.mark.parametrize("handed_in", [False, True])
+def test_the_gap_is_of_a_validation_and_the_sampled_step_before_it(handed_in):
+    model, writer, criterion = net(), MemoryWriter(), nn.CrossEntropyLoss()
+    expected = []
+    with watch(model, writer) as session:
+        for step in range(2):
+            kept = []
+            for seed in (step, 10 + step):
+                x, y = batch(seed)
+                training = seed == step
+                with torch.set_grad_enabled(training):
+                    out = model.train(training)(x)
+                    loss = criterion(out, y)
+                if training:
+                    loss.backward()
+                if handed_in:
+                    session.log_predictions(out.softmax(-1), y)
+                if training:
+                    sgd(model).step()
+                kept.append((loss.item(), (out.argmax(-1) == y).float().mean().item()))
+            expected.append([val - train for train, val in zip(*kept, strict=True)])
+    for i, tag in enumerate(("overview/generalisation_gap_nll", "overview/generalisation_gap_accuracy")):
+        got = [value for _, value in writer.scalars(tag)]
+        assert got == pytest.approx([gap[i] for gap in expected], abs=1e-5)
+    assert not any("val/overview/generalisation" in tag for tag in writer.tags())
+
+
 # ---- handed in
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from tests.probes.uncertain import KINDS, Gives, found, one_step
+from tests.probes.uncertain import KINDS, Gives, found, one_step, watch
+from torchprobe.testing import MemoryWriter
 
 # ---- named outputs
 
@@ -35,11 +36,10 @@ z = torch.tensor([[0.5, 1.0, 1.5, 2.0], [1.0, 2.0, 3.0, 4.0]])
 NAMED = {
     "dataclass": (lambda h: Both(z, 2 * z), {"epistemic": z.mean(), "aleatoric": 2 * z.mean()}),
     "named tuple": (lambda h: Named(z, z), {"epistemic": (z * z).mean(), "aleatoric": z.exp().mean()}),
-    "model output": (lambda h: Output(logvar=z), {"aleatoric": z.exp().mean(), "total": z.exp().mean()}),
+    "model output": (lambda h: Output(variance=z), {"aleatoric": z.mean(), "total": z.mean()}),
     "nested": (lambda h: {"head": {"uncertainty": z}}, {"total": z.mean()}),
     "entropy": (lambda h: {"predictive_entropy": z[:, 0]}, {"total": z[:, 0].mean()}),
-    "std": (lambda h: {"mu": z, "sigma": z}, {"aleatoric": (z * z).mean(), "total": (z * z).mean()}),
-    "log std": (lambda h: {"log_std": z}, {"aleatoric": (2 * z).exp().mean(), "total": (2 * z).exp().mean()}),
+    "negative": (lambda h: {"variance": z - 1}, {}),
     "bfloat16": (lambda h: {"var": z.bfloat16()}, {"aleatoric": z.mean(), "total": z.mean()}),
     "one number": (lambda h: {"epistemic": z.mean()}, {"epistemic": z.mean()}),
     "no uncertainty": (lambda h: {"attention_entropy": z, "kl_loss": z.sum(), "variable": z, "hidden": z}, {}),
@@ -71,9 +71,45 @@ def test_values_that_are_not_finite_are_counted():
     assert writer.value("uncertainty_epistemic_nonfinite/root") == 1
 
 
-def test_evidence_for_classes_is_a_dirichlet_distribution():
-    evidence = torch.rand(6, 3) * 5
-    writer = one_step(Gives(lambda h: {"evidence": evidence}), torch.randn(6, 4))
+def trained(model, loss_of) -> tuple[MemoryWriter, str]:
+    """Two steps, and the summary."""
+    writer, optimizer = MemoryWriter(), torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, writer) as session:
+        for _ in range(2):
+            loss_of(model(torch.ones(6, 4))).backward()
+            optimizer.step()
+    return writer, session.summary()
+
+
+MEAN, TARGET = torch.randn(6, 4), torch.randn(6, 4)
+GUESSES = {
+    "logvar": lambda z: z.exp(),
+    "log_std": lambda z: (2 * z).exp(),
+    "sigma": lambda z: z.square(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_names_of_other_things_too_count_once_a_likelihood_confirms_them(name):
+    source = torch.rand(6, 4) + 0.5
+    model = Gives(lambda h: {"mu": MEAN + 0 * h, name: source + 0 * h})
+    likelihood, variance = torch.nn.functional.gaussian_nll_loss, GUESSES[name](source).mean().item()
+    writer, _ = trained(model, lambda out: likelihood(out["mu"], TARGET, GUESSES[name](out[name])))
+    assert found(writer) == {"aleatoric": pytest.approx(variance), "total": pytest.approx(variance)}
+    writer, summary = trained(model, lambda out: out["mu"].square().mean() + out[name].square().mean())
+    assert found(writer) == {}
+    assert f"the model returns {name}" in summary
+
+
+def test_evidence_for_classes_is_a_dirichlet_distribution_once_its_likelihood_is_trained():
+    evidence, y = torch.rand(6, 3) * 5, torch.tensor([0, 1, 2, 0, 1, 2])
+    model = Gives(lambda h: {"evidence": evidence + 0 * h[:, :3]})
+
+    def evidential(out):  # the expected cross-entropy (Sensoy et al. 2018)
+        alpha = out["evidence"] + 1
+        return (alpha.sum(-1).digamma() - alpha.gather(-1, y[:, None])[:, 0].digamma()).mean()
+
+    writer, _ = trained(model, evidential)
     samples = distributions.Dirichlet(evidence + 1).sample((40_000,))
     total = torch.special.entr(samples.mean(0)).sum(-1).mean().item()
     aleatoric = torch.special.entr(samples).sum(-1).mean().item()
@@ -81,6 +117,9 @@ def test_evidence_for_classes_is_a_dirichlet_distribution():
         {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}, rel=0.02
     )
     assert writer.value("uncertainty_vacuity/root") == pytest.approx((3 / (evidence + 1).sum(-1)).mean().item())
+    writer, summary = trained(model, lambda out: out["evidence"].square().mean())
+    assert found(writer) == {}
+    assert "the model returns evidence" in summary
 
 
 def test_normal_inverse_gamma():
@@ -120,18 +159,15 @@ def test_distributions_over_classes_have_an_entropy(kind):
     assert found(writer) == {"total": pytest.approx(given[0].entropy().mean().item())}
 
 
-def test_a_mixture_tells_its_parts():
+def test_the_parts_of_a_mixture_are_no_members():
     weights, means = torch.rand(5, 3).softmax(-1), torch.randn(5, 3)
     std = torch.rand(5, 3) + 0.5
     mixture = distributions.MixtureSameFamily(
         distributions.Categorical(probs=weights), distributions.Normal(means, std)
     )
     writer = one_step(Gives(lambda h: mixture), torch.randn(5, 4))
-    centre = (weights * means).sum(-1, keepdim=True)
-    epistemic = (weights * (means - centre).square()).sum(-1).mean().item()
-    aleatoric = (weights * std.square()).sum(-1).mean().item()
-    expected = {"total": epistemic + aleatoric, "aleatoric": aleatoric, "epistemic": epistemic}
-    assert found(writer) == pytest.approx(expected, rel=1e-5)
+    variance = mixture.variance.mean().item()
+    assert found(writer) == pytest.approx({"total": variance, "aleatoric": variance}, rel=1e-5)
 
 
 def test_a_dirichlet_distribution_and_one_without_a_variance():

@@ -258,6 +258,22 @@ def test_overconfidence_needs_gap_error_and_predictions():
     ]
 
 
+def test_overfitting_needs_a_training_loss_that_falls_and_three_validations():
+    def fired(losses, trained, tags=("train__loss", "val__loss")):
+        rule = torchprobe.Overfitting().watcher()
+        pairs = enumerate(zip(losses, trained, strict=True))
+        return [i for i, (val, train) in pairs if rule(record(i, **{tags[0]: train, tags[1]: val}))]
+
+    rising, falling = [1.0, 0.8, 1.0, 1.0, 1.0, 1.1], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    assert fired(rising, falling) == [4, 5]
+    assert fired(rising, falling, ("calibration__nll", "val__calibration__nll")) == [4, 5]
+    assert fired(rising, [1.0, 0.9, 0.9, 0.9, 0.9, 0.9]) == []  # it does not learn
+    assert fired([1.0, 0.8, 0.9, 0.9, 0.9, 0.95], falling) == []  # by less than a fifth
+    assert fired([1.0, 0.8, 1.0, 1.0, 0.9, 1.1], falling) == []  # not in three running
+    assert fired([-1.0, -2.0, -1.5, -1.5, -1.5, -1.5], falling) == [4, 5]
+    assert torchprobe.Overfitting().watcher()(record(1, train__loss=1.0)) is None
+
+
 def test_stalled_begins_after_half_an_hour_and_ends_with_the_next_step():
     now = [0.0]
     rule = torchprobe.Stalled(clock=lambda: now[0]).watcher()

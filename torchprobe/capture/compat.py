@@ -325,3 +325,11 @@ def _skips() -> bool:
 
 
 _NEWER = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")  # in place of what torch 2.6 has
+
+
+def sequence_number(node: Any) -> int | None:
+    """When a node of a graph was made: a later one has a higher number. None without it: no loss is then read of a
+    graph.
+    """
+    number = getattr(node, "_sequence_nr", None)
+    return None if number is None else int(number())

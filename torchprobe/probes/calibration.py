@@ -23,6 +23,11 @@ FLAGS = ("pictures",)
 
 _EVIDENCE = slice(-len(EVIDENCE) - len(FLAGS), -len(FLAGS))
 _COUNTS = ("count", "ignored", "invalid")
+_COUNT, _CORRECT, _NLL = (calibration.FIELDS.index(name) for name in ("count", "correct", "nll"))
+_GAP_EVIDENCE = slice(len(calibration.HEADER), len(calibration.HEADER) + len(EVIDENCE))
+_COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
+_IGNORED = calibration.FIELDS.index("ignored")
+_SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
 _log = logging.getLogger("torchprobe")
 
@@ -40,10 +45,12 @@ def _descriptions(notes: str) -> dict[str, str]:
 class Calibration(Probe):
     """Calibration of class predictions: `calibration/ece`, `mce`, `adaptive_ece`, `brier`, `nll`, `accuracy`, ...
 
-    Targets come from, in this order: a `labels=` or `targets=` argument of the model; a loss module of torch's that
-    judges the model's output; for functional losses the gradient at the output, which is s (p - y) for a
-    cross-entropy (checked; of another loss nothing is claimed); `session.log_predictions(probs, targets)`, which
-    takes precedence. In validation without gradients the first two and the last work.
+    Targets come from the loss that the model returns (its graph, or recomputed from a `labels=` or `targets=`), from
+    a loss module of torch's that judges the output, confirmed by the gradient, from the gradient at the output
+    alone, which is s (p - y) for a cross-entropy, or from `session.log_predictions(probs, targets)`, which takes
+    precedence. Of any other loss nothing is claimed, and a line in `session.summary()` says what would settle it. In
+    validation without gradients a returned loss, a loss module and the call work. With both phases:
+    `overview/generalisation_gap_nll` and `..._accuracy`, validation minus the last sampled step of training.
 
     Training: over the sampled step. Validation: over the whole pass, under `val/`. Regression:
     `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
@@ -75,24 +82,38 @@ class CalibrationReporter(Reporter):
     def __init__(self, probe: Calibration) -> None:
         super().__init__(probe)
         self.coverage = Coverage(self)
-        self.beside = (self.coverage,)
+        self.gap = GeneralisationGap(self)
+        self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
-        self._warned: set[str] = set()
+        self._expected = ""
+        self.remarks: list[str] = []
+
+    def remark(self, line: str) -> None:
+        """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
+        if line and line not in self.remarks:
+            self.remarks.append(line)
+            _log.warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
         self.evidence.weigh({name: row[_EVIDENCE] for name, row in added_up(names, rows).items()})
 
+    def expect(self, remark: str) -> None:
+        """What is to be said once something is reported."""
+        self._expected = remark or self._expected
+
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is `<form>|<origin>|<phase>`; one phase at a time."""
         found = added_up(names, rows)
         self.learn(names, rows)
-        name = _preferred([name for name in found if self.evidence.holds(name)])
-        if name is None:
-            self._explain(names)
+        known = {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
+        name = _preferred(list(known))
+        if name is None or _is_open(known[name][_EVIDENCE]):
+            self._explain(names, found, name)
             return
-        self._note(name, found[name][_EVIDENCE])
-        row, pictures = found[name][: len(calibration.FIELDS)], found[name][-1]
+        self.remark(self._expected)
+        self._note(name, known[name])
+        row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
         yield from self._tags(row)
         if pictures:
             yield from _pictures(row)
@@ -101,12 +122,7 @@ class CalibrationReporter(Reporter):
         found = calibration.summarise(row)
         if found["invalid"]:
             yield "calibration/invalid", found["invalid"]
-            self._warn_once(
-                "invalid",
-                f"calibration: {found['invalid']:.0f} predictions are no probabilities (negative, or not adding up to "
-                "1), or have a target that is no class, and are left out; log_predictions takes probs.softmax(-1), "
-                "not logits",
-            )
+            self._warn_of_invalid(found["invalid"])
         for key, value in found.items():
             if key not in _COUNTS:
                 yield f"calibration/{key}", value
@@ -114,28 +130,48 @@ class CalibrationReporter(Reporter):
             yield "calibration/count", found["count"]
             yield "overview/ece", found["ece"]
 
-    def _explain(self, names: Sequence[str]) -> None:
-        if self.evidence.any and any(f"|{UNJUDGED}|" in name for name in names):
-            self._warn_once(
-                UNJUDGED,
-                "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
-                "trace; use a loss module, hand the model its labels=, or call session.log_predictions(probs, targets)",
+    def _warn_of_invalid(self, count: float) -> None:
+        if not any("no probabilities" in line for line in self.remarks):
+            self.remark(
+                f"calibration: {count:.0f} predictions are no probabilities (NaN, negative, or not adding up to 1), or "
+                "have a target that is no class, and are left out; log_predictions takes probs.softmax(-1), not logits"
             )
 
-    def _note(self, name: str, evidence: NDArray[np.float64]) -> None:
-        checked, _, faint, sampled = evidence
-        notes = ["a sample of rows"] if sampled else []
-        if faint > _FAINT * (checked + faint):
-            share = faint / (checked + faint)
-            notes.append(
-                f"without {share:.0%} of the rows: very sure ones without a gradient, ignored or lost in rounding"
+    def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:
+        if any(f"|{UNJUDGED}|" in name for name in names):
+            self.remark(
+                "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
+                "trace; use a loss module, hand the model its labels=, or call session.log_predictions(probs, targets)"
             )
+        elif open_form is not None:
+            self.remark(
+                "calibration: targets of very sure predictions left no gradient, and the scale of the loss does not "
+                "tell whether they count; use a loss module, or call session.log_predictions(probs, targets)"
+            )
+        elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
+            self.explain(
+                "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
+                "(soft or mixed targets, weights with smoothing, a policy, another network behind it, ...); use "
+                "nn.CrossEntropyLoss() or the like on the output, or call session.log_predictions(probs, targets)"
+            )
+
+    def _note(self, name: str, row: NDArray[np.float64]) -> None:
+        notes = ["a sample of rows"] if row[_EVIDENCE][3] else []
+        if row[_IGNORED]:
+            notes.append("without rows that the loss left out, ignored or masked")
+        if row[_SCORES].any():
+            notes.append(f"auroc and average_precision within {calibration.RANKING_BOUND:.3g}, left out where coarser")
         self.descriptions = _descriptions(", ".join(notes))
 
-    def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            _log.warning("%s", text)
+
+def _has_any(row: NDArray[np.float64]) -> bool:
+    """Whether anything was judged, or found to be no prediction."""
+    return bool(row[_COUNTED].any())
+
+
+def _is_open(evidence: NDArray[np.float64]) -> bool:
+    checked, _, faint, _ = evidence
+    return bool(faint > _FAINT * (checked + faint))
 
 
 class Coverage(Reporter):
@@ -160,6 +196,39 @@ class Coverage(Reporter):
             if counts.any():
                 yield "calibration_pit/targets", Histogram(edges, counts)
                 yield "calibration_pit_chart/targets", pit_chart(edges, counts)
+
+
+class GeneralisationGap(Reporter):
+    """How much worse the same output is judged in validation than in the last sampled step of training before it.
+
+    Rows are the first columns of those of calibration, with their evidence; names are theirs.
+    """
+
+    rows_suffice: ClassVar[bool] = False
+
+    def __init__(self, speaks_for: CalibrationReporter) -> None:
+        super().__init__(speaks_for.probe)
+        self.speaks_for = speaks_for
+        self._trained: dict[bool, tuple[float, float]] = {}  # by whether predictions were handed in: NLL, accuracy
+        self.descriptions: Mapping[str, str] = {}
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+        """Of both phases together."""
+        found = added_up(names, rows)
+        evidence = self.speaks_for.evidence
+        evidence.weigh({name: row[_GAP_EVIDENCE] for name, row in found.items()})
+        judged = {name: row for name, row in found.items() if evidence.holds(name) and row[_COUNT] > 0}
+        by_phase = {p: _preferred([n for n in judged if n.endswith(f"|{p}")]) for p in ("train", "val")}
+        for phase, name in by_phase.items():
+            if name is None:
+                continue
+            row, given = judged[name], f"|{GIVEN}|" in name
+            nll, accuracy = row[_NLL] / row[_COUNT], row[_CORRECT] / row[_COUNT]
+            if phase == "train":
+                self._trained[given] = nll, accuracy
+            elif given in self._trained:
+                yield "overview/generalisation_gap_nll", float(nll - self._trained[given][0])
+                yield "overview/generalisation_gap_accuracy", float(accuracy - self._trained[given][1])
 
 
 def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

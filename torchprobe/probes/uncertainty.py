@@ -43,11 +43,12 @@ def _descriptions(how: str, note: str) -> dict[str, str]:
 class Uncertainty(Probe):
     """Uncertainty of the model's outputs, found by itself: `uncertainty_total/<where>`, `_aleatoric/`, `_epistemic/`.
 
-    Read are, in training and validation: fields called epistemic, aleatoric, uncertainty, variance, log_var, std,
-    entropy, alpha, evidence (with nu and beta: normal-inverse-gamma), logits, probs; `torch.distributions` and
-    gpytorch objects; `(output, kl)` of Bayesian layers; plain logits, once a cross-entropy was recognised on them.
-    Passes over one and the same input tensor within a step, or one after the other in validation, are members of
-    one prediction, and so are an `nn.ModuleList`'s modules that get the same input and give what the model gives.
+    Read are, in training and validation: fields called epistemic, aleatoric, uncertainty, variance, entropy;
+    `torch.distributions` and gpytorch objects; `(output, kl)` of Bayesian layers. Once a loss has confirmed it: plain
+    outputs and fields called logits or probs, as classes or answers; log_var, std, sigma, or the second of a pair, by a
+    Gaussian likelihood; alpha, evidence by an evidential one. Passes over one and the same input tensor, unchanged,
+    with unchanged weights, whose outputs differ, are members of one prediction, and so are an `nn.ModuleList`'s
+    modules whose mean the model gives.
 
     every: the cadence. sample_dim: the dimension of an output along which samples lie (`torch.func`, stacked
     members). modules: name patterns of modules to read beside the model itself. task: what a plain output is, where
@@ -115,13 +116,25 @@ class UncertaintyReporter(Reporter):
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
         self.descriptions = _descriptions(how, self._note)
         means: dict[str, dict[str, float]] = {}
-        for name, row in found.items():
-            if self.evidence.holds(name):
-                _, group, where = name.split("|", 2)
-                yield from _tags(group, where, row[: -len(EVIDENCE)])
-                if not group:
-                    means.setdefault(where, uncertainty.summarise(row[: -len(EVIDENCE)]))
+        for (group, where), row in self._confirmed(found).items():
+            yield from _tags(group, where, row)
+            if not group:
+                means[where] = uncertainty.summarise(row)
         yield from _overview(means)
+        if not means and not self.reason and any(row[-len(EVIDENCE)] > 0 for row in found.values()):
+            self.explain(
+                "the loss told no form of the model's output: Uncertainty(task='classification') or task='regression' "
+                "says what it is, sample_dim= along which dimension members lie"
+            )
+
+    def _confirmed(self, found: Mapping[str, NDArray[np.float64]]) -> dict[tuple[str, str], NDArray[np.float64]]:
+        """One row a group and place: what the output says itself before what a loss told of it."""
+        confirmed: dict[tuple[str, str], NDArray[np.float64]] = {}
+        for name, row in sorted(found.items(), key=lambda item: not item[0].startswith("|")):
+            _, group, where = name.split("|", 2)
+            if self.evidence.holds(name) and row[: -len(EVIDENCE)].any():
+                confirmed.setdefault((group, where), row[: -len(EVIDENCE)])
+        return confirmed
 
 
 def _tags(group: str, where: str, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

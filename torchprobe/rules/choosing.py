@@ -17,6 +17,7 @@ from torchprobe.rules.course import (
 )
 from torchprobe.rules.layers import AttentionCollapse, AttentionLogitGrowth, DeadUnits, UpdateRatio, VanishingGradient
 from torchprobe.rules.non_finite import NonFinite
+from torchprobe.rules.overfitting import Overfitting
 
 Watcher: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
 """Takes each record of a run in turn, in the drain thread, and returns alerts for the conditions that hold in it: an
@@ -45,6 +46,7 @@ _BUILT_IN: tuple[Configuration, ...] = (
     DeadUnits(),
     UpdateRatio(),
     Overconfidence(),
+    Overfitting(),
     Stalled(),
     NothingCaptured(),
 )

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from torchprobe.statistics.buckets import MAGNITUDES, SHARES, magnitude_index, share_edges, share_index, tally
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.scoring import Judged, judge
+from torchprobe.statistics.scoring import Judged, are_one_hot, judge, may_be_one_hot
 
 Row: TypeAlias = "Sequence[float] | NDArray[np.float64]"
 Curve: TypeAlias = dict[str, NDArray[np.float64]]
+
+RANKING_BOUND = 0.05
+"""How far auroc and average_precision may lie from those of the scores themselves."""
 
 BINS = 15
 """Equal-width bins of the confidence: [a, b), the last one closed, so that a confidence of 1 is in bin 15."""
@@ -64,7 +67,8 @@ def compute(
         - (..., classes) and class numbers (...): those of `ignore_index` are left out and counted;
         - (..., classes) and floating (..., classes): soft labels; "correct" then means that both have the same argmax;
         - a binary task: probabilities (or log-odds) of class 1 and targets from 0 to 1, of one shape, (...), or with a
-          last dimension of 1 on either. Floating targets of two columns or more are soft labels instead.
+          last dimension of 1 on either. Floating targets of two columns or more are soft labels instead, and so are
+          one-hot rows of integers where the predictions are distributions.
     uncertainty: as many numbers as examples; by it `risk_coverage` refuses them, otherwise by confidence.
     favourite: of (..., classes), the class with the largest number, when it is known; to look for it costs a fifth.
 
@@ -75,6 +79,10 @@ def compute(
     Temporaries are a cache's worth, but for soft labels of odd strides, which are copied. Makes no host read. Raises
     ValueError for shapes that do not go together and TypeError for predictions of integers.
     """
+    if uncertainty is None and not from_logits and may_be_one_hot(predictions, targets):
+        classes = compute(predictions, targets.to(predictions.dtype))
+        answers = compute(predictions.reshape(-1), targets.reshape(-1), ignore_index=ignore_index)
+        return torch.where(are_one_hot(predictions, targets), classes, answers)
     judged, target = judge(predictions, targets, from_logits, favourite)
     if uncertainty is not None and uncertainty.numel() != len(target):
         raise ValueError(f"uncertainty: got shape {tuple(uncertainty.shape)}, takes a number for each of {len(target)}")
@@ -94,7 +102,8 @@ def summarise(row: Row) -> dict[str, float]:
     abs(accuracy - confidence) in 15 equal-width bins (Guo et al. 2017); mce its largest over non-empty bins.
     adaptive_ece: the same with 15 bins of equal mass, cut at the edges of 512 fine ones. confidence_gap: mean
     confidence - accuracy, above 0 when over-confident. A binary task with both classes has auroc and
-    average_precision, whose scores tie within a fine bin.
+    average_precision, whose scores tie within a fine bin: they are left out where the order within bins, which is not
+    kept, may move them by more than `RANKING_BOUND`.
     """
     values = dict(zip(HEADER, _header(row), strict=True))
     counts = {name: values[name] for name in ("count", "ignored", "invalid")}
@@ -217,8 +226,23 @@ def _ranking(row: Row) -> dict[str, float]:
     precision = precision_recall(row)
     steps = np.diff(precision["recall"], prepend=0.0)
     false, true = (np.concatenate(([0.0], curve[name])) for name in ("false_positive_rate", "true_positive_rate"))
-    auroc = np.diff(false) @ (true[1:] + true[:-1]) / 2
-    return {"auroc": float(auroc), "average_precision": float(steps @ precision["precision"])}
+    found = {
+        "auroc": (float(np.diff(false) @ (true[1:] + true[:-1]) / 2), float(np.diff(false) @ np.diff(true) / 2)),
+        "average_precision": (float(steps @ precision["precision"]), _open_precision(row)),
+    }
+    return {name: value for name, (value, bound) in found.items() if bound <= RANKING_BOUND}
+
+
+def _open_precision(row: Row) -> float:
+    """By how much average precision may change with the order within bins: positives first, or negatives first."""
+    _, found, false = _by_threshold(row)
+    hits, misses = np.diff(found, prepend=0.0), np.diff(false, prepend=0.0)
+    some = hits > 0
+    hits, misses, found, false = hits[some], misses[some], found[some], false[some]
+    before, as_binned = found - hits, found / (found + false)
+    best = found / (found + false - misses)
+    worst = ((before + 1) / (before + 1 + false) + as_binned) / 2  # precision is concave in the positives so far
+    return float(hits @ np.maximum(best - as_binned, as_binned - worst) / found[-1])
 
 
 def _by_threshold(row: Row) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -17,6 +17,8 @@ IMPOSSIBLE = 2.0**-126
 
 _LEAST = math.log(IMPOSSIBLE)
 _SLACK = 0.05  # by how much a distribution in a narrow type may miss 1
+_MOST = 0.5
+_NO_CLASS = -(2**62)
 
 
 class Judged(NamedTuple):
@@ -45,7 +47,7 @@ def judge(
     """
     dtype, task = arithmetic(predictions, "predictions"), _task(predictions, targets)
     target = targets.detach().reshape(-1, targets.size(-1)) if task is _judge_soft else targets.detach().reshape(-1)
-    target = target.long() if task is _judge_classes else target.to(dtype)
+    target = _class_numbers(target) if task is _judge_classes else target.to(dtype)
     best = favourite.reshape(-1) if favourite is not None and task is _judge_classes else None
     rows = predictions.detach().reshape(-1, 1) if task is _judge_binary else predictions.detach()
     found, at = [], 0
@@ -56,7 +58,36 @@ def judge(
         found.append(task(values, target[at:end], from_logits, *known))
         at = end
     columns = zip(*found, strict=True)
-    return Judged._make(None if column[0] is None else torch.cat(column) for column in columns), target
+    judged = Judged._make(None if column[0] is None else torch.cat(column) for column in columns)
+    if task is _judge_soft and not from_logits:
+        judged = judged._replace(valid=judged.valid & ~_are_answers(rows))
+    return judged, target
+
+
+def _class_numbers(target: Tensor) -> Tensor:
+    """int64; what is no whole number names no class."""
+    if not target.is_floating_point():
+        return target.long()
+    return torch.where(target == target.round(), target, _NO_CLASS).long()
+
+
+def _are_answers(predictions: Tensor) -> Tensor:
+    """A flag: whether most rows of numbers from 0 to 1 do not add up to 1. Those that do then do so by chance."""
+    rows = predictions.reshape(-1, predictions.size(-1))
+    inside, proper = (rows.amin(-1) >= 0) & (rows.amax(-1) <= 1), _is_distribution(rows)
+    return (inside & ~proper).sum() > proper.sum()
+
+
+def may_be_one_hot(predictions: Tensor, targets: Tensor) -> bool:
+    """Whether integers or booleans of the predictions' shape may be rows of classes as well as answers yes or no."""
+    rows = predictions.dim() > 1 and predictions.size(-1) > 1 and predictions.shape == targets.shape
+    return rows and not targets.is_floating_point() and not targets.is_complex()
+
+
+def are_one_hot(predictions: Tensor, targets: Tensor) -> Tensor:
+    """A flag: whether they are one-hot rows, and nearly all predictions distributions."""
+    one = (targets.long().sum(-1) == 1) & (targets.long().amin(-1) == 0)
+    return one.all() & (_is_distribution(predictions.detach()).to(torch.float32).mean() > _MOST)
 
 
 def _task(predictions: Tensor, targets: Tensor) -> _Judge:

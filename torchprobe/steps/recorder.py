@@ -133,9 +133,9 @@ class Recorder:
     @protected
     def log_predictions(self, predictions: Tensor, targets: Tensor) -> None:
         """Predictions and targets of the pass that came last: training's, or validation's."""
-        piece = self._sources.predictions.given(predictions, targets, self._sources.running.training)
-        if piece is not None:
-            self._steps.current.add(piece)
+        self._steps.current.extend(
+            self._sources.predictions.given(predictions, targets, self._sources.running.training)
+        )
 
     @protected
     def next_step(self) -> None:

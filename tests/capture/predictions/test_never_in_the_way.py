@@ -135,7 +135,7 @@ def test_a_failure_is_logged_once_and_training_goes_on(caplog, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("our own bug")
 
-    monkeypatch.setattr(capture, "judge_gradient", broken)
+    monkeypatch.setattr(capture, "confirm_gradient", broken)
     model = Ensemble()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch(model, MemoryWriter()) as session:

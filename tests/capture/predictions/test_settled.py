@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.capture.predictions import judging
+from torchprobe.capture.predictions import capture
 from torchprobe.capture.predictions.forms import BINARY, LAST
 from torchprobe.capture.predictions.plain_outputs import Settled
 from torchprobe.testing import MemoryWriter
@@ -29,8 +29,8 @@ def several_labels(out: Tensor, y: Tensor) -> Tensor:
 @pytest.fixture
 def judged(monkeypatch):
     """How many forms the gradient of each step was judged for."""
-    forms, recover = [], judging.recover
-    monkeypatch.setattr(judging, "recover", lambda *args: forms.append(args[2]) or recover(*args))
+    forms, confirm = [], capture.confirm_gradient
+    monkeypatch.setattr(capture, "confirm_gradient", lambda *args: forms.extend(args[1].predicted) or confirm(*args))
     return forms
 
 

@@ -12,31 +12,32 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.outputs import main_tensor
-from torchprobe.capture.parameters import first_trained
+from torchprobe.capture.outputs import main_tensor, tensors_in
 from torchprobe.capture.predictions import targets
-from torchprobe.capture.predictions.forms import Generators, is_usable
-from torchprobe.capture.predictions.judging import (
-    NO_TARGETS,
-    judge_call,
-    judge_gradient,
-    judge_labels,
-    judge_likelihood,
+from torchprobe.capture.predictions.confirmation import (
+    confirm_gradient,
+    confirm_labels,
+    confirm_likelihood,
+    confirm_returned,
 )
-from torchprobe.capture.predictions.likelihood import Spread, on_both_gradients
+from torchprobe.capture.predictions.forms import IGNORED, Form, Generators, Predicted, is_usable
+from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
+from torchprobe.capture.predictions.likelihood import on_both_gradients
 from torchprobe.capture.predictions.loss_modules import LossModules
 from torchprobe.capture.predictions.parts import Parts
-from torchprobe.capture.predictions.phase import Moment, Phase, Waiting
-from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled
+from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
+from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import InputKey, Pool, input_tensors, version_of
-from torchprobe.capture.predictions.reading import Reading, read
+from torchprobe.capture.predictions.reading import Number, read
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 
 _MAX_PHASES = 16  # training passes before one backward
+_OF_DIRICHLET = {"DigammaBackward", "LgammaBackward"}
 
 
 class PredictionCapture:
@@ -52,9 +53,10 @@ class PredictionCapture:
         self._gate = gate
         self._generators = Generators()
         self._plain = PlainOutputs(options, settled, self._generators)
-        self._parts = Parts(model, options.modules, self._on_part)
+        self._parts = Parts(model, options.modules, self._on_part, self._protected)
         self._loss_modules = LossModules(self._on_loss)
         self._training = True
+        self._ignored = IGNORED  # the class number that the model's own loss was seen to leave out
         self._phase: Phase | None = None  # of the pass that runs
         self._validation: Phase | None = None
         self._in_training: deque[ReferenceType[Phase]] = deque(maxlen=_MAX_PHASES)
@@ -76,12 +78,12 @@ class PredictionCapture:
     def on_output(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Phase | None:
         """A sampled pass has returned. What it gave: after the same input as before, the phase of the pass before."""
         with self._protected(output):
-            self._follow(module, args, kwargs, self._read(module, output))
+            self._follow(module, args, kwargs, output)
             for name, outputs in self._parts.ensembles():
-                self._plain.add_ensemble(self._now, name, outputs, main_tensor(output))
+                self._plain.add_ensemble(self._now, name, outputs, output)
             if self._now.waiting:
                 self._loss_modules.look_if_due(self._model(), self._now.moment.step, self._training)
-                self._loss_modules.listening = True
+                self._loss_modules.listen(True)
         self._parts.forget()
         phase, self._phase = self._phase, None
         return phase
@@ -116,7 +118,7 @@ class PredictionCapture:
     def end_pass(self) -> None:
         """What is computed from now on is no loss of the last pass; outputs of its parts are let go."""
         self._parts.forget()
-        self._loss_modules.listening = False
+        self._loss_modules.listen(False)
 
     def detach(self) -> None:
         """Take every hook off."""
@@ -126,38 +128,41 @@ class PredictionCapture:
 
     # ---- one output
 
-    def _read(self, module: nn.Module, output: Any) -> Reading:
-        reading = read(output, module)
-        if reading.form == "logits" and not targets.form_is_known(module):
-            reading.form = ""
-        return reading
-
     def _on_part(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         with self._protected(out):
-            reading = self._read(module, out)
+            reading = read(out, module)
             phase, pool = self._pool(name, args, kwargs)
             phase.describe(pool, reading, self._sample_dim)
             if reading.plain is not None and reading.form:
                 self._plain.add(phase, pool, reading.plain, reading, [])
 
-    def _follow(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], reading: Reading) -> None:
+    def _follow(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        reading = read(output, module)
         phase, pool = self._pool(ROOT, args, kwargs)
         self._go_on_in(phase)
-        phase.note = reading.note
+        phase.describe_as(reading.note)
         phase.describe(pool, reading, self._sample_dim)
-        plain, mean = reading.plain, reading.mean_in_graph
-        if plain is not None and is_usable(plain):
-            predicted = self._plain.add(phase, pool, plain, reading, input_tensors(args, kwargs))
-            if not self._judged_by_labels(phase, module, args, kwargs, plain):
-                shape = self._plain.members(plain)[0].shape
-                waiting = Waiting(pool, ref(plain), version_of(plain), shape, predicted)
-                phase.wait_for(waiting)
-                self._wait_for_gradient(phase, waiting, plain)
-        elif mean is not None:
-            waiting = Waiting(pool, ref(mean), version_of(mean), mean.shape, {}, reading.mean, reading.variance)
-            phase.cannot_judge = NO_TARGETS
-            phase.wait_for(waiting)
-            self._wait_for_gradients(phase, waiting, mean, reading.source)
+        for probe, line in lines_of(reading):
+            phase.say(probe, line)
+        if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
+            reading.evidence.register_hook(partial(self._on_evidence, phase, place_of(reading.evidence)))
+        if reading.numbers and reading.numbers[0].mean is not None:
+            self._follow_numbers(phase, pool, reading.numbers, reading.numbers[0].mean)
+        if reading.plain is not None and is_usable(reading.plain):
+            predicted = self._plain.add(phase, pool, reading.plain, reading, input_tensors(args, kwargs))
+            if not self._judged_by_own_loss(phase, module, (args, kwargs), output, reading.plain):
+                self._wait(phase, pool, reading.plain, predicted)
+
+    def _follow_numbers(self, phase: Phase, pool: Pool, numbers: Sequence[Number], mean: Tensor) -> None:
+        ways = [Values(n.key, mean.detach(), n.variance, n.spread, n.is_normal) for n in numbers]
+        waiting = Waiting(pool, ref(mean), version_of(mean), mean.shape, {}, ways)
+        phase.wait_for(waiting)
+        source = numbers[0].source
+        shapes = source.shape == mean.shape and mean is not source
+        both = mean.grad_fn is not None and source.grad_fn is not None and shapes and numbers[0].is_normal
+        if phase.training and both and self._sample_dim is None:
+            waiting.enter_graph()
+            on_both_gradients(mean, source, partial(self._on_gradients, phase, waiting))
 
     def _go_on_in(self, phase: Phase) -> None:
         """The phase of this pass: the one before, if the input is the same. What parts of the model said follows."""
@@ -171,51 +176,58 @@ class PredictionCapture:
 
     # ---- targets
 
-    def _judged_by_labels(
-        self, phase: Phase, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plain: Tensor
+    def _judged_by_own_loss(
+        self, phase: Phase, module: nn.Module, given: tuple[Any, Mapping[str, Any]], output: Any, plain: Tensor
     ) -> bool:
-        members = self._plain.members(plain)
-        given = targets.labels_in(module, args, kwargs)
-        found = None if given is None else targets.matched(module, members[0], given)
-        if found is not None:
-            form, first, labels = found
-            shifted = first.shape != members[0].shape
-            judge_labels(phase, form, [m[:, :-1] if shifted else m for m in members], labels, self._generators)
-        return found is not None
+        """A loss that the model returns tells: by its graph, or recomputed from labels."""
+        losses = [x for x in tensors_in(output) if x.numel() == 1 and x.dim() == 0 and x.is_floating_point()]
+        if not losses or self._sample_dim is not None:
+            return False
+        judge = judge_of(losses[:1], place_of(plain))
+        if confirm_returned(phase, plain, judge, self._generators):
+            self._ignored = ignored_by(judge)
+            return True
+        labels = targets.labels_in(module, *given)
+        if labels is not None:
+            confirm_labels(phase, plain, losses[0], labels, self._ignored)
+        return False
+
+    def _wait(self, phase: Phase, pool: Pool, plain: Tensor, predicted: dict[Form, Predicted]) -> None:
+        shape, place = self._plain.members(plain)[0].shape, place_of(plain)
+        waiting = Waiting(pool, ref(plain), version_of(plain), shape, predicted, place=place, number=pool.passes)
+        phase.wait_for(waiting)
+        self._wait_for_gradient(phase, waiting, plain)
 
     def _wait_for_gradient(self, phase: Phase, waiting: Waiting, tensor: Tensor) -> None:
         """The hook holds the phase, and nothing of the graph that it hangs on. On a leaf it would stay for ever."""
         if phase.training and tensor.grad_fn is not None:
-            waiting.in_graph = True
+            waiting.enter_graph()
             tensor.register_hook(partial(self._on_gradient, phase, waiting))
-
-    def _wait_for_gradients(
-        self, phase: Phase, waiting: Waiting, mean: Tensor, source: tuple[Tensor, Spread] | None
-    ) -> None:
-        tensor, spread = source or (mean, Spread())
-        both = tensor is not mean and tensor.grad_fn is not None and tensor.shape == mean.shape
-        if not both or self._sample_dim is not None:
-            self._wait_for_gradient(phase, waiting, mean)
-        elif phase.training and mean.grad_fn is not None:
-            waiting.in_graph = True
-            on_both_gradients(mean, tensor, partial(self._on_gradients, phase, waiting, spread))
 
     @untraced
     def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor | None) -> None:
         if gradient is not None and self._still_waits(phase, waiting):
             with self._protected(gradient):
-                judge_gradient(phase, waiting, self._plain.members(gradient.detach()))
+                judge = judge_of(roots().tensors, waiting.place)
+                confirm_gradient(phase, waiting, self._plain.members(gradient.detach()), judge)
 
-    def _on_gradients(self, phase: Phase, waiting: Waiting, spread: Spread, of_mean: Tensor, of_spread: Tensor) -> None:
+    def _on_gradients(self, phase: Phase, waiting: Waiting, of_mean: Tensor, of_source: Tensor) -> None:
         if self._still_waits(phase, waiting):
             with self._protected(of_mean):
-                judge_likelihood(phase, waiting, of_mean, of_spread, spread)
+                confirm_likelihood(phase, waiting, of_mean, of_source)
+
+    @untraced
+    def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
+        if not self._gate.failed:
+            with self._protected(gradient):
+                phase.settle_form(EVIDENTIAL, reaches(roots().tensors, place, _OF_DIRICHLET))
 
     def _still_waits(self, phase: Phase, waiting: Waiting) -> bool:
         """Whether targets are wanted, now that the gradient has arrived: the last that can tell them."""
         if waiting.judged or self._gate.failed:
             return False
-        self._loss_modules.missed()
+        if not waiting.candidates:
+            self._loss_modules.missed()
         phase.has_judged(waiting)
         return True
 
@@ -224,7 +236,7 @@ class PredictionCapture:
             call = targets.read_call(module, args, kwargs)
             phases = list(self._recent()) if self._training else [self._validation] if self._validation else []
             if call is not None:
-                judge_call(phases, call, self._training)
+                targets.hear(phases, call, self._training)
 
     # ---- machinery
 
@@ -241,8 +253,7 @@ class PredictionCapture:
 
     def _pool(self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
-        weights = first_trained(self._model())
-        key = InputKey(args, kwargs, 0 if weights is None else weights._version)
+        key = InputKey(args, kwargs, self._model())
         for phase in (self._now, *(self._recent(1) if self._training else ())):
             pool = phase.pool(where, key)
             if pool is not None:

@@ -20,13 +20,15 @@ IGNORED = -100
 
 _MAX_ROWS = 2**14
 _LARGE = 2**20
-_NEAR_ONE = 1e-3
+_NEAR_ONE = 0.02  # probabilities that were rounded or clamped
 
 
 class Form(NamedTuple):
-    """Rows of class scores along an axis ("softmax"), or elements that are each a yes or no ("sigmoid")."""
+    """Rows of class scores along an axis ("softmax"), or elements that are each a yes or no: log-odds ("sigmoid"), or
+    the probability of yes already ("yes").
+    """
 
-    kind: Literal["softmax", "sigmoid"]
+    kind: Literal["softmax", "sigmoid", "yes"]
     axis: int = -1
 
     @property
@@ -38,6 +40,7 @@ class Form(NamedTuple):
 LAST = Form("softmax", -1)
 SECOND = Form("softmax", 1)
 BINARY = Form("sigmoid")
+YES = Form("yes")
 
 
 # ---- what a plain output may be
@@ -52,26 +55,27 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     shape = tensor.shape
     if tensor.numel() == 0 or tensor.dim() == 0:
         return []
+    answers = [BINARY] if decided(are_shares(tensor)) is False else [BINARY, YES]
     if tensor.dim() == 1 or shape[-1] == 1:
-        return [BINARY]
+        return answers
     if tensor.dim() == 2:
-        return [LAST, BINARY]
+        return [LAST, *answers]
     is_sequence = tensor.dim() == 3 and any(x.shape[:2] == shape[:2] for x in inputs)
     if is_sequence and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
         return [LAST]
-    return [*([LAST] if is_sequence else []), SECOND if shape[1] > 1 else BINARY]
+    return [*([LAST] if is_sequence else []), *([SECOND] if shape[1] > 1 else answers)]
+
+
+def are_shares(tensor: Tensor) -> Tensor:
+    """Whether all elements lie in [0, 1]: one flag on the device."""
+    x = tensor.detach()
+    return (x.amin() >= 0) & (x.amax() <= 1)
 
 
 def is_usable(tensor: Tensor) -> bool:
     """A strided tensor of ordinary floats with all of its values here."""
     strided = tensor.layout is torch.strided and not hasattr(tensor, "full_tensor")
     return strided and tensor.is_floating_point() and tensor.numel() > 0
-
-
-def is_one_of(member: Tensor, output: Tensor) -> bool:
-    """Whether an output is of a member's shape, or of that with one dimension more, of the members."""
-    shape, own = list(output.shape), list(member.shape)
-    return is_usable(member) and (own == shape or any(shape[:i] + shape[i + 1 :] == own for i in range(len(shape))))
 
 
 def members_of(tensor: Tensor, sample_dim: int | None) -> Sequence[Tensor]:
@@ -91,7 +95,7 @@ def row_count(shape: torch.Size, form: Form) -> int:
 
 def class_count(shape: torch.Size, form: Form) -> int:
     """How many scores a prediction has."""
-    return 1 if form.kind == "sigmoid" else shape[form.axis]
+    return 1 if form.kind != "softmax" else shape[form.axis]
 
 
 def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
@@ -107,7 +111,7 @@ def pick(tensor: Tensor, form: Form, generators: Generators) -> Tensor | None:
 
 def by_row(tensor: Tensor, form: Form) -> Tensor:
     """A view, (..., classes) or (..., 1)."""
-    return tensor.unsqueeze(-1) if form.kind == "sigmoid" else tensor.movedim(form.axis, -1)
+    return tensor.unsqueeze(-1) if form.kind != "softmax" else tensor.movedim(form.axis, -1)
 
 
 def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
@@ -190,13 +194,16 @@ def decided(flags: Tensor) -> bool | None:
 
 def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     already = _are_distributions(rows[:1])
+    if form.kind == "yes":
+        yes_or_no = torch.cat((1 - rows, rows), -1)
+        return yes_or_no, yes_or_no, yes_or_no[:, 0], are_shares(rows).expand(len(rows))
     if form.kind == "sigmoid":
         yes_or_no = torch.cat((rows.neg().sigmoid(), rows.sigmoid()), -1)
         return yes_or_no, yes_or_no, yes_or_no[:, 0], already.expand(len(rows))
     softmax = probabilities = rows.softmax(-1)
     if not known(~already):  # the first row may be one
         already = _are_distributions(rows)
-        probabilities = torch.where(already, rows, softmax)
+        probabilities = torch.where(already, rows / rows.sum(-1, keepdim=True), softmax)
     return probabilities, softmax, rows.amax(-1), already.expand(len(rows))
 
 

@@ -21,6 +21,7 @@ _SURE = 0.99
 _NEAR_ZERO = 1e-2
 _EPSILON = 1e-7
 _FAINT = 1e-4
+_COARSE = 256  # of the smallest numbers of a type: below it a gradient has few digits left
 TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
 
 
@@ -32,6 +33,12 @@ class Recovered(NamedTuple):
     evidence: Tensor
     """(3,): rows with a gradient, those of them that are a cross-entropy's, and rows with none or hardly any whose
     prediction is so sure that it may have been lost in rounding."""
+    factor: Tensor
+    """s of each row that passed."""
+    faint: Tensor
+    """Rows of the third kind; without any gradient they may be ignored ones as well."""
+    alive: Tensor
+    """Rows with a gradient."""
 
 
 def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch.dtype) -> Recovered:
@@ -42,23 +49,38 @@ def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch
     """
     shape, p, gradient = gradient.shape[:-1], predicted.softmax.flatten(0, 1), gradient.flatten(0, 1)
     tolerance = TOLERANCE.get(precision, 2e-3)
+    rounding = torch.finfo(precision).eps / 2 if precision in TOLERANCE else 0.0
     tiny = torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
     (least, lowest), most = gradient.min(-1), gradient.amax(-1)
     alive = least.isfinite() & most.isfinite() & ((least != 0) | (most != 0))
     raw = predicted.largest.flatten(), predicted.already.flatten()
-    rows = _Rows(p, *raw, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, tiny)
+    q = predicted.probabilities.flatten(0, 1)
+    rows = _Rows(p, q, *raw, gradient, alive, least, lowest, most, gradient.sum(-1), tolerance, rounding, tiny)
     top, favourite = p.max(-1)
-    targets, passed, sure = _elements(rows) if form.kind == "sigmoid" else _classes(rows, top, favourite)
-    passed &= alive
+    found = _classes(rows, top, favourite) if form.kind == "softmax" else _elements(rows, form.kind)
+    passed = found.passed & alive
     size = torch.where(alive, torch.maximum(-least, most), 0.0)
-    faint = ~passed & sure & (size <= _FAINT * size.amax())  # where p - y is lost in rounding
+    lost = (size <= _FAINT * size.amax()) | (size < _COARSE * tiny)  # where p - y is lost in rounding
+    faint = ~passed & found.sure & lost
     evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
-    targets = torch.where(passed, targets, IGNORED).view(shape)
-    return Recovered(targets, favourite.view(shape), evidence.to(row_dtype(p.device)))
+    targets = torch.where(passed, found.targets, IGNORED)
+    columns = (x.view(shape) for x in (targets, favourite, found.factor, faint, alive))
+    targets, favourite, factor, faint, alive = columns
+    return Recovered(targets, favourite, evidence.to(row_dtype(p.device)), factor, faint, alive)
+
+
+class _Found(NamedTuple):
+    """Targets, whether a row is a cross-entropy's, its s, and whether its prediction is sure."""
+
+    targets: Tensor
+    passed: Tensor
+    factor: Tensor
+    sure: Tensor
 
 
 class _Rows(NamedTuple):
     p: Tensor
+    q: Tensor  # as predicted
     largest: Tensor  # of what p is the softmax of, and whether that was probabilities already
     already: Tensor
     g: Tensor
@@ -68,6 +90,7 @@ class _Rows(NamedTuple):
     most: Tensor
     total: Tensor
     tolerance: float
+    rounding: float
     tiny: float  # an entry smaller than this is rounded to 0
 
     def cleared(self) -> _Rows:
@@ -75,28 +98,31 @@ class _Rows(NamedTuple):
         return self._replace(g=torch.where(self.alive[:, None], self.g, 0.0))
 
 
-def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, whether a row is a cross-entropy's, whether its prediction is sure."""
+def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> _Found:
     few = rows.p.shape[-1] <= FEW_CLASSES
-    target, passed = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
+    target, passed, factor = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
     if not known(passed | ~rows.alive):
         alone = _of_log_probabilities(rows, top)
+        at_target = rows.q.gather(-1, rows.lowest[:, None])[:, 0].where(rows.already, 1.0)  # d log p = dp / p
+        factor = torch.where(alone, -rows.least * at_target, factor)
         target, passed = torch.where(alone, rows.lowest, target), passed | alone
-    return target, passed, top > _SURE
+    return _Found(target, passed, factor, top > _SURE)
 
 
-def _of_many(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets, and whether rows pass."""
+def _of_many(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, whether rows pass, and their s."""
     some = _Some.of(rows, rows.p, favourite[:, None])
     beside = some.beside(rows.lowest)
-    passed = some.fit(beside)
+    passed, factor = some.fit(beside)
     if known(passed | ~rows.alive):  # nothing was smoothed
-        return rows.lowest, passed
-    passed |= some.fit_smoothed(beside, rows.p.gather(-1, rows.lowest[:, None])[:, 0], rows.least)
+        return rows.lowest, passed, factor
+    smoothed, slope = some.fit_smoothed(beside, rows.p.gather(-1, rows.lowest[:, None])[:, 0], rows.least)
+    factor, passed = torch.where(passed, factor, slope), passed | smoothed
     # Where smoothing calls a prediction too sure, its own class is pushed down.
     own = top, rows.g.gather(-1, favourite[:, None])[:, 0]
-    other = ~passed & some.fit_smoothed(some.beside(favourite), *own)
-    return torch.where(other, favourite, rows.lowest), passed | other
+    other, slope = some.fit_smoothed(some.beside(favourite), *own)
+    other &= ~passed
+    return torch.where(other, favourite, rows.lowest), passed | other, torch.where(other, slope, factor)
 
 
 class _Others(NamedTuple):
@@ -126,6 +152,7 @@ class _Some(NamedTuple):
     tiny: Tensor
     classes: int
     tolerance: float
+    rounding: float  # of a log-probability, to which exp is as sensitive as it is large
 
     @classmethod
     def of(cls, rows: _Rows, p: Tensor, favourite: Tensor) -> _Some:
@@ -140,27 +167,29 @@ class _Some(NamedTuple):
             g, p_some = (torch.cat((few, x.gather(-1, favourite)), -1) for few, x in ((g, rows.g), (p_some, p)))
         total, tiny = (rows.total / scale).abs(), rows.tiny / scale
         outweighs = (rows.least < 0) & (-rows.least >= 0.8 * rows.most)
-        return cls(columns, g / scale[:, None], p_some, outweighs, scale, total, tiny, classes, rows.tolerance)
+        said = g / scale[:, None], p_some, outweighs, scale, total, tiny, classes, rows.tolerance, rows.rounding
+        return cls(columns, *said)
 
-    def fit(self, beside: _Others) -> Tensor:
-        """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p."""
+    def fit(self, beside: _Others) -> tuple[Tensor, Tensor]:
+        """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p; and a."""
         factor = beside.mean_g / beside.mean_p
-        return self._near(beside, factor, None) & self.outweighs
+        return self._near(beside, factor, None) & self.outweighs, factor * self.scale
 
-    def fit_smoothed(self, beside: _Others, p: Tensor, g: Tensor) -> Tensor:
+    def fit_smoothed(self, beside: _Others, p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """The same with entries a p + b, as where labels are smoothed. p, g: at the target, which is far below that."""
         dp, dg = ((x - mean[:, None]) * beside.mask for x, mean in ((self.p, beside.mean_p), (self.g, beside.mean_g)))
         factor: Tensor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
         below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
         fits: Tensor = self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
-        return fits
+        return fits, factor * self.scale
 
     def beside(self, target: Tensor) -> _Others:
         """All but the target."""
         mask = (self.columns != target[:, None]).to(self.p.dtype)
         n, g, p = mask.sum(-1), self.g * mask, self.p * mask
-        allowed = self.tolerance * g.abs().sum(-1) + (self.tiny + _EPSILON) * n
+        rounded = self.tolerance - self.rounding * self.p.clamp(min=_EPSILON).log()
+        allowed = (rounded * g.abs()).sum(-1) + (self.tiny + _EPSILON) * n
         return _Others(mask, n, g, p, g.sum(-1) / n, p.sum(-1) / n, allowed)
 
     def _near(self, beside: _Others, factor: Tensor, base: Tensor | None) -> Tensor:
@@ -172,11 +201,12 @@ class _Some(NamedTuple):
         return fits & balanced & (factor > 0) & (self.tiny * self.classes < 0.1)
 
 
-def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets, and whether rows pass. With two or three classes a row alone can be anything: all rows of a class have
-    to agree on the factor, or all rows on factor and smoothing. Class weights and smoothing together are not known.
+def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, whether rows pass, and their s. With two or three classes a row alone can be anything: all rows of a
+    class have to agree on the factor, or all rows on factor and smoothing. Weights with smoothing are not known.
     """
-    classes, g = p.shape[-1], rows.g / rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
+    classes, size = p.shape[-1], rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
+    g = rows.g / size
     others = (~torch.nn.functional.one_hot(target, classes).bool() & rows.alive[:, None]).to(p.dtype)
     enough = rows.alive.sum() >= FEW_ROWS
     factor = _factor_by_class(g, p, others, target)
@@ -189,7 +219,8 @@ def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     misfit, best = torch.stack(misfits, -1).min(-1)
     smoothed = (misfit <= 1) & _smoothing_is_sane(slope, base, classes) & enough
     balanced = g.sum(-1).abs() <= 0.1 * g.abs().amax(-1) + 4 * _EPSILON * torch.maximum(factor.abs(), slope.abs())
-    return torch.where(weighted, target, best), (weighted | smoothed) & balanced
+    passed = (weighted | smoothed) & balanced
+    return torch.where(weighted, target, best), passed, torch.where(weighted, factor, slope) * size
 
 
 def _factor_by_class(g: Tensor, p: Tensor, others: Tensor, target: Tensor) -> Tensor:
@@ -232,18 +263,25 @@ def _of_log_probabilities(rows: _Rows, top: Tensor) -> Tensor:
     return alone & ((logsumexp.abs() < _NEAR_ZERO) | rows.already)
 
 
-def _elements(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary cross-entropy: s (p - y) with one s for y = 0 and one for y = 1; the sign tells y."""
+def _elements(rows: _Rows, kind: str) -> _Found:
+    """Binary cross-entropy: s (p - y) at logits, s (p - y) / p (1 - p) at probabilities, with one s for y = 0 and one
+    for y = 1; the sign tells y.
+    """
     rows = rows.cleared()
-    g = rows.g[:, 0] / rows.g.abs().amax().clamp(min=torch.finfo(rows.p.dtype).tiny)
+    size = rows.g.abs().amax().clamp(min=torch.finfo(rows.p.dtype).tiny)
+    g = rows.g[:, 0] / size
     positive = (g < 0) & rows.alive
-    distance = torch.where(positive, -rows.p[:, 0], rows.p[:, 1])
+    no, yes = rows.p.unbind(-1)
+    distance = torch.where(positive, -no, yes) if kind == "sigmoid" else torch.where(positive, -1 / yes, 1 / no)
+    distance = distance.nan_to_num(0.0, 0.0, 0.0)
     allowed = rows.tolerance * (g.abs() + 0.01)
-    agreed = torch.zeros_like(rows.alive)
+    agreed, factor = torch.zeros_like(rows.alive), torch.zeros_like(g)
     for side in (positive, rows.alive & ~positive):
         d = distance * side
-        factor = (d * g).sum() / d.square().sum()
+        of_side = (d * g).sum() / d.square().sum()
         spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
         tells = spread > rows.tolerance * d.abs().amax()  # else any equal gradients would do
-        agreed |= side & tells & (factor > 0) & ((g - factor * d).abs() <= allowed)
-    return positive.long(), agreed & (rows.alive.sum() >= FEW_ROWS), distance.abs() < 1 - _SURE
+        agreed |= side & tells & (of_side > 0) & ((g - of_side * d).abs() <= allowed)
+        factor = torch.where(side, of_side * size, factor)
+    sure = torch.maximum(no, yes) > _SURE
+    return _Found(positive.long(), agreed & (rows.alive.sum() >= FEW_ROWS), factor, sure)

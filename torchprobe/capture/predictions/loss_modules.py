@@ -32,7 +32,7 @@ class LossModules:
     """Loss modules of torch's and of classes made from them, wherever they are: in the model, or any object alive.
 
     A hook stays on its module until `detach`: a compiled function around it is compiled with it, once. It does nothing
-    while `listening` is off. No module is kept alive. on_call: hears of a call with its arguments.
+    unless told to `listen`. No module is kept alive. on_call: hears of a call with its arguments.
 
     A look through all objects costs 23 to 48 ms, so there is one at the first sampled training pass, one at the first
     sampled validation pass if training has called none so far, and others only while gradients arrive without a call,
@@ -40,7 +40,7 @@ class LossModules:
     """
 
     def __init__(self, on_call: OnCall) -> None:
-        self.listening = False
+        self._listening = False
         self._on_call = on_call
         self._hook = _Hook(self)
         self._hooked: dict[int, _Hooked] = {}
@@ -60,9 +60,13 @@ class LossModules:
             for module in _loss_modules(model):
                 self._put_on(module)
 
+    def listen(self, whether: bool) -> None:
+        """Whether calls are of interest."""
+        self._listening = whether
+
     def called(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A loss module has returned."""
-        if self.listening and not under_transform():
+        if self._listening and not under_transform():
             self._missed = False
             self._on_call(module, args, kwargs)
 

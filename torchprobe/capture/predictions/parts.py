@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torchprobe.capture.predictions.pool import InputKey
 from torchprobe.naming import ROOT
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
+Protect = Callable[[Any], AbstractContextManager[None]]
 
 
 class Site(NamedTuple):
@@ -33,12 +35,16 @@ class Site(NamedTuple):
 class Parts:
     """Hooks on parts of the model, on between the start and the end of a sampled pass.
 
-    modules: patterns of the names of modules to read. on_output: called with the output of each such one. Ensembles
-    are `nn.ModuleList`s of two or more modules of one class, called with the same input.
+    modules: patterns of the names of modules to read. on_output: called with the output of each such one. protected:
+    the boundary around what is done with an output. What may be an ensemble are two or more modules of one class in an
+    `nn.ModuleList`, called with the same input.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], modules: Sequence[str], on_output: OnOutput) -> None:
+    def __init__(
+        self, model: ReferenceType[nn.Module], modules: Sequence[str], on_output: OnOutput, protected: Protect
+    ) -> None:
         self._model = model
+        self._protected = protected
         self._modules = modules
         self._on_output = on_output
         self._sites: dict[bool, list[Site]] = {}  # in training, and in validation
@@ -100,7 +106,8 @@ class Parts:
         if site.number is None:
             self._on_output(site.name, module, args, kwargs, output)
         else:
-            self._calls[site.name].append((site.number, InputKey(args, kwargs, 0), output))
+            with self._protected(output):
+                self._calls[site.name].append((site.number, InputKey(args, kwargs), output))
 
 
 def _may_be_ensemble(module: nn.Module) -> bool:

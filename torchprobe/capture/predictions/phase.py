@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import ReferenceType
@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.predictions.forms import Form, Predicted, members_of
+from torchprobe.capture.predictions.graph import Place
+from torchprobe.capture.predictions.likelihood import Spread
 from torchprobe.capture.predictions.pool import InputKey, Pool
-from torchprobe.capture.predictions.reading import Reading
+from torchprobe.capture.predictions.reading import Quantity, Reading
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import uncertainty
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.uncertainty import Decomposition
 
+EVIDENTIAL = "evidential"
+"""The form of a field that may hold the parameters of a Dirichlet distribution."""
+
+QUANTITIES: tuple[Quantity, ...] = ("total", "aleatoric", "epistemic")
 _MAX_WAITING = 16  # passes over one input before their targets are seen
 
 
@@ -56,12 +62,17 @@ class Tally:
         """All that another one holds, which is empty then."""
         if other is self:
             return
-        for (_, name), row in other._rows.items():
-            self.add(name, row)
-        for form, evidence in other._evidence.items():
-            self.support(form, evidence)
-        self._sampled |= other._sampled
-        other._rows, other._evidence, other._sampled = {}, {}, set()
+        rows, evidence, sampled = other.hand_over()
+        for (_, name), row in rows.items():
+            self.add(name, row, name in sampled)
+        for form, found in evidence.items():
+            self.support(form, found)
+
+    def hand_over(self) -> tuple[dict[tuple[torch.device, str], Tensor], dict[str, Tensor], set[str]]:
+        """Everything, to somebody else."""
+        given = self._rows, self._evidence, self._sampled
+        self._rows, self._evidence, self._sampled = {}, {}, set()
+        return given
 
     def rows(self) -> Iterator[tuple[list[str], Tensor]]:
         """For each device the names and their rows with `EVIDENCE` behind."""
@@ -78,13 +89,34 @@ class Tally:
         return torch.cat((row, evidence.to(device, row_dtype(device), non_blocking=True), sampled))
 
 
+class Candidate(NamedTuple):
+    """Targets that a loss module was called with, row by row, for the gradient to confirm."""
+
+    form: Form
+    targets: Tensor
+    weight: Tensor | None
+    smoothing: float
+    reduced: bool
+
+
+class Values(NamedTuple):
+    """A prediction of numbers, detached, by the key of the way in which it is read."""
+
+    key: str
+    mean: Tensor
+    variance: Tensor
+    spread: Spread
+    is_normal: bool
+
+
 @dataclass(eq=False)
 class Waiting:
     """A prediction whose targets are not known yet. Holds what the rows that are read predict, never the output.
 
-    pool: its own and those of other passes over the same input. output: the plain tensor or the mean, with its
-    version; shape: of one sample of it. predicted: by form, of a plain tensor. mean, variance: a number's prediction.
-    in_graph: whether its gradient can arrive.
+    pool: its own and those of other passes over the same input; number: of this pass among those. output: the plain
+    tensor or the mean, with its version; shape: of one sample of it; place: in the graph. predicted: by form, of a
+    plain tensor. numbers: a number's prediction, in each way to read it. candidates: what loss modules were called
+    with. in_graph: whether its gradient can arrive.
     """
 
     pool: Pool
@@ -92,10 +124,20 @@ class Waiting:
     version: int
     shape: torch.Size
     predicted: dict[Form, Predicted]
-    mean: Tensor | None = None
-    variance: Tensor | None = None
+    numbers: Sequence[Values] = ()
+    place: Place | None = None
+    number: int = 1
     in_graph: bool = False
     judged: bool = False
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def enter_graph(self) -> None:
+        """Its gradient may arrive."""
+        self.in_graph = True
+
+    def close(self) -> None:
+        """No other targets are wanted."""
+        self.judged = True
 
 
 class Moment(NamedTuple):
@@ -113,7 +155,7 @@ class Phase:
     """What one training pass gave, or several over the same input; or all passes of a validation.
 
     Rows of uncertainty, calibration and interval coverage; pools that may get further passes; predictions that wait.
-    unread, cannot_judge: why the last output said nothing, or cannot be judged. note: what else is known of it.
+    lines: by probe, why the last output says nothing, or only a part. note: what else is known of it.
     Gradients that arrive later write into it, so whoever drops it drops what they tell.
     """
 
@@ -125,9 +167,17 @@ class Phase:
     pools: dict[str, Pool] = field(default_factory=dict)
     waiting: list[Waiting] = field(default_factory=list)
     unjudged: bool = False  # a plain output's targets were never seen
-    unread: str = ""
-    cannot_judge: str = ""
+    lines: dict[str, str] = field(default_factory=dict)
     note: str = ""
+
+    def say(self, probe: str, line: str) -> None:
+        """Why there is nothing to record of an output, and what would settle it."""
+        if line:
+            self.lines[probe] = line
+
+    def describe_as(self, note: str) -> None:
+        """What else is known of the last output."""
+        self.note = note
 
     def wait_for(self, waiting: Waiting) -> None:
         """Targets may follow. In validation nothing tells when they no longer can but the next pass."""
@@ -137,7 +187,7 @@ class Phase:
 
     def has_judged(self, waiting: Waiting) -> None:
         """Its targets are known, or its backward pass is over: no others will follow."""
-        waiting.judged = True
+        waiting.close()
         self.waiting = [other for other in self.waiting if other is not waiting]
 
     def forget_waiting(self) -> None:
@@ -177,23 +227,31 @@ class Phase:
         self.calibration.take_from(other.calibration)
         self.coverage.take_from(other.coverage)
         self.unjudged |= other.unjudged
-        self.moment = other.moment
-        self.unread, self.cannot_judge, self.note = other.unread, other.cannot_judge, other.note
+        self.moment, self.note = other.moment, other.note
+        self.lines.update(other.lines)
 
     def absorb(self, other: Phase) -> None:
         """The same, for good: what another one is still told counts here."""
         self.take_from(other)
-        other.uncertainty, other.calibration, other.coverage = self.uncertainty, self.calibration, self.coverage
+        other.tell(self)
+
+    def tell(self, other: Phase) -> None:
+        """What comes from now on goes to another one."""
+        self.uncertainty, self.calibration, self.coverage = other.uncertainty, other.calibration, other.coverage
 
     def describe(self, pool: Pool, reading: Reading, sample_dim: int | None) -> None:
         """Rows of everything but the plain tensor. Numbers with a variance go to the pool: passes belong together."""
         where, tally = pool.where, self.uncertainty
         if reading.named:
-            tally.describe(f"{SURE}||{where}", *map(reading.named.get, uncertainty.KINDS))
+            tally.describe(f"{SURE}||{where}", *(reading.named.get(kind) for kind in QUANTITIES))
         if reading.alpha is not None:
             _describe_evidence(tally, where, reading.alpha, reading)
-        elif reading.variance is not None and not reading.named:
-            _describe_variance(tally, pool, reading.variance, reading, sample_dim)
+        for number in () if reading.named or reading.alpha is not None else reading.numbers:
+            if number.mean is None:
+                tally.describe(f"{number.key}||{where}", number.variance, number.variance)
+            else:
+                both = (members_of(x, sample_dim) for x in (number.mean, number.variance))
+                pool.add_numbers(number.key, *both)
         for group, values in (("entropy", reading.entropy), ("kl", reading.kl)):
             if values is not None:
                 tally.describe(f"{SURE}|{group}|{where}", values)
@@ -212,18 +270,9 @@ class Phase:
 
 
 def _describe_evidence(tally: Tally, where: str, alpha: Tensor, reading: Reading) -> None:
+    key = SURE if reading.evidence is None else EVIDENTIAL
     if reading.nu is not None and reading.beta is not None:
-        tally.describe(f"{SURE}||{where}", *uncertainty.normal_inverse_gamma(reading.nu, alpha, reading.beta))
+        tally.describe(f"{key}||{where}", *uncertainty.normal_inverse_gamma(reading.nu, alpha, reading.beta))
     elif alpha.dim() and alpha.shape[-1] > 1:
-        tally.describe(f"{SURE}||{where}", *uncertainty.dirichlet(alpha))
-        tally.describe(f"{SURE}|vacuity|{where}", uncertainty.vacuity(alpha))
-
-
-def _describe_variance(tally: Tally, pool: Pool, variance: Tensor, reading: Reading, sample_dim: int | None) -> None:
-    spread = reading.spread_of_means
-    if spread is not None:  # a mixture tells its parts itself
-        tally.describe(f"{SURE}||{pool.where}", variance, variance - spread, spread)
-    elif reading.mean is not None:
-        pool.add_numbers(SURE, members_of(reading.mean, sample_dim), members_of(variance, sample_dim))
-    else:
-        tally.describe(f"{SURE}||{pool.where}", variance, variance)
+        tally.describe(f"{key}||{where}", *uncertainty.dirichlet(alpha))
+        tally.describe(f"{key}|vacuity|{where}", uncertainty.vacuity(alpha))

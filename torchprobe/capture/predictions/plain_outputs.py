@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from torchprobe.capture.predictions.confirmation import confirm_ensemble
 from torchprobe.capture.predictions.forms import (
     BINARY,
     FEW_CLASSES,
@@ -15,18 +16,24 @@ from torchprobe.capture.predictions.forms import (
     Form,
     Generators,
     Predicted,
-    is_one_of,
+    is_usable,
     members_of,
     possible_forms,
     row_count,
 )
+from torchprobe.capture.predictions.graph import place_of, reaches
 from torchprobe.capture.predictions.phase import Phase
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
 from torchprobe.capture.predictions.reading import Reading, read
 from torchprobe.probes.evidence import SURE
 from torchprobe.probes.uncertainty import Uncertainty
 
+NO_TARGETS = (
+    "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
+    "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean, made before training"
+)
 _ALL_AGAIN = 10  # sampled steps
+_NEVER = "?"  # the form of what nothing confirms
 
 
 class PlainOutputs:
@@ -52,34 +59,42 @@ class PlainOutputs:
         known = self._known_form(reading, members[0])
         possible = [known] if known else self._forms(phase, members[0], inputs)
         forms = self.settled.of(possible) if phase.training else possible
-        predicted = {
-            form: pool.add_classes(SURE if known else form.key, form, [pool.rows(member, form) for member in members])
-            for form in forms
-        }
+        folded = not known and len(members) == 1 and _is_folded(plain, inputs)
+        if folded:
+            phase.say("uncertainty", _folded(plain))
+        predicted = {}
+        for form in forms:
+            name = _NEVER if folded else SURE if known else form.key
+            predicted[form] = pool.add_classes(name, form, [pool.rows(member, form) for member in members])
         if not known and not reading.says_something and len(forms) == len(possible):
             pool.add_numbers(SURE if self._options.task == "regression" else NUMBERS, members)
         return predicted
 
-    def add_ensemble(self, phase: Phase, name: str, outputs: Sequence[Any], root: Tensor | None) -> None:
-        """Members that say what they predict, or give what the model itself gives, alone or stacked."""
+    def add_ensemble(self, phase: Phase, name: str, outputs: Sequence[Any], root: Any) -> None:
+        """Members whose mean the model itself gives, of logits, of probabilities or of numbers with variances."""
         readings = [read(output) for output in outputs]
+        whole = read(root)
+        numbers = [reading.numbers[0] for reading in readings if reading.numbers and not reading.numbers[0].key]
+        means = [number.mean for number in numbers if number.mean is not None]
+        if len(means) == len(readings) and whole.numbers and whole.numbers[0].mean is not None:
+            flag = confirm_ensemble(whole.numbers[0].mean, means)
+            pool = Pool(name, None, self._generators)
+            pool.add_numbers(SURE, means, [number.variance for number in numbers])
+            _settle(phase, pool, flag)
+        members = [reading.plain for reading in readings if reading.plain is not None and is_usable(reading.plain)]
+        if whole.plain is None or len(members) != len(readings) or not _only_adds(whole.plain, members):
+            return
         pool = Pool(name, None, self._generators)
-        means = [reading.mean for reading in readings if reading.mean is not None]
-        variances = [reading.variance for reading in readings if reading.variance is not None]
-        if len(means) == len(variances) == len(readings):
-            pool.add_numbers(SURE, means, variances)
-        members = [reading.plain for reading in readings if reading.plain is not None]
-        if root is not None and len(members) == len(readings) and all(is_one_of(plain, root) for plain in members):
-            for form in possible_forms(members[0], []) if members[0].dim() != 3 else [LAST]:
-                pool.add_classes(form.key, form, [pool.rows(member, form) for member in members])
-            pool.add_numbers(NUMBERS, members)
-        phase.settle_pool(pool)
+        for form in possible_forms(members[0], []) if members[0].dim() != 3 else [LAST]:
+            pool.add_classes(form.key, form, [pool.rows(member, form) for member in members])
+        pool.add_numbers(NUMBERS, members)
+        _settle(phase, pool, confirm_ensemble(whole.plain, members))
 
     def _known_form(self, reading: Reading, member: Tensor) -> Form | None:
         if reading.form == "binary":
             return BINARY
         several = member.dim() > 1 and member.shape[-1] > 1
-        if reading.form in ("logits", "probabilities") and several:
+        if reading.form == "logits" and several:
             return LAST
         return (LAST if several else BINARY) if self._options.task == "classification" and member.dim() else None
 
@@ -90,10 +105,10 @@ class PlainOutputs:
             return [LAST]
         forms = possible_forms(member, inputs)
         few = _too_few(member, forms)
-        phase.unread = few and f"{few}Uncertainty(task='classification')"
-        phase.cannot_judge = few and f"{few}call session.log_predictions(probs, targets)"
+        phase.say("uncertainty", few and f"{few}Uncertainty(task='classification')")
+        phase.say("calibration", few and f"{few}call session.log_predictions(probs, targets)")
         if LAST not in forms and BINARY not in forms:
-            phase.unread = _doubt(member)
+            phase.say("uncertainty", _doubt(member))
         return forms
 
 
@@ -117,6 +132,55 @@ class Settled:
     def of(self, possible: Sequence[Form]) -> Sequence[Form]:
         """The form that was recognised, if it is among these; else all of them."""
         return [form for form in possible if form.key == self._key] or possible
+
+
+def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
+    """What of an output is looked at and waits for a loss to confirm it, by probe."""
+    if reading.guesses:
+        names = ", ".join(reading.guesses)
+        yield (
+            "uncertainty",
+            f"the model returns {names}, which has other meanings too: it counts as uncertainty once a Gaussian or "
+            "evidential likelihood of it is trained; call it variance, or return a torch.distributions object",
+        )
+    if any(number.key in ("", *reading.guesses) for number in reading.numbers):
+        yield "calibration", NO_TARGETS
+    if reading.others:
+        names = ", ".join(reading.others)
+        yield (
+            "remark",
+            f"calibration: the model returns several outputs ({names}), of which the first one alone is read; for "
+            "another head call session.log_predictions(probs, targets)",
+        )
+
+
+def _settle(phase: Phase, pool: Pool, flag: Tensor | None) -> None:
+    """Rows of members that a flag says are such; without it there are none."""
+    if flag is not None:
+        for name, row, sampled in pool.settle():
+            phase.uncertainty.add(name, row * flag, sampled)
+
+
+def _only_adds(output: Tensor, members: Sequence[Tensor]) -> bool:
+    """Whether nothing on the way from the members has learned weights, as a gate has, as far as a graph is there."""
+    return not any(reaches([output], place_of(member), {"MulBackward", "BmmBackward"}, 2) for member in members)
+
+
+def _is_folded(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether there are several rows for each one of the input, which may be members of one prediction."""
+    if tensor.dim() < 2 or not inputs:
+        return False
+    n = tensor.shape[0]
+    lengths = {x.shape[:k].numel() for x in inputs for k in range(1, x.dim() + (not x.is_floating_point()))}
+    return n not in lengths and any(x.dim() > 0 and n > len(x) > 0 and n % len(x) == 0 for x in inputs)
+
+
+def _folded(tensor: Tensor) -> str:
+    return (
+        f"the model's output has {len(tensor)} rows, several for each one of its input: where these are members of one "
+        "prediction, return (members, batch, ...) and say Uncertainty(sample_dim=0); where they are not, say "
+        "Uncertainty(task='classification')"
+    )
 
 
 def _doubt(tensor: Tensor) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import Form, Generators, Predicted, pick, rows_of
@@ -19,24 +19,39 @@ NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""
 
 _MOST_NUMBERS = 2**20
+_SIMPLE = (str, int, float, bool, type(None))
+_A_SIDE = 16  # elements along a dimension that stand for a tensor's values
+_SAME = 1e-6  # probabilities that lie no further apart are those of one deterministic pass
 
 
 class InputKey:
-    """What a pass was called with: the same tensors, unchanged, and the same weights; keeps nothing alive."""
+    """What a pass was called with, and the state of the model that it was called on; keeps nothing alive.
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], weights_version: int) -> None:
-        self._tensors = [(ref(tensor), version_of(tensor)) for tensor in input_tensors(args, kwargs)]
+    Versions, places and simple attributes are compared on the host; what leaves no trace there (a numpy array beneath,
+    `.data.copy_`), a few values of each tensor tell, on the device.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None) -> None:
+        tensors = input_tensors(args, kwargs)
+        self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
-        self._weights = weights_version
+        parameters = [] if model is None else [p for p in model.parameters() if _is_plain(p)]
+        places = [(p.data_ptr(), version_of(p)) for p in parameters]
+        self._state = [] if model is None else [*_attributes(model), *places]
+        self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
 
     def same_as(self, other: InputKey) -> bool:
-        """Whether both are certainly the same input; never so without a tensor in it."""
-        if not self._tensors or len(self._tensors) != len(other._tensors) or self._weights != other._weights:
+        """Whether both are the same input as far as the host can tell; never so without a tensor in it."""
+        if not self._tensors or len(self._tensors) != len(other._tensors) or self._state != other._state:
             return False
         pairs = zip(self._tensors, other._tensors, strict=True)
-        return all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs) and _equal(
-            self._others, other._others
-        )
+        same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
+        return same and len(self._others) == len(other._others) and all(map(_same, self._others, other._others))
+
+    def unchanged_since(self, other: InputKey) -> Iterator[Tensor]:
+        """Flags on the devices: whether values are what they were."""
+        for a, b in zip(self._values, other._values, strict=True):
+            yield ((a == b) | ((a != a) & (b != b))).all()
 
 
 def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -52,7 +67,10 @@ class ClassMembers:
     def __init__(self) -> None:
         self.count = 0
         self._probabilities: Tensor | None = None
-        self._entropy: Tensor | None = None
+        self._logarithms: Tensor | None = None
+        self._entropies: list[Tensor] = []
+        self._first: Tensor | None = None
+        self._apart: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -60,21 +78,38 @@ class ClassMembers:
         assert self._probabilities is not None
         return self._probabilities / self.count
 
+    @property
+    def of_mean_logits(self) -> Tensor | None:
+        """What the mean of the members' logits predicts, (n, classes); of one member nothing new."""
+        return None if self._logarithms is None else (self._logarithms / self.count).softmax(-1)
+
     def add(self, probabilities: Tensor) -> None:
         """One more member, (n, classes)."""
-        information = entropy(probabilities)
-        self._probabilities = probabilities if self._probabilities is None else self._probabilities + probabilities
-        self._entropy = information if self._entropy is None else self._entropy + information
+        self._entropies.append(entropy(probabilities))
         self.count += 1
+        if self._probabilities is None or self._first is None:
+            self._probabilities = self._first = probabilities
+            return
+        apart = (probabilities - self._first).abs().amax() > _SAME
+        logarithms = _log(self._first) if self._logarithms is None else self._logarithms
+        self._apart = apart if self._apart is None else self._apart | apart
+        self._probabilities, self._logarithms = self._probabilities + probabilities, logarithms + _log(probabilities)
 
     def decomposition(self) -> Decomposition:
         """As `statistics.uncertainty.classification` of all members together."""
-        assert self._entropy is not None
+        information = torch.stack(self._entropies).sum(0)
         if self.count == 1:
-            return Decomposition(self._entropy, None, None)
-        total = entropy(self.mean)
-        aleatoric = self._entropy / self.count
+            return Decomposition(information, None, None)
+        total, aleatoric = entropy(self.mean), information / self.count
         return Decomposition(total, aleatoric, (total - aleatoric).clamp(min=0))
+
+    def each(self) -> Decomposition:
+        """Of members that turn out to be separate predictions."""
+        return Decomposition(torch.cat(self._entropies), None, None)
+
+    def differ(self) -> Tensor | None:
+        """A flag: whether not all say the same."""
+        return self._apart
 
 
 class ValueMembers:
@@ -84,7 +119,7 @@ class ValueMembers:
         self.count = 0
         self.mean: Tensor | None = None
         self._squares: Tensor | None = None  # of deviations from the running mean (Welford)
-        self._variance: Tensor | None = None
+        self._variances: list[Tensor] = []
 
     def add(self, mean: Tensor, variance: Tensor | None = None) -> None:
         """One more member, of any shape."""
@@ -97,17 +132,25 @@ class ValueMembers:
             self.mean = self.mean + away / self.count
             self._squares = self._squares + away * (mean - self.mean)
         if variance is not None:
-            variance = variance.detach().flatten().to(mean.dtype, copy=True)
-            self._variance = variance if self._variance is None else self._variance + variance
+            self._variances.append(variance.detach().flatten().to(mean.dtype, copy=True))
 
     def decomposition(self) -> Decomposition:
         """As `statistics.uncertainty.regression` of all members together."""
         assert self._squares is not None
         epistemic = self._squares / self.count if self.count > 1 else None
-        if self._variance is None:
+        if not self._variances:
             return Decomposition(None, None, epistemic)
-        aleatoric = self._variance / self.count
+        aleatoric = torch.stack(self._variances).sum(0) / self.count
         return Decomposition(aleatoric if epistemic is None else aleatoric + epistemic, aleatoric, epistemic)
+
+    def each(self) -> Decomposition:
+        """Of members that turn out to be separate predictions."""
+        alone = torch.cat(self._variances) if self._variances else None
+        return Decomposition(alone, alone, None)
+
+    def differ(self) -> Tensor | None:
+        """The same as of classes."""
+        return None if self.count < 2 or self._squares is None else (self._squares > 0).any()
 
 
 class Pool:
@@ -115,15 +158,25 @@ class Pool:
 
     def __init__(self, where: str, key: InputKey | None, generators: Generators) -> None:
         self.where = where
+        self.passes = 1
         self._key = key
         self._generators = generators
+        self._unchanged: list[Tensor] = []
         self._index: dict[Form, Tensor | None] = {}
         self._classes: dict[tuple[str, Form], ClassMembers] = {}
         self._numbers: dict[str, ValueMembers] = {}
 
     def takes(self, key: InputKey) -> bool:
-        """Whether a pass with this input belongs here."""
-        return self._key is not None and self._key.same_as(key)
+        """Whether a pass with this input belongs here, and if so, that it has come."""
+        if self._key is None or not self._key.same_as(key):
+            return False
+        self.passes += 1
+        self._unchanged += key.unchanged_since(self._key)
+        return True
+
+    def require(self, flag: Tensor) -> None:
+        """Members are such only where a flag on the device is set."""
+        self._unchanged.append(flag)
 
     def index(self, tensor: Tensor, form: Form) -> Tensor | None:
         """Which rows of an output are read, None for all: the same in every pass."""
@@ -155,9 +208,9 @@ class Pool:
         for i, mean in enumerate(means):
             sums.add(mean, None if variances is None else variances[i])
 
-    def mean_prediction(self, form: Form) -> Tensor | None:
-        """(n, classes): over all passes so far."""
-        return next((sums.mean for (_, other), sums in self._classes.items() if other == form), None)
+    def members(self, form: Form) -> ClassMembers | None:
+        """All passes so far, read in one way."""
+        return next((sums for (_, other), sums in self._classes.items() if other == form), None)
 
     def mean_number(self) -> Tensor | None:
         """(n,): of a prediction of numbers, over all passes so far."""
@@ -166,30 +219,69 @@ class Pool:
     def settle(self) -> Iterator[tuple[str, Tensor, bool]]:
         """No further pass will come: names, rows, and whether these are of a sample. What was added up is let go."""
         for (name, form), classes in self._classes.items():
-            yield f"{name}||{self.where}", uncertainty.compute(classes.decomposition()), self.sampled(form)
+            yield f"{name}||{self.where}", self._row(classes), self.sampled(form)
         for name, numbers in self._numbers.items():
-            found = numbers.decomposition()
-            if any(part is not None for part in found):
-                yield f"{name}||{self.where}", uncertainty.compute(found), False
+            if any(part is not None for part in numbers.decomposition()):
+                yield f"{name}||{self.where}", self._row(numbers), False
         self._classes, self._numbers = {}, {}
+
+    def _row(self, sums: ClassMembers | ValueMembers) -> Tensor:
+        """Of one prediction by all members; of separate ones where the flags say so."""
+        together = uncertainty.compute(sums.decomposition())
+        flags, apart = list(self._unchanged), sums.differ()
+        if apart is not None and self.passes > 1:
+            flags.append(apart)
+        if not flags or sums.count < 2:
+            return together
+        each = sums.each()
+        alone = torch.zeros_like(together) if each.total is None else uncertainty.compute(each)
+        together_only = torch.stack([flag.to(together.device, non_blocking=True) for flag in flags]).all()
+        return torch.where(together_only, together, alone)
+
+
+# ---- what a pass was called on
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    special = tensor.is_sparse or tensor.is_meta or tensor.is_quantized
+    return tensor.numel() > 0 and tensor.layout is torch.strided and not special and not hasattr(tensor, "full_tensor")
+
+
+def _some_values(tensor: Tensor) -> Tensor:
+    steps = tuple(slice(None, None, max(1, n // _A_SIDE)) for n in tensor.shape)
+    return tensor.detach()[steps].flatten()[: _A_SIDE**3].clone()
+
+
+def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """One element of each, by device and type: any average of weights changes it."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in parameters:
+        middle = sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+        one = p.detach().as_strided((1,), (1,), p.storage_offset() + middle)
+        groups.setdefault((p.device, p.dtype), []).append(one)
+    return [torch.cat(ones) for ones in groups.values()]
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Simple attributes of all modules, such as the mode, or the task that is chosen."""
+    for module in model.modules():
+        yield tuple(value for value in module.__dict__.values() if type(value) in _SIMPLE)
 
 
 def _remembered(part: Any) -> object:
     """A simple value itself; of anything else a weak reference, or what is never equal where it takes none."""
-    if _is_simple(part):
-        return part
     try:
-        return ref(part)
+        return part if _is_simple(part) else ref(part)
     except TypeError:
         return object()
 
 
-def _equal(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Of simple values; anything else has to be the same living object."""
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-
-
 def _same(x: object, y: object) -> bool:
+    """Of simple values; anything else has to be the same living object."""
     if isinstance(x, ReferenceType) and isinstance(y, ReferenceType):
         return x() is not None and x() is y()
     return _is_simple(x) and _is_simple(y) and x == y
@@ -200,9 +292,7 @@ def _has_tensor(part: Any) -> bool:
 
 
 def _is_simple(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_simple, value))
-    return value is None or isinstance(value, str | int | float | bool)
+    return all(map(_is_simple, value)) if isinstance(value, tuple) else type(value) in _SIMPLE
 
 
 def version_of(tensor: Tensor) -> int:

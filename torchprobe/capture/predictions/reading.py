@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -36,28 +36,45 @@ _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
     "kl": {"kl", "kld"},
 }
 _DIVERGENCES = ("kl_loss", "kl_div", "kl_divergence")  # methods of bayesian-torch's layers, and others'
+_GUESSES = _STD | _LOGARITHMS - {"log"} | {"alpha", "alphas"} | _EVIDENCE  # names of other things, too
 _OBSERVED = "The model returns a distribution of what is observed."
 _LATENT = "The model returns a distribution of the latent function, without observation noise."
 
 
-@dataclass(slots=True)
+class Number(NamedTuple):
+    """One way to read a mean and a variance: key is empty where the output says so, else it is a hypothesis that a loss
+    has to confirm. mean and source, of which convert makes the variance, are still in the graph.
+    """
+
+    key: str
+    mean: Tensor | None
+    source: Tensor
+    spread: Spread = Spread()
+    convert: Callable[[Tensor], Tensor] = lambda x: x
+    is_normal: bool = True
+
+    @property
+    def variance(self) -> Tensor:
+        """Detached, in float32 or wider; NaN where a number is negative, for then it is none."""
+        found = self.convert(_wide(self.source))
+        return found.where((found >= 0).all(), torch.nan)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What an output says, each part in its own shape and detached; None is what it does not say.
 
-    named: epistemic, aleatoric and total by their names. mean, variance: of a number's prediction; source: what gives
-    the variance, still in the graph, and what it is to it. spread_of_means: its epistemic part, of a mixture.
-    alpha: of a Dirichlet distribution, (..., classes). nu, beta: with alpha, of a normal-inverse-gamma one. kl: a
-    divergence from the prior, one number. entropy: a differential one. plain: the tensor that may hold logits, still
-    in the graph; form says what is known of it: "logits", "probabilities", "binary" or nothing.
+    named: epistemic, aleatoric and total by their names. numbers: ways to read it as a mean and a variance. alpha: of
+    a Dirichlet distribution, (..., classes), and the field that it was made of, where that is but a guess. nu, beta:
+    with alpha, of a normal-inverse-gamma one. kl: a divergence from the prior, one number. entropy: a differential
+    one. plain: the tensor that may hold logits, still in the graph; form says what is known of it: "logits", "binary"
+    or nothing. guesses: names of fields that a loss has to confirm.
     """
 
-    named: dict[str, Tensor] = field(default_factory=dict)
-    mean: Tensor | None = None
-    mean_in_graph: Tensor | None = None
-    variance: Tensor | None = None
-    source: tuple[Tensor, Spread] | None = None
-    spread_of_means: Tensor | None = None
+    named: Mapping[Quantity, Tensor] = field(default_factory=dict)
+    numbers: tuple[Number, ...] = ()
     alpha: Tensor | None = None
+    evidence: Tensor | None = None
     nu: Tensor | None = None
     beta: Tensor | None = None
     kl: Tensor | None = None
@@ -65,11 +82,14 @@ class Reading:
     plain: Tensor | None = None
     form: str = ""
     note: str = ""
+    guesses: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def says_something(self) -> bool:
-        """Whether there is more than a plain tensor."""
-        return bool(self.named) or any(x is not None for x in (self.variance, self.alpha, self.entropy, self.kl))
+        """Whether there is more than a plain tensor and what is guessed of it."""
+        known = any(number.key == "" for number in self.numbers)
+        return bool(self.named) or known or any(x is not None for x in (self.alpha, self.entropy, self.kl))
 
 
 def read(output: Any, module: nn.Module | None = None) -> Reading:
@@ -78,10 +98,27 @@ def read(output: Any, module: nn.Module | None = None) -> Reading:
     reading = _read_fields(dict(_fields_of(output))) if distribution is None else _read_distribution(distribution)
     if distribution is None and reading.plain is None and not reading.says_something:
         tensor = main_tensor(output)
-        reading.plain = tensor if tensor is not None and not tensor.is_complex() else None
+        reading = replace(
+            reading,
+            plain=None if tensor is None or tensor.is_complex() else tensor,
+            numbers=reading.numbers or _pair(output),
+        )
     if reading.kl is None and module is not None:
-        reading.kl = _divergence_beside(module, output)
+        reading = replace(reading, kl=_divergence_beside(module, output))
     return reading
+
+
+def _pair(output: Any) -> tuple[Number, ...]:
+    """Two tensors of one shape, which may be a mean and what tells its spread, in any of four ways."""
+    parts = output if isinstance(output, tuple | list) and len(output) == 2 else ()
+    if not all(isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 0 for part in parts):
+        return ()
+    if not parts or parts[0].shape != parts[1].shape:
+        return ()
+    ways = [meaning_of(name) for name in ("variance", "log_var", "std", "log_std")]
+    return tuple(
+        Number(f"second {i}", parts[0], parts[1], way.spread, way.convert) for i, way in enumerate(ways) if way
+    )
 
 
 # ---- named fields
@@ -93,6 +130,7 @@ class Meaning(NamedTuple):
     quantity: Quantity
     convert: Callable[[Tensor], Tensor]
     spread: Spread
+    is_guess: bool
 
 
 def meaning_of(name: str) -> Meaning | None:
@@ -101,7 +139,9 @@ def meaning_of(name: str) -> Meaning | None:
     if words & _OTHERWISE:
         return None
     quantity = next((quantity for quantity, names in _QUANTITIES.items() if words & names), None)
-    return None if quantity is None else Meaning(quantity, *_conversion(words))
+    if quantity is None:
+        return None
+    return Meaning(quantity, *_conversion(words), quantity in ("variance", "alpha") and bool(words & _GUESSES))
 
 
 def _words_of(name: str) -> set[str]:
@@ -139,33 +179,44 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read_fields(fields: dict[str, Tensor]) -> Reading:
-    reading = Reading()
-    for name, tensor in fields.items():
-        meaning = meaning_of(name)
-        if meaning is not None:
-            if meaning.quantity == "variance" and reading.source is None:
-                reading.source = tensor, meaning.spread
-            _put(reading, meaning.quantity, meaning.convert(_wide(tensor)))
-    if reading.alpha is not None:
-        reading.nu = _wide_or_none(_with_words(fields, {"nu", "v"}))
-        reading.beta = None if reading.nu is None else _wide_or_none(_with_words(fields, {"beta"}))
-    if reading.variance is not None:
-        reading.mean_in_graph = _mean_for(fields, reading.variance)
-        reading.mean = None if reading.mean_in_graph is None else reading.mean_in_graph.detach()
-    if "logits" in fields:
-        reading.plain, reading.form = fields["logits"], "logits"
-    else:
-        reading.plain = _with_words(fields, _PROBABILITIES, without="log")
-        reading.form = "" if reading.plain is None else "probabilities"
-    return reading
+    meanings = {name: meaning for name in fields if (meaning := meaning_of(name)) is not None}
+    found: dict[Quantity, tuple[str, Tensor]] = {}
+    for name, meaning in meanings.items():  # the first field of a kind counts; a divergence is one number
+        if meaning.quantity != "kl" or fields[name].numel() == 1:
+            found.setdefault(meaning.quantity, (name, fields[name]))
+    values = {quantity: meanings[name].convert(_wide(x)) for quantity, (name, x) in found.items()}
+    nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
+    complete = nu is not None and beta is not None
+    guesses = [name for name, meaning in meanings.items() if meaning.is_guess and not complete]
+    logits, probabilities = fields.get("logits"), _with_words(fields, _PROBABILITIES, without="log")
+    plain = probabilities if logits is None else logits
+    return Reading(
+        named={q: values[q] for q in ("epistemic", "aleatoric", "total") if q in values},
+        numbers=_numbers(fields, *found["variance"], meanings) if "variance" in found else (),
+        alpha=values.get("alpha"),
+        evidence=None if complete or "alpha" not in found else found["alpha"][1],
+        nu=_wide(nu) if nu is not None and complete else None,
+        beta=_wide(beta) if beta is not None and complete else None,
+        kl=values.get("kl"),
+        plain=plain,
+        guesses=tuple(guesses),
+        others=_others(fields, plain, meanings),
+    )
 
 
-def _put(reading: Reading, quantity: Quantity, values: Tensor) -> None:
-    """The first field of a kind counts; a divergence is one number."""
-    if quantity in ("epistemic", "aleatoric", "total"):
-        reading.named.setdefault(quantity, values)
-    elif getattr(reading, quantity) is None and (quantity != "kl" or values.numel() == 1):
-        setattr(reading, quantity, values)
+def _numbers(
+    fields: Mapping[str, Tensor], name: str, source: Tensor, meanings: Mapping[str, Meaning]
+) -> tuple[Number, ...]:
+    meaning, mean = meanings[name], _mean_for(fields, source)
+    if meaning.is_guess and mean is None:
+        return ()
+    return (Number(name if meaning.is_guess else "", mean, source, meaning.spread, meaning.convert),)
+
+
+def _others(fields: Mapping[str, Tensor], plain: Tensor | None, known: Mapping[str, Meaning]) -> tuple[str, ...]:
+    """Fields that may be outputs as good as the first one, of a model whose fields have no known names."""
+    free = [name for name, x in fields.items() if x.dim() > 1 and not _words_of(name) & _OTHERWISE]
+    return tuple(free) if plain is None and not known and len(free) > 1 else ()
 
 
 def _mean_for(fields: Mapping[str, Tensor], variance: Tensor) -> Tensor | None:
@@ -182,10 +233,6 @@ def _with_words(fields: Mapping[str, Tensor], words: set[str], without: str = ""
 def _wide(tensor: Tensor) -> Tensor:
     """Detached, and in float32 or wider: a variance must not overflow."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _wide_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _wide(tensor)
 
 
 def _divergence_beside(module: nn.Module, output: Any) -> Tensor | None:
@@ -224,18 +271,16 @@ def _read_distribution(found: Distribution) -> Reading:
 def _of_number(found: Distribution) -> Reading:
     latent = type(found).__module__.startswith("gpytorch")
     # A likelihood is a module of its own in gpytorch: what a process returns is the function without the noise.
-    reading = Reading(note=_LATENT if latent else _OBSERVED)
+    note = _LATENT if latent else _OBSERVED
     try:
-        reading.mean_in_graph, reading.variance = found.mean, found.variance.detach()
-        reading.mean = reading.mean_in_graph.detach()
+        mean, variance = found.mean, found.variance
     except NotImplementedError:
-        return reading
+        return Reading(note=note)
     if isinstance(found, distributions.Normal):
-        reading.source = found.scale, STD
-    if isinstance(found, distributions.MixtureSameFamily):
-        reading.spread_of_means = _spread_of_means(found)
-    reading.entropy = _entropy(found, reading.variance)
-    return reading
+        number = Number("", mean, found.scale, STD, torch.square)
+    else:
+        number = Number("", mean, variance, is_normal=False)
+    return Reading(numbers=(number,), entropy=_entropy(found, variance.detach()), note=note)
 
 
 def _entropy(found: Distribution, variance: Tensor) -> Tensor | None:
@@ -245,13 +290,3 @@ def _entropy(found: Distribution, variance: Tensor) -> Tensor | None:
         return found.entropy().detach()
     except (NotImplementedError, RuntimeError):  # no closed form; or one by automatic differentiation
         return None
-
-
-def _spread_of_means(found: distributions.MixtureSameFamily) -> Tensor:
-    """Variance of the components' means under the weights: what they disagree on."""
-    weights: Tensor = found.mixture_distribution.probs
-    means: Tensor = found.component_distribution.mean
-    axis = weights.dim() - 1
-    weights = weights.reshape(*weights.shape, *[1] * (means.dim() - weights.dim()))
-    centre = (weights * means).sum(axis, keepdim=True)
-    return (weights * (means - centre).square()).sum(axis).detach()

@@ -112,7 +112,7 @@ class PredictionSource:
         phase = self._capture.end_validation()
         return [] if phase is None else self.rows([phase], False, frozenset())
 
-    def given(self, predictions: Tensor, targets: Tensor, training: bool) -> Piece | None:
+    def given(self, predictions: Tensor, targets: Tensor, training: bool) -> list[Piece]:
         """Predictions that the user handed in."""
         reporter, row = self._reporting.calibration, None
         if reporter is not None and not self._shared.failed:
@@ -121,8 +121,9 @@ class PredictionSource:
                 flags = _flags(row, self._moment(training, []))
                 row = torch.cat((row, row.new_zeros(len(EVIDENCE)), flags))[None]
         if reporter is None or row is None:
-            return None
-        return Piece(reporter, [_name("|given", training)], row, _prefix(training))
+            return []
+        names = [_name("|given", training)]
+        return [Piece(reporter, names, row, _prefix(training)), _of_gap(reporter, names, row)]
 
     def detach(self) -> None:
         """Take everything off."""
@@ -136,11 +137,12 @@ class PredictionSource:
     def _pieces(self, reporter: Reporter, phase: Phase) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting
         if reporter is reporting.uncertainty:
-            reporter.explain(phase.unread)
+            reporter.explain(phase.lines.get("uncertainty", ""))
             reporting.uncertainty.describe(phase.note)
             yield from (Piece(reporter, names, rows, prefix) for names, rows in phase.uncertainty.rows())
         elif reporter is reporting.calibration:
-            reporter.explain(phase.cannot_judge)
+            reporter.explain(phase.lines.get("calibration", ""))
+            reporting.calibration.expect(phase.lines.get("remark", ""))
             yield from _of_calibration(reporting.calibration, phase, prefix)
             yield from _of_coverage(reporting.calibration, phase, prefix)
 
@@ -178,10 +180,18 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) ->
     training = phase.training
     for names, rows in phase.calibration.rows():
         flags = _flags(rows, phase.moment).expand(len(rows), -1)
-        yield Piece(reporter, [_name(name, training) for name in names], torch.cat((rows, flags), 1), prefix)
+        own = [_name(name, training) for name in names]
+        yield Piece(reporter, own, torch.cat((rows, flags), 1), prefix)
+        yield _of_gap(reporter, own, rows)
     if phase.unjudged and not training and not phase.calibration:
         nothing = torch.zeros(1, reporter.probe.width, dtype=torch.float64)
         yield Piece(reporter, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
+
+
+def _of_gap(reporter: CalibrationReporter, names: Sequence[str], rows: Tensor) -> Piece:
+    """What both phases are compared by."""
+    slim = torch.cat((rows[:, : len(calibration.HEADER)], rows[:, len(calibration.FIELDS) :]), 1)
+    return Piece(reporter.gap, names, slim[:, : len(calibration.HEADER) + len(EVIDENCE)], "")
 
 
 def _flags(like: Tensor, moment: Moment) -> Tensor:

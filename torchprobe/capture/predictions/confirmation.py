@@ -1,0 +1,280 @@
+"""The one place where a hypothesis about an output becomes a claim: recomputing it gives what the user's code did.
+
+Candidates come from the gradient itself, from calls of loss modules, from the graph of a loss that the model returns,
+from its arguments. Every answer is a flag or a count on the device; the host decides by the counts beside the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchprobe.capture.predictions.forms import (
+    BINARY,
+    IGNORED,
+    LAST,
+    MAX_ELEMENTS,
+    SECOND,
+    Form,
+    Generators,
+    Predicted,
+    pick,
+    probabilities_of,
+    rows_of,
+    stacked,
+)
+from torchprobe.capture.predictions.gradient import TOLERANCE, Recovered, recover
+from torchprobe.capture.predictions.graph import Judge, judged_by
+from torchprobe.capture.predictions.likelihood import targets_of
+from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
+from torchprobe.capture.predictions.targets import wanted
+from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady, is_trusted
+from torchprobe.probes.evidence import SURE
+from torchprobe.statistics import calibration, intervals
+from torchprobe.statistics.dtypes import row_dtype
+
+_ENOUGH = 0.9  # of the rows
+_MOST_RECOMPUTED = 2**24
+
+
+class Claim(NamedTuple):
+    """Targets of rows, (n,), IGNORED where the loss left one out; evidence: (3,), see `probes.evidence`."""
+
+    targets: Tensor
+    evidence: Tensor
+
+
+# ---- by the gradient at an output
+
+
+def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor], judge: Judge) -> None:
+    """Targets from the gradient at the output, one for each sample, in each form that the graph does not rule out."""
+    for form, predicted in waiting.predicted.items():
+        g = stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
+        if judge.judges not in ("", form.kind):
+            phase.support(form.key, _evidence(g, 1.0, 0.0))
+            continue
+        evidence, row = _from_gradient(waiting, predicted, g, form, gradients[0].dtype, judge)
+        for confirmed, better in _from_calls(waiting, predicted, g, form, gradients[0].dtype):
+            evidence = torch.where(confirmed, _evidence(g, 1.0, 1.0), evidence)
+            row = torch.where(confirmed, better, row)
+        phase.support(form.key, evidence)
+        phase.calibration.add(f"{form.key}|found", row, waiting.pool.sampled(form))
+
+
+def _from_gradient(
+    waiting: Waiting, predicted: Predicted, g: Tensor, form: Form, precision: torch.dtype, judge: Judge
+) -> tuple[Tensor, Tensor]:
+    """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of their mean logits."""
+    found = recover(predicted, g, form, precision)
+    claim = _claimed(found, predicted, g, precision, judge)
+    favourite = found.favourite[0] if len(g) == 1 else None
+    row = calibration.compute(predicted.mean, claim.targets, ignore_index=IGNORED, favourite=favourite)
+    members = waiting.pool.members(form)
+    mean = None if members is None or form.kind != "softmax" else members.of_mean_logits
+    if members is None or mean is None:
+        return claim.evidence, row
+    each = mean[None].expand(len(g), -1, -1)
+    at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
+    other = _claimed(recover(at_mean, g, form, precision), at_mean, g, precision, judge)
+    better = other.evidence[1] > claim.evidence[1]
+    last = float(waiting.number == waiting.pool.passes)  # one prediction, whose passes all have a gradient
+    of_mean = calibration.compute(members.mean, other.targets, ignore_index=IGNORED) * last
+    return torch.where(better, other.evidence, claim.evidence), torch.where(better, of_mean, row)
+
+
+def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:
+    """What may be claimed of all rows together: a row alone fits every loss that chooses a class, a policy's too."""
+    passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
+    fine, targets = passed.any(0), found.targets.amax(0)
+    factor = found.factor.where(passed, 0.0).sum(0)
+    common = factor.where(fine, torch.nan).nanmedian()
+    loose = STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
+    close = CLOSE if precision not in TOLERANCE else loose
+    count = Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
+    trusted = is_trusted(judge, is_steady(factor, fine, targets, common, loose), count)
+    # A row whose gradient was lost has its likeliest class for a target, or was ignored: the number of rows tells.
+    lost = faint & (alive | count.zeros_count)
+    targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted, IGNORED))
+    broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
+    evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
+    return Claim(torch.where(broken, 0, targets), evidence)
+
+
+# ---- by the calls of loss modules, which the gradient confirms
+
+
+def _from_calls(
+    waiting: Waiting, predicted: Predicted, g: Tensor, form: Form, precision: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """A flag and a row, where the gradient is that of the calls that were heard: of one, or of a mixture of two."""
+    calls = [one for one in waiting.candidates if one.form == form]
+    if not calls or len(calls) > 2 or len(g) > 1:
+        return []
+    p, g = predicted.mean, g[0]
+    if form.kind != "softmax":
+        return [_of_answers(p, g, calls[0])] if len(calls) == 1 and calls[0].reduced else []
+    directions = [_direction(p, call, predicted) for call in calls]
+    weights = _weights(directions, g)
+    away = g - sum(w * d for w, d in zip(weights, directions, strict=True))
+    size, tiny = g.abs().sum(-1), torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
+    alive = g.isfinite().all(-1) & (size > 0)
+    clear = alive & (size > 1e-4 * size.where(alive, 0.0).amax()) & (size > 256 * tiny)
+    loose = 2 * TOLERANCE.get(precision, 5e-3)
+    fits = clear & (away.abs().sum(-1) <= loose * size + tiny * g.shape[-1])
+    confirmed = (fits.sum() >= _ENOUGH * clear.sum()) & (clear.sum() > 0)
+    total = sum(w.mean() for w in weights)
+    rows = [calibration.compute(p, _kept(call, alive), ignore_index=IGNORED) for call in calls]
+    if len(rows) == 1:
+        return [(confirmed & _is_unweighted(calls[0], weights[0][:, 0], clear, alive), rows[0])]
+    return [(confirmed, sum(row * (w / total).to(row.dtype) for row, w in zip(rows, weights, strict=True)))]  # type: ignore[list-item]
+
+
+def _is_unweighted(call: Candidate, weight: Tensor, clear: Tensor, alive: Tensor) -> Tensor:
+    """A flag: that what was computed of each example was masked at most. A policy's gradient has weights of its own."""
+    common = weight.where(clear, torch.nan).nanmedian()
+    equal = clear & ((weight - common).abs() <= STEADY * common)
+    count = Count(common, alive.sum(), torch.zeros_like(common), len(weight), CLOSE)
+    return ((equal.sum() >= _ENOUGH * clear.sum()) & count.is_plain) | call.reduced
+
+
+def _direction(p: Tensor, call: Candidate, predicted: Predicted) -> Tensor:
+    """The gradient at logits that a call asks for, up to a factor: p Σb - b with what is wanted of each class, b."""
+    b = wanted(call.targets, call.weight, call.smoothing, p)
+    by_logits = p * b.sum(-1, keepdim=True) - b
+    of_probabilities = predicted.already[0, :, None]
+    return torch.where(of_probabilities, -b / p.clamp(min=torch.finfo(p.dtype).tiny), by_logits)
+
+
+def _weights(directions: Sequence[Tensor], g: Tensor) -> Sequence[Tensor]:
+    """By least squares: of one direction a weight a row, of two one for all rows; none is below 0."""
+    g = g.nan_to_num(0.0, 0.0, 0.0)
+    d = [x.nan_to_num(0.0, 0.0, 0.0) for x in directions]
+    tiny = torch.finfo(g.dtype).tiny
+    if len(d) == 1:
+        one = (d[0] * g).sum(-1, keepdim=True) / d[0].square().sum(-1, keepdim=True).clamp(min=tiny)
+        return [one.clamp(min=0)]
+    a, b, c = (d[0] * d[0]).sum(), (d[0] * d[1]).sum(), (d[1] * d[1]).sum()
+    x, y = (d[0] * g).sum(), (d[1] * g).sum()
+    whole = (a * c - b * b).clamp(min=tiny)
+    return [((x * c - y * b) / whole).clamp(min=0), ((y * a - x * b) / whole).clamp(min=0)]
+
+
+def _of_answers(p: Tensor, g: Tensor, call: Candidate) -> tuple[Tensor, Tensor]:
+    """Of yes and no: each gradient pulls towards its target."""
+    y, yes = call.targets[:, 1], p[:, 1]
+    alive = (g[:, 0] != 0) & g.isfinite()[:, 0]
+    agree = alive & ((g[:, 0] > 0) == (yes > y))
+    row = calibration.compute(p, call.targets, ignore_index=IGNORED)
+    return (agree.sum() >= _ENOUGH * alive.sum()) & (alive.sum() > 0), row
+
+
+def _kept(call: Candidate, alive: Tensor) -> Tensor:
+    """Targets without those that a mask took away after the loss was computed of each."""
+    if call.reduced or call.targets.dim() > 1:
+        return call.targets
+    return call.targets.where(alive, IGNORED)
+
+
+# ---- by a loss that the model returns
+
+
+def confirm_returned(phase: Phase, output: Tensor, judge: Judge, generators: Generators) -> bool:
+    """Targets that the graph of a returned loss still holds, and the probabilities that it judged."""
+    found = None if judge.node is None else judged_by(judge, output)
+    if found is None:
+        return False
+    form, rows, targets = found
+    index = pick(rows, form._replace(axis=-1), generators)
+    rows, targets = (x if index is None else x[index] for x in (rows, targets))
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    p = wide.exp() if form.kind == "softmax" else probabilities_of(wide, form)
+    y = targets if form.kind == "softmax" else torch.stack((1 - targets, targets), -1).to(p.dtype)
+    phase.calibration.add(f"{SURE}|found", calibration.compute(p, y, ignore_index=IGNORED), index is not None)
+    phase.settle_form(form.key, True)
+    return True
+
+
+def confirm_labels(phase: Phase, output: Tensor, loss: Tensor, labels: Tensor, ignored: int) -> None:
+    """Labels that the model was called with, where the loss recomputed from them is the one that it returned: as they
+    are, or shifted by one, with classes last or second; yes and no where they are floats.
+    """
+    if output.numel() > _MOST_RECOMPUTED or output.dim() < 2:
+        return
+    seen = torch.zeros((), dtype=torch.bool, device=output.device)
+    for form, logits, targets in _alignments(output.detach(), labels.detach()):
+        rows = rows_of(logits, form, None)
+        equal = _equals(_recomputed(form, rows, targets, ignored), loss.detach()) & ~seen
+        seen = seen | equal
+        y = targets.where(targets != ignored, IGNORED) if form.kind == "softmax" else targets
+        y = y.reshape(-1) if form.kind == "softmax" else torch.stack((1 - y, y), -1).reshape(-1, 2).to(rows.dtype)
+        row = calibration.compute(probabilities_of(rows, form), y, ignore_index=IGNORED)
+        phase.calibration.add(f"{SURE}|found", row * equal)
+        phase.settle_form(form.key, True, equal)
+
+
+def _alignments(logits: Tensor, labels: Tensor) -> list[tuple[Form, Tensor, Tensor]]:
+    if labels.is_floating_point():
+        return [(BINARY, logits, labels)] if labels.shape == logits.shape else []
+    found = []
+    if labels.shape == logits.shape[:-1]:
+        found.append((LAST, logits, labels))
+        if labels.dim() == 2 and labels.shape[1] > 1:
+            found.append((LAST, logits[:, :-1], labels[:, 1:]))
+    if logits.dim() > 2 and labels.shape == logits.shape[:1] + logits.shape[2:]:
+        found.append((SECOND, logits, labels))
+    return found
+
+
+def _recomputed(form: Form, rows: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    if form.kind != "softmax":
+        return F.binary_cross_entropy_with_logits(rows.reshape(-1), targets.reshape(-1).to(rows.dtype))
+    fitting = torch.where((targets >= 0) & (targets < rows.shape[-1]), targets, ignored)
+    return F.cross_entropy(rows, fitting.reshape(-1).long(), ignore_index=ignored)
+
+
+def _equals(value: Tensor, loss: Tensor) -> Tensor:
+    loose = 1e-2 if loss.dtype in TOLERANCE else 1e-5
+    return (value - loss).abs() <= loose * value.abs() + 1e-6
+
+
+# ---- numbers
+
+
+def confirm_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_source: Tensor) -> None:
+    """Targets of numbers from the gradients of a Gaussian likelihood at their mean and at what gives their variance."""
+    for number in waiting.numbers:
+        stride = 1 + number.mean.numel() // MAX_ELEMENTS
+        mean, variance, *both = (x.reshape(-1)[::stride] for x in (number.mean, number.variance, of_mean, of_source))
+        targets, found = targets_of(mean, variance, both[0], both[1], number.spread)
+        if number.key:
+            phase.settle_form(number.key, True, found)
+            phase.support(number.key, _evidence(mean, 1.0, 0.0) * ~found)
+        phase.coverage.add(SURE, intervals.compute(mean, variance, targets.where(found, torch.nan)) * found)
+
+
+def confirm_ensemble(output: Tensor, members: Sequence[Tensor]) -> Tensor | None:
+    """A flag: whether an output is the mean of its members' logits or probabilities. Stacked ones alone are heads."""
+    if any(member.shape != output.shape for member in members):
+        return None
+    wide = [member.detach().to(row_dtype(member.device)) for member in members]
+    out, loose = output.detach().to(wide[0].dtype), TOLERANCE.get(output.dtype, 1e-4)
+    means = [torch.stack(wide).mean(0)]
+    if output.dim() > 1 and output.shape[-1] > 1:
+        of_probabilities = torch.stack([member.softmax(-1) for member in wide]).mean(0)
+        means += [of_probabilities, of_probabilities.log()]
+    return torch.stack([(out - mean).abs().amax() <= loose * mean.abs().amax() for mean in means]).any()
+
+
+def _evidence(like: Tensor, checked: float, passed: float) -> Tensor:
+    return torch.tensor([checked, passed, 0.0], dtype=row_dtype(like.device), device="cpu").to(
+        like.device, non_blocking=True
+    )
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device)

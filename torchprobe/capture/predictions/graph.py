@@ -1,0 +1,170 @@
+"""What the graph of a loss says of an output: which operation judges it, and what lies between the two.
+
+Nodes tell their names, their successors and plain options at any time; what they saved only until a backward pass frees
+it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from torchprobe.capture.compat import sequence_number
+from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, SECOND, YES, Form
+
+_MOST_NODES = 2000
+_SHAPES = r"View|UnsafeView|ReshapeAlias|Transpose|Permute|Squeeze|Unsqueeze|Clone|ToCopy|T|Alias"
+_CHOICES = r"Slice|Select|Index|IndexSelect|Unbind|Split|SplitWithSizes"
+_IS_VIEW = re.compile(f"({_SHAPES}|{_CHOICES})Backward")
+_MOVES = {"TransposeBackward", "PermuteBackward", "TBackward"}
+_KINDS = {
+    "NllLossBackward": "softmax",
+    "NllLoss2DBackward": "softmax",
+    "BinaryCrossEntropyWithLogitsBackward": "sigmoid",
+    "BinaryCrossEntropyBackward": "yes",
+}
+
+Above: TypeAlias = "dict[tuple[Any, int], list[Any]]"
+"""By node and number of its result: what uses it."""
+
+
+class Judge(NamedTuple):
+    """Who judges an output.
+
+    kind: "whole" where the root is a reduced cross-entropy, and perhaps more, of the output itself, reached in no other
+    way; "each" where its examples are weighed, masked or chosen afterwards; "also" where its log-probabilities are used
+    in other ways as well; "" where something else is reached from the output; "blind" where the graph does not tell.
+    node: of the loss. moved: whether an axis was moved on the way.
+    """
+
+    kind: Literal["whole", "each", "also", "", "blind"]
+    node: Any = None
+    moved: bool = False
+
+    @property
+    def judges(self) -> str:
+        """The kind of form that its loss takes the output for, where it is known."""
+        return "" if self.node is None else _KINDS[_name(self.node)]
+
+
+UNKNOWN, BLIND = Judge(""), Judge("blind")
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in its graph, which this does not keep alive: the number of its node, and of the result."""
+
+    sequence: int
+    result: int
+
+
+def place_of(tensor: Tensor) -> Place | None:
+    """None of a tensor without a graph."""
+    sequence = None if tensor.grad_fn is None else sequence_number(tensor.grad_fn)
+    return None if sequence is None else Place(sequence, tensor.output_nr)
+
+
+def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
+    """Which loss between an output and what backward is called on judges it. Costs about 1 µs a node."""
+    above = _above(roots, place)
+    if not above or place is None:
+        return BLIND
+    node = next(
+        (node for node, number in above if number == place.result and sequence_number(node) == place.sequence), 0
+    )
+    users, moved = above.get((node, place.result), []), False
+    while len(users) == 1 and _IS_VIEW.fullmatch(_name(users[0])):
+        node = users[0]
+        moved |= _name(node) in _MOVES
+        users = _users(node, above)
+    return _judged(users[0], above)._replace(moved=moved) if len(users) == 1 else UNKNOWN
+
+
+def reaches(roots: Sequence[Tensor], place: Place | None, names: Collection[str], operands: int = 1) -> bool:
+    """Whether an operation of one of these names, of as many operands with a graph, lies between roots and a place."""
+    users = [user for some in _above(roots, place).values() for user in some]
+    return any(
+        _name(user) in names and sum(f is not None for f, _ in user.next_functions) >= operands for user in users
+    )
+
+
+def judged_by(judge: Judge, output: Tensor) -> tuple[Form, Tensor, Tensor] | None:
+    """Form of the output, rows that a loss judged, (n, classes) log-probabilities or (n, 1) of the form, and their
+    targets. None where the graph is freed, or was changed since.
+    """
+    node = judge.node
+    try:
+        rows, targets = node._saved_self.detach(), node._saved_target.detach()
+    except (AttributeError, RuntimeError):  # freed, or changed in place
+        return None
+    if judge.judges != "softmax":
+        return BINARY if judge.judges == "sigmoid" else YES, rows.reshape(-1, 1), targets.reshape(-1)
+    if rows.dim() > 2:
+        rows = rows.movedim(1, -1)
+    form = _axis(judge, output, rows.shape[-1])
+    ignored = ignored_by(judge)
+    targets = targets.reshape(-1)
+    return form, rows.reshape(-1, rows.shape[-1]), targets.where(targets != ignored, IGNORED)
+
+
+def ignored_by(judge: Judge) -> int:
+    """The class number that a cross-entropy leaves out."""
+    number = int(getattr(judge.node, "_saved_ignore_index", IGNORED))
+    return number if number < 2**63 else number - 2**64  # older ones show it unsigned
+
+
+def _axis(judge: Judge, output: Tensor, classes: int) -> Form:
+    last, second = output.shape[-1] == classes, output.dim() > 1 and output.shape[1] == classes
+    flat = _name(judge.node) == "NllLossBackward"
+    return SECOND if second and not (last and flat != judge.moved) else LAST
+
+
+def _judged(node: Any, above: Above) -> Judge:
+    if _name(node) in _KINDS:
+        return _reduced(node, "whole")
+    users = _users(node, above, True) if _name(node) == "LogSoftmaxBackward" else []
+    losses = [user for user in users if _name(user) in _KINDS]
+    return _reduced(losses[0], "whole" if len(users) == 1 else "also") if len(losses) == 1 else UNKNOWN
+
+
+def _reduced(loss: Any, kind: Literal["whole", "also"]) -> Judge:
+    return Judge(kind if int(getattr(loss, "_saved_reduction", 0)) else "each", loss)
+
+
+def _users(node: Any, above: Above, past_views: bool = False) -> list[Any]:
+    """What uses a node's results."""
+    users = [user for (used, _), some in above.items() if used is node for user in some]
+    if not past_views:
+        return users
+    return [x for user in users for x in (_users(user, above, True) if _IS_VIEW.fullmatch(_name(user)) else [user])]
+
+
+def _above(roots: Sequence[Tensor], place: Place | None) -> Above:
+    """By node and number of its result what uses it, between roots and a place: later nodes have higher numbers.
+
+    Empty where that is not to be seen.
+    """
+    above: defaultdict[tuple[Any, int], list[Any]] = defaultdict(list)
+    todo: list[Any] = [root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None]
+    seen, least, found = set(todo), 0 if place is None else place.sequence, False
+    while todo and place is not None:
+        node = todo.pop()
+        for used, number in node.next_functions:
+            at = None if used is None else sequence_number(used)
+            if at is None or at < least:
+                continue
+            above[used, number].append(node)
+            found |= at == least
+            if used not in seen:
+                seen.add(used)
+                todo += [used] if at > least else []
+        if len(seen) > _MOST_NODES:
+            return {}
+    return above if found else {}
+
+
+def _name(node: Any) -> str:
+    return str(node.name()).rstrip("0123456789") if hasattr(node, "name") else type(node).__name__

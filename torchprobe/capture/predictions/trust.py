@@ -1,0 +1,98 @@
+"""Whether rows that each look like a cross-entropy's are those of one loss, and how many rows it is the mean of.
+
+A row alone fits every loss that chooses a class, a policy's too; its factor s tells them apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.predictions.graph import Judge
+
+STEADY = 1e-2
+"""By which share factors of the rows of one loss may differ."""
+
+CLOSE = 5e-3
+"""By which a whole number may be missed."""
+
+_ENOUGH = 0.9  # of the rows
+_ODD = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+_LEAST_AGREEMENT = 8  # rows of a class beyond the first, in all
+
+
+class Count(NamedTuple):
+    """How many rows a mean was taken over, 1 / s, against those with a gradient and those whose may have been lost."""
+
+    factor: Tensor
+    alive: Tensor
+    zeros: Tensor
+    rows: int
+    tolerance: float
+
+    @property
+    def zeros_count(self) -> Tensor:
+        """Whether rows without a gradient are among those that count."""
+        own, other = self._scales
+        return self._is_one(own) | (~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other))
+
+    @property
+    def is_known(self) -> Tensor:
+        """Whether that is told at all."""
+        own, other = self._scales
+        ignored = self._is_one(other) | (self._is_natural(other) & ~self._is_natural(own))
+        return self.zeros_count | ignored
+
+    @property
+    def is_plain(self) -> Tensor:
+        """Whether the factor is that of a mean, or of a sum, that nothing was multiplied with."""
+        own, other = self._scales
+        rows = self._is_one(own) | self._is_one(other)
+        return rows | self._is_one(self.factor) | self._is_one(self.factor * self.rows)
+
+    @property
+    def is_usual(self) -> Tensor:
+        """The same, or one that micro-batches or a loss scale divide or multiply."""
+        own, other = self._scales
+        return self._is_natural(own) | self._is_natural(other)
+
+    @property
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        return self.factor * (self.alive + self.zeros), self.factor * self.alive
+
+    def _is_one(self, x: Tensor) -> Tensor:
+        return (x - 1).abs() <= self.tolerance
+
+    def _is_natural(self, x: Tensor) -> Tensor:
+        """A power of two over a small odd number."""
+        octaves = torch.stack([(x * odd).log2() for odd in _ODD])
+        return ((octaves - octaves.round()).abs() <= self.tolerance / 5).any()
+
+
+def is_trusted(judge: Judge, steady: Tensor, count: Count) -> Tensor:
+    """A flag: whether this is what the graph says, or what no other loss is likely to be."""
+    if judge.kind == "whole":
+        return torch.ones_like(steady)
+    if judge.kind == "also":
+        return steady
+    if judge.kind == "blind":
+        return steady & (count.is_usual | count.is_plain)
+    return steady & count.is_plain
+
+
+def is_steady(factor: Tensor, fine: Tensor, targets: Tensor, common: Tensor, tolerance: float) -> Tensor:
+    """A flag: whether one factor is that of nearly all rows, or one for each class, of enough rows of a class."""
+    equal = fine & ((factor - common).abs() <= tolerance * common)
+    classes = targets.clamp(min=0)
+    size = int(classes.numel()) + 1
+    slot = classes % size  # classes that share a slot only make it stricter
+    sums, counts = (
+        factor.new_zeros(size).index_add_(0, slot, x.to(factor.dtype)) for x in (factor.where(fine, 0.0), fine)
+    )
+    mean = (sums / counts.clamp(min=1))[slot]
+    alike = fine & ((factor - mean).abs() <= tolerance * mean)
+    repeated, rows = (counts - 1).clamp(min=0).sum(), fine.sum()
+    by_class = (alike.sum() >= _ENOUGH * rows) & (repeated >= _LEAST_AGREEMENT) & (2 * repeated >= rows)
+    return (rows > 0) & ((equal.sum() >= _ENOUGH * rows) | by_class)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def fgpu(monkeypatch):
     monkeypatch.setattr(transfer, "pinned", streams.pinned)
     monkeypatch.setattr(dtypes, "PLAIN", (*dtypes.PLAIN, tensors.DeviceTensor))
     monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "tensor", tensors.tensor)
     yield torch.device(tensors.NAME, 0)
     waited, raced = list(waits.found), list(streams.found)
     streams.clear()
@@ -30,8 +33,9 @@ def fgpu(monkeypatch):
 
 
 @pytest.fixture
-def on_fgpu(fgpu):
+def on_fgpu(fgpu, monkeypatch):
     """What a test makes is on the device, where it does not say otherwise."""
+    monkeypatch.setattr(torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False))
     torch.set_default_device(fgpu)
     yield fgpu
     torch.set_default_device(None)

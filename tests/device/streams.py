@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = torch.device("fgpu", current_device()) if device is None else torch.device(device)
         self.seen: defaultdict[Stream, int] = defaultdict(int)
-        self.waiting: list[tuple[int, Callable[[], None]]] = []  # copies that have yet to run
+        self.waiting: list[Copy] = []  # that have yet to run
         self.done = 0  # the last of those that have
 
     def point(self) -> int:
@@ -67,12 +67,32 @@ class Stream:
     def run_next(self) -> None:
         """A copy arrives, one of those that were put on the stream first."""
         if self.waiting:
-            self.done, copy = self.waiting.pop(0)
-            copy()
+            copy = self.waiting.pop(0)
+            self.done = copy.point
+            copy.run()
 
     def run_until(self, point: int) -> None:
-        while self.waiting and self.waiting[0][0] <= point:
+        while self.waiting and self.waiting[0].point <= point:
             self.run_next()
+
+    def keep_source(self, point: int) -> None:
+        """What comes after a copy is about to write over what it reads."""
+        for copy in self.waiting:
+            if copy.point == point:
+                copy.keep_source()
+
+
+class Copy:
+    """From a device to pinned memory, at a point of a stream. It reads when it runs, which is as late as can be."""
+
+    def __init__(self, point: int, host: Tensor, source: Tensor) -> None:
+        self.point, self.host, self.source = point, host, source
+
+    def keep_source(self) -> None:
+        self.source = self.source.clone()
+
+    def run(self) -> None:
+        self.host.copy_(self.source)
 
 
 class Event:
@@ -149,7 +169,10 @@ class Memory:
             for access in self._accesses.get(_storage(inner), []):
                 start, end, other, at, wrote = access
                 apart = end <= low or high <= start
-                if not apart and (writes or wrote) and at > max(stream.seen[other], self._host[other]):
+                ordered = at <= max(stream.seen[other], self._host[other])
+                if writes and not (apart or wrote) and ordered:
+                    other.keep_source(at)
+                if not (apart or ordered) and (writes or wrote):
                     verb = "writes" if writes else "reads"
                     before = "wrote" if wrote else "reads"
                     found.append(f"{what} {verb} what another stream {before}, and is not ordered after it")
@@ -308,15 +331,14 @@ def copies_out(function: Any, args: Any, operands: list[Tensor]) -> bool:
 
 
 def copy_out(host: Tensor, inner: Tensor, device: torch.device) -> Tensor:
-    """Queue such a copy: it reads the memory when it runs, which is as late as can be."""
+    """Queue such a copy."""
     now = current_stream(device)
     point = now.point()
     look_at_capture("a copy to the host")
     memory.touch(inner, now, point, False, "a copy to the host")
     if now is not default_stream(device) and not memory.is_recorded(inner, now):
         found.append("a copy on a stream that the memory was not recorded on: it may be given away before it has run")
-    to = host.as_subclass(Tensor)
-    now.waiting.append((point, lambda: to.copy_(inner)))
+    now.waiting.append(Copy(point, host.as_subclass(Tensor), inner.detach()))
     machine.follow(now)
     return host
 

@@ -77,6 +77,15 @@ class DeviceTensor(Tensor):
     def is_pinned(self, device: Any = None) -> bool:
         return False
 
+    @property
+    def data(self) -> Tensor:
+        return DeviceTensor(self.inner.detach(), self.device)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)
+        self.inner = value.inner
+
     # What looks at elements.
 
     def numpy(self, **_: Any) -> Any:
@@ -144,3 +153,16 @@ def _device(function: Any, operands: list[Tensor], kwargs: Any) -> torch.device 
 
 def _numbered(device: torch.device) -> torch.device:
     return device if device.index is not None else torch.device(device.type, streams.current_device())
+
+
+_tensor = torch.tensor
+
+
+def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+    """In place of `torch.tensor`, which does not know such devices: made in host memory and copied, as that does."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type != NAME:
+        return _tensor(data, device=device, **options)
+    requires_grad = options.pop("requires_grad", False)
+    made = data.detach().clone() if isinstance(data, Tensor) else _tensor(data, device="cpu", **options).to(device)
+    return made.requires_grad_(requires_grad)

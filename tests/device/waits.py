@@ -84,4 +84,6 @@ def ours() -> str | None:
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(_OURS):
         return None
+    if frame.f_code.co_name == "__torch_function__":  # it hands on what the user calls
+        return None
     return f"{frame.f_code.co_filename[len(_OURS) + 1 :]}:{frame.f_lineno}"

@@ -233,13 +233,14 @@ def current_device() -> int:
 
 def default_stream(device: Any = None) -> Stream:
     device = _device(device)
-    with memory.lock:
-        return _defaults.setdefault(device, Stream(device))
+    known = _defaults.get(device)
+    return known or _defaults.setdefault(device, Stream(device))
 
 
 def current_stream(device: Any = None) -> Stream:
     device = _device(device)
-    return getattr(_state, "streams", {}).get(device) or default_stream(device)
+    chosen = _state.__dict__.get("streams")
+    return (chosen and chosen.get(device)) or default_stream(device)
 
 
 @contextmanager
@@ -280,8 +281,10 @@ def look_at_capture(what: str, everywhere: bool = False) -> None:
 
 
 def _device(device: Any) -> torch.device:
-    device = torch.device("fgpu", current_device()) if device is None or isinstance(device, int) else torch.device(device)
-    return device if device.index is not None else torch.device(device.type, current_device())
+    if isinstance(device, torch.device) and device.index is not None:
+        return device
+    device = torch.device("fgpu" if device is None or isinstance(device, int) else device)
+    return device if device.index is not None else torch.device("fgpu", current_device())
 
 
 # ---- operations
@@ -367,6 +370,8 @@ def _storage(inner: Tensor) -> int:
 def _range(inner: Tensor) -> tuple[int, int]:
     if not inner.numel():
         return 0, 0
+    start, size = inner.storage_offset(), inner.itemsize
+    if inner.is_contiguous():
+        return start * size, (start + inner.numel()) * size
     last = sum((size - 1) * stride for size, stride in zip(inner.shape, inner.stride(), strict=True))
-    start = inner.storage_offset()
-    return start * inner.itemsize, (start + last + 1) * inner.itemsize
+    return start * size, (start + last + 1) * size

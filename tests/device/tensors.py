@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.device import streams, waits
 
@@ -101,8 +100,7 @@ class DeviceTensor(Tensor):
 
 def run(function: Any, args: Any, kwargs: Any) -> Any:
     """An operation with such a tensor among its operands, or that makes one."""
-    leaves = tree_leaves((args, kwargs))
-    operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    operands = [*_tensors(args), *_tensors(kwargs.values())]
     device = _device(function, operands, kwargs)
     waits.look_at(function, args, kwargs, operands)
     inside: dict[int, Tensor] = {}
@@ -116,9 +114,12 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     def wrapped(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return inside[id(leaf)] if id(leaf) in inside else _on(leaf, device)
+        known = inside.get(id(leaf))
+        if known is not None and known.shape != leaf.shape:  # an `out` that was made larger
+            Tensor.data.__set__(known, DeviceTensor(leaf, known.device))
+        return _on(leaf, device) if known is None else known
 
-    inner_args, inner_kwargs = tree_map(unwrapped, (args, kwargs))
+    inner_args, inner_kwargs = _map(unwrapped, args), {name: _map(unwrapped, value) for name, value in kwargs.items()}
     if _on_device(inner_kwargs.get("device")):
         inner_kwargs["device"] = "cpu"
     if streams.copies_out(function, inner_args, operands):
@@ -126,7 +127,23 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     streams.order(function, inner_args, inner_kwargs, inside, device)
     out = function(*inner_args, **inner_kwargs)
     streams.wrote(out, [t.inner for t in inside.values()], device)
-    return tree_map(wrapped, out)
+    return _map(wrapped, out)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _map(function: Any, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, item) for item in value])
+    return function(value)
 
 
 def _on(inner: Tensor, device: torch.device | None) -> Tensor:

@@ -215,6 +215,7 @@ class Machine:
 memory = Memory()
 machine = Machine()
 _defaults: dict[torch.device, Stream] = {}
+_of_forward: dict[torch.device, Stream] = {}  # chosen last, in the thread that trains
 
 
 def clear() -> None:
@@ -222,6 +223,7 @@ def clear() -> None:
     memory.clear()
     machine.clear()
     _defaults.clear()
+    _of_forward.clear()
     _state.__dict__.clear()
     found.clear()
     waits.found.clear()
@@ -240,6 +242,8 @@ def default_stream(device: Any = None) -> Stream:
 def current_stream(device: Any = None) -> Stream:
     device = _device(device)
     chosen = _state.__dict__.get("streams")
+    if chosen is None and torch._C._current_graph_task_id() != -1:
+        chosen = _of_forward  # autograd's own thread runs a backward pass on the streams of the forward pass
     return (chosen and chosen.get(device)) or default_stream(device)
 
 
@@ -248,12 +252,15 @@ def stream(chosen: Stream | None) -> Iterator[None]:
     if chosen is None:
         yield
         return
-    before = getattr(_state, "streams", {})
+    before, before_forward = getattr(_state, "streams", {}), dict(_of_forward)
     _state.streams = {**before, chosen.device: chosen}
+    _of_forward[chosen.device] = chosen
     try:
         yield
     finally:
         _state.streams = before
+        _of_forward.clear()
+        _of_forward.update(before_forward)
 
 
 def is_current_stream_capturing() -> bool:

@@ -252,7 +252,7 @@ class Passes:
         running.add(passing)
 
     def _begin_backward(self, task: int | None) -> Backward:
-        call = roots()
+        call = roots(self._thread)
         value = call.value
         loss = None if value is None else value.tolist() if value.is_cpu else value.clone()  # in host memory: no wait
         elsewhere = call.call == "grad" and call.for_parameters
@@ -283,7 +283,7 @@ class Passes:
     def _decide_training(self, passing: Pass) -> None:
         """A backward pass runs through a pass in evaluation mode: it was training."""
         passing.decide(TRAINING)
-        self._thread = get_ident()
+        self._thread = self._running.thread  # this one may be a device's
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
 

@@ -1,0 +1,111 @@
+"""Models over several devices, and several models."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchprobe
+from tests.device import streams
+from tests.device.training import Net, batch, everything, scalars, step
+from torchprobe.testing import MemoryWriter
+
+
+class Split(nn.Module):
+    """Half of it on one device, half on another; both use one shared scale."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.places = torch.device(first), torch.device(second)
+        self.low, self.high = nn.Linear(6, 8).to(first), nn.Linear(8, 5).to(second)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True).to(second)
+
+    def forward(self, x):
+        x = self.low(x.to(self.places[0], non_blocking=True)).relu().to(self.places[1], non_blocking=True)
+        return self.high(self.attention(x, x, x)[0].mean(1))
+
+
+def trained(first, second):
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model, writer = Split(first, second), MemoryWriter()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with torchprobe.instrument(model, writer=writer, probes=everything()):
+        for i in range(3):
+            x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(i))
+            targets = torch.arange(4).to(second)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), targets).backward()
+            optimizer.step()
+    return scalars(writer)
+
+
+@pytest.mark.parametrize("places", [("fgpu:0", "fgpu:0"), ("cpu", "fgpu:0"), ("fgpu:0", "cpu")], ids=str)
+def test_a_model_over_two_devices_gives_what_it_gives_on_one(fgpu, places):
+    expected, found = trained("cpu", "cpu"), trained(*places)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-7, nan_ok=True), key
+
+
+def test_rows_of_each_device_go_by_a_stream_of_their_own(fgpu, monkeypatch):
+    used = set()
+    copy_out = streams.copy_out
+    monkeypatch.setattr(streams, "copy_out", lambda host, inner, device: used.add(device) or copy_out(host, inner, device))
+    trained("fgpu:0", "fgpu:1")
+    assert used == {torch.device("fgpu:0"), torch.device("fgpu:1")}
+
+
+def test_two_models_that_train_in_two_threads_keep_their_losses_apart(fgpu):
+    """Backward passes of a device run in a thread of autograd's, where the frames of all threads are looked through."""
+    expected, found, failures = {}, {}, []
+
+    def train(scale, into, together=None):
+        try:
+            with fgpu:
+                torch.manual_seed(0)
+                model, writer = nn.Linear(4, 3), MemoryWriter()
+                optimizer = torch.optim.SGD(model.parameters(), 0.0)
+                session = torchprobe.instrument(model, writer=writer, probes=[torchprobe.Loss()])
+                for i in range(12):
+                    optimizer.zero_grad()
+                    loss = model(torch.ones(2, 4)).square().mean() * 0.0 + scale + i
+                    if together is not None:
+                        together.wait(60)
+                    loss.backward()
+                    optimizer.step()
+                session.detach()
+                into[scale] = [v for (_, tag), v in sorted(scalars(writer).items()) if tag == "overview/loss"]
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    for scale in (100.0, 200.0):
+        train(scale, expected)
+    together = threading.Barrier(2)
+    threads = [threading.Thread(target=train, args=(scale, found, together)) for scale in (100.0, 200.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures
+    assert expected == {scale: [scale + i for i in range(12)] for scale in (100.0, 200.0)}
+    assert found == expected
+
+
+def test_a_model_on_a_side_stream_of_the_users(fgpu):
+    torch.manual_seed(0)
+    side = streams.Stream(fgpu)
+    with fgpu, streams.stream(side):
+        model, writer = Net(), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        session = torchprobe.instrument(model, writer=writer, probes=everything())
+        for _ in range(2):
+            step(model, optimizer, *batch())
+    streams.current_stream(fgpu).wait_stream(side)
+    session.detach()
+    assert {(1, "overview/loss"), (2, "overview/loss")} <= scalars(writer).keys()

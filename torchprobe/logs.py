@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.probes.separation import Separation
 from torchprobe.records import Text, Value
 from torchprobe.steps.recorder import Recorder
@@ -52,7 +53,7 @@ class LogCalls(ABC):
         (0.5 is chance), and the histograms `ood/in` and `ood/out`; another `name` stands in place of `ood`. Sorts
         the scores on their device, and nothing waits. Raises TypeError for what is no array of numbers.
         """
-        piece = separation_piece(self._separation, in_scores, out_scores, name)
+        piece = None if records_graph() else separation_piece(self._separation, in_scores, out_scores, name)
         if piece is not None:
             self._log_rows("log_ood", piece)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece, Reporter
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.statistics import out_of_distribution as separation
 from torchprobe.statistics.uncertainty import Decomposition
 
@@ -54,7 +55,7 @@ class Metrics:
             if isinstance(value, Tensor | np.ndarray) and not _is_scalar(value):
                 self._warn(tag, value)
             elif isinstance(value, Tensor):
-                yield tag, value.detach().clone().reshape(())
+                yield tag, value if records_graph() else value.detach().clone().reshape(())
             else:
                 yield tag, _as_float(value)
 

@@ -170,7 +170,8 @@ class Probe(metaclass=_Frozen):
         rows = self.compute_all(tensors, before)
         if not self.weighted:
             return rows
-        return torch.cat((rows, rows.new_tensor([[tensor.numel()] for tensor in tensors])), dim=1)
+        weights = [rows.new_full((1,), tensor.numel()) for tensor in tensors]  # a list would be copied, and waited for
+        return torch.cat((rows, torch.stack(weights)), dim=1)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """Merge the rows of two parts, shape (len(fields),) each. By default as `reduce` says."""

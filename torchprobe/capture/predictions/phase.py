@@ -205,7 +205,7 @@ class Phase:
 
     def settle_form(self, key: str, right: bool, certain: Tensor | None = None) -> None:
         """A loss has told whether an output has this form. certain: a flag on the device, where it may not have."""
-        evidence = torch.tensor([1.0, float(right), 0.0], dtype=torch.float64)
+        evidence = torch.tensor([1.0, float(right), 0.0], dtype=torch.float64, device="cpu")
         if certain is not None:
             evidence = evidence.to(certain.device, row_dtype(certain.device), non_blocking=True) * certain
         self.support(key, evidence)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from tests.device import backend, streams, tensors, waits
+from tests.device import backend, host_only, streams, tensors, waits
 from torchprobe.buffer import transfer
 from torchprobe.statistics import dtypes
 
@@ -45,8 +45,9 @@ def on_fgpu(fgpu, monkeypatch):
 def both_places(request):
     """For an autouse fixture with `params=PLACES`: the test as it is, and again on the device."""
     if request.param != "cpu":
-        if request.node.get_closest_marker("host_only"):
-            pytest.skip(request.node.get_closest_marker("host_only").args[0])
+        why = host_only.reason(request.node.nodeid)
+        if why:
+            pytest.skip(why)
         request.getfixturevalue("on_fgpu")
 
 

@@ -50,7 +50,11 @@ class Tally:
     def support(self, form: str, evidence: Tensor) -> None:
         """Add to what is known of a form: (3,), see `probes.evidence`."""
         before = self._evidence.get(form)
-        self._evidence[form] = evidence if before is None else before + evidence.to(before.device)
+        if before is not None:  # what is in host memory goes to the device: the other way would wait
+            device = evidence.device if before.is_cpu else before.device
+            dtype = row_dtype(device)
+            evidence = before.to(device, dtype, non_blocking=True) + evidence.to(device, dtype, non_blocking=True)
+        self._evidence[form] = evidence
 
     def take_from(self, other: Tally) -> None:
         """All that another one holds, which is empty then."""

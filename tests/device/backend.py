@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import pytest
 import torch
 
-from tests.device import streams, tensors, waits
+from tests.device import streams, tensors
 
 try:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _set_up
     from torch.utils.backend_registration import _DummyBackendModule, _DummyDeviceGuard
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _set_up
 except ImportError:
     _set_up = None
 

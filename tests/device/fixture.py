@@ -36,7 +36,9 @@ def fgpu(monkeypatch):
 @pytest.fixture
 def on_fgpu(fgpu, monkeypatch):
     """What a test makes is on the device, where it does not say otherwise."""
-    monkeypatch.setattr(torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False))
+    monkeypatch.setattr(
+        torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False)
+    )
     torch.set_default_device(fgpu)
     yield fgpu
     torch.set_default_device(None)

@@ -25,7 +25,7 @@ found: list[str] = []
 _state = threading.local()
 
 
-class DeviceLost(RuntimeError):
+class DeviceLostError(RuntimeError):
     """What a device raises that has fallen off the bus."""
 
 
@@ -126,7 +126,7 @@ class Event:
 
     def _arrive(self) -> None:
         if machine.lost:
-            raise DeviceLost("the device is lost")
+            raise DeviceLostError("the device is lost")
         if self.stream is not None:
             self.stream.run_until(self.seen[self.stream])
         memory.host_waited(self.seen)

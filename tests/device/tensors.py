@@ -1,8 +1,8 @@
 """Tensors on a device that is not there: they hold values, but nobody on the host may look at them without waiting.
 
 `torch.device("fgpu:0")` and `("fgpu:1")` come from torch's Python backend for PrivateUse1, with autograd's own threads.
-Each operation computes on the CPU, so that numbers are right; what a GPU would refuse raises here as it would there, and
-what would make the host wait is a `waits.Wait` (see there). Operations are ordered by streams: see `streams`.
+Each operation computes on the CPU, so that numbers are right; what a GPU would refuse raises here too, and
+what would make the host wait is a `waits.WaitError` (see there). Operations are ordered by streams: see `streams`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _device(function: Any, operands: list[Tensor], kwargs: Any) -> torch.device 
     places = {tensor.device for tensor in operands if tensor.dim() or tensor.device.type != "cpu"}
     places = places or {tensor.device for tensor in operands}
     if len(places) > 1 and name not in _ANYWHERE:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found {sorted(map(str, places))}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} found {sorted(map(str, places))}"
+        )
     first = operands[0].device if name in _ANYWHERE and operands else next(iter(places), torch.device(NAME, 0))
     return first if first.type == NAME else None
 

@@ -128,7 +128,7 @@ def test_what_waits_for_a_gpu_is_found_in_our_code_and_not_in_the_users(fgpu, wa
     assert waits.found == []
     monkeypatch.setattr(waits, "_OURS", __file__.removesuffix("test_buffers.py"))
     monkeypatch.setattr(waits, "_BETWEEN", (*waits._BETWEEN[:1], waits.__file__, streams.__file__, TENSORS))
-    with pytest.raises(waits.Wait):
+    with pytest.raises(waits.WaitError):
         wait(x)
     drained(lambda: wait(x))
     assert len(waits.found) == 1
@@ -205,9 +205,7 @@ def test_a_lost_device_costs_its_steps_a_time_out_and_one_line_in_the_log(fgpu, 
         for sent in (first, second):
             with pytest.raises(RuntimeError, match="fgpu:0 is lost"):
                 taken(sent)
-    assert [r.getMessage() for r in caplog.records] == [
-        "no copy from fgpu:0 has arrived for 0.2 s: it counts as lost"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["no copy from fgpu:0 has arrived for 0.2 s: it counts as lost"]
     assert buffers.send(3, 0.0, content).lost  # refused at once
 
 

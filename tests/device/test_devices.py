@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import torchprobe
 from tests.device import streams
 from tests.device.training import Net, batch, everything, scalars, step
+from torchprobe.capture.gate import Meter
 from torchprobe.testing import MemoryWriter
 
 
@@ -55,7 +57,9 @@ def test_a_model_over_two_devices_gives_what_it_gives_on_one(fgpu, places):
 def test_rows_of_each_device_go_by_a_stream_of_their_own(fgpu, monkeypatch):
     used = set()
     copy_out = streams.copy_out
-    monkeypatch.setattr(streams, "copy_out", lambda host, inner, device: used.add(device) or copy_out(host, inner, device))
+    monkeypatch.setattr(
+        streams, "copy_out", lambda host, inner, device: used.add(device) or copy_out(host, inner, device)
+    )
     trained("fgpu:0", "fgpu:1")
     assert used == {torch.device("fgpu:0"), torch.device("fgpu:1")}
 
@@ -95,6 +99,43 @@ def test_two_models_that_train_in_two_threads_keep_their_losses_apart(fgpu):
     assert not failures
     assert expected == {scale: [scale + i for i in range(12)] for scale in (100.0, 200.0)}
     assert found == expected
+
+
+def test_a_model_trained_in_evaluation_mode_is_followed_though_its_backward_runs_in_a_devices_thread(fgpu, caplog):
+    torch.manual_seed(0)
+    with fgpu:
+        model, writer = Net().eval(), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.head.weight.register_hook(lambda gradient: threading.current_thread() and None)  # which makes it known
+        with torchprobe.instrument(model, writer=writer, probes=everything()):
+            for _ in range(3):
+                step(model, optimizer, *batch())
+    found = scalars(writer)
+    assert {(k, "activation_rms/head") for k in (1, 2, 3)} <= found.keys()
+    assert "another thread" not in caplog.text
+
+
+def test_time_is_kept_by_thread():
+    meter, together = Meter(), threading.Barrier(4)
+
+    def enter_and_leave():
+        together.wait(30)
+        for _ in range(2000):
+            meter.enter()
+            meter.enter()
+            meter.leave()
+            meter.leave()
+
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    before = meter.seconds
+    meter.enter()
+    time.sleep(0.02)
+    meter.leave()
+    assert meter.seconds - before >= 0.02  # nobody is left inside
 
 
 def test_a_model_on_a_side_stream_of_the_users(fgpu):

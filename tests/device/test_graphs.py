@@ -82,7 +82,7 @@ def test_a_flush_while_a_graph_is_captured_writes_what_was_there_before(run):
 def test_that_the_fixture_sees_an_operation_of_ours_in_a_graph(run, monkeypatch):
     from torchprobe.steps import protection
 
-    model, optimizer, session, _ = run
+    model, optimizer, _, _ = run
     step(model, optimizer, *batch())
     monkeypatch.setattr(protection, "records_graph", lambda: False)  # as it would be without the check
     with streams.captured():

@@ -20,7 +20,9 @@ def train(device, steps=3, probes=None, seed=0, options=None, watch=True, **argu
     with torch.device(device):
         model, writer = Net(), MemoryWriter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **(options or {}))
-        session = torchprobe.instrument(model, writer=writer, probes=probes or everything(), **arguments) if watch else None
+        session = (
+            torchprobe.instrument(model, writer=writer, probes=probes or everything(), **arguments) if watch else None
+        )
         for _ in range(steps):
             loss = step(model, optimizer, *batch())
             if session is not None:
@@ -35,6 +37,11 @@ def of(run, wanted):
     return [value for (_, tag), value in sorted(run.items()) if tag == wanted]
 
 
+def without_zeros(writer):
+    """Without counts of exact zeros: gradients that are 0 but for rounding, as those of a key's bias, may be either."""
+    return {key: value for key, value in scalars(writer).items() if "zeros" not in key[1]}
+
+
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -46,7 +53,7 @@ def test_every_probe_and_source_gives_what_it_gives_on_the_cpu_and_nothing_waits
     _, found, session = train(fgpu)
     assert "nothing captured" not in session.summary()
     assert "not seen" not in session.summary()
-    assert_close(scalars(found), scalars(expected))
+    assert_close(without_zeros(found), without_zeros(expected))
     assert {k: set(v) for k, v in values(found).items()} == {k: set(v) for k, v in values(expected).items()}
 
 
@@ -73,7 +80,9 @@ def test_a_grad_scaler_whose_verdict_is_on_the_device(fgpu, options, overflow):
             model, writer = nn.Linear(4, 3), MemoryWriter()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
             scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=64.0)
-            session = torchprobe.instrument(model, writer=writer, probes=[torchprobe.Gradients(every=1), torchprobe.Loss()])
+            session = torchprobe.instrument(
+                model, writer=writer, probes=[torchprobe.Gradients(every=1), torchprobe.Loss()]
+            )
             for i in range(4):
                 optimizer.zero_grad()
                 loss = model(torch.randn(5, 4)).square().mean() * (float("inf") if overflow and i == 1 else 1.0)

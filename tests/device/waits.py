@@ -32,16 +32,16 @@ _READS = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 
-class Wait(RuntimeError):
+class WaitError(RuntimeError):
     """Our code on the training thread would wait for the device."""
 
 
 def host_reads(what: str) -> None:
-    """Somebody is about to wait: raises `Wait` where it is code of ours, outside of the drain thread."""
+    """Somebody is about to wait: raises `WaitError` where it is code of ours, outside of the drain thread."""
     where = ours()
     if where is not None:
         found.append(f"{what} at {where}")
-        raise Wait(found[-1])
+        raise WaitError(found[-1])
 
 
 def look_at(function: Any, args: Any, kwargs: Any, operands: list[Tensor]) -> None:

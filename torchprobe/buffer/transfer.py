@@ -40,7 +40,9 @@ def _capturing(kinds: frozenset[str]) -> list[tuple[Callable[[], bool], Callable
     """For each kind of device that this torch has: whether it was started, and whether its stream captures."""
     modules = [getattr(torch, kind) for kind in kinds if hasattr(torch, kind)]
     # Older versions of torch lack the second for xpu, which captures no graphs there.
-    return [(m.is_initialized, m.is_current_stream_capturing) for m in modules if hasattr(m, "is_current_stream_capturing")]
+    return [
+        (m.is_initialized, m.is_current_stream_capturing) for m in modules if hasattr(m, "is_current_stream_capturing")
+    ]
 
 
 def pinned(size: int, dtype: torch.dtype) -> Tensor:

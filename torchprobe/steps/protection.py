@@ -87,9 +87,8 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
 
     def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         guard = self.guard
-        if (
-            guard.stopped or os.getpid() != guard.pid or records_graph()
-        ) and not guard.records(method.__name__):  # in place, as the meter is kept: a call costs, at every event
+        off = guard.stopped or os.getpid() != guard.pid or records_graph()
+        if off and not guard.records(method.__name__):  # in place, as the meter is kept: a call costs, at every event
             return None
         starts = guard.meter.starts
         starts.append(0.0 if starts else perf_counter())

@@ -242,7 +242,7 @@ def default_stream(device: Any = None) -> Stream:
 def current_stream(device: Any = None) -> Stream:
     device = _device(device)
     chosen = _state.__dict__.get("streams")
-    if chosen is None and torch._C._current_graph_task_id() != -1:
+    if not chosen and torch._C._current_graph_task_id() != -1:
         chosen = _of_forward  # autograd's own thread runs a backward pass on the streams of the forward pass
     return (chosen and chosen.get(device)) or default_stream(device)
 
@@ -302,7 +302,12 @@ def order(function: Any, args: Any, kwargs: Any, operands: dict[int, Any], devic
     if device is None and not operands:
         return
     now = current_stream(device or next(iter(operands.values())).device)
+    others = [current_stream(place) for place in {one.device for one in operands.values()} if place != now.device]
+    for other in others:  # a copy between devices, which torch orders on both sides
+        now.see(other.seen)
     point = now.point()
+    for other in others:
+        other.see(now.seen)
     name = function._schema.name
     if machine.capturing and now in machine.capturing and waits.ours() is not None:
         found.append(f"{name} becomes part of the user's graph, at {waits.ours()}")

@@ -55,13 +55,23 @@ def test_a_model_over_two_devices_gives_what_it_gives_on_one(fgpu, places):
 
 
 def test_rows_of_each_device_go_by_a_stream_of_their_own(fgpu, monkeypatch):
-    used = set()
-    copy_out = streams.copy_out
+    """Without gradients: torch gives such a device one thread of autograd's, whatever their number."""
+    used, copy_out = set(), streams.copy_out
     monkeypatch.setattr(
         streams, "copy_out", lambda host, inner, device: used.add(device) or copy_out(host, inner, device)
     )
-    trained("fgpu:0", "fgpu:1")
+    torch.manual_seed(0)
+    found = {}
+    for places in (("cpu", "cpu"), ("fgpu:0", "fgpu:1")):
+        torch.manual_seed(0)
+        model, writer = Split(*places), MemoryWriter()
+        with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Activations(every=1)]), torch.no_grad():
+            model(torch.ones(4, 3, 6))
+        found[places] = {key: value for key, value in scalars(writer).items() if "activation" in key[1]}
     assert used == {torch.device("fgpu:0"), torch.device("fgpu:1")}
+    here, there = found.values()
+    assert len(here) > 5
+    assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
 
 def test_two_models_that_train_in_two_threads_keep_their_losses_apart(fgpu):

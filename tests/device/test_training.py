@@ -45,7 +45,7 @@ def without_zeros(writer):
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-7, nan_ok=True), key
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-7, nan_ok=True), key  # steps sum up rounding
 
 
 def test_every_probe_and_source_gives_what_it_gives_on_the_cpu_and_nothing_waits(fgpu):

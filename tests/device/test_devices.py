@@ -125,7 +125,7 @@ def test_a_model_trained_in_evaluation_mode_is_followed_though_its_backward_runs
     assert "another thread" not in caplog.text
 
 
-def test_time_is_kept_by_thread():
+def test_the_meter_is_empty_when_all_threads_have_left():
     meter, together = Meter(), threading.Barrier(4)
 
     def enter_and_leave():

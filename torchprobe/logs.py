@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.records import Histogram, Text, Value
 from torchprobe.statistics import out_of_distribution
 from torchprobe.steps.recorder import Recorder
@@ -64,6 +65,8 @@ class LogCalls(ABC):
         """
         if not isinstance(name, str):
             raise TypeError(f"name={name!r}: takes a string, such as 'ood', not {type(name).__name__}")
+        if records_graph():
+            return
         inside, outside = floats("in_scores", in_scores), floats("out_scores", out_scores)
         try:
             row = out_of_distribution.compute(inside, outside.to(inside.device, non_blocking=True))

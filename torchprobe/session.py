@@ -252,6 +252,8 @@ class Session(Logs):
             f"  alerts            {self._watch.count}",
         ]
         lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
+        captured = recorder.guard.captured["_before"]
+        lines += [f"  captured steps    {captured}, in a graph of the device: not recorded"] if captured else []
         lines += outlet.drain.ranks
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")

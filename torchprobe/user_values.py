@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.statistics.uncertainty import Decomposition
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
@@ -52,7 +53,7 @@ class Metrics:
             if isinstance(value, Tensor | np.ndarray) and not _is_scalar(value):
                 self._warn(tag, value)
             elif isinstance(value, Tensor):
-                yield tag, value.detach().clone().reshape(())
+                yield tag, value if records_graph() else value.detach().clone().reshape(())
             else:
                 yield tag, _as_float(value)
 

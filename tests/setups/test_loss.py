@@ -322,7 +322,7 @@ def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
     x, found = torch.ones(3, requires_grad=True), []
 
     def hook(gradient: Tensor) -> None:
-        thread = threading.Thread(target=lambda: found.append(roots()))
+        thread = threading.Thread(target=lambda: found.append(roots(0)))
         thread.start()
         thread.join()
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.buffer.step import SKIPPED, Arrived, Reporter, StepInFlight, by_reporter, grouped
+from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
 from torchprobe.records import Record, Text, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
@@ -32,6 +32,8 @@ _REASONS = {
     "loss": "no backward() from the model's output was seen, which is what the loss is read from",
 }
 
+SKIPPED_STEPS = "overview/skipped_steps"
+
 _log = logging.getLogger("torchprobe")
 
 
@@ -39,7 +41,8 @@ class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
     A value that no writer could store, or under a tag that is no text, is left out alone and said once.
-    skipped counts the steps that a fused optimizer turned out to have skipped: they give no record.
+    skipped counts the steps that turned out to be skipped when their rows arrived, by a fused optimizer (they give no
+    record) or for want of finite gradients: `overview/skipped_steps` is told here.
     missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
     unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
     faults: what is left out for good, a short line each.
@@ -75,12 +78,15 @@ class Decoder:
     def record(self, sent: StepInFlight, arrived: Iterable[Arrived]) -> Record | None:
         """The record of a step whose rows are on the host."""
         groups = grouped(arrived)
+        self.skipped += sum(int(part.rows.sum()) for part in groups.get((SKIPPED_BEFORE, ""), ()))
         if any((flag.rows > 0).any() for flag in groups.get((SKIPPED, ""), ())):
             self.skipped += 1
             return None
         values: dict[str, Value] = {}
         for tag, value in sent.values.items():
             self._put(values, tag, value, "the step")
+        if SKIPPED_STEPS in values:  # those that the training thread knows of
+            values[SKIPPED_STEPS] = float(cast("float", values[SKIPPED_STEPS]) + self.skipped)
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))

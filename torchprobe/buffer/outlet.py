@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any, Protocol
 
-from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.decode import SKIPPED_STEPS, Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.step import StepBuffer, StepInFlight, TransferBuffers
 from torchprobe.records import Value
@@ -80,11 +80,11 @@ class Overview:
         self._longest = 0.0  # seconds between two reports
 
     def values(self, skipped: int) -> dict[str, Value]:
-        """Values by tag; skipped: steps that the host knows to be skipped."""
+        """Values by tag; skipped: steps that the host knows to be skipped, to which the decoder adds the others."""
         return {
             **self._overhead(),
             "overview/dropped_records": float(self._outlet.drain.dropped),
-            "overview/skipped_steps": float(skipped + self._outlet.decoder.skipped),
+            SKIPPED_STEPS: float(skipped),
         }
 
     def _overhead(self) -> dict[str, Value]:

@@ -165,7 +165,7 @@ class Scalars:
 
 
 class SkippedFlag:
-    """Marks the row that says whether a fused optimizer skipped the step."""
+    """Marks the row that says whether the step was skipped, or how many were before it."""
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Nothing to show: the reader of the record acts on it."""
@@ -174,6 +174,9 @@ class SkippedFlag:
 
 _SCALARS = Scalars()
 SKIPPED = SkippedFlag()
+"""A fused optimizer skipped the step: nothing of it counts."""
+SKIPPED_BEFORE = SkippedFlag()
+"""Steps whose gradients nobody used, since they were not finite."""
 
 
 class TransferBuffers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
@@ -12,6 +13,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from torchprobe.buffer.transfer import may_record_graphs, records_graph
 from torchprobe.capture.compat import find
 from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
 
@@ -96,6 +98,7 @@ class Guard:
     """Whether a run records, and what that costs the training thread; shared by all that training calls into.
 
     tell: called with the reason when recording stops by a fault of ours. wanted: what the user asked to be raised.
+    captured: how often each method was called while the user captured a graph of a device, and did nothing.
     """
 
     def __init__(self, meter: Meter, tell: Callable[[str], None], wanted: tuple[type[Exception], ...] = ()) -> None:
@@ -104,6 +107,8 @@ class Guard:
         self.wanted = wanted
         self.stopped = False
         self._tell = tell
+        self.captured: Counter[str] = Counter()
+        self.may_capture = may_record_graphs()
         self._said_forked = False
 
     def stop(self) -> None:
@@ -116,15 +121,22 @@ class Guard:
         _log.exception("torchprobe failed and stops recording; training goes on")
         self._tell(f"{type(error).__name__}: {error}")
 
-    def records(self) -> bool:
-        """Whether this process records: a forked child says once that it does not."""
+    def records(self, method: str) -> bool:
+        """Whether a method is to record: a forked child, and a step that is captured as a graph, say once that not."""
         if self.stopped:
             return False
-        if os.getpid() == self.pid:
+        if os.getpid() != self.pid:
+            if not self._said_forked:
+                self._said_forked = True
+                _log.warning("process %d was forked from the one that records: nothing of it is recorded", os.getpid())
+            return False
+        if not records_graph():
             return True
-        if not self._said_forked:
-            self._said_forked = True
-            _log.warning("process %d was forked from the one that records: nothing of it is recorded", os.getpid())
+        if not self.captured:
+            _log.warning(
+                "what is captured into a graph of the device is not recorded, nor are its replays, which run no Python"
+            )
+        self.captured[method] += 1
         return False
 
     @contextmanager
@@ -154,7 +166,8 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
 
     def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         guard = self.guard
-        if (guard.stopped or os.getpid() != guard.pid) and not guard.records():
+        off = guard.stopped or os.getpid() != guard.pid or (guard.may_capture and records_graph())
+        if off and not guard.records(method.__name__):
             return None
         switch, starts = find(DYNAMO_SWITCH), guard.meter.starts
         dynamo = None if switch is None else switch(None)

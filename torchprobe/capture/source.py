@@ -147,6 +147,11 @@ class Running:
         """A forward pass begins."""
         self.passing, self.training, self._thread = passing, passing.kind is not VALIDATION, get_ident()
 
+    @property
+    def thread(self) -> int:
+        """That of the last forward pass."""
+        return self._thread
+
     def leave(self) -> Pass | None:
         """The forward pass of this thread is over: which it was."""
         passing = self.passing

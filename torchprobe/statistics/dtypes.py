@@ -21,6 +21,9 @@ chunk is a barrier, which costs milliseconds where other processes want the core
 DEVICE_CHUNK = 2**22
 """The same elsewhere: few kernels, and a huge tensor costs no huge temporaries."""
 
+PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter)
+"""Tensors whose elements lie where they say: no DTensor, no fake tensor, no subclass that may do as it likes."""
+
 _PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}  # two numbers a byte; from torch 2.8 on
 
 

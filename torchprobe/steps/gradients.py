@@ -69,7 +69,7 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
-        call = roots()
+        call = roots(self._sources.running.thread)
         loss = None if call.value is None else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
         backward = Backward(task, loss, elsewhere, not call.for_parameters)

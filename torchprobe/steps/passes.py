@@ -230,7 +230,7 @@ class Passes:
     def _train(self, passing: Pass) -> None:
         """A backward pass runs through a pass in evaluation mode: it was training."""
         passing.decide(TRAINING)
-        self._thread = get_ident()
+        self._thread = self._running.thread  # this one may be a device's
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
 

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet, Overview
+from torchprobe.buffer.step import SKIPPED_BEFORE, Piece
 from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.schedule import every
 from torchprobe.records import Text, Value
+from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
@@ -42,7 +44,6 @@ class Steps:
         self._host_loss = host_loss
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
-        self._device_skips: Tensor | None = None
         self.has_validated = False
         """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last
@@ -190,9 +191,8 @@ class Steps:
     def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
         """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
         if flag is not None:
-            skips = self._device_skips
-            flag = flag.clamp(max=1.0)
-            self._device_skips = flag if skips is None else skips + flag.to(skips.device)
+            rows = flag.clamp(max=1.0).to(row_dtype(flag.device)).reshape(1, 1)
+            self.current.add(Piece(SKIPPED_BEFORE, ["skipped"], rows))
         if sign is not None:
             self.clock.skip()
             if not self._sources.scaled():
@@ -201,9 +201,6 @@ class Steps:
     def put_overview(self) -> None:
         """What torchprobe says of itself."""
         self.current.put_all(self._overview.values(self.clock.skipped).items())
-        if self._device_skips is not None:
-            known = self.clock.skipped + self._outlet.decoder.skipped
-            self.current.put("overview/skipped_steps", self._device_skips + known)
 
     # ---- while no optimizer is in sight
 

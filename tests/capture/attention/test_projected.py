@@ -39,6 +39,7 @@ def call(module: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor, 
     args = (*first, module.add_zero_attn, 0.0, module.out_proj.weight, module.out_proj.bias)
     weights = {f"{name}_proj_weight": getattr(module, f"{name}_proj_weight") for name in "qkv"}
     separate = module.in_proj_weight is None
+    masks = {name: mask.to(query.device) for name, mask in masks.items()}
     return args, {**masks, **weights, "use_separate_proj_weight": separate}
 
 

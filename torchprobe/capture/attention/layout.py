@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.statistics import dtypes
 from torchprobe.statistics.attention import Logits, QueryKey, Source
 from torchprobe.statistics.attention.keys import threshold
 
@@ -32,7 +33,7 @@ def unusual(*tensors: Tensor | None) -> str | None:
 def _unusual(tensor: Tensor) -> str | None:
     if tensor.is_nested:
         return "nested tensors"
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and type(tensor) not in dtypes.PLAIN:
         return f"tensors of type {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         return "sparse or meta tensors"

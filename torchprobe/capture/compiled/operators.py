@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import in_backward
 
 _library = Library("torchprobe_graph", "FRAGMENT")
@@ -48,29 +49,26 @@ def handle(target: _Attention | _Output) -> Tensor:
 
 
 def _target(handle: Tensor) -> Any:
-    """The object of a handle, which is in host memory: nothing waits."""
-    return _objects.get(int(handle.numpy()))  # made by `handle`, in host memory
+    """The object of a handle; None while the user captures a graph, of which this would become part."""
+    return None if records_graph() else _objects.get(int(handle.numpy()))  # made by `handle`, in host memory
 
 
 def _attention(handle: Tensor, *call: Any) -> None:
-    if not in_backward():  # a recomputation
-        target = _target(handle)
-        if target is not None:
-            target.record_call(*call)
+    target = None if in_backward() else _target(handle)  # a recomputation
+    if target is not None:
+        target.record_call(*call)
 
 
 def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
-    if gradient or not in_backward():
-        target = _target(handle)
-        if target is not None:
-            target.record_tensor(tensor, training, gradient)
+    target = _target(handle) if gradient or not in_backward() else None
+    if target is not None:
+        target.record_tensor(tensor, training, gradient)
 
 
 def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
-    if gradient or not in_backward():
-        target = _target(handle)
-        if target is not None:
-            target.record_row(row, training, gradient)
+    target = _target(handle) if gradient or not in_backward() else None
+    if target is not None:
+        target.record_row(row, training, gradient)
 
 
 def _define(name: str, arguments: str, body: Any) -> Any:

@@ -97,6 +97,8 @@ def scope() -> Scope:
     translator = _translator()
     if translator is None or getattr(translator, "export", False) or under_transform():
         return "elsewhere"
+    if _wants_device_graphs(translator) and not _leaves_operators_out():
+        _say_no_device_graphs()
     tracer = translator.output.current_tracer
     if tracer.parent is None:
         return "graph"
@@ -117,6 +119,22 @@ def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
         torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)  # traced
     else:
         function(*args)
+
+
+def _wants_device_graphs(translator: Any) -> bool:
+    """Whether the graph that is being traced is to run as graphs of the device, as `mode="reduce-overhead"` asks."""
+    return bool((getattr(translator.output.compiler_fn, "config", None) or {}).get("triton.cudagraphs"))
+
+
+def _leaves_operators_out() -> bool:
+    """Whether torch captures what lies around our operators, and not them."""
+    config = sys.modules.get("torch._inductor.config")
+    return hasattr(torch.Tag, "cudagraph_unsafe") and bool(getattr(config, "graph_partition", False))
+
+
+@functools.cache
+def _say_no_device_graphs() -> None:
+    _log.warning("sampled steps of a model compiled with mode='reduce-overhead' run without CUDA graphs in this torch")
 
 
 @constant

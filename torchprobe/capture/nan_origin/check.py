@@ -14,6 +14,7 @@ from torchprobe.capture.gate import Gate
 from torchprobe.capture.nan_origin.graph import Finding, of_gradients, of_output
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.naming import named_parameters, owner_of
+from torchprobe.statistics import dtypes
 from torchprobe.statistics.dtypes import on_host
 
 _ELEMENTS = 1024  # of one tensor
@@ -117,7 +118,7 @@ class NanCheck:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the elements are here: no DTensor, fake or sparse tensor."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    plain = type(tensor) in dtypes.PLAIN and tensor.layout is torch.strided
     return plain and tensor.is_floating_point() and tensor.numel() > 0
 
 

@@ -18,6 +18,7 @@ from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.probes.base import Reporter
+from torchprobe.statistics import dtypes
 from torchprobe.statistics.dtypes import real, row_dtype
 
 _MOST_EVENTS = 20_000  # in a pass
@@ -130,7 +131,7 @@ class ValueTrace:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    plain = type(tensor) in dtypes.PLAIN and tensor.layout is torch.strided
     return plain and tensor.numel() > 0 and is_numeric(tensor)
 
 

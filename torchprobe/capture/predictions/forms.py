@@ -117,9 +117,18 @@ def by_row(tensor: Tensor, form: Form) -> Tensor:
 def rows_of(tensor: Tensor, form: Form, index: Tensor | None) -> Tensor:
     """The chosen rows, (n, classes) or (n, 1), in float32 or wider: never of more than was picked; perhaps a view."""
     view = by_row(tensor.detach(), form)
-    chosen = () if index is None else torch.unravel_index(index, view.shape[:-1])
+    chosen = () if index is None else _unraveled(index, view.shape[:-1])
     rows = view[chosen] if chosen else view.reshape(-1, view.shape[-1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _unraveled(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """`torch.unravel_index`, which copies the shape to the device and waits for it."""
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, index % size)
+        index = index.div(size, rounding_mode="floor")
+    return tuple(places)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -56,7 +56,11 @@ class Tally:
     def support(self, form: str, evidence: Tensor) -> None:
         """Add to what is known of a form: (3,), see `probes.evidence`."""
         before = self._evidence.get(form)
-        self._evidence[form] = evidence if before is None else before + evidence.to(before.device)
+        if before is not None:  # what is in host memory goes to the device: the other way would wait
+            device = evidence.device if before.is_cpu else before.device
+            dtype = row_dtype(device)
+            evidence = before.to(device, dtype, non_blocking=True) + evidence.to(device, dtype, non_blocking=True)
+        self._evidence[form] = evidence
 
     def take_from(self, other: Tally) -> None:
         """All that another one holds, which is empty then."""
@@ -263,7 +267,7 @@ class Phase:
 
     def settle_form(self, key: str, right: bool, certain: Tensor | None = None) -> None:
         """A loss has told whether an output has this form. certain: a flag on the device, where it may not have."""
-        evidence = torch.tensor([1.0, float(right), 0.0], dtype=torch.float64)
+        evidence = torch.tensor([1.0, float(right), 0.0], dtype=torch.float64, device="cpu")
         if certain is not None:
             evidence = evidence.to(certain.device, row_dtype(certain.device), non_blocking=True) * certain
         self.support(key, evidence)

@@ -1,0 +1,60 @@
+"""What a test needs to run on the device that is not there: `from tests.device.fixture import ...` in a conftest."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.device import backend, host_only, streams, tensors, waits
+from torchprobe.buffer import transfer
+from torchprobe.statistics import dtypes
+
+PLACES = ("cpu", tensors.NAME)
+
+
+@pytest.fixture
+def fgpu(monkeypatch):
+    """The device, ready for use: `torch.device("fgpu:0")`. The test fails where our code waits for it, or races it."""
+    if backend.MISSING:
+        pytest.skip(backend.MISSING)
+    backend.set_up()
+    streams.clear()
+    monkeypatch.setattr(transfer, "OVERLAPPING", transfer.OVERLAPPING | {tensors.NAME})
+    monkeypatch.setattr(transfer, "pinned", streams.pinned)
+    monkeypatch.setattr(dtypes, "PLAIN", (*dtypes.PLAIN, tensors.DeviceTensor))
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "tensor", tensors.tensor)
+    yield torch.device(tensors.NAME, 0)
+    waited, raced = list(waits.found), list(streams.found)
+    streams.clear()
+    if waited or raced:
+        pytest.fail("\n".join(("our code waited for the device, or raced it:", *waited, *raced)), pytrace=False)
+
+
+@pytest.fixture
+def on_fgpu(fgpu, monkeypatch):
+    """What a test makes is on the device, where it does not say otherwise."""
+    monkeypatch.setattr(
+        torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False)
+    )
+    torch.set_default_device(fgpu)
+    yield fgpu
+    torch.set_default_device(None)
+
+
+def both_places(request):
+    """For an autouse fixture with `params=PLACES`: the test as it is, and again on the device."""
+    if request.param != "cpu":
+        why = host_only.reason(request.node.nodeid)
+        if why:
+            pytest.skip(why)
+        request.getfixturevalue("on_fgpu")
+
+
+class Generator(torch.Generator):
+    """Of the device too, for which torch's Python backend cannot make one: that of the CPU stands in."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(torch.Generator, "cpu" if torch.device(device).type == tensors.NAME else device)

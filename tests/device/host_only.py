@@ -1,0 +1,49 @@
+"""Tests of the capture folders that do not run a second time on the device that is not there, and why."""
+
+from __future__ import annotations
+
+_COMPILER = "torch.compile and torch.export have no back end for the device"
+_KERNELS = "the kernels are torch's for CUDA and the CPU"
+_CONSTANTS = "its constants are made in host memory when it is imported"
+_DEPTH = "it counts function modes, of which the default device is one"
+_NUMPY = "it reads its tensors by numpy"
+_TYPES = "it is about types of tensors, and the device's are of a type of their own"
+_SPEED = "it runs too many operations for a device in Python"
+
+REASONS = {
+    "compile": _COMPILER,
+    "test_export_is_not_entered": _COMPILER,
+    "test_operations_of_a_compiled_graph": _COMPILER,
+    "test_what_a_compiled_graph_records": _COMPILER,
+    "test_an_untraced_hook_adds_nothing": _COMPILER,
+    "test_flex.py": _KERNELS,
+    "test_wrappers_do_not_show_in_names": _KERNELS,
+    "test_an_exception_in_a_fused_module": _KERNELS,
+    "test_without_gradients[fgpu-inference_mode]": _KERNELS,
+    "added_mask-mask": _CONSTANTS,
+    "masked_in_place-mask": _CONSTANTS,
+    "where_and_clamp-mask": _CONSTANTS,
+    "test_padded_queries_are_left_out[fgpu-": _CONSTANTS,
+    "test_sink_logits_take_probability": _CONSTANTS,
+    "test_a_mode_that_the_forward_pass_leaves": _DEPTH,
+    "test_an_exception_in_the_forward_pass_leaves_nothing": _DEPTH,
+    "test_an_interrupted_pass": _DEPTH,
+    "test_default_devices_inside": _DEPTH,
+    "test_leaving_twice": _DEPTH,
+    "test_an_error_in_the_statistic_ends": _DEPTH,
+    "test_dispatch_modes_see_nothing": _DEPTH,
+    "test_phases.py": _NUMPY,
+    "test_unusual_inputs.py": _TYPES,
+    "test_a_callable_that_has_no_hash": _TYPES,
+    "normalised_router": _TYPES,
+    "test_compat.py": "private names are gone on every device alike",
+    "test_slices_bring_no_distance": _CONSTANTS,
+    "test_other_sources_stay_apart": _CONSTANTS,
+    "tests/capture/test_provenance.py": "on a device a sign of NaN comes with the step's other values, a step later",
+    "test_a_target_is_right_or_none_is_given": _SPEED,
+}
+
+
+def reason(node: str) -> str | None:
+    """Why a test does not run there; None where it does."""
+    return next((why for part, why in REASONS.items() if part in node), None)

@@ -1,0 +1,268 @@
+"""What a GPU could break of what the README promises: `pytest -m gpu`. Nothing here runs without a CUDA device.
+
+The device that is not there shows most of it on a CPU (the other files of this folder); what needs real streams, real
+graphs, real memory and real kernels is here.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchprobe
+from tests.device.training import Net, batch, everything, scalars, step
+from torchprobe.statistics import moments, norms
+from torchprobe.testing import MemoryWriter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def errors_on_waiting():
+    """Inside, whatever makes this thread wait for the device raises."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def train(device, steps=3, watch=True, probes=None, after=None, model=None, **options):
+    torch.manual_seed(0)
+    batches = [batch() for _ in range(steps)]
+    model = (Net() if model is None else model).to(device)
+    writer = MemoryWriter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    session = torchprobe.instrument(model, writer=writer, probes=probes or everything()) if watch else None
+    for i, (tokens, targets) in enumerate(batches):
+        step(model, optimizer, tokens.to(device), targets.to(device))
+        if after is not None:
+            after(i)
+    if session is not None:
+        assert session.detach(60)
+    return [p.detach().cpu() for p in model.parameters()], scalars(writer), session
+
+
+def test_weights_and_random_state_are_bitwise_the_same():
+    runs = [(train("cuda", watch=watch)[0], torch.cuda.get_rng_state()) for watch in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_nothing_waits_in_idle_and_sampled_steps(errors_on_waiting):
+    """Suspicion 14. The first step may: libraries are loaded, memory is pinned."""
+    _, found, session = train("cuda", steps=4, after=lambda i: torch.cuda.set_sync_debug_mode("error" if i < 3 else 0))
+    assert "failed" not in session.summary()
+    assert (4, "overview/loss") in found
+
+
+def test_values_are_those_of_the_cpu():
+    _, expected, _ = train("cpu")
+    _, found, _ = train("cuda")
+    loose = {key for key in expected if "zeros" in key[1] or "unit" in key[1]}
+    assert found.keys() == expected.keys()
+    for key in expected.keys() - loose:
+        assert found[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-4, nan_ok=True), key
+
+
+def test_a_step_in_the_users_own_graph_is_given_up_and_replays_are_right():
+    """Suspicions 1 and 3: the drain thread waits meanwhile, and nothing of ours is part of the graph."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = torch.randn(32, 64, device="cuda"), torch.randn(32, 8, device="cuda")
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1, flush_every=1) as session:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=True)
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+        losses = []
+        for _ in range(5):
+            graph.replay()
+            losses.append(loss.item())
+        assert losses == sorted(losses, reverse=True)
+        assert session.flush(60)
+    assert "captured steps    1" in session.summary()
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_copies_that_are_under_way_break_no_capture(mode):
+    """Suspicion 1: the drain thread makes no call to the driver while it waits."""
+    model = nn.Linear(256, 256).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1, flush_every=1) as session:
+        for _ in range(10):
+            torch.cuda._sleep(20_000_000)
+            optimizer.zero_grad()
+            model(torch.randn(8, 256, device="cuda")).sum().backward()
+            optimizer.step()
+            x = torch.ones(8, device="cuda")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode=mode):
+                y = x * 2
+            graph.replay()
+            assert y.tolist() == [2.0] * 8
+        assert session.flush(60)
+
+
+def test_rows_made_on_a_side_stream_are_complete():
+    """Suspicion 2."""
+    model = nn.Linear(4, 4).cuda()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    writer, side = MemoryWriter(), torch.cuda.Stream()
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Activations(every=1)]):
+        for i in range(20):
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(10_000_000)
+                optimizer.zero_grad()
+                model(torch.full((2, 4), float(i + 1), device="cuda")).sum().backward()
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+    assert [writer.value("activation_mean/root", step=i + 1) for i in range(20)] == [4.0 * (i + 1) for i in range(20)]
+
+
+def test_reduce_overhead_keeps_its_graphs_in_idle_steps():
+    """Suspicions 4 and 5."""
+    counters = pytest.importorskip("torch._dynamo.utils").counters
+
+    def skips(watch):
+        torch._dynamo.reset()
+        counters.clear()
+        model = torch.compile(
+            nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).cuda(), mode="reduce-overhead"
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        session = torchprobe.instrument(model, writer=MemoryWriter(), every=4) if watch else None
+        for _ in range(12):
+            torch.compiler.cudagraph_mark_step_begin()
+            optimizer.zero_grad()
+            model(torch.randn(4, 16, device="cuda")).sum().backward()
+            optimizer.step()
+        if session is not None:
+            assert session.detach(60)
+        return counters["inductor"]["cudagraph_skips"]
+
+    assert skips(watch=False) == 0
+    assert skips(watch=True) <= 2  # the sampled graph and its backward, at most
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_over_two_gpus():
+    """Suspicions 6 and 13: autograd runs a thread for each."""
+    from tests.device.test_devices import trained
+
+    expected, found = trained("cpu", "cpu"), trained("cuda:0", "cuda:1")
+    assert found.keys() == expected.keys()
+
+
+def test_two_models_in_two_threads_keep_their_losses_apart():
+    """Suspicion 7."""
+    found = {}
+
+    def run(scale):
+        model, writer = nn.Linear(4, 3).cuda(), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Loss()]):
+            for _ in range(200):
+                optimizer.zero_grad()
+                (model(torch.ones(2, 4, device="cuda")).sum() * 0.0 + scale).backward()
+                optimizer.step()
+        found[scale] = {value for (_, tag), value in scalars(writer).items() if tag == "overview/loss"}
+
+    threads = [threading.Thread(target=run, args=(scale,)) for scale in (100.0, 200.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {100.0: {100.0}, 200.0: {200.0}}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_that_skips(errors_on_waiting, fused):
+    """Suspicions 9 and 10: gradients are unscaled, the skipped step is counted, and a fused one is not waited for."""
+    torch.manual_seed(0)
+    model, writer = nn.Linear(4, 3).cuda(), MemoryWriter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    norms_seen = []
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Gradients(every=1), torchprobe.Loss()]):
+        for i in range(5):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = model(torch.randn(8, 4, device="cuda")).square().mean()
+            scaler.scale(loss * (float("inf") if i == 2 else 1.0)).backward()
+            if i != 2:
+                total = sum((p.grad.double() / scaler.get_scale()).square().sum() for p in model.parameters())
+                norms_seen.append(float(total) ** 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+    found = [value for (_, tag), value in sorted(scalars(writer).items()) if tag == "overview/grad_norm"]
+    assert found == pytest.approx(norms_seen, rel=1e-4)
+    assert writer.value("overview/skipped_steps") == 1
+
+
+def test_memory_does_not_grow():
+    """Suspicions 8 and 11: transfer buffers and copies of parameters."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    reserved = []
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for i in range(300):
+            optimizer.zero_grad()
+            model(torch.randn(16, 256, device="cuda")).square().mean().backward()
+            optimizer.step()
+            if i in (50, 299):
+                reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] <= 1.1 * reserved[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_against_float64(dtype, layout):
+    """Suspicion 15."""
+    x = torch.randn(8, 16, 32, 32, device="cuda").to(memory_format=layout).to(dtype)
+    wide = x.double()
+    assert norms.l2_norms([x])[0].item() == pytest.approx(wide.square().sum().sqrt().item(), rel=1e-6)
+    row = dict(zip(moments.FIELDS, moments.compute(x).tolist(), strict=True))
+    assert row["mean"] == pytest.approx(wide.mean().item(), abs=1e-6 * wide.abs().max().item())
+
+
+def test_more_elements_than_32_bits_count():
+    """Suspicion 15."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free device memory")
+    x = torch.ones(2**31 + 5, device="cuda", dtype=torch.bfloat16)
+    assert norms.l2_norms([x])[0].item() == pytest.approx((2**31 + 5) ** 0.5, rel=1e-6)
+
+
+def test_masks_in_host_memory_are_read_without_waiting(errors_on_waiting):
+    """Suspicion 12."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).cuda()
+    optimizer = torch.optim.SGD(attention.parameters(), 0.1)
+    padding = (torch.arange(6).expand(4, 6) >= 4).pin_memory()
+    with torchprobe.instrument(attention, writer=MemoryWriter(), probes=[torchprobe.Attention(every=1)]) as session:
+        for i in range(4):
+            x = torch.randn(4, 6, 8, device="cuda")
+            torch.cuda.set_sync_debug_mode("error" if i else 0)
+            optimizer.zero_grad()
+            attention(x, x, x, key_padding_mask=padding.to("cuda", non_blocking=True))[0].sum().backward()
+            optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+    assert "failed" not in session.summary()

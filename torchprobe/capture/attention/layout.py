@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.attention import Logits, QueryKey, Source
-from torchprobe.statistics.attention.keys import threshold
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
 
-_MASKED = -9e3  # at or below this a float mask hides its key: the mildest custom is -10000
+_MASKED = NEVER_A_LOGIT
 _PROBES = 16  # rows and columns that stand for all
 _DEPTH = 18  # autograd nodes from a query back to its layer's input: projection, norm, rotation, repetition
 _PROJECTIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "MkldnnLinear", "Convolution")
@@ -166,7 +166,7 @@ class Given:
     def __call__(self, logits: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The logits of these indices."""
         found = self.logits[batch, head, query, key].to(logits.dtype)
-        found = found.masked_fill(found <= threshold(self.logits.dtype), -math.inf)
+        found = found.masked_fill(found <= NEVER_A_LOGIT, -math.inf)
         if self.shift is None:
             return found
         return found + self.shift[batch, head, query, 0].to(logits.dtype)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 from torch.optim import Optimizer
 
 _log = logging.getLogger("torchprobe")
@@ -296,6 +297,18 @@ DeviceContext: type[Any] = find("torch.utils._device:DeviceContext") or _Nothing
 def saved_tensors_are_readable() -> bool:
     """Whether what an autograd node has saved can be looked at."""
     return find("torch._C:_autograd.SavedTensor.data") is not None
+
+
+def is_one_width(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values of an `nn.MultiheadAttention` are as wide as each other."""
+    return bool(getattr(attention, "_qkv_same_embed_dim", True))
+
+
+MODULE_CALL = nn.Module.__module__
+"""Where modules are called, by one function or another."""
+
+GRAPH_CALLERS = frozenset({"torch._functorch._aot_autograd.runtime_wrappers", "torch._functorch.aot_autograd"})
+"""Where the operations of a compiled graph are called that runs one by one."""
 
 
 # ---- Dynamo, without loading it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -43,15 +43,14 @@ class Tokens(NamedTuple):
 class Places:
     """Where queries stand. cross: not among the keys. index: of a key for each query; None: of the same index.
 
-    tokens, at: which tokens the queries are; key_tokens, key_at: and the keys, -1 for those that are none.
+    tokens, at: which tokens the queries are; keys: and the keys, -1 for those that are none.
     """
 
     cross: bool
     index: Indices | None
     tokens: Tokens | None = None
     at: Indices | None = None
-    key_tokens: Tokens | None = None
-    key_at: Indices | None = None
+    keys: Mapping[Tokens, Indices] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -84,7 +83,7 @@ class Arrangement:
     side: int
     of_keys: Indices
     axis: int
-    query_roots: frozenset[Root]
+    latent: frozenset[Root]
 
     def by_head(self, x: Tensor, heads: int | None) -> Tensor:
         """Logits, or something with the same dimensions, as (batch, heads, queries, all columns).
@@ -137,7 +136,7 @@ def arrangement(
         return Refused(f"whose scores pass `{lost}`")
     of_keys = set(roots_of([label.dims[axis]]))
     sides = {root.side for root in of_keys}
-    if label.between is None or len(sides) != 1 or None in sides:
+    if label.between is None or len(sides) != 1 or None in sides or any(root.fixed for root in of_keys):
         return None
     side = sides.pop()
     assert side is not None
@@ -160,9 +159,11 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     """Digits of the batch, of heads, of queries and of keys. side: of the queries."""
     assert label.between is not None
     mine = list(roots_of(label.between[side]))
+    last = next((dim for dim in reversed(label.between[side]) if dim), ())
+    asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
-    queries = [d for d in others if _root(d).side == side and not _root(d).learned]
-    queries = queries or [d for d in others if _root(d).side == side]
+    queries = [d for d in others if _root(d) in asked and not _root(d).learned]
+    queries = queries or [d for d in others if _root(d) in asked]
     dims = {d.dim for d in queries}
     heads = [d for d in others if _root(d).learned and d not in queries]
     of_heads = {d.dim for d in heads}
@@ -202,7 +203,7 @@ def _arranged(
     where = places(label, roles, side, of_keys)
     sinks = sinks if sinks is not None and len(sinks) else None
     axis = roles[3][0].dim if roles[3] else len(shape) - 1
-    mine = frozenset(root.under for role in roles[2] if (root := _root(role)).under is not None)
+    mine = frozenset(root.under for role in roles[2] if (root := _root(role)).fixed and root.under is not None)
     return Arrangement(sizes, tuple(order), keys, sinks, named, where, side, of_keys, axis, mine)
 
 
@@ -311,21 +312,15 @@ def among(
     common = [root for root in queries if root in keys and not root.learned]
     index = _matched([queries[root] for root in common], [keys[root] for root in common], length)
     cross = index is None and (known or size != length)
-    of_queries, of_keys = _varying(queries), _varying(keys)
+    of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
     if cross and of_queries is not None and size > 1:
-        index = of_queries[1]
+        index = queries[of_queries]
     if index is not None and np.array_equal(index, np.arange(size)):
         index = None
-    tokens = None if of_queries is None else Tokens(batch, of_queries[0])
-    key_tokens = None if of_keys is None else Tokens(batch, of_keys[0])
-    return Places(
-        cross,
-        index,
-        tokens,
-        None if of_queries is None else of_queries[1],
-        key_tokens,
-        None if of_keys is None else of_keys[1],
-    )
+    by_tokens = {Tokens(batch, root): keys[root] for root in _moving(keys)}
+    if of_queries is None:
+        return Places(cross, index, keys=by_tokens)
+    return Places(cross, index, Tokens(batch, of_queries), queries[of_queries], by_tokens)
 
 
 def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indices | None:
@@ -345,7 +340,6 @@ def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indice
     return known[at] if np.array_equal(ordered[at], mine) else None
 
 
-def _varying(values: Mapping[Root, Indices]) -> tuple[Root, Indices] | None:
-    """The one thing that is counted, but for what stays the same."""
-    moving = [(root, value) for root, value in values.items() if not root.learned and len(value) and value.min() < value.max()]
-    return moving[0] if len(moving) == 1 else None
+def _moving(values: Mapping[Root, Indices]) -> list[Root]:
+    """What is counted, but for what stays the same."""
+    return [root for root, v in values.items() if not root.learned and len(v) and v.min() < v.max()]

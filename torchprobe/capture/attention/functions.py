@@ -75,6 +75,7 @@ ALONG = (
     SOFTMAXES
     | LOG_SOFTMAXES
     | DROPOUTS
+    | DRAWN
     | frozenset(
         (
             *_named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.arrange import Places, Refused, columns_of, of_dot_product
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Root, roots_of
+from torchprobe.capture.attention.labels import Root, leaves, roots_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
@@ -92,6 +92,11 @@ class Handwritten:
         padded = padded if padded.dim() == 2 else padded.unsqueeze(0)
         self._observer.padding.say(label, 1 if key.dim() == 3 else None, 0, padded)
 
+    def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
+        """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
+        if is_plain(tokens):
+            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded)
+
     def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
         """Where the queries of a dot product stand among its keys."""
         if not (is_plain(query) and is_plain(key)):
@@ -144,16 +149,13 @@ class Handwritten:
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
-        label, arranged = self.labels.of(node), flow.first.arranged
-        if arranged is None:
-            lost = [i for i, dim in enumerate(label.dims) if any(root.lost for root in roots_of([dim]))]
-            return lost[-1] if lost else None
-        return next((i for i, dim in enumerate(label.dims) if _sides(roots_of([dim])) == {arranged.side}), None)
+        dims = self.labels.of(node).dims
+        return next((i for i, dim in enumerate(dims) if flow.first.keys & leaves([dim])), None)
 
     # ---- the use of weights
 
-    def _use(self, node: Node, axis: int, flow: Flow, weights: Tensor | None, within: Caller | None) -> None:
-        """Weights are summed with values over the keys."""
+    def _use(self, node: Node, axis: int | None, flow: Flow, weights: Tensor | None, within: Caller | None) -> None:
+        """Weights are summed with values over the keys, the dimension `axis`; None: before they were divided."""
         if not flow.first.take():
             return
         for pending in flow.pending[1:]:
@@ -162,8 +164,7 @@ class Handwritten:
         if reason is not None:
             self._observer.uncovered.add(reason)
             return
-        unchanged = not flow.changed and self._as_read(node, axis, flow.first)
-        if unchanged:
+        if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
             for pending in flow.pending:
                 self._count(pending, pending.reading, within)
             return
@@ -193,14 +194,11 @@ class Handwritten:
             return
         name = pending.call.caller.name
         name = common_owner(name, here.name) if here else name
-        if pending.latent and pending.arranged is not None:
-            self._latent.append((self._queries(pending), lambda: self._observer.record(pending.call, reading, name)))
+        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
+        if latent:
+            self._latent.append((set(latent), lambda: self._observer.record(pending.call, reading, name)))
         else:
             self._observer.record(pending.call, reading, name)
-
-    def _queries(self, pending: Pending) -> set[Root]:
-        assert pending.arranged is not None
-        return set(pending.arranged.query_roots)
 
     # ---- what happens to weights on the way
 
@@ -274,7 +272,7 @@ class Handwritten:
                 reason = f"the attention of {flow.first.call.caller.name}, whose sum of exponentials is changed"
                 self._observer.uncovered.add(reason)
             else:
-                self._use(source, -1, replace(flow, multiplied=False), None, within)
+                self._use(source, None, replace(flow, multiplied=False), None, within)
         else:
             changed = total.changed or flow.changed or flow.kind == "weights"
             self._give([node], replace(flow, kind="weights", changed=changed))
@@ -283,10 +281,6 @@ class Handwritten:
 
 def _changed(flow: Flow, reason: str | None) -> Flow:
     return replace(flow, changed=True, refused=flow.refused or reason)
-
-
-def _sides(roots: Iterator[Root]) -> set[int | None]:
-    return {root.side for root in roots}
 
 
 def _back(node: Node) -> Iterator[Node]:

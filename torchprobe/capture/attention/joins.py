@@ -72,10 +72,16 @@ def _along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -
         return merged((Factor(root, by, len(labels)), *dims[0])), {root: labels[0].at.get(root, 0)}
     parts, start = [], 0
     for label, dim, size in zip(labels, dims, sizes, strict=True):
-        parts.append(Part(start, size, dim, label.at, bool(label.sides)))
+        parts.append(Part(start, size, dim, _beside(label, dim), bool(label.sides)))
         start += size
     root = _root_of(parts)
     return (Factor(root, 1, start),) if start > 1 else (), {root: 0}
+
+
+def _beside(label: Label, dim: Dim) -> Mapping[Root, int]:
+    """Where a dimension begins, and what the tensor is pinned to besides."""
+    others = set(label.roots()) - set(roots_of([dim]))
+    return {root: value for root, value in label.at.items() if root not in others}
 
 
 def _root_of(parts: Sequence[Part]) -> Root:
@@ -123,7 +129,8 @@ def rolled(node: Node, first: Label) -> Label | None:
         shift %= size
         if not shift:
             continue
-        ends = _sliced(dims[axis], at, size, size - shift, shift), _sliced(dims[axis], at, size, 0, size - shift)
+        begin = _beside(first, dims[axis])
+        ends = _sliced(dims[axis], begin, size, size - shift, shift), _sliced(dims[axis], begin, size, 0, size - shift)
         if None in ends:
             return None
         scores = any(root.side is not None for root in roots_of([dims[axis]]))
@@ -160,7 +167,7 @@ def padded(node: Node, first: Label) -> Label | None:
             scores = any(root.side is not None for root in roots_of([dims[axis]])) or (
                 bool(first.sides) and dims[axis] == () and size == 1
             )
-            root = _root_of([Part(before, size, dims[axis], dict(at), scores)])
+            root = _root_of([Part(before, size, dims[axis], _beside(first, dims[axis]), scores)])
             dims[axis], at[root] = (Factor(root, 1, size + total),), 0
     return Label(tuple(dims), at, first.between)
 

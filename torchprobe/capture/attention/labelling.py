@@ -81,7 +81,8 @@ class Labelling:
             return _joined(product, [unsided(label) for label in labels], const)  # weights and values
         own = [product.own(i) for i in (0, 1)]
         if any(const) and not _may_choose(product, const, own):
-            return _joined(product, labels, const)
+            made = _joined(product, labels, const)
+            return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
         sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
         between = tuple(tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
         made = _joined(product, sided, const)
@@ -101,7 +102,7 @@ class Labelling:
 
     def _side(self, root: Root, side: int, const: bool) -> Root:
         if (root, side) not in self._sides:
-            self._sides[root, side] = Root(root.learned or const, under=root, side=side)
+            self._sides[root, side] = Root(root.learned or const, under=root, side=side, fixed=const)
         return self._sides[root, side]
 
 

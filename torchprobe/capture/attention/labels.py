@@ -22,10 +22,11 @@ class Root:
     """Something that is counted.
 
     learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
-    is in the left (0) or right (1) factor of a product of two activations. lost: what the order was lost by.
+    is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost: what
+    the order was lost by.
     """
 
-    __slots__ = ("learned", "lost", "parts", "side", "under")
+    __slots__ = ("fixed", "learned", "lost", "parts", "side", "under")
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class Root:
         under: Root | None = None,
         side: int | None = None,
         lost: str | None = None,
+        fixed: bool = False,
     ) -> None:
+        self.fixed = fixed
         self.learned, self.parts, self.under, self.side, self.lost = learned, parts, under, side, lost
 
 
@@ -98,6 +101,14 @@ class Label:
 def roots_of(dims: Iterable[Dim]) -> Iterator[Root]:
     """Those that dimensions count."""
     return (factor.root for dim in dims for factor in dim if factor.root is not None)
+
+
+def leaves(dims: Iterable[Dim]) -> set[Root]:
+    """The same, and of joined ones what they were joined of."""
+    found: set[Root] = set()
+    for root in roots_of(dims):
+        found |= leaves(part.dim for part in root.parts if part.dim is not None) if root.parts else {root}
+    return found
 
 
 def fresh(shape: Shape, **what: Any) -> Label:

@@ -31,7 +31,7 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._handwritten = Handwritten(observer)
+        self.handwritten = self._handwritten = Handwritten(observer)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
         self._steps: Function | None = None
 
@@ -53,6 +53,8 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_compiling():
             return stack.call(func, args, kwargs)
+        if not _has_hash(func):
+            return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
         result = func(*args, **kwargs)
@@ -140,6 +142,14 @@ class AttentionMode(TorchFunctionMode):
         finally:
             stack.remove(self)
             self._within = None
+
+
+def _has_hash(func: Any) -> bool:
+    try:
+        hash(func)
+    except TypeError:  # a callable of the user's that has none
+        return False
+    return True
 
 
 def _overrides(kind: Any) -> bool:

@@ -34,9 +34,11 @@ class Padding:
 
         It is one of padding where it differs between the sequences of a batch.
         """
-        tokens, at = where.key_tokens, where.key_at
-        if tokens is None or tokens.batch is None or at is None or hidden.size(0) < 2 or tokens in self._said:
-            return
+        for tokens, at in where.keys.items():
+            if tokens.batch is not None and hidden.size(0) > 1:
+                self._note(tokens, at, hidden)
+
+    def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
         keys = np.flatnonzero(at >= 0)
         order = keys[np.argsort(at[keys], kind="stable")]
         if np.array_equal(at[order], np.arange(len(order))):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.arrange import Arrangement, Refused, arrangement
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Label
+from torchprobe.capture.attention.labels import Label, leaves
 from torchprobe.capture.attention.layout import blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
@@ -63,15 +63,15 @@ class Softmaxes:
         call = self._call(label, arranged, axis - source.dims)
         if call is None:
             return None
+        keys = frozenset(leaves([label.dims[axis]]))
         reason = reason or ("torch.func transforms" if under_transform() else None if x is None else unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
-            return Flow(kind, (Pending(call, None, None, reason),))
-        latent = label.between is not None and _is_latent(label, arranged)
+            return Flow(kind, (Pending(call, None, None, reason, keys),))
         if reason is not None:
-            return Flow(kind, (Pending(call, None, arranged, reason, latent),), changed=x is None)
+            return Flow(kind, (Pending(call, None, arranged, reason, keys),), changed=x is None)
         reading = None if x is None else self._read(plain(x), source, arranged, call)
-        return Flow(kind, (Pending(call, reading, arranged, None, latent),), changed=x is None)
+        return Flow(kind, (Pending(call, reading, arranged, None, keys),), changed=x is None)
 
     def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
         caller = (label.between.caller if label.between else None) or self._observer.owners.caller()
@@ -111,13 +111,6 @@ class Softmaxes:
         reading = self._observer.read(call, as_used)
         before = None if len(flow.pending) > 1 else flow.first.reading
         return reading.with_logits_of(before)
-
-
-def _is_latent(label: Label, arranged: Arrangement) -> bool:
-    assert label.between is not None
-    mine = label.between[1 - arranged.side]
-    roots = [factor.root for dim in mine for factor in dim if factor.root is not None]
-    return bool(roots) and all(root.learned for root in roots)
 
 
 # ---- between a product and its softmax

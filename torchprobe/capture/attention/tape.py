@@ -77,7 +77,7 @@ class Node:
 
     def hold(self, tensor: Tensor) -> None:
         """It is small, and read at the softmax."""
-        self.small = tensor.detach()
+        self.small = tensor
 
     def as_constant(self, learned: bool) -> Node:
         """It is a parameter or a buffer."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.labels import Root
 from torchprobe.capture.attention.observer import Call
 from torchprobe.capture.attention.sites import Reading
 
@@ -15,13 +16,18 @@ Kind = Literal["weights", "logarithms", "exponentials", "total"]
 class Pending:
     """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out.
 
-    arranged: its logits. latent: whether parameters are its queries.
+    arranged: its logits. keys: what its dimension counts.
     """
 
     def __init__(
-        self, call: Call, reading: Reading | None, arranged: Arrangement | None, reason: str | None, latent: bool = False
+        self,
+        call: Call,
+        reading: Reading | None,
+        arranged: Arrangement | None,
+        reason: str | None,
+        keys: frozenset[Root] = frozenset(),
     ) -> None:
-        self.call, self.reading, self.arranged, self.reason, self.latent = call, reading, arranged, reason, latent
+        self.call, self.reading, self.arranged, self.reason, self.keys = call, reading, arranged, reason, keys
         self.taken = False
 
     def take(self) -> bool:

@@ -70,8 +70,8 @@ class Arrangement:
     """How logits become (batch, heads, queries, keys).
 
     order: their digits, by role. keys: which columns are keys, in order, and sinks: which are not; None for all, and
-    for none. named: whether heads are told by where they come from. side: of the keys in the product; of_keys: the index of
-    each key there.
+    for none. named: whether heads are told by where they come from. side: of the keys in the product; of_keys: the index
+    of each key there. axis: the dimension of the keys; latent: what parameters that are queries count.
     """
 
     sizes: tuple[tuple[int, ...], ...]
@@ -108,7 +108,10 @@ class Arrangement:
         lengths = [len(group) for group in self.order]
         batch, of_heads, queries, _ = lengths
         shape = parts.shape
-        tail = (shape[batch + of_heads : batch + of_heads + queries].numel(), shape[batch + of_heads + queries :].numel())
+        tail = (
+            shape[batch + of_heads : batch + of_heads + queries].numel(),
+            shape[batch + of_heads + queries :].numel(),
+        )
         if self.named:
             return parts.reshape(shape[:batch].numel(), shape[batch : batch + of_heads].numel(), *tail)
         return by_head(parts.reshape(*shape[:batch], *tail), heads)
@@ -126,9 +129,7 @@ def _columns(x: Tensor, index: Indices) -> Tensor:
     return x.index_select(-1, moved(torch.from_numpy(index), x.device))
 
 
-def arrangement(
-    label: Label, shape: tuple[int, ...], axis: int, as_used: bool = False
-) -> Arrangement | Refused | None:
+def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool = False) -> Arrangement | Refused | None:
     """Of logits with a softmax over a dimension; None where that is no attention. as_used: of weights, all columns of
     which are used with values."""
     lost = next((root.lost for root in roots_of([label.dims[axis]]) if root.lost), None)
@@ -144,7 +145,7 @@ def arrangement(
     roles = _roles(label, digits, axis, 1 - side)
     columns = columns_of(label, axis, side)
     if as_used and isinstance(columns, tuple):
-        columns = (None, columns[2], columns[2])
+        columns = None, columns[2], columns[2]
     if isinstance(columns, Refused):
         return columns
     if not roles[2] and _overlaps(label, axis, side):
@@ -158,8 +159,8 @@ Roles = tuple[list[Axis], list[Axis], list[Axis], list[Axis]]
 def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     """Digits of the batch, of heads, of queries and of keys. side: of the queries."""
     assert label.between is not None
-    mine = list(roots_of(label.between[side]))
-    last = next((dim for dim in reversed(label.between[side]) if dim), ())
+    mine = list(roots_of(label.between.of(side)))
+    last = next((dim for dim in reversed(label.between.of(side)) if dim), ())
     asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
     queries = [d for d in others if _root(d) in asked and not _root(d).learned]
@@ -183,13 +184,11 @@ def _root(axis: Axis) -> Root:
     return axis.factor.root or _NOTHING
 
 
-def _arranged(
-    label: Label, shape: tuple[int, ...], roles: Roles, columns: Columns, side: int
-) -> Arrangement | Refused:
+def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Columns, side: int) -> Arrangement | Refused:
     assert label.between is not None
     keys, of_keys, _ = columns
     sizes = tuple(tuple(f.size for f in dim) if dim else (n,) for dim, n in zip(label.dims, shape, strict=True))
-    place = {}
+    place: dict[tuple[int, int], int] = {}
     for i, each in enumerate(sizes):
         for j in range(len(each)):
             place[i, j] = len(place)
@@ -220,7 +219,7 @@ def columns_of(label: Label, axis: int, side: int) -> Columns | Refused:
     of the product; and of each column, -1 for one that is no key."""
     assert label.between is not None
     values = of_factors(coordinates(label.dims[axis], label.at))
-    index = _index_among(label.between[side], label.between.at, values, size_of(label.dims[axis]))
+    index = _index_among(label.between.of(side), label.between.at, values, size_of(label.dims[axis]))
     keys = np.flatnonzero(index >= 0)
     keys = keys[np.argsort(index[keys], kind="stable")]
     found = index[keys]
@@ -262,7 +261,7 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     assert label.between is not None
     queries = coordinates(tuple(axis.factor for axis in roles[2]), label.at)
     size = size_of_roles(roles[2])
-    flat = tuple(factor for dim in label.between[side] for factor in dim)
+    flat = tuple(factor for dim in label.between.of(side) for factor in dim)
     counted = coordinates(flat, label.between.at)
     keys = {root: np.where(columns < 0, -1, value[columns]) for root, value in counted.items()}
     mine = resolved(_pinned(label.at, 1 - side, size) | queries)
@@ -279,6 +278,14 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
         return Places(queries != keys, None)
     return among(mine, theirs, queries, keys, known, _whole([one for one in batch if not _root(one).learned]))
+
+
+def by_custom(queries: int, keys: int) -> Places:
+    """Where nothing else is known, as many queries as keys are the same tokens."""
+    if queries != keys:
+        return Places(True, None)
+    tokens, at = Tokens(Root(), Root()), np.arange(keys)
+    return Places(False, None, tokens, at, {tokens: at})
 
 
 def _is_learned(dim: Dim) -> bool:
@@ -306,7 +313,12 @@ def _whole(batch: list[Axis]) -> Root | None:
 
 
 def among(
-    queries: Mapping[Root, Indices], keys: Mapping[Root, Indices], size: int, length: int, known: bool, batch: Root | None
+    queries: Mapping[Root, Indices],
+    keys: Mapping[Root, Indices],
+    size: int,
+    length: int,
+    known: bool,
+    batch: Root | None,
 ) -> Places:
     """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
     common = [root for root in queries if root in keys and not root.learned]

@@ -56,10 +56,11 @@ class FastPaths:
 
     def _before(self, module: nn.Module, args: Any) -> None:
         fused = self._fused.get(module)
-        if self._outermost is None and fused is not None and _may_be_fused(fused, args if fused is module else ()):
-            if stack.remove(self._mode):
-                self._outermost = module
-                self._uncovered.add(f"the fused path of nn.{type(fused).__name__} in evaluation")
+        if self._outermost is not None or fused is None or not _may_be_fused(fused, args if fused is module else ()):
+            return
+        if stack.remove(self._mode):
+            self._outermost = module
+            self._uncovered.add(f"the fused path of nn.{type(fused).__name__} in evaluation")
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost is module:

@@ -67,7 +67,7 @@ def is_pointwise(func: Function) -> bool:
     if not str(getattr(func, "__module__", None) or "torch").startswith("torch"):
         return False
     packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name.removeprefix("i"), None)
-    overloads = packet.overloads() if hasattr(packet, "overloads") else ()
+    overloads = packet.overloads() if packet is not None and hasattr(packet, "overloads") else ()
     return name in _POINTWISE or any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
 
 
@@ -89,7 +89,9 @@ ALONG = (
 REDUCTIONS = (
     SUMS
     | LOG_SUMS
-    | frozenset(_named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum"))
+    | frozenset(
+        _named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum")
+    )
 )
 
 EXTREMES = frozenset(_named("max", "min"))
@@ -169,3 +171,7 @@ def is_in_place(func: Function | None) -> bool:
     """Whether a function changes its first argument."""
     name = str(getattr(func, "__name__", ""))
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+WITHOUT_NAN = frozenset(_named("nan_to_num"))
+"""What changes no row that counts: one with NaN does not."""

@@ -89,13 +89,14 @@ class Handwritten:
     def note_padding(self, key: Tensor, padded: Tensor) -> None:
         """Padded keys of `nn.MultiheadAttention`: key: (length, batch, width), or (length, width); padded: bool."""
         label = self.labels.of(self.tape.node(key))
-        padded = padded if padded.dim() == 2 else padded.unsqueeze(0)
         self._observer.padding.say(label, 1 if key.dim() == 3 else None, 0, padded)
 
     def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
         """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
         if is_plain(tokens):
-            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded)
+            self._observer.padding.say(
+                self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded
+            )
 
     def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
         """Where the queries of a dot product stand among its keys."""
@@ -215,7 +216,7 @@ class Handwritten:
             self._after_sum(node, source, flow, args, within)
         elif func in fn.DROPOUTS:
             self._give(nodes, self._after_dropout(node, source, flow, args))
-        elif _keeps(node, source):
+        elif _keeps(node, source) or func in fn.WITHOUT_NAN:
             self._give(nodes, flow)
         elif func in fn.JOINS:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
@@ -231,7 +232,9 @@ class Handwritten:
             tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
             small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
             return flow if small else _changed(flow, None)
-        grows = node.dims > source.dims or any(b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False))
+        grows = node.dims > source.dims or any(
+            b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False)
+        )
         if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
             return replace(flow, multiplied=True)
         if node.func in fn.DIFFERENCES:

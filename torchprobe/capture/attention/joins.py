@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torchprobe.capture.attention import functions as fn
@@ -10,11 +11,11 @@ from torchprobe.capture.attention.labels import (
     Dim,
     Factor,
     Label,
+    Memory,
     Part,
     Root,
     fresh,
     in_order,
-    Memory,
     merged,
     roots_of,
     viewed,
@@ -105,7 +106,7 @@ def _step(labels: Sequence[Label]) -> tuple[Root, int] | None:
     values = [label.at.get(root) for label in labels]
     if None in values:
         return None
-    steps = {b - a for a, b in zip(values, values[1:], strict=False)}  # type: ignore[operator]
+    steps = {b - a for a, b in pairwise(values)}  # type: ignore[operator]
     by = steps.pop()
     return None if steps or not by else (root, by)
 
@@ -206,10 +207,8 @@ def reduced(node: Node, first: Label) -> Label | None:
 
 
 def _reduced_axes(node: Node) -> tuple[int, ...] | None:
-    if node.func in fn.NORMS:
-        given = node.argument(2, "dim")
-    else:
-        given = node.argument(1, "dim", node.kwargs.get("axis"))
+    place = 2 if node.func in fn.NORMS else 1
+    given = node.argument(place, "dim", node.kwargs.get("axis"))
     if given is None and not node.dims:
         return ()
     return _tuple(given)

@@ -1,14 +1,23 @@
-"""Works out labels backwards from where they are asked for: a table of what products, joins and the others do to them."""
+"""Works labels out backwards from where they are asked for: a table of what products, joins and others do to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
-from torchprobe.capture.attention.labels import Between, Dim, Factor, Label, Root, counted, fresh, in_order, roots_of, viewed
+from torchprobe.capture.attention.labels import (
+    Between,
+    Dim,
+    Label,
+    Root,
+    counted,
+    fresh,
+    in_order,
+    roots_of,
+    viewed,
+)
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.tape import Node, shares_memory
 
@@ -108,7 +117,9 @@ class Labelling:
 
 def _of_several(node: Node, product: Product) -> Label:
     """Of more factors than two: what the result keeps of them."""
-    dims, at, labels = [], {}, [unsided(_label(factor)) for factor in product.factors]
+    dims: list[Dim] = []
+    at: dict[Root, int] = {}
+    labels = [unsided(_label(factor)) for factor in product.factors]
     for name, size in zip(product.result, node.shape, strict=True):
         where = next(((i, names.index(name)) for i, names in enumerate(product.names) if name in names), None)
         dims.append(labels[where[0]].dims[where[1]] if where else counted(Root(), size))
@@ -144,7 +155,7 @@ def _under(root: Root | None) -> Root | None:
 def _settled(label: Label) -> Label:
     """Without sides once one of both is gone, and pinned to nothing that does not matter."""
     if label.between is not None:
-        gone = [side for side in (0, 1) if any(label.between[side]) and side not in label.sides]
+        gone = [side for side in (0, 1) if any(label.between.of(side)) and side not in label.sides]
         if gone:
             label = unsided(label)
     counts = set(label.roots())
@@ -185,7 +196,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     kept = set(roots_of(dims))
     for label in labels:
         at |= {root: value for root, value in label.at.items() if root in kept}
-    return Label(tuple(dims), {**{root: 0 for root in kept}, **at})
+    return Label(tuple(dims), {**dict.fromkeys(kept, 0), **at})
 
 
 # ---- the others
@@ -258,10 +269,8 @@ def _disagree(first: Label, dims: list[Dim], other: Label, offset: int) -> bool:
     """Whether logits of the same product meet whose dimensions are others, or begin elsewhere."""
     if not first.sides or not other.sides or first.between is None:
         return False
-    mine = set(roots_of((*first.between[0], *first.between[1])))
+    mine = set(roots_of((*first.between.left, *first.between.right)))
     for axis, dim in enumerate(other.dims):
         if dim and dim != dims[offset + axis] and mine & set(roots_of([dim])):
             return True
     return any(first.at.get(root, 0) != other.at.get(root, 0) for root in mine & set(other.roots()))
-
-

@@ -1,8 +1,8 @@
 """Where the dimensions of a tensor come from: which tokens, batch entries, heads and features its indices count.
 
 A label says of each dimension which digits of which roots it counts: of an input (batch, tokens, width) each dimension
-is a root, and of `view(batch, tokens, heads, 64)` the third counts the last one in steps of 64. Views need no table: what
-they do is decoded from strides.
+is a root, and of `view(batch, tokens, heads, 64)` the third counts the last one in steps of 64. Views need no table:
+what they do is decoded from strides.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Root:
     """Something that is counted.
 
     learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
-    is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost: what
-    the order was lost by.
+    is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
+    what the order was lost by.
     """
 
     __slots__ = ("fixed", "learned", "lost", "parts", "side", "under")
@@ -75,6 +75,10 @@ class Between(NamedTuple):
     at: Mapping[Root, int]
     projected: bool
     caller: Any
+
+    def of(self, side: int) -> tuple[Dim, ...]:
+        """The dimensions of the left (0) or the right (1) factor."""
+        return self.right if side else self.left
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,9 @@ class MaskArguments:
     def chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules whose code takes such an argument; PyTorch's own hand theirs on."""
         for name, module in named_modules(model):
-            if not type(module).__module__.startswith("torch.") and any(map(_beginning, _parameters(type(module)))):
+            if not type(module).__module__.startswith("torch.") and any(
+                _beginning(p) is not None for p in _parameters(type(module))
+            ):
                 yield name, module
 
     def before(
@@ -63,9 +65,9 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return ()
 
 
-def _beginning(name: str) -> tuple[str] | None:
-    """What stands before the word in the name of a mask."""
-    return next(((name.removesuffix(word),) for word in (_KEEPS, _HIDES) if name.endswith(word)), None)
+def _beginning(name: str) -> str | None:
+    """What stands before the word in the name of a mask; None for any other name."""
+    return next((name.removesuffix(word) for word in (_KEEPS, _HIDES) if name.endswith(word)), None)
 
 
 def _is_mask(name: str, value: Any) -> bool:
@@ -81,5 +83,7 @@ def _tokens(call: Mapping[str, Any], mask_name: str, mask: Tensor) -> Iterator[T
         if not isinstance(value, Tensor) or _beginning(name) is not None or value.shape[:2] != mask.shape:
             continue
         mine = name.startswith(beginning[0]) if beginning else False
-        if mine and not any(name.startswith(other) for other in others if not (beginning and beginning[0].startswith(other))):
+        if mine and not any(
+            name.startswith(other) for other in others if not (beginning and beginning[0].startswith(other))
+        ):
             yield value

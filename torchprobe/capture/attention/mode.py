@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
-from torchprobe.capture.attention.layout import blocked, plain
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
@@ -128,8 +127,7 @@ class AttentionMode(TorchFunctionMode):
             return None
         padded = call.get("key_padding_mask")
         if padded is not None and is_plain(call["key"]):
-            padded = plain(padded) if padded.dtype is torch.bool else blocked(plain(padded))
-            self._handwritten.note_padding(call["key"], padded)
+            self._handwritten.note_padding(call["key"], multi_head.is_padding(padded))
         return caller._replace(heads=int(call["num_heads"]))
 
     def _step_through(self, within: Caller, args: Args, kwargs: Kwargs) -> Any:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, multi_head_attention_forward, pad
 
+from torchprobe.capture.attention.layout import blocked
+
 FUNCTION = multi_head_attention_forward
 _PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
 
@@ -34,12 +36,13 @@ def transparent() -> Callable[..., Any]:
 
 
 class Projected(NamedTuple):
-    """query, key: (batch, heads, length, width of a head); mask: added to the logits, broadcastable to them; added: how
-    many keys at the end are no tokens."""
+    """query, key: (batch, heads, length, width of a head); mask: added to the logits, broadcastable to them; padding:
+    bool (batch, keys); added: how many keys at the end are no tokens."""
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
+    padding: Tensor | None
     added: int
 
 
@@ -82,7 +85,13 @@ def projected(
     if added:
         k = torch.cat((k, *added), 2)
         mask = None if mask is None else pad(mask, (0, len(added)))
-    return Projected(q, k, mask, len(added))
+    return Projected(q, k, mask, None if key_padding_mask is None else is_padding(key_padding_mask), len(added))
+
+
+def is_padding(mask: Tensor) -> Tensor:
+    """A `key_padding_mask`, bool or added, as bool (batch, keys): True is padded."""
+    padded = mask.detach() if mask.dtype is torch.bool else blocked(mask.detach())
+    return padded if padded.dim() == 2 else padded.unsqueeze(0)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

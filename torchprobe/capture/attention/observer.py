@@ -145,9 +145,13 @@ class Observer:
 
 
 def _hidden(mask: Tensor, shape: Shape) -> Tensor | None:
-    """What a mask hides that is one for all heads and queries: bool (batch, keys); None for any other mask."""
+    """What a mask hides that is one for all heads and queries: bool (batch, keys); nothing for any other mask."""
     mask = plain(mask)
-    if mask.dim() != 4 or mask.size(0) != shape.batch or mask.size(-1) != shape.keys:
+    if mask.dim() != 4 or mask.size(0) != shape.batch or mask.size(-1) != shape.keys or shape.batch < 2:
         return None
-    one = all(mask.size(axis) == 1 or mask.stride(axis) == 0 for axis in (1, 2))
-    return blocked(mask[:, 0, 0]) if one else None
+    first = blocked(mask[:, 0, 0])
+    if all(mask.size(axis) == 1 or mask.stride(axis) == 0 for axis in (1, 2)):
+        return first
+    if mask.size(1) > 1 and mask.stride(1):
+        return None
+    return first & (blocked(mask[:, 0]) == first[:, None]).all()

@@ -24,10 +24,14 @@ class Padding:
         self._masks.clear()
 
     def say(self, label: Label, batch: int | None, place: int, padded: Tensor) -> None:
-        """An argument names the padded tokens. batch, place: the dimensions of the labelled tensor, None for no batch."""
+        """An argument names the padded tokens. batch, place: dimensions of the labelled tensor, None for no batch."""
         place_root, batch_root = _whole(label, place), None if batch is None else _whole(label, batch)
         if place_root is not None and (batch is None or batch_root is not None or padded.size(0) == 1):
-            self._said[Tokens(batch_root, place_root)] = padded
+            self.say_of(Tokens(batch_root, place_root), padded)
+
+    def say_of(self, tokens: Tokens, padded: Tensor) -> None:
+        """The same where it is known what batch and tokens count."""
+        self._said[tokens] = padded
 
     def note(self, where: Places, hidden: Tensor) -> None:
         """A mask on the logits that is one for all heads and queries hides keys: bool (batch, keys).
@@ -41,7 +45,8 @@ class Padding:
     def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
         keys = np.flatnonzero(at >= 0)
         order = keys[np.argsort(at[keys], kind="stable")]
-        if np.array_equal(at[order], np.arange(len(order))):
+        known = at[order]
+        if len(known) <= hidden.size(1) and np.array_equal(known, np.arange(len(known))):
             differs = (hidden != hidden[:1]).any()
             self._masks[tokens] = _picked(hidden, order) & differs
 

@@ -1,4 +1,4 @@
-"""Products of two tensors, whichever way they are written: which dimension of the factors and of the result is which."""
+"""Products of tensors, whichever way they are written: which dimension of the factors and of the result is which."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def _but_out(node: Node) -> list[Any]:
 def _matmul(left: Node, right: Node) -> Product:
     """Batch dimensions are counted from the end, as they broadcast."""
     batch = [-1 - i for i in range(max(left.dims, right.dims) - 2)][::-1]
-    of_left, of_right = ["rows", "summed"][-left.dims :], ["summed", "columns"][: right.dims]
+    of_left: list[Any] = ["rows", "summed"][-left.dims :]
+    of_right: list[Any] = ["summed", "columns"][: right.dims]
     of_left = batch[len(batch) - max(left.dims - 2, 0) :] + of_left
     of_right = batch[len(batch) - max(right.dims - 2, 0) :] + of_right
     result = [*batch, *[name for name in ("rows", "columns") if name in of_left + of_right]]
@@ -97,7 +98,8 @@ def _einsum(node: Node) -> Product | None:
         once = [letter for letter in sorted(set(inputs) - {",", "."}) if inputs.count(letter) == 1]
         result = ("..." if "..." in inputs else "") + "".join(once)
     names = [_spelled(term, operand.dims) for term, operand in zip(terms, operands, strict=True)]
-    most = max((operand.dims - len(term.replace("...", "")) for term, operand in zip(terms, operands, strict=True) if "..." in term), default=0)
+    pairs = zip(terms, operands, strict=True)
+    most = max((operand.dims - len(term.replace("...", "")) for term, operand in pairs if "..." in term), default=0)
     return Product(tuple(operands), tuple(names), _spelled(result, most + len(result.replace("...", ""))))
 
 

@@ -52,9 +52,7 @@ class Softmaxes:
             return None
         return self._pending(source, x, axis, kind, "a softmax that writes into `out`" if out else None)
 
-    def _pending(
-        self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None
-    ) -> Flow | None:
+    def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
         axis %= source.dims
         label = self._labels.of(source)
         arranged = arrangement(label, source.shape, axis)
@@ -133,7 +131,7 @@ def _shifts(steps: list[Node], source: Node) -> Iterator[Tensor]:
             taken = node.args[1] if len(node.args) > 1 else None
             if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
                 yield taken.small
-        elif not (node.func in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES):
+        elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
             return
 
 
@@ -172,7 +170,12 @@ def _masks(steps: list[Node], source: Node, arranged: Arrangement) -> Iterator[T
             continue
         operand, hides = mask
         small, shape = operand.small, operand.shape
-        if small is None or shape[-1] != source.shape[-1] or shape[0] != source.shape[0] or any(n > 1 for n in shape[1:-1]):
+        if (
+            small is None
+            or shape[-1] != source.shape[-1]
+            or shape[0] != source.shape[0]
+            or any(n > 1 for n in shape[1:-1])
+        ):
             continue
         hidden = small if small.dtype is torch.bool else blocked(small)
         hidden = plain(hidden if hides else ~hidden).reshape(shape[0], shape[-1])

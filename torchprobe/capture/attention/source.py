@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention import sites, stack
+from torchprobe.capture.attention.fast_paths import FastPaths, has_any
 from torchprobe.capture.attention.mask_arguments import MaskArguments
 from torchprobe.capture.attention.mode import AttentionMode
-from torchprobe.capture.attention.fast_paths import FastPaths, has_any
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention

@@ -27,15 +27,18 @@ class Node:
     is one that holds less than the logits: a mask, or a number for each row.
     """
 
-    __slots__ = ("args", "caller", "const", "flow", "func", "kwargs", "label", "learned", "memory", "part", "small", "storage")
+    __slots__ = (
+        *("args", "caller", "const", "flow", "func", "kwargs", "label", "learned"),
+        *("memory", "part", "small", "storage"),
+    )
 
     def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> None:
         self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
-        self.memory = Memory(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage = _storage(tensor)
         inputs = list(self.inputs)
-        self.const = func is not None and all(node.const for node in inputs)
-        self.learned = any(node.learned for node in inputs)
+        self.const: bool = func is not None and all(node.const for node in inputs)
+        self.learned: bool = any(node.learned for node in inputs)
         self.label: Label | None = None
         self.flow: Any = None
         self.caller: Any = None
@@ -168,7 +171,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return 0
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a tensor without memory: of a transform, or a fake one
+    except (RuntimeError, NotImplementedError):  # a tensor without memory, of a transform
         return 0

@@ -23,7 +23,15 @@ _numbers = itertools.count()
 
 class _Attention(Protocol):
     def record_call(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, added: int, place: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        added: int,
+        place: int,
     ) -> None:
         """An attention was computed."""
 
@@ -81,7 +89,7 @@ def _define(name: str, arguments: str, body: Any) -> Any:
     return getattr(torch.ops.torchprobe_graph, name).default
 
 
-_CALL = "Tensor query, Tensor key, Tensor? mask, bool causal, float? scale, int added, int place"
+_CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, float? scale, int added, int place"
 attention = _define("attention", _CALL, _attention)
 tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
 row = _define("row", "Tensor row, bool training, bool gradient", _row)

@@ -106,7 +106,9 @@ def attention_map(
     chosen, counts = _pixel_rows(source, tall, batch_index, generator)
     table = torch.empty(heads, chosen.per_sequence, -(-keys // wide) + 1, dtype=source.dtype, device=source.device)
     for block in blocks(source, chosen, workspace_for(source, chosen)):
-        table[block.tile.heads, block.tile.rows] = _pooled(block, source, wide, table.size(-1), _sinks(source, chosen, block.tile))[0]
+        table[block.tile.heads, block.tile.rows] = _pooled(
+            block, source, wide, table.size(-1), _sinks(source, chosen, block.tile)
+        )[0]
     table = torch.where(counts & (table[..., -1:] > 0), table, 0)
     sums = table.unflatten(1, (-1, min(tall, ROWS_PER_PIXEL))).sum(2)
     mean: Tensor = sums[..., :-1] / sums[..., -1:].clamp(min=1)
@@ -200,14 +202,15 @@ def _sinks(source: Source, rows: Rows, tile: Tile) -> Tensor | None:
 def _weights(table: Tensor) -> Tensor:
     """As `_statistics`, of weights p = exp(s) that are taken as they are."""
     largest, total, below, first, distance, _ = table
-    entropy = (-below - largest * total).clamp(min=0)
-    return torch.stack((entropy, torch.ones_like(entropy), first, distance)) * largest.exp()
+    entropy, scale = (-below - largest * total).clamp(min=0), largest.exp()
+    return torch.stack((entropy * scale, scale, first * scale, distance * scale))
 
 
 def _statistics(table: Tensor, sinks: Tensor | None) -> Tensor:
     """Entropy, largest probability, sink and distance of every query row: (4, heads, sequences, rows).
 
-    table: (6, heads, sequences, rows); sinks: broadcastable to one of it. A sink logit above m is the maximum that everything is relative to: the columns then shrink by exp(m - sink).
+    table: (6, heads, sequences, rows); sinks: broadcastable to (sequences, heads, rows, 1). A sink logit above m is the
+    maximum that everything is relative to: the columns then shrink by exp(m - sink).
     """
     largest, total, below, first, distance, _ = table
     if sinks is None:

@@ -136,7 +136,9 @@ def distances(source: Source, rows: Rows, tile: Tile, position: Tensor, keys: in
     """Of the first `keys` keys. position: where the tile's queries stand, floating, (sequences or 1, 1, rows)."""
     elsewhere = source.places is not None
     start, stop = (0, keys) if elsewhere else (min(keys, rows.start(tile)), min(keys, rows.end(tile)))
-    if isinstance(source, QueryKey) and source.causal and not elsewhere:  # no weight after the query: one side, that reaches over it
+    if (
+        isinstance(source, QueryKey) and source.causal and not elsewhere
+    ):  # no weight after the query: one side, that reaches over it
         return Distances((_before(position, start, keys),), slice(0, 0), None)
     index = torch.arange(start, stop, dtype=position.dtype, device=position.device)
     after = torch.arange(keys - stop, dtype=position.dtype, device=position.device)

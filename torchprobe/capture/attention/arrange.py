@@ -70,8 +70,8 @@ class Arrangement:
     """How logits become (batch, heads, queries, keys).
 
     order: their digits, by role. keys: which columns are keys, in order, and sinks: which are not; None for all, and
-    for none. named: whether heads are told by where they come from. side: of the keys in the product; of_keys: the index
-    of each key there. axis: the dimension of the keys; latent: what parameters that are queries count.
+    for none. named: whether heads are told by where they come from. side: of the keys in the product; of_keys: the
+    index of each key there. axis: the dimension of the keys; latent: what parameters that are queries count.
     """
 
     sizes: tuple[tuple[int, ...], ...]

@@ -15,7 +15,8 @@ from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
 
-_KEEPS, _HIDES = "attention_mask", "padding_mask"
+_KEEPS = "attention_mask"
+_WORDS = (_KEEPS, "key_padding_mask", "padding_mask")
 
 
 class MaskArguments:
@@ -34,9 +35,8 @@ class MaskArguments:
     def chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules whose code takes such an argument; PyTorch's own hand theirs on."""
         for name, module in named_modules(model):
-            if not type(module).__module__.startswith("torch.") and any(
-                _beginning(p) is not None for p in _parameters(type(module))
-            ):
+            kind = type(module)
+            if not kind.__module__.startswith("torch.") and any(_beginning(p) is not None for p in _parameters(kind)):
                 yield name, module
 
     def before(
@@ -67,7 +67,7 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def _beginning(name: str) -> str | None:
     """What stands before the word in the name of a mask; None for any other name."""
-    return next((name.removesuffix(word) for word in (_KEEPS, _HIDES) if name.endswith(word)), None)
+    return next((name.removesuffix(word).rstrip("_") for word in _WORDS if name.endswith(word)), None)
 
 
 def _is_mask(name: str, value: Any) -> bool:
@@ -77,13 +77,12 @@ def _is_mask(name: str, value: Any) -> bool:
 
 
 def _tokens(call: Mapping[str, Any], mask_name: str, mask: Tensor) -> Iterator[Tensor]:
-    beginning = _beginning(mask_name)
-    others = [other[0] for name in call if (other := _beginning(name)) and other != beginning and other[0]]
+    """What has an entry for each of the mask's, and a name that begins as the mask's does, but for a longer beginning."""
+    beginning = _beginning(mask_name) or ""
+    longer = [other for name in call if (other := _beginning(name)) and len(other) > len(beginning)]
     for name, value in call.items():
         if not isinstance(value, Tensor) or _beginning(name) is not None or value.shape[:2] != mask.shape:
             continue
-        mine = name.startswith(beginning[0]) if beginning else False
-        if mine and not any(
-            name.startswith(other) for other in others if not (beginning and beginning[0].startswith(other))
-        ):
+        of_keys = mask_name.endswith("key_padding_mask") and "key" in call
+        if name == "key" if of_keys else name.startswith(beginning) and not name.startswith(tuple(longer)):
             yield value

@@ -41,7 +41,7 @@ class Flow:
     """What a tensor holds of one softmax or several.
 
     changed: whether values are others than a softmax gives. refused: why they cannot be read, changed as they are.
-    multiplied: with values, before the sum. dropped: whether dropout has been there. used: a reading of them as changed.
+    multiplied: with values, before the sum. dropped: whether dropout has been there. used: a reading of it.
     """
 
     kind: Kind

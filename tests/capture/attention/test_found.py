@@ -47,7 +47,7 @@ PRODUCTS = {
         [torch.stack([torch.tensordot(a, b.mT, 1) for a, b in zip(*p)]) for p in zip(q, k)]
     ),
     "addmm": lambda q, k: torch.stack([TABLE.addmm(a, b.mT) for a, b in zip(q[:, 0], k[:, 0])])[:, None],
-    "cdist": lambda q, k: -torch.cdist(q, k) ** 2,
+    "cdist": lambda q, k: -(torch.cdist(q, k) ** 2),
     "a sublist of letters": lambda q, k: torch.einsum("... i d, ... j d -> ... i j", q, k),
 }
 
@@ -80,7 +80,9 @@ SOFTMAXES = {
     "logsumexp": lambda s: torch.exp(s - torch.logsumexp(s, dim=-1, keepdim=True)),
     "logsumexp, unsqueezed": lambda s: (s - s.logsumexp(-1).unsqueeze(-1)).exp(),
     "exp and sum": lambda s: (e := s.exp()) / e.sum(-1, keepdim=True),
-    "with the largest taken off": lambda s: (e := (s - s.amax(-1, keepdim=True)).exp()) / e.sum(-1, True).clamp(min=1e-8),
+    "with the largest taken off": lambda s: (
+        (e := (s - s.amax(-1, keepdim=True)).exp()) / e.sum(-1, True).clamp(min=1e-8)
+    ),
     "normalize": lambda s: F.normalize(s.exp(), p=1, dim=-1),
 }
 
@@ -137,7 +139,7 @@ def test_projections_by_parameters_of_a_head_each():
     class Each(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.randn(3, HEADS, WIDTH, 8))
+            self.w = nn.Parameter(torch.randn(3, HEADS, WIDTH, 8) * 0.3)
 
         def forward(self, x):
             q, k, v = (torch.matmul(x.unsqueeze(1), w) for w in self.w)

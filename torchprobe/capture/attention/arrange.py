@@ -137,6 +137,8 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
         return Refused(f"whose scores pass `{lost}`")
     of_keys = set(roots_of([label.dims[axis]]))
     sides = {root.side for root in of_keys}
+    if label.between is not None and shape[axis] == 1:  # a single key: the first step of a cache
+        sides = {side for side in (1, 0) if not any(label.between.of(side))} and {1}
     if label.between is None or len(sides) != 1 or None in sides or any(root.fixed for root in of_keys):
         return None
     side = sides.pop()

@@ -151,6 +151,8 @@ class Handwritten:
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
         dims = self.labels.of(node).dims
+        if not flow.first.keys:  # a single key
+            return next((i for i in range(len(dims) - 1, -1, -1) if not dims[i]), None)
         return next((i for i, dim in enumerate(dims) if flow.first.keys & leaves([dim])), None)
 
     # ---- the use of weights

@@ -52,9 +52,7 @@ class Labelling:
             return fresh(node.shape)
         found = self._by_table(node, inputs)
         if found is None or len(found.dims) != node.dims:
-            sides = any(_label(one).sides for one in inputs)
-            name = str(getattr(node.func, "__name__", node.func)).strip("_")
-            return fresh(node.shape, lost=name if sides else None)
+            return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
         return _settled(found)
 
     def _by_table(self, node: Node, inputs: list[Node]) -> Label | None:
@@ -86,7 +84,7 @@ class Labelling:
     def _product(self, node: Node, product: Product) -> Label:
         labels = [_label(factor) for factor in product.factors]
         const = [factor.const for factor in product.factors]
-        if any(root.side is not None for i in (0, 1) for root in _summed(product, labels, i)):
+        if any(root.side is not None and not root.fixed for i in (0, 1) for root in _summed(product, labels, i)):
             return _joined(product, [unsided(label) for label in labels], const)  # weights and values
         own = [product.own(i) for i in (0, 1)]
         if any(const) and not _may_choose(product, const, own):
@@ -113,6 +111,14 @@ class Labelling:
         if (root, side) not in self._sides:
             self._sides[root, side] = Root(root.learned or const, under=root, side=side, fixed=const)
         return self._sides[root, side]
+
+
+def _lost(node: Node, labels: list[Label]) -> str | None:
+    """By what it is not known any more what logits are of."""
+    before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
+    if before is not None or not any(label.sides for label in labels):
+        return before
+    return str(getattr(node.func, "__name__", node.func)).strip("_")
 
 
 def _of_several(node: Node, product: Product) -> Label:
@@ -155,14 +161,20 @@ def _under(root: Root | None) -> Root | None:
 def _settled(label: Label) -> Label:
     """Without sides once one of both is gone, and pinned to nothing that does not matter."""
     if label.between is not None:
-        gone = [side for side in (0, 1) if any(label.between.of(side)) and side not in label.sides]
-        if gone:
+        if any(_is_gone(label, side) for side in (0, 1)):
             label = unsided(label)
     counts = set(label.roots())
     if label.between is not None or len(label.at) <= len(counts):
         return label
     at = {root: value for root, value in label.at.items() if root in counts or root.side is None}
     return Label(label.dims, at, label.between)
+
+
+def _is_gone(label: Label, side: int) -> bool:
+    """Whether nothing is left of a factor's own dimensions, not even that one of their indices was picked."""
+    assert label.between is not None
+    own = set(roots_of(label.between.of(side)))
+    return bool(own) and side not in label.sides and own.isdisjoint(label.at)
 
 
 def _summed(product: Product, labels: list[Label], which: int) -> Iterable[Root]:
@@ -191,7 +203,8 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
             dim = counted(Root(learned=True), size)
         dims.append(dim)
     for i in order:
-        pinned = {root: value for root, value in labels[i].at.items() if not (root.learned and any(const))}
+        gone = set(_summed(product, labels, i))
+        pinned = {r: v for r, v in labels[i].at.items() if r not in gone and not (r.learned and any(const))}
         at = {**pinned, **at}
     kept = set(roots_of(dims))
     for label in labels:

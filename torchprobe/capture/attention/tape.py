@@ -29,13 +29,13 @@ class Node:
 
     __slots__ = (
         *("args", "caller", "const", "flow", "func", "kwargs", "label", "learned"),
-        *("memory", "part", "small", "storage"),
+        *("dtype", "memory", "part", "small", "storage"),
     )
 
     def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> None:
         self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-        self.storage = _storage(tensor)
+        self.storage, self.dtype = _storage(tensor), tensor.dtype
         inputs = list(self.inputs)
         self.const: bool = func is not None and all(node.const for node in inputs)
         self.learned: bool = any(node.learned for node in inputs)
@@ -162,7 +162,7 @@ class Tape:
 
 def shares_memory(node: Node, other: Node) -> bool:
     """Whether one is a view of the other, or of the same."""
-    return node.storage == other.storage != 0
+    return node.storage == other.storage != 0 and node.dtype is other.dtype
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -75,7 +75,7 @@ def of_weights(
 ) -> list[dict[str, float]]:
     """What `summarise` tells of weights (batch, heads, queries, keys) as they are, but for logits.
 
-    rows: which queries count, seen: which keys are visible, both broadcastable; position: of the queries among the keys.
+    rows: which queries count, seen: which keys are visible, both broadcastable; position: of queries among keys.
     """
     p = p.detach().double()
     rows = torch.ones(p.shape[:3], dtype=torch.bool) if rows is None else rows.expand(p.shape[:3])

@@ -50,7 +50,7 @@ def by_cat(t):
 
 
 def by_unbind(t):
-    return torch.cat([part for part in t.unflatten(-1, (H, D)).unbind(2)])
+    return torch.cat(t.unflatten(-1, (H, D)).unbind(2))
 
 
 def by_einsum(t):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_what_a_label_says_is_there(data):
     label = fresh(SHAPE)
     strides = {dim[0].root: stride for dim, stride in zip(label.dims, x.stride(), strict=True)}
     views = data.draw(steps(x))
-    for before, after in zip(views, views[1:], strict=False):
+    for before, after in pairwise(views):
         found = viewed(label, memory(before), memory(after))
         if found is None:  # not one of whole digits: then nothing is said
             return

@@ -6,22 +6,23 @@ are computed from its input, so that no logits are kept; they count when a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Places, Refused, columns_of, of_dot_product
+from torchprobe.capture.attention.arrange import Refused, columns_of
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Root, leaves, roots_of
 from torchprobe.capture.attention.observer import Observer
+from torchprobe.capture.attention.places import Places, of_dot_product
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.softmaxes import Softmaxes, is_nearly_nothing
-from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain, shares_memory
-from torchprobe.capture.attention.weights import Flow, Pending
+from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
+from torchprobe.capture.attention.weights import Flow, Pending, back, keeps
 from torchprobe.statistics.attention.sources import Shape
 
 _OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
@@ -146,7 +147,7 @@ class Handwritten:
         others = [factor for i, factor in enumerate(product.factors) if i != which]
         learned = any(factor.learned or not factor.const for factor in others)
         reason = "whose weights are mixed by parameters, so that some may be negative" if learned else None
-        return _changed(flow, reason)
+        return flow.as_changed(reason)
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
@@ -213,12 +214,12 @@ class Handwritten:
         if func in fn.EXPONENTIALS and flow.kind == "logarithms":
             self._give(nodes, replace(flow, kind="weights"))
         elif func in _OF_SOFTMAX:
-            self._give(nodes, _changed(flow, "whose weights pass a second softmax"))
+            self._give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
         elif func in fn.DROPOUTS:
             self._give(nodes, self._after_dropout(node, source, flow, args))
-        elif _keeps(node, source) or func in fn.WITHOUT_NAN:
+        elif keeps(node, source) or func in fn.WITHOUT_NAN:
             self._give(nodes, flow)
         elif func in fn.JOINS:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
@@ -226,22 +227,22 @@ class Handwritten:
         elif fn.is_pointwise(func) and func is not None:
             self._give(nodes, self._after_pointwise(node, source, flow, flows))
         elif self._key_axis(node, flow) is not None:
-            self._give(nodes, _changed(flow, None))
+            self._give(nodes, flow.as_changed(None))
 
     def _after_pointwise(self, node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
         """Weights are changed, or multiplied with values that are summed later."""
         if flow.kind == "total":
             tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
             small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
-            return flow if small else _changed(flow, None)
+            return flow if small else flow.as_changed(None)
         grows = node.dims > source.dims or any(
             b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False)
         )
         if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
             return replace(flow, multiplied=True)
         if node.func in fn.DIFFERENCES:
-            return _changed(flow, "whose weights are subtracted")
-        return _changed(flow, None)
+            return flow.as_changed("whose weights are subtracted")
+        return flow.as_changed(None)
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
         if not flow.changed or flow.used is not None or flow.kind != "weights":
@@ -256,10 +257,10 @@ class Handwritten:
         axis = self._key_axis(source, flow)
         if axis is None or self._key_axis(node, flow) is not None:
             if axis is not None:
-                self._give([node], _changed(flow, None))
+                self._give([node], flow.as_changed(None))
             return
         if flow.multiplied and flow.kind == "weights":
-            before = next((one for one in _back(source) if one.flow is not None and not one.flow.multiplied), None)
+            before = next((one for one in back(source) if one.flow is not None and not one.flow.multiplied), None)
             if before is not None:
                 inner = self._key_axis(before, flow)
                 if inner is not None:
@@ -282,25 +283,6 @@ class Handwritten:
             changed = total.changed or flow.changed or flow.kind == "weights"
             self._give([node], replace(flow, kind="weights", changed=changed))
         return True
-
-
-def _changed(flow: Flow, reason: str | None) -> Flow:
-    return replace(flow, changed=True, refused=flow.refused or reason)
-
-
-def _back(node: Node) -> Iterator[Node]:
-    while node is not None:
-        yield node
-        node = next((one for one in node.inputs if one.flow is not None), None)  # type: ignore[assignment]
-
-
-def _keeps(node: Node, source: Node) -> bool:
-    """Whether values are the same, wherever they are."""
-    return node.func in fn.SAME or node.func in fn.RESHAPES or (shares_memory(node, source) and not _is_in_place(node))
-
-
-def _is_in_place(node: Node) -> bool:
-    return bool(node.args) and isinstance(node.args[0], Node) and fn.is_in_place(node.func)
 
 
 def _may_be_scores(node: Node, product: Product) -> bool:

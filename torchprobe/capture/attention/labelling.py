@@ -160,9 +160,8 @@ def _under(root: Root | None) -> Root | None:
 
 def _settled(label: Label) -> Label:
     """Without sides once one of both is gone, and pinned to nothing that does not matter."""
-    if label.between is not None:
-        if any(_is_gone(label, side) for side in (0, 1)):
-            label = unsided(label)
+    if label.between is not None and any(_is_gone(label, side) for side in (0, 1)):
+        label = unsided(label)
     counts = set(label.roots())
     if label.between is not None or len(label.at) <= len(counts):
         return label

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.arrange import Places
 from torchprobe.capture.attention.layout import blocked, plain, unusual
 from torchprobe.capture.attention.padding import Padding
+from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast

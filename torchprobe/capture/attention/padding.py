@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.arrange import Places, Tokens
 from torchprobe.capture.attention.labels import Indices, Label, Root, coordinates, resolved
+from torchprobe.capture.attention.places import Places, Tokens
 from torchprobe.statistics.attention.rows import moved
 
 

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
-from torchprobe.capture.attention.arrange import by_custom
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
+from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators

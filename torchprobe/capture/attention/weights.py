@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.arrange import Arrangement
 from torchprobe.capture.attention.labels import Root
 from torchprobe.capture.attention.observer import Call
 from torchprobe.capture.attention.sites import Reading
+from torchprobe.capture.attention.tape import Node, shares_memory
 
 Kind = Literal["weights", "logarithms", "exponentials", "total"]
 
@@ -56,3 +59,23 @@ class Flow:
     def first(self) -> Pending:
         """The softmax that was met first."""
         return self.pending[0]
+
+    def as_changed(self, reason: str | None) -> Flow:
+        """The same with other values; reason: why these cannot be read."""
+        return replace(self, changed=True, refused=self.refused or reason)
+
+
+def back(node: Node) -> Iterator[Node]:
+    """A tensor that holds weights, and those that they came from."""
+    while node is not None:
+        yield node
+        node = next((one for one in node.inputs if one.flow is not None), None)  # type: ignore[assignment]
+
+
+def keeps(node: Node, source: Node) -> bool:
+    """Whether values are the same, wherever they are."""
+    return node.func in fn.SAME or node.func in fn.RESHAPES or (shares_memory(node, source) and not _is_in_place(node))
+
+
+def _is_in_place(node: Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], Node) and fn.is_in_place(node.func)

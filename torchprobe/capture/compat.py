@@ -53,6 +53,7 @@ NAMES: Mapping[str, str] = {
         "flex_attention with tensors in its score_mod is not read in eager code"
     ),
     "torch.utils._device:DeviceContext": "",  # a default device then counts as a mode of the user's
+    "torch._higher_order_ops.flex_attention:flex_attention": "",  # then one in a compiled function is not said
     "torch._ops:HigherOrderOperator": "flex_attention is not seen in eager code",
     _EVAL_FRAME + "set_eval_frame": "",  # there is torch.compiler.disable
     _EVAL_FRAME + "set_code_exec_strategy": "",  # each torch has these three or the next one
@@ -292,6 +293,11 @@ OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 OpOverloadPacket: type[Any] = type(torch.ops.aten.add)
 HigherOrderOperator: type[Any] = find("torch._ops:HigherOrderOperator") or _Nothing
 DeviceContext: type[Any] = find("torch.utils._device:DeviceContext") or _Nothing
+
+
+def flex_attention_operator() -> Any:
+    """The operator that `flex_attention` calls; a new object where there is none. Importing it takes no Dynamo."""
+    return find("torch._higher_order_ops.flex_attention:flex_attention") or object()
 
 
 def saved_tensors_are_readable() -> bool:

@@ -113,10 +113,10 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
     digits = [Axis(i, j, f) for i, dim in enumerate(label.dims) for j, f in enumerate(dim)]
     roles = _roles(label, digits, axis, 1 - side)
     columns = columns_of(label, axis, side)
-    if as_used and isinstance(columns, tuple):
-        columns = None, columns[2], columns[2]
     if isinstance(columns, Refused):
         return columns
+    if as_used:
+        columns = None, columns[2], columns[2]
     if not roles[2] and _overlaps(label, axis, side):
         return Refused("over a window of keys for each query")
     return _arranged(label, shape, roles, columns, side)

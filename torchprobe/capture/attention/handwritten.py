@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
@@ -185,7 +186,7 @@ class Handwritten:
         columns = columns_of(self.labels.of(node), axis, pending.arranged.side)
         if isinstance(columns, Refused) or (columns[2] < 0).any():
             return False
-        return columns[1].tolist() == pending.arranged.of_keys.tolist()
+        return bool(np.array_equal(columns[1], pending.arranged.of_keys))
 
     def _read_as_used(self, node: Node, axis: int, flow: Flow, weights: Tensor | None) -> Reading | str:
         if weights is None or flow.dropped:

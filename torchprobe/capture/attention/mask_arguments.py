@@ -58,7 +58,7 @@ class MaskArguments:
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     try:
         return tuple(inspect.signature(kind.forward).parameters)[1:]
     except (TypeError, ValueError):  # a forward that Python cannot look into
@@ -77,7 +77,7 @@ def _is_mask(name: str, value: Any) -> bool:
 
 
 def _tokens(call: Mapping[str, Any], mask_name: str, mask: Tensor) -> Iterator[Tensor]:
-    """What has an entry for each of the mask's, and a name that begins as the mask's does, but for a longer beginning."""
+    """What has an entry for each of the mask's, and a name that begins as that of this mask, and of no longer one."""
     beginning = _beginning(mask_name) or ""
     longer = [other for name in call if (other := _beginning(name)) and len(other) > len(beginning)]
     for name, value in call.items():

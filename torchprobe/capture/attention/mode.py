@@ -18,6 +18,7 @@ from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
 from torchprobe.capture.compat import no_torch_function
+from torchprobe.capture.compiled import operators
 from torchprobe.statistics.attention import QueryKey
 
 SourceOf = Callable[[int | None], QueryKey]
@@ -31,8 +32,17 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.handwritten = self._handwritten = Handwritten(observer)
+        self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
         self._steps: Function | None = None
+
+    def note_unread(self) -> None:
+        """A function that is compiled by itself has called `flex_attention`, whose inside is not seen there."""
+        observer = self._observer
+        if not observer.idle:
+            caller = observer.owners.caller(beyond_graphs=True)
+            name = "a function outside of the model" if caller is None else caller.name
+            observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
 
     def begin(self, model: nn.Module) -> None:
         """A pass begins."""
@@ -51,6 +61,8 @@ class AttentionMode(TorchFunctionMode):
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
         if is_compiling():
+            if func is stack.FLEX:
+                operators.unread(self._handle)
             return stack.call(func, args, kwargs)
         if not _has_hash(func):
             return func(*args, **kwargs)

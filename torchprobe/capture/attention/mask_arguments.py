@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class MaskArguments:
     def chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules whose code takes such an argument; PyTorch's own hand theirs on."""
         for name, module in named_modules(model):
-            kind = type(module)
+            kind: Any = type(module)
             if not kind.__module__.startswith("torch.") and any(_beginning(p) is not None for p in _parameters(kind)):
                 yield name, module
 
@@ -43,7 +43,7 @@ class MaskArguments:
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """One of them is called."""
-        call = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+        call = dict(zip(_parameters(cast("Any", type(module))), args, strict=False)) | kwargs
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}
         for each, mask in masks.items():
             padded = mask == 0 if each.endswith(_KEEPS) else mask

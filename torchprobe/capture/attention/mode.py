@@ -32,14 +32,15 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.handwritten = self._handwritten = Handwritten(observer)
+        self._flex = False  # whether its operator was seen since
         self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
         self._steps: Function | None = None
 
     def note_unread(self) -> None:
-        """A function that is compiled by itself has called `flex_attention`, whose inside is not seen there."""
-        observer = self._observer
-        if not observer.idle:
+        """A function that is compiled by itself has called `flex_attention`; its operator is seen or not there."""
+        observer, seen, self._flex = self._observer, self._flex, False
+        if not observer.idle and not seen:
             caller = observer.owners.caller(beyond_graphs=True)
             name = "a function outside of the model" if caller is None else caller.name
             observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
@@ -61,9 +62,10 @@ class AttentionMode(TorchFunctionMode):
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
         if is_compiling():
+            result = stack.call(func, args, kwargs)
             if func is stack.FLEX:
                 operators.unread(self._handle)
-            return stack.call(func, args, kwargs)
+            return result
         if not _has_hash(func):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
@@ -98,6 +100,7 @@ class AttentionMode(TorchFunctionMode):
         call = dot_product.call_of(func, args, kwargs)
         if call is None:
             return
+        self._flex = self._flex or call.is_flex
         if call.unread is None:
             self._record(call.tensors, lambda heads: call.query_key(), call.is_flex)  # which compiles itself
         else:

@@ -13,6 +13,7 @@ from tests.capture.attention.reference import assert_close, of_weights
 
 X = torch.randn(3, LENGTH, WIDTH)
 TABLE = torch.randn(LENGTH, LENGTH)
+EVERY = torch.ones(1, dtype=torch.bool)  # key is visible, though its weight may be 0 by rounding
 
 POINTWISE = {
     "square": lambda s: s.square(),
@@ -36,7 +37,7 @@ POINTWISE = {
 def test_scores_that_are_changed_element_by_element(change):
     model = Attends(lambda m, q, k: change(scores(q, k)).softmax(-1))
     seen = record(model, X)
-    assert_close(seen.heads["root"], of_weights(model.p))
+    assert_close(seen.heads["root"], of_weights(model.p, seen=EVERY))
     assert seen.uncovered == {}
 
 
@@ -59,7 +60,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS.keys())
 def test_products_of_other_names(product):
     model = Attends(lambda m, q, k: product(q, k).softmax(-1))
-    assert_close(record(model, X).heads["root"], of_weights(model.p))
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
 
 
 REARRANGED = {
@@ -75,7 +76,7 @@ REARRANGED = {
 @pytest.mark.parametrize("weigh", REARRANGED.values(), ids=REARRANGED.keys())
 def test_columns_that_are_rearranged(weigh):
     model = Attends(lambda m, q, k: weigh(scores(q, k)))
-    assert_close(record(model, X).heads["root"], of_weights(model.p))
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
 
 
 SOFTMAXES = {
@@ -93,7 +94,7 @@ SOFTMAXES = {
 def test_a_softmax_of_other_functions(name):
     model = Attends(lambda m, q, k: SOFTMAXES[name](scores(q, k)))
     seen = record(model, X)
-    assert_close(seen.heads["root"], of_weights(model.p))
+    assert_close(seen.heads["root"], of_weights(model.p, seen=EVERY))
     assert max(seen.of("max_logit")) < 40
 
 
@@ -112,7 +113,7 @@ def heads_by_convolution(m, q, k):
 @pytest.mark.parametrize("weigh", [heads_by_linear, heads_by_einsum, heads_by_convolution])
 def test_heads_that_are_mixed_before_the_softmax(weigh):
     model = Attends(weigh, mix=nn.Linear(HEADS, HEADS))
-    assert_close(record(model, X).heads["root"], of_weights(model.p))
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
     assert_untouched(model, X)
 
 
@@ -134,7 +135,7 @@ def test_values_that_are_multiplied_and_summed():
             return (self.p.unsqueeze(-1) * v.unsqueeze(2)).sum(3)
 
     model = Summed(None)
-    assert_close(record(model, X).heads["root"], of_weights(model.p))
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
 
 
 def test_projections_by_parameters_of_a_head_each():
@@ -149,7 +150,7 @@ def test_projections_by_parameters_of_a_head_each():
             return self.p @ v
 
     model = Each()
-    assert_close(record(model, X).heads["root"], of_weights(model.p))
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
 
 
 # ---- said

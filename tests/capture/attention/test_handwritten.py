@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
@@ -265,44 +264,3 @@ def test_weights_that_are_used_twice_count_once():
         return weights @ v + weights @ (v * 2)
 
     assert record(Written(attend), torch.randn(2, LENGTH, WIDTH)).of("rows") == [2 * LENGTH] * HEADS
-
-
-# ---- memory
-
-
-def test_logits_are_not_kept_alive():
-    alive = []
-
-    def attend(q, k, v):
-        scores = q @ k.mT
-        logits = weakref.ref(scores)
-        scores = scores.softmax(-1)
-        alive.append(logits() is not None)
-        result = scores @ v
-        weights = weakref.ref(scores)
-        del scores
-        alive.append(weights() is not None)
-        return result
-
-    model, x = Written(attend), torch.randn(2, LENGTH, WIDTH)
-    with torch.no_grad():
-        model(x)
-        record(model, x)
-    assert alive == [False] * 4
-
-
-def test_locals_that_a_function_asked_for_stay():
-    def attend(q, k, v):
-        mine = locals()
-        result = (q @ k.mT).softmax(-1) @ v
-        assert mine["q"] is q
-        return result
-
-    class Local(Written):
-        def forward(self, x):
-            mine = locals()
-            y = super().forward(x)
-            assert mine["x"] is x
-            return y
-
-    assert record(Local(attend), torch.randn(2, LENGTH, WIDTH)).of("rows")

@@ -23,17 +23,17 @@ PACKAGE = Path(torchprobe.__file__).parent
 FILES = {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
-MOST_FILES = 181  # goal: 180
-MOST_LINES = 25_700  # goal: 21,000
-MOST_FOREIGN_WRITES = 84  # goal: 20
-MOST_FILES_OF_A_GRADIENT = 46  # goal: 25
-MOST_FILES_WITH_RULES = 48  # those of all rules too
+MOST_FILES = 186  # goal: 180
+MOST_LINES = 28_600  # goal: 21,000; raised once, for attention and predictions that are confirmed before they are said
+MOST_FOREIGN_WRITES = 7
+MOST_FILES_OF_A_GRADIENT = 41  # goal: 25
+MOST_FILES_WITH_RULES = 46  # those of all rules too
 LONGEST_FILE = 300
 LONGEST_BODY = 40
-TOO_LONG = {"capture/compat.py", "steps/passes.py"}  # goal: none
+TOO_LONG = {"capture/compat.py"}  # goal: none
 PRIVATE = re.compile(r"torch\._[a-z]|torch\.\w+\._[a-z]|_dynamo\b")
 BEHIND_THE_DOOR = ("capture/compat.py", "capture/compiled/")
-STILL_PRIVATE = {"capture/attention/sites.py", "statistics/norms.py"}  # goal: none
+STILL_PRIVATE = {"statistics/norms.py"}  # goal: none
 
 
 def test_files_and_lines():

@@ -104,11 +104,8 @@ def instrument(
     selection.check(root, parts)
     known = None if hparams is None else checked_hparams(hparams)
     ranks = world()
-    run, opened = (
-        open_writer(writer, log_dir, run_name, type(root).__name__, overwrite=overwrite)
-        if ranks.writes
-        else (None, NoWriter())
-    )
+    place = (writer, log_dir, run_name, type(root).__name__)
+    run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
     sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)

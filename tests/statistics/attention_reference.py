@@ -7,29 +7,28 @@ from torch import Tensor
 
 from torchprobe.statistics.attention import FIELDS, Logits, QueryKey, Source
 
-HIDDEN_BELOW = {torch.float16: -32752.0}
-"""For other types -5e8: half of -1e9, which lies above half of their lowest numbers."""
-
-
-def hidden_below(dtype: torch.dtype) -> float:
-    return HIDDEN_BELOW.get(dtype, -5e8)
+HIDDEN_BELOW = -5000.0
 
 
 def logits(source: Source) -> Tensor:
     """(batch, heads, queries, keys) in float64, with -inf where a key is not visible."""
     if isinstance(source, Logits):
-        s = source.logits.double()
-        return s.masked_fill(s <= hidden_below(source.logits.dtype), -torch.inf)
+        s = source.logits.double() + (0 if source.shift is None else source.shift.double())
+        return s.masked_fill(s <= HIDDEN_BELOW, -torch.inf)
     return _masked(source, _modified(source, _product(source)))
 
 
 def probabilities(source: Source) -> Tensor:
     """(batch, heads, queries, keys) as eager attention returns them: a sink's column is dropped after the softmax."""
-    s = logits(source)
-    sinks = source.sinks if isinstance(source, QueryKey) else None
+    s, sinks = logits(source), source.sinks
+    if isinstance(source, Logits) and source.as_weights:
+        return s.exp()
     if sinks is None:
         return s.softmax(-1)
-    column = sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)
+    if isinstance(source, Logits):
+        column = sinks.double() + (0 if source.shift is None else source.shift.double())
+    else:
+        column = sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)
     return torch.cat((s, column), -1).softmax(-1)[..., :-1]
 
 
@@ -41,8 +40,9 @@ def rows(source: Source) -> dict[str, Tensor]:
     if source.padding is not None:
         valid &= ~source.padding[:, None]
     first = (s > -torch.inf).int().argmax(-1, keepdim=True)
-    query, key = torch.arange(s.size(2))[:, None], torch.arange(s.size(3))
-    entropy = torch.special.entr(p).sum(-1)
+    query = (torch.arange(s.size(2)) if source.places is None else source.places)[:, None]
+    key = torch.arange(s.size(3))
+    entropy = torch.special.entr(p).sum(-1).clamp(min=0)
     return {
         "valid": valid,
         "choice": valid & (count > 1),
@@ -92,7 +92,7 @@ def _masked(source: QueryKey, s: Tensor) -> Tensor:
     if mask is not None and mask.dtype == torch.bool:
         s = s.masked_fill(~mask, -torch.inf)
     elif mask is not None:
-        s = (s + mask.double()).masked_fill(mask <= hidden_below(mask.dtype), -torch.inf)
+        s = (s + mask.double()).masked_fill(mask <= HIDDEN_BELOW, -torch.inf)
     if source.causal:
         s = s.masked_fill(torch.ones(s.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
     return s

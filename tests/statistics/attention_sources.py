@@ -82,6 +82,14 @@ def decaying(logits: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Te
 
 
 @st.composite
+def places(draw: st.DrawFn, queries: int, keys: int) -> Tensor | None:
+    """None, or a key for each query, as a cache and queries in parts have it."""
+    if draw(st.booleans()):
+        return None
+    return torch.tensor(draw(st.lists(st.integers(0, keys - 1), min_size=queries, max_size=queries)))
+
+
+@st.composite
 def query_keys(draw: st.DrawFn) -> QueryKey:
     batch, key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     queries, keys = draw(st.integers(1, 12)), draw(st.integers(1, 12))
@@ -102,6 +110,7 @@ def query_keys(draw: st.DrawFn) -> QueryKey:
         softcap=draw(st.sampled_from((None, None, 3.0))),
         modify=draw(st.sampled_from((None, None, decaying))),
         sinks=draw(st.sampled_from((None, None, torch.linspace(-30, 60, heads)))),
+        places=draw(places(queries, keys)),
     )
 
 
@@ -114,5 +123,12 @@ def hand_written(draw: st.DrawFn) -> Logits:
     mask = draw(masks(shape))
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits.to(mask.dtype) + mask
-        return Logits(logits, draw(paddings(shape[0], shape[2])))
-    return Logits(logits.to(dtype), draw(paddings(shape[0], shape[2])))
+    else:
+        logits = logits.to(dtype)
+    padding, at = draw(paddings(shape[0], shape[2])), draw(places(shape[2], shape[3]))
+    kind = draw(st.sampled_from(("plain", "plain", "shift", "sinks", "both", "weights")))
+    if kind == "weights":
+        return Logits(logits.float().log_softmax(-1) + 0.1, padding, at, as_weights=True)
+    column = torch.randn((*shape[:3], 1), generator=generator) * 5
+    shift = column.to(logits.dtype) if kind in ("shift", "both") else None
+    return Logits(logits, padding, at, shift, column - 1 if kind in ("sinks", "both") else None)

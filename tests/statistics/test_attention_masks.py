@@ -63,7 +63,7 @@ def test_a_row_that_sees_nothing_is_left_out_though_its_softmax_is_uniform(dtype
     torch.testing.assert_close(row[:, 0], expected[:, 0])
 
 
-@pytest.mark.parametrize("bias", [-100.0, -10000.0])
+@pytest.mark.parametrize("bias", [-100.0, -4000.0])
 def test_a_mild_bias_hides_nothing(bias):
     """Swin's -100 and ALiBi at long distances: such keys take part, if with next to no probability."""
     mask = torch.zeros(1, 6).index_fill(1, torch.tensor([0]), bias)

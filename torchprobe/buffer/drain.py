@@ -291,9 +291,8 @@ class Drain:
     def _longest(self, timeout: float | None) -> float | None:
         """What a caller waits at most, in a form that the system knows."""
         patience = None if self._exchange is None else self._exchange.patience
-        if patience is not None:
-            timeout = patience if timeout is None else min(timeout, patience)
-        return _waitable(timeout)
+        limits = [seconds for seconds in (timeout, patience) if seconds is not None]
+        return _waitable(min(limits, default=None))
 
 
 def _waitable(timeout: float | None) -> float | None:

@@ -40,8 +40,8 @@ _UNSEEN = Roots("", None, True, ())
 def roots(thread: int = 0) -> Roots:
     """Of the backward pass that runs on this thread, or that another thread waits for, as on a device.
 
-    thread: that ran the forward pass, where it is known and a device's thread asks; another one counts only where it is the only
-    one that waits, for several models may train at a time. Costs 0.1 µs a frame.
+    thread: that ran the forward pass, where that is known and a device's thread asks. Another one counts only where no
+    second one waits, for several models may train at a time. Costs 0.1 µs a frame.
     """
     found = _roots_above(sys._getframe(1))
     if found is not None:

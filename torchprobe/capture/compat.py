@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 from torch.optim import Optimizer
 
 _log = logging.getLogger("torchprobe")
@@ -52,6 +53,7 @@ NAMES: Mapping[str, str] = {
         "flex_attention with tensors in its score_mod is not read in eager code"
     ),
     "torch.utils._device:DeviceContext": "",  # a default device then counts as a mode of the user's
+    "torch._higher_order_ops.flex_attention:flex_attention": "",  # then one in a compiled function is not said
     "torch._ops:HigherOrderOperator": "flex_attention is not seen in eager code",
     _EVAL_FRAME + "set_eval_frame": "",  # there is torch.compiler.disable
     _EVAL_FRAME + "set_code_exec_strategy": "",  # each torch has these three or the next one
@@ -293,9 +295,26 @@ HigherOrderOperator: type[Any] = find("torch._ops:HigherOrderOperator") or _Noth
 DeviceContext: type[Any] = find("torch.utils._device:DeviceContext") or _Nothing
 
 
+def flex_attention_operator() -> Any:
+    """The operator that `flex_attention` calls; a new object where there is none. Importing it takes no Dynamo."""
+    return find("torch._higher_order_ops.flex_attention:flex_attention") or object()
+
+
 def saved_tensors_are_readable() -> bool:
     """Whether what an autograd node has saved can be looked at."""
     return find("torch._C:_autograd.SavedTensor.data") is not None
+
+
+def is_one_width(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values of an `nn.MultiheadAttention` are as wide as each other."""
+    return bool(getattr(attention, "_qkv_same_embed_dim", True))
+
+
+MODULE_CALL = nn.Module.__module__
+"""Where modules are called, by one function or another."""
+
+GRAPH_CALLERS = frozenset({"torch._functorch._aot_autograd.runtime_wrappers", "torch._functorch.aot_autograd"})
+"""Where the operations of a compiled graph are called that runs one by one."""
 
 
 # ---- Dynamo, without loading it

@@ -1,4 +1,4 @@
-"""Hooks on chosen modules for sampled training passes of eager models: on before such a pass, and off after it."""
+"""Hooks on chosen modules for sampled passes of eager models: on before such a pass, and off after it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _COMPILED = "the model is compiled, and this is not watched inside a graph"
 
 
 class Watcher(Protocol):
-    """What looks at module calls of a sampled training pass. Exceptions end at its gate."""
+    """What looks at module calls of a sampled pass, in training or in validation too. Exceptions end at its gate."""
 
     reporter: Reporter
+    in_validation: bool
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Which modules, by name."""
@@ -63,9 +64,9 @@ class EagerHooks:
         self._size = 0
         self._compiled = False
 
-    def arm(self, due: frozenset[Reporter]) -> None:
+    def arm(self, due: frozenset[Reporter], training: bool) -> None:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
-        wanted = [watcher for watcher in self._watchers if watcher.reporter in due]
+        wanted = [w for w in self._watchers if w.reporter in due and (training or w.in_validation)]
         model = self._model()
         if model is not None and wanted and self._is_compiled(model):
             for watcher in wanted:

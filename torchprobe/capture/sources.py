@@ -14,7 +14,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
 from torchprobe.capture.compiled.retrace import Retrace
-from torchprobe.capture.eager_hooks import EagerHooks
+from torchprobe.capture.eager_hooks import EagerHooks, Watcher
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
@@ -59,7 +59,8 @@ class Sources:
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
-        self._hooks = EagerHooks(model, [*self._traces, *self._units], running)
+        watchers: list[Watcher] = [*self._traces, *self._units, *(attention.masks for attention in self._attention)]
+        self._hooks = EagerHooks(model, watchers, running)
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
@@ -131,7 +132,7 @@ class Sources:
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
         self.armed = bool(due) or may_trace
-        self._hooks.arm(due if training else frozenset())
+        self._hooks.arm(due, training)
         if may_trace or self._outputs.wants(due):
             self._outputs.arm(training)
         else:

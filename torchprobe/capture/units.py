@@ -34,6 +34,8 @@ Counts: TypeAlias = "dict[str, list[_Count]]"
 class Units:
     """Counts of a pass; those of sampled steps add up while there are few inputs."""
 
+    in_validation = False
+
     def __init__(self, reporter: Reporter, wanted: Callable[[str], bool]) -> None:
         self.reporter = reporter
         self._wanted = wanted

@@ -68,3 +68,27 @@ def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]
                 assert abs(got[name] - value) <= tolerance * max(1, abs(value)), (name, got[name], value)
             else:
                 assert name not in got
+
+
+def of_weights(
+    p: Tensor, rows: Tensor | None = None, seen: Tensor | None = None, position: Tensor | None = None
+) -> list[dict[str, float]]:
+    """What `summarise` tells of weights (batch, heads, queries, keys) as they are, but for logits.
+
+    rows: which queries count, seen: which keys are visible, both broadcastable; position: of queries among keys.
+    """
+    p = p.detach().double()
+    rows = torch.ones(p.shape[:3], dtype=torch.bool) if rows is None else rows.expand(p.shape[:3])
+    seen = p > 0 if seen is None else seen.expand(p.shape)
+    position = torch.arange(p.size(2)) if position is None else position
+    count, first = seen.sum(-1), seen.double().argmax(-1, keepdim=True)
+    entropy = torch.special.entr(p).sum(-1)
+    rows, choice = rows & (count > 0), rows & (count > 1)
+    values = {
+        "entropy": (entropy, rows),
+        "max_probability": (p.amax(-1), rows),
+        "distance": ((p * (position[:, None] - torch.arange(p.size(3))).abs()).sum(-1), rows),
+        "normalized_entropy": ((entropy / count.clamp(min=2).double().log()).clamp(max=1), choice),
+        "sink": (p.gather(-1, first)[..., 0], choice),
+    }
+    return [{name: _mean(v[:, h][r[:, h]].tolist()) for name, (v, r) in values.items()} for h in range(p.size(1))]

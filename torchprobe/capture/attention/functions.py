@@ -1,8 +1,9 @@
-"""The functions by which hand-written attention is recognised, and what they do to the dimensions of tensors."""
+"""The functions by which hand-written attention is recognised: a table by what they do to labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,12 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 Function = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
-Roles = tuple[tuple[int, int], ...]
-"""Which dimensions of a product can be (of queries, of keys), counted from the end."""
-
-EITHER: Roles = ((-2, -1), (-1, -2))
 
 _NAMESPACES = (torch, Tensor, functional, torch.special, torch.linalg)
 
@@ -24,181 +19,159 @@ def _named(*names: str) -> Iterator[Function]:
     """Every function and method of these names, and what works in place under them."""
     for name in names:
         for namespace in _NAMESPACES:
-            for spelled in (name, f"{name}_", f"__{name}__"):
+            for spelled in (name, f"{name}_", f"__{name}__", f"__i{name}__"):
                 found = getattr(namespace, spelled, None)
                 if callable(found):
                     yield found
 
 
-PRODUCTS = frozenset(_named("matmul", "bmm", "mm", "baddbmm", "einsum", "rmatmul"))
-"""What multiplies queries with keys, and weights with values."""
-
-FIRST_OPERAND = dict.fromkeys(_named("baddbmm"), 1)
-"""Where the two operands begin, if not at 0."""
-
-SWAPPED = frozenset(_named("rmatmul"))
-"""Those that multiply their second argument with their first."""
-
 SOFTMAXES = frozenset(_named("softmax"))
 
 LOG_SOFTMAXES = frozenset(_named("log_softmax"))
+
+DRAWN = frozenset(_named("gumbel_softmax"))
+"""Those whose inside is not seen, and whose result are weights."""
 
 EXPONENTIALS = frozenset(_named("exp"))
 
 SUMS = frozenset(_named("sum"))
 
-DIVISIONS = frozenset(_named("div", "divide", "true_divide"))
+LOG_SUMS = frozenset(_named("logsumexp"))
+
+DIVISIONS = frozenset(_named("div", "divide", "true_divide", "truediv"))
 
 DIFFERENCES = frozenset(_named("sub", "subtract"))
 
-RESCALINGS = DIVISIONS | frozenset(_named("mul", "multiply", "rdiv", "tanh"))
-"""What changes by how much logits differ: a shift that was taken off before is not one any more."""
+ADDITIONS = frozenset(_named("add"))
+
+FILLS = frozenset(_named("masked_fill"))
+
+CHOICES = frozenset(_named("where"))
+
+DROPOUTS = frozenset(_named("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"))
+
+CASTS = frozenset(_named("to", "float", "half", "bfloat16", "double", "type", "type_as"))
+
+SAME = CASTS | frozenset(_named("detach", "clone", "contiguous", "requires_grad", "cpu", "cuda"))
+"""What keeps values where they are."""
+
+RESHAPES = frozenset(_named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel"))
+
+_POINTWISE = frozenset(("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6"))
+
+
+@cache
+def is_pointwise(func: Function) -> bool:
+    """Whether a function works element by element, its arguments broadcast: as PyTorch's operator of its name says."""
+    name = str(getattr(func, "__name__", "")).strip("_")
+    if not str(getattr(func, "__module__", None) or "torch").startswith("torch"):
+        return False
+    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name.removeprefix("i"), None)
+    overloads = packet.overloads() if packet is not None and hasattr(packet, "overloads") else ()
+    return name in _POINTWISE or any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
+
+
+ALONG = (
+    SOFTMAXES
+    | LOG_SOFTMAXES
+    | DROPOUTS
+    | DRAWN
+    | frozenset(
+        (
+            *_named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize"),
+            *_named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "setitem", "fill"),
+            *_named("masked_scatter", "index_fill", "bernoulli", "zero"),
+        )
+    )
+)
+"""What keeps the order of everything, though an element may depend on others."""
+
+REDUCTIONS = (
+    SUMS
+    | LOG_SUMS
+    | frozenset(
+        _named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum")
+    )
+)
+
+EXTREMES = frozenset(_named("max", "min"))
+"""Reductions where they get a dimension, pointwise where they get another tensor."""
 
 CONCATENATIONS = frozenset(_named("cat", "concat", "concatenate"))
 
-PERMUTATIONS = frozenset(
-    (
-        *_named("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"),
-        *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
-    )
-)
+STACKS = frozenset(_named("stack"))
 
-PARTS = frozenset(_named("chunk", "split", "unbind", "tensor_split"))
-"""Those that return several tensors, each of which holds rows of logits."""
+PADS = frozenset(_named("pad"))
 
-INDEXING = frozenset((*_named("getitem", "select", "narrow", "index_select"), *PARTS))
-"""What picks some rows, or some keys."""
+ROLLS = frozenset(_named("roll"))
 
-VALUE_KEEPING = frozenset(
-    _named("detach", "clone", "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as")
-)
+FLIPS = frozenset(_named("flip"))
 
-SHAPE_KEEPING = VALUE_KEEPING | frozenset(
+REPEATS = frozenset(_named("repeat", "tile"))
+
+INTERLEAVES = frozenset(_named("repeat_interleave"))
+
+ITERATIONS = frozenset((Tensor.__iter__,))
+
+RANKINGS = frozenset(_named("topk", "sort"))
+
+SCATTERS = frozenset(_named("scatter"))
+
+EMBEDDINGS = frozenset(_named("embedding"))
+
+CONVOLUTIONS = frozenset(_named("conv1d", "conv2d", "conv3d"))
+
+EINSUMS = frozenset(_named("einsum"))
+
+TENSORDOTS = frozenset(_named("tensordot"))
+
+PRODUCTS = {
+    **dict.fromkeys(_named("matmul", "mm", "bmm"), 0),
+    **dict.fromkeys(_named("baddbmm", "addmm"), 1),
+    **dict.fromkeys((*EINSUMS, *TENSORDOTS), 0),
+    **dict.fromkeys(_named("linear", "inner", "cdist", "rmatmul"), 0),
+}
+"""What multiplies, and where the two factors begin among its tensors."""
+
+LAST_WITH_LAST = frozenset(_named("linear", "inner", "cdist"))
+"""Those that go along the last dimension of both."""
+
+SWAPPED = frozenset(_named("rmatmul"))
+"""Those that multiply their second argument with their first."""
+
+DISTANCES = frozenset(_named("cdist"))
+
+POOLS = frozenset(
     _named(
-        *("add", "rsub", "masked_fill", "where", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"),
-        *("max", "min", "nan_to_num", "addcmul", "dropout", "alpha_dropout", "normalize"),
-        *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
-        *("expand", "expand_as", "broadcast_to"),
+        *(f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
+        "interpolate",
     )
 )
+"""What keeps all but the last dimensions of an image."""
 
-CARRIERS = SHAPE_KEEPING | DIFFERENCES | RESCALINGS | CONCATENATIONS | PERMUTATIONS | INDEXING | SUMS
-"""All through which logits and weights are followed."""
+NORMS = frozenset(_named("norm"))
+"""Reductions whose dimension comes after the order."""
 
+TOPS = frozenset(_named("topk"))
 
-# ---- what a function does to a dimension, counted from the end
+LARGEST = frozenset(_named("amax"))
 
+UNSQUEEZES = frozenset(_named("unsqueeze", "getitem"))
 
-def from_the_end(dim: Any, dims: int) -> int | None:
-    """A dimension as it is counted from the end; None for what is none."""
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        return None
-    return dim if dim < 0 else dim - dims
+CLAMPS = frozenset(_named("clamp", "clip", "clamp_min", "maximum"))
 
+MULTIPLICATIONS = frozenset(_named("mul", "multiply"))
 
-def is_over_last(args: Args, kwargs: Kwargs) -> bool:
-    """Whether a sum is over the last dimension alone."""
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    last = args[0].dim() - 1 if args and isinstance(args[0], Tensor) else -1
-    return dim in (-1, last, [-1], (-1,), [last], (last,))
+JOINS = CONCATENATIONS | STACKS | PADS | ROLLS | FLIPS
+"""What puts values elsewhere, and leaves them as they are."""
 
 
-def operands(func: Function, args: Args, kwargs: Kwargs) -> tuple[str | None, list[Tensor]]:
-    """The two factors of a product, left one first, and the equation of an einsum."""
-    values = [*args, *(value for name, value in kwargs.items() if name != "out")]
-    equation = None
-    if values and isinstance(values[0], str):
-        equation, values = values[0], values[1:]
-        if len(values) == 1 and isinstance(values[0], tuple | list):
-            values = list(values[0])
-    tensors = [value for value in values if isinstance(value, Tensor)][FIRST_OPERAND.get(func, 0) :]
-    return equation, tensors[::-1] if func in SWAPPED else tensors
+@cache
+def is_in_place(func: Function | None) -> bool:
+    """Whether a function changes its first argument."""
+    name = str(getattr(func, "__name__", ""))
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def moved(func: Function, args: Args, kwargs: Kwargs, before: Tensor, after: Tensor, axis: int) -> int | None:
-    """Where the keys are after a function, counted from the end; None where they cannot be told."""
-    if func in CONCATENATIONS:
-        return None
-    if func in PERMUTATIONS:
-        return permuted(func, args, kwargs, before, axis)
-    if after.shape == before.shape:
-        return axis
-    same_keys = after.dim() > 0 and after.size(-1) == before.size(-1)
-    if axis == -1:
-        return axis if same_keys or (func in INDEXING and after.dim() == before.dim()) else None
-    return axis if axis == -2 and after.shape[-2:] == before.shape[-2:] else None
-
-
-def permuted(func: Function, args: Args, kwargs: Kwargs, before: Tensor, axis: int) -> int:
-    """Told by permuting a tensor all of whose sizes differ."""
-    dummy = torch.empty(tuple(range(1, before.dim() + 1)), device="meta")
-    swapped = (dummy if arg is before else arg for arg in args)
-    after = func(*swapped, **{name: dummy if value is before else value for name, value in kwargs.items()})
-    sizes: list[int] = list(after.shape)
-    return sizes.index(dummy.size(axis)) - len(sizes)
-
-
-# ---- what the equation of an einsum does
-
-
-def is_summed(equation: str, position: int, axis: int) -> bool:
-    """Whether an operand's dimension, counted from the end, is summed over."""
-    letter, output = _letter(equation, position, axis)
-    return letter is not None and letter not in output
-
-
-def axis_in_output(equation: str, position: int, axis: int) -> int | None:
-    """Where an operand's dimension is in the output, both counted from the end; None where it is not."""
-    letter, output = _letter(equation, position, axis)
-    return output.rindex(letter) - len(output) if letter is not None and letter in output else None
-
-
-def roles(equation: str | None, learned: list[bool], dims: int) -> Roles:
-    """What the dimensions of a product can be: each factor has one of its own, and either factor can be the keys.
-
-    equation: None for a matrix product; learned: which factors are parameters; dims: of the factor with fewer.
-    Parameters can be queries, and the keys are then the other factor's: a softmax over what parameters span chooses
-    among them, as a router does. Empty where it is no attention.
-    """
-    if all(learned) or (equation is not None and not sums_over_shared(equation)):
-        return ()
-    if equation is None:
-        return EITHER if not any(learned) else ((-2, -1),) if learned[0] and dims > 1 else ()
-    left, right = _own(equation)
-    pairs = [(left, right), (right, left)]
-    if not any(learned) and None in (left, right):
-        return ((-2, -1),)  # a query for each sequence
-    return tuple((q, k) for (q, k), is_learned in zip(pairs, learned[::-1], strict=True) if q and k and not is_learned)
-
-
-def _own(equation: str) -> tuple[int | None, int | None]:
-    """The last dimension of the output, counted from the end, that only one of both operands has."""
-    (left, right), output = _parsed(equation)
-    axes = []
-    for mine, others in ((left, right), (right, left)):
-        own = [
-            output.rindex(letter) - len(output)
-            for letter in set(mine) - {"."}
-            if letter in output and letter not in others
-        ]
-        axes.append(max(own, default=None))
-    return axes[0], axes[1]
-
-
-def sums_over_shared(equation: str) -> bool:
-    """Whether it sums over a dimension that both operands have, as a matrix product does."""
-    inputs, output = _parsed(equation)
-    return len(inputs) == 2 and bool(set(inputs[0]) & set(inputs[1]) - {".", *output})
-
-
-def _letter(equation: str, position: int, axis: int) -> tuple[str | None, str]:
-    inputs, output = _parsed(equation)
-    named = inputs[position].rpartition(".")[2]  # what an ellipsis stands for has no letters
-    return (named[axis] if -axis <= len(named) else None), output
-
-
-def _parsed(equation: str) -> tuple[list[str], str]:
-    left, arrow, output = equation.replace(" ", "").partition("->")
-    if not arrow:
-        output = "".join(letter for letter in sorted(set(left) - {",", "."}) if left.count(letter) == 1)
-    return left.split(","), output
+WITHOUT_NAN = frozenset(_named("nan_to_num"))
+"""What changes no row that counts: one with NaN does not."""

@@ -1,254 +1,300 @@
-"""Attention that is written out: a product of two activations, a softmax over its last dimension, a product again.
+"""Attention that is written out: a product of two activations, a softmax over what one of them counts, a product again.
 
-Logits are followed from the first product through what keeps their shape. Statistics are computed at the softmax,
-from its input, so that no logits are kept; they count when a product sums the weights over the keys.
+Calls are put on a tape. Where a softmax is met, where its logits come from is worked out backwards, and its statistics
+are computed from its input, so that no logits are kept; they count when a product sums the weights over the keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.functions import EITHER, Args, Function, Kwargs
-from torchprobe.capture.attention.layout import by_head, is_cross, plain, source_of, unusual
-from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading, common_owner
-from torchprobe.capture.attention.tags import LEARNED, Exponentials, LogWeights, Pending, Scores, Tags, Total, Weights
-from torchprobe.capture.compat import under_transform
+from torchprobe.capture.attention.arrange import Refused, columns_of
+from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.labels import Root, leaves, roots_of
+from torchprobe.capture.attention.observer import Observer
+from torchprobe.capture.attention.places import Places, of_dot_product
+from torchprobe.capture.attention.products import Product, product_of
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
+from torchprobe.capture.attention.softmaxes import Softmaxes, is_nearly_nothing
+from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
+from torchprobe.capture.attention.weights import Flow, Pending, back, keeps
+from torchprobe.statistics.attention.sources import Shape
 
-_CHANGED = "a softmax by exp and sum whose exponentials are changed in between"
-_KINDS = (Weights, Exponentials, Scores, Total)
-"""Which tag is followed where a function takes several."""
+_OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
 
 
 class Handwritten:
-    """Follows logits and weights through a pass."""
+    """Follows the calls of a pass."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._tags = Tags()
+        self.tape = Tape()
+        self.labels = Labelling()
+        self._softmaxes = Softmaxes(observer, self.labels)
+        self._latent: list[tuple[set[Root], Callable[[], None]]] = []
+        self._any = False  # whether there are weights to follow
+
+    def begin(self, model: nn.Module) -> None:
+        """A pass begins."""
+        self.forget()
+        self.tape.begin(model)
+
+    def finish(self) -> None:
+        """The pass has ended: what no later call has shown to be something else counts."""
+        waiting, self._latent = self._latent, []
+        for _, count in waiting:
+            count()
 
     def forget(self) -> None:
-        """The pass is over."""
-        self._tags.clear()
+        """Hold nothing of the pass."""
+        self._latent.clear()
+        self.tape.clear()
+        self.labels.forget()
+        self._any = False
 
-    def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
-        """Look at a call of one of `functions`; within: the call that it is a part of, where that is known."""
+    def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
+        """Look at a call; within: the call that it is a part of, where that is known."""
+        nodes = self.tape.record(func, args, kwargs, result)
+        if nodes and (func in fn.PRODUCTS or func in _OF_SOFTMAX or self._flows(nodes[0])):
+            with self._observer.guard():
+                self._look(nodes, args, kwargs, within)
+
+    def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
+        node = nodes[0]
+        func = node.func
         if func in fn.PRODUCTS:
-            if _is_layer(args) and not self._has_tagged(args, kwargs):
-                return
-            with self._observer.guard():
-                self._after_product(func, args, kwargs, result, within)
-        elif func in fn.SOFTMAXES or func in fn.LOG_SOFTMAXES or func in fn.EXPONENTIALS:
+            self._after_product(node, args, kwargs, within)
+        elif func in _OF_SOFTMAX and not self._flows(node):
             x: Any = args[0] if args else kwargs.get("input")
-            tag = self._tags.of(x)
-            if isinstance(tag, LogWeights) and func in fn.EXPONENTIALS:
-                self._tags.put(result, tag.weights)
-            elif isinstance(tag, Scores):
-                with self._observer.guard():
-                    self._after_softmax(func, x, tag, args, kwargs, result)
-        elif self._concerns(args, kwargs):
-            with self._observer.guard():
-                self._after_carrier(func, args, kwargs, result)
+            if isinstance(x, Tensor):
+                self._give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
+        elif self._any:
+            flows = self._flows(node)
+            if flows:
+                self._follow(nodes, flows, args, within)
 
-    # ---- the two products
+    def _give(self, nodes: list[Node], flow: Flow | None) -> None:
+        if flow is not None:
+            self._any = True
+            for node in nodes:
+                node.take_flow(flow)
 
-    def _after_product(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Call | None) -> None:
-        equation, operands = fn.operands(func, args, kwargs)
-        if len(operands) != 2 or not isinstance(result, Tensor):
+    def _flows(self, node: Node) -> list[tuple[Node, Flow]]:
+        return [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
+
+    def note_padding(self, key: Tensor, padded: Tensor) -> None:
+        """Padded keys of `nn.MultiheadAttention`: key: (length, batch, width), or (length, width); padded: bool."""
+        label = self.labels.of(self.tape.node(key))
+        self._observer.padding.say(label, 1 if key.dim() == 3 else None, 0, padded)
+
+    def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
+        """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
+        if is_plain(tokens):
+            self._observer.padding.say(
+                self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded
+            )
+
+    def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
+        """Where the queries of a dot product stand among its keys."""
+        if not (is_plain(query) and is_plain(key)):
+            return Places(shape.queries != shape.keys, None)
+        of_query, of_key = (self.labels.of(self.tape.node(tensor)) for tensor in (query, key))
+        return of_dot_product(of_query, of_key, shape.queries, shape.keys)
+
+    # ---- products
+
+    def _after_product(self, node: Node, args: Args, kwargs: Kwargs, within: Caller | None) -> None:
+        product = product_of(node)
+        if product is None:
             return
-        tags = [self._tags.of(operand) for operand in operands]
-        for position, tag in enumerate(tags):
-            if isinstance(tag, Weights | Scores | Exponentials):
-                self._after_use(equation, position, tag, result, within)
-        if result.dim() < 2 or any(isinstance(tag, Weights | Scores | Exponentials) for tag in tags):
+        flows = self._flows(node)
+        for which, factor in enumerate(product.factors):
+            if factor.flow is not None:
+                self._after_use(node, product, which, factor.flow, (args, kwargs), within)
+        if not flows and len(product.factors) == 2 and _may_be_scores(node, product):
+            node.called_by(within or self._observer.owners.caller())
+            if self._latent:
+                self._rule_out(product)
+
+    def _rule_out(self, product: Product) -> None:
+        """What parameters seemed to query is summed with other activations, as in linear attention: it was no query."""
+        for which, factor in enumerate(product.factors):
+            label = self.labels.of(factor)
+            summed = set(roots_of(label.dims[axis] for axis in product.summed(which)))
+            self._latent = [(roots, count) for roots, count in self._latent if not roots & summed]
+
+    def _after_use(
+        self, node: Node, product: Product, which: int, flow: Flow, call: tuple[Args, Kwargs], within: Caller | None
+    ) -> None:
+        """Weights have been multiplied with something: with values, or among heads."""
+        factor = product.factors[which]
+        axis = self._key_axis(factor, flow)
+        if axis is None:
             return
-        learned = [self._is_learned(operand) for operand in operands]
-        roles = fn.roles(equation, learned, min(operand.dim() for operand in operands))
-        call = within or self._call(operands, result, any(learned)) if roles else None
-        if call is not None:
-            self._tags.put(result, Scores(call, roles))
+        if product.names[which][axis] in product.result:
+            self._give([node], self._mixed(product, which, flow))
+        elif flow.kind == "weights":
+            self._use(factor, axis, flow, _tensor_of(self.tape, factor, *call), within)
+        elif flow.kind == "exponentials" and not flow.changed:
+            self._give([node], replace(flow, multiplied=True))
 
-    def _after_use(self, equation: str | None, position: int, tag: Any, result: Tensor, within: Call | None) -> None:
-        """Weights or logits have been multiplied with something: with values, or among heads."""
-        axis = tag.axis if isinstance(tag, Weights) else -1
-        kept = fn.axis_in_output(equation, position, axis) if equation else None
-        sums = fn.is_summed(equation, position, axis) if equation else axis == -1 - position
-        if isinstance(tag, Exponentials):
-            if sums and not tag.multiplied:
-                self._tags.put(result, Exponentials(tag.pending, multiplied=True))
-        elif isinstance(tag, Weights):
-            if sums:
-                self._commit(tag.pending, within)
-            elif kept is not None:
-                self._tags.put(result, Weights(tag.pending, kept))
-        elif equation and kept == -1 and fn.axis_in_output(equation, position, -2) == -2:
-            self._tags.put(result, tag)
+    def _mixed(self, product: Product, which: int, flow: Flow) -> Flow:
+        others = [factor for i, factor in enumerate(product.factors) if i != which]
+        learned = any(factor.learned or not factor.const for factor in others)
+        reason = "whose weights are mixed by parameters, so that some may be negative" if learned else None
+        return flow.as_changed(reason)
 
-    def _commit(self, pending: Pending, within: Call | None = None) -> None:
-        reading, pending.reading = pending.reading, None
-        reason, pending.reason = pending.reason, None
+    def _key_axis(self, node: Node, flow: Flow) -> int | None:
+        """The dimension of weights that counts the keys."""
+        dims = self.labels.of(node).dims
+        if not flow.first.keys:  # a single key
+            return next((i for i in range(len(dims) - 1, -1, -1) if not dims[i]), None)
+        return next((i for i, dim in enumerate(dims) if flow.first.keys & leaves([dim])), None)
+
+    # ---- the use of weights
+
+    def _use(self, node: Node, axis: int | None, flow: Flow, weights: Tensor | None, within: Caller | None) -> None:
+        """Weights are summed with values over the keys, the dimension `axis`; None: before they were divided."""
+        if not flow.first.take():
+            return
+        for pending in flow.pending[1:]:
+            pending.take()
+        reason = next((pending.reason for pending in flow.pending if pending.reason), None)
         if reason is not None:
             self._observer.uncovered.add(reason)
-        if reading is None:
             return
-        here = (within and within.caller) or self._observer.owners.caller()
-        if here is INSIDE_GRAPH:
+        if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
+            for pending in flow.pending:
+                self._count(pending, pending.reading, within)
+            return
+        found = flow.used or self._read_as_used(node, axis, flow, weights)
+        if isinstance(found, str):
+            self._observer.uncovered.add(f"the attention of {flow.first.call.caller.name}, {found}")
+        else:
+            self._count(flow.first, found, within)
+
+    def _as_read(self, node: Node, axis: int, pending: Pending) -> bool:
+        """Whether the keys that are summed over are those that were read."""
+        if pending.arranged is None:
+            return False
+        columns = columns_of(self.labels.of(node), axis, pending.arranged.side)
+        if isinstance(columns, Refused) or (columns[2] < 0).any():
+            return False
+        return bool(np.array_equal(columns[1], pending.arranged.of_keys))
+
+    def _read_as_used(self, node: Node, axis: int, flow: Flow, weights: Tensor | None) -> Reading | str:
+        if weights is None or flow.dropped:
+            return "whose weights are changed after a dropout"
+        return self._softmaxes.read_weights(weights, node, axis, flow)
+
+    def _count(self, pending: Pending, reading: Reading | None, within: Caller | None) -> None:
+        here = within or self._observer.owners.caller()
+        if here is INSIDE_GRAPH or reading is None:
             return
         name = pending.call.caller.name
-        self._observer.record(pending.call, reading, common_owner(name, here.name) if here else name)
+        name = common_owner(name, here.name) if here else name
+        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
+        if latent:
+            self._latent.append((set(latent), lambda: self._observer.record(pending.call, reading, name)))
+        else:
+            self._observer.record(pending.call, reading, name)
 
-    def _is_learned(self, operand: Tensor) -> bool:
-        if isinstance(operand, nn.Parameter) or isinstance(operand._base, nn.Parameter):
-            return True
-        return self._tags.of(operand) is LEARNED
+    # ---- what happens to weights on the way
 
-    def _call(self, operands: list[Tensor], result: Tensor, learned: bool) -> Call | None:
-        caller = self._observer.owners.caller()
-        if caller is None or caller is INSIDE_GRAPH:
-            return None
-        lengths = result.size(-2), result.size(-1)
-        cross = learned or (not under_transform() and is_cross(operands[0], operands[1], *lengths))
-        return Call(caller, cross)
-
-    # ---- the softmax between them
-
-    def _after_softmax(
-        self, func: Function, x: Tensor, scores: Scores, args: Args, kwargs: Kwargs, weights: Any
-    ) -> None:
-        """Weights, or exponentials that may become weights of the last dimension."""
-        dim = -1 if func in fn.EXPONENTIALS else (args[1] if len(args) > 1 else kwargs.get("dim"))
-        role = next((role for role in scores.roles if role[1] == fn.from_the_end(dim, x.dim())), None)
-        if role is None:
+    def _follow(self, nodes: list[Node], flows: list[tuple[Node, Flow]], args: Args, within: Caller | None) -> None:
+        node, (source, flow) = nodes[0], flows[0]
+        func = node.func
+        if func in fn.DIVISIONS and len(flows) == 2 and self._after_division(node, flows, within):
             return
-        reason = "torch.func transforms" if under_transform() else unusual(x)
-        if kwargs.get("out") is not None:
-            reason = "a softmax that writes into `out`"
-        if reason is not None:
-            self._observer.uncovered.add(reason)
+        if func in fn.EXPONENTIALS and flow.kind == "logarithms":
+            self._give(nodes, replace(flow, kind="weights"))
+        elif func in _OF_SOFTMAX:
+            self._give(nodes, flow.as_changed("whose weights pass a second softmax"))
+        elif func in fn.SUMS or func in fn.REDUCTIONS:
+            self._after_sum(node, source, flow, args, within)
+        elif func in fn.DROPOUTS:
+            self._give(nodes, self._after_dropout(node, source, flow, args))
+        elif keeps(node, source) or func in fn.WITHOUT_NAN:
+            self._give(nodes, flow)
+        elif func in fn.JOINS:
+            pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
+            self._give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
+        elif fn.is_pointwise(func) and func is not None:
+            self._give(nodes, self._after_pointwise(node, source, flow, flows))
+        elif self._key_axis(node, flow) is not None:
+            self._give(nodes, flow.as_changed(None))
+
+    def _after_pointwise(self, node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
+        """Weights are changed, or multiplied with values that are summed later."""
+        if flow.kind == "total":
+            tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
+            small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
+            return flow if small else flow.as_changed(None)
+        grows = node.dims > source.dims or any(
+            b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False)
+        )
+        if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
+            return replace(flow, multiplied=True)
+        if node.func in fn.DIFFERENCES:
+            return flow.as_changed("whose weights are subtracted")
+        return flow.as_changed(None)
+
+    def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
+        if not flow.changed or flow.used is not None or flow.kind != "weights":
+            return replace(flow, dropped=True)
+        axis, weights = self._key_axis(source, flow), args[0] if args else None
+        if axis is None or not isinstance(weights, Tensor) or flow.first.reason is not None:
+            return replace(flow, dropped=True)
+        used = self._read_as_used(source, axis, flow, weights)
+        return replace(flow, refused=used) if isinstance(used, str) else replace(flow, used=used)
+
+    def _after_sum(self, node: Node, source: Node, flow: Flow, args: Args, within: Caller | None) -> None:
+        axis = self._key_axis(source, flow)
+        if axis is None or self._key_axis(node, flow) is not None:
+            if axis is not None:
+                self._give([node], flow.as_changed(None))
             return
-        pending = self._pending(plain(x), scores, *role)
-        tag: Any = Exponentials(pending) if func in fn.EXPONENTIALS else Weights(pending, role[1])
-        self._tags.put(weights, LogWeights(tag) if func in fn.LOG_SOFTMAXES else tag)
+        if flow.multiplied and flow.kind == "weights":
+            before = next((one for one in back(source) if one.flow is not None and not one.flow.multiplied), None)
+            if before is not None:
+                inner = self._key_axis(before, flow)
+                if inner is not None:
+                    self._use(before, inner, replace(flow, multiplied=False), None, within)
+        elif node.func in fn.SUMS and not flow.multiplied:
+            self._give([node], replace(flow, kind="total"))
 
-    def _pending(self, logits: Tensor, scores: Scores, queries: int, keys: int) -> Pending:
-        if (queries, keys) == (-2, -1):
-            return Pending(scores.call, self._read(logits, scores))
-        path = (*scores.call.caller.path, ("", "softmax over dimension", keys))  # not the site of the usual one
-        call = replace(scores.call, caller=scores.call.caller._replace(path=path))
-        return Pending(call, self._read(logits.movedim((queries, keys), (-2, -1)), Scores(call)))
-
-    def _read(self, logits: Tensor, scores: Scores) -> Reading:
-        heads, columns = scores.call.caller.heads, scores.columns
-        same_rows = [s for s in scores.shifts if s.shape[:-1] == logits.shape[:-1]]
-        shift = by_head(torch.stack(same_rows).sum(0), heads) if same_rows else None
-        logits = by_head(logits, heads)
-        given = logits[..., :columns]
-        batch, _, queries, keys = given.shape
-        padding = self._observer.padding(scores.call, given, queries, keys, batch)
-        sinks = None if columns is None else logits[..., columns:]
-        return self._observer.read(scores.call, source_of(given, padding, shift, sinks))
-
-    # ---- what happens to logits and weights on the way
-
-    def _concerns(self, args: Args, kwargs: Kwargs) -> bool:
-        return (bool(args) and type(args[0]) is nn.Parameter) or self._has_tagged(args, kwargs)
-
-    def _has_tagged(self, args: Args, kwargs: Kwargs) -> bool:
-        return bool(self._tags) and next(self._tags.among((*args, *kwargs.values())), None) is not None
-
-    def _after_carrier(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:
-        tagged = [pair for pair in self._tags.among((*args, *kwargs.values())) if isinstance(pair[1], _KINDS)]
-        followed = min(tagged, key=lambda pair: _priority(pair[1]), default=None)
-        if followed is None:
-            self._after_learned(args, result)
-            return
-        parts = result if func in fn.PARTS and isinstance(result, tuple | list) else (result,)
-        for part in parts:
-            if isinstance(part, Tensor):
-                tag = self._carried(func, args, kwargs, *followed, part)
-                if tag is not None:
-                    self._tags.put(part, tag)
-
-    def _after_learned(self, args: Args, result: Any) -> None:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if isinstance(result, Tensor) and tensors and all(self._is_learned(tensor) for tensor in tensors):
-            self._tags.put(result, LEARNED)
-
-    def _carried(self, func: Function, args: Args, kwargs: Kwargs, tensor: Tensor, tag: Any, part: Tensor) -> Any:
-        """The tag of a tensor that was made from a tagged one; None where it is not logits or weights any more."""
-        if isinstance(tag, Weights):
-            axis = fn.moved(func, args, kwargs, tensor, part, tag.axis)
-            return None if axis is None else Weights(tag.pending, axis)
-        if isinstance(tag, Total):
-            return tag if part.numel() == tensor.numel() else None
-        if isinstance(tag, Exponentials):
-            return self._carried_exponentials(func, args, kwargs, tag, part)
-        if part.dim() < 2:
-            return None
-        if func in fn.CONCATENATIONS:
-            return self._concatenated(tag, args, kwargs, tensor, part)
-        if func in fn.SUMS:
-            return None
-        if func in fn.PERMUTATIONS:
-            return _permuted_scores(func, args, kwargs, tensor, tag)
-        if part.size(-1) != tensor.size(-1):
-            return Scores(tag.call, tag.roles) if func in fn.INDEXING and part.dim() == tensor.dim() else None
-        if part.dim() != tensor.dim() and any(axis < -2 for role in tag.roles for axis in role):
-            return None
-        if func in fn.RESCALINGS:
-            return replace(tag, shifts=())
-        if func in fn.DIFFERENCES and args and args[0] is tensor:
-            return replace(tag, shifts=(*tag.shifts, *_row_shift(tensor, args[1:])))
-        return tag
-
-    def _carried_exponentials(self, func: Function, args: Args, kwargs: Kwargs, tag: Exponentials, part: Tensor) -> Any:
+    def _after_division(self, node: Node, flows: list[tuple[Node, Flow]], within: Caller | None) -> bool:
         """A softmax that is written out: exponentials, divided by their sum before or after they multiply values."""
-        before, sums = args[0] if args else None, self._tags.of(args[1]) if len(args) > 1 else None
-        if func in fn.DIVISIONS and isinstance(sums, Total) and sums.pending is tag.pending:
-            if tag.multiplied:
-                self._commit(tag.pending)
-            return None if tag.multiplied else Weights(tag.pending)
-        if func in fn.SUMS:
-            return None if tag.multiplied or not fn.is_over_last(args, kwargs) else Total(tag.pending)
-        if not isinstance(before, Tensor) or part.shape != before.shape:
-            return None
-        if func not in fn.VALUE_KEEPING and not tag.multiplied:
-            tag.pending.reading, tag.pending.reason = None, _CHANGED
-        return tag
-
-    def _concatenated(self, tag: Scores, args: Args, kwargs: Kwargs, tensor: Tensor, joined: Tensor) -> Scores | None:
-        """Logits with more columns: one more, which is not a logit of a key, is a sink's."""
-        tensors = args[0] if args else kwargs.get("tensors", ())
-        if joined.size(-1) == tensor.size(-1):
-            return tag
-        is_sink = len(tensors) == 2 and tensors[0] is tensor and joined.size(-1) == tensor.size(-1) + 1
-        is_sink = is_sink and not isinstance(self._tags.of(tensors[1]), Scores)
-        return Scores(tag.call, tag.roles, tensor.size(-1) if is_sink else None)
+        (source, flow), (_, total) = flows
+        if total.kind != "total" or total.first is not flow.first or flow.kind == "total":
+            return False
+        if flow.multiplied:
+            if total.changed or flow.changed:
+                reason = f"the attention of {flow.first.call.caller.name}, whose sum of exponentials is changed"
+                self._observer.uncovered.add(reason)
+            else:
+                self._use(source, None, replace(flow, multiplied=False), None, within)
+        else:
+            changed = total.changed or flow.changed or flow.kind == "weights"
+            self._give([node], replace(flow, kind="weights", changed=changed))
+        return True
 
 
-def _priority(tag: Any) -> tuple[int, bool]:
-    """Scores of queries and keys come before those of parameters, such as relative positions, that are added."""
-    kind = next(i for i, kind in enumerate(_KINDS) if isinstance(tag, kind))
-    return kind, isinstance(tag, Scores) and len(tag.roles) < len(EITHER)
+def _may_be_scores(node: Node, product: Product) -> bool:
+    """An activation times a parameter is a layer; parameters may come first, or stand in an einsum."""
+    left, right = product.factors
+    if left.const and right.const:
+        return False
+    return not right.const or node.func in fn.EINSUMS
 
 
-def _is_layer(args: Args) -> bool:
-    """An activation times a parameter; an einsum tells more."""
-    return len(args) > 1 and type(args[1]) is nn.Parameter and not isinstance(args[0], str)
-
-
-def _permuted_scores(func: Function, args: Args, kwargs: Kwargs, before: Tensor, tag: Scores) -> Scores:
-    where = {axis: fn.permuted(func, args, kwargs, before, axis) for role in tag.roles for axis in role}
-    return Scores(tag.call, tuple((where[queries], where[keys]) for queries, keys in tag.roles))
-
-
-def _row_shift(tensor: Tensor, subtracted: Iterable[Any]) -> Iterable[Tensor]:
-    for value in subtracted:
-        if isinstance(value, Tensor) and value.shape == (*tensor.shape[:-1], 1) and tensor.size(-1) > 1:
-            yield plain(value)
+def _tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | None:
+    values = [*args, *kwargs.values()]
+    values += [one for value in values if isinstance(value, tuple | list) for one in value]
+    return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)

@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from torchprobe.capture.attention import dot_product, functions, multi_head, stack
-from torchprobe.capture.attention.functions import Args, Function, Kwargs
+from torchprobe.capture.attention import dot_product, multi_head, stack
+from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
-from torchprobe.capture.attention.layout import is_cross
 from torchprobe.capture.attention.observer import Call, Observer
-from torchprobe.capture.attention.sites import INSIDE_GRAPH
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
+from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
+from torchprobe.capture.compat import no_torch_function
+from torchprobe.capture.compiled import operators
 from torchprobe.statistics.attention import QueryKey
 
 SourceOf = Callable[[int | None], QueryKey]
 
-_SOFTMAXES = functions.SOFTMAXES | functions.LOG_SOFTMAXES | functions.EXPONENTIALS
-_WRITTEN_OUT = functions.PRODUCTS | _SOFTMAXES | functions.CARRIERS
 _DOT_PRODUCTS = frozenset(dot_product.FUNCTIONS)
-_OF_INTEREST = _WRITTEN_OUT | _DOT_PRODUCTS | {multi_head.FUNCTION}
 
 
 class AttentionMode(TorchFunctionMode):
@@ -32,12 +31,28 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._handwritten = Handwritten(observer)
-        self._within: Call | None = None  # the multi-head attention whose steps are running
+        self.handwritten = self._handwritten = Handwritten(observer)
+        self._flex = False  # whether its operator was seen since
+        self._handle = operators.handle(self)
+        self._within: Caller | None = None  # the multi-head attention whose steps are running
         self._steps: Function | None = None
+
+    def note_unread(self) -> None:
+        """A function that is compiled by itself has called `flex_attention`; its operator is seen or not there."""
+        observer, seen, self._flex = self._observer, self._flex, False
+        if not observer.idle and not seen:
+            caller = observer.owners.caller(beyond_graphs=True)
+            name = "a function outside of the model" if caller is None else caller.name
+            observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
+
+    def begin(self, model: nn.Module) -> None:
+        """A pass begins."""
+        self._handwritten.begin(model)
 
     def forget(self) -> None:
         """The pass is over: hold nothing of it."""
+        with self._observer.guard():
+            self._handwritten.finish()
         self._handwritten.forget()
         self._within = self._steps = None
 
@@ -47,25 +62,35 @@ class AttentionMode(TorchFunctionMode):
         """Run a function, and look at it where it may be part of an attention."""
         kwargs = kwargs or {}
         if is_compiling():
-            return stack.call(func, args, kwargs)
-        if not _is_of_interest(func):
+            result = stack.call(func, args, kwargs)
+            if func is stack.FLEX:
+                operators.unread(self._handle)
+            return result
+        if not _has_hash(func):
             return func(*args, **kwargs)
         if func is multi_head.FUNCTION:
             return self._run_multi_head(types, args, kwargs)
         result = func(*args, **kwargs)
-        if not self._observer.idle:
-            self._after(func, args, kwargs, result)
+        if self._observer.idle:
+            return result
+        if func in ITERATIONS:
+            parts = tuple(result)
+            self._after(func, args, kwargs, parts)
+            return iter(parts)
+        self._after(func, args, kwargs, result)
         return result
 
     def _after(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> None:
-        if func in _WRITTEN_OUT:
+        if not isinstance(result, Tensor | tuple | list | None):
+            return
+        with self._observer.gate.boundary(), no_torch_function():
             self._handwritten.after(func, args, kwargs, result, self._within)
-        elif func in _DOT_PRODUCTS:
+        if func in _DOT_PRODUCTS:
             with self._observer.guard():
                 call = dot_product.arguments(args, kwargs)
                 source_of = partial(dot_product.query_key, call)
                 self._record((call["query"], call["key"], call.get("attn_mask")), source_of)
-        else:
+        elif stack.is_operator(func):
             with self._observer.guard():
                 self._after_operator(func, args, kwargs)
 
@@ -75,6 +100,7 @@ class AttentionMode(TorchFunctionMode):
         call = dot_product.call_of(func, args, kwargs)
         if call is None:
             return
+        self._flex = self._flex or call.is_flex
         if call.unread is None:
             self._record(call.tensors, lambda heads: call.query_key(), call.is_flex)  # which compiles itself
         else:
@@ -82,13 +108,13 @@ class AttentionMode(TorchFunctionMode):
 
     def _record(self, tensors: dot_product.Tensors, source_of: SourceOf, beyond_graphs: bool = False) -> None:
         """tensors: query, key and mask, as the user has them; source_of: takes the module's number of heads."""
-        caller = self._within.caller if self._within else self._observer.owners.caller(beyond_graphs)
+        caller = self._within or self._observer.owners.caller(beyond_graphs)
         if caller is INSIDE_GRAPH or self._observer.refuses(caller, *tensors) or caller is None:
             return
         source = self._observer.source(caller, source_of)
         if source is not None:
-            call = self._within or Call(caller, is_cross(tensors[0], tensors[1], *source.shape[2:]))
-            self._observer.record_source(call, source)
+            where = self._handwritten.places(tensors[0], tensors[1], source.shape)
+            self._observer.record_source(Call(caller, where.cross, where), source)
 
     # ---- nn.MultiheadAttention
 
@@ -107,16 +133,19 @@ class AttentionMode(TorchFunctionMode):
             self._step_through(within, (), multi_head.arguments(args, kwargs) | {"training": False})
         return result
 
-    def _multi_head_call(self, types: Any, call: Kwargs) -> Call | None:
+    def _multi_head_call(self, types: Any, call: Kwargs) -> Caller | None:
         caller = self._observer.owners.caller()
         if caller is INSIDE_GRAPH or self._observer.refuses(caller, call["query"], call["key"]) or caller is None:
             return None
         if any(map(_overrides, types)):
             self._observer.uncovered.add("multi-head attention of tensor subclasses")
             return None
-        return multi_head.call_of(call, caller)
+        padded = call.get("key_padding_mask")
+        if padded is not None and is_plain(call["key"]):
+            self._handwritten.note_padding(call["key"], multi_head.is_padding(padded))
+        return caller._replace(heads=int(call["num_heads"]))
 
-    def _step_through(self, within: Call, args: Args, kwargs: Kwargs) -> Any:
+    def _step_through(self, within: Caller, args: Args, kwargs: Kwargs) -> Any:
         """Run multi-head attention so that its dot product, or its softmax, is seen."""
         assert self._steps is not None
         self._within = within
@@ -128,11 +157,12 @@ class AttentionMode(TorchFunctionMode):
             self._within = None
 
 
-def _is_of_interest(func: Any) -> bool:
+def _has_hash(func: Any) -> bool:
     try:
-        return func in _OF_INTEREST or stack.is_operator(func)
-    except TypeError:  # a callable of the user's that has no hash
+        hash(func)
+    except TypeError:  # a callable of the user's that has none
         return False
+    return True
 
 
 def _overrides(kind: Any) -> bool:

@@ -1,28 +1,20 @@
-"""`nn.MultiheadAttention`: its function, which hides what it does, its projections, its fused path in evaluation."""
+"""`nn.MultiheadAttention`: its function, which hides what it does, and its projections."""
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, multi_head_attention_forward, pad
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.layout import blocked, plain, same_source
-from torchprobe.capture.attention.observer import Call, Uncovered
-from torchprobe.capture.attention.sites import Caller
+from torchprobe.capture.attention.layout import blocked
 
 FUNCTION = multi_head_attention_forward
 _PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
-_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,34 +35,14 @@ def transparent() -> Callable[..., Any]:
     return copy
 
 
-def call_of(arguments: Mapping[str, Any], caller: Caller) -> Call:
-    """What the arguments say: how many heads, whether the queries are the keys, and which of them are padded."""
-    query, key = arguments["query"], arguments["key"]
-    cross = not _are_same(query, key) and (query.size(0) != key.size(0) or not same_source(query, key))
-    padding = arguments.get("key_padding_mask")
-    if padding is not None:
-        padding = None if cross else _padded(padding)
-    return Call(caller._replace(heads=int(arguments["num_heads"])), cross, padding)
-
-
-def _are_same(query: Tensor, key: Tensor) -> bool:
-    """Whether it is one tensor, or two views of it as `batch_first` makes them."""
-    return query.data_ptr() == key.data_ptr() and query.shape == key.shape and query.stride() == key.stride()
-
-
-def _padded(mask: Tensor) -> Tensor:
-    mask = plain(mask)
-    padded = mask if mask.dtype is torch.bool else blocked(mask)
-    return padded if padded.dim() == 2 else padded.unsqueeze(0)
-
-
 class Projected(NamedTuple):
-    """query, key: (batch, heads, length, width of a head); mask: added to the logits, broadcastable to them; added: how
-    many keys at the end are no tokens."""
+    """query, key: (batch, heads, length, width of a head); mask: added to the logits, broadcastable to them; padding:
+    bool (batch, keys); added: how many keys at the end are no tokens."""
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
+    padding: Tensor | None
     added: int
 
 
@@ -113,7 +85,13 @@ def projected(
     if added:
         k = torch.cat((k, *added), 2)
         mask = None if mask is None else pad(mask, (0, len(added)))
-    return Projected(q, k, mask, len(added))
+    return Projected(q, k, mask, None if key_padding_mask is None else is_padding(key_padding_mask), len(added))
+
+
+def is_padding(mask: Tensor) -> Tensor:
+    """A `key_padding_mask`, bool or added, as bool (batch, keys): True is padded."""
+    padded = mask.detach() if mask.dtype is torch.bool else blocked(mask.detach())
+    return padded if padded.dim() == 2 else padded.unsqueeze(0)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -137,74 +115,3 @@ def _added(mask: Tensor) -> Tensor:
     if mask.dtype is not torch.bool:
         return mask.detach()
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
-
-
-class FastPaths:
-    """Takes a mode off the stack before such a module runs in evaluation, and puts it on again after it.
-
-    PyTorch leaves the fused path as soon as there is a function mode. A hook on the module itself would end it as well,
-    so the hooks are process-wide, and there only during a pass of a model that has such a module in evaluation.
-    """
-
-    def __init__(self, mode: TorchFunctionMode, uncovered: Uncovered) -> None:
-        self._mode = mode
-        self._uncovered = uncovered
-        self._modules: set[int] = set()
-        self._outermost: int | None = None  # the module for which the mode is off
-        self._thread = 0
-        self._handles: list[RemovableHandle] = []
-
-    def begin_pass(self, model: nn.Module, module: nn.Module, grad_enabled: bool) -> None:
-        """A pass of a module begins, with the mode on the stack."""
-        self.end_pass()
-        if not torch.backends.mha.get_fastpath_enabled():
-            return
-        self._modules = {id(module) for module in model.modules() if _has_fused_path(module)}
-        if self._modules:
-            self._thread = threading.get_ident()
-            self._handles = [
-                register_module_forward_pre_hook(self._before),
-                register_module_forward_hook(self._after, always_call=True),
-            ]
-            with torch.set_grad_enabled(grad_enabled):
-                self._before(module, ())
-
-    def end_pass(self) -> None:
-        """The pass is over."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._modules = set()
-        self._outermost = None
-
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if self._outermost is None and self._concerns(module) and _may_be_fused(module, args):
-            self._outermost = id(module)
-            stack.remove(self._mode)
-            self._uncovered.add(f"the fused path of nn.{type(module).__name__} in evaluation")
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._outermost == id(module) and self._concerns(module):
-            self._outermost = None
-            stack.push_mode(self._mode)
-
-    def _concerns(self, module: nn.Module) -> bool:
-        return id(module) in self._modules and threading.get_ident() == self._thread
-
-
-def _has_fused_path(module: nn.Module) -> bool:
-    if module.training or not isinstance(module, _FUSED):
-        return False
-    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    return any(part.batch_first and part.num_heads % 2 == 0 and _is_one_width(part) for part in attentions)
-
-
-def _is_one_width(attention: nn.MultiheadAttention) -> bool:
-    """Whether queries, keys and values are as wide as each other, which torch keeps under a private name."""
-    return bool(getattr(attention, "_qkv_same_embed_dim", True))
-
-
-def _may_be_fused(module: nn.Module, args: Any) -> bool:
-    """PyTorch never chooses the fused path for cross-attention, nor with gradients for all of the parameters."""
-    if torch.is_grad_enabled() and all(parameter.requires_grad for parameter in module.parameters()):
-        return False
-    return not isinstance(module, nn.MultiheadAttention) or len(args) < 3 or args[0] is args[1] is args[2]

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.layout import padded_queries, unusual
+from torchprobe.capture.attention.layout import blocked, plain, unusual
+from torchprobe.capture.attention.padding import Padding
+from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.statistics.attention import QueryKey, Source, compute, is_sampled
+from torchprobe.statistics.attention.sources import Shape
 
 OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
 
@@ -41,12 +44,12 @@ class Uncovered(Counter[str]):
 class Call:
     """What is known of an attention: who calls it, and what its queries are.
 
-    padding: bool (batch, queries), where the call itself says which queries are padded.
+    places: where its queries stand, where that is known.
     """
 
     caller: Caller
     cross: bool
-    padding: Tensor | None = None
+    places: Places | None = None
 
 
 class Observer:
@@ -67,6 +70,7 @@ class Observer:
         self.owners = Owners(model)
         self.sites = Sites()
         self.uncovered = Uncovered()
+        self.padding = Padding()
         self.off = False
         self._rows = rows
         self._on_source = on_source
@@ -106,12 +110,6 @@ class Observer:
             self.uncovered.add(f"calls in {caller.name}, whose shapes are of no known form")
             return None
 
-    def padding(self, call: Call, mask: Tensor | None, queries: int, keys: int, batch: int) -> Tensor | None:
-        """Which queries are padded: as the call says, or as the mask of a self-attention shows."""
-        if call.padding is not None or mask is None or call.cross or queries != keys:
-            return call.padding
-        return padded_queries(mask, batch, queries)
-
     def read(self, call: Call, source: Source) -> Reading:
         """The statistic of a call, not recorded yet."""
         device = source.device
@@ -123,8 +121,12 @@ class Observer:
 
     def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
-        batch, _, queries, keys = source.shape
-        source = replace(source, padding=self.padding(call, source.mask, queries, keys, batch))
+        where = call.places
+        if where is not None:
+            if source.mask is not None and (hidden := _hidden(source.mask, source.shape)) is not None:
+                self.padding.note(where, hidden)
+            padding = self.padding.of(where, source.shape.batch, source.shape.queries)
+            source = replace(source, padding=padding, places=where.on(source.device))
         self.record(call, self.read(call, source))
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
@@ -140,3 +142,16 @@ class Observer:
                 generator = torch.Generator()
             self._generators[device] = generator.manual_seed(0)  # so that a run can be repeated
         return self._generators[device]
+
+
+def _hidden(mask: Tensor, shape: Shape) -> Tensor | None:
+    """What a mask hides that is one for all heads and queries: bool (batch, keys); nothing for any other mask."""
+    mask = plain(mask)
+    if mask.dim() != 4 or mask.size(0) != shape.batch or mask.size(-1) != shape.keys or shape.batch < 2:
+        return None
+    first = blocked(mask[:, 0, 0])
+    if all(mask.size(axis) == 1 or mask.stride(axis) == 0 for axis in (1, 2)):
+        return first
+    if mask.size(1) > 1 and mask.stride(1):
+        return None
+    return first & (blocked(mask[:, 0]) == first[:, None]).all()

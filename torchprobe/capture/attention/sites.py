@@ -13,15 +13,14 @@ from weakref import ReferenceType, WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
 from torchprobe.naming import ROOT, named_modules
-from torchprobe.statistics.attention import combine
+from torchprobe.statistics.attention import MAX_LOGIT, combine
 
 Path = tuple[tuple[str, str, int], ...]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-_GRAPH_CALLERS = frozenset({"torch._functorch._aot_autograd.runtime_wrappers", "torch._functorch.aot_autograd"})
 _READS_LOCALS = frozenset({"locals", "vars", "dir", "eval", "exec"})
-_MODULE_CALL = nn.Module.__module__  # where modules are called, by one function or another
 
 
 class Caller(NamedTuple):
@@ -66,7 +65,7 @@ class Owners:
                 if not beyond_graphs and _is_graph(frame):
                     return INSIDE_GRAPH
                 owner = self._module(frame)
-            if owner is not None and frame.f_globals.get("__name__") == _MODULE_CALL:
+            if owner is not None and frame.f_globals.get("__name__") == MODULE_CALL:
                 break
             if not _is_ours(frame):
                 path.append((code.co_filename, code.co_name, frame.f_lasti))
@@ -98,7 +97,7 @@ def common_owner(one: str, other: str) -> str:
 
 
 def _is_graph(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith("<eval_with_key>") or frame.f_globals.get("__name__") in _GRAPH_CALLERS
+    return frame.f_code.co_filename.startswith("<eval_with_key>") or frame.f_globals.get("__name__") in GRAPH_CALLERS
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -149,6 +148,13 @@ class Reading(NamedTuple):
     rows: Tensor
     sampled: bool
     kept: Tensor | None
+
+    def with_logits_of(self, other: Reading | None) -> Reading:
+        """The same, whose largest logits are those of another one: of weights no logit is known."""
+        rows = self.rows.clone()
+        known = other is not None and len(other.rows) == len(rows)
+        rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
+        return self._replace(rows=rows)
 
 
 Readings: TypeAlias = Mapping[Site, Reading]

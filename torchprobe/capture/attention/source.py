@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention import sites, stack
+from torchprobe.capture.attention.fast_paths import FastPaths, has_any
+from torchprobe.capture.attention.mask_arguments import MaskArguments
 from torchprobe.capture.attention.mode import AttentionMode
-from torchprobe.capture.attention.multi_head import FastPaths
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
@@ -56,6 +57,7 @@ class AttentionSource:
         self._maps = _Maps(self.reporter, probe)
         self._observer = Observer(model, reporter.gate, probe.rows, self._maps.drawn)
         self._mode = AttentionMode(self._observer)
+        self.masks = MaskArguments(reporter, self._mode.handwritten)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
         self._traced = TracedAttention(model, self._observer, running)
         self._entered = False
@@ -104,7 +106,10 @@ class AttentionSource:
             if model is None or not self._may_enter(model):
                 return
             self._begin(due)
-            if not in_compiled_call():
+            if running.compiled and has_any(model):  # hooks on its modules would have its graphs compiled anew
+                self._observer.uncovered.add("fused paths in evaluation, beside compiled graphs")
+            elif not in_compiled_call():
+                self._mode.begin(model)
                 stack.push_mode(self._mode)
                 self._fast_paths.begin_pass(model, module, torch.is_grad_enabled())
 

@@ -17,6 +17,10 @@ MISSING = compat.missing_for_modes()
 """What this version of torch does not have: then attention is not recorded, and nothing here is called."""
 
 
+FLEX = compat.flex_attention_operator()
+"""The operator of `flex_attention`; something else where this torch has none."""
+
+
 def is_operator(func: Any) -> bool:
     """Whether a function is an operator of the dispatcher, or one of higher order."""
     return isinstance(func, (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator))

@@ -8,7 +8,6 @@ nothing of it into the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
+from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
@@ -47,9 +47,18 @@ class Owner(Inert):
         self._observer = observer
 
     def record_call(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, added: int, place: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        added: int,
+        place: int,
     ) -> None:
-        """A compiled graph has computed an attention. added: keys at the end that are no tokens."""
+        """A compiled graph has computed an attention. padding: bool (batch, keys), where an argument says it; added:
+        keys at the end that are no tokens."""
         observer = self._observer
         if observer.gate.failed or not observer.gate.train:
             return
@@ -58,20 +67,19 @@ class Owner(Inert):
             return
         with observer.guard():
             call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
-            self._record(call, added, place)
+            self._record(call, padding, added, place)
 
-    def _record(self, call: dict[str, Any], added: int, place: int) -> None:
+    def _record(self, call: dict[str, Any], padding: Tensor | None, added: int, place: int) -> None:
         observer, caller = self._observer, Caller(self._name, (("compiled", "", place),), self._heads)
         if observer.refuses(caller, call["query"], call["key"], call["attn_mask"]):
             return
         source = observer.source(caller, partial(dot_product.query_key, call))
         if source is not None:
-            batch, _, queries, keys = source.shape
-            tokens = keys - added
-            of = Call(caller, queries != tokens)
-            mask = None if source.mask is None else source.mask[..., :tokens]
-            padding = observer.padding(of, mask, queries, tokens, batch)
-            observer.record_source(replace(of, padding=padding), source)
+            where = by_custom(source.shape.queries, source.shape.keys - added)
+            observer.padding.clear()
+            if padding is not None and where.tokens is not None:
+                observer.padding.say_of(where.tokens, padding)
+            observer.record_source(Call(caller, where.cross, where), source)
 
 
 class TracedMode(TorchFunctionMode):
@@ -115,13 +123,13 @@ def _record(
 ) -> None:
     with torch.no_grad():
         mask = None if attn_mask is None else attn_mask.detach()
-        operators.attention(handle, query.detach(), key.detach(), mask, is_causal, scale, 0, place())
+        operators.attention(handle, query.detach(), key.detach(), mask, None, is_causal, scale, 0, place())
 
 
 def _record_multi_head(handle: Tensor, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
-        query, key, mask, added = multi_head.projected(*args, **kwargs)
-        operators.attention(handle, query, key, mask, False, None, added, place())
+        query, key, mask, padding, added = multi_head.projected(*args, **kwargs)
+        operators.attention(handle, query, key, mask, padding, False, None, added, place())
 
 
 def put_mode_on(module: nn.Module, args: Any) -> None:

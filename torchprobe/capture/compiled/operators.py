@@ -24,9 +24,22 @@ _numbers = itertools.count()
 
 class _Attention(Protocol):
     def record_call(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, added: int, place: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        added: int,
+        place: int,
     ) -> None:
         """An attention was computed."""
+
+
+class _Unread(Protocol):
+    def note_unread(self) -> None:
+        """An attention was computed whose statistics cannot be had."""
 
 
 class _Output(Protocol):
@@ -40,7 +53,7 @@ class _Output(Protocol):
 _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def handle(target: _Attention | _Output) -> Tensor:
+def handle(target: _Attention | _Output | _Unread) -> Tensor:
     """The handle of an object: a tensor in host memory, whatever the model's device."""
     number = next(_numbers)
     _objects[number] = target
@@ -71,15 +84,24 @@ def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
         target.record_row(row, training, gradient)
 
 
+def _unread(handle: Tensor) -> None:
+    if not in_backward():
+        target = _target(handle)
+        if target is not None:
+            target.note_unread()
+
+
 def _define(name: str, arguments: str, body: Any) -> Any:
     tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
-    _library.define(f"{name}(Tensor(a!) handle, {arguments}) -> ()", tags=tags)
+    every = ", ".join(("Tensor(a!) handle", *([arguments] if arguments else [])))
+    _library.define(f"{name}({every}) -> ()", tags=tags)
     _library.impl(name, body, "CompositeExplicitAutograd")
     register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 
-_CALL = "Tensor query, Tensor key, Tensor? mask, bool causal, float? scale, int added, int place"
+_CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, float? scale, int added, int place"
 attention = _define("attention", _CALL, _attention)
 tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
+unread = _define("unread", "", _unread)
 row = _define("row", "Tensor row, bool training, bool gradient", _row)

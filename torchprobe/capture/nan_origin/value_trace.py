@@ -50,6 +50,8 @@ class Trace:
 class ValueTrace:
     """What every module call sees, one reduction a tensor: its extremes are NaN or inf where it holds some."""
 
+    in_validation = False
+
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self._turn = self._tensor = self._call = self._place = 0  # they only grow, so that passes keep their order

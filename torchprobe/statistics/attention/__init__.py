@@ -6,12 +6,13 @@ reads chosen query rows against all keys, so the matrix of queries by keys is ne
 far they are), `blocks` (the logits), `heads` (the statistic, and the picture).
 """
 
-from torchprobe.statistics.attention.heads import FIELDS, attention_map, combine, compute, summarise
+from torchprobe.statistics.attention.heads import FIELDS, MAX_LOGIT, attention_map, combine, compute, summarise
 from torchprobe.statistics.attention.rows import is_sampled
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 
 __all__ = [
     "FIELDS",
+    "MAX_LOGIT",
     "Logits",
     "QueryKey",
     "Source",

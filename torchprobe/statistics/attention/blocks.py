@@ -79,8 +79,7 @@ def blocks(source: Source, rows: Rows, workspace: Workspace) -> Iterator[Block]:
 
 def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
-    hidden, position = visibility.threshold(source.logits.dtype), rows.positions(first, source.device)[:, None]
-    position = position.to(source.dtype)
+    position = visibility.standing(source, rows.positions(first, source.device)[:, None].to(source.dtype))
 
     @cache
     def far(start: int, stop: int) -> Distances:
@@ -89,7 +88,9 @@ def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iter
     for tile in same_rows:
         for some in row_tiles(tile, keys, size):
             logits = rows.take(source.logits, some).to(source.dtype)
-            visible = visibility.of_values(logits, hidden)
+            if source.shift is not None:
+                logits = logits + rows.take(source.shift, some).to(source.dtype)
+            visible = visibility.of_values(logits)
             yield Block(some, logits, False, visible, far(some.rows.start, some.rows.stop))
 
 
@@ -106,7 +107,8 @@ def _multiplied(
     def of_all_heads(start: int, stop: int) -> tuple[int, Distances, Sight]:
         tile, at = _of_rows(first, start, stop, position)
         reach = min(keys, rows.end(tile)) if source.causal else keys
-        return reach, distances(source, rows, tile, at, reach), visibility.without_mask(source, rows, tile, at, reach)
+        far = distances(source, rows, tile, visibility.standing(source, at), reach)
+        return reach, far, visibility.without_mask(source, rows, tile, at, reach)
 
     for tile in same_rows:
         masked = visibility.through_mask(source, rows, tile) if per_head else shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,8 +12,8 @@ from torch.nn import functional
 
 from torchprobe.statistics.attention.blocks import Block, Workspace, blocks, workspace_for
 from torchprobe.statistics.attention.keys import by_position, totals
-from torchprobe.statistics.attention.rows import Rows, choose, strata, unpadded
-from torchprobe.statistics.attention.sources import QueryKey, Source
+from torchprobe.statistics.attention.rows import Rows, Tile, choose, strata, unpadded
+from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 from torchprobe.statistics.dtypes import row_dtype
 
 FIELDS = (
@@ -74,8 +75,10 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
     if count is not None:
         table[-1].copy_(count)
     table = table.transpose(1, 2)
-    sinks = source.sinks if isinstance(source, QueryKey) else None
-    return _sums(table.flatten(2), sinks, unpadded(source, chosen))
+    everything = Tile(slice(0, chosen.count), slice(0, chosen.per_sequence), *[slice(0, shape.heads)] * 2)
+    as_weights = isinstance(source, Logits) and source.as_weights
+    values = _weights(table) if as_weights else _statistics(table, _sinks(source, chosen, everything))
+    return _sums(table.flatten(2), values.flatten(2), unpadded(source, chosen))
 
 
 @torch.no_grad()
@@ -103,7 +106,9 @@ def attention_map(
     chosen, counts = _pixel_rows(source, tall, batch_index, generator)
     table = torch.empty(heads, chosen.per_sequence, -(-keys // wide) + 1, dtype=source.dtype, device=source.device)
     for block in blocks(source, chosen, workspace_for(source, chosen)):
-        table[block.tile.heads, block.tile.rows] = _pooled(block, source, wide, table.size(-1))[0]
+        table[block.tile.heads, block.tile.rows] = _pooled(
+            block, source, wide, table.size(-1), _sinks(source, chosen, block.tile)
+        )[0]
     table = torch.where(counts & (table[..., -1:] > 0), table, 0)
     sums = table.unflatten(1, (-1, min(tall, ROWS_PER_PIXEL))).sum(2)
     mean: Tensor = sums[..., :-1] / sums[..., -1:].clamp(min=1)
@@ -136,7 +141,8 @@ def summarise(row: Sequence[float]) -> dict[str, float]:
     means = {"rows": rows, "rows_with_choice": with_choice}
     if rows:
         means |= {name: values[name] / rows for name in ("entropy", "max_probability", "distance")}
-        means["max_logit"] = values["max_logit"]
+        if values["max_logit"] > -math.inf:  # else it is not known: of weights that no softmax gave
+            means["max_logit"] = values["max_logit"]
     if with_choice:
         means |= {name: values[name] / with_choice for name in ("normalized_entropy", "sink")}
     return means
@@ -165,14 +171,14 @@ def _of_first(weight: Tensor, first: Tensor) -> Tensor:
     return weight.gather(-1, index.expand(weight.shape[:-1])[..., None])[..., 0]
 
 
-def _sums(table: Tensor, sinks: Tensor | None, unpadded: Tensor | None) -> Tensor:
-    """The row of every head from the columns of its query rows, (6, heads, rows)."""
+def _sums(table: Tensor, statistics: Tensor, unpadded: Tensor | None) -> Tensor:
+    """The row of every head from the columns of its query rows, (6, heads, rows), and their statistics, (4, …)."""
     largest, count = table[0], table[-1]
     valid = (count > 0) & largest.isfinite()
     if unpadded is not None:
         valid &= unpadded.flatten()
     choice = valid & (count > 1)
-    entropy, max_probability, sink, distance = _statistics(table, sinks)
+    entropy, max_probability, sink, distance = statistics.unbind()
     normalized = (entropy / count.clamp(min=2).log()).clamp(max=1)
     values = torch.stack((entropy, normalized, max_probability, sink, distance))
     sums = torch.where(torch.stack((valid, choice, valid, choice, valid)), values, 0)
@@ -183,20 +189,39 @@ def _sums(table: Tensor, sinks: Tensor | None, unpadded: Tensor | None) -> Tenso
     return torch.cat((sums[:MAX_LOGIT], highest[None], sums[MAX_LOGIT:], rows)).T.contiguous()
 
 
-def _statistics(table: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, largest probability, sink and distance of every query row: (heads, rows) each.
+def _sinks(source: Source, rows: Rows, tile: Tile) -> Tensor | None:
+    """The sink logits of a tile's rows: (sequences, heads, rows, 1), or sizes of 1 where they are the same."""
+    if source.sinks is None:
+        return None
+    if isinstance(source, QueryKey):
+        return source.sinks[None, tile.heads, None, None].to(source.dtype)
+    sinks = rows.take(source.sinks, tile).to(source.dtype)
+    return sinks if source.shift is None else sinks + rows.take(source.shift, tile).to(source.dtype)
 
-    A sink logit above m is the maximum that everything is relative to: the columns then shrink by exp(m - sink).
+
+def _weights(table: Tensor) -> Tensor:
+    """As `_statistics`, of weights p = exp(s) that are taken as they are."""
+    largest, total, below, first, distance, _ = table
+    entropy, scale = (-below - largest * total).clamp(min=0), largest.exp()
+    return torch.stack((entropy * scale, scale, first * scale, distance * scale))
+
+
+def _statistics(table: Tensor, sinks: Tensor | None) -> Tensor:
+    """Entropy, largest probability, sink and distance of every query row: (4, heads, sequences, rows).
+
+    table: (6, heads, sequences, rows); sinks: broadcastable to (sequences, heads, rows, 1). A sink logit above m is the
+    maximum that everything is relative to: the columns then shrink by exp(m - sink).
     """
     largest, total, below, first, distance, _ = table
     if sinks is None:
-        return (total.log() - below / total).clamp(min=0), 1 / total, first / total, distance / total
-    sink = sinks.to(table.dtype)[:, None]
+        entropy = (total.log() - below / total).clamp(min=0)
+        return torch.stack((entropy, 1 / total, first / total, distance / total))
+    sink = sinks[..., 0].transpose(0, 1)
     excess = (sink - largest).clamp(min=0)
     shrink = (-excess).exp()
     whole = shrink * total + (sink - largest - excess).exp()
     entropy = shrink * (total * (whole.log() + excess) - below) / whole
-    return entropy.clamp(min=0), shrink / whole, shrink * first / whole, shrink * distance / whole
+    return torch.stack((entropy.clamp(min=0), shrink / whole, shrink * first / whole, shrink * distance / whole))
 
 
 def _pixel_rows(source: Source, tall: int, batch_index: int, generator: torch.Generator | None) -> tuple[Rows, Tensor]:
@@ -214,20 +239,20 @@ def _pixel_rows(source: Source, tall: int, batch_index: int, generator: torch.Ge
     return chosen, counts if kept is None else counts & kept[0, 0, :, None]
 
 
-def _pooled(block: Block, source: Source, wide: int, columns: int) -> Tensor:
+def _pooled(block: Block, source: Source, wide: int, columns: int, sink: Tensor | None) -> Tensor:
     """Probabilities of a block summed over `wide` keys, and 1 for a valid row: (sequences, heads, rows, columns)."""
     largest = block.logits.amax(-1, keepdim=True)
     valid = largest.isfinite()
     if block.visible is not None:
         valid = valid & (block.visible.count > 0)[..., None]
-    sink = None
-    if isinstance(source, QueryKey) and source.sinks is not None:
-        sink = source.sinks[block.tile.heads, None, None].to(largest.dtype)
+    if sink is not None:
         largest = largest.maximum(sink)
     weight = (block.logits - largest).exp_()
     total = weight.sum(-1, keepdim=True)
     weight = functional.pad(weight, (0, (columns - 1) * wide - weight.size(-1)))
     pooled = weight.unflatten(-1, (-1, wide)).sum(-1)
+    if isinstance(source, Logits) and source.as_weights:
+        pooled, total = pooled * largest.exp(), torch.ones_like(total)
     if sink is not None:
         total = total + (sink - largest).exp()
     return torch.cat((torch.where(valid, pooled / total, 0), valid.expand_as(total)), dim=-1)

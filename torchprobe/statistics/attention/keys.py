@@ -13,8 +13,8 @@ from torchprobe.statistics.attention.sources import QueryKey, Source
 HIDDEN = -1e30
 """Added to the logit of a key that is not visible: finite, so that no inf - inf makes a NaN of it."""
 
-NEVER_A_LOGIT = -5e8
-"""At or below this a logit hides its key: half of the customary -1e9, which a logit is added to."""
+NEVER_A_LOGIT = -5000.0
+"""At or below this a logit, or a mask that is added to it, hides its key: half of -1e4, the mildest of customs."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,6 @@ class Sight:
         """The same for some of the rows and for the first keys."""
         bias = None if self.bias is None else _narrowed(self.bias, rows)[..., : keys - self.start]
         return Sight(bias, None if self.visible is None else self.visible.narrowed(rows), self.start)
-
-
-def threshold(dtype: torch.dtype) -> float:
-    """The number at or below which a logit or a mask of this type hides its key.
-
-    Half of the type's lowest number, for that is what libraries mask with, and adding a logit to it moves it; but
-    no less than -5e8. That is -32752 in float16 and -5e8 in the other types. A fully masked row of
-    `torch.finfo(dtype).min`, whose softmax is uniform, is recognised by it.
-    """
-    return max(torch.finfo(dtype).min / 2, NEVER_A_LOGIT)
 
 
 def through_mask(source: QueryKey, rows: Rows, tile: Tile) -> Sight | None:
@@ -86,8 +76,13 @@ def by_position(source: Source, rows: Rows) -> Tensor | None:
     return (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
 
 
+def standing(source: Source, position: Tensor) -> Tensor:
+    """Where queries of these indices stand among the keys: floating, of the same shape."""
+    return position if source.places is None else source.places[position.long()].to(position.dtype)
+
+
 def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
-    """From logits, or from what is added to them: (…, keys), visible above `hidden`.
+    """From logits, or from what is added to them: (…, keys), visible above `hidden`, in part within 1 above it.
 
     Written in floating arithmetic, exact up to 2²⁴ keys: comparing and counting booleans costs three times as much.
     """
@@ -104,9 +99,7 @@ def _bias(mask: Tensor, rows: Rows, tile: Tile, dtype: torch.dtype) -> Tensor:
     bias = rows.take(mask, tile).to(dtype)
     if mask.dtype == torch.bool:
         return (bias - 1) * -HIDDEN
-    if threshold(mask.dtype) > NEVER_A_LOGIT:
-        return bias.masked_fill(bias <= threshold(mask.dtype), HIDDEN)
-    return bias.clamp(min=HIDDEN)
+    return bias.masked_fill(bias <= NEVER_A_LOGIT, HIDDEN)
 
 
 def _future(position: Tensor, start: int, keys: int) -> Tensor:
@@ -140,9 +133,12 @@ class Distances:
 
 
 def distances(source: Source, rows: Rows, tile: Tile, position: Tensor, keys: int) -> Distances:
-    """Of the first `keys` keys. position: the query indices of the tile, floating, (sequences or 1, 1, rows)."""
-    start, stop = min(keys, rows.start(tile)), min(keys, rows.end(tile))
-    if isinstance(source, QueryKey) and source.causal:  # no weight after the query: one side, that reaches over it
+    """Of the first `keys` keys. position: where the tile's queries stand, floating, (sequences or 1, 1, rows)."""
+    elsewhere = source.places is not None
+    start, stop = (0, keys) if elsewhere else (min(keys, rows.start(tile)), min(keys, rows.end(tile)))
+    if (
+        isinstance(source, QueryKey) and source.causal and not elsewhere
+    ):  # no weight after the query: one side, that reaches over it
         return Distances((_before(position, start, keys),), slice(0, 0), None)
     index = torch.arange(start, stop, dtype=position.dtype, device=position.device)
     after = torch.arange(keys - stop, dtype=position.dtype, device=position.device)

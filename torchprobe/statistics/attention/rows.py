@@ -161,10 +161,10 @@ def strata(count: int, each: int, size: int, generator: torch.Generator | None, 
     turn = torch.arange(count, device=home, dtype=dtype)[:, None] * GOLDEN
     index = ((start + turn).frac() + stratum).mul_(size / each).long()
     last = (stratum * size + (size + each - 1)) // each - 1  # rounding must not reach the next stratum
-    return _moved(index.minimum(last), device)
+    return moved(index.minimum(last), device)
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
+def moved(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device, without waiting for it."""
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()

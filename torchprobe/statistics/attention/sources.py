@@ -28,14 +28,15 @@ class QueryKey:
     query: (batch, heads, queries, width) and key: (batch, key_heads, keys, width), of any strides and of any
         floating types. Head h uses key head h // (heads // key_heads).
     mask: broadcastable to (batch, heads, queries, keys): bool, True takes part; or float, added. In a float mask
-        -inf and anything at or below half of the type's lowest number, or -5e8, is a key that is not visible;
-        milder values, such as -10000 or ALiBi's slopes, are a bias on a visible key.
+        -inf and anything at or below -5000 is a key that is not visible; milder values, such as ALiBi's slopes, are a
+        bias on a visible key.
     causal: query i sees keys 0 … i (top-left aligned), besides what the mask says.
     padding: bool (batch, queries), True is a padded query, which is left out of everything.
     softcap: c in c · tanh(logit / c).
     modify: called with logits and the indices of batch, head, query and key, which broadcast to the logits;
         returns the logits to use, -inf for a key that is not visible. It must not change the logits in place.
     sinks: (heads,) a logit per head that takes probability and is no key.
+    places: (queries,) int64, the index of the key at which each query stands; None: of its own index.
 
     Raises ValueError where the shapes do not go together.
     """
@@ -49,6 +50,7 @@ class QueryKey:
     softcap: float | None = None
     modify: Modify | None = None
     sinks: Tensor | None = None
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self.query.dim() == 4, "query", self.query, "(batch, heads, queries, width)")
@@ -64,7 +66,7 @@ class QueryKey:
             _check(fits, "mask", self.mask, f"a bool or floating one that broadcasts to {full}")
         if self.sinks is not None:
             _check(self.sinks.shape == (heads,), "sinks", self.sinks, f"({heads},), one logit a head")
-        _check_padding(self.padding, batch, queries)
+        _check_queries(self.padding, self.places, batch, queries)
 
     @property
     def shape(self) -> Shape:
@@ -92,20 +94,31 @@ class QueryKey:
 class Logits:
     """Hand-written attention: the input of its softmax, scaled and masked.
 
-    logits: (batch, heads, queries, keys), floating. -inf and anything at or below half of the type's lowest number,
-        or -5e8, is a key that is not visible.
+    logits: (batch, heads, queries, keys), floating. -inf and anything at or below -5000 is a key that is not visible.
     padding: bool (batch, queries), True is a padded query, which is left out of everything.
+    places: (queries,) int64, the index of the key at which each query stands; None: of its own index.
+    shift: (batch, heads, queries, 1), what was taken off each row before, which is put on again.
+    sinks: the same shape, the logarithm of what takes probability and is no key, as the logits are before the shift.
+    as_weights: the logits are logarithms of weights, which are what they are: nothing makes a row's sum 1.
 
     Raises ValueError where the shapes do not go together.
     """
 
     logits: Tensor
     padding: Tensor | None = None
+    places: Tensor | None = None
+    shift: Tensor | None = None
+    sinks: Tensor | None = None
+    as_weights: bool = False
 
     def __post_init__(self) -> None:
         fits = self.logits.dim() == 4 and self.logits.is_floating_point()
         _check(fits, "logits", self.logits, "a floating one of (batch, heads, queries, keys)")
-        _check_padding(self.padding, self.logits.size(0), self.logits.size(2))
+        _check_queries(self.padding, self.places, self.logits.size(0), self.logits.size(2))
+        column = (*self.logits.shape[:3], 1)
+        for name, each in (("shift", self.shift), ("sinks", self.sinks)):
+            if each is not None:
+                _check(each.shape == column, name, each, f"{column}: one for each row of the logits")
 
     @property
     def shape(self) -> Shape:
@@ -140,7 +153,10 @@ def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
     return len(sizes) <= 4 and all(a in (1, b) for a, b in zip(sizes[::-1], shape[::-1], strict=False))
 
 
-def _check_padding(padding: Tensor | None, batch: int, queries: int) -> None:
+def _check_queries(padding: Tensor | None, places: Tensor | None, batch: int, queries: int) -> None:
+    if places is not None:
+        fits = places.shape == (queries,) and places.dtype == torch.int64
+        _check(fits, "places", places, f"int64 ({queries},): the index of a key for each query")
     if padding is not None:
         fits = padding.shape == (batch, queries) and padding.dtype == torch.bool
         _check(fits, "padding", padding, f"bool ({batch}, {queries}): batch, queries")

@@ -1,0 +1,122 @@
+"""Weights that are changed between their softmax and the values are read as they are used, or it is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.capture.attention.attends import HEADS, LENGTH, Attends, scores
+from tests.capture.attention.harness import assert_untouched, record
+from tests.capture.attention.reference import assert_close, of_weights
+
+BAND = torch.ones(LENGTH, LENGTH).tril(2).triu(-2)
+X = torch.randn(3, LENGTH, 16)
+
+
+def banded(m, q, k):
+    return scores(q, k).softmax(-1).masked_fill(BAND == 0, 0.0)
+
+
+def renormalised(m, q, k):
+    w = scores(q, k).softmax(-1) * BAND
+    return F.normalize(w, p=1.0, dim=-1)
+
+
+def gated_by_head(m, q, k):
+    return torch.sigmoid(m.gate) * scores(q, k).softmax(-1)
+
+
+def gated_by_query(m, q, k):
+    return scores(q, k).softmax(-1) * q.mean(-1, keepdim=True).sigmoid()
+
+
+def with_uniform(m, q, k):
+    return 0.7 * torch.softmax(scores(q, k), -1) + 0.3 / LENGTH
+
+
+def sharpened(m, q, k):
+    w = scores(q, k).softmax(-1) ** 2
+    return w / w.sum(-1, keepdim=True)
+
+
+def off_by_two(m, q, k):
+    e = torch.exp(scores(q, k))
+    return e / e.sum(-1, keepdim=True).add(2.0)
+
+
+def masked_exponentials(m, q, k):
+    e = torch.exp(scores(q, k)) * BAND
+    return e / e.sum(-1, keepdim=True)
+
+
+def thresholded(m, q, k):
+    w = scores(q, k).softmax(dim=-1)
+    return torch.where(w < 0.1, torch.zeros_like(w), w)
+
+
+def drawn(m, q, k):
+    return F.gumbel_softmax(scores(q, k), tau=0.5, dim=-1)
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        *(banded, renormalised, gated_by_head, gated_by_query, with_uniform, sharpened, off_by_two),
+        *(masked_exponentials, thresholded, drawn),
+    ],
+)
+def test_they_are_read_as_they_are_used(weigh):
+    model = Attends(weigh, gate=nn.Parameter(torch.randn(HEADS, 1, 1)))
+    seen = record(model, X)
+    assert_close(seen.heads["root"], of_weights(model.p))
+    assert seen.uncovered == {}
+    assert_untouched(model, X)
+
+
+def test_a_null_key_whose_value_is_used_counts_as_a_key():
+    class Null(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            null = torch.zeros(*q.shape[:3], 1)
+            self.p = torch.cat((scores(q, k), null), -1).softmax(-1)
+            return self.p @ torch.cat((v, self.null.expand(len(x), -1, -1, -1)), 2)
+
+    model = Null(None, null=nn.Parameter(torch.randn(HEADS, 1, 8)))
+    assert_close(record(model, X).heads["root"], of_weights(model.p))
+
+
+@pytest.mark.parametrize("place", ["behind", "before", "both"])
+def test_sinks_may_stand_anywhere_and_differ_from_row_to_row(place):
+    def weigh(m, q, k):
+        columns = {"behind": (0, 1), "before": (1, 0), "both": (1, 1)}[place]
+        sinks = [q.mean(-1, keepdim=True)] * columns[0], [m.sink.expand(len(q), -1, LENGTH, -1)] * columns[1]
+        w = torch.cat((*sinks[0], scores(q, k), *sinks[1]), -1).softmax(-1)
+        return w[..., columns[0] : columns[0] + LENGTH]
+
+    model = Attends(weigh, sink=nn.Parameter(torch.randn(HEADS, 1, 1)))
+    assert_close(record(model, X).heads["root"], of_weights(model.p))
+
+
+def differential(m, q, k):
+    return scores(q, k).softmax(-1) - 0.3 * scores(q.flip(-1), k).softmax(-1)
+
+
+def mixed_by_parameters(m, q, k):
+    return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), m.mix)
+
+
+def twice(m, q, k):
+    return scores(q, k).softmax(-1).softmax(-1)
+
+
+@pytest.mark.parametrize("weigh", [differential, mixed_by_parameters, twice])
+def test_what_may_be_negative_or_is_no_softmax_any_more_is_said(weigh, caplog):
+    model = nn.Sequential()
+    model.add_module("layer", Attends(weigh, mix=nn.Parameter(torch.randn(HEADS, HEADS))))
+    seen = record(model, X)
+    assert seen.heads == {}
+    assert len(seen.uncovered) == 1
+    assert "attention is not recorded" in caplog.text
+    assert "layer" in caplog.text

@@ -1,0 +1,260 @@
+"""What joins, rearranges, repeats and reduces tensors, and what that does to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.labels import (
+    Dim,
+    Factor,
+    Label,
+    Memory,
+    Part,
+    Root,
+    fresh,
+    in_order,
+    merged,
+    roots_of,
+    viewed,
+)
+from torchprobe.capture.attention.tape import Node
+
+Rule = Callable[[Node, Label], Label | None]
+
+
+def _tensors(node: Node) -> list[Node]:
+    listed = node.argument(0, "tensors")
+    return [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
+
+
+def _labels(nodes: list[Node]) -> list[Label]:
+    return [node.label or fresh(node.shape) for node in nodes]
+
+
+def concatenated(node: Node, first: Label) -> Label | None:
+    """Along a dimension that all have."""
+    nodes = _tensors(node)
+    axis = node.argument(1, "dim", 0)
+    if not nodes or not isinstance(axis, int) or any(one.dims != node.dims for one in nodes):
+        return None
+    axis %= node.dims
+    labels = _labels(nodes)
+    dim, at = _along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
+    base = _foremost(nodes, labels)
+    dims = (*base.dims[:axis], dim, *base.dims[axis + 1 :])
+    return Label(dims, {**base.at, **at}, base.between)
+
+
+def stacked(node: Node, first: Label) -> Label | None:
+    """Along a new dimension."""
+    nodes, axis = _tensors(node), node.argument(1, "dim", 0)
+    if not nodes or not isinstance(axis, int):
+        return None
+    axis %= node.dims
+    labels = _labels(nodes)
+    dim, at = _along(labels, [()] * len(labels), [1] * len(labels))
+    base = _foremost(nodes, labels)
+    return Label((*base.dims[:axis], dim, *base.dims[axis:]), {**base.at, **at}, base.between)
+
+
+def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
+    ranked = sorted(zip(nodes, labels, strict=True), key=lambda pair: (not pair[1].sides, pair[0].const))
+    return ranked[0][1]
+
+
+def _along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
+    """The joined dimension: a further digit of a root where the parts are equal steps along it, else a new root."""
+    step = _step(labels) if len({*dims}) == 1 else None
+    if step is not None:
+        root, by = step
+        return merged((Factor(root, by, len(labels)), *dims[0])), {root: labels[0].at.get(root, 0)}
+    parts, start = [], 0
+    for label, dim, size in zip(labels, dims, sizes, strict=True):
+        parts.append(Part(start, size, dim, _beside(label, dim), bool(label.sides)))
+        start += size
+    root = _root_of(parts)
+    return (Factor(root, 1, start),) if start > 1 else (), {root: 0}
+
+
+def _beside(label: Label, dim: Dim) -> Mapping[Root, int]:
+    """Where a dimension begins, and what the tensor is pinned to besides."""
+    others = set(label.roots()) - set(roots_of([dim]))
+    return {root: value for root, value in label.at.items() if root not in others}
+
+
+def _root_of(parts: Sequence[Part]) -> Root:
+    roots = [root for part in parts if part.scores and part.dim is not None for root in roots_of([part.dim])]
+    sides = {root.side for root in roots}
+    inside = [root for part in parts if part.dim is not None for root in roots_of([part.dim])]
+    learned = bool(inside) and all(root.learned for root in inside)
+    return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None)
+
+
+def _step(labels: Sequence[Label]) -> tuple[Root, int] | None:
+    """The one root in which labels differ, in equal steps; None where that is not so."""
+    first = labels[0]
+    if len(labels) < 2 or any(label.dims != first.dims for label in labels):
+        return None
+    differ = {root for label in labels for root in {*first.at, *label.at} if label.at.get(root) != first.at.get(root)}
+    sided = {root for root in differ if root.under is None or root.under not in differ}
+    if len(sided) != 1:
+        return None
+    root = sided.pop()
+    values = [label.at.get(root) for label in labels]
+    if None in values:
+        return None
+    steps = {b - a for a, b in pairwise(values)}  # type: ignore[operator]
+    by = steps.pop()
+    return None if steps or not by else (root, by)
+
+
+# ---- rearranged
+
+
+def _sliced(dim: Dim, at: Mapping[Root, int], size: int, start: int, length: int) -> Part | None:
+    found = viewed(Label((dim,), at), in_order((size,)), Memory((length,), (1,), start))
+    return None if found is None else Part(0, length, found.dims[0], found.at)
+
+
+def rolled(node: Node, first: Label) -> Label | None:
+    """Along some dimensions, the last of which come first."""
+    shifts, axes = _tuple(node.argument(1, "shifts")), _tuple(node.argument(2, "dims"))
+    if shifts is None or axes is None or len(shifts) != len(axes):
+        return None
+    dims, at = list(first.dims), dict(first.at)
+    for shift, axis in zip(shifts, axes, strict=True):
+        size = node.shape[axis]
+        shift %= size
+        if not shift:
+            continue
+        begin = _beside(first, dims[axis])
+        ends = _sliced(dims[axis], begin, size, size - shift, shift), _sliced(dims[axis], begin, size, 0, size - shift)
+        if None in ends:
+            return None
+        scores = any(root.side is not None for root in roots_of([dims[axis]]))
+        parts = [ends[0]._replace(scores=scores), ends[1]._replace(start=shift, scores=scores)]  # type: ignore[union-attr]
+        root = _root_of(parts)
+        dims[axis], at[root] = (Factor(root, 1, size),), 0
+    return Label(tuple(dims), at, first.between)
+
+
+def flipped(node: Node, first: Label) -> Label | None:
+    """Each digit the other way."""
+    axes = _tuple(node.argument(1, "dims"))
+    if axes is None:
+        return None
+    dims, at = list(first.dims), dict(first.at)
+    for axis in axes:
+        for factor in dims[axis]:
+            if factor.root is not None:
+                at[factor.root] = at.get(factor.root, 0) + factor.stride * (factor.size - 1)
+        dims[axis] = tuple(factor._replace(stride=-factor.stride) for factor in dims[axis])
+    return Label(tuple(dims), at, first.between)
+
+
+def padded(node: Node, first: Label) -> Label | None:
+    """With constants at the ends."""
+    widths, mode = _tuple(node.argument(1, "pad")), node.argument(2, "mode", "constant")
+    if widths is None or mode != "constant" or min(widths) < 0:
+        return None
+    dims, at = list(first.dims), dict(first.at)
+    for i in range(0, len(widths), 2):
+        axis, before, total = node.dims - 1 - i // 2, widths[i], widths[i] + widths[i + 1]
+        if total:
+            size = node.shape[axis] - total
+            scores = any(root.side is not None for root in roots_of([dims[axis]])) or (
+                bool(first.sides) and dims[axis] == () and size == 1
+            )
+            root = _root_of([Part(before, size, dims[axis], _beside(first, dims[axis]), scores)])
+            dims[axis], at[root] = (Factor(root, 1, size + total),), 0
+    return Label(tuple(dims), at, first.between)
+
+
+def repeated(node: Node, first: Label) -> Label | None:
+    """Whole, one after the other."""
+    times = _tuple(node.args[1:] if len(node.args) > 2 else node.argument(1, "repeats", node.kwargs.get("dims")))
+    if times is None:
+        return None
+    times = (1,) * (node.dims - len(times)) + times
+    old = ((),) * (node.dims - len(first.dims)) + first.dims
+    dims = (merged((Factor(None, 0, n), *dim)) for n, dim in zip(times, old, strict=True))
+    return Label(tuple(dims), first.at, first.between)
+
+
+def interleaved(node: Node, first: Label) -> Label | None:
+    """Each one several times."""
+    times, axis = node.argument(1, "repeats"), node.argument(2, "dim")
+    if not isinstance(times, int) or not isinstance(axis, int):
+        return None
+    dims = list(first.dims)
+    dims[axis] = merged((*dims[axis], Factor(None, 0, times)))
+    return Label(tuple(dims), first.at, first.between)
+
+
+def reduced(node: Node, first: Label) -> Label | None:
+    """Without some dimensions, or with one index of each."""
+    axes, before = _reduced_axes(node), len(first.dims)
+    if axes is None:
+        return None
+    gone = {axis % before for axis in axes} if before else set()
+    kept = [(() if i in gone else dim) for i, dim in enumerate(first.dims) if i not in gone or node.dims == before]
+    counts = set(roots_of(kept))
+    at = {root: v for root, v in first.at.items() if root in counts or root not in set(first.roots())}
+    return Label(tuple(kept), at, first.between)
+
+
+def _reduced_axes(node: Node) -> tuple[int, ...] | None:
+    place = 2 if node.func in fn.NORMS else 1
+    given = node.argument(place, "dim", node.kwargs.get("axis"))
+    if given is None and not node.dims:
+        return ()
+    return _tuple(given)
+
+
+def scattered(node: Node, first: Label) -> Label | None:
+    """Ranked logits, put back where they were ranked from."""
+    axis, index, values = node.argument(1, "dim"), node.argument(2, "index"), node.argument(3, "src")
+    if not (isinstance(index, Node) and isinstance(values, Node)) or index.func is not values.func:
+        return None
+    ranked = values.args[0] if values.func in fn.RANKINGS and values.args else None
+    same = index.args[:1] == values.args[:1]
+    along = values.argument(2 if values.func in fn.TOPS else 1, "dim", -1)
+    if not same or not isinstance(ranked, Node) or ranked.shape != node.shape or along % node.dims != axis % node.dims:
+        return None
+    return ranked.label if (values.part, index.part) == (0, 1) else None
+
+
+def pooled(node: Node, first: Label) -> Label | None:
+    """Fewer places, of the same batch and features."""
+    if len(first.dims) != node.dims or node.dims < 3:
+        return None
+    rest = fresh(node.shape[2:])
+    return Label((*first.dims[:2], *rest.dims), {**first.at, **rest.at})
+
+
+def _tuple(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if isinstance(value, tuple | list) and len(value) == 1 and isinstance(value[0], tuple | list):
+        value = value[0]
+    if isinstance(value, tuple | list) and all(isinstance(one, int) for one in value):
+        return tuple(value)
+    return None
+
+
+RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(fn.REDUCTIONS, reduced),
+    **dict.fromkeys(fn.CONCATENATIONS, concatenated),
+    **dict.fromkeys(fn.STACKS, stacked),
+    **dict.fromkeys(fn.ROLLS, rolled),
+    **dict.fromkeys(fn.FLIPS, flipped),
+    **dict.fromkeys(fn.PADS, padded),
+    **dict.fromkeys(fn.REPEATS, repeated),
+    **dict.fromkeys(fn.INTERLEAVES, interleaved),
+    **dict.fromkeys(fn.SCATTERS, scattered),
+    **dict.fromkeys(fn.POOLS, pooled),
+}
+"""By function."""

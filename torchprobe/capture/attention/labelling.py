@@ -1,0 +1,288 @@
+"""Works labels out backwards from where they are asked for: a table of what products, joins and others do to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention import joins
+from torchprobe.capture.attention.dot_product import FUNCTIONS
+from torchprobe.capture.attention.labels import (
+    Between,
+    Dim,
+    Label,
+    Root,
+    counted,
+    fresh,
+    in_order,
+    roots_of,
+    viewed,
+)
+from torchprobe.capture.attention.products import Product, product_of
+from torchprobe.capture.attention.tape import Node, shares_memory
+
+
+class Labelling:
+    """The labels of a pass's tensors."""
+
+    def __init__(self) -> None:
+        self._sides: dict[tuple[Root, int], Root] = {}
+
+    def forget(self) -> None:
+        """The pass is over."""
+        self._sides.clear()
+
+    def of(self, node: Node) -> Label:
+        """The label of a tensor, and first of those that it was made of: not by recursion, for models are deep."""
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            unknown = [] if top.label or top.const else [one for one in top.inputs if one.label is None]
+            waiting += unknown
+            if not unknown:
+                waiting.pop()
+                if top.label is None:
+                    top.take_label(self._made(top))
+        assert node.label is not None
+        return node.label
+
+    def _made(self, node: Node) -> Label:
+        inputs = [] if node.const else list(node.inputs)
+        if node.func is None or not inputs:
+            return fresh(node.shape)
+        found = self._by_table(node, inputs)
+        if found is None or len(found.dims) != node.dims:
+            return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
+        return _settled(found)
+
+    def _by_table(self, node: Node, inputs: list[Node]) -> Label | None:
+        func, first = node.func, inputs[0]
+        assert func is not None
+        product = product_of(node)
+        if product is not None:
+            return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
+        rule = joins.RULES.get(func)
+        if rule is not None:
+            return rule(node, _label(first))
+        if func in fn.EXTREMES and _is_reduction(node):
+            return joins.reduced(node, _label(first))
+        if func in fn.CONVOLUTIONS:
+            return _convolved(node, first)
+        if func in fn.EMBEDDINGS:
+            ids = node.args[0]
+            return _extended(ids, _label(ids), node.shape[-1]) if isinstance(ids, Node) else None
+        if func in FUNCTIONS:
+            return _attended(node)
+        if func in fn.ALONG:
+            return _label(first) if first.shape == node.shape else None
+        if fn.is_pointwise(func):
+            return _pointwise(node, inputs)
+        return _view(node, inputs)
+
+    # ---- products
+
+    def _product(self, node: Node, product: Product) -> Label:
+        labels = [_label(factor) for factor in product.factors]
+        const = [factor.const for factor in product.factors]
+        if any(root.side is not None and not root.fixed for i in (0, 1) for root in _summed(product, labels, i)):
+            return _joined(product, [unsided(label) for label in labels], const)  # weights and values
+        own = [product.own(i) for i in (0, 1)]
+        if any(const) and not _may_choose(product, const, own):
+            made = _joined(product, labels, const)
+            return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
+        sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
+        between = tuple(tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
+        made = _joined(product, sided, const)
+        at = {**sided[0].at, **sided[1].at}
+        projected = all(root.learned for i in (0, 1) for root in _summed(product, labels, i))
+        return Label(made.dims, {**at, **made.at}, Between(between[0], between[1], at, projected, node.caller))
+
+    def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
+        """Its own dimensions, and all that it is pinned to, as roots of this side."""
+        plain = unsided(label)
+        other = {root: self._side(root, side, const) for root in {*plain.roots(), *plain.at}}
+        dims = tuple(
+            tuple(f._replace(root=other.get(f.root, f.root)) for f in dim) if axis in own else dim  # type: ignore[arg-type]
+            for axis, dim in enumerate(plain.dims)
+        )
+        return Label(dims, {**plain.at, **{other[root]: value for root, value in plain.at.items()}})
+
+    def _side(self, root: Root, side: int, const: bool) -> Root:
+        if (root, side) not in self._sides:
+            self._sides[root, side] = Root(root.learned or const, under=root, side=side, fixed=const)
+        return self._sides[root, side]
+
+
+def _lost(node: Node, labels: list[Label]) -> str | None:
+    """By what it is not known any more what logits are of."""
+    before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
+    if before is not None or not any(label.sides for label in labels):
+        return before
+    return str(getattr(node.func, "__name__", node.func)).strip("_")
+
+
+def _of_several(node: Node, product: Product) -> Label:
+    """Of more factors than two: what the result keeps of them."""
+    dims: list[Dim] = []
+    at: dict[Root, int] = {}
+    labels = [unsided(_label(factor)) for factor in product.factors]
+    for name, size in zip(product.result, node.shape, strict=True):
+        where = next(((i, names.index(name)) for i, names in enumerate(product.names) if name in names), None)
+        dims.append(labels[where[0]].dims[where[1]] if where else counted(Root(), size))
+    for label in labels:
+        at |= label.at
+    return Label(tuple(dims), at)
+
+
+def _label(node: Node) -> Label:
+    if node.label is None:
+        node.take_label(fresh(node.shape))
+    assert node.label is not None
+    return node.label
+
+
+def unsided(label: Label) -> Label:
+    """The same where it does not matter any more which factor of a product a dimension comes from."""
+    if not label.sides and label.between is None:
+        return label
+    dims = tuple(tuple(f._replace(root=_under(f.root)) for f in dim) for dim in label.dims)
+    kept = set(roots_of(dims))
+    at = {root: value for root, value in label.at.items() if root.side is None}
+    at |= {_under(root): value for root, value in label.at.items() if _under(root) in kept}  # type: ignore[misc]
+    return Label(dims, at)
+
+
+def _under(root: Root | None) -> Root | None:
+    while root is not None and root.under is not None:
+        root = root.under
+    return root
+
+
+def _settled(label: Label) -> Label:
+    """Without sides once one of both is gone, and pinned to nothing that does not matter."""
+    if label.between is not None and any(_is_gone(label, side) for side in (0, 1)):
+        label = unsided(label)
+    counts = set(label.roots())
+    if label.between is not None or len(label.at) <= len(counts):
+        return label
+    at = {root: value for root, value in label.at.items() if root in counts or root.side is None}
+    return Label(label.dims, at, label.between)
+
+
+def _is_gone(label: Label, side: int) -> bool:
+    """Whether nothing is left of a factor's own dimensions, not even that one of their indices was picked."""
+    assert label.between is not None
+    own = set(roots_of(label.between.of(side)))
+    return bool(own) and side not in label.sides and own.isdisjoint(label.at)
+
+
+def _summed(product: Product, labels: list[Label], which: int) -> Iterable[Root]:
+    return roots_of(labels[which].dims[axis] for axis in product.summed(which))
+
+
+def _may_choose(product: Product, const: list[bool], own: list[list[int]]) -> bool:
+    """Whether parameters may be queries: they come first, or share a dimension, such as heads, with what they meet."""
+    if all(const) or not all(own):
+        return False
+    shared = set(product.names[0]) & set(product.names[1]) & set(product.result)
+    return bool(shared) or (const[0] and "columns" in product.result)
+
+
+def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
+    """The dimensions of a product. What only parameters have is new, and learned."""
+    dims: list[Dim] = []
+    at: dict[Root, int] = {}
+    order = (1, 0) if const[0] else (0, 1)
+    for name in product.result:
+        where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
+        size = max(product.factors[i].shape[axis] for i, axis in where)
+        which, axis = next(pair for pair in where if product.factors[pair[0]].shape[pair[1]] == size)
+        dim = labels[which].dims[axis]
+        if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
+            dim = counted(Root(learned=True), size)
+        dims.append(dim)
+    for i in order:
+        gone = set(_summed(product, labels, i))
+        pinned = {r: v for r, v in labels[i].at.items() if r not in gone and not (r.learned and any(const))}
+        at = {**pinned, **at}
+    kept = set(roots_of(dims))
+    for label in labels:
+        at |= {root: value for root, value in label.at.items() if root in kept}
+    return Label(tuple(dims), {**dict.fromkeys(kept, 0), **at})
+
+
+# ---- the others
+
+
+def _is_reduction(node: Node) -> bool:
+    second = node.argument(1, "dim")
+    return second is not None and not isinstance(second, Node)
+
+
+def _extended(node: Node, label: Label, width: int) -> Label:
+    root = Root(learned=True)
+    return Label((*label.dims, counted(root, width)), {**label.at, root: 0})
+
+
+def _attended(node: Node) -> Label | None:
+    query, value = node.argument(0, "query"), node.argument(2, "value")
+    if not (isinstance(query, Node) and isinstance(value, Node)):
+        return None
+    of_query, of_value = unsided(_label(query)), unsided(_label(value))
+    return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
+
+
+def _convolved(node: Node, image: Node) -> Label | None:
+    weight, label = node.argument(1, "weight"), _label(image)
+    if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
+        return None
+    each = weight.shape[1] == 1 and node.shape[1] == image.shape[1] > 1
+    root = Root(learned=True)
+    dims = [label.dims[0], label.dims[1] if each else counted(root, node.shape[1])]
+    at = {**label.at, root: 0}
+    for axis in range(2, node.dims):
+        same = node.shape[axis] == image.shape[axis]
+        place = Root()
+        dims.append(label.dims[axis] if same else counted(place, node.shape[axis]))
+        at[place] = 0
+    return Label(tuple(dims), at, label.between)
+
+
+def _view(node: Node, inputs: list[Node]) -> Label | None:
+    """What is the same memory, or the same elements in the same order."""
+    for one in inputs:
+        if shares_memory(node, one):
+            return viewed(_label(one), one.memory, node.memory)
+    if node.func in fn.RESHAPES or node.func in fn.SAME:
+        return viewed(_label(inputs[0]), in_order(inputs[0].shape), in_order(node.shape))
+    return None
+
+
+def _pointwise(node: Node, inputs: list[Node]) -> Label | None:
+    """Of several that broadcast, logits say what a dimension is, then what is no constant."""
+    ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
+    if not ranked:
+        return fresh(node.shape)
+    first = _label(ranked[0])
+    dims: list[Dim] = [()] * node.dims
+    at: dict[Root, int] = {}
+    for one in reversed(ranked):
+        label, offset = _label(one), node.dims - one.dims
+        for axis, dim in enumerate(label.dims):
+            if one.shape[axis] == node.shape[offset + axis]:
+                dims[offset + axis] = dim
+        at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
+    if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):
+        return None
+    return Label(tuple(dims), {**at, **first.at}, first.between)
+
+
+def _disagree(first: Label, dims: list[Dim], other: Label, offset: int) -> bool:
+    """Whether logits of the same product meet whose dimensions are others, or begin elsewhere."""
+    if not first.sides or not other.sides or first.between is None:
+        return False
+    mine = set(roots_of((*first.between.left, *first.between.right)))
+    for axis, dim in enumerate(other.dims):
+        if dim and dim != dims[offset + axis] and mine & set(roots_of([dim])):
+            return True
+    return any(first.at.get(root, 0) != other.at.get(root, 0) for root in mine & set(other.roots()))

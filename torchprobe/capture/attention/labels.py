@@ -1,0 +1,283 @@
+"""Where the dimensions of a tensor come from: which tokens, batch entries, heads and features its indices count.
+
+A label says of each dimension which digits of which roots it counts: of an input (batch, tokens, width) each dimension
+is a root, and of `view(batch, tokens, heads, 64)` the third counts the last one in steps of 64. Views need no table:
+what they do is decoded from strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Shape = tuple[int, ...]
+
+
+class Root:
+    """Something that is counted.
+
+    learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
+    is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
+    what the order was lost by.
+    """
+
+    __slots__ = ("fixed", "learned", "lost", "parts", "side", "under")
+
+    def __init__(
+        self,
+        learned: bool = False,
+        parts: tuple[Part, ...] = (),
+        under: Root | None = None,
+        side: int | None = None,
+        lost: str | None = None,
+        fixed: bool = False,
+    ) -> None:
+        self.fixed = fixed
+        self.learned, self.parts, self.under, self.side, self.lost = learned, parts, under, side, lost
+
+
+class Factor(NamedTuple):
+    """A digit of a dimension: `size` values of a root, `stride` apart. No root: the same all along."""
+
+    root: Root | None
+    stride: int
+    size: int
+
+
+Dim = tuple[Factor, ...]
+"""The digits of a dimension, the outermost first; none for a dimension of one index."""
+
+
+class Part(NamedTuple):
+    """What a joined root holds from `start` on; nothing known where `dim` is None."""
+
+    start: int
+    size: int
+    dim: Dim | None
+    at: Mapping[Root, int]
+    scores: bool = False
+
+
+class Between(NamedTuple):
+    """What logits are between: the dimensions of the left and of the right factor that the other has not.
+
+    at: where these begin. projected: whether all that was summed over are features, so that heads are known. caller: of
+    the product.
+    """
+
+    left: tuple[Dim, ...]
+    right: tuple[Dim, ...]
+    at: Mapping[Root, int]
+    projected: bool
+    caller: Any
+
+    def of(self, side: int) -> tuple[Dim, ...]:
+        """The dimensions of the left (0) or the right (1) factor."""
+        return self.right if side else self.left
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """dims: of a tensor. at: where its first element is, of each root that it has to do with.
+
+    between: of logits.
+    """
+
+    dims: tuple[Dim, ...]
+    at: Mapping[Root, int] = field(default_factory=dict)
+    between: Between | None = None
+
+    def roots(self) -> Iterator[Root]:
+        """Those that its dimensions count."""
+        return roots_of(self.dims)
+
+    @property
+    def sides(self) -> set[int]:
+        """Which factors of a product of activations are still told apart."""
+        return {root.side for root in self.roots() if root.side is not None}
+
+
+def roots_of(dims: Iterable[Dim]) -> Iterator[Root]:
+    """Those that dimensions count."""
+    return (factor.root for dim in dims for factor in dim if factor.root is not None)
+
+
+def leaves(dims: Iterable[Dim]) -> set[Root]:
+    """The same, and of joined ones what they were joined of."""
+    found: set[Root] = set()
+    for root in roots_of(dims):
+        found |= leaves(part.dim for part in root.parts if part.dim is not None) if root.parts else {root}
+    return found
+
+
+def fresh(shape: Shape, **what: Any) -> Label:
+    """A label of a tensor of which nothing is known."""
+    roots = [Root(**what) for _ in shape]
+    return Label(tuple(counted(root, size) for root, size in zip(roots, shape, strict=True)), dict.fromkeys(roots, 0))
+
+
+def counted(root: Root | None, size: int, stride: int = 1) -> Dim:
+    """A dimension that counts one root."""
+    return (Factor(root, stride, size),) if size > 1 else ()
+
+
+def size_of(dim: Dim) -> int:
+    """How many indices it has."""
+    size = 1
+    for factor in dim:
+        size *= factor.size
+    return size
+
+
+def merged(dim: Iterable[Factor]) -> Dim:
+    """The same with neighbouring digits of one root as one."""
+    found: list[Factor] = []
+    for factor in dim:
+        last = found[-1] if found else None
+        if last is not None and last.root is factor.root and last.stride == factor.stride * factor.size:
+            found[-1] = Factor(factor.root, factor.stride, last.size * factor.size)
+        elif factor.size > 1:
+            found.append(factor)
+    return tuple(found)
+
+
+# ---- views
+
+
+class Memory(NamedTuple):
+    """Where a tensor's elements are."""
+
+    shape: Shape
+    strides: Shape
+    offset: int
+
+
+def in_order(shape: Shape) -> Memory:
+    """As if it were contiguous: what a reshape goes by."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return Memory(shape, tuple(reversed(strides)), 0)
+
+
+class _Digit(NamedTuple):
+    step: int
+    factor: Factor
+    start: int
+
+
+def viewed(label: Label, before: Memory, after: Memory) -> Label | None:
+    """The label of another view of the same memory; None where it is not one of whole digits."""
+    steps = sorted(_steps(label, before), key=lambda pair: -pair[0])
+    at, rest, digits = dict(label.at), after.offset - before.offset, []
+    for step, factor in steps:
+        start = rest // step if rest >= 0 else -1
+        if not 0 <= start < factor.size:
+            return None
+        rest -= start * step
+        digits.append(_Digit(step, factor, start))
+        if factor.root is not None:
+            at[factor.root] = at.get(factor.root, 0) + start * factor.stride
+    if rest:
+        return None
+    dims = [_decoded(digits, size, stride) for size, stride in zip(after.shape, after.strides, strict=True)]
+    return None if None in dims else Label(tuple(dims), at, label.between)  # type: ignore[arg-type]
+
+
+def _steps(label: Label, memory: Memory) -> Iterator[tuple[int, Factor]]:
+    for dim, stride in zip(label.dims, memory.strides, strict=True):
+        step = stride
+        for factor in reversed(dim):
+            if step:
+                yield step, factor
+            step *= factor.size
+
+
+def _decoded(digits: list[_Digit], size: int, stride: int) -> Dim | None:
+    """Which digits a dimension of this stride walks along, from the smallest on; digits: the largest step first."""
+    if size == 1:
+        return ()
+    if not stride:
+        return (Factor(None, 0, size),)
+    found: list[Factor] = []
+    while size > 1:
+        digit = _digit_for(digits, size, stride)
+        if digit is None:
+            return None
+        by, length = stride // digit.step, digit.factor.size
+        if digit.start + (size - 1) * by < length:
+            taken = size
+        elif length % by or size % (length // by) or digit.start >= by:
+            return None
+        else:
+            taken = length // by
+        found.append(Factor(digit.factor.root, digit.factor.stride * by, taken))
+        size, stride = size // taken, digit.step * length
+    return merged(reversed(found))
+
+
+def _digit_for(digits: list[_Digit], size: int, stride: int) -> _Digit | None:
+    """The digit that a step of this stride counts; of overlapping ones, the one of this size."""
+    fits = [d for d in digits if stride % d.step == 0 and stride < d.step * d.factor.size]
+    best = [d for d in fits if d.step == fits[0].step]
+    return next((d for d in best if d.factor.size == size), best[0] if best else None)
+
+
+# ---- which values are counted
+
+
+def coordinates(dim: Dim, at: Mapping[Root, int]) -> dict[Root, Indices]:
+    """Of each root that a dimension counts, the value at each index."""
+    size, inner = size_of(dim), 1
+    index = np.arange(size)
+    found: dict[Root, Indices] = {}
+    for factor in reversed(dim):
+        if factor.root is not None:
+            digit = index // inner % factor.size * factor.stride
+            found[factor.root] = found.get(factor.root, at.get(factor.root, 0)) + digit
+        inner *= factor.size
+    return found
+
+
+def resolved(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
+    """The same in roots that were neither joined nor factors of a product; -1 where an index has none of it."""
+    found: dict[Root, Indices] = {}
+    for root, value in values.items():
+        if root.under is not None:
+            found |= resolved({root.under: value})
+        elif root.parts:
+            for inner, each in _in_parts(root, value, resolved).items():
+                found[inner] = np.where(each < 0, found[inner], each) if inner in found else each
+        else:
+            found[root] = value
+    return found
+
+
+def of_factors(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
+    """The same in roots that were not joined since they met in a product; -1 where an index has none of it."""
+    found: dict[Root, Indices] = {}
+    for root, value in values.items():
+        found |= _in_parts(root, value, of_factors) if root.parts else {root: value}
+    return found
+
+
+def _in_parts(
+    root: Root, value: Indices, further: Callable[[Mapping[Root, Indices]], dict[Root, Indices]]
+) -> dict[Root, Indices]:
+    found: dict[Root, Indices] = {}
+    for part in root.parts:
+        if part.dim is None:
+            continue
+        here = (value >= part.start) & (value < part.start + part.size)
+        pinned = {r: np.full(part.size, v) for r, v in part.at.items() if not r.learned}
+        inside = further(pinned | coordinates(part.dim, part.at))
+        for inner, each in inside.items():
+            column = found.setdefault(inner, np.full(len(value), -1))
+            column[here] = each[value[here] - part.start]
+    return found

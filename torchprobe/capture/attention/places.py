@@ -1,0 +1,174 @@
+"""Where the queries of an attention stand among its keys, told by which tokens both are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprobe.capture.attention.labels import (
+    Dim,
+    Factor,
+    Indices,
+    Label,
+    Root,
+    coordinates,
+    resolved,
+    roots_of,
+    size_of,
+)
+from torchprobe.statistics.attention.rows import moved
+
+
+class Axis(NamedTuple):
+    """A digit of a dimension of the logits: the dimension, and which digit of it."""
+
+    dim: int
+    digit: int
+    factor: Factor
+
+
+Roles = tuple[list[Axis], list[Axis], list[Axis], list[Axis]]
+
+
+_NOWHERE = Root()
+
+
+def root_of(axis: Axis) -> Root:
+    """What it counts."""
+    return axis.factor.root or _NOWHERE
+
+
+def size_of_roles(axes: Iterable[Axis]) -> int:
+    """How many indices digits have together."""
+    return size_of(tuple(axis.factor for axis in axes))
+
+
+class Tokens(NamedTuple):
+    """A sequence in a batch: what its entries and its positions count."""
+
+    batch: Root | None
+    place: Root
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where queries stand. cross: not among the keys. index: of a key for each query; None: of the same index.
+
+    tokens, at: which tokens the queries are; keys: and the keys, -1 for those that are none.
+    """
+
+    cross: bool
+    index: Indices | None
+    tokens: Tokens | None = None
+    at: Indices | None = None
+    keys: Mapping[Tokens, Indices] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The index as a tensor."""
+        return None if self.index is None else moved(torch.from_numpy(self.index), device)
+
+
+def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
+    """Where the queries of logits stand among their keys."""
+    assert label.between is not None
+    queries = coordinates(tuple(axis.factor for axis in roles[2]), label.at)
+    size = size_of_roles(roles[2])
+    flat = tuple(factor for dim in label.between.of(side) for factor in dim)
+    counted = coordinates(flat, label.between.at)
+    keys = {root: np.where(columns < 0, -1, value[columns]) for root, value in counted.items()}
+    mine = resolved(_pinned(label.at, 1 - side, size) | queries)
+    theirs = resolved(_pinned(label.between.at, side, len(columns)) | keys)
+    batch = _whole(roles[0])
+    return among(mine, theirs, size, len(columns), label.between.projected, batch)
+
+
+def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
+    """The same of queries and keys (batch, …, tokens, width) that a call names."""
+    known = all(_is_learned(label.dims[-1]) for label in (query, key))
+    mine, theirs = (_tokens(label) for label in (query, key))
+    batch = [Axis(0, i, factor) for i, factor in enumerate(query.dims[0])] if len(query.dims) > 2 else []
+    if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
+        return Places(queries != keys, None)
+    return among(mine, theirs, queries, keys, known, _whole([one for one in batch if not root_of(one).learned]))
+
+
+def by_custom(queries: int, keys: int) -> Places:
+    """Where nothing else is known, as many queries as keys are the same tokens."""
+    if queries != keys:
+        return Places(True, None)
+    tokens, at = Tokens(Root(), Root()), np.arange(keys)
+    return Places(False, None, tokens, at, {tokens: at})
+
+
+def _is_learned(dim: Dim) -> bool:
+    return bool(dim) and all(root.learned for root in roots_of([dim]))
+
+
+def _tokens(label: Label) -> dict[Root, Indices]:
+    dim = label.dims[-2]
+    others = set(roots_of(d for i, d in enumerate(label.dims) if i != len(label.dims) - 2))
+    size = size_of(dim)
+    pinned = {r: np.full(size, v) for r, v in label.at.items() if not r.learned and r not in others}
+    return resolved(pinned | coordinates(dim, label.at))
+
+
+def _pinned(at: Mapping[Root, int], side: int, size: int) -> dict[Root, Indices]:
+    return {root: np.full(size, value) for root, value in at.items() if root.side == side and not root.learned}
+
+
+def _whole(batch: list[Axis]) -> Root | None:
+    """What the batch counts, where it counts one thing."""
+    roots = [axis.factor for axis in batch if axis.factor.root is not None]
+    if len(batch) != 1 or len(roots) != 1 or roots[0].stride != 1:
+        return None
+    return next(iter(resolved({roots[0].root: np.zeros(1, dtype=np.int64)})), None)  # type: ignore[dict-item]
+
+
+def among(
+    queries: Mapping[Root, Indices],
+    keys: Mapping[Root, Indices],
+    size: int,
+    length: int,
+    known: bool,
+    batch: Root | None,
+) -> Places:
+    """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
+    common = [root for root in queries if root in keys and not root.learned]
+    index = _matched([queries[root] for root in common], [keys[root] for root in common], length)
+    cross = index is None and (known or size != length)
+    of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
+    if cross and of_queries is not None and size > 1:
+        index = queries[of_queries]
+    if index is not None and np.array_equal(index, np.arange(size)):
+        index = None
+    by_tokens = {Tokens(batch, root): keys[root] for root in _moving(keys)}
+    if of_queries is None:
+        return Places(cross, index, keys=by_tokens)
+    return Places(cross, index, Tokens(batch, of_queries), queries[of_queries], by_tokens)
+
+
+def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indices | None:
+    """The key with the same tokens as each query; None unless every query has one, and each key its own."""
+    if not queries:
+        return None
+    mine, theirs = np.zeros(len(queries[0]), np.int64), np.zeros(length, np.int64)
+    for query, key in zip(queries, keys, strict=True):
+        most = max(query.max(initial=0), key.max(initial=0)) + 1
+        mine, theirs = mine * most + query, np.where((key < 0) | (theirs < 0), -1, theirs * most + key)
+    known = np.flatnonzero(theirs >= 0)
+    known = known[np.argsort(theirs[known], kind="stable")]
+    ordered = theirs[known]
+    if not len(ordered) or (np.diff(ordered) == 0).any():
+        return None
+    at = np.searchsorted(ordered, mine).clip(max=len(ordered) - 1)
+    return known[at] if np.array_equal(ordered[at], mine) else None
+
+
+def _moving(values: Mapping[Root, Indices]) -> list[Root]:
+    """What is counted, but for what stays the same."""
+    return [root for root, v in values.items() if not root.learned and len(v) and v.min() < v.max()]

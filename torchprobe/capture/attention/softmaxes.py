@@ -1,0 +1,202 @@
+"""The softmax of an attention that is written out: its logits, read when it is met, so that they are not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.arrange import Arrangement, Refused, arrangement
+from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.labels import Label, leaves
+from torchprobe.capture.attention.layout import blocked, plain, unusual
+from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
+from torchprobe.capture.attention.tape import Node
+from torchprobe.capture.attention.weights import Flow, Kind, Pending
+from torchprobe.capture.compat import under_transform
+from torchprobe.statistics.attention import Logits
+
+_STEPS = 40  # calls between a softmax and the product behind it
+_NEARLY_NOTHING = 1e-6  # what is added to a sum so that nothing is divided by 0
+
+
+class Softmaxes:
+    """Finds the logits of softmaxes, and reads them."""
+
+    def __init__(self, observer: Observer, labels: Labelling) -> None:
+        self._observer = observer
+        self._labels = labels
+
+    def of_call(self, node: Node, x: Tensor, out: bool) -> Flow | None:
+        """What the result of a softmax, or of something like it, holds: None where it is no attention's.
+
+        x: its argument.
+        """
+        func, source = node.func, node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, Node):
+            return None
+        kind: Kind = "logarithms" if func in fn.LOG_SOFTMAXES else "weights"
+        axis = node.argument(1, "dim")
+        if func in fn.DRAWN:
+            return self._pending(source, None, node.kwargs.get("dim", -1), kind)
+        if func in fn.EXPONENTIALS:
+            summed = _log_sum(source)
+            if summed is not None:
+                return self._pending(source, x, summed, kind)
+            kind, axis = "exponentials", -1
+        if not isinstance(axis, int) or not source.dims:
+            return None
+        return self._pending(source, x, axis, kind, "a softmax that writes into `out`" if out else None)
+
+    def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
+        axis %= source.dims
+        label = self._labels.of(source)
+        arranged = arrangement(label, source.shape, axis)
+        if arranged is None:
+            return None
+        call = self._call(label, arranged, axis - source.dims)
+        if call is None:
+            return None
+        keys = frozenset(leaves([label.dims[axis]]))
+        reason = reason or ("torch.func transforms" if under_transform() else None if x is None else unusual(x))
+        if isinstance(arranged, Refused):
+            reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
+            return Flow(kind, (Pending(call, None, None, reason, keys),))
+        if reason is not None:
+            return Flow(kind, (Pending(call, None, arranged, reason, keys),), changed=x is None)
+        reading = None if x is None else self._read(plain(x), source, arranged, call)
+        return Flow(kind, (Pending(call, reading, arranged, None, keys),), changed=x is None)
+
+    def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
+        caller = (label.between.caller if label.between else None) or self._observer.owners.caller()
+        if caller is None or caller is INSIDE_GRAPH:
+            return None
+        if axis != -1:  # not the site of the usual one
+            caller = caller._replace(path=(*caller.path, ("", "softmax over dimension", axis)))
+        return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
+
+    def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
+        heads = call.caller.heads
+        steps = list(_steps(source))
+        for hidden in _masks(steps, source, arranged):
+            self._observer.padding.note(arranged.places, hidden)
+        given, others = arranged.split(arranged.by_head(logits, heads))
+        shifts = [arranged.by_row(plain(shift), heads) for shift in _shifts(steps, source)]
+        of = Logits(
+            given,
+            self._observer.padding.of(arranged.places, given.size(0), given.size(2)),
+            arranged.places.on(given.device),
+            sum(shifts[1:], shifts[0]) if shifts else None,
+            None if others is None else others.float().logsumexp(-1, keepdim=True),
+        )
+        return self._observer.read(call, of)
+
+    def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
+        """The statistic of weights as they are used; or why there is none."""
+        arranged = arrangement(self._labels.of(source), source.shape, axis, as_used=True)
+        call = flow.first.call
+        refused = flow.refused or (arranged.reason if isinstance(arranged, Refused) else None)
+        if refused is not None or arranged is None or isinstance(arranged, Refused):
+            return refused or "whose weights are rearranged"
+        given = arranged.by_head(plain(weights), call.caller.heads)
+        given = (given if given.dtype == torch.float64 else given.float()).log()
+        padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
+        as_used = Logits(given, padding, arranged.places.on(given.device), as_weights=True)
+        reading = self._observer.read(call, as_used)
+        before = None if len(flow.pending) > 1 else flow.first.reading
+        return reading.with_logits_of(before)
+
+
+# ---- between a product and its softmax
+
+
+def _steps(node: Node) -> Iterator[Node]:
+    """The calls behind logits, backwards, as far as these are changed element by element."""
+    for _ in range(_STEPS):
+        yield node
+        before = [one for one in node.inputs if one.label is not None and one.label.sides and one.shape == node.shape]
+        if not before or node.func is None or node.func in fn.PRODUCTS:
+            return
+        node = before[0]
+
+
+def _shifts(steps: list[Node], source: Node) -> Iterator[Tensor]:
+    """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum."""
+    for node in steps:
+        if node.func in fn.DIFFERENCES:
+            taken = node.args[1] if len(node.args) > 1 else None
+            if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
+                yield taken.small
+        elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
+            return
+
+
+def _is_of_row(taken: Node, source: Node) -> bool:
+    if taken.shape != (*source.shape[:-1], 1) or source.shape[-1] == 1:
+        return False
+    for _ in range(4):
+        if taken.func in fn.EXTREMES | fn.LOG_SUMS | fn.LARGEST:
+            return True
+        before = next(taken.inputs, None)
+        if before is None:
+            return False
+        taken = before
+    return False
+
+
+def _log_sum(source: Node) -> int | None:
+    """The dimension of the softmax in exp(x - logsumexp(x))."""
+    if source.func not in fn.DIFFERENCES or len(source.args) < 2:
+        return None
+    x, taken = source.args[:2]
+    while isinstance(taken, Node) and (taken.func in fn.SAME or taken.func in fn.UNSQUEEZES):
+        taken = taken.args[0]
+    if not (isinstance(taken, Node) and taken.func in fn.LOG_SUMS and taken.args and taken.args[0] is x):
+        return None
+    axis = taken.argument(1, "dim")
+    axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+    return axis if isinstance(axis, int) else None
+
+
+def _masks(steps: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
+    """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
+    for node in steps:
+        mask = _mask(node)
+        if mask is None or mask[0].small is None or mask[0].dims != node.dims or not arranged.is_plain_batch:
+            continue
+        operand, hides = mask
+        small, shape = operand.small, operand.shape
+        if (
+            small is None
+            or shape[-1] != source.shape[-1]
+            or shape[0] != source.shape[0]
+            or any(n > 1 for n in shape[1:-1])
+        ):
+            continue
+        hidden = small if small.dtype is torch.bool else blocked(small)
+        hidden = plain(hidden if hides else ~hidden).reshape(shape[0], shape[-1])
+        yield arranged.split(hidden)[0]
+
+
+def _mask(node: Node) -> tuple[Node, bool] | None:
+    """What a call masks with, and whether that is true for a hidden key."""
+    args: Any = node.args
+    if node.func in fn.FILLS:
+        mask: Any = node.argument(1, "mask")
+        return (mask, True) if isinstance(mask, Node) else None
+    if node.func in fn.CHOICES and len(args) == 3 and isinstance(args[0], Node):
+        chosen = isinstance(args[1], Node) and args[1].label is not None and bool(args[1].label.sides)
+        return args[0], not chosen
+    if node.func in fn.ADDITIONS:
+        others = [one for one in node.inputs if one.label is None or not one.label.sides]
+        return (others[0], True) if others else None
+    return None
+
+
+def is_nearly_nothing(value: Any) -> bool:
+    """Whether it is a number that only keeps a division from being by 0."""
+    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

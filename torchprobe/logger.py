@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchprobe.arguments import check_timeout
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
@@ -162,6 +163,7 @@ class TrainingLogger(LogCalls):
 
     def flush(self, timeout: float | None = None) -> bool:
         """Write everything so far, waiting up to `timeout` seconds or as long as it takes. True when it is on disk."""
+        check_timeout(timeout)
         if os.getpid() != self._steps.guard.pid or not self._finalizer.alive:
             return False
         self._steps.write()
@@ -169,6 +171,7 @@ class TrainingLogger(LogCalls):
 
     def close(self, timeout: float | None = None) -> bool:
         """Write what is left and end the thread. Safe to call twice; False when something was left unwritten."""
+        check_timeout(timeout)
         return self._finalizer.detach() is None or self._steps.close(timeout)
 
     def __enter__(self) -> TrainingLogger:

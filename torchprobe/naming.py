@@ -30,7 +30,12 @@ def _classes(module: nn.Module | None) -> list[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside the wrappers of `torch.compile`, DDP, FSDP, checkpointing, DeepSpeed and Fabric."""
+    """The user's own module inside the wrappers of `torch.compile`, DDP, FSDP, checkpointing, DeepSpeed and Fabric.
+
+    Raises TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
     for name, child in model.named_children():
         if _is_wrapper(model, name):
             return unwrapped(child)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchprobe.arguments import check_count, check_seconds, checked_budget
+from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
 from torchprobe.assembly import checked_model, lanes_for, sources_of
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
@@ -191,6 +191,7 @@ class Session(Logs):
 
         Waits up to `timeout` seconds, or as long as it takes; False when time ran out or writing failed.
         """
+        check_timeout(timeout)
         if os.getpid() != self._recorder.guard.pid or not self.attached:
             return False
         self._recorder.flush()
@@ -233,9 +234,8 @@ class Session(Logs):
         Waits up to `timeout` seconds for the writing, or as long as it takes; False when something was
         left unwritten.
         """
-        if self._finalizer.detach() is None:
-            return True
-        return self._finish(timeout)
+        check_timeout(timeout)
+        return self._finalizer.detach() is None or self._finish(timeout)
 
     def summary(self) -> str:
         """A few lines for a person: steps, where the run is, what was lost or never seen."""

@@ -5,6 +5,7 @@ Each error names the argument, what it got and what it takes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.buffer.transfer import records_graph
+from torchprobe.statistics.dtypes import on_host
 from torchprobe.statistics.uncertainty import Decomposition
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
@@ -113,7 +115,24 @@ def checked_predictions(probs: Any, targets: Any) -> tuple[Tensor, Tensor]:
             f"targets: got shape {tuple(y.shape)} for probs of shape {tuple(p.shape)}; takes that without the "
             "last dimension, the classes (probs.movedim(1, -1) puts them there)"
         )
+    _look_at_classes(p, y)
     return p, y.to(p.device, non_blocking=True)
+
+
+def _look_at_classes(p: Tensor, y: Tensor) -> None:
+    """Say once of class numbers in host memory that they are none: such predictions are left out, and counted."""
+    if p.shape == y.shape or not y.is_cpu or not y.numel() or y.dtype is torch.bool:
+        return
+    classes = p.size(-1)
+    if on_host(y.amax()) >= classes:
+        _say(f"targets hold numbers that are no class of {classes} (0 to {classes - 1}); these are left out")
+    if y.is_floating_point() and on_host((y != y.round()).any()):
+        _say("targets hold fractions, which are no class numbers; these predictions are left out")
+
+
+@functools.cache
+def _say(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def _tensor(argument: str, value: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchprobe
 from tests.probes.calibrated import assert_calibration, batch, net, watch
 from torchprobe.testing import MemoryWriter
 
@@ -263,3 +264,24 @@ def test_pictures_come_with_the_first_and_every_tenth_sampled_step_and_with_vali
         assert [r.step for r in writer.records if name in r.values] == [1, 11]
         assert [r.step for r in writer.records if f"val/{name}" in r.values] == [5]
         assert writer.value(name).pixels.shape[1] <= 320
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_advice_about_a_call_stands_only_where_it_was_made(by_hand, caplog):
+    """A batch with NaN: its row is counted and said, and nobody is told what a call takes that he did not make."""
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for step in range(8):
+            x = torch.randn(64, 8)
+            y = x[:, :4].argmax(1)
+            x[0, 0] = float("nan") if step == 4 else 0.0
+            logits = model(x)
+            if by_hand:
+                session.log_predictions(logits.detach().softmax(-1), y)
+            criterion(logits, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lines = [record.getMessage() for record in caplog.records if "no probabilities" in record.getMessage()]
+    assert ["log_predictions takes" in line for line in lines] == [by_hand]

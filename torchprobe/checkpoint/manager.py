@@ -66,7 +66,7 @@ class CheckpointManager:
         mode: arguments.Mode = "min",
         session: Session | None = None,
     ) -> None:
-        check_count("max_keep", max_keep)
+        check_count("max_keep", max_keep, "checkpoints")
         arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")

@@ -114,15 +114,15 @@ class CalibrationReporter(Reporter):
         self.remark(self._expected)
         self._note(name, known[name])
         row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
-        yield from self._tags(row)
+        yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
         if pictures:
             yield from _pictures(row)
 
-    def _tags(self, row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
+    def _tags(self, row: NDArray[np.float64], by_hand: bool) -> Iterator[tuple[str, Value]]:
         found = calibration.summarise(row)
         if found["invalid"]:
             yield "calibration/invalid", found["invalid"]
-            self._warn_of_invalid(found["invalid"])
+            self._warn_of_invalid(found["invalid"], by_hand)
         for key, value in found.items():
             if key not in _COUNTS:
                 yield f"calibration/{key}", value
@@ -130,11 +130,12 @@ class CalibrationReporter(Reporter):
             yield "calibration/count", found["count"]
             yield "overview/ece", found["ece"]
 
-    def _warn_of_invalid(self, count: float) -> None:
+    def _warn_of_invalid(self, count: float, by_hand: bool) -> None:
         if not any("no probabilities" in line for line in self.remarks):
+            advice = "; log_predictions takes probs.softmax(-1), not logits" if by_hand else ""
             self.remark(
                 f"calibration: {count:.0f} predictions are no probabilities (NaN, negative, or not adding up to 1), or "
-                "have a target that is no class, and are left out; log_predictions takes probs.softmax(-1), not logits"
+                f"have a target that is no class, and are left out{advice}"
             )
 
     def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torchprobe.arguments import check_count
+from torchprobe.arguments import check_count, check_schedule
 
 Schedule: TypeAlias = Callable[[int], bool]
 """Says whether a step is sampled. Called on the training thread when the step begins."""
@@ -70,4 +70,7 @@ def window(first: int, last: int) -> Schedule:
 
 def as_schedule(argument: str, value: int | Schedule) -> Schedule:
     """A cadence given as a number of steps, or a schedule as it is."""
-    return value if callable(value) else Cadence(check_count(argument, value))
+    if not callable(value):
+        return Cadence(check_count(argument, value))
+    check_schedule(argument, value)
+    return value

@@ -32,6 +32,7 @@ _EVENTS = "tfevents"  # what TensorBoard takes for an event file has it in its n
 _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
 
+_LONGEST = 255  # bytes of a name, on every common file system
 _log = logging.getLogger("torchprobe")
 
 
@@ -74,6 +75,8 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
     """
     if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
         raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
+    if log_dir is not None and "\0" in os.fsdecode(log_dir):
+        raise ValueError(f"log_dir={log_dir!r}: holds a NUL character; takes a path, such as 'runs/exp1'")
     if log_dir == "":
         raise ValueError("log_dir='' is empty: takes a path, such as 'runs/exp1'; leave it out for a new folder")
     if run_name is not None:
@@ -96,6 +99,9 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
             f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
+    if len(os.fsencode(run_name)) > _LONGEST:
+        size = len(os.fsencode(run_name))
+        raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {_LONGEST}: shorten it")
 
 
 class RunDirectory:

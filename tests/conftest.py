@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
 
+from tests.device import backend
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
@@ -23,6 +24,9 @@ from torchprobe.capture.sites import SITE
 # One thread a process, children included: workers side by side would wait for each other's at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+if not backend.MISSING:
+    backend.set_up()  # before the first backward pass of the process, at which autograd counts the devices there are
 
 
 @pytest.fixture(autouse=True)

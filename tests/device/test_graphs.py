@@ -80,11 +80,11 @@ def test_a_flush_while_a_graph_is_captured_writes_what_was_there_before(run):
 
 
 def test_that_the_fixture_sees_an_operation_of_ours_in_a_graph(run, monkeypatch):
-    from torchprobe.steps import protection
+    from torchprobe.capture import gate
 
     model, optimizer, _, _ = run
     step(model, optimizer, *batch())
-    monkeypatch.setattr(protection, "records_graph", lambda: False)  # as it would be without the check
+    monkeypatch.setattr(gate, "records_graph", lambda: False)  # as it would be without the check
     with streams.captured():
         step(model, optimizer, *batch())
     assert [line for line in streams.found if "becomes part of the user's graph" in line]

@@ -20,7 +20,7 @@ pytestmark = COMPILERS_WARNINGS
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_compiled_models_attention_is_that_of_the_eager_run(name):
-    model, inputs = build(FAMILIES[name], "sdpa"), FAMILIES[name].inputs()
+    model, inputs = build(FAMILIES[name], "sdpa"), {"input_ids": FAMILIES[name].inputs()["input_ids"]}
     writers = []
     for compiled in (False, True):
         twin, writer = copy.deepcopy(model), MemoryWriter()
@@ -36,3 +36,15 @@ def test_a_compiled_models_attention_is_that_of_the_eager_run(name):
     for tag in tags:
         if isinstance(eager.value(tag, 1), float):
             assert found.value(tag, 1) == pytest.approx(eager.value(tag, 1), abs=1e-4), tag
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padded_batches_of_a_compiled_model_are_not_recorded_and_it_is_said(name):
+    """Their masks do not tell which queries are padding; outside of graphs the model's `attention_mask` does."""
+    model, writer = build(FAMILIES[name], "sdpa"), MemoryWriter()
+    probes = [torchprobe.Attention(every=1, rows="all")]
+    with torchprobe.instrument(model, writer=writer, probes=probes) as session:
+        train_step(torch.compile(model, backend="aot_eager"), FAMILIES[name].inputs())
+        said = session.summary()
+    assert not [tag for tag in writer.tags() if tag.startswith("attention_")]
+    assert "does not tell which queries are padding" in said

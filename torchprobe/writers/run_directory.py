@@ -99,8 +99,7 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
             f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
-    if len(os.fsencode(run_name)) > _LONGEST:
-        size = len(os.fsencode(run_name))
+    if (size := len(os.fsencode(run_name))) > _LONGEST:
         raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {_LONGEST}: shorten it")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,10 @@ def test_names_are_those_of_the_modules():
     assert list(seen.heads) == ["blocks.0.attention", "blocks.1.attention"]
 
 
-def test_wrappers_do_not_show_in_names():
+def test_wrappers_do_not_show_in_names(monkeypatch):
+    # The device that is not there, once made in this process, is none to spread a model over.
+    spreading = importlib.import_module("torch.nn.parallel.data_parallel")  # the package has a function of that name
+    monkeypatch.setattr(spreading, "_get_available_device_type", lambda: None)
     model = nn.Sequential(nn.DataParallel(Attention()))
     assert list(record(model, torch.randn(2, 5, 8)).heads) == ["0"]
 

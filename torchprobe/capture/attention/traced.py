@@ -73,6 +73,12 @@ class Owner(Inert):
         observer, caller = self._observer, Caller(self._name, (("compiled", "", place),), self._heads)
         if observer.refuses(caller, call["query"], call["key"], call["attn_mask"]):
             return
+        if padding is None and _may_hold_padding(call["attn_mask"]):
+            observer.uncovered.add(
+                f"the attention of {self._name} in a compiled graph, whose mask differs between sequences and queries: "
+                "it does not tell which queries are padding"
+            )
+            return
         source = observer.source(caller, partial(dot_product.query_key, call))
         if source is not None:
             where = by_custom(source.shape.queries, source.shape.keys - added)
@@ -80,6 +86,11 @@ class Owner(Inert):
             if padding is not None and where.tokens is not None:
                 observer.padding.say_of(where.tokens, padding)
             observer.record_source(Call(caller, where.cross, where), source)
+
+
+def _may_hold_padding(mask: Tensor | None) -> bool:
+    """Whether a mask has entries of its own for each query of each sequence: outside of graphs an argument tells."""
+    return mask is not None and mask.dim() == 4 and all(mask.size(i) > 1 and mask.stride(i) != 0 for i in (0, 2))
 
 
 class TracedMode(TorchFunctionMode):

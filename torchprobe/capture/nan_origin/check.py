@@ -133,8 +133,8 @@ def _quick_sum(x: Any) -> float | None:
         return None
     dims = x.dim() if x.numel() <= _FEW_ELEMENTS else 0
     if dims == 1:  # in Python, which costs less than an operation
-        return float(sum(x.tolist()))
-    return float(sum(map(sum, x.tolist()))) if dims == 2 else on_host(x.detach().sum())
+        return float(sum(x.tolist()))  # in host memory
+    return float(sum(map(sum, x.tolist()))) if dims == 2 else on_host(x.detach().sum())  # in host memory
 
 
 def _sum(x: Tensor) -> float | Tensor:

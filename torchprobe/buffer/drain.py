@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torchprobe.buffer.backlog import Backlog, Faults, Repeats, Stage
 from torchprobe.buffer.step import StepInFlight
-from torchprobe.records import Record, Text
+from torchprobe.records import Record, Text, Value
 from torchprobe.writers.protocol import Writer
 
 _log = logging.getLogger("torchprobe")
@@ -127,12 +127,12 @@ class Drain:
         self._incomplete += step.lost
         self._steps.append(step)
 
-    def put_values(self, step: StepInFlight) -> None:
+    def put_values(self, step: int, values: dict[str, Value]) -> None:
         """Queue a step of host values alone, if there is room. Never blocks."""
         if (len(self._steps) < MAX_WAITING and not self._ended) or self.admit():
             self._put += 1
-            self._latest = step.step
-            self._steps.append(step)
+            self._latest = step
+            self._steps.append(StepInFlight(step, time(), values))
 
     def stopped(self, reason: str) -> None:
         """Recording has stopped: from now on `flush` and `close` are False, and a text says so in the run."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.compat import running
-from torchprobe.statistics.dtypes import on_host
 
 _BACKWARD = torch.autograd.backward.__code__
 _GRAD = torch.autograd.grad.__code__
@@ -35,6 +34,24 @@ class Roots(NamedTuple):
 
 
 _UNSEEN = Roots("", None, True, ())
+
+
+def plain_root() -> Tensor | None:
+    """The one number that `backward()` was called on, in this thread and without arguments; None of other calls."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _BACKWARD:
+            call = frame.f_locals
+            root, outer = call["tensors"], frame.f_back
+            plain = type(root) is tuple and len(root) == 1 and type(root[0]) is Tensor and call.get("inputs") is None
+            if not plain or call.get("grad_tensors") is not None or (outer and outer.f_code is _RECOMPUTED):
+                return None
+            return root[0] if root[0].dim() == 0 and not root[0].is_complex() else None
+        if code is _GRAD:
+            return None
+        frame = frame.f_back
+    return None
 
 
 def roots(thread: int = 0) -> Roots:
@@ -67,9 +84,6 @@ def _roots_above(frame: FrameType | None) -> Roots | None:
 
 def _of_backward(call: Any) -> Roots:
     tensors, inputs = call["tensors"], call.get("inputs")
-    root = tensors[0] if isinstance(tensors, tuple) and len(tensors) == 1 else tensors
-    if type(root) is Tensor and inputs is None and call.get("grad_tensors") is None and root.dim() == 0:
-        return Roots("backward", None if root.is_complex() else root, True, (root,))  # by far the most frequent
     tensors, inputs = _tuple(tensors), _tuple(inputs)
     value = _value(tensors, _tuple(call.get("grad_tensors")))
     for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)
@@ -79,7 +93,7 @@ def _of_backward(call: Any) -> Roots:
 def loss_value(value: Tensor) -> float | Tensor:
     """A number in host memory as such, which waits for nothing; one on a device as a copy, at least 4 bytes wide."""
     if value.is_cpu:
-        return on_host(value)
+        return float(value.tolist())  # type: ignore[arg-type] # as `on_host`, without its call
     return _wide(value.detach()).clone()
 
 

@@ -94,6 +94,10 @@ class Gate:
         _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
 
 
+_process = [os.getpid()]
+os.register_at_fork(after_in_child=lambda: _process.__setitem__(0, os.getpid()))  # a list costs less than a call
+
+
 class Guard:
     """Whether a run records, and what that costs the training thread; shared by all that training calls into.
 
@@ -109,6 +113,7 @@ class Guard:
         self._tell = tell
         self.captured: Counter[str] = Counter()
         self.may_capture = may_record_graphs()
+        self.dynamo_switch = find(DYNAMO_SWITCH)
         self._said_forked = False
 
     def stop(self) -> None:
@@ -166,10 +171,10 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
 
     def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         guard = self.guard
-        off = guard.stopped or os.getpid() != guard.pid or (guard.may_capture and records_graph())
+        off = guard.stopped or _process[0] != guard.pid or (guard.may_capture and records_graph())
         if off and not guard.records(method.__name__):
             return None
-        switch, starts = find(DYNAMO_SWITCH), guard.meter.starts
+        switch, starts = guard.dynamo_switch, guard.meter.starts
         dynamo = None if switch is None else switch(None)
         starts.append(0.0 if starts else perf_counter())
         try:

@@ -59,6 +59,7 @@ class Root(Inert):
         self.observer = observer
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
+        self._plain = False  # the call that began last is a forward pass
         self._told = False
 
     def tell_of_transform(self) -> None:
@@ -71,7 +72,8 @@ class Root(Inert):
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
-        if call_is_plain():
+        self._plain = call_is_plain()
+        if self._plain:
             in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
             marks = module.__dict__.get(MARKS)
             self.observer.enter_pass(module, in_training)
@@ -84,7 +86,7 @@ class Root(Inert):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It has returned, or raised: then there is no output."""
         error, self.error = self.error, None
-        if not call_is_plain():
+        if not self._plain and not call_is_plain():
             if in_backward() and not under_transform():
                 self.observer.leave_recomputation(output)
         elif output is None and sys.exc_info()[1] is not error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -77,6 +77,15 @@ class Backward:
     def take_for(self, step: int) -> None:
         """A step uses its gradients."""
         self.used, self.counted = True, step
+
+    def see_reach(self, states: Iterable[GradientState]) -> None:
+        """Which gradients it has added to so far."""
+        reached = self.reached
+        for state in states:
+            if state.grew():
+                if reached is None:
+                    reached = self.reached = set()
+                reached.add(state)
 
     def reach(self, state: GradientState) -> None:
         """It added to these gradients."""

@@ -49,8 +49,11 @@ class Plan:
         self._budget, self._meter, self._start = budget, meter, monotonic()
         self._awaits_validation = dict.fromkeys(self.reporters)
         self._validating = False  # a pass was sampled since training last went on
-        self._step, self._by_forward = 0, False
-        self._quiet = range(0)  # steps in which nothing changes, unless an optimizer joins
+        self._step = 0
+        self.by_forward = False
+        """Whether forward passes were the clock when the gates were set last."""
+        self.quiet = range(0)
+        """Steps in which the gates stay as they are, unless an optimizer joins."""
         self._open_validation()
 
     @property
@@ -64,13 +67,13 @@ class Plan:
         by_forward: forward passes are the clock, so that each is a step of its own, validation too.
         """
         self._step = step
-        if step not in self._quiet or by_forward is not self._by_forward:
+        if step not in self.quiet or by_forward is not self.by_forward:
             self._open(step, by_forward)
 
     def optimizer_stepped(self, optimizer: Optimizer, step: int | None = None) -> None:
         """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
         if self._optimizers.stepped(optimizer, self._step if step is None else step):
-            self._quiet = range(0)
+            self.quiet = range(0)
 
     def await_validation(self, due: Iterable[Reporter]) -> None:
         """A step that sampled these has ended: so will the validation that follows."""
@@ -99,7 +102,7 @@ class Plan:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         awaiting = set(state["awaits_validation"])
-        self.due, self._quiet = frozenset(), range(0)
+        self.due, self.quiet = frozenset(), range(0)
         self._awaits_validation = dict.fromkeys(r for r in self.reporters if r.name in awaiting)
         self._open_validation()
         self._optimizers = _Optimizers(state.get("optimizers", ()))
@@ -118,8 +121,8 @@ class Plan:
         if by_forward:
             self._awaits_validation = dict.fromkeys(due)
             self._open_validation()
-        self._by_forward = by_forward
-        self._quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
+        self.by_forward = by_forward
+        self.quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
 
     def _open_validation(self) -> None:
         in_validation = []

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchprobe.capture import compat
-from torchprobe.capture.backward import loss_value, roots
+from torchprobe.capture.backward import loss_value, plain_root, roots
 from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.optimizers import GradientState, trained
@@ -69,18 +69,22 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
-        call = roots(self._sources.running.thread)
-        loss = None if call.value is None else loss_value(call.value)
-        elsewhere = call.call == "grad" and call.for_parameters
-        backward = Backward(task, loss, elsewhere, not call.for_parameters)
+        root = plain_root()
+        backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self._look(backward)
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due)
         compat.at_end_of_backward(partial(self.end, backward))
+        return backward
+
+    def _of_roots(self, task: int | None) -> Backward:
+        call = roots(self._sources.running.thread)
+        loss = None if call.value is None else loss_value(call.value)
+        elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and not self._said:
             self._said = True
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
-        return backward
+        return Backward(task, loss, elsewhere, not call.for_parameters)
 
     @protected
     def end(self, backward: Backward) -> None:
@@ -119,7 +123,7 @@ class Gradients:
                 backward.settle(self._merge)
                 break
         if not backward.elsewhere:
-            self._see_reach(backward)
+            backward.see_reach(self._states)
         if backward.stray and not backward.reached:
             return
         last = self._waiting[-1] if self._waiting else None
@@ -138,7 +142,7 @@ class Gradients:
             state = self._know(optimizer)
         candidates, running = self._waiting, self.running
         if running is not None:
-            self._see_reach(running)
+            running.see_reach(self._states)
             candidates = [*candidates, running]
         found, fresh = [], False
         for backward in candidates:
@@ -197,11 +201,6 @@ class Gradients:
         """Nobody used its gradients. Where they were finite that is no skipped step."""
         if backward.sign is not None or backward.flag is not None:
             self._steps.skip(backward.sign, backward.flag)
-
-    def _see_reach(self, backward: Backward) -> None:
-        for state in self._states:
-            if state.grew():
-                backward.reach(state)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
         state = GradientState(trained(optimizer), optimizer)

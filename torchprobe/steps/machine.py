@@ -51,8 +51,10 @@ class StepMachine:
     def training_pass(self) -> bool:
         """A training pass begins."""
         begins = self.stepped and not (self.manual and self.number)
-        if begins:
-            self._begin()
+        if begins:  # as `_begin`, without its call
+            self.number += 1
+            self.stepped = False
+            self._by.clear()
         self.passes_seen = True
         return begins
 

@@ -141,6 +141,18 @@ class OpenStep:
         self.loss_written = True
         return loss if self.scale is None else loss / self.scale
 
+    def take_values(self) -> dict[str, Value] | None:
+        """What there is of it, when it is a step as most are: host values, its loss among them, and nothing else."""
+        loss = self.loss
+        if self.due or self.used or self.pieces or self.scalars or self.unknown or not self.trained:
+            return None
+        if type(loss) is not float or self.scale is not None or self._void is not None or self._urgent:
+            return None
+        self.loss, self.loss_written = None, True
+        values, self.values = self.values, {}
+        values["overview/loss"] = loss
+        return values
+
     def take(self) -> StepBuffer:
         """What was gathered so far; the step goes on with nothing."""
         taken = StepBuffer(

@@ -108,7 +108,7 @@ class Passes:
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
-            output.register_hook(passing)  # by far the most frequent
+            compat.hear_gradient(output, passing)  # by far the most frequent
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)

@@ -48,9 +48,11 @@ class Steps:
         """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
+        self._doubts = sources.nan_check
         self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
         self._light: frozenset[Reporter] = frozenset()
-        self._always_light = False  # they are due at every step
+        self._always_light = False  # they are due at every step, and the loss is one
+        self._resting: frozenset[Reporter] | None = None  # due in validation when nothing was due in training last
         self._by_methods = False
 
     @property
@@ -96,17 +98,21 @@ class Steps:
         clock = self.clock
         plan.open_for(number, clock.by_forward)
         self._due = self._sources.open(number, plan.due, plan.due_in_validation, clock.completed == clock.origin)
+        self._resting = None if self._due else plan.due_in_validation
         if not self._always_light:
             self._light = frozenset([r for r in self._unsampled if r.gate.train])
-            self._always_light = all([r.schedule == every(1) and r in self._light for r in self._unsampled])  # noqa: C419
+            constant = all([r.schedule == every(1) and r in self._light for r in self._unsampled])  # noqa: C419
+            self._always_light = constant and bool(self._plan.losses)
 
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
         ended = self.current
-        self._complete(ended)
-        self._outlet.hand_over(ended.number, ended.take())
-        if ended.due and ended.trained:
-            self._sources.step_ended()
+        plain = self._always_light and self._host_loss and ended.number % self._outlet.flush_every
+        values = ended.take_values() if plain else None
+        if values is None:
+            self._hand_over(ended)
+        else:
+            self._outlet.drain.put_values(ended.number, values)
         if self.has_validated:
             self.has_validated = False
             self._plan.validation_ended()
@@ -114,11 +120,22 @@ class Steps:
             self._plan.await_validation(ended.due)
         number = self.clock.number
         if number != self._decided:
-            self._decide(number)
+            plan, armed = self._plan, self._sources.armed or (self._doubts is not None and self._doubts.wanted)
+            same = number in plan.quiet and plan.by_forward is self.clock.by_forward and not armed
+            if same and plan.due_in_validation is self._resting:
+                self._decided = number
+            else:
+                self._decide(number)
         self.current = OpenStep(number, self._due, self._light)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
+
+    def _hand_over(self, ended: OpenStep) -> None:
+        self._complete(ended)
+        self._outlet.hand_over(ended.number, ended.take())
+        if ended.due and ended.trained:
+            self._sources.step_ended()
 
     def write(self) -> None:
         """Hand over what the open step has so far."""

@@ -10,6 +10,7 @@ _NUMPY = "it reads its tensors by numpy"
 _TYPES = "it is about types of tensors, and the device's are of a type of their own"
 _MEMORY = "which tensors share memory decides it, and the device's do not say"
 _OPEN = "it differs there, and it is not known yet why"
+_NUMBERS = "it is arithmetic of a few numbers, whatever their device"
 _SPEED = "it runs too many operations for a device in Python"
 
 REASONS = {
@@ -35,6 +36,7 @@ REASONS = {
     "test_an_error_in_the_statistic_ends": _DEPTH,
     "test_dispatch_modes_see_nothing": _DEPTH,
     "test_phases.py": _NUMPY,
+    "test_trust.py": _NUMBERS,
     "test_unusual_inputs.py": _TYPES,
     "test_a_callable_that_has_no_hash": _TYPES,
     "normalised_router": _TYPES,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.compat import saved_tensors_are_readable
+from torchprobe.capture.compat import saved_tensors_are_readable, sequence_number
 from torchprobe.capture.outputs import is_numeric
 from torchprobe.naming import owner_of
 from torchprobe.statistics.dtypes import on_host
@@ -95,7 +95,7 @@ class _Graph:
         nodes = _reached(t.grad_fn for t in outputs)
         self.owners = {node: owner for node in nodes for owner in _modules_of(node, modules)}
         plumbing = {following for node in nodes for following, _ in node.next_functions if _leaf(following) is not None}
-        self.nodes = sorted((n for n in nodes if n not in plumbing), key=lambda node: node._sequence_nr())
+        self.nodes = sorted((n for n in nodes if n not in plumbing), key=lambda node: sequence_number(node) or 0)
         self._index = {node: i for i, node in enumerate(self.nodes)}
 
     def before(self, i: int) -> list[int]:

@@ -32,7 +32,7 @@ from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.targets import wanted
-from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady, is_trusted
+from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady, is_trusted, of_passes
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
@@ -69,22 +69,26 @@ def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]
 def _from_gradient(
     waiting: Waiting, predicted: Predicted, g: Tensor, form: Form, precision: torch.dtype, judge: Judge
 ) -> tuple[Tensor, Tensor]:
-    """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of their mean logits."""
+    """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of all passes together.
+
+    Of the mean of their logits it has the same form, at that mean. Of the mean of their probabilities it has it at each
+    pass, times the pass's share of what all of them give the target.
+    """
     found = recover(predicted, g, form, precision)
     claim = _claimed(found, predicted, g, precision, judge)
     favourite = found.favourite[0] if len(g) == 1 else None
+    evidence = claim.evidence
     row = calibration.compute(predicted.mean, claim.targets, ignore_index=IGNORED, favourite=favourite)
     members = waiting.pool.members(form)
-    mean = None if members is None or form.kind != "softmax" else members.of_mean_logits
-    if members is None or mean is None:
-        return claim.evidence, row
-    each = mean[None].expand(len(g), -1, -1)
-    at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
-    other = _claimed(recover(at_mean, g, form, precision), at_mean, g, precision, judge)
-    better = other.evidence[1] > claim.evidence[1]
-    last = float(waiting.number == waiting.pool.passes)  # one prediction, whose passes all have a gradient
-    of_mean = calibration.compute(members.mean, other.targets, ignore_index=IGNORED) * last
-    return torch.where(better, other.evidence, claim.evidence), torch.where(better, of_mean, row)
+    if members is None or members.of_mean_logits is None or form.kind != "softmax":
+        return evidence, row
+    last = float(waiting.number == waiting.pool.passes)
+    for reading, at, judged, weight in of_passes(found, predicted, g, form, precision, members, last):
+        claim = _claimed(reading, at, g, precision, judge)
+        better = claim.evidence[1] > evidence[1]
+        other = calibration.compute(judged, claim.targets, ignore_index=IGNORED) * weight
+        evidence, row = torch.where(better, claim.evidence, evidence), torch.where(better, other, row)
+    return evidence, row
 
 
 def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:

@@ -5,12 +5,16 @@ A row alone fits every loss that chooses a class, a policy's too; its factor s t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchprobe.capture.predictions.forms import Form, Predicted
+from torchprobe.capture.predictions.gradient import Recovered, recover
 from torchprobe.capture.predictions.graph import Judge
+from torchprobe.capture.predictions.pool import ClassMembers
 
 STEADY = 1e-2
 """By which share factors of the rows of one loss may differ."""
@@ -96,3 +100,40 @@ def is_steady(factor: Tensor, fine: Tensor, targets: Tensor, common: Tensor, tol
     repeated, rows = (counts - 1).clamp(min=0).sum(), fine.sum()
     by_class = (alike.sum() >= _ENOUGH * rows) & (repeated >= _LEAST_AGREEMENT) & (2 * repeated >= rows)
     return (rows > 0) & ((equal.sum() >= _ENOUGH * rows) | by_class)
+
+
+# ---- of several passes that share a loss
+
+
+def of_passes(
+    found: Recovered,
+    predicted: Predicted,
+    g: Tensor,
+    form: Form,
+    precision: torch.dtype,
+    members: ClassMembers,
+    last: float,
+) -> Iterator[tuple[Recovered, Predicted, Tensor, float]]:
+    """What the gradient is when several passes share a loss, the prediction that is judged then, and how often.
+
+    last: 1.0 at the last pass, when all have a gradient: one prediction of all passes counts once.
+    """
+    assert members.of_mean_logits is not None
+    yield _times(found, members.count), predicted, predicted.mean, 1.0  # the mean of each pass's own loss
+    each = members.of_mean_logits[None].expand(len(g), -1, -1)
+    at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
+    yield _times(recover(at_mean, g, form, precision), members.count), at_mean, members.mean, last
+    if len(g) == 1:
+        yield _without_share(found, predicted.mean, members), predicted, members.mean, last
+
+
+def _times(found: Recovered, count: int) -> Recovered:
+    """The same with each row's factor multiplied, as before a mean over so many passes."""
+    return found._replace(factor=found.factor * count)
+
+
+def _without_share(found: Recovered, p: Tensor, members: ClassMembers) -> Recovered:
+    """Each row's factor times what all passes give its target, over what this one does: 1 / n for all of n rows."""
+    target = found.targets[0].clamp(min=0)[:, None]
+    share = p.gather(-1, target) / (members.mean.gather(-1, target) * members.count)
+    return found._replace(factor=found.factor / share[:, 0])

@@ -1,0 +1,111 @@
+"""Several stochastic passes over one batch that share a loss: what is judged is what the loss is of, or nothing is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchprobe
+from torchprobe.testing import MemoryWriter
+
+ROWS, CLASSES, STEPS = 48, 6, 3
+
+
+def of_mean_probabilities(z: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(z.softmax(-1).mean(0).log(), y)
+
+
+def of_mean_by_logsumexp(z: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(z.log_softmax(-1).logsumexp(0) - math.log(len(z)), y)
+
+
+def of_mean_gathered(z: Tensor, y: Tensor) -> Tensor:
+    return -z.softmax(-1)[:, torch.arange(ROWS), y].mean(0).log().mean()
+
+
+def of_mean_logits(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.mean(0), y)
+
+
+def of_each(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.repeat(len(z)))
+
+
+TOGETHER = {
+    "probabilities": of_mean_probabilities,
+    "logsumexp": of_mean_by_logsumexp,
+    "gathered": of_mean_gathered,
+    "logits": of_mean_logits,
+}
+DECOYS = {
+    "policy": lambda z, y: -(z.softmax(-1).mean(0).log()[torch.arange(ROWS), y] * _random(ROWS)).mean(),
+    "squares": lambda z, y: (z.softmax(-1).mean(0) - F.one_hot(y, CLASSES)).square().mean(),
+    "focal": lambda z, y: _focal(z.softmax(-1).mean(0)[torch.arange(ROWS), y]),
+    "weights of passes": lambda z, y: sum(w * F.cross_entropy(a, y) for w, a in zip((0.5, 0.3, 0.2), z, strict=True)),
+    "soft targets": lambda z, y: -(z.softmax(-1).mean(0).log() * _random(ROWS, CLASSES).softmax(-1)).sum(-1).mean(),
+    "sum of logits": lambda z, y: F.cross_entropy(z.sum(0), y),
+}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).exp()
+
+
+def _focal(probability: Tensor) -> Tensor:
+    return -((1 - probability) ** 2 * probability.log()).mean()
+
+
+def run(loss_of, passes: int) -> tuple[MemoryWriter, list[Tensor], Tensor]:
+    """A few steps of a network with dropout; the logits of each step's passes, and the targets."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Dropout(0.4), nn.Linear(32, CLASSES))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
+    writer, logits = MemoryWriter(), []
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for _ in range(STEPS):
+            z = torch.stack([model(x) for _ in range(passes)])
+            logits.append(z.detach().clone())
+            optimizer.zero_grad()
+            loss_of(z, y).backward()
+            optimizer.step()
+    return writer, logits, y
+
+
+def expected(p: Tensor, y: Tensor) -> tuple[float, float]:
+    """Negative log-likelihood and accuracy of the mean prediction."""
+    nll = -p.double()[torch.arange(len(y)), y].log().mean().item()
+    return nll, (p.argmax(-1) == y).double().mean().item()
+
+
+@pytest.mark.parametrize("passes", [2, 3, 7])
+@pytest.mark.parametrize("loss", TOGETHER.values(), ids=TOGETHER.keys())
+def test_passes_whose_mean_enters_the_loss_are_one_prediction(loss, passes):
+    writer, logits, y = run(loss, passes)
+    for step, z in enumerate(logits, 1):
+        p = z.double().softmax(-1)
+        nll, accuracy = expected(p.mean(0), y)
+        assert writer.value("calibration/nll", step) == pytest.approx(nll, rel=1e-5)
+        assert writer.value("calibration/accuracy", step) == pytest.approx(accuracy)
+        mean = p.mean(0)
+        information = -(mean * mean.log()).sum(-1) + (p * p.log()).sum(-1).mean(0)
+        assert writer.value("overview/epistemic", step) == pytest.approx(information.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 7])
+def test_passes_with_a_loss_of_their_own_are_judged_each(passes):
+    writer, logits, y = run(of_each, passes)
+    for step, z in enumerate(logits, 1):
+        nll, accuracy = expected(z.double().softmax(-1).flatten(0, 1), y.repeat(passes))
+        assert writer.value("calibration/nll", step) == pytest.approx(nll, rel=1e-5)
+        assert writer.value("calibration/accuracy", step) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("loss", DECOYS.values(), ids=DECOYS.keys())
+def test_other_losses_of_several_passes_name_no_target(loss):
+    writer, *_ = run(loss, 3)
+    assert not [tag for tag in writer.tags() if tag.startswith("calibration/")]

@@ -24,7 +24,7 @@ FILES = {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in sort
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
 MOST_FILES = 186  # goal: 180
-MOST_LINES = 28_720  # goal: 21,000; raised for attention and predictions that are confirmed before they are said
+MOST_LINES = 28_750  # goal: 21,000; raised for attention and predictions that are confirmed before they are said
 MOST_FOREIGN_WRITES = 8  # goal: 20; one is the hook on an output, which torch sets at three times the cost
 MOST_FILES_OF_A_GRADIENT = 41  # goal: 25
 MOST_FILES_WITH_RULES = 46  # those of all rules too

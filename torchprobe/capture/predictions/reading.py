@@ -102,6 +102,7 @@ def read(output: Any, module: nn.Module | None = None) -> Reading:
             reading,
             plain=None if tensor is None or tensor.is_complex() else tensor,
             numbers=reading.numbers or _pair(output),
+            others=reading.others or _beside(output),
         )
     if reading.kl is None and module is not None:
         reading = replace(reading, kl=_divergence_beside(module, output))
@@ -119,6 +120,14 @@ def _pair(output: Any) -> tuple[Number, ...]:
     return tuple(
         Number(f"second {i}", parts[0], parts[1], way.spread, way.convert) for i, way in enumerate(ways) if way
     )
+
+
+def _beside(output: Any) -> tuple[str, ...]:
+    """Numbers of the parts of a tuple or list that may be heads: trained rows of the same examples."""
+    parts = enumerate(output) if type(output) in (tuple, list) else ()
+    heads = [(i, x) for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.grad_fn is not None]
+    alike = [i for i, x in heads if x.dim() == 2 and x.shape[0] == heads[0][1].shape[0]]
+    return tuple(map(str, alike)) if len(alike) > 1 and len(alike) == len(heads) else ()
 
 
 # ---- named fields

@@ -1,7 +1,7 @@
 """One fault at a time: what it takes along, what is said, and that training is what it is without torchprobe.
 
-A row is a name, the fault, the tags that are lost by it, and words of the line that says so; all other tags of a healthy
-run are there.
+A row is a name, the fault, the tags that are lost by it, and words of the line that says so; all other tags of a
+healthy run are there.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class ExplodingGradient(BuiltIn):
         if found is None:
             return None
         tag, norm = found
-        past = _past(kept.setdefault(tag, {}), norm, self.window)
+        past = _past(kept if tag == _NORMS[0] else kept.setdefault(tag, {}), norm, self.window)
         limit = self.factor * max(past) if len(past) >= self.least else None
         if not limit or not norm > limit:
             return []

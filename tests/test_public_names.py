@@ -35,10 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
+    "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
     "assembly": {"buffer", "capture", "naming", "steps"},
     "session": {
-        *("arguments", "assembly", "buffer", "capture", "distributed", "flight", "logs"),
+        *("arguments", "assembly", "buffer", "capture", "control", "distributed", "flight", "logs"),
         *("naming", "probes", "records", "rules", "state", "steps", "writers"),
     },
     "logger": {

@@ -19,6 +19,7 @@ from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
+from torchprobe.control import ControlFile, SamplingCalls
 from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import NoWriter, world
 from torchprobe.flight import RUNNING, STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
@@ -120,8 +121,9 @@ def instrument(
     if run is not None:
         watch.announce(RUNNING)
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
+        watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
         state.parts["run"] = run
-    return Session(root, recorder, outlet, run, sink, watch, state)
+    return Session(root, recorder, outlet, run, sink, watch, state, plan)
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -129,7 +131,7 @@ def session_of(model: nn.Module) -> Session | None:
     return _sessions.get(unwrapped(model))
 
 
-class Session(Logs):
+class Session(Logs, SamplingCalls):
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
@@ -141,8 +143,10 @@ class Session(Logs):
         sink: HParamsWriter,
         watch: Watch,
         state: RunState,
+        plan: Plan,
     ) -> None:
-        super().__init__(recorder, sink)
+        Logs.__init__(self, recorder, sink)
+        SamplingCalls.__init__(self, plan)
         self._run = run
         self._watch = watch
         self._outlet = outlet
@@ -150,8 +154,7 @@ class Session(Logs):
         self._model = weakref.ref(root)
         self._outcome = state_after(None)
         _sessions[root] = self
-        # Runs when the model is collected, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(root, self._at_exit)
+        self._finalizer = weakref.finalize(root, self._at_exit)  # when the model is collected, and at the end
 
     @property
     def log_dir(self) -> Path | str | None:
@@ -294,6 +297,4 @@ class Session(Logs):
                 self._recorder.log(STATE_TAG, self._outcome)
             self._recorder.close()
         self._recorder.detach()
-        if forked:
-            return True
-        return self._outlet.drain.close(timeout)
+        return forked or self._outlet.drain.close(timeout)

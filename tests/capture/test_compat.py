@@ -104,10 +104,15 @@ def seen():
     return found
 
 
+AT_THE_END = {"overview/grad_norm_unclipped", "overview/clipped_fraction"}  # of a backward pass
+
+
 @pytest.mark.parametrize("name", compat.NAMES)
 def test_an_eager_model_loses_nothing_with_a_private_name(name, seen):
     (bare_lines, bare_tags), (lines, tags) = seen["nothing"], seen[name]
-    assert tags == bare_tags
+    lost = AT_THE_END if name.endswith("queue_callback") else set()
+    assert tags == [tag for tag in bare_tags if tag not in lost]
+    assert set(bare_tags) >= AT_THE_END
     assert len(lines) - len(bare_lines) <= ("_dynamo" not in name), "of Dynamo's names an eager model hears nothing"
 
 

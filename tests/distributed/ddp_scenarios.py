@@ -28,7 +28,7 @@ def batches(rank: int) -> list[list[torch.Tensor]]:
     return [[t.part(t.tokens(k), rank, 2)] for k in range(t.STEPS)]
 
 
-def variant(options: dict[str, Any], instrument: str) -> Any:
+def variant(options: dict[str, Any], instrument: str, limit: float | None = None) -> Any:
     model, writer, session = t.transformer(), MemoryWriter(), None
     if instrument == "model before":
         session = torchprobe.instrument(model, writer=writer, probes=t.probes())
@@ -36,7 +36,7 @@ def variant(options: dict[str, Any], instrument: str) -> Any:
     if session is None:
         session = torchprobe.instrument(model if instrument == "model" else ddp, writer=writer, probes=t.probes())
     with session:
-        t.train(ddp, batches(dist.get_rank()))
+        t.train(ddp, batches(dist.get_rank()), limit=limit)
     return t.values(writer)
 
 
@@ -134,5 +134,9 @@ def predicting() -> dict[str, Any]:
 def main(out: Path) -> Any:
     found = {f"{name}": variant(options, "ddp") for name, options in VARIANTS.items()}
     found |= {"model": variant({}, "model"), "model before": variant({}, "model before")}
+    found |= {
+        "clipped": variant({}, "ddp", t.LIMIT),
+        "clipped views": variant(VARIANTS["bucket views"], "ddp", t.LIMIT),
+    }
     found |= {"accumulated": accumulated(), "unequal": unequal(), "forked": forked(), "uneven": uneven_steps()}
     return found | predicting() | {"only rank 0": only_rank_0()}

@@ -44,9 +44,9 @@ def watched(
     return found
 
 
-def plain_run(ranks: int, rank: int) -> Callable[[nn.Module], Any]:
+def plain_run(ranks: int, rank: int, limit: float | None = None) -> Callable[[nn.Module], Any]:
     batches = [[t.part(t.tokens(k), rank, ranks)] for k in range(t.STEPS)]
-    return lambda model: t.train(model, batches, optimizer=t.sgd(model))
+    return lambda model: t.train(model, batches, optimizer=t.sgd(model), limit=limit)
 
 
 def blocks_and_root(**options: Any) -> Callable[[nn.Module], nn.Module]:
@@ -70,6 +70,7 @@ def fsdp2() -> dict[str, Any]:
         "not resharded": watched(t.scaled(), blocks_and_root(mesh=mesh, reshard_after_forward=False), False, run),
         "root only": watched(t.scaled(), lambda model: fully_shard(model, mesh=mesh), False, run),
         "hybrid": watched(t.scaled(), blocks_and_root(mesh=hybrid), False, run),
+        "clipped": watched(t.scaled(), blocks_and_root(mesh=mesh), False, plain_run(4, rank, t.LIMIT)),
         "mixed precision": watched(t.scaled(), blocks_and_root(mesh=mesh, mp_policy=bf16), False, run),
     }
 
@@ -104,6 +105,7 @@ def fsdp1() -> dict[str, Any]:
 
     run = plain_run(4, dist.get_rank())
     found = {"FSDP1": watched(t.scaled(), flat, False, run), "FSDP1 before": watched(t.scaled(), flat, True, run)}
+    found["FSDP1 clipped"] = watched(t.scaled(), flat, False, plain_run(4, dist.get_rank(), t.LIMIT))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
     hybrid = {"device_mesh": mesh, "sharding_strategy": ShardingStrategy.HYBRID_SHARD}
     found["FSDP1 hybrid"] = watched(t.scaled(), lambda model: flat(model, **hybrid), False, run)

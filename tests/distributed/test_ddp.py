@@ -21,6 +21,13 @@ def test_every_number_is_that_of_the_joined_batch(ranks, how):
     assert differences(ranks[0][how], expected) == []
 
 
+@pytest.mark.parametrize("how", ["clipped", "clipped views"])
+def test_the_norm_before_clipping_is_that_of_the_reduced_gradients(ranks, how):
+    expected = t.alone([[t.tokens(k)] for k in range(t.STEPS)], limit=t.LIMIT)
+    assert expected["overview/clipped_fraction"] == dict.fromkeys("123", 1.0)
+    assert differences(ranks[0][how], expected) == []
+
+
 def test_only_rank_0_writes(ranks):
     assert set(ranks[1]["plain"]) == set()
 

@@ -8,6 +8,7 @@ from tests.distributed import training as t
 from tests.distributed.compare import differences
 from tests.distributed.launch import launch, need_sharding
 
+TOTALS = {"overview/grad_norm", "overview/grad_norm_unclipped"}
 NORMS = ("0.weight", "0.bias", "4.weight", "4.bias")  # of layers that see a part of the sequence
 
 
@@ -46,6 +47,15 @@ def test_flat_parameters_keep_their_names(ranks, whole, how):
     assert differences(found, whole) == []
 
 
+@pytest.mark.parametrize("how", ["clipped", "FSDP1 clipped"])
+def test_the_norm_before_clipping_is_that_of_the_whole_gradient(ranks, how):
+    expected = t.alone([[t.tokens(k)] for k in range(t.STEPS)], make=t.scaled, limit=t.LIMIT)
+    assert expected["overview/clipped_fraction"] == dict.fromkeys("123", 1.0)
+    found = ranks[0][how]
+    assert found.pop("dropped") == 0
+    assert differences(found, expected) == []
+
+
 def test_flat_parameters_without_names_are_refused(ranks):
     assert "use_orig_params=True" in ranks[0]["FSDP1 refused"]
 
@@ -73,8 +83,8 @@ def test_sequence_parallel_lacks_only_the_gradients_that_are_not_reduced_yet(ran
     unreduced = {f"{group}/{name}" for group in ("grad_norm", "gradients", "gradients_zeros") for name in NORMS}
     unreduced |= {f"{group}/{layer}" for group in ("grad_norm_layer", "grad_mean_abs") for layer in "04"}
     assert not unreduced & set(found)
-    known = {tag: steps for tag, steps in expected.items() if tag not in unreduced | {"overview/grad_norm"}}
-    del found["overview/grad_norm"]
+    known = {tag: steps for tag, steps in expected.items() if tag not in unreduced | TOTALS}
+    found = {tag: steps for tag, steps in found.items() if tag not in TOTALS}
     assert differences(found, known) == []
 
 

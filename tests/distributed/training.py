@@ -15,6 +15,7 @@ from torchprobe.records import Histogram
 from torchprobe.testing import MemoryWriter
 
 STEPS = 3
+LIMIT = 0.1  # below every gradient norm here
 
 
 def transformer() -> Transformer:
@@ -135,13 +136,17 @@ def train(
     batches: Iterable[Iterable[Tensor]],
     between: Callable[[int], Any] = lambda k: None,
     optimizer: torch.optim.Optimizer | None = None,
+    limit: float | None = None,
 ) -> None:
-    """One optimizer step for each list of micro-batches."""
+    """One optimizer step for each list of micro-batches. limit: of the gradient norm."""
     optimizer = optimizer or sgd(model)
+    own = getattr(model, "clip_grad_norm_", None)  # FullyShardedDataParallel's
     for k, micro in enumerate(batches):
         micro = list(micro)
         for ids in micro:
             (loss_of(model(ids), ids) / len(micro)).backward()
+        if limit is not None:
+            own(limit) if own else nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
         optimizer.zero_grad()
         between(k)
@@ -170,9 +175,10 @@ def alone(
     batches: Iterable[Iterable[Tensor]],
     between: Callable[[nn.Module, int], Any] | None = None,
     make: Callable[[], nn.Module] = transformer,
+    limit: float | None = None,
 ) -> Any:
     """The same training in one process."""
     model, writer = make(), MemoryWriter()
     with torchprobe.instrument(model, writer=writer, probes=probes()):
-        train(model, batches, lambda k: between(model, k) if between else None)
+        train(model, batches, lambda k: between(model, k) if between else None, limit=limit)
     return values(writer)

@@ -95,6 +95,30 @@ def test_one_line_is_enough_for_lightning(options, calls_itself):
     assert validated == [0, trainer.global_step // 2, trainer.global_step]  # Lightning's sanity check is step 0
 
 
+@pytest.mark.parametrize("how", ["norm", "value"])
+def test_lightning_clips_and_the_norm_before_is_recorded(how):
+    left, used = [], []
+
+    class Norms(lightning_module().__class__):
+        def on_after_backward(self):
+            left.append(self.norm())
+
+        def on_before_optimizer_step(self, optimizer):  # Lightning clips after it
+            used.append(self.norm())
+
+        def norm(self) -> float:
+            return float(torch.cat([p.grad.double().flatten() for p in self.parameters()]).norm())
+
+    module, writer = Norms(), MemoryWriter()
+    with torchprobe.instrument(module, writer=writer, every=1):
+        fit(module, gradient_clip_val=0.01, gradient_clip_algorithm=how)
+    assert left == used
+    assert [norm for _, norm in writer.scalars("overview/grad_norm_unclipped")] == pytest.approx(left, rel=1e-5)
+    assert {share for _, share in writer.scalars("overview/clipped_fraction")} == {1.0}
+    after = [norm for _, norm in writer.scalars("overview/grad_norm")]
+    assert all(norm < 0.5 * before for norm, before in zip(after, left, strict=True))
+
+
 def test_the_lightning_callback_records_what_the_module_logs(tmp_path):
     module, writer = lightning_module(), MemoryWriter()
     from torchprobe.integrations.lightning import TorchProbeCallback
@@ -185,6 +209,25 @@ def test_the_huggingface_callback_records_what_the_trainer_logs(tmp_path):
 
 
 # ---- accelerate
+
+
+def test_accelerate_clips_where_gradients_are_complete_and_the_norm_before_is_recorded():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, data = net(), batches()
+    model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), data)
+    writer, left = MemoryWriter(), []
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for x, y in data:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(x), y))
+                if accelerator.sync_gradients:
+                    left.append(float(torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm()))
+                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [norm for _, norm in writer.scalars("overview/grad_norm_unclipped")] == pytest.approx(left, rel=1e-5)
+    assert writer.scalars("overview/clipped_fraction") == [(1, 1.0), (2, 1.0)]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

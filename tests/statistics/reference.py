@@ -44,6 +44,10 @@ def squares(x: Tensor) -> float:
     return math.nan if nonfinite(x) and not finite(x) else finite_sums(x)[0]
 
 
+def largest(x: Tensor) -> float:
+    return max(map(abs, elements(x)), default=0.0)
+
+
 def log_histogram(x: Tensor, low: int, high: int) -> list[int]:
     values = finite(x)
     counts = [0] * (high - low + 1)

@@ -43,6 +43,24 @@ def test_a_row_or_a_sum_of_rows_tells_the_norm(many):
     assert norms.l2_norm(rows.sum(0).tolist()) == pytest.approx(together, rel=1e-12, nan_ok=True)
 
 
+@given(many=st.lists(tensors(), max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_the_largest_magnitude_is_exact_where_all_is_finite(many):
+    found = norms.largest(many).tolist()
+    for x, largest in zip(many, found, strict=True):
+        bad = reference.nonfinite(x)
+        assert not math.isfinite(largest) if bad else largest == reference.largest(x)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4095, 4096, 4097, 70_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_largest_magnitude_wherever_it_stands(n, dtype):
+    for at in {0, n // 2, n - 1} if n else ():
+        x = torch.linspace(-1, 1, n, dtype=dtype)
+        x[at] = -7.0
+        assert norms.largest([x, x.reshape(1, -1), x[:0]]).tolist() == [7.0, 7.0, 0.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("n", [1, 5, 5000])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,9 +1,12 @@
-"""What a running backward pass was called on, read from the caller's frame."""
+"""What a running backward pass was called on, read from the caller's frame, and the gradients that it leaves."""
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -13,9 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.compat import running
+from torchprobe.capture.sharding import Named, by_device
+from torchprobe.statistics import norms
 
 _BACKWARD = torch.autograd.backward.__code__
 _GRAD = torch.autograd.grad.__code__
+_ROUNDING = 1e-6  # of a sum
 _RECOMPUTED = torch.utils.checkpoint.CheckpointFunction.backward.__code__  # has a backward pass of its own
 
 
@@ -139,3 +145,84 @@ def loss_scale(optimizer: Optimizer) -> Tensor | None:
         scale = getattr(caller["self"], "_scale", None)  # a disabled scaler has none
         return scale if isinstance(scale, Tensor) else None
     return None
+
+
+class LeftGradients:
+    """The sums of each gradient as the last backward pass of a sampled step left it, for what changes it afterwards.
+
+    Keeps rows alone, no gradient. Costs a pass over the gradients at each end of a backward pass, and at the beginning
+    of one that adds to what another has left.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Tensor] = {}
+        self._touched: dict[str, Tensor] = {}  # 1 where a gradient was changed between two backward passes
+        self._versions: dict[str, tuple[int, int]] = {}
+
+    def forget(self) -> None:
+        """Another step begins."""
+        self._rows, self._touched, self._versions = {}, {}, {}
+
+    def begin(self, gradients: Iterable[Named]) -> None:
+        """A backward pass begins, which finds these gradients: zeros, or what another one has left."""
+        touched: dict[str, Tensor] = {}
+        for names, rows in _sums([named for named in gradients if named.name in self._rows]):
+            left = torch.stack([self._rows[name] for name in names])
+            before = torch.stack([self._touched.get(name, rows.new_zeros(())) for name in names])
+            moved = ((rows - left).abs() > _ROUNDING * left).any(1).to(rows.dtype)
+            touched |= zip(names, (torch.maximum(moved, before) * (rows[:, 0] != 0)).unbind(), strict=True)
+        self._rows, self._touched = {}, touched
+
+    def end(self, gradients: Sequence[Named]) -> None:
+        """It has ended and left these, sums over ranks included."""
+        self._versions = {named.name: _version(named) for named in gradients}
+        self._rows = {name: row for names, rows in _sums(gradients) for name, row in zip(names, rows, strict=True)}
+
+    def rows(self, used: Sequence[Named], sums: Tensor, scale: Tensor | None) -> Tensor:
+        """What was left and what of it an optimizer uses, on one device: shape (n, 12), see `probes.gradients`.
+
+        sums: of what is used. scale: what the loss, and so all that was left, was multiplied with.
+        """
+        none, zero = sums.new_full((norms.WIDTH,), math.nan), sums.new_zeros(())
+        left = torch.stack([self._rows.get(named.name, none).to(sums.device) for named in used])
+        if scale is not None:
+            by = scale.detach().to(sums.device, sums.dtype).reshape(())
+            left = left / torch.stack((by * by, by, torch.ones_like(by), torch.ones_like(by)))
+        touched = torch.stack([self._touched.get(named.name, zero).to(sums.device) for named in used])
+        changes = _column([self._changes(named) for named in used], sums)
+        resolution = _column([torch.finfo(named.tensor.dtype).eps for named in used], sums)
+        beside = (norms.largest([named.tensor for named in used]), touched, changes, resolution)
+        return torch.cat((left, sums, torch.stack(beside, dim=1)), dim=1)
+
+    def gone(self, name: str) -> Tensor | None:
+        """The row, shape (12,), of a gradient that was left and is not there any more: nothing is used of it."""
+        row = self._rows.get(name)
+        return None if row is None else torch.cat((row, row.new_full((norms.WIDTH + 4,), math.nan)))
+
+    def _changes(self, named: Named) -> float:
+        """In how many operations it was changed in place since, as far as torch counts them; 1 where replaced."""
+        before, now = self._versions.get(named.name, (0, 0)), _version(named)
+        return float(now[1] - before[1]) if now[0] == before[0] else 1.0
+
+
+def _version(named: Named) -> tuple[int, int]:
+    gradient = named.parameter.grad
+    if gradient is None or gradient.is_inference() or _is_part(named.tensor):
+        return id(gradient), 0
+    return id(gradient), gradient._version
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it lies in a buffer with others, whose operations count as its own."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
+
+
+def _sums(gradients: Iterable[Named]) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and sums of the gradients of each device."""
+    for group in by_device(gradients):
+        yield [named.name for named in group], norms.finite_sums([named.tensor for named in group])
+
+
+def _column(values: Iterable[float], like: Tensor) -> Tensor:
+    """Numbers of the host as a tensor: runs of equal ones are filled in, since a copied list would be waited for."""
+    return torch.cat([like.new_full((len(list(run)),), value) for value, run in groupby(values)])

@@ -30,7 +30,7 @@ _RETRACE = "a model that was compiled before torchprobe watched it is not record
 
 NAMES: Mapping[str, str] = {
     "torch._C:_current_graph_task_id": "",  # the callers' frames tell, but on CUDA, where backward has a thread
-    "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told
+    "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told; no norm before clipping
     "torch._dynamo:compiled_autograd": "",  # then it is not told from the plain one
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "",  # the caller is told
     "torch.optim.optimizer:_global_optimizer_post_hooks": "",  # the caller is told

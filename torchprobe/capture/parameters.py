@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
+from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
-from torchprobe.capture.sharding import is_unreduced, local_part, ranks_on_same_data, share_of
+from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import measurable
@@ -32,15 +33,6 @@ class Held(NamedTuple):
     name: str
     parameter: nn.Parameter
     share: Share
-
-
-class Named(NamedTuple):
-    """What this rank holds of a parameter or its gradient, under the parameter's name."""
-
-    name: str
-    parameter: nn.Parameter
-    tensor: Tensor
-    share: Share = WHOLE
 
 
 class ParameterSource:
@@ -60,6 +52,7 @@ class ParameterSource:
         self._model = model
         self._of = {source: [r for r in reporters if r.source == source] for source in _SOURCES}
         self._wanted = wanted
+        self._left = LeftGradients()
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
         self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor]]] = []
@@ -77,9 +70,50 @@ class ParameterSource:
         reporters = self._due("gradients", due)
         if reporters:
             held = self._held(optimizer)
-            usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
-            found = [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
-            yield from self._pieces(reporters, _unscaled(found, optimizer))
+            used = {named.name: named for named in _unscaled(self._gradients(held), optimizer)}
+            for piece in self._pieces(reporters, list(used.values())):
+                yield piece
+                yield from self._changed(piece, used, loss_scale(optimizer))
+            yield from self._gone(reporters, [one for one in held if one.parameter.grad is None])
+
+    def backward_begins(self, due: frozenset[Reporter]) -> None:
+        """A backward pass begins in a step that samples these."""
+        self._look(due, self._left.begin)
+
+    def backward_ended(self, due: frozenset[Reporter]) -> None:
+        """It has ended, and so has what others do at its end, such as the sum over ranks."""
+        self._look(due, self._left.end)
+
+    def _look(self, due: frozenset[Reporter], at: Callable[[list[Named]], None]) -> None:
+        model = self._model()
+        comparing = [reporter for reporter in self._due("gradients", due) if _changes_of(reporter)]
+        if comparing and model is not None:
+            with comparing[0].gate.boundary(), torch.no_grad():
+                at(self._gradients([Held(name, p, WHOLE) for name, p in named_parameters(model)]))
+
+    def _gradients(self, held: Iterable[Held]) -> list[Named]:
+        usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
+        return [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
+
+    def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None) -> Iterator[Piece]:
+        """Beside rows of the gradients that are used: what backward passes had left of them."""
+        reporter: Any = piece.reporter
+        for changes in _changes_of(reporter):
+            rows: Tensor | None = None
+            with reporter.gate.boundary(), torch.no_grad():
+                rows = self._left.rows([used[name] for name in piece.names], piece.rows, scale)
+            if rows is not None:
+                yield replace(piece, reporter=changes, rows=rows)
+
+    def _gone(self, reporters: Sequence[Reporter], held: Sequence[Held]) -> Iterator[Piece]:
+        """Rows of gradients that backward passes had left and of which nothing is used."""
+        rows = [(one, row) for one in held if (row := self._left.gone(one.name)) is not None]
+        for reporter in reporters if rows else ():
+            named = [Named(one.name, one.parameter, row, one.share) for one, row in rows]
+            for group in by_device([one for one in named if self._wants(reporter, one)]):
+                names, shares = [one.name for one in group], [one.share for one in group]
+                for changes in _changes_of(reporter):
+                    yield Piece(changes, names, torch.stack([one.tensor for one in group]), shares=shares)
 
     def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """Copy the parameters before the step, when an update is to be measured."""
@@ -114,6 +148,10 @@ class ParameterSource:
                 yield from self._pieces([reporter], moved, copies)
             self._room |= {name: copy for name, copy in before.items() if _reusable(copy)}
 
+    def open(self) -> None:
+        """A step begins that may be sampled."""
+        self._left.forget()
+
     def forget(self) -> None:
         """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
         self._room = {}
@@ -122,7 +160,7 @@ class ParameterSource:
         self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
     ) -> Iterator[Piece]:
         for reporter in reporters:
-            for group in _by_device([named for named in tensors if self._wants(reporter, named)]):
+            for group in by_device([named for named in tensors if self._wants(reporter, named)]):
                 names = [named.name for named in group]
                 piece = _measure(reporter, group, [] if before is None else [before[name] for name in names])
                 if piece is not None:
@@ -165,6 +203,11 @@ class ParameterSource:
         return None
 
 
+def _changes_of(reporter: Reporter) -> list[Reporter]:
+    """What reports beside a probe of gradients how they were changed before the step."""
+    return [beside for beside in reporter.beside if beside.source == "changes"]
+
+
 def first_trained(model: nn.Module | None) -> nn.Parameter | None:
     """The first parameter that needs a gradient, of those that have a shape already."""
     parameters = () if model is None else model.parameters()
@@ -183,13 +226,6 @@ def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor
         rows = reporter.probe.measure_all([named.tensor for named in group], before)
         return Piece(reporter, [named.name for named in group], rows, shares=[named.share for named in group])
     return None  # the boundary took an exception
-
-
-def _by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:
-    groups: defaultdict[torch.device, list[Named]] = defaultdict(list)
-    for named in tensors:
-        groups[named.tensor.device].append(named)
-    return groups.values()
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -5,12 +5,32 @@ Nothing here communicates. Wrappers are known by their attributes, so that model
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import WHOLE, Share
 from torchprobe.capture.fully_sharded import data_mesh
+
+
+class Named(NamedTuple):
+    """What this rank holds of a parameter or its gradient, under the parameter's name."""
+
+    name: str
+    parameter: nn.Parameter
+    tensor: Tensor
+    share: Share = WHOLE
+
+
+def by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:
+    """Those of each device."""
+    groups: defaultdict[torch.device, list[Named]] = defaultdict(list)
+    for named in tensors:
+        groups[named.tensor.device].append(named)
+    return groups.values()
 
 
 def is_distributed(tensor: Tensor) -> bool:

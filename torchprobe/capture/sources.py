@@ -90,6 +90,7 @@ class Sources:
     ) -> None:
         self._opened = (bool(due), due_in_validation)
         self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
+        self.parameters.open()
         self.predictions.end_step()
         self.predictions.open(step, due)
         for attention in self._attention:
@@ -185,11 +186,16 @@ class Sources:
     def backward_begins(self, due: frozenset[Reporter]) -> None:
         """Before any gradient of a parameter."""
         self._micro.begin(due)
+        self.parameters.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
         """After all of them: what is kept of the backward pass itself."""
         rows = self._micro.end(due)
         return {self._micro: rows} if rows else {}
+
+    def backward_ended(self, due: frozenset[Reporter]) -> None:
+        """After all that others do at its end."""
+        self.parameters.backward_ended(due)
 
     def merge(self, a: dict[Any, Any], b: dict[Any, Any]) -> dict[Any, Any]:
         """What two passes kept, together."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.naming import owner_of
-from torchprobe.probes.base import Probe
+from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.clipping import ChangesReporter
 from torchprobe.records import Value
 from torchprobe.statistics import norms
 
@@ -21,7 +22,8 @@ from torchprobe.statistics import norms
 class Gradients(Probe):
     """L2 norms by parameter and module, mean magnitude by module, non-finite counts, the total.
 
-    After accumulation, unscaling, the all-reduce and clipping. Exact, over finite elements.
+    After accumulation, unscaling, the all-reduce and clipping. Exact, over finite elements. The total before clipping,
+    `overview/grad_norm_unclipped`, costs two passes over the gradients more, and two for each further micro-batch.
     """
 
     source: ClassVar[str] = "gradients"
@@ -34,6 +36,10 @@ class Gradients(Probe):
         "grad_nonfinite": "Number of NaN and inf gradient elements; written only when not 0.",
         "overview": "What to look at first.",
     }
+
+    def reporter(self) -> Reporter:
+        """With one beside it for what was done to the gradients, which reads the sums of `compute_all`."""
+        return GradientsReporter(self) if type(self).compute_all is Gradients.compute_all else Reporter(self)
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """Finite sums of every gradient."""
@@ -54,6 +60,20 @@ class Gradients(Probe):
             if nonfinite:
                 yield f"grad_nonfinite/{layer}", float(nonfinite)
         yield "overview/grad_norm", norms.l2_norm(np.sum(list(latest.values()), axis=0).tolist())
+
+
+class GradientsReporter(Reporter):
+    """Gradients in one session, and beside them what became of those that the backward pass left."""
+
+    def __init__(self, probe: Gradients) -> None:
+        super().__init__(probe)
+        self._changes = ChangesReporter(probe)
+        self.beside = (self._changes,)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was not recorded, and why."""
+        return self._changes.remarks
 
 
 class Parameters(Probe):

@@ -140,12 +140,12 @@ class ExplodingGradient(BuiltIn):
         found = first_of(record, _NORMS)
         if found is None:
             return None
-        norm = found[1]
-        past = _past(kept, norm, self.window)
+        tag, norm = found
+        past = _past(kept if tag == _NORMS[0] else kept.setdefault(tag, {}), norm, self.window)
         limit = self.factor * max(past) if len(past) >= self.least else None
         if not limit or not norm > limit:
             return []
-        message = f"the total gradient norm is over {self.factor:g} times the largest of the last {len(kept['values'])}"
+        message = f"the total gradient norm is over {self.factor:g} times the largest of the last {len(past)}"
         return [self.alert(record.step, None, norm, limit, message)]
 
 

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics import dense, moments
-from torchprobe.statistics.dtypes import Scratch, chunks, real
+from torchprobe.statistics.dtypes import Scratch, chunks, real, row_dtype
 
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
 """Columns of `finite_sums`. The sums and the count are over the finite elements; rows merge by addition."""
 
+WIDTH = len(FIELDS)
+
 SQUARES = FIELDS[0], FIELDS[2]
 """Columns of `sum_squares`: over the finite elements, NaN where there are elements and none is finite; and the others'
 number."""
+
+_ROW, _CACHED = 2**12, 2**16
 
 _SMALL = 2**12
 """Tensors of fewer elements are cheaper packed together."""
@@ -74,6 +78,36 @@ def distances(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     if others:
         torch._foreach_sub_(list(others), list(tensors))
     return torch.stack((l2_norms(others), size), dim=1)
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each tensor: shape (n,), `row_dtype`; 0 for an empty one.
+
+    Takes, promises and raises what `finite_sums` does, but that NaN or inf among the elements is no finite answer.
+    Exact. Costs as much as `l2_norms` in host memory, one fused kernel elsewhere.
+    """
+    tensors = [real(x) for x in tensors]
+    device = _common_device(tensors)
+    if not tensors:
+        return torch.zeros(0, dtype=row_dtype(device), device=device)
+    if device.type == "cpu":
+        found = [_largest(x) if x.numel() else x.new_zeros(()) for x in tensors]
+    else:
+        found = [x if len(x) else x.new_zeros(1) for x in (x.reshape(-1) for x in tensors)]
+        found = list(torch._foreach_norm(found, math.inf))
+    return torch.stack([x.to(row_dtype(device)) for x in found])
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of a tensor in host memory. Rows side by side are compared several at a time, one long row is not."""
+    ends = []
+    for chunk in chunks(x, _CACHED):
+        cut = len(chunk) - len(chunk) % _ROW
+        if cut:
+            rows = chunk[:cut].view(-1, _ROW)
+            ends += [rows.amax(0), rows.amin(0).neg_()]
+        ends += [chunk[cut:], chunk[cut:].neg()]
+    return torch.cat(ends).amax()
 
 
 def sum_squares(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, cast
@@ -32,12 +33,15 @@ class Plan:
     ) -> None:
         common = None if every is None else as_schedule("every", every)
         self.reporters: list[Reporter] = []
+        self._led: list[Reporter] = []  # by a common cadence, when there is one
         for probe in probes:
             gate = Gate(probe.name, meter)
             schedule = common if common is not None and probe.every is None and not probe.always else probe.schedule
             for reporter in probe.reporter().by_source():
                 reporter.begin(gate, schedule)
                 self.reporters.append(reporter)
+                if probe.every is None and not probe.always:
+                    self._led.append(reporter)
         self.descriptions = {group: text for r in self.reporters for group, text in r.descriptions.items()}
         self.rates = [cast("LearningRatesReporter", r) for r in self.reporters if r.source == "optimizers"]
         self.losses = [r for r in self.reporters if r.source == "loss"]
@@ -50,6 +54,8 @@ class Plan:
         self._awaits_validation = dict.fromkeys(self.reporters)
         self._validating = False  # a pass was sampled since training last went on
         self._step = 0
+        self._changes: deque[tuple[Schedule | None, int]] = deque()  # asked for, by other threads too
+        self._all_until = 0  # step up to which each is sampled
         self.by_forward = False
         """Whether forward passes were the clock when the gates were set last."""
         self.quiet = range(0)
@@ -74,6 +80,11 @@ class Plan:
         """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
         if self._optimizers.stepped(optimizer, self._step if step is None else step):
             self.quiet = range(0)
+
+    def change(self, schedule: Schedule | None = None, sample_next: int = 0) -> None:
+        """From the next step on that begins: another common cadence, or so many steps sampled. From any thread."""
+        self._changes.append((schedule, sample_next))
+        self.quiet = range(0)  # in this order: whoever sets it anew looks at the changes after that
 
     def await_validation(self, due: Iterable[Reporter]) -> None:
         """A step that sampled these has ended: so will the validation that follows."""
@@ -110,6 +121,7 @@ class Plan:
             sampler.load(values)
 
     def _open(self, step: int, by_forward: bool) -> None:
+        self._take_changes(step)
         scheduled = self._scheduled(step)
         due = []
         for reporter in self.reporters:
@@ -123,6 +135,17 @@ class Plan:
             self._open_validation()
         self.by_forward = by_forward
         self.quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
+        if self._changes:
+            self.quiet = range(0)
+
+    def _take_changes(self, step: int) -> None:
+        while self._changes:
+            schedule, more = self._changes.popleft()
+            self._all_until = max(self._all_until, step + more - 1)
+            if schedule is not None:
+                for reporter in self._led:
+                    reporter.begin(reporter.gate, schedule)
+                self._samplers = _by_schedule(self.reporters)
 
     def _open_validation(self) -> None:
         in_validation = []
@@ -138,7 +161,8 @@ class Plan:
         affordable = step == 1 or not self._over_budget()
         scheduled: set[Reporter] = set()
         for sampler in self._samplers:
-            if (affordable or not sampler.costs) and sampler.samples(step, self._optimizers):
+            wanted = (affordable or not sampler.costs) and sampler.samples(step, self._optimizers)
+            if wanted or (step <= self._all_until and sampler.costs and not isinstance(sampler.schedule, Never)):
                 scheduled.update(sampler.reporters)
         return scheduled
 

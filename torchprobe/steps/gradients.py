@@ -97,10 +97,16 @@ class Gradients:
             backward.note(sign)
         if due:
             backward.keep(self._sources.backward_ends(due), self._merge)
+            compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
         self._await(backward)
         if self._steps.clock.by_forward and not backward.stray:
             self._steps.current.use(backward)
+
+    @protected
+    def ended(self) -> None:
+        """A backward pass has ended, and what others had put at its end has run."""
+        self._sources.backward_ended(self._steps.current.due)
 
     # ---- what becomes of their gradients
 

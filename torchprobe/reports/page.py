@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.events import Series, visible
+from torchprobe.reports.run import Run
 from torchprobe.reports.summary import ROUNDING, endings, headline, listed, reason
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 150, 52, 18

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.events import Series, visible
+from torchprobe.reports.run import Run
 
 ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are the same
 _WORST = 5  # layers of each kind

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.events import Series, visible
+from torchprobe.reports.run import Run
 from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason
 
 BARS = "▁▂▃▄▅▆▇█"

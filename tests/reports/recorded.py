@@ -54,8 +54,8 @@ def record(folder: Path | str, illness: str | None = None, *, steps: int = 60, e
     """
     torch.manual_seed(0)
     model = Classifier(layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    hparams = {"lr": 3e-3, "layers": layers}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    hparams = {"lr": 1e-3, "layers": layers}
     with torchprobe.instrument(model, log_dir=folder, every=every, hparams=hparams) as session:
         for step in range(1, steps + 1):
             words, classes = batch()

@@ -36,6 +36,11 @@ class Series:
     values: NDArray[np.float64]
     wall_times: NDArray[np.float64]
 
+    def until(self, step: int) -> Series:
+        """The points up to a step; the first one where all come later."""
+        count = max(int(np.searchsorted(self.steps, step, side="right")), 1)
+        return Series(self.steps[:count], self.values[:count], self.wall_times[:count])
+
     @property
     def last(self) -> float:
         """The newest value."""
@@ -55,9 +60,10 @@ class Series:
 
 
 class EventFiles:
-    """The event files of one folder. Each `update` reads what was written since the last one; damage costs itself alone.
+    """The event files of one folder: each `update` reads what was written since the last one.
 
-    contents: all that was read; it is replaced, and read anew, when a file is gone or shorter than it was.
+    contents: all that was read, without what is damaged; read anew when a file is gone or
+    shorter than it was.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,14 +133,18 @@ class Contents:
         if event.session_log.status == event.session_log.START:
             self._take_back(event.step)
         for value in event.summary.value:
-            try:
-                self._take(event, value)
-            except Exception:  # damaged, or of another program: it is named, and all else is read
-                self.unread[visible(f"a value of {value.tag}")] = None
+            self._take_safely(event, value)
+
+    def _take_safely(self, event: Any, value: Any) -> None:
+        try:
+            self._take(event, value)
+        except Exception:  # damaged, or of another program: it is named, and all else is read
+            self.unread[visible(f"a value of {value.tag}")] = None
 
     def _take_back(self, step: int) -> None:
         self._series.clear()
-        for kept in (self.scalars, self.texts, self.images, self.tensors):
+        kinds: tuple[dict[str, list[Any]], ...] = (self.scalars, self.texts, self.images, self.tensors)
+        for kept in kinds:
             for tag in list(kept):
                 before = [point for point in kept[tag] if point[0] < step]
                 kept[tag][:] = before
@@ -184,6 +194,8 @@ def _number(value: Any) -> float:
 
     if value.HasField("simple_value"):
         return float(value.simple_value)
+    if len(value.tensor.float_val) == 1 and not value.tensor.tensor_shape.dim:
+        return float(value.tensor.float_val[0])
     if any(dimension.size != 1 for dimension in value.tensor.tensor_shape.dim):
         raise ValueError("of another shape")
     array = make_ndarray(value.tensor)

@@ -71,7 +71,7 @@ class Run:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Every run at or below a folder, the one that was written last at the end. Raises NoRunError when there is none."""
+    """Every run at or below a folder, the one written last at the end. Raises NoRunError when there is none."""
     if not folder.is_dir():
         raise NoRunError(f"'{folder}' is not a folder; name a run, such as runs/exp1, or a folder of runs")
     files = sorted(regular(folder.rglob(EVENTS)), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -113,16 +113,25 @@ def _read(path: Path) -> Run:
 
 def run_of(files: EventFiles) -> Run:
     """What has been read so far, with the flight recordings that lie beside it."""
-    flights, unread = [], list(files.unread)
+    flights: list[dict[str, Any]] = []
+    unread = list(files.unread)
     for file in regular((files.path / "flight").glob("*.json")):
-        try:
-            flights.append(_flight(file))
-        except Exception:  # half written, or foreign: it costs itself alone
-            unread.append(visible(f"flight/{file.name}"))
+        found = _flight_or_none(file)
+        flights += [found] if found is not None else []
+        unread += [] if found is not None else [visible(f"flight/{file.name}")]
     events = files.contents
     scalars = {tag: events.series(tag) for tag in events.scalars}
-    more = {"tensors": dict(events.tensors), "images": dict(events.images)}
-    return Run(files.path, scalars, dict(events.texts), flights, events.hparams, unread, **more)
+    return Run(
+        files.path, scalars, dict(events.texts), flights, events.hparams, unread,
+        tensors=dict(events.tensors), images=dict(events.images),
+    )  # fmt: skip
+
+
+def _flight_or_none(file: Path) -> dict[str, Any] | None:
+    try:
+        return _flight(file)
+    except Exception:  # half written, or foreign: it costs itself alone
+        return None
 
 
 def _flight(file: Path) -> dict[str, Any]:

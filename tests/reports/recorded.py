@@ -1,4 +1,4 @@
-"""Runs as users record them: a small transformer classifier, well and ill. Also what the pictures of the docs are of."""
+"""Runs as users record them: a small transformer classifier, well and ill; the docs show them."""
 
 from __future__ import annotations
 

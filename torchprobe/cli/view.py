@@ -107,7 +107,7 @@ def _plugins() -> list[Any]:
     """TensorBoard's own, those that are installed, and the Probe tab, also where torchprobe is not installed."""
     from tensorboard import default
 
-    from torchprobe.tensorboard_plugin import ProbeLoader
+    from torchprobe.reports.tab import ProbeLoader
 
     found = default.get_plugins()
     return found if ProbeLoader in found else [*found, ProbeLoader]

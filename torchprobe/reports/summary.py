@@ -33,6 +33,7 @@ def summarise(run: Run) -> dict[str, Any]:
 
 
 def _told(run: Run) -> dict[str, Any]:
+    ends = layers(run)
     return {
         "run": visible(str(run.path)),
         **_state(run),
@@ -45,7 +46,10 @@ def _told(run: Run) -> dict[str, Any]:
         "probe_overhead": _overhead(run),
         "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
         "alerts": _alerts(run),
-        "layers": layers(run),
+        "layers": {
+            title: [{key: row[key] for key in ("where", "value")} for row in rows] for title, rows in ends.items()
+        },
+        "layers_to_look_at": ends,
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
         "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
         "uncertainty": _uncertainty(run),

@@ -45,7 +45,7 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from _final_and_best(summary["final_and_best"])
     yield from _both_parts(summary["train_against_validation"])
     yield from _curves("course of the run", run, summary["curves"])
-    yield from _layers(summary["layers"])
+    yield from _layers(summary["layers_to_look_at"])
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
     yield from _curves("attention entropy by layer, nats", run, entropies)
     yield from _numbers("uncertainty", summary["uncertainty"])
@@ -269,7 +269,7 @@ def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Ite
 
 def _of_both(title: str, found: Sequence[Difference], most: int) -> Iterator[RenderableType]:
     if found:
-        table = plain_table(title, "tag", ">first", ">second", ">second/first", ">difference", ">at step")
+        table = plain_table(title, "tag", ">first", ">second", ">ratio", ">difference", ">step")
         for one in found[:most]:
             table.add_row(escape(one.tag), short(one.a), short(one.b), one.ratio, str(one), str(one.step))
         yield table

@@ -72,8 +72,9 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     else:
         more = f" (and {len(things) - MOST} more)" if len(things) > MOST else ""
         count = min(len(things), MOST)
-        state = "Not healthy" if any(not thing["over"] for thing in things) else "Over, but not explained"
-        line = f"{state}. Look at {'this' if count == 1 else f'these {count} things'}{more}:"
+        over = all(thing["over"] for thing in things)
+        what = "this" if count == 1 else f"these {count} things"
+        line = f"{'Healthy at the end, but look' if over else 'Not healthy. Look'} at {what}{more}:"
     return {"healthy": not things, "line": line, "look_at": things[:MOST]}
 
 
@@ -151,7 +152,7 @@ def _unsaid(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if losses and "non_finite" not in rules:
         what = f"{losses[0]} ends as NaN or inf"
         yield _thing(what, summary["steps"], "Go back to a checkpoint before it, and let the rule non_finite watch.")
-    dead = [row for row in summary["layers"].get("smallest mean gradients", ()) if row["value"] == 0]
+    dead = [row for row in summary["layers_to_look_at"].get("smallest mean gradients", ()) if row["value"] == 0]
     if dead and not rules & {"vanishing_gradient", "dead_units", "non_finite"}:
         where = dead[0]["where"]
         others = f" and {len(dead) - 1} more" if len(dead) > 1 else ""

@@ -23,6 +23,8 @@ _MOST_PICTURES = 12  # of a tag
 _MOST_ELEMENTS = 2_000_000  # of all heads of all statistics and steps
 _HEADS = "attention_heads/"
 _WHOLE_RUN = ("overview", "train", "val", "best", "ood", "calibration", "lr", "performance", "router_entropy")
+_LEADING = ("loss", "grad_norm", "grad_norm_unclipped", "update_ratio")  # of their group
+_COUNTS = ("param_norm", "clipped_fraction", "alerts", "skipped_steps", "dropped_records", "probe_overhead")  # last
 _LAYERS = (  # title, groups of which the first that is there is shown, whether on a log axis
     ("Gradient norm by layer", ("grad_norm_layer", "grad_norm"), True),
     ("Update ratio by parameter", ("update_ratio",), True),
@@ -84,7 +86,12 @@ def _curve_tags(run: Run) -> Iterator[str]:
             by_group.setdefault(group, []).append(tag)
     for group in (*_WHOLE_RUN, *(other for other in by_group if other not in _WHOLE_RUN and other != "alerts")):
         if group in _WHOLE_RUN or _is_users_own(group, by_group[group]):
-            yield from sorted(by_group.get(group, ()))
+            yield from sorted(by_group.get(group, ()), key=lambda tag: (_place(tag), tag))
+
+
+def _place(tag: str) -> int:
+    name = tag.removeprefix("val/").partition("/")[2]
+    return _COUNTS.index(name) + 1 if name in _COUNTS else -1 if name in _LEADING else 0
 
 
 def _is_users_own(group: str, tags: Sequence[str]) -> bool:
@@ -210,7 +217,7 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Each with its columns' names, and rows of texts and numbers."""
     rows = [
         [title, row["where"], row["value"], row["step"], f"{row['zeros']} of {row['points']}" if row["zeros"] else ""]
-        for title, found in summary["layers"].items()
+        for title, found in summary["layers_to_look_at"].items()
         for row in found[:3]
     ]
     yield {"title": "Layers to look at", "columns": ["what", "where", "value", "step", "exactly 0"], "rows": rows}
@@ -227,4 +234,4 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _packed(array: NDArray[Any]) -> str:
     kind = "<i4" if array.dtype.kind in "iu" else "<f4"
-    return b64encode(np.ascontiguousarray(array.astype(kind))).decode()
+    return b64encode(array.astype(kind).tobytes()).decode()

@@ -138,11 +138,11 @@
     verdict(run) {
       const { verdict } = run;
       const list = verdict.look_at.map((thing) => {
-        const item = h("li", {}, h("button", { class: "tp-go", title: "show this step and layer" }, thing.what), thing.advice ? h("p", { class: "tp-advice" }, thing.advice) : null);
-        item.firstChild.addEventListener("click", () => this.go(thing));
+        const item = h("li", {}, h("a", { class: "tp-go", href: "#", title: "show this step and layer" }, thing.what), thing.advice ? h("p", { class: "tp-advice" }, thing.advice) : null);
+        item.firstChild.addEventListener("click", (event) => { event.preventDefault(); this.go(thing); });
         return item;
       });
-      const box = h("div", { class: `tp-verdict ${verdict.healthy ? "tp-good" : "tp-bad"}` }, h("strong", {}, verdict.line), ...run.endings.map((ending) => h("p", {}, ending)), h("ol", {}, ...list));
+      const box = h("div", { class: `tp-verdict ${verdict.healthy ? "tp-good" : verdict.look_at.every((thing) => thing.over) ? "tp-over" : "tp-bad"}` }, h("strong", {}, verdict.line), ...run.endings.map((ending) => h("p", {}, ending)), h("ol", {}, ...list));
       return box;
     }
 

@@ -13,7 +13,7 @@ class ProbeLoader(TBLoader):  # type: ignore[misc]
     def load(self, context: Any) -> Any:
         """The plugin, or None when it cannot be made, with a warning in TensorBoard's log."""
         try:
-            from torchprobe.tensorboard_plugin.plugin import ProbePlugin
+            from torchprobe.reports.tab.plugin import ProbePlugin
 
             return ProbePlugin(context)
         except Exception:

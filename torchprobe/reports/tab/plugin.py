@@ -6,18 +6,19 @@ import gzip
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from werkzeug import wrappers
 
 from torchprobe.reports.page import WEB, MissingChartsError, plotly_file
-from torchprobe.tensorboard_plugin.runs import Runs
+from torchprobe.reports.tab.runs import Runs
 
 App: TypeAlias = "Callable[..., Any]"
 
 _log = logging.getLogger("tensorboard")
-_SCRIPTS = ("index.js", "charts.js", "views.js")
+_FILES = ("index.js", "charts.js", "views.js", "views.css")
 _SCRIPT, _STYLE, _JSON, _TEXT = "text/javascript", "text/css", "application/json", "text/plain"
 
 
@@ -44,10 +45,9 @@ class ProbePlugin(TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> Mapping[str, App]:
         """The routes, below `data/plugin/torchprobe`."""
-        files = {f"/{name}": _route(lambda _, name=name: (_read(name), _SCRIPT)) for name in _SCRIPTS}
+        files = {f"/{name}": _route(partial(_file, name)) for name in _FILES}
         return {
             **files,
-            "/views.css": _route(lambda _: (_read("views.css"), _STYLE)),
             "/plotly.js": _route(lambda _: (plotly_file().read_bytes(), _SCRIPT), seconds=86400),
             "/runs": _route(self._list),
             "/views": _route(lambda asked: (self._runs.views(asked["run"]), _JSON)),
@@ -61,8 +61,8 @@ class ProbePlugin(TBPlugin):  # type: ignore[misc]
         return self._runs.heads(asked["run"], asked["statistic"], int(asked["step"]))
 
 
-def _read(name: str) -> bytes:
-    return (WEB / name).read_bytes()
+def _file(name: str, asked: Mapping[str, str]) -> tuple[bytes, str]:
+    return (WEB / name).read_bytes(), _SCRIPT if name.endswith(".js") else _STYLE
 
 
 def _route(answer: Callable[[Mapping[str, str]], tuple[bytes, str]], *, seconds: int = 0) -> App:

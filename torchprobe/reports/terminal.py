@@ -35,7 +35,7 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
     yield from (Text(ending, style="red") for ending in endings(summary))
-    yield from _verdict(summary["verdict"])
+    yield from verdict_lines(summary["verdict"])
     if summary["hparams"]:
         yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
@@ -55,7 +55,8 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from _next_steps(summary["next_steps"])
 
 
-def _verdict(verdict: Mapping[str, Any]) -> Iterator[RenderableType]:
+def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[Text]:
+    """The verdict, and below it what to look at."""
     yield Text(verdict["line"], style="bold green" if verdict["healthy"] else "bold red")
     yield from (Text(f" {i}. {thing['what']}") for i, thing in enumerate(verdict["look_at"], 1))
 

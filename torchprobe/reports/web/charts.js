@@ -40,6 +40,7 @@ torchprobe.charts = (() => {
       font: { family: "system-ui, sans-serif", size: 11, color: color("ink") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       margin: { l: 48, r: 12, t: 8, b: 30 }, hovermode: "closest",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: color("soft"), activecolor: color("accent") },
       hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("ink"), size: 12 } },
       ...more,
     };

@@ -79,11 +79,20 @@ def report(browser, runs, tmp_path):
 
 
 def chart(view, title: str) -> dict:
-    """What a chart shows, once it is in sight: Plotly's own data and layout."""
+    """What a chart shows, once it is in sight: Plotly's own data."""
     element = view.locator(f".tp-chart[data-title='{title}']")
     element.scroll_into_view_if_needed()
     element.locator(".plot-container").wait_for(timeout=30_000)
-    return element.evaluate("e => ({data: e.data, shapes: e.layout.shapes})")
+    return element.evaluate("e => ({data: e.data})")
+
+
+def mark(view, title: str, name: str) -> dict:
+    """What stands over a chart: its data, and where it is as a share of the width of the plot."""
+    element = view.locator(f".tp-chart[data-title='{title}'] > .{name}")
+    element.wait_for(state="visible")
+    where = """e => { const a = e.parentElement.querySelector('.nsewdrag').getBoundingClientRect();
+                      return {...e.dataset, share: (e.getBoundingClientRect().left - a.left) / a.width}; }"""
+    return element.evaluate(where)
 
 
 def shown_heads(view, step: int) -> np.ndarray:
@@ -91,7 +100,7 @@ def shown_heads(view, step: int) -> np.ndarray:
     element.scroll_into_view_if_needed()
     view.locator(f".tp-chart[data-kind='heads'][data-step='{step}'] .plot-container").wait_for(timeout=30_000)
     view.wait_for_timeout(150)
-    return np.array(element.evaluate("e => e.data[0].z"), np.float32)
+    return np.array(element.evaluate("e => e.data[0].z.map(row => Array.from(row))"), np.float32)
 
 
 def move_to(view, place: int) -> None:
@@ -123,10 +132,12 @@ def what_a_view_must_do(view) -> None:
     assert view.locator(".tp-layer").input_value() == MODULES[3]
     assert np.array_equal(shown_heads(view, ILL), heads(ILL) / 2)
     view.locator(f".tp-picture[data-step='{nearest_picture(ILL)}']").wait_for()
-    cursors = [shape["x0"] for shape in chart(view, "train/loss")["shapes"]]
-    assert ILL in cursors
-    rows = [shape["y0"] for shape in chart(view, "Gradient norm by layer")["shapes"] if shape["type"] == "rect"]
-    assert rows == [2.5]
+    chart(view, "train/loss")
+    assert mark(view, "train/loss", "tp-cursor")["step"] == str(ILL)
+    chart(view, "Gradient norm by layer")
+    assert mark(view, "Gradient norm by layer", "tp-row")["row"] == "3"
+    place = mark(view, "Gradient norm by layer", "tp-cursor")
+    assert place["share"] == pytest.approx((ILL - 0.5) / STEPS, abs=0.01)  # cells are a step wide
     assert view.locator("img[src='x']").count() == 0  # nobody's name is markup
 
 

@@ -53,7 +53,6 @@ torchprobe.charts = (() => {
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toImage"] };
   const range = (values) => values.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
   const marks = (alerts) => alerts.map((a) => line(a.step, { line: { color: color("bad"), width: 1, dash: "dot" }, opacity: 0.55 }));
-  const cursor = (step) => line(step, { line: { color: color("accent"), width: 1.5 } });
 
   /** Curves of one name (training and validation) over steps, NaN and alerts marked on them. */
   function curve(element, parts, alerts, state) {
@@ -82,7 +81,7 @@ torchprobe.charts = (() => {
         text: alerts.map((a) => plain(`${a.name}${a.where ? " at " + a.where : ""}`)), hovertemplate: "%{text}<extra>alert at step %{x}</extra>",
       });
     }
-    const shape = layout({ xaxis: { title: { text: "step", standoff: 4 } }, yaxis: { type: state.log ? "log" : "linear", exponentformat: "power" }, uirevision: `${state.log}`, shapes: [...marks(alerts), cursor(state.step)] });
+    const shape = layout({ xaxis: { title: { text: "step", standoff: 4 } }, yaxis: { type: state.log ? "log" : "linear", exponentformat: "power" }, uirevision: `${state.log}`, shapes: marks(alerts) });
     return Plotly.react(element, traces, shape, config);
   }
 
@@ -91,15 +90,15 @@ torchprobe.charts = (() => {
     return part.values.find(Number.isFinite) ?? 0;
   }
 
-  const ticks = (names) => {
-    const every = Math.ceil(names.length / 40);
+  const beside = (names) => ({ l: 18 + 6.4 * Math.max(...names.map((name) => Math.min(name.length, 26))), r: 12, t: 8, b: 34 });
+  const ticks = (names, most = 40) => {
+    const every = Math.ceil(names.length / most);
     const shown = names.map((_, i) => i).filter((i) => i % every === 0);
     return { tickvals: shown, ticktext: shown.map((i) => plain(brief(names[i]))) };
   };
-  const rowBox = (row, color) => ({ type: "rect", xref: "paper", yref: "y", x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5, line: { color, width: 1.5 } });
 
   /** Layers down, steps across. Exact zeros and NaN have colours of their own, since no scale has room for them. */
-  function heat(element, view, alerts, state, row) {
+  function heat(element, view, alerts) {
     const [rows, columns] = view.shape;
     const shown = [], raw = [], zeros = [], lost = [];
     let anyZero = false, anyLost = false;
@@ -119,17 +118,16 @@ torchprobe.charts = (() => {
     const traces = [{ type: "heatmap", x, y, z: shown, text: names, customdata: raw, hovertemplate: hover, colorscale: "Viridis", colorbar: scale(view.log ? "log10" : "") }];
     if (anyZero) traces.push(flat(zeros, color("zero")));
     if (anyLost) traces.push(flat(lost, color("bad")));
-    const shapes = [...marks(alerts), cursor(state.step), ...(row >= 0 ? [rowBox(row, color("accent"))] : [])];
-    return Plotly.react(element, traces, layout({ xaxis: { title: { text: "step", standoff: 4 } }, yaxis: { autorange: "reversed", showgrid: false, ...ticks(view.layers) }, uirevision: "kept", shapes }), config);
+    return Plotly.react(element, traces, layout({ margin: beside(view.layers), xaxis: { title: { text: "step", standoff: 4 }, automargin: false }, yaxis: { range: [rows - 0.5, -0.5], showgrid: false, automargin: false, ...ticks(view.layers) }, uirevision: "kept", shapes: marks(alerts) }), config);
   }
 
   const scale = (title) => ({ thickness: 10, outlinewidth: 0, title: { text: title, side: "top" }, tickfont: { size: 10 } });
 
   /** One number for each layer at a step, over the range that it has in the whole run. */
-  function flow(element, view, state, row) {
+  function flow(element, view, state) {
     const [rows, columns] = view.shape, column = at(view.steps, state.step);
     const of = (i) => Array.from(view.values.subarray(i * columns, (i + 1) * columns)).filter((v) => Number.isFinite(v) && (!view.log || v > 0));
-    const x = view.layers.map((_, i) => i), ranges = x.map((i) => range(of(i)));
+    const x = view.layers.map((_, i) => i), ranges = (view.ranges ||= x.map((i) => range(of(i))));
     const now = x.map((i) => view.values[i * columns + column]);
     const seen = now.map((v) => (Number.isFinite(v) && (!view.log || v > 0) ? v : null));
     const odd = x.filter((i) => seen[i] === null && !Number.isNaN(now[i]));
@@ -141,29 +139,45 @@ torchprobe.charts = (() => {
       { x, y: seen, mode: "lines+markers", text, hovertemplate: "%{text}<extra></extra>", line: { color: color("accent"), width: 2 }, marker: { size: 6 } },
       { x: odd, y: odd.map(() => Math.min(...bound(0).filter((v) => v !== null), Infinity)), mode: "markers", text: odd.map((i) => text[i]), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: 9, color: color("bad") } },
     ];
-    const shapes = row >= 0 ? [line(row, { line: { color: color("second"), width: 1.5 } })] : [];
-    const tick = ticks(view.layers);
-    return Plotly.react(element, traces, layout({ margin: { l: 48, r: 12, t: 8, b: 90 }, xaxis: { showgrid: false, tickangle: 40, ...tick }, yaxis: { type: view.log ? "log" : "linear", exponentformat: "power" }, shapes }), config);
+    const seenRange = range(ranges.flat().filter(Number.isFinite)).map((v) => (view.log ? Math.log10(v) : v));
+    const room = (seenRange[1] - seenRange[0]) * 0.08 || 1;
+    const fixed = { automargin: false, fixedrange: false };
+    return Plotly.react(element, traces, layout({
+      margin: { l: 56, r: 12, t: 8, b: 110 }, uirevision: "kept",
+      xaxis: { showgrid: false, tickangle: 40, range: [-0.7, x.length - 0.3], ...fixed, ...ticks(view.layers, 25) },
+      yaxis: { type: view.log ? "log" : "linear", exponentformat: "power", range: [seenRange[0] - room, seenRange[1] + room], ...fixed },
+    }), config);
   }
 
   /** Layers down, heads across, at one step; colours span the whole run. */
-  function heads(element, view, matrix, row) {
+  function heads(element, view, matrix) {
     const [, rows, columns] = view.shape;
-    const z = [], text = [];
-    for (let i = 0; i < rows; i++) {
-      z.push(Array.from(matrix.subarray(i * columns, (i + 1) * columns), (v) => (Number.isFinite(v) ? v : null)));
-      text.push(z[i].map((v, head) => `${plain(view.layers[i])}, head ${head}: <b>${number(v)}</b>`));
+    const z = view.layers.map((_, i) => matrix.subarray(i * columns, (i + 1) * columns));
+    view.names ||= view.layers.map((name) => Array(columns).fill(plain(name)));
+    const trace = { type: "heatmap", z, customdata: view.names, hovertemplate: "%{customdata}, head %{x}: <b>%{z:.5g}</b><extra></extra>", colorscale: "Viridis", zmin: view.range[0], zmax: view.range[1], colorbar: scale("") };
+    return Plotly.react(element, [trace], layout({ margin: beside(view.layers), xaxis: { title: { text: "head", standoff: 4 }, showgrid: false, dtick: Math.ceil(columns / 16), automargin: false }, yaxis: { range: [rows - 0.5, -0.5], showgrid: false, automargin: false, ...ticks(view.layers) } }), config);
+  }
+
+  /** Put the chosen step and row over a chart: a chart of 50,000 cells is not drawn again for them. */
+  function place(element, step, row) {
+    const area = element.querySelector(".nsewdrag");
+    if (!area || !element.layout) return;
+    const inner = area.getBoundingClientRect(), outer = element.getBoundingClientRect();
+    const [left, top] = [inner.left - outer.left, inner.top - outer.top];
+    const mark = (name) => element.querySelector(`:scope > .${name}`) || element.appendChild(Object.assign(document.createElement("div"), { className: name }));
+    const set = (name, shown, style) => Object.assign(mark(name).style, { display: shown ? "block" : "none", ...style });
+    if (step !== null) {
+      const [low, high] = element.layout.xaxis.range, share = (step - low) / (high - low);
+      set("tp-cursor", share >= 0 && share <= 1, { left: `${left + share * inner.width}px`, top: `${top}px`, height: `${inner.height}px` });
+      mark("tp-cursor").dataset.step = step;
     }
-    const trace = { type: "heatmap", z, text, hovertemplate: "%{text}<extra></extra>", colorscale: "Viridis", zmin: view.range[0], zmax: view.range[1], colorbar: scale("") };
-    const shapes = row >= 0 ? [rowBox(row, color("second"))] : [];
-    return Plotly.react(element, [trace], layout({ xaxis: { title: { text: "head", standoff: 4 }, showgrid: false, dtick: Math.ceil(columns / 16) }, yaxis: { autorange: "reversed", showgrid: false, ...ticks(view.layers) }, shapes }), config);
+    if (row !== null) {
+      const [bottom, high] = element.layout.yaxis.range, share = (y) => Math.min(Math.max((high - y) / (high - bottom), 0), 1);
+      const [from, to] = [share(row - 0.5), share(row + 0.5)];
+      set("tp-row", row >= 0 && to > from, { left: `${left}px`, width: `${inner.width}px`, top: `${top + from * inner.height}px`, height: `${(to - from) * inner.height}px` });
+      mark("tp-row").dataset.row = row;
+    }
   }
 
-  /** Move the cursor of a chart that is drawn, and nothing else. */
-  function move(element, alerts, step, row) {
-    const shapes = [...marks(alerts), cursor(step), ...(row >= 0 ? [rowBox(row, color("accent"))] : [])];
-    return Plotly.relayout(element, { shapes });
-  }
-
-  return { floats, ints, number, at, curve, heat, flow, heads, move };
+  return { floats, ints, number, at, curve, heat, flow, heads, place };
 })();

@@ -1,8 +1,9 @@
 // What is shown of runs, in the report's page and in the Probe tab: verdict, alerts, and views that share a step and a layer.
 "use strict";
 (() => {
-  const { floats, ints, number, at, curve, heat, flow, heads, move } = torchprobe.charts;
+  const { floats, ints, number, at, curve, heat, flow, heads, place } = torchprobe.charts;
 
+  const PAUSE = 80; // milliseconds between charts that are drawn again while the slider moves
   const FIRST = ["overview", "train", "val"]; // groups of curves that stand above the layers
   const ABOVE = ["Layers to look at", "Final and best"]; // and tables
 
@@ -67,11 +68,22 @@
       this.frame = requestAnimationFrame(() => {
         this.frame = null;
         for (const card of this.cards) {
-          if (!card.live) card.stale = true;
-          else if (this.redraw || !card.move) card.draw();
-          else card.move();
+          if (!card.live) card.stale = card.drawn;
+          else if (card.move && !this.redraw) card.move();
+          else card.late = true;
         }
+        this.later ||= setTimeout(() => this.drawLate(), PAUSE);
       });
+    }
+
+    /** What takes long is drawn a few times a second while the slider moves, and at last where it stops. */
+    drawLate() {
+      this.later = null;
+      for (const card of this.cards.filter((one) => one.late)) {
+        card.late = false;
+        if (card.live) card.draw();
+        else card.stale = card.drawn;
+      }
     }
 
     seen(entry) {
@@ -100,8 +112,7 @@
       const play = h("button", { class: "tp-play", title: "play the steps" }, "▶");
       play.addEventListener("click", () => this.play(play));
       this.told = () => {
-        const place = at(this.steps, this.state.step);
-        slider.value = place;
+        slider.value = at(this.steps, this.state.step);
         shown.textContent = `step ${this.state.step} of ${this.steps[this.steps.length - 1]}`;
         if (![...layer.options].some((option) => option.value === (this.state.layer || ""))) layer.append(h("option", { value: this.state.layer }, this.state.layer));
         layer.value = this.state.layer || "";
@@ -177,23 +188,27 @@
     maps(run) {
       const sections = run.layers.map((view) => {
         const { element, box } = this.card(view.title, Math.min(Math.max(view.layers.length * 15 + 70, 170), 620), "heat");
-        const row = () => rowOf(view.layers, this.state.layer);
-        this.add(element, () => heat(element, view, run.alerts, this.state, row()).then(() => this.clickable(element, view)), () => move(element, run.alerts, this.state.step, row()));
+        const marked = () => place(element, this.state.step, rowOf(view.layers, this.state.layer));
+        this.add(element, () => heat(element, view, run.alerts).then(() => this.drawn(element, marked, view)), marked);
         return this.section(view.title, box);
       });
       const gradients = run.layers.find((view) => view.title.startsWith("Gradient norm by"));
       if (gradients) {
         const { element, box } = this.card("Gradient norm of every layer at the step, over its range in the run", 330, "flow");
-        this.add(element, () => flow(element, gradients, this.state, rowOf(gradients.layers, this.state.layer)));
+        const marked = () => place(element, rowOf(gradients.layers, this.state.layer), null);
+        this.add(element, () => flow(element, gradients, this.state).then(() => this.drawn(element, marked)));
         sections.splice(1, 0, this.section("Gradient flow", box));
       }
       return sections;
     }
 
-    clickable(element, view) {
-      if (element.dataset.clickable) return;
-      element.dataset.clickable = "yes";
-      element.on("plotly_click", ({ points: [point] }) => this.set({ step: this.steps[at(this.steps, point.x)], layer: view.layers[point.y] }));
+    /** A chart was drawn: its marks stay where they belong when it is zoomed, and its cells can be chosen. */
+    drawn(element, marked, view) {
+      marked();
+      if (element.dataset.ready) return;
+      element.dataset.ready = "yes";
+      element.on("plotly_afterplot", marked);
+      if (view) element.on("plotly_click", ({ points: [point] }) => this.set({ step: this.steps[at(this.steps, point.x)], layer: view.layers[point.y] }));
     }
 
     heads(run) {
@@ -201,13 +216,14 @@
       const pick = h("select", { class: "tp-statistic", ariaLabel: "statistic of heads" }, ...run.heads.map((view, k) => h("option", { value: k }, view.title)));
       const { element, box } = this.card("Every head at the step; colours span the whole run", Math.min(Math.max(run.heads[0].layers.length * 16 + 70, 170), 700), "heads");
       const draw = async () => {
-        const view = run.heads[pick.value], place = at(view.steps, this.state.step);
+        const view = run.heads[pick.value], column = at(view.steps, this.state.step);
         const size = view.shape[1] * view.shape[2];
         const asked = (this.asked = {});
-        const matrix = view.values ? view.values.subarray(place * size, (place + 1) * size) : await this.matrix(run, view, view.steps[place]);
+        const matrix = view.values ? view.values.subarray(column * size, (column + 1) * size) : await this.matrix(run, view, view.steps[column]);
         if (asked !== this.asked && this.runs.length < 2) return; // the step has moved on
-        element.dataset.step = view.steps[place];
-        heads(element, view, matrix, rowOf(view.layers, this.state.layer));
+        element.dataset.step = view.steps[column];
+        const marked = () => place(element, null, rowOf(run.heads[pick.value].layers, this.state.layer));
+        heads(element, view, matrix).then(() => this.drawn(element, marked));
       };
       this.add(element, draw);
       pick.addEventListener("change", draw);
@@ -231,7 +247,7 @@
           element.dataset.step = point.step;
           caption.textContent = `${picture.tag}, step ${point.step}`;
         };
-        this.add(element, draw);
+        this.add(element, draw, draw);
         return element;
       }))));
     }
@@ -249,7 +265,8 @@
         const last = part.values[part.values.length - 1];
         const { element, box } = this.card(both.map((one) => one.tag).join(" and "), 200, "curve");
         box.firstChild.append(h("span", { class: "tp-last" }, number(last)));
-        this.add(element, () => curve(element, both, run.alerts, this.state), () => move(element, run.alerts, this.state.step, -1));
+        const marked = () => place(element, this.state.step, null);
+        this.add(element, () => curve(element, both, run.alerts, this.state).then(() => this.drawn(element, marked)), marked);
         return box;
       }))));
     }

@@ -80,9 +80,18 @@ def test_episodes_begin_and_end_where_the_alerts_do():
 
 
 def test_a_run_without_anything_is_healthy(tmp_path):
-    found = verdict(run_with(tmp_path, {}))
+    state = [Text("finished"), *[None] * 9]
+    found = verdict(run_with(tmp_path, {}, **{"torchprobe/state": state}))
     assert (found["healthy"], found["look_at"]) == (True, [])
     assert found["line"] == "Healthy: nothing to look at in 10 steps."
+
+
+def test_what_nobody_has_watched_is_not_called_healthy(tmp_path):
+    found = verdict(run_with(tmp_path / "foreign", {}))
+    assert found["healthy"] is None
+    assert found["line"] == "Nothing stands out in 10 steps, but no rule is known to have watched this run."
+    found = verdict(write_run(tmp_path / "empty", {"torchprobe/state": [Text("running")]}))
+    assert (found["healthy"], found["line"]) == (None, "Nothing is recorded yet.")
 
 
 def test_what_begins_in_one_step_is_one_thing_headed_by_what_says_where(tmp_path):

@@ -65,7 +65,7 @@ def _state(run: Run) -> dict[str, str | None]:
     """What has become of the run, as its last word has it; None where it has none, as with a writer of one's own."""
     words = [text for tag in _STATE_TEXTS for _, text in run.texts.get(tag, ())]
     state, _, error = words[-1].partition(": ") if words else ("", "", "")
-    if state == "running" and time() - run.times[1] > _SILENT:
+    if state == "running" and run.scalars and time() - run.times[1] > _SILENT:
         state = "killed"
     if state != "crashed" and _stopped(run) is not None:
         state = "stopped recording"

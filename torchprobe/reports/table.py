@@ -55,9 +55,9 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     metric = tags.pop() if len(tags) == 1 else "metric"
     table = plain_table("runs", "run", "state", ">steps", f">{escape(metric)}", ">best", "verdict")
     for one in rows:
-        first = one["look_at"][0] if one["look_at"] else "healthy"
+        first = one["look_at"][0] if one["look_at"] else "healthy" if one["healthy"] else "nothing stands out"
         more = f" (and {len(one['look_at']) - 1} more)" if len(one["look_at"]) > 1 else ""
-        style = "green" if one["healthy"] else "red"
+        style = "red" if one["look_at"] else "green" if one["healthy"] else "yellow"
         numbers = str(one["steps"]), short(one["final"]), short(one["best"])
         said = f"[{style}]{escape(first.partition(': ')[0])}{more}[/]"
         table.add_row(escape(one["run"]), one["state"] or "-", *numbers, said)

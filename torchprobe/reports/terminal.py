@@ -24,6 +24,7 @@ _WIDTH = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
 _TIMES = 10  # apart: from there on so many times says more than a percentage
 _WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
+_STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
 _NAMED = 5  # tags that one run alone has
 
 
@@ -57,7 +58,7 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[Text]:
     """The verdict, and below it what to look at."""
-    yield Text(verdict["line"], style="bold green" if verdict["healthy"] else "bold red")
+    yield Text(verdict["line"], style=_STYLES[verdict["healthy"]])
     yield from (Text(f" {i}. {thing['what']}") for i, thing in enumerate(verdict["look_at"], 1))
 
 

@@ -60,13 +60,18 @@ _KEPT = ("step", "where", "last", "members", "message")
 
 
 def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`healthy`, the verdict in a `line`, and what to `look_at` first, at most three things.
+    """`healthy` (None where nobody can say), the verdict in a `line`, and at most three things to `look_at` first.
 
     Each has `what` in a sentence, `step`, `where`, the `rules` that fired with it, and `advice`.
     """
     things = [*_endings(summary), *_ill(summary["alerts"]), *_unsaid(summary)]
     steps = f"{summary['steps']} step{'' if summary['steps'] == 1 else 's'}"
-    if not things:
+    healthy: bool | None = not things
+    if not summary["steps"] and not things:
+        healthy, line = None, "Nothing is recorded yet."
+    elif not things and summary["state"] is None and "alerts" not in summary["counts"]:
+        healthy, line = None, f"Nothing stands out in {steps}, but no rule is known to have watched this run."
+    elif not things:
         so_far = " so far" if summary["state"] == "running" else ""
         line = f"Healthy{so_far}: nothing to look at in {steps}."
     else:
@@ -75,7 +80,7 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
         over = all(thing["over"] for thing in things)
         what = "this" if count == 1 else f"these {count} things"
         line = f"{'Healthy at the end, but look' if over else 'Not healthy. Look'} at {what}{more}:"
-    return {"healthy": not things, "line": line, "look_at": things[:MOST]}
+    return {"healthy": healthy, "line": line, "look_at": things[:MOST]}
 
 
 def next_steps(summary: Mapping[str, Any]) -> list[str]:

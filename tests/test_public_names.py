@@ -38,9 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
     "assembly": {"buffer", "capture", "naming", "steps"},
+    "reports": {"writers"},
     "session": {
         *("arguments", "assembly", "buffer", "capture", "control", "distributed", "flight", "logs"),
-        *("naming", "probes", "records", "rules", "state", "steps", "writers"),
+        *("naming", "probes", "records", "reports", "rules", "state", "steps", "writers"),
     },
     "logger": {
         *(
@@ -59,7 +60,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "checkpoint": {"arguments", "naming", "random_state", "session", "state"},
     "integrations": {"session"},
-    "reports": {"writers"},
     "cli": {"_version", "reports", "writers"},
     "__main__": {"cli"},
 }

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +28,8 @@ from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
+from torchprobe.records import Text
+from torchprobe.reports.notebook import Shown, Summary, make_room
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
@@ -36,9 +38,6 @@ from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.run_directory import RunDirectory, open_writer
-
-if TYPE_CHECKING:
-    from torchprobe.records import Text
 
 _log = logging.getLogger("torchprobe")
 
@@ -94,6 +93,7 @@ def instrument(
         TypeError, ValueError: for an argument that does not fit; the message names it and the fix.
         OSError: when `log_dir` cannot be written. ImportError: when it needs a package, which the message names.
     """
+    make_room(session_of(model) if isinstance(model, nn.Module) else None)
     root = checked_model(model, _sessions)
     check_count("flush_every", flush_every)
     check_seconds("flush_seconds", flush_seconds)
@@ -131,7 +131,7 @@ def session_of(model: nn.Module) -> Session | None:
     return _sessions.get(unwrapped(model))
 
 
-class Session(Logs, SamplingCalls):
+class Session(Logs, SamplingCalls, Shown):
     """A running instrumentation, made by `instrument`. A context manager: leaving it detaches."""
 
     def __init__(
@@ -240,8 +240,8 @@ class Session(Logs, SamplingCalls):
         check_timeout(timeout)
         return self._finalizer.detach() is None or self._finish(timeout)
 
-    def summary(self) -> str:
-        """A few lines for a person: steps, where the run is, what was lost or never seen."""
+    def summary(self) -> Summary:
+        """A few lines for a person, a table in a notebook: steps, where the run is, what was lost or never seen."""
         recorder, outlet = self._recorder, self._outlet
         lines = [
             f"torchprobe: {self.step} steps, {'attached' if self.attached else 'detached'}",
@@ -259,7 +259,7 @@ class Session(Logs, SamplingCalls):
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
         lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
-        return "\n".join(lines)
+        return Summary("\n".join(lines))
 
     def __enter__(self) -> Session:
         return self

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = arguments.run(arguments)
     except CommandError as error:
-        from torchprobe.reports.run import visible  # numpy is not needed for --help
+        from torchprobe.reports.events import visible  # numpy is not needed for --help
 
         print(f"torchprobe {arguments.command}: error: {visible(str(error))}", file=sys.stderr)
         return 1

@@ -183,8 +183,30 @@ def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, sett
         return INTERRUPTED
     table = summary_table(corpus, validation, steps=settings.steps, seconds=time.monotonic() - start)
     console.print(table, soft_wrap=False)
+    _print_verdict(console, settings.log_dir)
     console.print(_view_lines(arguments.log_dir))
     return 0
+
+
+def _print_verdict(console: Console, log_dir: Path) -> None:
+    """What `torchprobe report` says first of the run, and where in it to look."""
+    from torchprobe.reports.run import NoRunError, read_run
+    from torchprobe.reports.summary import summarise
+    from torchprobe.reports.terminal import verdict_lines
+
+    try:
+        run = read_run(log_dir)
+    except NoRunError:  # the disk was full
+        return
+    console.print()
+    for line in verdict_lines(summarise(run)["verdict"]):
+        console.print(line, soft_wrap=False)
+    norm = "overview/grad_norm_unclipped"
+    shown = [norm] if norm in run.scalars else ["overview/grad_norm"]
+    look = ["val/calibration/ece", "val/overview/epistemic", *shown]
+    console.print(
+        f"Worth a look: {', '.join(tag for tag in look if tag in run.scalars)}, and the heads in the Probe tab."
+    )
 
 
 def _view_lines(log_dir: Path) -> str:

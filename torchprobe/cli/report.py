@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchprobe.cli.arguments import CommandError, add_command, place, positive_int
 
 if TYPE_CHECKING:
     from torchprobe.reports.run import Run
 
+_MOST_LISTED = 20
 _DESCRIPTION = """\
-Tell what a recorded run says: alerts, the course of its numbers, the layers to look at,
-attention entropy by layer, calibration and the time that recording took. Given a folder of
-runs, it takes the newest.
+Tell what a recorded run says: first whether it is healthy and at what to look, then what
+that stands on (alerts, final and best, training against validation, the course of its
+numbers, layers, attention, calibration, times), then what to try. Given a folder of runs,
+it lists them, a line each, and tells of the newest; given several runs, it lists these.
 """
 
 _EXAMPLES = """\
@@ -23,13 +26,17 @@ examples:
   torchprobe report                          the newest run below ./runs
   torchprobe report runs/demo --html demo.html
   torchprobe report runs/exp1 --json | jq .alerts
+  torchprobe report runs/exp1 --follow       keeps up while the run trains; Ctrl-C ends it
+  torchprobe report runs --sort val/loss     every run in a folder, best first
+  torchprobe report runs/a runs/b --sort accuracy --descending
   torchprobe report s3://bucket/runs/exp1
 """
 
 _COMPARES = """\
 Compare two recorded runs: hyperparameters that differ, and for every number that both have,
 where it has settled (median of its last tenth), and by how much the runs differ, biggest
-difference first: those of the whole run before those of single layers.
+difference first: those of the whole run before those of single layers. Each number is taken
+at the last step that both runs have of it, so that a longer run is not ahead.
 """
 
 _COMPARED = """\
@@ -44,15 +51,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     about = "tell what a recorded run says"
     parser = add_command(commands, "report", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     parser.add_argument(
-        "run_folder",
-        nargs="?",
-        type=place,
-        default="runs",
-        metavar="RUN",
-        help="a run or its URL (default: newest in runs)",
+        "runs", nargs="*", type=place, metavar="RUN", help="a run, a folder of runs, or a URL (default: runs)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots that needs nothing else")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts that needs nothing else")
+    parser.add_argument("--follow", action="store_true", help="keep up with a run that trains")
+    parser.add_argument("--sort", metavar="TAG", help="list the runs by the last value of this, such as val/loss")
+    parser.add_argument("--descending", action="store_true", help="with --sort: the largest first")
     about = "show what differs between two recorded runs"
     parser = add_command(commands, "compare", run_compare, about=about, description=_COMPARES, examples=_COMPARED)
     parser.add_argument("run_a", type=place, metavar="RUN_A", help="a run, or its URL")
@@ -63,28 +68,104 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or write the page. Returns the exit code."""
-    from torchprobe.reports.summary import summarise
-
-    found = _recorded(arguments.run_folder)
-    summary = summarise(found)
+    places = arguments.runs or [Path("runs")]
+    if arguments.follow:
+        return _follow(places, arguments)
+    folders = [run for place in places for run in _runs(place)]
+    if len(places) > 1 or arguments.sort is not None:
+        return _list(folders, arguments)
+    found = _recorded(places[0])
+    summary = _summarised(found)
     if arguments.html is not None:
-        from torchprobe.reports.page import page
-
-        try:
-            arguments.html.write_text(page(found, summary), encoding="utf-8")
-        except OSError as error:
-            raise CommandError(f"--html: cannot write '{arguments.html}': {error.strerror}") from error
+        _write_page(found, summary, arguments.html)
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     elif arguments.html is None:
-        from rich.console import Console
-
-        from torchprobe.reports.terminal import rendered
-
-        Console().print(rendered(found, summary))
+        _print(found, summary, folders)
     else:
         print(f"{arguments.html} shows {found.path}")
     return 0
+
+
+def _print(found: Run, summary: Mapping[str, Any], folders: Sequence[Path | str]) -> None:
+    from rich.console import Console
+
+    from torchprobe.reports.table import runs_table
+    from torchprobe.reports.terminal import rendered
+
+    console = Console()
+    console.print(rendered(found, summary))
+    if len(folders) > 1:
+        latest = folders[-_MOST_LISTED:]
+        console.print(runs_table(_rows(latest, None)))
+        rest = f"{len(folders) - len(latest)} older ones are not listed. " if len(folders) > len(latest) else ""
+        console.print(f"{rest}Above is {found.path}; name another one for its report.", style="dim")
+
+
+def _list(folders: Sequence[Path | str], arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from torchprobe.reports.table import ordered, runs_table
+
+    if arguments.html is not None:
+        raise CommandError("--html: takes one run")
+    rows: Sequence[Mapping[str, Any]] = _rows(folders, arguments.sort)
+    if arguments.sort is not None:
+        if all(row["metric"] is None for row in rows):
+            raise CommandError(f"--sort: no run has '{arguments.sort}', or it means several tags; takes a whole tag")
+        rows = ordered(rows, descending=arguments.descending)
+    if arguments.json:
+        print(json.dumps({"runs": rows}, indent=2, allow_nan=False))
+    else:
+        Console().print(runs_table(rows))
+    return 0
+
+
+def _rows(folders: Sequence[Path | str], metric: str | None) -> list[dict[str, Any]]:
+    from torchprobe.reports.table import row
+
+    found = (_recorded(folder) for folder in folders)
+    return [row(run, _summarised(run), metric) for run in found]
+
+
+def _follow(places: Sequence[Path | str], arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from torchprobe.reports.follow import follow
+
+    if len(places) > 1 or isinstance(places[0], str) or arguments.json or arguments.html is not None:
+        raise CommandError("--follow: takes one local run, and neither --json nor --html")
+    follow(Path(_runs(places[0])[-1]), Console())
+    return 0
+
+
+def _write_page(found: Run, summary: Mapping[str, Any], file: Path) -> None:
+    from torchprobe.reports.page import MissingChartsError, page
+
+    try:
+        file.write_text(page(found, summary), encoding="utf-8")
+    except MissingChartsError as error:
+        raise CommandError(f"--html: {error}") from error
+    except OSError as error:
+        raise CommandError(f"--html: cannot write '{file}': {error.strerror}") from error
+
+
+def _summarised(run: Run) -> dict[str, Any]:
+    from torchprobe.reports.summary import summarise
+
+    return summarise(run)
+
+
+def _runs(where: Path | str) -> list[Path | str]:
+    """Every run at or below a folder, the newest at the end; a URL is one run. Raises CommandError for none."""
+    from torchprobe.reports.run import NoRunError, runs_in
+
+    if isinstance(where, str):
+        return [where]
+    try:
+        return [*runs_in(where)]
+    except NoRunError as error:
+        raise CommandError(f"{error}. Record a run first: torchprobe demo") from error
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

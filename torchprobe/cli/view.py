@@ -90,7 +90,7 @@ def _serve(directory: Path | str, host: str, port: int | None) -> str:
     said = io.StringIO()  # advice about TensorBoard's own options, or why it gave up
     try:
         with contextlib.redirect_stderr(said):
-            server = program.TensorBoard(server_class=lambda app, flags: listen(with_overview(app), flags))
+            server = program.TensorBoard(_plugins(), server_class=lambda app, flags: listen(with_overview(app), flags))
             server.configure(options)
             address: str = server.launch()
     except program.TensorBoardPortInUseError as error:
@@ -101,6 +101,16 @@ def _serve(directory: Path | str, host: str, port: int | None) -> str:
         reason = said.getvalue().strip().rpartition("\n")[2]
         raise CommandError(f"TensorBoard cannot listen at {host}: {reason}") from error
     return address
+
+
+def _plugins() -> list[Any]:
+    """TensorBoard's own, those that are installed, and the Probe tab, also where torchprobe is not installed."""
+    from tensorboard import default
+
+    from torchprobe.reports.tab import ProbeLoader
+
+    found = default.get_plugins()
+    return found if ProbeLoader in found else [*found, ProbeLoader]
 
 
 def _tensorboard_program() -> ModuleType:

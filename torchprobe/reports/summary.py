@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.events import Series, visible
+from torchprobe.reports.evidence import both_parts, final_and_best, layers, number, performance
+from torchprobe.reports.run import Run
+from torchprobe.reports.verdict import episodes, next_steps, verdict
 
 ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are the same
-_WORST = 5  # layers of each kind
+_MOST = 5  # files that could not be read, named one by one
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
 _ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
@@ -21,18 +24,16 @@ _STATE_TEXTS = ("torchprobe/state", "torchprobe/state/text_summary")
 _STOPPED_TEXTS = ("torchprobe/stopped", "torchprobe/stopped/text_summary")
 _SILENT = 600.0  # seconds without a new value, after which a run without an end was killed
 _STOPPED_AT = re.compile(r"^recording stopped( at step \d+)?[:,.]? *", re.IGNORECASE)
-_EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
-    "largest gradients": ("grad_norm_layer", max),
-    "smallest mean gradients": ("grad_mean_abs", min),
-    "largest update ratios": ("update_ratio", max),
-    "smallest update ratios": ("update_ratio", min),
-    "most zeros in the output": ("activation_zero_fraction", max),
-    "largest attention logits": ("attention_max_logit", max),
-}
 
 
 def summarise(run: Run) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries; what is not finite is None, as JSON has no name for it."""
+    told = _told(run)
+    return {"verdict": verdict(told), "next_steps": next_steps(told), **told}
+
+
+def _told(run: Run) -> dict[str, Any]:
+    ends = layers(run)
     return {
         "run": visible(str(run.path)),
         **_state(run),
@@ -40,15 +41,21 @@ def summarise(run: Run) -> dict[str, Any]:
         "hparams": run.hparams,
         "steps": run.steps,
         "seconds": round(run.seconds, 3),
-        "steps_per_second": _number(run.steps / run.seconds) if run.seconds > 0 else None,
+        "steps_per_second": number(run.steps / run.seconds) if run.seconds > 0 else None,
         "counts": {tag.split("/")[1]: _count(run.scalars[tag]) for tag in _COUNTS if tag in run.scalars},
         "probe_overhead": _overhead(run),
         "curves": {tag: _curve(run.scalars[tag]) for tag in sorted(run.scalars) if _is_curve(tag)},
         "alerts": _alerts(run),
-        "layers": {title: _extremes(run.group(group), worst) for title, (group, worst) in _EXTREMES.items()},
+        "layers": {
+            title: [{key: row[key] for key in ("where", "value")} for row in rows] for title, rows in ends.items()
+        },
+        "layers_to_look_at": ends,
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
         "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
         "uncertainty": _uncertainty(run),
+        "train_against_validation": both_parts(run),
+        "final_and_best": final_and_best(run),
+        "performance": performance(run),
         "unread": run.unread,
         "flight_recordings": [_recording(flight) for flight in run.flights],
     }
@@ -58,7 +65,7 @@ def _state(run: Run) -> dict[str, str | None]:
     """What has become of the run, as its last word has it; None where it has none, as with a writer of one's own."""
     words = [text for tag in _STATE_TEXTS for _, text in run.texts.get(tag, ())]
     state, _, error = words[-1].partition(": ") if words else ("", "", "")
-    if state == "running" and time() - run.times[1] > _SILENT:
+    if state == "running" and run.scalars and time() - run.times[1] > _SILENT:
         state = "killed"
     if state != "crashed" and _stopped(run) is not None:
         state = "stopped recording"
@@ -86,10 +93,10 @@ def _is_curve(tag: str) -> bool:
 def _curve(series: Series) -> dict[str, Any]:
     finite = series.values[np.isfinite(series.values)]
     return {
-        "first": _number(series.values[0]),
-        "last": _number(series.last),
-        "lowest": _number(finite.min()) if finite.size else None,
-        "highest": _number(finite.max()) if finite.size else None,
+        "first": number(series.values[0]),
+        "last": number(series.last),
+        "lowest": number(finite.min()) if finite.size else None,
+        "highest": number(finite.max()) if finite.size else None,
         "points": len(series.values),
         "not_finite": int(series.values.size - finite.size),
     }
@@ -103,7 +110,9 @@ def _alerts(run: Run) -> list[dict[str, Any]]:
         said = [(line, advice) for line, advice in lines if line.startswith(rule)]
         last = said[-1][0] if said else None
         advice = next((advice for _, advice in reversed(said) if advice), None)
-        found.append({"rule": rule, "steps": series.steps.tolist(), "said": last, "advice": advice})
+        steps = series.steps.tolist()
+        lasting = episodes(rule, steps, said)
+        found.append({"rule": rule, "steps": steps, "said": last, "advice": advice, "episodes": lasting})
     return found
 
 
@@ -118,28 +127,13 @@ def _unescaped(markdown: str) -> str:
     return markdown.replace("\\", "").replace("&lt;", "<")
 
 
-def _extremes(group: Mapping[str, Series], worst: Any) -> list[dict[str, Any]]:
-    values = {name: _worst_of(series, worst) for name, series in group.items()}
-    found = {name: value for name, value in values.items() if math.isfinite(value) and (value or worst is min)}
-    ordered = sorted(found.items(), key=lambda item: item[1], reverse=worst is max)
-    return [{"where": name, "value": _number(value)} for name, value in ordered[:_WORST]]
-
-
-def _worst_of(series: Series, worst: Any) -> float:
-    """0 is the smallest where it has settled at 0 (a dead layer), not where it was 0 in passing (a warm-up's start)."""
-    values = series.values.tolist()
-    if worst is min and series.settled != 0:
-        values = [value for value in values if value != 0]
-    return float(worst(values))
-
-
 def _uncertainty(run: Run) -> dict[str, float | None]:
     tags = sorted(tag for tag in run.scalars if tag.removeprefix("val/").startswith("uncertainty_"))
-    return {tag: _number(run.scalars[tag].last) for tag in tags}
+    return {tag: number(run.scalars[tag].last) for tag in tags}
 
 
 def _latest(run: Run, group: str) -> dict[str, float | None]:
-    return {name: _number(series.last) for name, series in sorted(run.group(group).items())}
+    return {name: number(series.last) for name, series in sorted(run.group(group).items())}
 
 
 def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,11 +143,7 @@ def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
 def _overhead(run: Run) -> float | None:
     """The middle one of what was written every so many steps."""
     series = run.scalars.get("overview/probe_overhead")
-    return None if series is None else _number(float(np.median(series.values)))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return None if series is None else number(float(np.median(series.values)))
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -177,8 +167,8 @@ def endings(summary: Mapping[str, Any]) -> Iterator[str]:
     if stopped is not None:
         yield f"Recording stopped at step {stopped['step']}: {stopped['why']}"
     if unread := summary["unread"]:
-        rest = f" and {len(unread) - _WORST} more" if len(unread) > _WORST else ""
-        yield f"Not read, since damaged or of another program: {', '.join(unread[:_WORST])}{rest}"
+        rest = f" and {len(unread) - _MOST} more" if len(unread) > _MOST else ""
+        yield f"Not read, since damaged or of another program: {', '.join(unread[:_MOST])}{rest}"
 
 
 def listed(hparams: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from torchprobe.reports.run import Run, Series, visible
+from torchprobe.reports.events import Series, visible
+from torchprobe.reports.run import Run
 from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -23,30 +24,48 @@ _WIDTH = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
 _TIMES = 10  # apart: from there on so many times says more than a percentage
 _WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
+_STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
 _NAMED = 5  # tags that one run alone has
 
 
 def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
-    """Everything that is known, in the order in which a person asks: is it well, what goes on, where."""
+    """Everything that is known, in the order in which a person asks: is it well, what goes on, where, what to try."""
     return Group(*_parts(run, summary))
 
 
 def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
     yield from (Text(ending, style="red") for ending in endings(summary))
+    yield from verdict_lines(summary["verdict"])
     if summary["hparams"]:
         yield Text(listed(summary["hparams"]))
     yield _alerts(summary["alerts"])
     for flight in summary["flight_recordings"]:
         about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
         yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
+    yield from _final_and_best(summary["final_and_best"])
+    yield from _both_parts(summary["train_against_validation"])
     yield from _curves("course of the run", run, summary["curves"])
-    yield from _layers(summary["layers"])
+    yield from _layers(summary["layers_to_look_at"])
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
     yield from _curves("attention entropy by layer, nats", run, entropies)
     yield from _numbers("uncertainty", summary["uncertainty"])
     for part, values in summary["calibration"].items():
         yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
+    yield from _performance(summary["performance"])
+    yield from _next_steps(summary["next_steps"])
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[Text]:
+    """The verdict, and below it what to look at."""
+    yield Text(verdict["line"], style=_STYLES[verdict["healthy"]])
+    yield from (Text(f" {i}. {thing['what']}") for i, thing in enumerate(verdict["look_at"], 1))
+
+
+def _next_steps(advice: Sequence[str]) -> Iterator[RenderableType]:
+    if advice:
+        yield Text("\nwhat to try, the gravest first", style="bold")
+        yield from (Text(f" {i}. {text}") for i, text in enumerate(advice, 1))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -56,8 +75,6 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
     for alert in alerts:
         steps = ", ".join(map(str, alert["steps"][:_STEPS])) + (", …" if len(alert["steps"]) > _STEPS else "")
         table.add_row(alert["rule"], steps, escape(alert["said"] or ""), style="yellow")
-        if alert["advice"]:
-            table.add_row("", "", escape(alert["advice"]))
     return table
 
 
@@ -74,10 +91,38 @@ def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> It
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
     if any(layers.values()):
-        table = plain_table("layers to look at", "what", "where", ">value")
+        table = plain_table("layers to look at", "what", "where", ">value", ">step", ">exactly 0")
         for title, rows in layers.items():
             for i, row in enumerate(rows[:3]):
-                table.add_row("" if i else title, escape(row["where"]), short(row["value"]))
+                zeros = f"{row['zeros']} of {row['points']}" if row["zeros"] else ""
+                first = "" if i else title
+                table.add_row(first, escape(row["where"]), short(row["value"]), str(row["step"]), zeros)
+        yield table
+
+
+def _final_and_best(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    if metrics:
+        table = plain_table("final and best", "tag", ">final", ">best", ">at step", "better is")
+        for tag, found in metrics.items():
+            numbers = short(found["final"]), short(found["best"]), str(found["best_step"])
+            table.add_row(escape(tag), *numbers, found["better"])
+        yield table
+
+
+def _both_parts(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    if parts:
+        table = plain_table("training against validation", "what", ">training", ">validation", ">gap", ">step")
+        for name, found in parts.items():
+            numbers = (short(found[key]) for key in ("train", "validation", "gap"))
+            table.add_row(escape(name), *numbers, str(found["step"]))
+        yield table
+
+
+def _performance(found: Mapping[str, Mapping[str, float]]) -> Iterator[Table]:
+    if found:
+        table = plain_table("performance", "what", ">median", ">95th percentile")
+        for name, numbers in found.items():
+            table.add_row(escape(name), short(numbers["median"]), short(numbers["p95"]))
         yield table
 
 
@@ -124,7 +169,7 @@ def sparkline(values: NDArray[np.float64], width: int = 24) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tag of both runs: where each has settled (`Series.settled`), and how far apart that is.
+    """A tag of both runs: where each had settled (`Series.settled`) at the last step that both have, and how far apart.
 
     size is |a - b| over the largest of |a|, |b| and the spread of either, from 0 (equal) to 2 (of opposite sign and
     equal size); infinite when one of the two is not finite. times is how many times the smaller the larger is, for two
@@ -136,6 +181,16 @@ class Difference:
     b: float
     size: float
     times: float = 1.0
+    step: int = 0
+
+    @property
+    def ratio(self) -> str:
+        """The second over the first, for two of one sign; else how much is added."""
+        if not (math.isfinite(self.a) and math.isfinite(self.b)):
+            return "-"
+        if self.a and self.b and (self.a > 0) == (self.b > 0):
+            return f"x {self.b / self.a:.3g}"
+        return f"{self.b - self.a:+.3g}"
 
     @property
     def rank(self) -> float:
@@ -162,7 +217,7 @@ class Comparison:
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compare every scalar tag of two runs."""
+    """Compare every scalar tag of two runs, each at the last step that both have of it."""
     common = a.scalars.keys() & b.scalars.keys()
     found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
     found.sort(key=lambda difference: difference.rank, reverse=True)
@@ -177,14 +232,17 @@ def _hparams(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any,
 
 
 def _difference(tag: str, one: Series, other: Series) -> Difference:
+    step = int(min(one.steps[-1], other.steps[-1]))
+    one, other = one.until(step), other.until(step)
     a, b = one.settled, other.settled
     if not (math.isfinite(a) and math.isfinite(b)):
         same = math.isnan(a) and math.isnan(b)
-        return Difference(tag, a, b, 0.0 if same else math.inf)
+        return Difference(tag, a, b, 0.0 if same else math.inf, step=step)
     low, high = sorted((abs(a), abs(b)))
     noise = max(one.spread, other.spread)
     size = abs(a - b) / max(high, noise) if high else 0.0
-    return Difference(tag, a, b, size, high / max(low, noise) if low and (a > 0) == (b > 0) else 1.0)
+    times = high / max(low, noise) if low and (a > 0) == (b > 0) else 1.0
+    return Difference(tag, a, b, size, times, step)
 
 
 def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> RenderableType:
@@ -213,9 +271,9 @@ def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Ite
 
 def _of_both(title: str, found: Sequence[Difference], most: int) -> Iterator[RenderableType]:
     if found:
-        table = plain_table(title, "tag", ">first", ">second", ">difference")
+        table = plain_table(title, "tag", ">first", ">second", ">ratio", ">difference", ">step")
         for one in found[:most]:
-            table.add_row(escape(one.tag), short(one.a), short(one.b), str(one))
+            table.add_row(escape(one.tag), short(one.a), short(one.b), one.ratio, str(one), str(one.step))
         yield table
     if len(found) > most:
         rest = len(found) - most

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import google_crc32c
 
@@ -23,3 +25,13 @@ def _checksum(data: bytes) -> bytes:
     crc = int(google_crc32c.value(data))
     rotated = crc >> 15 | crc << 17
     return struct.pack("<I", rotated + _MASK_DELTA & 0xFFFFFFFF)
+
+
+def records_of(file: BinaryIO) -> Iterator[bytes]:
+    """The whole records from where the file stands, up to its end or to the first that is torn or damaged."""
+    while len(header := file.read(12)) == 12 and _checksum(header[:8]) == header[8:]:
+        (length,) = struct.unpack("<Q", header[:8])
+        body = file.read(length + 4)
+        if len(body) < length + 4 or _checksum(body[:-4]) != body[-4:]:
+            return
+        yield body[:-4]

@@ -258,6 +258,7 @@ class Session(Logs, SamplingCalls):
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
         lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
+        lines += [f"  remark            {remark}. {remark.advice}" for remark in list(self._watch.remarks)]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
         return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
 from torchprobe.capture.compiled.retrace import Retrace
+from torchprobe.capture.diagnosis.source import DiagnosisSource
 from torchprobe.capture.eager_hooks import EagerHooks, Watcher
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.micro_gradients import MicroGradientSource
@@ -59,7 +60,14 @@ class Sources:
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
-        watchers: list[Watcher] = [*self._traces, *self._units, *(attention.masks for attention in self._attention)]
+        self.diagnoses = [DiagnosisSource(model, r) for r in reporters if r.source == "diagnosis"]
+        calls = [diagnosis.calls for diagnosis in self.diagnoses]
+        watchers: list[Watcher] = [
+            *self._traces,
+            *self._units,
+            *calls,
+            *(attention.masks for attention in self._attention),
+        ]
         self._hooks = EagerHooks(model, watchers, running)
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
@@ -95,6 +103,8 @@ class Sources:
         self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
+        for diagnosis in self.diagnoses:
+            diagnosis.open(step, due)
         self._tell_own("open", step)
         if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
@@ -112,7 +122,9 @@ class Sources:
 
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
-        return self.parameters.settle()
+        yield from self.parameters.settle()
+        for diagnosis in self.diagnoses:
+            yield from diagnosis.rows()
 
     # ---- forward passes
 
@@ -147,6 +159,8 @@ class Sources:
         """It has returned."""
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
+        for diagnosis in self.diagnoses:
+            diagnosis.leave(passing, module, args, kwargs, output)
         if passing.training:
             phase = self.predictions.take()
             if phase is not None:
@@ -187,9 +201,13 @@ class Sources:
         """Before any gradient of a parameter."""
         self._micro.begin(due)
         self.parameters.backward_begins(due)
+        for diagnosis in self.diagnoses:
+            diagnosis.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
         """After all of them: what is kept of the backward pass itself."""
+        for diagnosis in self.diagnoses:
+            diagnosis.backward_ends(due)
         rows = self._micro.end(due)
         return {self._micro: rows} if rows else {}
 
@@ -249,6 +267,12 @@ class Sources:
         return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
 
     # ---- optimizers, NaN, the end
+
+    def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
+        """An optimizer is about to step, in a sampled step."""
+        self.parameters.before_step(optimizer, due)
+        for diagnosis in self.diagnoses:
+            diagnosis.before_step(optimizer, due)
 
     def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""

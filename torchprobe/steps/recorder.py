@@ -57,7 +57,7 @@ class Recorder:
             self._use(optimizer)
         if not due:
             return False
-        self._sources.parameters.before_step(optimizer, due)
+        self._sources.before_step(optimizer, due)
         return not has_closure
 
     @protected

@@ -90,7 +90,7 @@ class Decoder:
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
-        evidence = _taken(values) if sent.due else {}
+        evidence = _taken(values) if groups else {}
         if not values and not evidence:
             return None
         return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)

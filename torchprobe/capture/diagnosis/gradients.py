@@ -24,6 +24,7 @@ from torchprobe.statistics.norms import l2_norms
 
 _FEW = 2**14  # elements of a parameter whose gradient is looked at
 _MOST = 64  # such parameters
+_FIRST = 8  # backward passes of a step that are looked at
 _NAMED = 200  # parameters that are named in evidence
 _SAMPLE = 1024  # elements that tell whether a parameter has changed
 
@@ -58,7 +59,7 @@ class GradientFacts:
     def backward_begins(self) -> None:
         """Before any gradient of a parameter."""
         self._backwards += 1
-        if len(self._passes) < _MOST:
+        if len(self._passes) < _FIRST:
             self._before = self._look()
 
     def backward_ends(self) -> None:

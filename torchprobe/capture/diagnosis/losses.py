@@ -116,6 +116,7 @@ class OutputFacts:
         targets, counted, nll = judged(logits[::stride], gradients[::stride])
         put = self._evidence.put
         put("cross_entropy", (nll * counted).sum() / counted.sum())
+        put("counted", counted.double().mean())  # a row that is right beyond doubt has no gradient either
         put("classes", classes)
         put("softmax_rows", _are_distributions(logits[::stride]))
         self._spread(class_counts(targets, counted, classes))

@@ -29,7 +29,7 @@ def structure_of(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > _HIGH_DROPOUT:
             yield f"dropout/{name}", module.p
     for name, parameter in named_parameters(model):
-        if parameter.dim() > 1 and parameter.shape[0] > 1 and parameter.numel() <= _LARGE:
+        if parameter.dim() > 1 and min(parameter.shape[:2]) > 1 and parameter.numel() <= _LARGE:
             yield from _symmetry(name, parameter)
 
 
@@ -56,4 +56,5 @@ def _symmetry(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]
     largest = gradients.abs().amax()
     alike = (weights == weights[:1]).all() & ((gradients - gradients[:1]).abs().amax() <= 1e-5 * largest)
     yield f"symmetric/{name}", (alike & (largest > 0)).double()
+    yield f"constant/{name}", ((weights == weights[:1, :1]).all() & (weights[0, 0] != 0)).double()
     yield f"zero/{name}", ((weights == 0).all() & (largest == 0)).double()

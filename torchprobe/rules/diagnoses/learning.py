@@ -12,6 +12,7 @@ from torchprobe.records import Record
 from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, Memory, evidence, first_of, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
+_ABOVE = 1.05  # times the entropy
 _EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, and nothing else
 
 
@@ -19,7 +20,8 @@ _EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, a
 class AtChance(Diagnosis):
     """Cross-entropy is no better than the entropy of the targets seen: what always guessing their frequencies costs.
 
-    The mean of the last quarter of at least `steps` losses is above `share` of that entropy, and does not fall.
+    The mean of the last quarter of at least `steps` losses is above `share` of that entropy, and does not fall. Left
+    alone: a loss that was far above it and has just come down to it, since frequencies are what is learnt first.
     """
 
     steps: int = 150
@@ -50,22 +52,23 @@ class AtChance(Diagnosis):
         quarter = len(losses) // 4
         last, before = float(np.mean(losses[-quarter:])), float(np.mean(losses[-2 * quarter : -quarter]))
         limit = self.share * kept["entropy"]
-        ill = last > limit > 0.05 and last > 0.98 * before
+        stays = last > min(0.98 * before, float(np.mean(losses[:4])))
+        ill = last > limit > 0.05 and stays and not _is_new(losses, kept["entropy"])
         return [self.alert(record.step, None, last, limit, self.message)] if ill else []
 
     def _learn(self, record: Record, kept: dict[str, Any], loss: float | None) -> None:
         """plain: all samples so far had the plain cross-entropy for their loss, and targets enough."""
         found = {fact: evidence(record, fact).get("") for fact in _TARGETS}
-        entropy, nll, seen, classes, unseen = found.values()
-        if entropy is None or nll is None or seen is None or classes is None or unseen is None:
+        entropy, nll, counted, seen, classes, unseen = (math.nan if x is None else x for x in found.values())
+        if math.isnan(nll):
             return
-        equal = loss is not None and abs(loss - nll) <= _EQUAL * abs(nll) + 1e-3
+        equal = loss is not None and min(abs(loss - nll), abs(loss - counted * nll)) <= _EQUAL * abs(nll) + 1e-3
         kept["equal"] = kept.get("equal", True) and equal
         kept["plain"] = kept["equal"] and seen >= self.targets * max(1.0, classes - unseen)
         kept["entropy"] = entropy
 
 
-_TARGETS = ("target_entropy", "cross_entropy", "targets", "classes", "classes_unseen")
+_TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,16 @@ class LearningRateDecaysEarly(Diagnosis):
         spent = record.step - kept["since"] if low else 0
         ill = spent >= self.steps and spent > record.step / 4 and not learnt
         return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []
+
+
+def _is_new(losses: list[float], entropy: float) -> bool:
+    """Whether the loss has come down to the entropy only in the last two thirds: frequencies are what is learnt first.
+
+    A loss that never came down is not new there.
+    """
+    started = losses[0] > _ABOVE * entropy
+    down = next((i for i in range(8, len(losses)) if np.mean(losses[i - 8 : i]) <= _ABOVE * entropy), 0)
+    return started and down > len(losses) / 3
 
 
 def _keep(kept: dict[str, Any], step: int, loss: float) -> list[float]:

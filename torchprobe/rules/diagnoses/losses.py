@@ -130,9 +130,9 @@ class LargeInitialLoss(Diagnosis):
 
 @dataclass(frozen=True)
 class ClassNeverOccurs(Diagnosis):
-    """Classes of the output that no target is of, where 50 targets a class were seen."""
+    """Classes of the output that no target is of, where 20 targets a class were seen."""
 
-    targets: int = 50
+    targets: int = 20
 
     name = "class_never_occurs"
     serious = False

@@ -70,10 +70,12 @@ class SaturatedUnits(Diagnosis):
 
 @dataclass(frozen=True)
 class SymmetricInitialisation(Diagnosis):
-    """All units of a layer begin with equal weights and get equal gradients, or weights of 0 get none at all."""
+    """All units of a layer begin with equal weights and get equal gradients, or all weights of several layers are one
+    number; of 0, where they get no gradient.
+    """
 
     name = "symmetric_initialisation"
-    message = "all units of the layer begin equal and get equal gradients: they stay copies of one unit"
+    message = "all units of the layer begin equal, and get equal gradients or nearly so: they stay copies of one unit"
     advice = (
         "Initialise weights at random (`nn.init.kaiming_normal_`, `xavier_uniform_`), biases alone may be constant "
         "(Goodfellow et al. 2016, Deep Learning, section 8.4)."
@@ -81,8 +83,11 @@ class SymmetricInitialisation(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Of the first sample."""
-        alike = {name: value for name, value in evidence(record, "symmetric").items() if value}
-        zero = {name: value for name, value in evidence(record, "zero").items() if value}
+        symmetric, constant, zero = (
+            {name: value for name, value in evidence(record, fact).items() if value}
+            for fact in ("symmetric", "constant", "zero")
+        )
+        alike = symmetric | (constant if len(constant) > 1 else {})
         still = "several layers are all zero and get no gradient: they stay zero"
         found = self.said(record.step, alike)
         return [*found, *self.said(record.step, zero if len(zero) > 1 else {}, still)]

@@ -8,8 +8,7 @@ from typing import Any
 from torchprobe.records import Record
 from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
 
-_NOT_CALLED, _BESIDE, _NO_GRAD, _DETACHED = 1.0, 2.0, 3.0, 4.0  # as `capture.diagnosis.modules` has them
-_LEAST_SHARE = 0.9  # of a gradient, that was there before backward: zeroed elements are no evidence
+_NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
 
 
 @dataclass(frozen=True)
@@ -119,4 +118,5 @@ class NoOptimizerStep(Diagnosis):
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """As many as that in one step."""
         seen = evidence(record, self.fact).get("", 0.0)
-        return self.said(record.step, {"": seen} if seen >= self.backwards and not evidence(record, "rate") else {})
+        ill = seen >= self.backwards and not evidence(record, "rate")
+        return [self.alert(record.step, None, seen, self.backwards, self.message)] if ill else []

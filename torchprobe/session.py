@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
+from torchprobe.records import Text
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.choosing import Rule
 from torchprobe.rules.watch import Watch, open_watch
@@ -36,9 +37,6 @@ from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.run_directory import RunDirectory, open_writer
-
-if TYPE_CHECKING:
-    from torchprobe.records import Text
 
 _log = logging.getLogger("torchprobe")
 
@@ -178,6 +176,11 @@ class Session(Logs, SamplingCalls):
         return list(self._watch.alerts)
 
     @property
+    def remarks(self) -> list[Alert]:
+        """What diagnoses found that may be meant as it is, in order: a new list. No alerts, and seen as those are."""
+        return list(self._watch.remarks)
+
+    @property
     def attached(self) -> bool:
         """Whether the session still watches its model."""
         return self._finalizer.alive
@@ -258,7 +261,7 @@ class Session(Logs, SamplingCalls):
         if outlet.decoder.missing:
             lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
         lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
-        lines += [f"  remark            {remark}. {remark.advice}" for remark in list(self._watch.remarks)]
+        lines += [f"  remark            {remark}. {remark.advice}" for remark in self.remarks]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
         return "\n".join(lines)
 

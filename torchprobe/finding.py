@@ -1,4 +1,4 @@
-"""Finds the model of a script by itself, and watches it for some steps: what `torchprobe check` runs a script inside."""
+"""Finds the model of a script by itself, and watches it for some steps: for `torchprobe check`."""
 
 from __future__ import annotations
 

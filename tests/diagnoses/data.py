@@ -32,7 +32,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def digits(flat: bool = True) -> tuple[Tensor, Tensor]:
-    """Images of 8 × 8, mean 0 and standard deviation 1, and their classes."""
+    """Images of 8 by 8, mean 0 and standard deviation 1, and their classes."""
     x, y = _digits()
     return (x.flatten(1), y) if flat else (x[:, None], y)
 

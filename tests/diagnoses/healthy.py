@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -792,9 +791,8 @@ def gradients_by_autograd_grad(watch):
 def full_batch(watch):
     model, (x, y) = mlp(8, 1), numbers()
     optimizer, session = torch.optim.Adam(model.parameters(), 1e-2), watch(model)
-    for a, b in cycle([(x, y)]):
+    for _ in range(120):
         optimizer.zero_grad()
-        F.mse_loss(model(a), b).backward()
+        F.mse_loss(model(x), y).backward()
         optimizer.step()
-        if session.step >= 150:
-            return session
+    return session

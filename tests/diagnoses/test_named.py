@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from torchprobe.testing import MemoryWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+ROOT = Path(__file__).parents[2]
 CONSEQUENCES = {"at_chance", "large_initial_loss"}  # of other bugs
 TOGETHER = {"unregistered_modules": {"detached_parameters"}}
 
@@ -41,3 +44,17 @@ def test_what_may_be_meant_is_a_remark(name):
     session = run(recipe, None)
     assert rule not in {alert.rule for alert in session.alerts}
     assert f"remark            {rule}" in session.summary()
+
+
+def test_every_diagnosis_has_its_page_and_its_place_in_the_readme():
+    page = " ".join((ROOT / "docs" / "diagnoses.md").read_text().split())
+    readme = (ROOT / "README.md").read_text()
+    for diagnosis in DIAGNOSES:
+        assert f"## {diagnosis.name} **Symptom.** " in page, diagnosis.name
+        assert f"**Fix.** {diagnosis.advice}" in page, diagnosis.name
+        assert f"`{diagnosis.name}`" in readme, diagnosis.name
+
+
+def test_every_diagnosis_has_a_planted_bug():
+    named = {rule for rule, _ in (*SICK.values(), *REMARKS.values())}
+    assert {diagnosis.name for diagnosis in DIAGNOSES} - named <= {"fp16_without_grad_scaler"}  # wants a device

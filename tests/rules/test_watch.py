@@ -76,7 +76,8 @@ def test_every_rule_says_what_it_means_what_to_try_and_where_that_is_from(rule):
     assert len(re.findall(r"[.;]( |$)", f"{said}.")) >= 2
     assert source.endswith(").")
     assert re.search(r"\d{4}|PyTorch|docs|py-spy|CS231n", source)
-    assert rule.advice.replace("\n", " ") in " ".join((DOCS / "alerts.md").read_text().split())
+    pages = (DOCS / "alerts.md").read_text() + (DOCS / "diagnoses.md").read_text()
+    assert rule.advice.replace("\n", " ") in " ".join(pages.split())
 
 
 def test_an_alert_is_one_line_that_names_everything():

@@ -1,1 +1,1 @@
-"""Evidence for diagnoses: what the optimizer holds and gets, what lies between output and loss, how modules are used."""
+"""Evidence for diagnoses: what optimizers hold and get, what lies between output and loss, how modules are used."""

@@ -14,7 +14,7 @@ from torchprobe.statistics.dtypes import row_dtype
 
 
 class Evidence:
-    """Host facts and scalars on devices by name, `<fact>` or `<fact>/<parameter or module>`; of two the later counts."""
+    """Host facts and scalars on devices by name, `<fact>` or `<fact>/<where>`; of two of a name the later counts."""
 
     def __init__(self) -> None:
         self._facts: dict[str, float] = {}

@@ -25,6 +25,7 @@ from torchprobe.statistics.norms import l2_norms
 _FEW = 2**14  # elements of a parameter whose gradient is looked at
 _MOST = 64  # such parameters
 _FIRST = 8  # backward passes of a step that are looked at
+_LARGE = 2**22  # elements of a gradient whose zeros are not counted
 _NAMED = 200  # parameters that are named in evidence
 _SAMPLE = 1024  # elements that tell whether a parameter has changed
 
@@ -51,10 +52,16 @@ class GradientFacts:
         self._searched: frozenset[int] = frozenset()  # parameters for whose holder all objects were looked at
         self._backwards = 0
         self._stepped = False
+        self.half_precision = False
+        """Whether an output of the open step is float16."""
 
     def open(self) -> None:
         """A step begins."""
-        self._passes, self._before = [], None
+        self._passes, self._before, self.half_precision = [], None, False
+
+    def uses_half(self) -> None:
+        """An output of the open step is float16."""
+        self.half_precision = True
 
     def backward_begins(self) -> None:
         """Before any gradient of a parameter."""
@@ -84,7 +91,9 @@ class GradientFacts:
         self._since_backward(mine, label)
         self._unheld(named, optimizer, held, label)
         self._without_gradient(named, held)
-        self._scale(mine, optimizer, label)
+        self._rate(optimizer, label)
+        if self.half_precision and loss_scale(optimizer) is None:
+            self._zeros(mine)
         self._passes = []
 
     # ---- zeroed too late, too early, or never
@@ -139,14 +148,20 @@ class GradientFacts:
                 why = self._calls.why_without_gradient(owner_of(name), owners)
                 self._evidence.put(f"no_gradient/{name}", why)
 
-    # ---- half precision
+    # ---- rates, half precision
 
-    def _scale(self, mine: list[nn.Parameter], optimizer: Optimizer, label: str) -> None:
+    def _rate(self, optimizer: Optimizer, label: str) -> None:
         rates = [group.get("lr") for group in optimizer.param_groups]
         known = [float(rate) for rate in rates if isinstance(rate, int | float)]
         if known and len(known) == len(rates):
             self._evidence.put(f"rate/{label}", max(known))
-        self._evidence.put("unscaled", float(loss_scale(optimizer) is None))
+
+    def _zeros(self, mine: list[nn.Parameter]) -> None:
+        """The share of elements that are exactly zero, of matrices: of an embedding most are by right."""
+        usable = [p.grad.detach() for p in mine if p.dim() > 1 and p.grad is not None and measurable(p.grad)]
+        shares = [(g == 0).float().mean() for g in usable[:: 1 + len(usable) // _MOST] if g.numel() < _LARGE]
+        if shares:
+            self._evidence.put("zero_gradients", torch.stack([s.to(shares[0].device) for s in shares]).median())
 
     def _look(self) -> _Seen:
         model = self._model()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,6 @@ class OutputFacts:
             return
         with self._gate.boundary(), torch.no_grad(), no_autocast(gradient.device), no_torch_function():
             self._evidence.put("evaluates", output.evaluates)
-            self._evidence.put("half_precision", gradient.dtype == torch.float16)
             links = way_to_loss(roots().tensors, output.place)
             way = [link for link in links if not is_shape(link.name)]
             if way and output.values._version == output.version:
@@ -77,7 +77,7 @@ class OutputFacts:
                 self._targets(output, links, way, gradient)
 
     def _misplaced(self, names: Sequence[str]) -> None:
-        pairs = set(zip(names, names[1:], strict=False))
+        pairs = set(pairwise(names))
         put = self._evidence.put
         put("double_softmax", float(("SoftmaxBackward", "LogSoftmaxBackward") in pairs))
         put("sigmoid_before_softmax", float(("SigmoidBackward", "LogSoftmaxBackward") in pairs))

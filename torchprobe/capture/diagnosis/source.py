@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -17,6 +17,7 @@ from torchprobe.capture.diagnosis.gradients import GradientFacts
 from torchprobe.capture.diagnosis.losses import OutputFacts
 from torchprobe.capture.diagnosis.modules import ModuleCalls
 from torchprobe.capture.diagnosis.structure import structure_of
+from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.source import VALIDATION, Pass
 from torchprobe.probes.base import Reporter
 
@@ -57,6 +58,8 @@ class DiagnosisSource:
             evaluates = not module.training and _depends_on_mode(module)
             self._outputs.on_output(args, kwargs, output, evaluates)
             self.calls.returned(output)
+            if any(x.dtype is torch.float16 for x in tensors_in(output)):
+                self._gradients.uses_half()
             self._follow(passing)
 
     def _follow(self, passing: Pass) -> None:

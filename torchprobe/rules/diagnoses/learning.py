@@ -18,7 +18,7 @@ _EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, a
 
 @dataclass(frozen=True)
 class AtChance(Diagnosis):
-    """Cross-entropy is no better than the entropy of the targets seen: what always guessing their frequencies costs.
+    """Cross-entropy is no better than the entropy of the targets seen, which always guessing their frequencies costs.
 
     The mean of the last quarter of at least `steps` losses is above `share` of that entropy, and does not fall. Left
     alone: a loss that was far above it and has just come down to it, since frequencies are what is learnt first.
@@ -32,8 +32,8 @@ class AtChance(Diagnosis):
     message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
-        "too high nor too low, and that a few examples alone can be fitted (Karpathy 2019, A recipe for training neural "
-        "networks: overfit one batch)."
+        "too high nor too low; and that a few examples alone can be fitted (Karpathy 2019, A recipe for training "
+        "neural networks: overfit one batch)."
     )
 
     def watcher(self) -> Memory:
@@ -80,8 +80,8 @@ class LearningRateZero(Diagnosis):
     name = "learning_rate_zero"
     message = "the learning rate has been 0 since the run began: steps change nothing"
     advice = (
-        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with: in a `LambdaLR` integer division or a"
-        " warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
+        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -104,7 +104,7 @@ class LearningRateTooLow(Diagnosis):
     name = "learning_rate_too_low"
     message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
     advice = (
-        "A healthy step moves a parameter by about a thousandth of its norm: raise the learning rate by factors of 10 "
+        "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
         "until the loss moves (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
     )
 
@@ -139,8 +139,8 @@ class LearningRateDecaysEarly(Diagnosis):
     name = "learning_rate_decays_early"
     message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
     advice = (
-        "A scheduler that counts epochs is often stepped every batch: call `scheduler.step()` once an epoch, or give it "
-        "the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
+        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
+        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:

@@ -14,7 +14,7 @@ _DOCS = "PyTorch, torch.nn"
 
 @dataclass(frozen=True)
 class SoftmaxBeforeCrossEntropy(Diagnosis):
-    """A softmax, in the model or behind it, is what cross-entropy takes for logits: the graph says so, or the values."""
+    """Cross-entropy takes for logits what a softmax gave, in the model or behind it: by the graph, or by the values."""
 
     name = "softmax_before_cross_entropy"
     fact = "double_softmax"
@@ -44,7 +44,10 @@ class SigmoidBeforeCrossEntropy(Diagnosis):
     name = "sigmoid_before_cross_entropy"
     fact = "sigmoid_before_softmax"
     message = "sigmoid is applied before cross-entropy, which takes logits: no class can get far ahead of the others"
-    advice = f"Take the sigmoid away from what the loss gets ({_DOCS}.CrossEntropyLoss)."
+    advice = (
+        "Take the sigmoid away from what the loss gets. For labels that do not exclude each other use "
+        f"`BCEWithLogitsLoss` ({_DOCS}.CrossEntropyLoss)."
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class NllWithoutLog(Diagnosis):
     name = "nll_loss_without_log_softmax"
     fact = "nll_without_log"
     message = "nll_loss gets what is no log-probability (a softmax, or raw scores), so it is no likelihood"
-    advice = f"Use `cross_entropy` on logits, or `nll_loss` on `log_softmax` ({_DOCS}.NLLLoss)."
+    advice = (
+        "`nll_loss` only picks the target's entry, so that it falls without end. Use `cross_entropy` on logits, or "
+        f"`nll_loss` on `log_softmax` ({_DOCS}.NLLLoss)."
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class ReluOutput(Diagnosis):
     limit = 0.05
     message = "the model's output is a ReLU, and where it is 0 the loss asks for less: those outputs cannot learn"
     advice = (
-        "Take the ReLU off the last layer: logits and targets of either sign need the whole line (Goodfellow et al. "
+        "Take the ReLU off the last layer. Logits and targets of either sign need the whole line (Goodfellow et al. "
         "2016, Deep Learning, section 6.2.2)."
     )
 
@@ -112,7 +118,7 @@ class LargeInitialLoss(Diagnosis):
     name = "large_initial_loss"
     message = "the first loss is far above that of a guess, ln K: the model begins sure of wrong answers"
     advice = (
-        "Look at the scale of the inputs and of the last layer's weights, which should give logits near 0 at first "
+        "Look at the scale of the inputs and of the last layer's weights; they should give logits near 0 at first "
         "(Karpathy 2019, A recipe for training neural networks: verify loss at init)."
     )
 
@@ -138,7 +144,10 @@ class ClassNeverOccurs(Diagnosis):
     serious = False
     fact = "classes_unseen"
     message = "so many classes of the output were never a target: labels may be off by one, or the output too wide"
-    advice = "Compare the smallest and largest label with the width of the last layer (PyTorch, torch.nn.NLLLoss)."
+    advice = (
+        "Compare the smallest and largest label with the width of the last layer; labels count from 0 (PyTorch, "
+        "torch.nn.CrossEntropyLoss)."
+    )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Once enough targets were seen."""
@@ -157,7 +166,8 @@ class UnshuffledBatches(Diagnosis):
     name = "unshuffled_batches"
     message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
     advice = (
-        "Pass `shuffle=True` to the DataLoader, or permute the data before they are split into batches (Bengio 2012, "
+        "Each step learns one class and forgets the others. Pass `shuffle=True` to the DataLoader, or permute the data "
+        "before they are split into batches (Bengio 2012, "
         "arXiv 1206.5533, section 3.1.1)."
     )
 

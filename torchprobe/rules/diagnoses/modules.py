@@ -18,7 +18,7 @@ class UnscaledInputs(Diagnosis):
     limit = 10.0
     message = "the first layer gets large numbers, such as pixels from 0 to 255: inputs are not normalised"
     advice = (
-        "Bring inputs to about mean 0 and standard deviation 1, or at least into [0, 1]: weights are initialised for "
+        "Bring inputs to about mean 0 and standard deviation 1, or at least into [0, 1]; weights are initialised for "
         "that (LeCun et al. 2012, Efficient BackProp, section 4.3)."
     )
 
@@ -31,7 +31,7 @@ class ConstantInputs(Diagnosis):
     fact = "input_varies"
     message = "all examples of a batch are equal where they enter the model: there is nothing to tell them apart by"
     advice = (
-        "Look at a batch as the model gets it, after all transforms: a dataset that returns one item, or values that "
+        "Look at a batch as the model gets it, after all transforms. A dataset may return one item always, or values "
         "were rounded or clipped away (Karpathy 2019, A recipe for training neural networks: visualize just before the "
         "net)."
     )
@@ -75,9 +75,9 @@ class SymmetricInitialisation(Diagnosis):
     """
 
     name = "symmetric_initialisation"
-    message = "all units of the layer begin equal, and get equal gradients or nearly so: they stay copies of one unit"
+    message = "all units of the layer begin equal, and are pulled alike: they stay copies of one unit"
     advice = (
-        "Initialise weights at random (`nn.init.kaiming_normal_`, `xavier_uniform_`), biases alone may be constant "
+        "Initialise weights at random (`nn.init.kaiming_normal_`, `xavier_uniform_`); biases alone may be constant "
         "(Goodfellow et al. 2016, Deep Learning, section 8.4)."
     )
 
@@ -101,8 +101,8 @@ class UnregisteredModules(Diagnosis):
     fact = "unregistered"
     message = "modules in a plain list or dictionary get gradients, but are not in parameters(): they are never trained"
     advice = (
-        "Put them into `nn.ModuleList` or `nn.ModuleDict`, so that the optimizer, `to()`, `train()` and `state_dict()` "
-        "know of them (PyTorch, torch.nn.ModuleList)."
+        "Put them into `nn.ModuleList` or `nn.ModuleDict`. Only then the optimizer, `to()`, `train()` and "
+        "`state_dict()` know of them (PyTorch, torch.nn.ModuleList)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -135,7 +135,10 @@ class DropoutTooHigh(Diagnosis):
     fact = "dropout"
     limit = 0.8
     message = "the layer drops more than 80 % of its inputs: p is the share that is dropped, not the one that is kept"
-    advice = "Try p between 0.1 and 0.5 (Srivastava et al. 2014, JMLR 15, section A.4; PyTorch, torch.nn.Dropout)."
+    advice = (
+        "In PyTorch p is the probability of an element to be zeroed. Try p between 0.1 and 0.5 (Srivastava et al. "
+        "2014, JMLR 15, section A.4)."
+    )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """At once."""
@@ -151,8 +154,8 @@ class BatchNormFewValues(Diagnosis):
     name = "batch_norm_few_values"
     message = "batch normalisation takes mean and variance of so few values that they are mostly noise"
     advice = (
-        "Use larger batches, or GroupNorm or LayerNorm, which do not depend on the batch (Wu & He 2018, arXiv "
-        "1803.08494)."
+        "Use larger batches, or drop the last one; GroupNorm and LayerNorm do not depend on the batch (Wu & He 2018, "
+        "arXiv 1803.08494)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -175,7 +178,7 @@ class GraphKept(Diagnosis):
     limit = 2.0
     message = "graphs of steps long past are still in memory: a loss or output is kept with its graph"
     advice = (
-        "Keep `loss.item()` or `loss.detach()` in place of the loss, else memory grows with every step (PyTorch, FAQ: "
+        "Memory grows with every step. Keep `loss.item()` or `loss.detach()` in place of the loss (PyTorch, FAQ: "
         "My model reports cuda runtime error(2): out of memory)."
     )
 
@@ -191,7 +194,8 @@ class TrainedInEvalMode(Diagnosis):
     fact = "evaluates"
     message = "the model trains in evaluation mode: dropout and batch statistics are off"
     advice = (
-        "If that is not meant to freeze normalisation, call `model.train()` after each validation (PyTorch, "
+        "`eval()` stays on until it is taken back. If that is not meant to freeze normalisation, call `model.train()` "
+        "after each validation (PyTorch, "
         "torch.nn.Module.eval)."
     )
 
@@ -208,8 +212,8 @@ class ValidatedInTrainingMode(Diagnosis):
     fact = "validates_in_training_mode"
     message = "passes without gradients run in training mode: batch normalisation learns from validation data"
     advice = (
-        "Call `model.eval()` before validation and `model.train()` after it (PyTorch, torch.nn.Module.eval; "
-        "BatchNorm2d)."
+        "`no_grad` does not change the mode. Call `model.eval()` before validation and `model.train()` after it "
+        "(PyTorch, torch.nn.Module.eval)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -229,7 +233,10 @@ class DropoutInValidation(Diagnosis):
     serious = False
     fact = "validates_in_training_mode"
     message = "passes without gradients run in training mode, with dropout: Monte-Carlo dropout, or a forgotten eval()"
-    advice = "If predictions are not meant to be random, call `model.eval()` before them (PyTorch, torch.nn.Dropout)."
+    advice = (
+        "`no_grad` does not change the mode. If predictions are not meant to be random, call `model.eval()` before "
+        "them (PyTorch, torch.nn.Dropout)."
+    )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Where nothing but dropout depends on the mode."""
@@ -242,7 +249,10 @@ class Fp16WithoutScaler(Diagnosis):
     """Outputs are float16, the loss is not scaled, and over half of the gradients' elements are zero."""
 
     name = "fp16_without_grad_scaler"
-    fact = "half_precision"
+    fact = "zero_gradients"
     limit = 0.5
     message = "float16 without a GradScaler: most gradient elements are exactly zero, rounded to nothing"
-    advice = "Use `torch.amp.GradScaler`, or bfloat16, which needs none (Micikevicius et al. 2018, arXiv 1710.03740)."
+    advice = (
+        "Numbers below 6e-8 are zero in float16. Use `torch.amp.GradScaler`, or bfloat16, which needs none "
+        "(Micikevicius et al. 2018, arXiv 1710.03740)."
+    )

@@ -19,8 +19,8 @@ class UnoptimizedParameters(Diagnosis):
     fact = "unheld"
     message = "these parameters get gradients, and no optimizer holds them: they are never updated"
     advice = (
-        "Give the optimizer all parameters after the model is complete, `Adam(model.parameters())`, or `add_param_group`"
-        " what was added or replaced later; what is to stay frozen is better `requires_grad_(False)` (PyTorch, "
+        "Make the optimizer when the model is complete, `Adam(model.parameters())`, or `add_param_group` what was "
+        "added or replaced later; what is to stay frozen is better `requires_grad_(False)` (PyTorch, "
         "torch.optim: constructing an optimizer)."
     )
 
@@ -96,8 +96,8 @@ class ZeroGradBeforeStep(Diagnosis):
     fact = "gradient_gone"
     message = "gradients are zeroed between backward() and optimizer.step(): the step finds none and changes nothing"
     advice = (
-        "Order the loop as `optimizer.zero_grad(); loss.backward(); optimizer.step()` (PyTorch, Optimizing model "
-        "parameters)."
+        "A step takes the gradients that it finds. Order the loop as `optimizer.zero_grad(); loss.backward(); "
+        "optimizer.step()` (PyTorch, Optimizing model parameters)."
     )
 
 
@@ -111,8 +111,8 @@ class NoOptimizerStep(Diagnosis):
     fact = "backwards_without_step"
     message = "backward passes run, and optimizer.step() was never called: nothing is updated"
     advice = (
-        "Call `optimizer.step()` after `backward()`; with GradScaler `scaler.step(optimizer)` (PyTorch, Optimizing model"
-        " parameters)."
+        "Call `optimizer.step()` after `backward()`; with GradScaler `scaler.step(optimizer)` (PyTorch, Optimizing "
+        "model parameters)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:

@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         return self.head(self.blocks(x, mask=mask))
 
 
-def classify(watch, model, optimizer, steps=200, data=None, loss=F.cross_entropy, after=None, size=32):
+def classify(watch, model, optimizer, steps=100, data=None, loss=F.cross_entropy, after=None, size=32):
     session = watch(model)
     for x, y in batches(*(data or digits()), size=size, steps=steps):
         optimizer.zero_grad()
@@ -64,13 +64,13 @@ def classify(watch, model, optimizer, steps=200, data=None, loss=F.cross_entropy
 @healthy
 def mlp_sgd(watch):
     model = mlp()
-    return classify(watch, model, torch.optim.SGD(model.parameters(), 0.1))
+    return classify(watch, model, torch.optim.SGD(model.parameters(), 0.1), steps=200)
 
 
 @healthy
 def mlp_adam(watch):
     model = mlp()
-    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3))
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), steps=200)
 
 
 @healthy
@@ -262,7 +262,7 @@ def low_rank_adapters(watch):
 def gradient_accumulation(watch):
     model = mlp()
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for i, (x, y) in enumerate(batches(*digits(), size=16, steps=480)):
+    for i, (x, y) in enumerate(batches(*digits(), size=16, steps=240)):
         (F.cross_entropy(model(x), y) / 4).backward()
         if i % 4 == 3:
             optimizer.step()
@@ -274,7 +274,7 @@ def gradient_accumulation(watch):
 def zeroed_in_place(watch):
     model = mlp()
     optimizer, session = torch.optim.SGD(model.parameters(), 0.1), watch(model)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -285,7 +285,7 @@ def zeroed_in_place(watch):
 def model_zeroes_its_gradients(watch):
     model = mlp()
     optimizer, session = torch.optim.SGD(model.parameters(), 0.1), watch(model)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         F.cross_entropy(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -299,7 +299,7 @@ def _gan(watch, whole, no_grad=False):
     of_c = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.999))
     session = watch({"whole": nn.ModuleList([generator, critic]), "generator": generator, "critic": critic}[whole])
     loss = F.binary_cross_entropy_with_logits
-    for real, _ in batches(*numbers(), steps=120):
+    for real, _ in batches(*numbers(), steps=80):
         one, zero = torch.ones(len(real), 1), torch.zeros(len(real), 1)
         if no_grad:
             with torch.no_grad():
@@ -334,7 +334,7 @@ def gan_critic_alone(watch):
 def policy_gradient(watch):
     model = mlp(8, 3)
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for x, _ in batches(*numbers(), steps=120):
+    for x, _ in batches(*numbers(), steps=80):
         with torch.no_grad():
             actions = torch.distributions.Categorical(logits=model(x)).sample()
         rewards = (actions == (x[:, 0] > 0).long()).float()
@@ -359,7 +359,7 @@ class _ActorCritic(nn.Module):
 def actor_critic(watch):
     model = _ActorCritic()
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for x, _ in batches(*numbers(), steps=120):
+    for x, _ in batches(*numbers(), steps=80):
         logits, value = model(x)
         policy = torch.distributions.Categorical(logits=logits)
         actions = policy.sample()
@@ -377,7 +377,7 @@ def q_learning_with_a_target_network(watch):
     model = mlp(8, 3)
     target = copy.deepcopy(model)
     optimizer, session = torch.optim.Adam(model.parameters(), 1e-3), watch(model)
-    for i, (x, _) in enumerate(batches(*numbers(), steps=160)):
+    for i, (x, _) in enumerate(batches(*numbers(), steps=90)):
         with torch.no_grad():
             best = (x[:, :3] > 0).float() + 0.5 * target(x).amax(1, keepdim=True)
         optimizer.zero_grad()
@@ -423,7 +423,7 @@ def lbfgs(watch):
 def sharpness_aware(watch):
     model = mlp()
     optimizer, session = torch.optim.SGD(model.parameters(), 0.1), watch(model)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         moved = [(p, 0.05 * p.grad / (p.grad.norm() + 1e-8)) for p in model.parameters()]
@@ -443,7 +443,7 @@ def sharpness_aware(watch):
 def language_model(watch):
     model = LanguageModel()
     optimizer, session = torch.optim.AdamW(model.parameters(), 5e-3), watch(model)
-    for ids in sentences(steps=160):
+    for ids in sentences(size=8, length=16, steps=100):
         optimizer.zero_grad()
         F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -455,8 +455,8 @@ def language_model(watch):
 def language_model_with_tied_weights_and_warm_up(watch):
     model = LanguageModel(tie=True, dropout=0.1)
     optimizer, session = torch.optim.AdamW(model.parameters(), 5e-3), watch(model)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=161)
-    for ids in sentences(steps=160):
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=101)
+    for ids in sentences(size=8, length=16, steps=100):
         logits = model(ids[:, :-1])
         optimizer.zero_grad()
         F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).backward()
@@ -470,7 +470,7 @@ def masked_tokens(watch):
     model = LanguageModel()
     model.forward = lambda ids: model.head(model.blocks(model.embed(ids) + model.place(torch.arange(ids.shape[1]))))
     optimizer, session = torch.optim.AdamW(model.parameters(), 3e-3), watch(model)
-    for ids in sentences(steps=120):
+    for ids in sentences(size=8, length=16, steps=80):
         hidden = torch.rand(ids.shape) < 0.2
         logits = model(ids.masked_fill(hidden, 63))
         optimizer.zero_grad()
@@ -492,7 +492,7 @@ class _Recurrent(nn.Module):
 def recurrent_network(watch):
     model = _Recurrent()
     optimizer, session = torch.optim.Adam(model.parameters(), 1e-2), watch(model)
-    for ids in sentences(steps=120):
+    for ids in sentences(size=8, length=16, steps=80):
         optimizer.zero_grad()
         F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -522,7 +522,7 @@ class _Variational(nn.Module):
 def variational_autoencoder(watch):
     model, (x, y) = _Variational(), digits()
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for a, _ in batches((x - x.min()) / (x.max() - x.min()), y, steps=120):
+    for a, _ in batches((x - x.min()) / (x.max() - x.min()), y, steps=80):
         out, mean, log_var = model(a)
         loss = F.binary_cross_entropy(out, a, reduction="sum") / len(a)
         loss = loss - 0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(1).mean()
@@ -537,7 +537,7 @@ def triplets(watch):
     model, (x, y) = mlp(64, 8), digits()
     optimizer, session = torch.optim.Adam(model.parameters(), 1e-3), watch(model)
     groups = [x[y == k] for k in range(10)]
-    for i in range(120):
+    for i in range(80):
         same, other = groups[i % 10], groups[(i + 3) % 10]
         pick = lambda g: F.normalize(model(g[torch.randint(0, len(g), (16,))]), dim=1)  # noqa: E731
         optimizer.zero_grad()
@@ -562,7 +562,7 @@ def contrastive(watch):
 def distillation(watch):
     teacher, student = mlp(), mlp(width=24)
     optimizer, session = torch.optim.Adam(student.parameters(), 3e-3), watch(student)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         with torch.no_grad():
             soft = (teacher(x) / 2).softmax(-1)
         out = student(x)
@@ -602,7 +602,7 @@ def one_optimizer_a_part(watch):
     model, (x, y) = mlp(), digits()
     optimizers = [torch.optim.SGD(model[:3].parameters(), 0.1), torch.optim.Adam(model[3:].parameters(), 3e-3)]
     session = watch(model)
-    for a, b in batches(x, y, steps=120):
+    for a, b in batches(x, y, steps=80):
         for optimizer in optimizers:
             optimizer.zero_grad()
         F.cross_entropy(model(a), b).backward()
@@ -622,7 +622,7 @@ def fine_tuning_in_evaluation_mode(watch):
 def cosine_schedule(watch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     return classify(watch, model, optimizer, after=scheduler.step)
 
 
@@ -630,7 +630,7 @@ def cosine_schedule(watch):
 def step_schedule(watch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [100, 160], 0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50, 80], 0.1)
     return classify(watch, model, optimizer, after=scheduler.step)
 
 
@@ -638,7 +638,7 @@ def step_schedule(watch):
 def warm_up_from_zero(watch):
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 50))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 40))
     return classify(watch, model, optimizer, after=scheduler.step)
 
 
@@ -657,7 +657,7 @@ def hard_to_learn_with_two_classes_in_a_hundred(watch):
     x, y = digits()
     rare = (y == 3).long()
     model = mlp(outputs=2)
-    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), data=(x, rare))
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), data=(x, rare), steps=200)
 
 
 @healthy
@@ -665,14 +665,14 @@ def label_noise(watch):
     x, y = digits()
     y = torch.where(torch.rand(len(y)) < 0.3, torch.randint(0, 10, y.shape), y)
     model = mlp()
-    return classify(watch, model, torch.optim.Adam(model.parameters(), 2e-3), data=(x, y))
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 2e-3), data=(x, y), steps=200)
 
 
 @healthy
 def losses_kept_as_numbers(watch):
     model, kept = mlp(), []
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -693,7 +693,7 @@ def zero_initialised_head(watch):
 def half_precision_with_a_scaler_or_bfloat16(watch):
     model = mlp()
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for x, y in batches(*digits(), steps=120):
+    for x, y in batches(*digits(), steps=80):
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
@@ -742,7 +742,7 @@ def momentum_encoder(watch):
     predictor = nn.Linear(8, 8)
     whole = nn.ModuleDict({"fast": model, "slow": slow, "predictor": predictor})
     optimizer, session = torch.optim.Adam([*model.parameters(), *predictor.parameters()], 2e-3), watch(whole)
-    for a, _ in batches(x, y, steps=120):
+    for a, _ in batches(x, y, steps=80):
         aim = F.normalize(slow(a), dim=1)
         optimizer.zero_grad()
         (2 - 2 * (F.normalize(predictor(model(a)), dim=1) * aim).sum(1)).mean().backward()
@@ -776,23 +776,209 @@ def small_batches(watch):
 
 
 @healthy
-def gradients_by_autograd_grad(watch):
-    model = mlp(8, 1)
-    parameters = list(model.parameters())
-    optimizer, session = torch.optim.Adam(parameters, 3e-3), watch(model)
-    for x, y in batches(*numbers(), steps=120):
-        for p, g in zip(parameters, torch.autograd.grad(F.mse_loss(model(x), y), parameters), strict=True):
-            p.grad = g
+def full_batch(watch):
+    model, (x, y) = mlp(8, 1), numbers()
+    optimizer, session = torch.optim.Adam(model.parameters(), 1e-2), watch(model)
+    for _ in range(80):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return session
+
+
+# ---- what a diagnosis might take for its bug
+
+
+@healthy
+def margin_softmax_with_scaled_cosines(watch):
+    class Margin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.centres = mlp(64, 16), nn.Parameter(torch.randn(10, 16))
+
+        def forward(self, x):
+            return 30.0 * F.linear(F.normalize(self.body(x)), F.normalize(self.centres))
+
+    model = Margin()
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3))
+
+
+@healthy
+def learned_queries_come_first(watch):
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latent = nn.Parameter(torch.randn(4, 16))
+            self.q, self.kv, self.head = nn.Linear(16, 16), nn.Linear(8, 32), nn.Linear(64, 10)
+
+        def forward(self, x):
+            q = self.q(self.latent.expand(len(x), -1, -1))
+            k, v = self.kv(x.view(len(x), 8, 8)).chunk(2, -1)
+            return self.head(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+    model = Queries()
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3))
+
+
+@healthy
+def zero_initialised_residual_branches(watch):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.gate = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+            for layer in (self.b, self.gate):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+        def forward(self, x):
+            return x + self.gate(x) + self.b(self.a(x).relu())
+
+    model = nn.Sequential(nn.Linear(64, 32), Block(), Block(), nn.Linear(32, 10))
+    nn.init.zeros_(model[-1].weight)
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3))
+
+
+@healthy
+def pseudo_labels_in_training_mode(watch):
+    model, (x, y) = cnn(), digits(False)
+    optimizer, session = torch.optim.Adam(model.parameters(), 2e-3), watch(model)
+    for a, b in batches(x, y, steps=80):
+        with torch.no_grad():
+            guess = model(a + 0.1 * torch.randn_like(a)).argmax(1)
+        loss = F.cross_entropy(model(a), b) + 0.1 * F.cross_entropy(model(a + 0.3 * torch.randn_like(a)), guess)
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
     return session
 
 
 @healthy
-def full_batch(watch):
-    model, (x, y) = mlp(8, 1), numbers()
-    optimizer, session = torch.optim.Adam(model.parameters(), 1e-2), watch(model)
-    for _ in range(120):
+def a_list_whose_layers_the_optimizer_holds(watch):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(64, 64) for _ in range(2)]
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).relu()
+            return self.head(x)
+
+    model = Listed()
+    held = [*model.parameters(), *(p for layer in model.layers for p in layer.parameters())]
+    return classify(watch, model, torch.optim.Adam(held, 3e-3))
+
+
+@healthy
+def a_branch_that_is_computed_first_and_not_used(watch):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.body, self.head = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 10)
+
+        def forward(self, x):
+            other = self.other(x)
+            return self.head(self.body(x).relu()), other
+
+    model = Branches()
+    loss = lambda out, y: F.cross_entropy(out[0], y)  # noqa: E731
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), loss=loss)
+
+
+@healthy
+def a_probe_on_detached_features(watch):
+    class Probed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.back, self.probe = nn.Linear(64, 16), nn.Linear(16, 64), nn.Linear(16, 10)
+
+        def forward(self, x):
+            h = self.body(x).tanh()
+            return self.back(h), self.probe(h.detach())
+
+    model = Probed()
+    optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
+    for x, y in batches(*digits(), steps=80):
+        back, guess = model(x)
         optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
+        (F.mse_loss(back, x) + F.cross_entropy(guess, y)).backward()
         optimizer.step()
+    return session
+
+
+@healthy
+def quantised_with_a_straight_through_gradient(watch):
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(64, 16), nn.Linear(16, 64)
+
+        def forward(self, x):
+            h = self.encode(x)
+            return self.decode(h + (h.round() - h).detach())
+
+    model, (x, _) = Quantised(), digits()
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), data=(x, x), loss=F.mse_loss)
+
+
+@healthy
+def recurrent_with_a_state_that_is_detached(watch):
+    model = nn.ModuleDict({"rnn": nn.GRU(8, 16, batch_first=True), "head": nn.Linear(16, 1)})
+    optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
+    x = torch.randn(16, 400, 8)
+    y, state = x[..., :1].cumsum(1) / 10, None
+    for i in range(0, 400, 5):
+        out, state = model["rnn"](x[:, i : i + 5], state)
+        state = state.detach()
+        optimizer.zero_grad()
+        F.mse_loss(model["head"](out), y[:, i : i + 5]).backward()
+        optimizer.step()
+    return session
+
+
+@healthy
+def spectral_and_weight_normalisation(watch):
+    norm = torch.nn.utils.parametrizations
+    model = nn.Sequential(norm.weight_norm(nn.Linear(64, 32)), nn.ReLU(), norm.spectral_norm(nn.Linear(32, 10)))
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 5e-3))
+
+
+@healthy
+def mixture_of_experts(watch):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.route = nn.Linear(64, 4)
+            self.experts = nn.ModuleList(nn.Linear(64, 10) for _ in range(4))
+
+        def forward(self, x):
+            p = self.route(x).softmax(-1)
+            best = p.argmax(-1)
+            out = x.new_zeros(len(x), 10)
+            for k, expert in enumerate(self.experts):
+                if (best == k).any():
+                    out = out.index_add(0, (best == k).nonzero()[:, 0], expert(x[best == k]) * p[best == k, k : k + 1])
+            return out
+
+    model = Experts()
+    return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3))
+
+
+@healthy
+def an_optimizer_that_holds_copies_in_another_precision(watch):
+    model = mlp()
+    masters = [p.detach().clone().double().requires_grad_() for p in model.parameters()]
+    optimizer, session = torch.optim.SGD(masters, 0.1), watch(model)
+    for x, y in batches(*digits(), steps=60):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for p, m in zip(model.parameters(), masters, strict=True):
+                m.grad = p.grad.double()
+        optimizer.step()
+        with torch.no_grad():
+            for p, m in zip(model.parameters(), masters, strict=True):
+                p.copy_(m)
+        session.next_step()
     return session

@@ -245,6 +245,52 @@ def a_scheduler_stepped_every_batch(watch):
     return classify(watch, model, optimizer, after=scheduler.step, steps=200)
 
 
+@sick("weight_decay_too_large")
+def a_decay_of_half(watch):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
+    return classify(watch, model, optimizer, steps=80)
+
+
+# ---- targets that are known
+
+
+class Seeing(LanguageModel):
+    def forward(self, ids):
+        x = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+        return self.head(self.blocks(x))
+
+
+@sick("attends_to_future")
+def a_language_model_without_a_mask(watch):
+    model = Seeing()
+    optimizer, session = adam(model), watch(model)
+    for ids in sentences(steps=24, size=8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    return session
+
+
+@sick("unshifted_targets")
+def a_language_model_that_forgot_to_shift(watch):
+    model = LanguageModel()
+    optimizer, session = adam(model), watch(model)
+    for ids in sentences(steps=24, size=8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    return session
+
+
+@sick("target_leak")
+def the_label_among_the_features(watch):
+    x, y = digits()
+    model = mlp()
+    features = torch.cat((x[:, :63], (y[:, None] - 4.5) / 3), 1)
+    return classify(watch, model, adam(model), data=(features, y), steps=60)
+
+
 # ---- modules
 
 
@@ -379,10 +425,10 @@ def a_backbone_under_no_grad(watch):
 
 
 @sick("targets_equal_inputs", REMARKS)
-def a_language_model_that_forgot_to_shift(watch):
-    model = LanguageModel()
+def an_autoencoder_of_tokens(watch):
+    model = Seeing()
     optimizer, session = adam(model), watch(model)
-    for ids in sentences(steps=30, size=8):
+    for ids in sentences(steps=12, size=8):
         optimizer.zero_grad()
         F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         optimizer.step()

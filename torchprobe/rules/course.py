@@ -66,7 +66,8 @@ class _Spike(BuiltIn):
             return []
         mean = float(np.mean(window))
         limit = max(mean + self.deviations * max(float(np.std(window)), _ROUNDING * abs(mean)), _SMALL * largest)
-        if not float(np.mean(last)) > limit or not min(last) > np.percentile(window, _HIGH):
+        sudden = float(np.mean(last)) - float(np.mean(window[-_RUNNING:])) > float(np.std(window))  # no slow drift
+        if not float(np.mean(last)) > limit or not min(last) > np.percentile(window, _HIGH) or not sudden:
             return []
         message = (
             f"{self.what} has been high {_RUNNING} times running, its mean more than {self.deviations:g} standard "

@@ -129,7 +129,7 @@ class GradientFacts:
         if not lone:
             return
         if not lone <= self._searched:  # an optimizer may yet have its first step before it
-            self._searched = lone - _held_by_living()
+            self._searched = lone - held_by_living()
         for name, p in with_gradient[:_NAMED]:
             if id(p) in self._searched and measurable(p):
                 self._evidence.put(f"unheld/{name}", _fingerprint(p))
@@ -155,6 +155,8 @@ class GradientFacts:
         known = [float(rate) for rate in rates if isinstance(rate, int | float)]
         if known and len(known) == len(rates):
             self._evidence.put(f"rate/{label}", max(known))
+        decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        self._evidence.put(f"decay/{label}", max((float(d) for d in decays if isinstance(d, int | float)), default=0.0))
 
     def _zeros(self, mine: list[nn.Parameter]) -> None:
         """The share of elements that are exactly zero, of matrices: of an embedding most are by right."""
@@ -171,7 +173,7 @@ class GradientFacts:
         return _Seen(states, dict(_norms(small[:: 1 + len(small) // _MOST])))
 
 
-def _held_by_living() -> set[int]:
+def held_by_living() -> set[int]:
     """The parameters that any optimizer holds, one that may never have stepped too. Looks at all objects: 50 ms."""
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -26,6 +26,9 @@ from torchprobe.statistics.targets import class_counts, entropy, judged, same_cl
 _MOST_OUTPUTS = 4
 _MOST_NUMBERS = 2**22  # of logits that are read
 _MOST_ROWS = 4096
+_EXAMPLES = 64  # that are compared
+_MOST_FEATURES = 2**12
+_FEWEST = 16  # examples for a correlation
 _MOST_CLASSES = 2**17
 _REGRESSIONS = frozenset({"MseLossBackward", "L1LossBackward", "SmoothL1LossBackward", "HuberLossBackward"})
 _NLL = frozenset({"NllLossBackward", "NllLoss2DBackward"})
@@ -34,13 +37,13 @@ _RAW = frozenset({"SoftmaxBackward", "AddmmBackward", "MmBackward", "Convolution
 
 
 class _Output(NamedTuple):
-    """An output of a pass: where it stands, what made it, its values, and the class numbers among the inputs."""
+    """An output of a pass: where it stands, what made it, its values, and the inputs of two dimensions."""
 
     place: Place | None
     maker: str
     values: Tensor
     version: int
-    numbers: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     evaluates: bool  # the pass ran in evaluation mode, which makes a difference
 
 
@@ -54,13 +57,22 @@ class OutputFacts:
 
     def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
         """A pass has returned."""
-        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if not x.is_floating_point() and x.dim() > 1]
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() == 2 and not x.is_complex()]
+        self._varies(args, kwargs)
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:
             values = tensor.detach()
-            numbers = tuple(given[:_MOST_OUTPUTS])
-            one = _Output(place_of(tensor), made_by(tensor), values, values._version, numbers, evaluates)
+            inputs = tuple(given[:_MOST_OUTPUTS])
+            one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates)
             tensor.register_hook(partial(self._on_gradient, one))
+
+    def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """By how much at most the examples of the batch differ, in any tensor that the model is called with."""
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 1 and not x.is_complex()]
+        some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
+        if some:
+            spread = [(x.amax(0) - x.amin(0)).amax() for x in some]
+            self._evidence.put("input_varies", torch.stack([one.to(spread[0].device) for one in spread]).amax())
 
     @untraced
     def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
@@ -118,6 +130,7 @@ class OutputFacts:
         put("cross_entropy", (nll * counted).sum() / counted.sum())
         put("counted", counted.double().mean())  # a row that is right beyond doubt has no gradient either
         put("classes", classes)
+        put("scaled", output.maker in ("MulBackward", "DivBackward"))
         put("softmax_rows", _are_distributions(logits[::stride]))
         self._spread(class_counts(targets, counted, classes))
         if stride == 1 and axis == -1:
@@ -135,10 +148,14 @@ class OutputFacts:
         put("batch", counts.sum())
 
     def _copied(self, output: _Output, targets: Tensor, counted: Tensor) -> None:
-        """Whether targets are the inputs of their own position, or of the next one."""
+        """Whether targets are the inputs of their own position, or of the next one, or a feature but for its scale."""
         where = output.values.shape[:-1]
-        for numbers in output.numbers:
-            if numbers.shape == where and len(where) == 2 and where[1] > 1:
+        for numbers in output.inputs:
+            if numbers.is_floating_point():
+                if len(where) == 1 and numbers.shape[0] == where[0] and numbers.shape[1] <= _MOST_FEATURES:
+                    self._evidence.put("feature_tells_target", _closest(numbers, targets, counted))
+            elif numbers.shape == where and len(where) == 2 and where[1] > 1:
+                self._evidence.put("tokens", where[1])
                 same = (numbers.reshape(-1) == targets) & counted
                 self._evidence.put("targets_are_inputs", same.sum() / counted.sum())
                 ours, theirs, both = targets.view(where)[:, :-1], numbers[:, 1:], counted.view(where)[:, :-1]
@@ -164,3 +181,14 @@ def _are_distributions(rows: Tensor) -> Tensor:
     """Whether the rows that a loss took for logits add up to 1 and have no negative element."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return (((wide.sum(-1) - 1).abs() < 1e-3) & (wide.amin(-1) >= 0)).all().double()
+
+
+def _closest(features: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """The largest correlation, by magnitude, of a feature with the class numbers; 0 where too few of them count."""
+    y = targets.double()[:, None]
+    x, weight = features.double(), counted.double()[:, None]
+    x, y = (z - (z * weight).sum(0) / weight.sum() for z in (x, y))
+    products = (x * y * weight).sum(0).abs()
+    sizes = ((x * x * weight).sum(0) * (y * y * weight).sum(0)).sqrt()
+    known = torch.where(sizes > 0, products / sizes, 0.0)
+    return torch.where(weight.sum() >= _FEWEST, known.amax(), 0.0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.compat import in_backward
@@ -23,7 +24,6 @@ _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase)
 _SQUASHING = (nn.Tanh, nn.Sigmoid)
 _NORMALISING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _MANY = 2**18  # elements of an input that are looked at
-_EXAMPLES = 64
 _BEYOND = 0.97  # of a tanh; a sigmoid is one of half its input
 
 
@@ -34,8 +34,9 @@ class _Calls:
         self.of: ReferenceType[Pass] | None = None if passing is None else ref(passing)
         self.order: dict[str, int] = {}  # the first call of each module
         self.without_graph: set[str] = set()
-        self.outputs: dict[int, str] = {}  # by address: of outputs with a graph
-        self.detached: set[str] = set()
+        self.outputs: dict[int, tuple[str, torch.Size]] = {}  # by address: of outputs with a graph
+        self.detached: set[str] = set()  # their output is an input without a graph
+        self.perhaps: set[str] = set()  # something of its output's shape is
         self.saturated: dict[str, tuple[int, Tensor]] = {}
         self.weighted = False  # a layer with weights was called
 
@@ -73,9 +74,7 @@ class ModuleCalls:
         calls.order.setdefault(name, len(calls.order))
         for tensor in tensors_in([*args, *kwargs.values()]):
             if not tensor.requires_grad and tensor.is_floating_point() and tensor.numel():
-                source = calls.outputs.get(tensor.data_ptr())
-                if source is not None:
-                    calls.detached.add(source)
+                self._cut(tensor)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._normalised(name, module, args)
         if not calls.weighted and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
@@ -91,7 +90,7 @@ class ModuleCalls:
             return
         calls = self._now
         if tensor.requires_grad:
-            calls.outputs[tensor.data_ptr()] = name
+            calls.outputs[tensor.data_ptr()] = name, tensor.shape
         else:
             calls.without_graph.add(name)
         kind = self._kinds.get(name, nn.Module)
@@ -121,7 +120,19 @@ class ModuleCalls:
             return NO_GRAD
         first = min((calls.order[name] for name in with_gradient if name in calls.order), default=None)
         before_all = first is not None and at < first
-        return DETACHED if module in calls.detached or before_all else BESIDE
+        return DETACHED if module in calls.detached or (before_all and module in calls.perhaps) else BESIDE
+
+    def _cut(self, given: Tensor) -> None:
+        """A module is called with a tensor that has no graph: which outputs it may come from."""
+        calls = self._now
+        source = calls.outputs.get(given.data_ptr())
+        if source is not None and source[1].numel() == given.numel():
+            calls.detached.add(source[0])
+        elif source is None:
+            shapes = calls.outputs.values()
+            calls.perhaps.update(
+                n for n, size in shapes if size.numel() == given.numel() or size[:2] == given.shape[:2]
+            )
 
     def _first_input(self, given: Any) -> None:
         if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() < 2:
@@ -129,9 +140,6 @@ class ModuleCalls:
         x = given.detach()
         sample = x.reshape(-1)[:: 1 + x.numel() // _MANY].float()
         self._evidence.put("input_scale", sample.std().maximum(sample.mean().abs()))
-        if x.shape[0] > 3:
-            some = x[:_EXAMPLES]
-            self._evidence.put("input_varies", (some.amax(0) - some.amin(0)).amax())
 
     def _normalised(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module.training and args and isinstance(args[0], Tensor) and args[0].dim() > 1:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from torchprobe.naming import named_modules, named_parameters
+from torchprobe.capture.diagnosis.gradients import held_by_living
+from torchprobe.naming import named_modules
 from torchprobe.statistics.dtypes import measurable
 
 _LARGE = 2**24  # elements of a weight that is not looked at
@@ -16,20 +18,36 @@ _HIGH_DROPOUT = 0.8
 
 def structure_of(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
     """Evidence by name, of a model whose first gradients are there."""
-    held = {id(p) for p in model.parameters()}
+    own = {id(p) for p in model.parameters()}
+    everyones: set[int] | None = None  # looked for where it matters
     for name, module in named_modules(model):
         for attribute, value in vars(module).items():
-            hidden = [p for p in _parameters_in(value) if id(p) not in held and p.requires_grad]
-            if any(p.grad is not None for p in hidden):
+            hidden = [p for p in _parameters_in(value) if id(p) not in own and p.requires_grad and p.grad is not None]
+            if hidden and everyones is None:
+                everyones = held_by_living()
+            if any(id(p) not in (everyones or ()) for p in hidden):
                 yield f"unregistered/{name}.{attribute}", len(hidden)
         copies = _copies(module)
         if copies:
             yield f"repeated/{name}", copies
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > _HIGH_DROPOUT:
             yield f"dropout/{name}", module.p
-    for name, parameter in named_parameters(model):
-        if parameter.dim() > 1 and min(parameter.shape[:2]) > 1 and parameter.numel() <= _LARGE:
-            yield from _symmetry(name, parameter)
+    yield from _beginnings(model)
+
+
+def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
+    layers = [(n, m) for n, m in named_modules(model) if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    zero = []
+    for name, layer in layers:
+        weight = layer.weight
+        if weight.requires_grad and min(weight.shape[:2]) > 1 and weight.numel() <= _LARGE and measurable(weight):
+            rows = weight.detach().reshape(len(weight), -1).float()
+            yield f"constant/{name}.weight", ((rows == rows[:1, :1]).all() & (rows[0, 0] != 0)).double()
+            zero.append((rows == 0).all().double())
+            if weight.grad is not None and measurable(weight.grad):
+                yield f"symmetric/{name}.weight", _alike(rows, weight.grad)
+    if len(zero) > 1:
+        yield "all_zero", torch.stack([one.to(zero[0].device) for one in zero]).amin()
 
 
 def _parameters_in(value: Any) -> Iterable[nn.Parameter]:
@@ -46,14 +64,9 @@ def _copies(module: nn.Module) -> int:
     return len(layers) if len(layers) > 1 and all(layer is layers[0] for layer in layers) else 0
 
 
-def _symmetry(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    """Units that begin alike and are pulled alike stay alike; weights of zero that get no gradient stay zero."""
-    gradient = parameter.grad
-    if gradient is None or not measurable(gradient) or not measurable(parameter):
-        return
-    weights, gradients = (x.detach().reshape(x.shape[0], -1).float() for x in (parameter, gradient))
+def _alike(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Whether units begin alike and are pulled alike: then they stay alike."""
+    gradients = gradient.detach().reshape(len(weights), -1).float()
     largest = gradients.abs().amax()
-    alike = (weights == weights[:1]).all() & ((gradients - gradients[:1]).abs().amax() <= 1e-5 * largest)
-    yield f"symmetric/{name}", (alike & (largest > 0)).double()
-    yield f"constant/{name}", ((weights == weights[:1, :1]).all() & (weights[0, 0] != 0)).double()
-    yield f"zero/{name}", ((weights == 0).all() & (largest == 0)).double()
+    same = (gradients - gradients[:1]).abs().amax() <= 1e-5 * largest
+    return ((weights == weights[:1]).all() & same & (largest > 0)).double()

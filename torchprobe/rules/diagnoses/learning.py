@@ -160,6 +160,30 @@ class LearningRateDecaysEarly(Diagnosis):
         return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []
 
 
+@dataclass(frozen=True)
+class WeightDecayTooLarge(Diagnosis):
+    """With weight decay the norm of all parameters has fallen below `share` of its first, and the loss hardly has."""
+
+    share: float = 0.5
+
+    name = "weight_decay_too_large"
+    message = "weight decay shrinks the weights faster than the gradient builds them up: their norm has halved"
+    advice = (
+        "Weights are pulled to zero faster than they learn. Lower `weight_decay`; usual are 1e-5 to 5e-4 with SGD and "
+        "0.01 to 0.1 with AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Beside the first sample."""
+        norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
+        decay = max(evidence(record, "decay").values(), default=0.0)
+        if norm is None or loss is None:
+            return None
+        first, began = kept.setdefault("norm", norm), kept.setdefault("loss", loss[1])
+        ill = decay > 0 and norm < self.share * first and loss[1] > 0.7 * began > 0
+        return [self.alert(record.step, None, norm, self.share * first, self.message)] if ill else []
+
+
 def _is_new(losses: list[float], entropy: float) -> bool:
     """Whether the loss has come down to the entropy only in the last two thirds: frequencies are what is learnt first.
 

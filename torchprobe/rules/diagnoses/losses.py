@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprobe.records import Record
-from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
+from torchprobe.rules.base import Diagnosis, Found, evidence, group, lasting
 
 _DOCS = "PyTorch, torch.nn"
 
@@ -128,6 +128,8 @@ class LargeInitialLoss(Diagnosis):
             return []
         loss, classes = (evidence(record, fact).get("", math.nan) for fact in ("cross_entropy", "classes"))
         kept["begun"] = True
+        if evidence(record, "scaled").get(""):  # on purpose, as a margin's or a temperature's logits are
+            return []
         limit = self.times * math.log(classes) if classes > 1 else math.inf
         if not loss > limit:
             return []
@@ -193,4 +195,89 @@ class TargetsAreInputs(Diagnosis):
     advice = (
         "A language model predicts the next token: shift them, `logits[:, :-1]` against `ids[:, 1:]` (Radford et al. "
         "2018); for an autoencoder this is as it should be."
+    )
+
+
+@dataclass(frozen=True)
+class UnshiftedTargets(Diagnosis):
+    """Targets are the inputs of the same position, and attention is causal: a language model whose targets were not
+    shifted.
+    """
+
+    share: float = 0.99
+
+    name = "unshifted_targets"
+    message = "a causal model's targets are its inputs of the same position: it learns to copy, not to predict"
+    advice = (
+        "A language model predicts the next token. Shift them, `logits[:, :-1]` against `ids[:, 1:]` (Radford et al. "
+        "2018, Improving language understanding by generative pre-training)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Every attention sees fewer keys than there are."""
+        equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
+        if equal is None or not seen:
+            return None
+        ill = equal > self.share and max(seen.values()) < 1 - _CLEARLY
+        return self.said(record.step, lasting(kept, {"": equal} if ill else {}, self.samples))
+
+
+@dataclass(frozen=True)
+class AttendsToFuture(Diagnosis):
+    """Targets are the next inputs, and in an attention every query sees every key: the answer is among them.
+
+    How many keys are seen follows from attention's entropy and normalised entropy, whose quotient is the logarithm of
+    that number where it is one for all queries, and smaller otherwise.
+    """
+
+    share: float = 0.99
+
+    name = "attends_to_future"
+    message = (
+        "targets are the next inputs, and attention sees them: every query sees every key, no causal mask is there"
+    )
+    advice = (
+        "The model reads the answer instead of predicting it. Pass `is_causal=True` or a mask that hides later "
+        "positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """In samples running."""
+        following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
+        if following is None or not seen:
+            return None
+        ill = {name: share for name, share in seen.items() if following > self.share and abs(share - 1) < _EXACTLY}
+        return self.said(record.step, lasting(kept, ill, self.samples))
+
+
+_CLEARLY, _EXACTLY = 0.02, 1e-4  # of the logarithm of the number of keys
+
+
+def _keys_seen(record: Record) -> dict[str, float]:
+    """By attention: the logarithm of the number of keys that a query sees, over that of the number of tokens."""
+    tokens = evidence(record, "tokens").get("", 0.0)
+    entropies, normalised = (dict(group(record, f"attention_entropy{kind}")) for kind in ("", "_normalized"))
+    if tokens < _FEWEST_TOKENS:
+        return {}
+    return {
+        name: entropy / normalised[name] / math.log(tokens)
+        for name, entropy in entropies.items()
+        if normalised.get(name, 0.0) > 0
+    }
+
+
+_FEWEST_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class TargetLeak(Diagnosis):
+    """A feature is the class number itself, up to scale and shift."""
+
+    name = "target_leak"
+    fact = "feature_tells_target"
+    limit = 0.9999
+    message = "a feature of the input is the target itself, up to its scale: the model reads the answer"
+    advice = (
+        "Take the target's column out of the inputs; look also for what was computed from it (Kaufman et al. 2012, "
+        "Leakage in data mining, ACM TKDD 6)."
     )

@@ -25,7 +25,7 @@ class UnscaledInputs(Diagnosis):
 
 @dataclass(frozen=True)
 class ConstantInputs(Diagnosis):
-    """All examples of a batch are the same where they enter the first layer with weights."""
+    """All examples of a batch, of four and more, are the same in every tensor that the model is called with."""
 
     name = "constant_inputs"
     fact = "input_varies"
@@ -70,8 +70,8 @@ class SaturatedUnits(Diagnosis):
 
 @dataclass(frozen=True)
 class SymmetricInitialisation(Diagnosis):
-    """All units of a layer begin with equal weights and get equal gradients, or all weights of several layers are one
-    number; of 0, where they get no gradient.
+    """All units of a layer begin with equal weights and get equal gradients; or the weights of several linear or
+    convolutional layers are one number; or all of the model's are 0.
     """
 
     name = "symmetric_initialisation"
@@ -83,14 +83,13 @@ class SymmetricInitialisation(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Of the first sample."""
-        symmetric, constant, zero = (
+        symmetric, constant = (
             {name: value for name, value in evidence(record, fact).items() if value}
-            for fact in ("symmetric", "constant", "zero")
+            for fact in ("symmetric", "constant")
         )
-        alike = symmetric | (constant if len(constant) > 1 else {})
-        still = "several layers are all zero and get no gradient: they stay zero"
-        found = self.said(record.step, alike)
-        return [*found, *self.said(record.step, zero if len(zero) > 1 else {}, still)]
+        zero = {name: value for name, value in evidence(record, "all_zero").items() if value}
+        found = self.said(record.step, symmetric | (constant if len(constant) > 1 else {}))
+        return [*found, *self.said(record.step, zero, "all weights of the model begin at 0: its units stay copies")]
 
 
 @dataclass(frozen=True)
@@ -217,11 +216,13 @@ class ValidatedInTrainingMode(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """A validation of several passes, or after some samples and not after others."""
+        """A validation of several passes, or after fewer than half of the samples."""
         value = evidence(record, self.fact).get("", 0.0)
         row = evidence(record, "validations_in_a_row").get("", 0.0)
-        kept["without"] = kept.get("without", False) or not value
-        ill = value > 1 and (row > 1 or kept["without"])
+        kept["samples"] = kept.get("samples", 0) + 1
+        kept["with"] = kept.get("with", 0) + bool(value)
+        seldom = kept["samples"] >= self.samples and kept["with"] < kept["samples"] / 2
+        ill = value > 1 and (row > 1 or seldom)
         return self.said(record.step, {"": value} if ill else {})
 
 

@@ -160,7 +160,7 @@ def test_the_count_stands_beside_the_other_counts_of_the_overview():
         (([torchprobe.LossSpike], None, None), TypeError, r"write LossSpike\(\)"),
         (([3], None, None), TypeError, "rules: got 3"),
         ((None, "mail", None), TypeError, "on_alert='mail'"),
-        ((None, None, {"no_such"}), ValueError, "stop_on: no rule of this run is called 'no_such'; takes attention"),
+        ((None, None, {"no_such"}), ValueError, "stop_on: no rule of this run is called 'no_such'; takes at_chance"),
         ((["stalled"], None, {"non_finite"}), ValueError, "takes stalled"),
         ((None, None, "non_finite"), TypeError, "takes a set of rule names"),
         ((None, None, 3), TypeError, "stop_on=3"),

@@ -118,7 +118,7 @@ class GradientFacts:
         if pairs:
             gone = torch.stack([(then > 0) & (left == 0) for then, left in pairs])
             alive = torch.stack([left > 0 for _, left in pairs])
-            self._evidence.put(f"gradient_gone/{label}", (gone.any() & ~alive.any()).double())
+            self._evidence.put(f"gradient_gone/{label}", (gone.any() & ~alive.any()).float())
 
     # ---- held by nobody
 

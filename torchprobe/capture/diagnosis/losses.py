@@ -114,7 +114,7 @@ class OutputFacts:
     def _rectified(self, output: _Output, first: Link, gradient: Tensor) -> None:
         judges = first.name in (*_REGRESSIONS, "LogSoftmaxBackward", _BINARY)
         if output.maker == "ReluBackward" and (judges or (first.name == "SubBackward" and first.alone)):
-            self._evidence.put("rectified", ((output.values == 0) & (gradient > 0)).double().mean())
+            self._evidence.put("rectified", ((output.values == 0) & (gradient > 0)).float().mean())
 
     # ---- classes
 
@@ -128,7 +128,7 @@ class OutputFacts:
         targets, counted, nll = judged(logits[::stride], gradients[::stride])
         put = self._evidence.put
         put("cross_entropy", (nll * counted).sum() / counted.sum())
-        put("counted", counted.double().mean())  # a row that is right beyond doubt has no gradient either
+        put("counted", counted.float().mean())  # a row that is right beyond doubt has no gradient either
         put("classes", classes)
         put("scaled", output.maker in ("MulBackward", "DivBackward"))
         put("softmax_rows", _are_distributions(logits[::stride]))
@@ -180,13 +180,13 @@ def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> 
 def _are_distributions(rows: Tensor) -> Tensor:
     """Whether the rows that a loss took for logits add up to 1 and have no negative element."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return (((wide.sum(-1) - 1).abs() < 1e-3) & (wide.amin(-1) >= 0)).all().double()
+    return (((wide.sum(-1) - 1).abs() < 1e-3) & (wide.amin(-1) >= 0)).all().float()
 
 
 def _closest(features: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """The largest correlation, by magnitude, of a feature with the class numbers; 0 where too few of them count."""
-    y = targets.double()[:, None]
-    x, weight = features.double(), counted.double()[:, None]
+    y = targets.float()[:, None]
+    x, weight = features.float(), counted.float()[:, None]
     x, y = (z - (z * weight).sum(0) / weight.sum() for z in (x, y))
     products = (x * y * weight).sum(0).abs()
     sizes = ((x * x * weight).sum(0) * (y * y * weight).sum(0)).sqrt()

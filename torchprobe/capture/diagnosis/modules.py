@@ -96,7 +96,7 @@ class ModuleCalls:
         kind = self._kinds.get(name, nn.Module)
         if issubclass(kind, _SQUASHING):
             away = tensor if issubclass(kind, nn.Tanh) else 2 * tensor - 1
-            calls.saturated[name] = tensor.data_ptr(), (away.abs() > _BEYOND).double().mean()
+            calls.saturated[name] = tensor.data_ptr(), (away.abs() > _BEYOND).float().mean()
 
     def unseen(self, reason: str) -> None:
         """Inside a graph nothing is seen, and nothing is said."""

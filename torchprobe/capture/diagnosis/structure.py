@@ -42,8 +42,8 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
         weight = layer.weight
         if weight.requires_grad and min(weight.shape[:2]) > 1 and weight.numel() <= _LARGE and measurable(weight):
             rows = weight.detach().reshape(len(weight), -1).float()
-            yield f"constant/{name}.weight", ((rows == rows[:1, :1]).all() & (rows[0, 0] != 0)).double()
-            zero.append((rows == 0).all().double())
+            yield f"constant/{name}.weight", ((rows == rows[:1, :1]).all() & (rows[0, 0] != 0)).float()
+            zero.append((rows == 0).all().float())
             if weight.grad is not None and measurable(weight.grad):
                 yield f"symmetric/{name}.weight", _alike(rows, weight.grad)
     if len(zero) > 1:
@@ -69,4 +69,4 @@ def _alike(weights: Tensor, gradient: Tensor) -> Tensor:
     gradients = gradient.detach().reshape(len(weights), -1).float()
     largest = gradients.abs().amax()
     same = (gradients - gradients[:1]).abs().amax() <= 1e-5 * largest
-    return ((weights == weights[:1]).all() & same & (largest > 0)).double()
+    return ((weights == weights[:1]).all() & same & (largest > 0)).float()

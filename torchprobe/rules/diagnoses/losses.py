@@ -193,8 +193,8 @@ class TargetsAreInputs(Diagnosis):
     limit = 0.99
     message = "the targets are the model's own inputs, position by position: copying is all there is to learn"
     advice = (
-        "A language model predicts the next token: shift them, `logits[:, :-1]` against `ids[:, 1:]` (Radford et al. "
-        "2018); for an autoencoder this is as it should be."
+        "For an autoencoder this is as it should be. A language model predicts the next token; shift them, "
+        "`logits[:, :-1]` against `ids[:, 1:]` (Radford et al. 2018)."
     )
 
 

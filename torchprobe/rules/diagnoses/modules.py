@@ -52,8 +52,9 @@ class SaturatedUnits(Diagnosis):
     limit = 0.5
     message = "most outputs of this tanh or sigmoid are at its ends, where no gradient passes"
     advice = (
-        "Scale inputs and weights down (Glorot initialisation), put a normalisation before it, or use a ReLU-like unit "
-        "(Glorot & Bengio 2010, Understanding the difficulty of training deep feedforward neural networks)."
+        "Units at their ends do not learn. Scale inputs and weights down (Glorot initialisation), put a normalisation "
+        "before it, or use a ReLU-like unit (Glorot & Bengio 2010, Understanding the "
+        "difficulty of training deep feedforward neural networks)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -118,7 +119,7 @@ class RepeatedLayer(Diagnosis):
     message = "all layers of the list are one module, as [layer] * n makes: they share their weights"
     advice = (
         "Make each of them anew, `[make() for _ in range(n)]` or `copy.deepcopy`; where sharing is meant, calling one "
-        "layer n times says so (Python FAQ: How do I create a multidimensional list?)."
+        "layer n times says so (PyTorch, torch.nn.ModuleList)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:

@@ -177,7 +177,7 @@ class Session(Logs, SamplingCalls):
 
     @property
     def remarks(self) -> list[Alert]:
-        """What diagnoses found that may be meant as it is, in order: a new list. No alerts, and seen as those are."""
+        """What diagnoses found that may be meant as it is, and is no alert, in order: a new list."""
         return list(self._watch.remarks)
 
     @property
@@ -255,11 +255,10 @@ class Session(Logs, SamplingCalls):
             f"  alerts            {self._watch.count}",
         ]
         lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
-        captured = recorder.guard.captured["_before"]
-        lines += [f"  captured steps    {captured}, in a graph of the device: not recorded"] if captured else []
+        if captured := recorder.guard.captured["_before"]:
+            lines.append(f"  captured steps    {captured}, in a graph of the device: not recorded")
         lines += outlet.drain.ranks
-        if outlet.decoder.missing:
-            lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
+        lines += [f"  nothing captured  {', '.join(outlet.decoder.missing)}"] if outlet.decoder.missing else []
         lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
         lines += [f"  remark            {remark}. {remark.advice}" for remark in self.remarks]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]

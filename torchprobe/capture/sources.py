@@ -60,12 +60,11 @@ class Sources:
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
-        self.diagnoses = [DiagnosisSource(model, r) for r in reporters if r.source == "diagnosis"]
-        calls = [diagnosis.calls for diagnosis in self.diagnoses]
+        self._diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
         watchers: list[Watcher] = [
             *self._traces,
             *self._units,
-            *calls,
+            *self._diagnosis.watchers,
             *(attention.masks for attention in self._attention),
         ]
         self._hooks = EagerHooks(model, watchers, running)
@@ -103,8 +102,7 @@ class Sources:
         self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
-        for diagnosis in self.diagnoses:
-            diagnosis.open(step, due)
+        self._diagnosis.open(step, due)
         self._tell_own("open", step)
         if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
@@ -123,8 +121,7 @@ class Sources:
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
         yield from self.parameters.settle()
-        for diagnosis in self.diagnoses:
-            yield from diagnosis.rows()
+        yield from self._diagnosis.rows() if self._diagnosis.watchers else ()
 
     # ---- forward passes
 
@@ -159,8 +156,7 @@ class Sources:
         """It has returned."""
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
-        for diagnosis in self.diagnoses:
-            diagnosis.leave(passing, module, args, kwargs, output)
+        self._diagnosis.leave(passing, module, args, kwargs, output)
         if passing.training:
             phase = self.predictions.take()
             if phase is not None:
@@ -201,13 +197,11 @@ class Sources:
         """Before any gradient of a parameter."""
         self._micro.begin(due)
         self.parameters.backward_begins(due)
-        for diagnosis in self.diagnoses:
-            diagnosis.backward_begins(due)
+        self._diagnosis.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
         """After all of them: what is kept of the backward pass itself."""
-        for diagnosis in self.diagnoses:
-            diagnosis.backward_ends(due)
+        self._diagnosis.backward_ends(due)
         rows = self._micro.end(due)
         return {self._micro: rows} if rows else {}
 
@@ -271,8 +265,8 @@ class Sources:
     def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """An optimizer is about to step, in a sampled step."""
         self.parameters.before_step(optimizer, due)
-        for diagnosis in self.diagnoses:
-            diagnosis.before_step(optimizer, due)
+        if self._diagnosis.watchers:
+            self._diagnosis.before_step(optimizer, due)
 
     def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""

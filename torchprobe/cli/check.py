@@ -82,13 +82,13 @@ def verdict(session: Session) -> str:
 @contextlib.contextmanager
 def _in_place_of(script: Path, arguments: list[str]) -> Iterator[None]:
     """The script's own command line and import path, as `python script.py` gives it."""
-    argv, path = sys.argv, sys.path[:]
-    sys.argv = [str(script), *arguments]
+    argv, path = sys.argv[:], sys.path[:]
+    sys.argv[:] = [str(script), *arguments]
     sys.path[0:1] = [os.fspath(script.resolve().parent)]
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv[:], sys.path[:] = argv, path
 
 
 def _code(end: SystemExit) -> int:

@@ -80,7 +80,7 @@ class Diagnosis(BuiltIn):
 
     fact: the evidence that `limit` is for, of the whole run or of each module or parameter; it holds above the limit in
     `samples` sampled steps running. serious: whether it is an alert; else a remark, which the log (as information) and
-    `session.summary()` show, for what may be meant as it is.
+    `session.summary()` show, for what may be meant as it is. follows: values that are looked at in other steps, too.
     """
 
     samples: int = 3
@@ -89,13 +89,15 @@ class Diagnosis(BuiltIn):
     fact: ClassVar[str] = ""
     limit: ClassVar[float] = 0.0
     message: ClassVar[str] = ""
+    follows: ClassVar[tuple[str, ...]] = ()
 
     def watcher(self) -> Memory:
         """Keeps in how many samples running it held, and where."""
         return Memory(self._examine)
 
     def _examine(self, record: Record, kept: dict[str, Any]) -> Found:
-        return self.judge(record, kept) if record.evidence else None
+        concerned = record.evidence or any(tag in record.values for tag in self.follows)
+        return self.judge(record, kept) if concerned else None
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """What holds, of a sampled step."""

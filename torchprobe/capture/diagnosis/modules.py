@@ -40,14 +40,18 @@ class _Calls:
         self.saturated: dict[str, tuple[int, Tensor]] = {}
         self.weighted = False  # a layer with weights was called
 
+    def note_weighted(self) -> None:
+        """A layer with weights is called."""
+        self.weighted = True
+
 
 class ModuleCalls:
     """A watcher of eager modules (`capture.eager_hooks`) that own parameters, squash, or normalise."""
 
     in_validation = False
 
-    def __init__(self, reporter: Reporter, evidence: Evidence) -> None:
-        self.reporter = reporter
+    def __init__(self, evidence: Evidence, reporter: Reporter | None) -> None:
+        self.reporter: Any = reporter
         self._evidence = evidence
         self._now = _Calls(None)
         self._kinds: dict[str, type[nn.Module]] = {}
@@ -78,7 +82,7 @@ class ModuleCalls:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._normalised(name, module, args)
         if not calls.weighted and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
-            calls.weighted = True
+            calls.note_weighted()
             weight = next(module.parameters(recurse=False), None)
             if isinstance(module, _WEIGHTED) and args and weight is not None and weight.requires_grad:
                 self._first_input(args[0])

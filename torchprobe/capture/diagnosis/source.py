@@ -17,6 +17,7 @@ from torchprobe.capture.diagnosis.gradients import GradientFacts
 from torchprobe.capture.diagnosis.losses import OutputFacts
 from torchprobe.capture.diagnosis.modules import ModuleCalls
 from torchprobe.capture.diagnosis.structure import structure_of
+from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.source import VALIDATION, Pass
 from torchprobe.probes.base import Reporter
@@ -25,15 +26,20 @@ _OLD = 10  # steps after which a graph that is still alive has been kept
 
 
 class DiagnosisSource:
-    """All that diagnoses are decided by, for one reporter. What it sees it keeps as numbers of the open step."""
+    """All that diagnoses are decided by; nothing without a reporter. What it sees it keeps as numbers of the open step.
 
-    def __init__(self, model: ReferenceType[nn.Module], reporter: Reporter) -> None:
-        self.reporter = reporter
+    watchers: of the calls of modules.
+    """
+
+    def __init__(self, model: ReferenceType[nn.Module], reporter: Reporter | None) -> None:
+        self._reporter = reporter
+        self._gate: Gate = Gate("Diagnosis", Meter()) if reporter is None else reporter.gate
         self._model = model
         self._evidence = evidence = Evidence()
-        self.calls = ModuleCalls(reporter, evidence)
-        self._gradients = GradientFacts(model, evidence, self.calls)
-        self._outputs = OutputFacts(evidence, reporter.gate)
+        self._calls = ModuleCalls(evidence, reporter)
+        self.watchers = [] if reporter is None else [self._calls]
+        self._gradients = GradientFacts(model, evidence, self._calls)
+        self._outputs = OutputFacts(evidence, self._gate)
         self._step = 0
         self._looked = False
         self._passes: list[tuple[int, ReferenceType[Pass]]] = []
@@ -49,7 +55,7 @@ class DiagnosisSource:
         """A pass has returned."""
         if not self._wants(passing.due):
             return
-        with self.reporter.gate.boundary(), torch.no_grad(), no_torch_function():
+        with self._gate.boundary(), torch.no_grad(), no_torch_function():
             if passing.kind is VALIDATION:
                 self._validations += 1
                 self._validated(module)
@@ -57,7 +63,7 @@ class DiagnosisSource:
             self._validations = 0
             evaluates = not module.training and _depends_on_mode(module)
             self._outputs.on_output(args, kwargs, output, evaluates)
-            self.calls.returned(output)
+            self._calls.returned(output)
             if any(x.dtype is torch.float16 for x in tensors_in(output)):
                 self._gradients.uses_half()
             self._follow(passing)
@@ -81,26 +87,26 @@ class DiagnosisSource:
     def backward_begins(self, due: frozenset[Reporter]) -> None:
         """Before any gradient of a parameter."""
         if self._wants(due):
-            with self.reporter.gate.boundary(), torch.no_grad():
+            with self._gate.boundary(), torch.no_grad():
                 self._gradients.backward_begins()
 
     def backward_ends(self, due: frozenset[Reporter]) -> None:
         """After all of them."""
         if self._wants(due):
-            with self.reporter.gate.boundary(), torch.no_grad():
+            with self._gate.boundary(), torch.no_grad():
                 self._gradients.backward_ends()
 
     def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """An optimizer is about to use its gradients."""
         if self._wants(due):
-            with self.reporter.gate.boundary(), torch.no_grad(), no_torch_function():
+            with self._gate.boundary(), torch.no_grad(), no_torch_function():
                 self._gradients.before_step(optimizer, type(optimizer).__name__)
                 self._look_at_model()
 
     def rows(self) -> Iterator[Piece]:
         """What there is of the open step."""
-        if not self.reporter.gate.failed:
-            yield from self._evidence.take(self.reporter)
+        if self._reporter is not None and not self._gate.failed:
+            yield from self._evidence.take(self._reporter)
 
     def _look_at_model(self) -> None:
         model = self._model()
@@ -110,7 +116,7 @@ class DiagnosisSource:
                 self._evidence.put(name, value)
 
     def _wants(self, due: frozenset[Reporter]) -> bool:
-        return self.reporter in due and not self.reporter.gate.failed
+        return self._reporter in due and not self._gate.failed
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

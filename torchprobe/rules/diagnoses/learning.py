@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import Record
-from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, Memory, evidence, first_of, scalar
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy
@@ -29,16 +29,13 @@ class AtChance(Diagnosis):
     targets: int = 10
 
     name = "at_chance"
+    follows = ("overview/loss",)
     message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
         "too high nor too low; and that a few examples alone can be fitted (Karpathy 2019, A recipe for training "
         "neural networks: overfit one batch)."
     )
-
-    def watcher(self) -> Memory:
-        """Keeps the losses, and what is known of the targets."""
-        return Memory(self.judge)
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every tenth loss is judged, by the targets of the last sample."""
@@ -102,15 +99,12 @@ class LearningRateTooLow(Diagnosis):
     ratio: float = 1e-5
 
     name = "learning_rate_too_low"
+    follows = LOSS_TAGS
     message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
     advice = (
         "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
         "until the loss moves (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
     )
-
-    def watcher(self) -> Memory:
-        """Keeps losses and the largest rate."""
-        return Memory(self.judge)
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """At samples."""

@@ -79,8 +79,7 @@ def instrument(
         every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
         flush_every: steps between writes; flush_seconds: and the longest time between them.
         include, exclude: module-name patterns with `*`.
-        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
-            metrics join them when the session is detached.
+        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3}`; final metrics join them.
         rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
             by default all of `docs/alerts.md`, and [] for none.
         on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
@@ -101,8 +100,7 @@ def instrument(
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     selection.check(root, parts)
-    known = None if hparams is None else checked_hparams(hparams)
-    ranks = world()
+    known, ranks = None if hparams is None else checked_hparams(hparams), world()
     place = (writer, log_dir, run_name, type(root).__name__)
     run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
@@ -206,8 +204,7 @@ class Session(Logs, SamplingCalls):
     def state_dict(self, timeout: float | None = 10.0) -> dict[str, Any]:
         """What a resumed run needs to go on here: put it into the checkpoint. `weights_only=True` loads it.
 
-        Flushes first, waiting up to `timeout` seconds, so that steps up to the checkpoint's are on disk: the
-        resumed run does not record them again.
+        Flushes first, waiting up to `timeout` seconds: the resumed run does not record again what is on disk.
         """
         if not self.flush(timeout) and self.attached:
             _log.warning("step %d goes into a checkpoint, and not all steps before it are written yet", self.step)

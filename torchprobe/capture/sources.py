@@ -60,11 +60,11 @@ class Sources:
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
-        self._diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
+        self.diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
         watchers: list[Watcher] = [
             *self._traces,
             *self._units,
-            *self._diagnosis.watchers,
+            *self.diagnosis.watchers,
             *(attention.masks for attention in self._attention),
         ]
         self._hooks = EagerHooks(model, watchers, running)
@@ -102,7 +102,7 @@ class Sources:
         self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
-        self._diagnosis.open(step, due)
+        self.diagnosis.open(step, due)
         self._tell_own("open", step)
         if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
@@ -121,7 +121,7 @@ class Sources:
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
         yield from self.parameters.settle()
-        yield from self._diagnosis.rows() if self._diagnosis.watchers else ()
+        yield from self.diagnosis.rows() if self.diagnosis.watchers else ()
 
     # ---- forward passes
 
@@ -156,7 +156,7 @@ class Sources:
         """It has returned."""
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
-        self._diagnosis.leave(passing, module, args, kwargs, output)
+        self.diagnosis.leave(passing, module, args, kwargs, output)
         if passing.training:
             phase = self.predictions.take()
             if phase is not None:
@@ -197,11 +197,11 @@ class Sources:
         """Before any gradient of a parameter."""
         self._micro.begin(due)
         self.parameters.backward_begins(due)
-        self._diagnosis.backward_begins(due)
+        self.diagnosis.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
         """After all of them: what is kept of the backward pass itself."""
-        self._diagnosis.backward_ends(due)
+        self.diagnosis.backward_ends(due)
         rows = self._micro.end(due)
         return {self._micro: rows} if rows else {}
 
@@ -261,12 +261,6 @@ class Sources:
         return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
 
     # ---- optimizers, NaN, the end
-
-    def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
-        """An optimizer is about to step, in a sampled step."""
-        self.parameters.before_step(optimizer, due)
-        if self._diagnosis.watchers:
-            self._diagnosis.before_step(optimizer, due)
 
     def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""

@@ -57,7 +57,9 @@ class Recorder:
             self._use(optimizer)
         if not due:
             return False
-        self._sources.before_step(optimizer, due)
+        self._sources.parameters.before_step(optimizer, due)
+        if self._sources.diagnosis.watchers:
+            self._sources.diagnosis.before_step(optimizer, due)
         return not has_closure
 
     @protected

@@ -58,9 +58,10 @@ ALLOWED: dict[str, set[str]] = {
             "writers",
         ),
     },
+    "finding": {"capture", "records", "session"},
     "checkpoint": {"arguments", "naming", "random_state", "session", "state"},
     "integrations": {"session"},
-    "cli": {"_version", "reports", "writers"},
+    "cli": {"_version", "finding", "reports", "session", "writers"},
     "__main__": {"cli"},
 }
 

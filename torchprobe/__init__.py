@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.base import Probe as Probe
     from torchprobe.probes.base import Reporter as Reporter
     from torchprobe.probes.calibration import Calibration as Calibration
+    from torchprobe.probes.diagnosis import Diagnosis as Diagnosis
     from torchprobe.probes.gradients import Gradients as Gradients
     from torchprobe.probes.gradients import Parameters as Parameters
     from torchprobe.probes.gradients import Updates as Updates
@@ -73,6 +74,7 @@ _HOMES = {
     "Calibration": "probes.calibration",
     "CheckpointManager": "checkpoint",
     "DeadUnits": "rules.layers",
+    "Diagnosis": "probes.diagnosis",
     "EventFileWriter": "writers.event_file",
     "ExplodingGradient": "rules.course",
     "GradNormSpike": "rules.course",

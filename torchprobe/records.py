@@ -100,7 +100,7 @@ class Record:
 
     step counts completed optimizer steps from 1; wall_time is in seconds since the epoch.
     descriptions maps a tag's group (see `group_of`) to Markdown that says what the group measures.
-    sampled: whether probes were due at the step.
+    sampled: whether probes were due at the step. evidence: what diagnoses are decided by, which no writer stores.
     """
 
     step: int
@@ -108,6 +108,7 @@ class Record:
     values: Mapping[str, Value]
     descriptions: Mapping[str, str] = field(default_factory=dict)
     sampled: bool = False
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,10 @@ class StepSnapshot:
     step: int
     random_state: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+EVIDENCE = "evidence/"
+"""Before the tag of a number that goes to `Record.evidence`."""
 
 
 def group_of(tag: str) -> str:

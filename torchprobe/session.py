@@ -80,8 +80,7 @@ def instrument(
         every: one cadence for all sampled probes that name none: N is step 1, N, 2N, ...
         flush_every: steps between writes; flush_seconds: and the longest time between them.
         include, exclude: module-name patterns with `*`.
-        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3, "tied": True}`; the final
-            metrics join them when the session is detached.
+        hparams: hyperparameters for TensorBoard's HParams page, such as `{"lr": 1e-3}`; final metrics join them.
         rules: what to raise alerts about: names, rule objects, or functions `record -> alerts that hold in it`;
             by default all of `docs/alerts.md`, and [] for none.
         on_alert: called with each alert in a background thread, such as `torchprobe.WebhookNotifier(url)`.
@@ -103,8 +102,7 @@ def instrument(
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     selection.check(root, parts)
-    known = None if hparams is None else checked_hparams(hparams)
-    ranks = world()
+    known, ranks = None if hparams is None else checked_hparams(hparams), world()
     place = (writer, log_dir, run_name, type(root).__name__)
     run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
@@ -178,6 +176,11 @@ class Session(Logs, SamplingCalls, Shown):
         return list(self._watch.alerts)
 
     @property
+    def remarks(self) -> list[Alert]:
+        """What diagnoses found that may be meant as it is, and is no alert, in order: a new list."""
+        return list(self._watch.remarks)
+
+    @property
     def attached(self) -> bool:
         """Whether the session still watches its model."""
         return self._finalizer.alive
@@ -203,8 +206,7 @@ class Session(Logs, SamplingCalls, Shown):
     def state_dict(self, timeout: float | None = 10.0) -> dict[str, Any]:
         """What a resumed run needs to go on here: put it into the checkpoint. `weights_only=True` loads it.
 
-        Flushes first, waiting up to `timeout` seconds, so that steps up to the checkpoint's are on disk: the
-        resumed run does not record them again.
+        Flushes first, waiting up to `timeout` seconds: the resumed run does not record again what is on disk.
         """
         if not self.flush(timeout) and self.attached:
             _log.warning("step %d goes into a checkpoint, and not all steps before it are written yet", self.step)
@@ -252,12 +254,12 @@ class Session(Logs, SamplingCalls, Shown):
             f"  alerts            {self._watch.count}",
         ]
         lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
-        captured = recorder.guard.captured["_before"]
-        lines += [f"  captured steps    {captured}, in a graph of the device: not recorded"] if captured else []
+        if captured := recorder.guard.captured["_before"]:
+            lines.append(f"  captured steps    {captured}, in a graph of the device: not recorded")
         lines += outlet.drain.ranks
-        if outlet.decoder.missing:
-            lines.append(f"  nothing captured  {', '.join(outlet.decoder.missing)}")
+        lines += [f"  nothing captured  {', '.join(outlet.decoder.missing)}"] if outlet.decoder.missing else []
         lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
+        lines += [f"  remark            {remark}. {remark.advice}" for remark in self.remarks]
         lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
         return Summary("\n".join(lines))
 

@@ -76,7 +76,8 @@ def test_every_rule_says_what_it_means_what_to_try_and_where_that_is_from(rule):
     assert len(re.findall(r"[.;]( |$)", f"{said}.")) >= 2
     assert source.endswith(").")
     assert re.search(r"\d{4}|PyTorch|docs|py-spy|CS231n", source)
-    assert rule.advice.replace("\n", " ") in " ".join((DOCS / "alerts.md").read_text().split())
+    pages = (DOCS / "alerts.md").read_text() + (DOCS / "diagnoses.md").read_text()
+    assert rule.advice.replace("\n", " ") in " ".join(pages.split())
 
 
 def test_an_alert_is_one_line_that_names_everything():
@@ -159,7 +160,7 @@ def test_the_count_stands_beside_the_other_counts_of_the_overview():
         (([torchprobe.LossSpike], None, None), TypeError, r"write LossSpike\(\)"),
         (([3], None, None), TypeError, "rules: got 3"),
         ((None, "mail", None), TypeError, "on_alert='mail'"),
-        ((None, None, {"no_such"}), ValueError, "stop_on: no rule of this run is called 'no_such'; takes attention"),
+        ((None, None, {"no_such"}), ValueError, "stop_on: no rule of this run is called 'no_such'; takes at_chance"),
         ((["stalled"], None, {"non_finite"}), ValueError, "takes stalled"),
         ((None, None, "non_finite"), TypeError, "takes a set of rule names"),
         ((None, None, 3), TypeError, "stop_on=3"),

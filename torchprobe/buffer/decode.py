@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
-from torchprobe.records import Record, Text, Value, is_tag, storable
+from torchprobe.records import EVIDENCE, Record, Text, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
@@ -90,7 +90,10 @@ class Decoder:
         for (reporter, prefix), parts in groups.items():
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
-        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due)) if values else None
+        evidence = _taken(values) if groups else {}
+        if not values and not evidence:
+            return None
+        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
@@ -167,6 +170,12 @@ class Decoder:
                 if serious:
                     texts[f"nothing_captured/{name}"] = Text(text)
         return texts
+
+
+def _taken(values: dict[str, Value]) -> dict[str, float]:
+    """What is for rules alone, out of the values that are written, without the prefix."""
+    tags = [tag for tag in values if tag.startswith(EVIDENCE)]
+    return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in tags}
 
 
 def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:

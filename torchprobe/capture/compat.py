@@ -356,6 +356,12 @@ def _skips() -> bool:
 _NEWER = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")  # in place of what torch 2.6 has
 
 
+def shape_of_result(node: Any, number: int = 0) -> tuple[int, ...] | None:
+    """The shape of what a node of a graph gave; None where torch does not say."""
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[number].shape) if number < len(known) else None
+
+
 def sequence_number(node: Any) -> int | None:
     """When a node of a graph was made: a later one has a higher number. None without it: no loss is then read of a
     graph.

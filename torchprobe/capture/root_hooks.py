@@ -106,6 +106,11 @@ def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -
         root.running.enter_graph(module.training and torch.is_grad_enabled())
 
 
+def enter_running(module: nn.Module, args: Any) -> None:
+    """The model was instrumented while it is being called, before its `forward`: this pass counts, too."""
+    _enter(module, args)
+
+
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)
     if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:

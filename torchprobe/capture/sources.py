@@ -14,6 +14,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
 from torchprobe.capture.compiled.retrace import Retrace
+from torchprobe.capture.diagnosis.source import DiagnosisSource
 from torchprobe.capture.eager_hooks import EagerHooks, Watcher
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.micro_gradients import MicroGradientSource
@@ -59,7 +60,13 @@ class Sources:
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
-        watchers: list[Watcher] = [*self._traces, *self._units, *(attention.masks for attention in self._attention)]
+        self.diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
+        watchers: list[Watcher] = [
+            *self._traces,
+            *self._units,
+            *self.diagnosis.watchers,
+            *(attention.masks for attention in self._attention),
+        ]
         self._hooks = EagerHooks(model, watchers, running)
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
@@ -95,6 +102,7 @@ class Sources:
         self.predictions.open(step, due)
         for attention in self._attention:
             attention.open(step, due)
+        self.diagnosis.open(step, due)
         self._tell_own("open", step)
         if due or may_trace or self.armed:
             self._arm(due, True, may_trace)
@@ -112,7 +120,8 @@ class Sources:
 
     def settled(self) -> Iterator[Piece]:
         """Rows of parameters, where steps have left them."""
-        return self.parameters.settle()
+        yield from self.parameters.settle()
+        yield from self.diagnosis.rows() if self.diagnosis.watchers else ()
 
     # ---- forward passes
 
@@ -147,6 +156,7 @@ class Sources:
         """It has returned."""
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
+        self.diagnosis.leave(passing, module, args, kwargs, output)
         if passing.training:
             phase = self.predictions.take()
             if phase is not None:
@@ -187,9 +197,11 @@ class Sources:
         """Before any gradient of a parameter."""
         self._micro.begin(due)
         self.parameters.backward_begins(due)
+        self.diagnosis.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:
         """After all of them: what is kept of the backward pass itself."""
+        self.diagnosis.backward_ends(due)
         rows = self._micro.end(due)
         return {self._micro: rows} if rows else {}
 

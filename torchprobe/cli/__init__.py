@@ -1,4 +1,4 @@
-"""The command line: `torchprobe demo`, `view`, `report` and `compare`.
+"""The command line: `torchprobe demo`, `view`, `report`, `compare` and `check`.
 
 Each module has `add_parser(commands)`, which says by what function `(arguments) -> exit code` a command runs. They
 import torch, rich and TensorBoard only once the command runs, so that `torchprobe --help` answers at once.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchprobe._version import __version__
-from torchprobe.cli import demo, report, view
+from torchprobe.cli import check, demo, report, view
 from torchprobe.cli.arguments import CommandError
 
 __all__ = ["build_parser", "main"]
@@ -20,6 +20,7 @@ _EXAMPLES = """\
 examples:
   torchprobe demo                      train a small model for a minute, with everything recorded
   torchprobe view runs/demo            look at what was recorded
+  torchprobe check train.py            run a script of yours for 200 steps, and say which training bugs it has
   torchprobe report                    what the newest run says, in the terminal
   torchprobe demo --data aclImdb       the same on texts of yours, one sub-folder a class
 
@@ -27,7 +28,7 @@ In your own training script the same takes one line:
   session = torchprobe.instrument(model, log_dir="runs/mine")
 """
 
-_COMMANDS = (demo, view, report)
+_COMMANDS = (demo, view, report, check)
 
 
 def build_parser() -> argparse.ArgumentParser:

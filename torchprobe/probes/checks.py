@@ -21,7 +21,7 @@ OF_MODULES = ("outputs", "output_gradients", "units")
 OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
 OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
 """The sources that a user's probe may name."""
-BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers")
+BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers", "diagnosis")
 """Those that are wired to one probe of ours each."""
 
 Reduce: TypeAlias = Literal["sum", "mean", "max", "last"]

@@ -9,6 +9,7 @@ from torchprobe.probes.attention import Attention
 from torchprobe.probes.base import Probe
 from torchprobe.probes.calibration import Calibration
 from torchprobe.probes.checks import check_merging, check_probe_class, offered_sources
+from torchprobe.probes.diagnosis import Diagnosis
 from torchprobe.probes.gradients import Gradients, Parameters, Updates
 from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
@@ -22,7 +23,7 @@ def default_probes() -> list[Probe]:
     """What `instrument` watches when no probes are named."""
     watched: list[Probe] = [Gradients(), Parameters(), Updates(), Activations(), Attention()]
     watched += [Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
-    return [*watched, UnitActivity(), Provenance()]
+    return [*watched, UnitActivity(), Provenance(), Diagnosis()]
 
 
 def checked_probes(probes: Iterable[Probe] | None) -> list[Probe]:

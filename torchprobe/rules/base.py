@@ -74,6 +74,60 @@ class Memory:
         self._kept = deepcopy(dict(state))
 
 
+@dataclass(frozen=True)
+class Diagnosis(BuiltIn):
+    """A rule about `Record.evidence`, which names one bug.
+
+    fact: the evidence that `limit` is for, of the whole run or of each module or parameter; it holds above the limit in
+    `samples` sampled steps running. serious: whether it is an alert; else a remark, which the log (as information) and
+    `session.summary()` show, for what may be meant as it is. follows: values that are looked at in other steps, too.
+    """
+
+    samples: int = 3
+
+    serious: ClassVar[bool] = True
+    fact: ClassVar[str] = ""
+    limit: ClassVar[float] = 0.0
+    message: ClassVar[str] = ""
+    follows: ClassVar[tuple[str, ...]] = ()
+
+    def watcher(self) -> Memory:
+        """Keeps in how many samples running it held, and where."""
+        return Memory(self._examine)
+
+    def _examine(self, record: Record, kept: dict[str, Any]) -> Found:
+        concerned = record.evidence or any(tag in record.values for tag in self.follows)
+        return self.judge(record, kept) if concerned else None
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """What holds, of a sampled step."""
+        values = evidence(record, self.fact)
+        ill = lasting(kept, {name: value for name, value in values.items() if value > self.limit}, self.samples)
+        return self.said(record.step, ill) if values or kept else None
+
+    def said(self, step: int, ill: Mapping[str, float], message: str = "") -> list[Alert]:
+        """One alert for all of them; the name "" is that of the whole run."""
+        if "" in ill:
+            return [self.alert(step, None, ill[""], self.limit, message or self.message)]
+        return self.together(step, ill, self.limit, message or self.message)
+
+
+def evidence(record: Record, fact: str) -> dict[str, float]:
+    """The numbers of a fact by module or parameter; one of the whole run has the name ""."""
+    if fact in record.evidence:
+        return {"": record.evidence[fact]}
+    prefix = f"{fact}/"
+    return {tag[len(prefix) :]: value for tag, value in record.evidence.items() if tag.startswith(prefix)}
+
+
+def lasting(kept: dict[str, Any], holds: Mapping[str, float], samples: int) -> dict[str, float]:
+    """What has held so many samples running, this one included; the counts are kept."""
+    counts = {name: kept.get(name, 0) + 1 for name in holds}
+    kept.clear()
+    kept.update(counts)
+    return {name: value for name, value in holds.items() if counts[name] >= samples}
+
+
 _Key: TypeAlias = "tuple[str, str | None]"  # a condition: its rule, and the place or, of many members, what it is
 
 

@@ -15,6 +15,7 @@ from torchprobe.rules.course import (
     Overconfidence,
     Stalled,
 )
+from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.rules.layers import AttentionCollapse, AttentionLogitGrowth, DeadUnits, UpdateRatio, VanishingGradient
 from torchprobe.rules.non_finite import NonFinite
 from torchprobe.rules.overfitting import Overfitting
@@ -49,6 +50,7 @@ _BUILT_IN: tuple[Configuration, ...] = (
     Overfitting(),
     Stalled(),
     NothingCaptured(),
+    *DIAGNOSES,
 )
 
 

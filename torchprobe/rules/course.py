@@ -66,7 +66,9 @@ class _Spike(BuiltIn):
             return []
         mean = float(np.mean(window))
         limit = max(mean + self.deviations * max(float(np.std(window)), _ROUNDING * abs(mean)), _SMALL * largest)
-        if not float(np.mean(last)) > limit or not min(last) > np.percentile(window, _HIGH):
+        jump, spread = float(np.mean(last)) - float(np.mean(window[-_RUNNING:])), float(np.std(window))
+        sudden = jump > self.deviations * spread  # a loss that drifts upwards, as a GAN's, has no spike
+        if not float(np.mean(last)) > limit or not min(last) > np.percentile(window, _HIGH) or not sudden:
             return []
         message = (
             f"{self.what} has been high {_RUNNING} times running, its mean more than {self.deviations:g} standard "
@@ -83,8 +85,9 @@ class LossSpike(_Spike):
     """The loss is suddenly far above its last 128 values, or lastingly above them.
 
     Either 4 values in a row are above the 98th percentile of the last `window`, with a mean over `deviations` standard
-    deviations above theirs and above 2 % of the largest seen; or one is above 4 times the window's largest and 20 % of
-    the largest seen. A stricter form of OLMo-core's stability monitor. Silent until there are `least` values.
+    deviations above theirs and above that of its last four, and above 2 % of the largest seen; or one is above 4 times
+    the window's largest and 20 % of the largest seen. A stricter form of OLMo-core's stability monitor. Silent until
+    there are `least` values.
 
     The loss is `train/loss` or `loss`, as the user logs it, else `overview/loss`, what backward() was called on.
     """

@@ -227,8 +227,8 @@ def _pace(record: Record, kept: dict[str, Any]) -> float:
 def _begins(record: Record, kept: dict[str, Any]) -> bool:
     """Whether a gradient of exactly zero is how a model begins.
 
-    So it is at step 1, until an earlier step had a learning rate above 0, and while at the last sample a parameter with
-    a gradient was still zero: a weight of zero hides what stands before it.
+    So it is at step 1, until an earlier step had a learning rate above 0, and while a parameter that was still zero at
+    the last sample had a gradient there or has one now: a weight of zero hides what stands before it.
     """
     begins = record.step == 1 or not kept.get("moved", True) or bool(kept.get("zero"))
     rates = [rate for _, rate in group(record, "lr")]
@@ -237,5 +237,7 @@ def _begins(record: Record, kept: dict[str, Any]) -> bool:
     norms = dict(group(record, "param_norm"))
     if norms:
         gradients = dict(group(record, "grad_norm"))
-        kept["zero"] = any(norm == 0 and gradients.get(name, 0) > 0 for name, norm in norms.items())
+        begins |= any(gradients.get(name, 0) > 0 for name in kept.get("zeros", ()))
+        kept["zeros"] = [name for name, norm in norms.items() if norm == 0]
+        kept["zero"] = any(gradients.get(name, 0) > 0 for name in kept["zeros"])
     return begins

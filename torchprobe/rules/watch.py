@@ -61,6 +61,9 @@ class Watch:
         self, rules: Sequence[Rule], on_alert: Callable[[Alert], object] | None, stops: frozenset[str]
     ) -> None:
         self.alerts: list[Alert] = []
+        self.remarks: list[Alert] = []
+        """What diagnoses found that may be meant as it is: no alerts."""
+        self._slight = {name_of(rule) for rule in rules if not getattr(rule, "serious", True)}
         self._rules: dict[str, tuple[Watcher, Conditions]] = {}
         for rule in rules:
             patience = getattr(rule, "patience", BuiltIn.patience)
@@ -96,7 +99,7 @@ class Watch:
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
-        alerts = self._ask(record.step, lambda watcher: watcher(record))
+        alerts = self._without_remarks(self._ask(record.step, lambda watcher: watcher(record)))
         shown = {**self._announced, **(self._act(alerts) if alerts else self._count(record))}
         self._announced = {}
         record = replace(record, values={**record.values, **shown}) if shown else record
@@ -178,6 +181,14 @@ class Watch:
 
         found = [self._safely(f"rule {name}", ask, *rule) for name, rule in self._rules.items()]
         return [alert for alerts in found for alert in alerts or ()]
+
+    def _without_remarks(self, found: Sequence[Alert]) -> list[Alert]:
+        """The alerts; what is only to be mentioned is, once, where it begins."""
+        slight = [one for one in found if one.rule in self._slight and not one.ended]
+        for one in slight:
+            _log.info("%s. %s", one, one.advice)
+        self.remarks += slight[: MAX_ALERTS - len(self.remarks)]
+        return [alert for alert in found if alert.rule not in self._slight]
 
     def _act(self, alerts: Sequence[Alert]) -> dict[str, Value]:
         self.alerts += alerts[: MAX_ALERTS - len(self.alerts)]

@@ -58,6 +58,8 @@ class Recorder:
         if not due:
             return False
         self._sources.parameters.before_step(optimizer, due)
+        if self._sources.diagnosis.watchers:
+            self._sources.diagnosis.before_step(optimizer, due)
         return not has_closure
 
     @protected

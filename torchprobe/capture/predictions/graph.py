@@ -13,13 +13,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from torchprobe.capture.compat import sequence_number
+from torchprobe.capture.compat import sequence_number, shape_of_result
 from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, SECOND, YES, Form
 
 _MOST_NODES = 2000
 _SHAPES = r"View|UnsafeView|ReshapeAlias|Transpose|Permute|Squeeze|Unsqueeze|Clone|ToCopy|T|Alias"
 _CHOICES = r"Slice|Select|Index|IndexSelect|Unbind|Split|SplitWithSizes"
 _IS_VIEW = re.compile(f"({_SHAPES}|{_CHOICES})Backward")
+_IS_SHAPE = re.compile(f"({_SHAPES})Backward")
+_LONGEST_WAY = 16
 _MOVES = {"TransposeBackward", "PermuteBackward", "TBackward"}
 _KINDS = {
     "NllLossBackward": "softmax",
@@ -81,6 +83,45 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
         moved |= _name(node) in _MOVES
         users = _users(node, above)
     return _judged(users[0], above)._replace(moved=moved) if len(users) == 1 else UNKNOWN
+
+
+class Link(NamedTuple):
+    """An operation on the way from an output to the loss: its name, its node, whether its other operands are data, and
+    the shape of what it gives.
+    """
+
+    name: str
+    node: Any
+    alone: bool
+    shape: tuple[int, ...] | None
+
+
+def way_to_loss(roots: Sequence[Tensor], place: Place | None) -> list[Link]:
+    """The operations between an output and what backward is called on, as long as each result is used once."""
+    above = _above(roots, place)
+    if not above or place is None:
+        return []
+    at = next(((n, i) for n, i in above if i == place.result and sequence_number(n) == place.sequence), None)
+    links: list[Link] = []
+    while at is not None and len(users := above.get(at, [])) == 1 and len(links) < _LONGEST_WAY:
+        node = users[0]
+        alone = sum(used is not None for used, _ in node.next_functions) == 1
+        links.append(Link(_name(node), node, alone, shape_of_result(node)))
+        at = node, 0
+    return links
+
+
+def made_by(tensor: Tensor) -> str:
+    """The operation that made a tensor, past changes of shape; "" of one without a graph."""
+    node = tensor.grad_fn
+    while node is not None and _IS_SHAPE.fullmatch(_name(node)) and node.next_functions:
+        node = node.next_functions[0][0]
+    return "" if node is None else _name(node)
+
+
+def is_shape(name: str) -> bool:
+    """Whether an operation only changes the shape, or chooses."""
+    return _IS_VIEW.fullmatch(name) is not None
 
 
 def reaches(roots: Sequence[Tensor], place: Place | None, names: Collection[str], operands: int = 1) -> bool:

@@ -1,0 +1,60 @@
+"""A planted bug is named, by the alert or remark of its rule, and by no other diagnosis than those that it causes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchprobe
+from tests.diagnoses.sick import REMARKS, SICK
+from torchprobe.rules.diagnoses import DIAGNOSES
+from torchprobe.testing import MemoryWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[2]
+CONSEQUENCES = {"at_chance", "large_initial_loss"}  # of other bugs
+TOGETHER = {"unregistered_modules": {"detached_parameters"}}
+
+
+def run(recipe, every):
+    torch.manual_seed(0)
+    session = recipe(lambda model: torchprobe.instrument(model, writer=MemoryWriter(), every=every))
+    session.detach()
+    return session
+
+
+@pytest.mark.parametrize("every", [None, 10])
+@pytest.mark.parametrize("name", SICK)
+def test_a_bug_is_named(name, every):
+    rule, recipe = SICK[name]
+    session = run(recipe, every)
+    named = {alert.rule for alert in session.alerts} & {diagnosis.name for diagnosis in DIAGNOSES}
+    assert rule in named
+    assert named - {rule} <= CONSEQUENCES | TOGETHER.get(rule, set())
+    alert = next(alert for alert in session.alerts if alert.rule == rule)
+    assert alert.advice
+
+
+@pytest.mark.parametrize("name", REMARKS)
+def test_what_may_be_meant_is_a_remark(name):
+    rule, recipe = REMARKS[name]
+    session = run(recipe, None)
+    assert rule not in {alert.rule for alert in session.alerts}
+    assert f"remark            {rule}" in session.summary()
+
+
+def test_every_diagnosis_has_its_page_and_its_place_in_the_readme():
+    page = " ".join((ROOT / "docs" / "diagnoses.md").read_text().split())
+    readme = (ROOT / "README.md").read_text()
+    for diagnosis in DIAGNOSES:
+        assert f"## {diagnosis.name} **Symptom.** " in page, diagnosis.name
+        assert f"**Fix.** {diagnosis.advice}" in page, diagnosis.name
+        assert f"`{diagnosis.name}`" in readme, diagnosis.name
+
+
+def test_every_diagnosis_has_a_planted_bug():
+    named = {rule for rule, _ in (*SICK.values(), *REMARKS.values())}
+    assert {diagnosis.name for diagnosis in DIAGNOSES} - named <= {"fp16_without_grad_scaler"}  # wants a device

@@ -1,0 +1,194 @@
+"""What lies between the model's output and the loss: operations that do not belong there, and targets by the gradient.
+
+The graph says which operations these are, exactly; nothing is guessed from names or shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.backward import roots
+from torchprobe.capture.compat import no_torch_function
+from torchprobe.capture.compiled.tracing import untraced
+from torchprobe.capture.diagnosis.evidence import Evidence
+from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.outputs import tensors_in
+from torchprobe.capture.predictions.forms import is_usable
+from torchprobe.capture.predictions.graph import Link, Place, is_shape, made_by, place_of, way_to_loss
+from torchprobe.statistics.targets import class_counts, entropy, judged, same_class
+
+_MOST_OUTPUTS = 4
+_MOST_NUMBERS = 2**22  # of logits that are read
+_MOST_ROWS = 4096
+_EXAMPLES = 64  # that are compared
+_MOST_FEATURES = 2**12
+_FEWEST = 16  # examples for a correlation
+_MOST_CLASSES = 2**17
+_REGRESSIONS = frozenset({"MseLossBackward", "L1LossBackward", "SmoothL1LossBackward", "HuberLossBackward"})
+_NLL = frozenset({"NllLossBackward", "NllLoss2DBackward"})
+_BINARY = "BinaryCrossEntropyWithLogitsBackward"
+_RAW = frozenset({"SoftmaxBackward", "AddmmBackward", "MmBackward", "ConvolutionBackward", "ReluBackward"})
+
+
+class _Output(NamedTuple):
+    """An output of a pass: where it stands, what made it, its values, and the inputs of two dimensions."""
+
+    place: Place | None
+    maker: str
+    values: Tensor
+    version: int
+    inputs: tuple[Tensor, ...]
+    evaluates: bool  # the pass ran in evaluation mode, which makes a difference
+
+
+class OutputFacts:
+    """Follows the outputs of sampled training passes until a gradient reaches them."""
+
+    def __init__(self, evidence: Evidence, gate: Gate) -> None:
+        self._evidence = evidence
+        self._gate = gate
+        self._counts: Tensor | None = None  # of the targets of the run so far, by class
+
+    def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
+        """A pass has returned."""
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() == 2 and not x.is_complex()]
+        self._varies(args, kwargs)
+        some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
+        for tensor in some[:_MOST_OUTPUTS]:
+            values = tensor.detach()
+            inputs = tuple(given[:_MOST_OUTPUTS])
+            one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates)
+            tensor.register_hook(partial(self._on_gradient, one))
+
+    def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """By how much at most the examples of the batch differ, in any tensor that the model is called with."""
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 1 and not x.is_complex()]
+        some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
+        if some:
+            spread = [(x.amax(0) - x.amin(0)).amax() for x in some]
+            self._evidence.put("input_varies", torch.stack([one.to(spread[0].device) for one in spread]).amax())
+
+    @untraced
+    def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
+        if gradient is None or self._gate.failed:
+            return
+        with self._gate.boundary(), torch.no_grad(), no_autocast(gradient.device), no_torch_function():
+            self._evidence.put("evaluates", output.evaluates)
+            links = way_to_loss(roots().tensors, output.place)
+            way = [link for link in links if not is_shape(link.name)]
+            if way and output.values._version == output.version:
+                self._misplaced([output.maker, *(link.name for link in way[:4])])
+                self._broadcast(output, links)
+                self._rectified(output, way[0], gradient)
+                self._targets(output, links, way, gradient)
+
+    def _misplaced(self, names: Sequence[str]) -> None:
+        pairs = set(pairwise(names))
+        put = self._evidence.put
+        put("double_softmax", float(("SoftmaxBackward", "LogSoftmaxBackward") in pairs))
+        put("sigmoid_before_softmax", float(("SigmoidBackward", "LogSoftmaxBackward") in pairs))
+        put("double_sigmoid", float(("SigmoidBackward", _BINARY) in pairs))
+        put("nll_without_log", float(any(a in _RAW and b in _NLL for a, b in pairs)))
+
+    def _broadcast(self, output: _Output, links: Sequence[Link]) -> None:
+        count = output.values.numel()
+        if count < 2 or output.values.dim() > 2 or max(output.values.shape) != count:
+            return
+        for link, following in zip(links, [*links[1:], None], strict=True):
+            if link.name == "UnsqueezeBackward":  # written down, so meant
+                return
+            is_loss = link.name == "ExpandBackward" and following is not None and following.name in _REGRESSIONS
+            if link.shape == (count, count) and (is_loss or (link.name == "SubBackward" and link.alone)):
+                self._evidence.put("broadcast", count)
+                return
+            if not is_shape(link.name):
+                break
+        self._evidence.put("broadcast", 0.0)
+
+    def _rectified(self, output: _Output, first: Link, gradient: Tensor) -> None:
+        judges = first.name in (*_REGRESSIONS, "LogSoftmaxBackward", _BINARY)
+        if output.maker == "ReluBackward" and (judges or (first.name == "SubBackward" and first.alone)):
+            self._evidence.put("rectified", ((output.values == 0) & (gradient > 0)).float().mean())
+
+    # ---- classes
+
+    def _targets(self, output: _Output, links: Sequence[Link], way: Sequence[Link], gradient: Tensor) -> None:
+        axis = _class_axis(output, links, way)
+        if axis is None or output.values.shape[axis] > _MOST_CLASSES:
+            return
+        classes = output.values.shape[axis]
+        logits, gradients = (x.movedim(axis, -1).reshape(-1, classes) for x in (output.values, gradient))
+        stride = 1 + max(logits.shape[0] // _MOST_ROWS, logits.numel() // _MOST_NUMBERS)
+        targets, counted, nll = judged(logits[::stride], gradients[::stride])
+        put = self._evidence.put
+        put("cross_entropy", (nll * counted).sum() / counted.sum())
+        put("counted", counted.float().mean())  # a row that is right beyond doubt has no gradient either
+        put("classes", classes)
+        put("scaled", output.maker in ("MulBackward", "DivBackward"))
+        put("softmax_rows", _are_distributions(logits[::stride]))
+        self._spread(class_counts(targets, counted, classes))
+        if stride == 1 and axis == -1:
+            self._copied(output, targets, counted)
+
+    def _spread(self, counts: Tensor) -> None:
+        total = self._counts
+        self._counts = total = counts if total is None or total.shape != counts.shape else total + counts
+        put = self._evidence.put
+        put("target_entropy", entropy(total))
+        put("targets", total.sum())
+        put("classes_unseen", (total == 0).sum())
+        put("same_class", same_class(counts))
+        put("same_class_in_all", same_class(total))
+        put("batch", counts.sum())
+
+    def _copied(self, output: _Output, targets: Tensor, counted: Tensor) -> None:
+        """Whether targets are the inputs of their own position, or of the next one, or a feature but for its scale."""
+        where = output.values.shape[:-1]
+        for numbers in output.inputs:
+            if numbers.is_floating_point():
+                if len(where) == 1 and numbers.shape[0] == where[0] and numbers.shape[1] <= _MOST_FEATURES:
+                    self._evidence.put("feature_tells_target", _closest(numbers, targets, counted))
+            elif numbers.shape == where and len(where) == 2 and where[1] > 1:
+                self._evidence.put("tokens", where[1])
+                same = (numbers.reshape(-1) == targets) & counted
+                self._evidence.put("targets_are_inputs", same.sum() / counted.sum())
+                ours, theirs, both = targets.view(where)[:, :-1], numbers[:, 1:], counted.view(where)[:, :-1]
+                self._evidence.put("targets_are_next", ((ours == theirs) & both).sum() / both.sum())
+                return
+
+
+def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> int | None:
+    """Where the classes of a cross-entropy lie that judges the output as a whole, or its log-probabilities."""
+    names = [link.name for link in way]
+    at = names.index("LogSoftmaxBackward") + 1 if names[0] == "LogSoftmaxBackward" else 0
+    if output.values.dim() < 2 or at >= len(way) or names[at] not in _NLL:
+        return None
+    if at == 0 and output.maker != "LogSoftmaxBackward":
+        return None
+    if not int(getattr(way[at].node, "_saved_reduction", 0)):  # weighed afterwards, as a policy's
+        return None
+    moved = any(link.name in ("TransposeBackward", "PermuteBackward") for link in links)
+    return 1 if names[at] == "NllLoss2DBackward" and output.values.dim() > 2 and not moved else -1
+
+
+def _are_distributions(rows: Tensor) -> Tensor:
+    """Whether the rows that a loss took for logits add up to 1 and have no negative element."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return (((wide.sum(-1) - 1).abs() < 1e-3) & (wide.amin(-1) >= 0)).all().float()
+
+
+def _closest(features: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """The largest correlation, by magnitude, of a feature with the class numbers; 0 where too few of them count."""
+    y = targets.float()[:, None]
+    x, weight = features.float(), counted.float()[:, None]
+    x, y = (z - (z * weight).sum(0) / weight.sum() for z in (x, y))
+    products = (x * y * weight).sum(0).abs()
+    sizes = ((x * x * weight).sum(0) * (y * y * weight).sum(0)).sqrt()
+    known = torch.where(sizes > 0, products / sizes, 0.0)
+    return torch.where(weight.sum() >= _FEWEST, known.amax(), 0.0)

@@ -1,0 +1,199 @@
+"""Runs that learn nothing, and learning rates that let them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchprobe.records import Record
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
+
+_MOST_KEPT = 1024  # losses; beyond it every second one is dropped
+_ABOVE = 1.05  # times the entropy
+_EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, and nothing else
+
+
+@dataclass(frozen=True)
+class AtChance(Diagnosis):
+    """Cross-entropy is no better than the entropy of the targets seen, which always guessing their frequencies costs.
+
+    The mean of the last quarter of at least `steps` losses is above `share` of that entropy, and does not fall. Left
+    alone: a loss that was far above it and has just come down to it, since frequencies are what is learnt first.
+    """
+
+    steps: int = 150
+    share: float = 0.9
+    targets: int = 10
+
+    name = "at_chance"
+    follows = ("overview/loss",)
+    message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
+    advice = (
+        "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
+        "too high nor too low; and that a few examples alone can be fitted (Karpathy 2019, A recipe for training "
+        "neural networks: overfit one batch)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Every tenth loss is judged, by the targets of the last sample."""
+        loss = scalar(record, "overview/loss")
+        self._learn(record, kept, loss)
+        if loss is None or not math.isfinite(loss):
+            return None
+        losses = _keep(kept, record.step, loss)
+        if record.step % 10 or not kept.get("plain") or record.step < self.steps or len(losses) < 8:
+            return None
+        quarter = len(losses) // 4
+        last, before = float(np.mean(losses[-quarter:])), float(np.mean(losses[-2 * quarter : -quarter]))
+        limit = self.share * kept["entropy"]
+        stays = last > min(0.98 * before, float(np.mean(losses[:4])))
+        ill = last > limit > 0.05 and stays and not _is_new(losses, kept["entropy"])
+        return [self.alert(record.step, None, last, limit, self.message)] if ill else []
+
+    def _learn(self, record: Record, kept: dict[str, Any], loss: float | None) -> None:
+        """plain: all samples so far had the plain cross-entropy for their loss, and targets enough."""
+        found = {fact: evidence(record, fact).get("") for fact in _TARGETS}
+        entropy, nll, counted, seen, classes, unseen = (math.nan if x is None else x for x in found.values())
+        if math.isnan(nll):
+            return
+        equal = loss is not None and min(abs(loss - nll), abs(loss - counted * nll)) <= _EQUAL * abs(nll) + 1e-3
+        kept["equal"] = kept.get("equal", True) and equal
+        kept["plain"] = kept["equal"] and seen >= self.targets * max(1.0, classes - unseen)
+        kept["entropy"] = entropy
+
+
+_TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
+
+
+@dataclass(frozen=True)
+class LearningRateZero(Diagnosis):
+    """The largest learning rate of all samples so far is 0, after so many steps."""
+
+    steps: int = 20
+
+    name = "learning_rate_zero"
+    message = "the learning rate has been 0 since the run began: steps change nothing"
+    advice = (
+        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
+        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Over all optimizers."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        ill = largest == 0 and record.step >= self.steps
+        return [self.alert(record.step, None, 0.0, None, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateTooLow(Diagnosis):
+    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was."""
+
+    steps: int = 100
+    ratio: float = 1e-5
+
+    name = "learning_rate_too_low"
+    follows = LOSS_TAGS
+    message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
+    advice = (
+        "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
+        "until the loss moves (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """At samples."""
+        found = first_of(record, LOSS_TAGS)
+        losses = _keep(kept, record.step, found[1]) if found else kept.get("losses", [])
+        ratio, rates = scalar(record, "overview/update_ratio"), evidence(record, "rate").values()
+        if ratio is None or not rates:
+            return None
+        kept["rate"] = largest = max(*rates, kept.get("rate", 0.0))
+        full = max(rates) > 0.5 * largest > 0
+        if record.step < self.steps or len(losses) < 8 or not full:
+            return []
+        quarter = len(losses) // 4
+        flat = np.mean(losses[-quarter:]) > 0.95 * np.mean(losses[:quarter]) > 0
+        ill = ratio < self.ratio and flat
+        return [self.alert(record.step, None, ratio, self.ratio, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateDecaysEarly(Diagnosis):
+    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
+
+    share: float = 1e-3
+    steps: int = 50
+
+    name = "learning_rate_decays_early"
+    message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
+    advice = (
+        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
+        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Since which sample it is that low, with a loss that is still worth learning."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        low = max(rates) < self.share * largest
+        kept["since"] = kept.get("since") or record.step if low else None
+        loss = first_of(record, LOSS_TAGS)
+        if loss is not None:
+            kept.setdefault("first", loss[1])
+        learnt = loss is not None and loss[1] < 0.1 * kept.get("first", 0.0)
+        spent = record.step - kept["since"] if low else 0
+        ill = spent >= self.steps and spent > record.step / 4 and not learnt
+        return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class WeightDecayTooLarge(Diagnosis):
+    """With weight decay the norm of all parameters has fallen below `share` of its first, and the loss hardly has."""
+
+    share: float = 0.5
+
+    name = "weight_decay_too_large"
+    message = "weight decay shrinks the weights faster than the gradient builds them up: their norm has halved"
+    advice = (
+        "Weights are pulled to zero faster than they learn. Lower `weight_decay`; usual are 1e-5 to 5e-4 with SGD and "
+        "0.01 to 0.1 with AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Beside the first sample."""
+        norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
+        decay = max(evidence(record, "decay").values(), default=0.0)
+        if norm is None or loss is None:
+            return None
+        first, began = kept.setdefault("norm", norm), kept.setdefault("loss", loss[1])
+        ill = decay > 0 and norm < self.share * first and loss[1] > 0.7 * began > 0
+        return [self.alert(record.step, None, norm, self.share * first, self.message)] if ill else []
+
+
+def _is_new(losses: list[float], entropy: float) -> bool:
+    """Whether the loss has come down to the entropy only in the last two thirds: frequencies are what is learnt first.
+
+    A loss that never came down is not new there.
+    """
+    started = losses[0] > _ABOVE * entropy
+    down = next((i for i in range(8, len(losses)) if np.mean(losses[i - 8 : i]) <= _ABOVE * entropy), 0)
+    return started and down > len(losses) / 3
+
+
+def _keep(kept: dict[str, Any], step: int, loss: float) -> list[float]:
+    """The losses so far, of every n-th step."""
+    stride = kept.setdefault("stride", 1)
+    losses: list[float] = kept.setdefault("losses", [])
+    if step % stride == 0 and math.isfinite(loss):
+        losses.append(loss)
+    if len(losses) > _MOST_KEPT:
+        kept["losses"], kept["stride"] = losses[1::2], 2 * stride
+    return kept["losses"]  # type: ignore[no-any-return]

@@ -1,0 +1,283 @@
+"""Bugs between the model's output and the loss, and in the targets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torchprobe.records import Record
+from torchprobe.rules.base import Diagnosis, Found, evidence, group, lasting
+
+_DOCS = "PyTorch, torch.nn"
+
+
+@dataclass(frozen=True)
+class SoftmaxBeforeCrossEntropy(Diagnosis):
+    """Cross-entropy takes for logits what a softmax gave, in the model or behind it: by the graph, or by the values."""
+
+    name = "softmax_before_cross_entropy"
+    fact = "double_softmax"
+    message = "softmax is applied before cross-entropy, which applies it again: it takes logits"
+    advice = (
+        "Take the softmax away from what the loss gets, and apply it only where probabilities are shown; with it the "
+        f"loss cannot fall below ln(1 + (K - 1)/e) and gradients are small ({_DOCS}.CrossEntropyLoss)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """By the graph at once; by the values alone, where the graph is hidden, in samples running."""
+        values = evidence(record, self.fact)
+        if not values:
+            return None
+        if values.get(""):
+            return self.said(record.step, values)
+        told = {name: value for name, value in evidence(record, "softmax_rows").items() if value > 0}
+        return self.said(record.step, lasting(kept, told, self.samples))
+
+
+@dataclass(frozen=True)
+class SigmoidBeforeCrossEntropy(Diagnosis):
+    """A sigmoid's output is taken for logits by cross-entropy."""
+
+    samples: int = 1
+
+    name = "sigmoid_before_cross_entropy"
+    fact = "sigmoid_before_softmax"
+    message = "sigmoid is applied before cross-entropy, which takes logits: no class can get far ahead of the others"
+    advice = (
+        "Take the sigmoid away from what the loss gets. For labels that do not exclude each other use "
+        f"`BCEWithLogitsLoss` ({_DOCS}.CrossEntropyLoss)."
+    )
+
+
+@dataclass(frozen=True)
+class SigmoidBeforeBce(Diagnosis):
+    """A sigmoid's output is taken for logits by binary cross-entropy with logits."""
+
+    samples: int = 1
+
+    name = "sigmoid_before_bce_with_logits"
+    fact = "double_sigmoid"
+    message = "sigmoid is applied before binary cross-entropy with logits, which applies it again: it takes logits"
+    advice = (
+        "Take the sigmoid away from what the loss gets, or use `BCELoss` with it; with both no probability can leave "
+        f"0.5 to 0.73 ({_DOCS}.BCEWithLogitsLoss)."
+    )
+
+
+@dataclass(frozen=True)
+class NllWithoutLog(Diagnosis):
+    """Negative log-likelihood of something that is no log-probability: probabilities, or raw scores."""
+
+    samples: int = 1
+
+    name = "nll_loss_without_log_softmax"
+    fact = "nll_without_log"
+    message = "nll_loss gets what is no log-probability (a softmax, or raw scores), so it is no likelihood"
+    advice = (
+        "`nll_loss` only picks the target's entry, so that it falls without end. Use `cross_entropy` on logits, or "
+        f"`nll_loss` on `log_softmax` ({_DOCS}.NLLLoss)."
+    )
+
+
+@dataclass(frozen=True)
+class BroadcastTargets(Diagnosis):
+    """N outputs and N targets meet as (N, 1) and (N,), and the loss compares all pairs."""
+
+    samples: int = 2
+
+    name = "broadcast_targets"
+    fact = "broadcast"
+    message = "outputs and targets of shapes (N, 1) and (N,) are broadcast to (N, N): the loss compares all pairs"
+    advice = (
+        "Give both one shape, `output.squeeze(-1)` or `target.unsqueeze(-1)`; as it is, the model learns the mean of "
+        "the targets (PyTorch, Broadcasting semantics)."
+    )
+
+
+@dataclass(frozen=True)
+class ReluOutput(Diagnosis):
+    """Outputs are cut off by a ReLU where the loss wants them lower."""
+
+    name = "relu_on_output"
+    fact = "rectified"
+    limit = 0.05
+    message = "the model's output is a ReLU, and where it is 0 the loss asks for less: those outputs cannot learn"
+    advice = (
+        "Take the ReLU off the last layer. Logits and targets of either sign need the whole line (Goodfellow et al. "
+        "2016, Deep Learning, section 6.2.2)."
+    )
+
+
+@dataclass(frozen=True)
+class LargeInitialLoss(Diagnosis):
+    """The first cross-entropy is over three times that of guessing all of the classes alike."""
+
+    times: float = 3.0
+
+    name = "large_initial_loss"
+    message = "the first loss is far above that of a guess, ln K: the model begins sure of wrong answers"
+    advice = (
+        "Look at the scale of the inputs and of the last layer's weights; they should give logits near 0 at first "
+        "(Karpathy 2019, A recipe for training neural networks: verify loss at init)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Of the first sample alone."""
+        if kept.get("begun"):
+            return []
+        loss, classes = (evidence(record, fact).get("", math.nan) for fact in ("cross_entropy", "classes"))
+        kept["begun"] = True
+        if evidence(record, "scaled").get(""):  # on purpose, as a margin's or a temperature's logits are
+            return []
+        limit = self.times * math.log(classes) if classes > 1 else math.inf
+        if not loss > limit:
+            return []
+        return [self.alert(record.step, None, loss, limit, self.message)]
+
+
+@dataclass(frozen=True)
+class ClassNeverOccurs(Diagnosis):
+    """Classes of the output that no target is of, where 20 targets a class were seen."""
+
+    targets: int = 20
+
+    name = "class_never_occurs"
+    serious = False
+    fact = "classes_unseen"
+    message = "so many classes of the output were never a target: labels may be off by one, or the output too wide"
+    advice = (
+        "Compare the smallest and largest label with the width of the last layer; labels count from 0 (PyTorch, "
+        "torch.nn.CrossEntropyLoss)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Once enough targets were seen."""
+        unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
+        enough = classes > 1 and seen >= self.targets * classes
+        return self.said(record.step, {"": unseen} if enough and unseen else {})
+
+
+@dataclass(frozen=True)
+class UnshuffledBatches(Diagnosis):
+    """Batches are nearly of one class each, while the run has several: data sorted by label, and not shuffled."""
+
+    share: float = 0.9
+    batch: int = 8
+
+    name = "unshuffled_batches"
+    message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
+    advice = (
+        "Each step learns one class and forgets the others. Pass `shuffle=True` to the DataLoader, or permute the data "
+        "before they are split into batches (Bengio 2012, "
+        "arXiv 1206.5533, section 3.1.1)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Pairs of one batch are of one class, pairs of the run are not."""
+        now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
+        if math.isnan(now):
+            return None
+        kept["sorted"] = kept.get("sorted", 0) + 1 if now >= self.share and size >= self.batch else 0
+        ill = kept["sorted"] >= self.samples and run < 0.75
+        return [self.alert(record.step, None, now, self.share, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class TargetsAreInputs(Diagnosis):
+    """Targets are the class numbers that the model was given at the same positions."""
+
+    name = "targets_equal_inputs"
+    serious = False
+    fact = "targets_are_inputs"
+    limit = 0.99
+    message = "the targets are the model's own inputs, position by position: copying is all there is to learn"
+    advice = (
+        "For an autoencoder this is as it should be. A language model predicts the next token; shift them, "
+        "`logits[:, :-1]` against `ids[:, 1:]` (Radford et al. 2018)."
+    )
+
+
+@dataclass(frozen=True)
+class UnshiftedTargets(Diagnosis):
+    """Targets are the inputs of the same position, and attention is causal: a language model whose targets were not
+    shifted.
+    """
+
+    share: float = 0.99
+
+    name = "unshifted_targets"
+    message = "a causal model's targets are its inputs of the same position: it learns to copy, not to predict"
+    advice = (
+        "A language model predicts the next token. Shift them, `logits[:, :-1]` against `ids[:, 1:]` (Radford et al. "
+        "2018, Improving language understanding by generative pre-training)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Every attention sees fewer keys than there are."""
+        equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
+        if equal is None or not seen:
+            return None
+        ill = equal > self.share and max(seen.values()) < 1 - _CLEARLY
+        return self.said(record.step, lasting(kept, {"": equal} if ill else {}, self.samples))
+
+
+@dataclass(frozen=True)
+class AttendsToFuture(Diagnosis):
+    """Targets are the next inputs, and in an attention every query sees every key: the answer is among them.
+
+    How many keys are seen follows from attention's entropy and normalised entropy, whose quotient is the logarithm of
+    that number where it is one for all queries, and smaller otherwise.
+    """
+
+    share: float = 0.99
+
+    name = "attends_to_future"
+    message = (
+        "targets are the next inputs, and attention sees them: every query sees every key, no causal mask is there"
+    )
+    advice = (
+        "The model reads the answer instead of predicting it. Pass `is_causal=True` or a mask that hides later "
+        "positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """In samples running."""
+        following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
+        if following is None or not seen:
+            return None
+        ill = {name: share for name, share in seen.items() if following > self.share and abs(share - 1) < _EXACTLY}
+        return self.said(record.step, lasting(kept, ill, self.samples))
+
+
+_CLEARLY, _EXACTLY = 0.02, 1e-4  # of the logarithm of the number of keys
+
+
+def _keys_seen(record: Record) -> dict[str, float]:
+    """By attention: the logarithm of the number of keys that a query sees, over that of the number of tokens."""
+    tokens = evidence(record, "tokens").get("", 0.0)
+    entropies, normalised = (dict(group(record, f"attention_entropy{kind}")) for kind in ("", "_normalized"))
+    if tokens < _FEWEST_TOKENS:
+        return {}
+    return {
+        name: entropy / normalised[name] / math.log(tokens)
+        for name, entropy in entropies.items()
+        if normalised.get(name, 0.0) > 0
+    }
+
+
+_FEWEST_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class TargetLeak(Diagnosis):
+    """A feature is the class number itself, up to scale and shift."""
+
+    name = "target_leak"
+    fact = "feature_tells_target"
+    limit = 0.9999
+    message = "a feature of the input is the target itself, up to its scale: the model reads the answer"
+    advice = (
+        "Take the target's column out of the inputs; look also for what was computed from it (Kaufman et al. 2012, "
+        "Leakage in data mining, ACM TKDD 6)."
+    )

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "probes": {"arguments", "naming", "pictures", "records", "statistics"},
     "buffer": {"records", "statistics", "writers"},
     "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
-    "distributed": {"buffer", "probes", "records", "rules"},
+    "distributed": {"buffer", "naming", "probes", "records", "rules"},
     "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},

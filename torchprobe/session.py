@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, sources_of
+from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
@@ -108,7 +108,7 @@ def instrument(
     sink = HParamsWriter(opened, known)
     sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, plan.over_ranks, decoder)
+    exchange = open_exchange(ranks, plan.over_ranks, decoder, stages_in(root))
     if exchange.stopping is not None and watch.may_stop:
         watch.stop_together(exchange.stopping)
         exchange.stopping.hold = watch.hold

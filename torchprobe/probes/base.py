@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -15,6 +16,8 @@ from torchprobe.probes import checks
 from torchprobe.probes.checks import REDUCTIONS, Reduce, Select
 from torchprobe.probes.schedule import Cadence, Schedule, as_schedule
 from torchprobe.records import Value
+
+_log = logging.getLogger("torchprobe")
 
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
 Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
@@ -43,9 +46,9 @@ class Probe(metaclass=_Frozen):
     are merged:
 
     - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the optimizer is
-      about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"`` or ``"updates"`` (after the
-      optimizer's step); or several in a tuple: then ``compute`` sees the tensors of each, and ``report`` gets
-      ``values[source][field]``, without a source that had nothing of that name.
+      about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``,
+      ``"momenta"`` or ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees
+      the tensors of each, and ``report`` gets ``values[source][field]``, without a source that had nothing of that name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
     - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a
@@ -221,6 +224,7 @@ class Reporter:
         self.schedule = probe.schedule
         self.reason = ""
         """Why nothing was found, when that is known."""
+        self.remarks: list[str] = []
         self.descriptions: Mapping[str, str] = probe.descriptions
         self.beside: tuple[Reporter, ...] = ()
         """Reporters whose rows come with this one's."""
@@ -246,6 +250,12 @@ class Reporter:
     def explain(self, reason: str) -> None:
         """Why nothing can be found, as far as a capture knows."""
         self.reason = reason
+
+    def remark(self, line: str) -> None:
+        """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
+        if line and line not in self.remarks:
+            self.remarks.append(line)
+            _log.warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""
@@ -282,6 +292,10 @@ class SourceReporter(Reporter):
     def whole(self) -> Reporter:
         """The one that reports."""
         return self._whole
+
+    def remark(self, line: str) -> None:
+        """Of the whole."""
+        self._whole.remark(line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """What the whole may learn."""

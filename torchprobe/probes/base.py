@@ -48,7 +48,7 @@ class Probe(metaclass=_Frozen):
     - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the optimizer is
       about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``,
       ``"momenta"`` or ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees
-      the tensors of each, and ``report`` gets ``values[source][field]``, without a source that had nothing of that name.
+      the tensors of each, and ``report`` gets ``values[source][field]``, without a source that had nothing of the name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
     - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a

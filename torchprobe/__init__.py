@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.loss import Loss as Loss
     from torchprobe.probes.optimizer_state import OptimizerState as OptimizerState
     from torchprobe.probes.provenance import Provenance as Provenance
+    from torchprobe.probes.routing import Routing as Routing
     from torchprobe.probes.schedule import every as every
     from torchprobe.probes.schedule import window as window
     from torchprobe.probes.uncertainty import Uncertainty as Uncertainty
@@ -97,6 +98,7 @@ _HOMES = {
     "Provenance": "probes.provenance",
     "Record": "records",
     "Reporter": "probes.base",
+    "Routing": "probes.routing",
     "Session": "session",
     "Stalled": "rules.course",
     "Text": "records",

@@ -37,10 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
+    "description": {"capture", "flight", "naming", "records", "writers"},
     "assembly": {"buffer", "capture", "naming", "steps"},
     "reports": {"writers"},
     "session": {
-        *("arguments", "assembly", "buffer", "capture", "control", "distributed", "flight", "logs"),
+        *("arguments", "assembly", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),
         *("naming", "probes", "records", "reports", "rules", "state", "steps", "writers"),
     },
     "logger": {

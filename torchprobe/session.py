@@ -20,9 +20,10 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.control import ControlFile, SamplingCalls
+from torchprobe.description import described
 from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import NoWriter, world
-from torchprobe.flight import RUNNING, STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
+from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
@@ -117,7 +118,7 @@ def instrument(
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:
-        watch.announce(RUNNING)
+        watch.announce(described(root, known, ranks.size, run.folder("meta")))
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
         watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
         state.parts["run"] = run

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
-    "description": {"capture", "flight", "naming", "records", "writers"},
+    "description": {"capture", "flight", "naming", "records"},
     "assembly": {"buffer", "capture", "naming", "steps"},
     "reports": {"writers"},
     "session": {

@@ -22,10 +22,8 @@ from torchprobe.capture.fully_sharded import flat_shares
 from torchprobe.flight import RUNNING, versions
 from torchprobe.naming import named_modules, named_parameters
 from torchprobe.records import Text, Value
-from torchprobe.writers.files import FileStore, Outbox
 
 TAG = "torchprobe/run"
-FILE = "run.json"
 HIDDEN = "***"
 _KNOWN = ("torchprobe", "torch", "python", "cuda")  # of `versions`, which also has the platform
 _MOST_MODULES = 1000
@@ -39,10 +37,8 @@ _IN_URL = re.compile(r"(://)[^/@\s]*@")
 _HOMES = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s:,]+")
 
 
-def described(
-    model: nn.Module, hparams: Mapping[str, Any] | None, ranks: int, place: FileStore
-) -> Callable[[], Mapping[str, Value]]:
-    """What goes with a run's first record: that it runs, and what it is, also as `run.json` in a place of its files.
+def described(model: nn.Module, hparams: Mapping[str, Any] | None, ranks: int) -> Callable[[], Mapping[str, Value]]:
+    """What goes with a run's first record: that it runs, and what it is.
 
     Called once, in the drain thread, where git is asked for the commit and whether files that it knows have changed.
     """
@@ -56,9 +52,7 @@ def described(
     code = _code()
 
     def announced() -> Mapping[str, Value]:
-        whole = {**facts, "git": git_state(code)}
-        Outbox(place, "description").put(FILE, json.dumps(whole).encode())
-        return {**RUNNING, TAG: Text(page(whole))}
+        return {**RUNNING, TAG: Text(page({**facts, "git": git_state(code)}))}
 
     return announced
 
@@ -123,7 +117,7 @@ def _of_module(name: str, module: nn.Module) -> dict[str, Any]:
 
 def _of_program(arguments: Sequence[str]) -> dict[str, Any]:
     return {
-        "script": os.path.basename(arguments[0]) if arguments else "",
+        "script": Path(arguments[0]).name if arguments else "",
         "options": [*hidden_options(arguments[1:])],
     }
 

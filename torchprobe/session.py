@@ -118,7 +118,7 @@ def instrument(
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:
-        watch.announce(described(root, known, ranks.size, run.folder("meta")))
+        watch.announce(described(root, known, ranks.size))
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
         watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
         state.parts["run"] = run

@@ -31,7 +31,7 @@ class Routing(Probe):
     descriptions: Mapping[str, str] = {
         "router_load": "Share of the tokens that each expert takes (exact); k in sum with k experts a token.",
         "router_entropy": "Entropy in nats of the routing distribution's mean over tokens (exact); at most the "
-        "logarithm of the number of experts. The distribution is softmax, or sigmoid divided by its sum, of the router's logits.",
+        "logarithm of the number of experts. Softmax, or sigmoid over its sum, of the router's logits.",
         "router_dropped": "Share of the tokens that no expert takes (exact).",
     }
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -144,7 +144,11 @@ def test_weights_are_bitwise_the_same_and_values_those_of_the_oracle(shape, prog
         writers.append(MemoryWriter())
         return torchprobe.instrument(model, writer=writers[-1], every=1, rules=[])
 
-    weights = loop(bare, program, None, expected)
+    try:
+        weights = loop(bare, program, None, expected)
+    except RuntimeError as error:  # an in-place operation on what another one has saved
+        assume("modified by an inplace operation" not in str(error))
+        raise
     random = torch.get_rng_state()
     found = loop(watched, program, watch, [])
     assert torch.equal(torch.get_rng_state(), random)

@@ -147,7 +147,7 @@ class ParameterSource:
         remarks = dict.fromkeys(remark for _, p, _ in held for remark in unknown(optimizer, p))
         for reporter in (reporter for reporters in wanted.values() for reporter in reporters):
             for remark in remarks:
-                reporter.remark(remark)
+                reporter.whole.remark(remark)
 
     def settle(self) -> Iterator[Piece]:
         """Rows of the parameters where they have ended up, and of what steps changed."""

@@ -17,8 +17,6 @@ from torchprobe.probes.checks import REDUCTIONS, Reduce, Select
 from torchprobe.probes.schedule import Cadence, Schedule, as_schedule
 from torchprobe.records import Value
 
-_log = logging.getLogger("torchprobe")
-
 Report: TypeAlias = "Iterable[tuple[str, Value]]"
 Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
 Way: TypeAlias = Literal["combine", "append"]
@@ -45,10 +43,10 @@ class Probe(metaclass=_Frozen):
     A subclass names its `source` and the `fields` of its statistic, writes `compute` and `report`, and says how parts
     are merged:
 
-    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the optimizer is
-      about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``,
-      ``"momenta"`` or ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees
-      the tensors of each, and ``report`` gets ``values[source][field]``, without a source that had nothing of the name.
+    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (that the optimizer will use),
+      ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``, ``"momenta"`` or
+      ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees the tensors of
+      each, and ``report`` gets ``values[source][field]``, without a source that had nothing of the name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
     - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a
@@ -255,7 +253,7 @@ class Reporter:
         """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
         if line and line not in self.remarks:
             self.remarks.append(line)
-            _log.warning("%s", line)
+            logging.getLogger("torchprobe").warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""
@@ -292,10 +290,6 @@ class SourceReporter(Reporter):
     def whole(self) -> Reporter:
         """The one that reports."""
         return self._whole
-
-    def remark(self, line: str) -> None:
-        """Of the whole."""
-        self._whole.remark(line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """What the whole may learn."""

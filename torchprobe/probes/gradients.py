@@ -69,12 +69,7 @@ class GradientsReporter(Reporter):
     def __init__(self, probe: Gradients) -> None:
         super().__init__(probe)
         self._changes = ChangesReporter(probe)
-        self.beside = (self._changes,)
-
-    @property
-    def remarks(self) -> list[str]:
-        """What was not recorded, and why."""
-        return self._changes.remarks
+        self.beside, self.remarks = (self._changes,), self._changes.remarks
 
 
 class Parameters(Probe):

@@ -33,7 +33,9 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.histograms import Histograms as Histograms
     from torchprobe.probes.learning_rates import LearningRates as LearningRates
     from torchprobe.probes.loss import Loss as Loss
+    from torchprobe.probes.optimizer_state import OptimizerState as OptimizerState
     from torchprobe.probes.provenance import Provenance as Provenance
+    from torchprobe.probes.routing import Routing as Routing
     from torchprobe.probes.schedule import every as every
     from torchprobe.probes.schedule import window as window
     from torchprobe.probes.uncertainty import Uncertainty as Uncertainty
@@ -88,6 +90,7 @@ _HOMES = {
     "LossSpike": "rules.course",
     "NonFinite": "rules.non_finite",
     "NothingCaptured": "rules.course",
+    "OptimizerState": "probes.optimizer_state",
     "Overconfidence": "rules.course",
     "Overfitting": "rules.overfitting",
     "Parameters": "probes.gradients",
@@ -95,6 +98,7 @@ _HOMES = {
     "Provenance": "probes.provenance",
     "Record": "records",
     "Reporter": "probes.base",
+    "Routing": "probes.routing",
     "Session": "session",
     "Stalled": "rules.course",
     "Text": "records",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
 
-from torchprobe.buffer.step import TransferBuffers
+from torchprobe.buffer.step import Stage, TransferBuffers
 from torchprobe.capture.fully_sharded import is_flat_sharded
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.pipelining import stages_of
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
 from torchprobe.capture.sources import Sources
@@ -58,6 +60,11 @@ def sources_of(root: nn.Module, plan: Plan, selection: Selection, meter: Meter, 
         meter,
         Gate("NonFinite", meter) if traces_nan else None,
     )
+
+
+def stages_in(root: nn.Module) -> Callable[[], list[Stage]]:
+    """Looks for the stages of a pipeline that this process runs of a model. Keeps no hold on it."""
+    return partial(stages_of, ref(root))
 
 
 def _check_wrappers(model: nn.Module) -> None:

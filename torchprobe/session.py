@@ -13,16 +13,17 @@ from typing import Any
 from torch import nn
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, sources_of
+from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.control import ControlFile, SamplingCalls
+from torchprobe.description import described
 from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import NoWriter, world
-from torchprobe.flight import RUNNING, STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
+from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
 from torchprobe.naming import unwrapped, without_ranks
 from torchprobe.probes.base import Probe
@@ -102,13 +103,13 @@ def instrument(
     plan = Plan(parts, every, checked_budget(overhead_budget), meter)
     selection = Selection(root, include, exclude)
     selection.check(root, parts)
-    known, ranks = None if hparams is None else checked_hparams(hparams), world()
-    place = (writer, log_dir, run_name, type(root).__name__)
+    known = None if hparams is None else checked_hparams(hparams)
+    ranks, place = world(), (writer, log_dir, run_name, type(root).__name__)
     run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
     sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, plan.over_ranks, decoder)
+    exchange = open_exchange(ranks, plan.over_ranks, decoder, stages_in(root))
     if exchange.stopping is not None and watch.may_stop:
         watch.stop_together(exchange.stopping)
         exchange.stopping.hold = watch.hold
@@ -117,7 +118,7 @@ def instrument(
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:
-        watch.announce(RUNNING)
+        watch.announce(described(root, known, ranks.size))
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
         watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
         state.parts["run"] = run

@@ -199,3 +199,11 @@ def test_a_combine_that_raises_costs_the_other_ranks_values_and_one_line(caplog)
 def test_groups_of_ranks_that_see_the_same_examples():
     assert same_data_groups({0: (), 1: (), 2: ()}) == [[0], [1], [2]]
     assert same_data_groups({0: (0, 1), 1: (1, 0), 2: (2, 3), 3: (2, 3)}) == [[0, 1], [2, 3]]
+
+
+def test_ranks_are_in_one_group_by_way_of_others():
+    """Two stages of a pipeline, each of them two ranks of tensor parallelism; a second copy of it on four more."""
+    both = {0: (0, 1, 2), 1: (0, 1, 3), 2: (2, 3, 0), 3: (2, 3, 1)}
+    copy = {rank + 4: tuple(other + 4 for other in others) for rank, others in both.items()}
+    assert same_data_groups(both | copy) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert same_data_groups({0: (0, 1, 2), 2: ()}) == [[0, 2]]  # of rank 1 nothing was heard

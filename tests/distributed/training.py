@@ -123,6 +123,7 @@ def probes(**options: Any) -> list[Any]:
         torchprobe.Gradients(every=1),
         torchprobe.Parameters(every=1),
         torchprobe.Updates(every=1),
+        torchprobe.OptimizerState(every=1),
         torchprobe.Activations(every=1),
         torchprobe.Attention(every=1, rows="all", eval=True),
         torchprobe.Histograms(every=1),

@@ -57,4 +57,5 @@ def moments(tensor: Tensor) -> dict[str, float]:
         "rms": x.square().mean().sqrt().item(),
         "max_abs": x.abs().max().item(),
         "zero_fraction": (x == 0).double().mean().item(),
+        "kurtosis": (x.pow(4).mean() / x.square().mean().square() - 3).item(),
     }

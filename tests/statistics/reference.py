@@ -60,11 +60,20 @@ def log_histogram(x: Tensor, low: int, high: int) -> list[int]:
 
 def _moments(values: Sequence[float], bad: int) -> list[float]:
     if not values:
-        return [0, 0, 0, 0, 0, bad]
+        return [0, 0, 0, 0, 0, bad, 0]
     exact = [Fraction(value) for value in values]
     mean = sum(exact) / len(exact)
     m2 = sum((value - mean) ** 2 for value in exact)
-    return [len(values), _to_float(mean), _to_float(m2), max(map(abs, values)), values.count(0.0), bad]
+    largest = max(map(abs, exact))
+    fourth = sum((value / largest) ** 4 for value in exact) if largest else 0
+    return [len(values), _to_float(mean), _to_float(m2), float(largest), values.count(0.0), bad, _to_float(fourth)]
+
+
+def kurtosis(values: Sequence[float]) -> float | None:
+    """The fourth moment about 0 over the squared second one, minus 3; None where all are 0."""
+    exact = [Fraction(value) for value in values]
+    squares = sum(value**2 for value in exact)
+    return _to_float(len(exact) * sum(value**4 for value in exact) / squares**2 - 3) if squares else None
 
 
 def _to_float(exact: Fraction | int) -> float:

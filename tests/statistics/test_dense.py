@@ -83,10 +83,11 @@ ORDINARY = {
 def test_rounding_does_not_add_up_over_elements_that_are_alike(make):
     x = make()
     wide = x.double()
-    count, mean, m2, max_abs, zeros, _ = dense.moments(x)
+    count, mean, m2, max_abs, zeros, _, fourth = dense.moments(x)
     assert (count, max_abs, zeros) == (len(x), x.abs().max().item(), (x == 0).sum().item())
     assert mean == pytest.approx(wide.mean().item(), rel=0, abs=1e-7 * max_abs)
     assert m2 == pytest.approx(wide.var(correction=0).item() * count, rel=5e-7)
+    assert fourth == pytest.approx((wide / max_abs).pow(4).sum().item(), rel=5e-7)
     assert dense.sums(x)[0] == pytest.approx(wide.square().sum().item(), rel=5e-7)
 
 

@@ -79,10 +79,11 @@ def test_a_tiny_float64_is_a_finite_element():
 
 def test_a_step_to_nan_has_no_length():
     before, after = torch.randn(40), torch.full((40,), math.nan)
-    update, norm = norms.distances([after], [before.clone()])[0].tolist()
+    update, norm, root = norms.distances([after], [before.clone()])[0].tolist()
     assert math.isnan(update)
     assert norm == pytest.approx(before.double().norm().item())
-    assert norms.distances([after], [after.clone()])[0].isnan().all()
+    assert root == 0
+    assert norms.distances([after], [after.clone()])[0, :2].isnan().all()
 
 
 @given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
@@ -91,6 +92,16 @@ def test_counts_are_exact(many, piece, in_chunks_of):
     with in_chunks_of(piece):
         counts = norms.finite_sums(many)[:, 2:].tolist()
     assert counts == [reference.finite_sums(x)[2:] for x in many]
+
+
+@given(many=st.lists(tensors(), max_size=6), piece=piece_sizes())
+@settings(max_examples=50, deadline=None)
+def test_sums_of_squares_are_those_of_float64_and_add_up(many, piece, in_chunks_of):
+    with in_chunks_of(piece):
+        found = norms.sums_of_squares(many)
+    of_each = [reference.finite_sums(x) for x in many]
+    assert found[:, 0].tolist() == pytest.approx([row[0] for row in of_each], rel=2e-6)
+    assert found[:, 1:].tolist() == [[count, count + bad] for _, _, bad, count in of_each]
 
 
 def test_a_large_tensor_between_small_ones(in_chunks_of):
@@ -149,10 +160,11 @@ def test_distances_are_those_of_float64(shape, bad):
     if bad is not None:
         x.view(-1)[2] = bad
         difference.view(-1)[2] = 0.0
-    expected = torch.stack((difference.norm(), y.double().norm()))
+    count = torch.tensor(x.numel() - (bad is not None), dtype=torch.float64)
+    expected = torch.stack((difference.norm(), y.double().norm(), count.sqrt()))
     found = norms.distances([x, torch.ones(2)], [y, torch.full((2,), 4.0)])
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1], torch.tensor([18.0, 32.0], dtype=torch.float64).sqrt())
+    torch.testing.assert_close(found[1], torch.tensor([18.0, 32.0, 2.0], dtype=torch.float64).sqrt())
 
 
 SUBTRACTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
@@ -163,8 +175,10 @@ SUBTRACTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, tor
 def test_distances_are_those_of_each_pair_subtracted_in_its_own_type(many, piece, in_chunks_of):
     others = [x.clone().roll(1) for x in many]
     pairs = [(other - x, other) for x, other in zip(many, others, strict=True)]
-    expected = [math.sqrt(reference.squares(x)) for pair in pairs for x in pair]
+    roots = [[math.sqrt(len(reference.finite(pair[0])))] for pair in pairs]
+    squares = [[math.sqrt(reference.squares(x)) for x in pair] for pair in pairs]
+    expected = [x for two, root in zip(squares, roots, strict=True) for x in two + root]
     with in_chunks_of(piece):
         found = norms.distances(many, others)
-    assert found.shape == (len(many), 2)
+    assert found.shape == (len(many), 3)
     assert found.flatten().tolist() == pytest.approx(expected, rel=1e-13, nan_ok=True)

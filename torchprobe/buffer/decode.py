@@ -68,7 +68,8 @@ class Decoder:
     def unsaid(self) -> list[str]:
         """What probes looked at and did not record, a line each, and what would settle it."""
         reasons = {r: str(getattr(r, "reason", "")) for r in self._asked if r not in self._seen}
-        remarks = [str(line) for reporter in self._asked for line in getattr(reporter, "remarks", ())]
+        wholes = dict.fromkeys(getattr(reporter, "whole", reporter) for reporter in self._asked)
+        remarks = [str(line) for reporter in wholes for line in getattr(reporter, "remarks", ())]
         return [*(f"{_name(reporter)}: {reason}" for reporter, reason in reasons.items() if reason), *remarks]
 
     def __call__(self, sent: StepInFlight) -> Record | None:

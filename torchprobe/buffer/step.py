@@ -43,6 +43,20 @@ class Share(NamedTuple):
 WHOLE = Share(1, 1, 0)
 
 
+class Stage(NamedTuple):  # place and stages, since a tuple has an `index` and a `count` of its own
+    """What this rank runs of a pipeline: the stage at a `place`, of so many `stages`, which the `ranks` share.
+
+    names: of modules and parameters, as this rank has them: what they are called in the whole model, as far as this
+    rank knows.
+    """
+
+    place: int
+    stages: int
+    ranks: Sequence[int]
+    names: Mapping[str, str]
+    parameters: Sequence[str]  # as in the whole model
+
+
 class Heading(NamedTuple):
     """Whose rows these are; it does not keep them alive on the device."""
 

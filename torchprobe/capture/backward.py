@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.compat import running
+from torchprobe.capture.pipelining import PIPELINING, backward_code, backward_of_stage
 from torchprobe.capture.sharding import Named, by_device
 from torchprobe.statistics import norms
 
@@ -30,13 +31,16 @@ class Roots(NamedTuple):
 
     call: "backward", "grad" (`autograd.grad`, whose gradients the user puts where he likes), or "" when it was not
     seen. value: the sum of the scalars it was called on, each times the gradient it was given; None when there is
-    another tensor among them. for_parameters: whether gradients may reach parameters.
+    another tensor among them. for_parameters: whether gradients may reach parameters. inner: of a stage in a pipeline
+    that is not its last: its loss is that one's. parts: by which the pipeline's schedule divides gradients at the end.
     """
 
     call: str
     value: Tensor | None
     for_parameters: bool
     tensors: tuple[Tensor, ...]
+    inner: bool = False
+    parts: int = 1
 
 
 _UNSEEN = Roots("", None, True, ())
@@ -81,7 +85,11 @@ def _roots_above(frame: FrameType | None) -> Roots | None:
     while frame is not None:
         code = frame.f_code
         if code is _BACKWARD and (frame.f_back is None or frame.f_back.f_code is not _RECOMPUTED):
-            return _of_backward(frame.f_locals)  # the outermost counts: those inside are a checkpoint's
+            found = _of_backward(frame.f_locals)  # the outermost counts: those inside are a checkpoint's
+            caller = frame.f_back if PIPELINING in sys.modules else None
+            if caller is None or caller.f_code is not backward_code():
+                return found
+            return found._replace(**backward_of_stage(caller)._asdict())
         if code is _GRAD:
             return _of_grad(frame.f_locals)
         frame = frame.f_back

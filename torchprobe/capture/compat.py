@@ -30,6 +30,11 @@ _RETRACE = "a model that was compiled before torchprobe watched it is not record
 
 NAMES: Mapping[str, str] = {
     "torch._C:_current_graph_task_id": "",  # the callers' frames tell, but on CUDA, where backward has a thread
+    "torch.distributed.pipelining:PipelineStage._shape_inference": "",  # each torch has this or the next one
+    "torch.distributed.pipelining:PipelineStage._forward_metadata_inference": "",
+    "torch.distributed.pipelining.stage:_PipelineStageBase": "pipeline stages of the same names are not told apart",
+    "torch.distributed.pipelining.stage:stage_backward": "overview/loss of a pipeline is not written",
+    "torch.distributed.pipelining.schedules:_PipelineSchedule": "",  # then a loss is that of all micro-batches
     "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told; no norm before clipping
     "torch._dynamo:compiled_autograd": "",  # then it is not told from the plain one
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "",  # the caller is told

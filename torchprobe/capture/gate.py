@@ -133,7 +133,11 @@ class Guard:
         if os.getpid() != self.pid:
             if not self._said_forked:
                 self._said_forked = True
-                _log.warning("process %d was forked from the one that records: nothing of it is recorded", os.getpid())
+                _log.warning(
+                    "process %d was forked from the one that records: its passes, gradients and steps are not "
+                    "recorded; weights that both share are shown as the recording process finds them at its own steps",
+                    os.getpid(),
+                )
             return False
         if not records_graph():
             return True

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
+from torchprobe.capture.optimizer_states import kept, unknown
 from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
@@ -24,7 +25,8 @@ from torchprobe.statistics.dtypes import measurable
 _log = logging.getLogger("torchprobe")
 
 
-_SOURCES = ("gradients", "parameters", "updates")
+_STATES = ("momenta", "second_moments")
+_SOURCES = ("gradients", "parameters", "updates", *_STATES)
 
 
 class Held(NamedTuple):
@@ -125,7 +127,8 @@ class ParameterSource:
                 )
 
     def after_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
-        """The step has moved the parameters: rows of those that cannot wait."""
+        """The step has moved the parameters: rows of those that cannot wait, and of what the optimizer remembers."""
+        yield from self._states(optimizer, due)
         if not (self._due("parameters", due) or self._due("updates", due)):
             return
         self._stepped.append((due, self._held(optimizer), self._before))
@@ -133,6 +136,18 @@ class ParameterSource:
         model = self._model()
         if model is not None and is_fully_sharded(model):
             yield from self.settle()
+
+    def _states(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
+        wanted = {source: reporters for source in _STATES if (reporters := self._due(source, due))}
+        held = self._held(optimizer) if wanted else []
+        for source, reporters in wanted.items():
+            states = ((*one, kept(optimizer, one.parameter, source)) for one in held)
+            found = [Named(name, p, local_part(s.detach()), share) for name, p, share, s in states if s is not None]
+            yield from self._pieces(reporters, found)
+        remarks = dict.fromkeys(remark for _, p, _ in held for remark in unknown(optimizer, p))
+        for reporter in (reporter for reporters in wanted.values() for reporter in reporters):
+            for remark in remarks:
+                reporter.whole.remark(remark)
 
     def settle(self) -> Iterator[Piece]:
         """Rows of the parameters where they have ended up, and of what steps changed."""

@@ -27,7 +27,8 @@ from torchprobe.capture.eager_hooks import MARKS, before
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
-from torchprobe.capture.source import Running
+from torchprobe.capture.pipelining import PIPELINING, learning_shapes
+from torchprobe.capture.source import Running, uncounted
 
 _log = logging.getLogger("torchprobe")
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
@@ -60,6 +61,7 @@ class Root(Inert):
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
         self._plain = False  # the call that began last is a forward pass
+        self.learning = False  # whether a stage of a pipeline learns shapes by the pass
         self._told = False
 
     def tell_of_transform(self) -> None:
@@ -72,8 +74,14 @@ class Root(Inert):
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
+        frame = sys._getframe() if PIPELINING in sys.modules else None
+        while frame is not None and frame.f_code not in learning_shapes():
+            frame = frame.f_back
+        self.learning = frame is not None
         self._plain = call_is_plain()
-        if self._plain:
+        if self.learning:
+            self.running.enter(uncounted())
+        elif self._plain:
             in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
             marks = module.__dict__.get(MARKS)
             self.observer.enter_pass(module, in_training)
@@ -86,7 +94,9 @@ class Root(Inert):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It has returned, or raised: then there is no output."""
         error, self.error = self.error, None
-        if not self._plain and not call_is_plain():
+        if self.learning:
+            self.running.leave()
+        elif not self._plain and not call_is_plain():
             if in_backward() and not under_transform():
                 self.observer.leave_recomputation(output)
         elif output is None and sys.exc_info()[1] is not error:

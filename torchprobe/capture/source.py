@@ -119,6 +119,11 @@ class Pass:
             self._handles.pop().remove()
 
 
+def uncounted() -> Pass:
+    """A pass that is none of the user's: nothing of it is kept."""
+    return Pass(DROPPED, frozenset(), lambda: None, Dropped())
+
+
 class Running:
     """What is under way in the thread that trains: shared by the recorder, which tells, and all hooks, which ask."""
 

@@ -24,6 +24,7 @@ from torchprobe.capture.nan_origin.snapshots import StepSnapshots
 from torchprobe.capture.nan_origin.value_trace import ValueTrace
 from torchprobe.capture.parameters import ParameterSource
 from torchprobe.capture.predictions.source import PredictionSource
+from torchprobe.capture.routers import Routers
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.capture.units import Units
@@ -61,9 +62,11 @@ class Sources:
         self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
         self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
         self.diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
+        routers = [Routers(r, selection.covers) for r in reporters if r.source == "routers"]
         watchers: list[Watcher] = [
             *self._traces,
             *self._units,
+            *routers,
             *self.diagnosis.watchers,
             *(attention.masks for attention in self._attention),
         ]

@@ -1,7 +1,7 @@
 """One run over several ranks: each sends what it has seen to rank 0, which combines and writes it.
 
 Read in the order in which values flow: `world` (who writes), `sender`, `mailbox` (their bytes, and how they travel),
-`gatherer`, `merge` (one row from many); `stopping` (how all stop at the same step).
+`gatherer`, `merge` (one row from many), `stages` (names in a pipeline); `stopping` (how all stop at the same step).
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Reporter
 from torchprobe.distributed.gatherer import Gatherer
 from torchprobe.distributed.sender import Sender
+from torchprobe.distributed.stages import FindStages
 from torchprobe.distributed.world import SingleProcess, World
 
 
-def open_exchange(world: World, reporters: Iterable[Any], decoder: Decoder) -> Gatherer | Sender | SingleProcess:
+def open_exchange(
+    world: World, reporters: Iterable[Any], decoder: Decoder, stages: FindStages
+) -> Gatherer | Sender | SingleProcess:
     """The exchange of a session.
 
-    reporters: what ranks combine, in the same order on every rank: each has `combine_rows`.
+    reporters: what ranks combine, in the same order on every rank: each has `combine_rows`. stages: finds those of a
+    pipeline that this rank runs.
     """
     if world.is_single:
         return SingleProcess(decoder)
     keys: dict[Reporter, str] = {reporter: f"{i}:{type(reporter).__name__}" for i, reporter in enumerate(reporters)}
-    return Gatherer(world, keys, decoder) if world.writes else Sender(world, keys)
+    return Gatherer(world, keys, decoder, stages) if world.writes else Sender(world, keys, stages)

@@ -14,6 +14,7 @@ from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Numbering, Part, Step, open_mailbox
 from torchprobe.distributed.merge import Combiner, same_data_groups
 from torchprobe.distributed.sender import HELD
+from torchprobe.distributed.stages import FindStages, StageNames, announced
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.records import Record
@@ -109,7 +110,9 @@ class Gatherer:
 
     patience: float | None = None
 
-    def __init__(self, world: World, keys: Mapping[Reporter, str], decoder: Decoder) -> None:
+    def __init__(
+        self, world: World, keys: Mapping[Reporter, str], decoder: Decoder, stages: FindStages = tuple
+    ) -> None:
         self.late_steps = 0  # written while some rank was absent
         self._world = world
         self._keys = keys
@@ -121,6 +124,8 @@ class Gatherer:
         self._same_data: Sequence[int] = ()
         self._first_step_at: float | None = None
         self._published = False
+        self._find_stages = stages
+        self._names: StageNames | None = None
         self._mailbox: Mailbox | None = None
         self._peers: list[Peer] = []
         self.stopping = Stopping(world)
@@ -213,25 +218,36 @@ class Gatherer:
 
     def _records(self, waiting: Waiting) -> Iterator[Record]:
         parts: dict[Key, dict[int, Sequence[Part]]] = {}
+        self._names = names = self._names or self._name_stages()
         for peer in self._peers:
             for key, some in peer.take_until(waiting.key):
-                parts.setdefault(key, {})[peer.rank] = some
+                parts.setdefault(key, {})[peer.rank] = names.of(peer.rank, some)
         self._used = waiting.key
         of_step = parts.pop(waiting.key, {})
         for key in sorted(parts):  # steps in which rank 0 saw nothing
-            yield from self._record(StepInFlight(key.step, time(), {}), [], parts[key])
+            yield from self._record(StepInFlight(key.step, time(), {}), [], parts[key], names)
         self.late_steps += bool(self.absent)
-        yield from self._record(waiting.sealed, waiting.arrived, of_step)
+        yield from self._record(waiting.sealed, waiting.arrived, of_step, names)
+
+    def _name_stages(self) -> StageNames:
+        own = self._find_stages()
+        if not own or self._mailbox is None:
+            return StageNames({})
+        mailbox = self._mailbox
+        return StageNames({0: own, **{peer.rank: announced(mailbox, peer.rank) for peer in self._peers}})
 
     def _record(
-        self, sealed: StepInFlight, arrived: list[Arrived], others: Mapping[int, Sequence[Part]]
+        self, sealed: StepInFlight, arrived: list[Arrived], others: Mapping[int, Sequence[Part]], names: StageNames
     ) -> Iterator[Record]:
         self._same_data = sealed.same_data or self._same_data
-        own = [self._part(part) for part in arrived if part.heading.reporter in self._keys]
-        self._publish(own)
+        local = [self._part(part) for part in arrived if part.heading.reporter in self._keys]
+        own = names.of(0, local)
+        if own is local:
+            self._publish(own)
         own_only = [part for part in arrived if part.heading.reporter not in self._keys]
         known = {0: self._same_data, **{peer.rank: peer.same_data for peer in self._peers}}
-        together = self._combiner({0: own, **others}, same_data_groups(known))
+        groups = same_data_groups({rank: names.on_same_data(rank, some) for rank, some in known.items()})
+        together = self._combiner({0: own, **others}, groups)
         record = self._decoder.record(sealed, [*own_only, *together])
         if record is not None:
             yield record

@@ -58,11 +58,13 @@ class Combiner:
 
 
 def same_data_groups(ranks: Mapping[int, Sequence[int]]) -> list[list[int]]:
-    """Ranks by the examples that they see: given for each rank which others see the same."""
-    groups: defaultdict[frozenset[int], list[int]] = defaultdict(list)
+    """Ranks by the examples that they see: given for each rank which others see the same, some of them or all."""
+    groups: dict[int, set[int]] = {}
     for rank, others in ranks.items():
-        groups[frozenset(others) or frozenset({rank})].append(rank)
-    return list(groups.values())
+        joined = {rank}.union(*(groups.get(other, {other}) for other in (rank, *others)))
+        groups |= dict.fromkeys(joined, joined)
+    known = {id(group): sorted(group.intersection(ranks)) for rank, group in groups.items() if rank in ranks}
+    return list(known.values())
 
 
 Rows: TypeAlias = "dict[str, NDArray[np.float64]]"

@@ -18,6 +18,7 @@ from torchprobe.distributed.mailbox import (
     Step,
     open_mailbox,
 )
+from torchprobe.distributed.stages import FindStages, announce
 from torchprobe.distributed.stopping import Stopping
 from torchprobe.distributed.world import World, is_connected
 from torchprobe.probes.base import Reporter as ProbeReporter
@@ -41,11 +42,13 @@ class Sender:
 
     patience: float | None = PATIENCE
 
-    def __init__(self, world: World, keys: Mapping[Reporter, str]) -> None:
+    def __init__(self, world: World, keys: Mapping[Reporter, str], stages: FindStages = tuple) -> None:
         self.dropped = 0
         self._world = world
         self._rank = world.rank
         self._keys = keys
+        self._find_stages = stages
+        self._announced = False
         self._numbering = Numbering()
         self._encode = FrameEncoder()
         self._steps: list[Step] = []
@@ -79,6 +82,9 @@ class Sender:
         """Send what there is."""
         self._connect()
         if self._outbox is not None and self._mark is not None:
+            if not self._announced and self._mailbox is not None:
+                self._announced = True
+                announce(self._mailbox, self._rank, self._find_stages())
             frame, self._steps, self._mark = Frame(self._mark, self._steps), [], None
             self._send(self._outbox, frame)
         self.stopping.poll(self._mailbox)

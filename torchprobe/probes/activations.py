@@ -20,7 +20,7 @@ from torchprobe.statistics import moments, norms
 
 
 class Activations(Probe):
-    """Mean, std, rms, largest magnitude and zero fraction of module outputs, over finite elements.
+    """Mean, std, rms, kurtosis, largest magnitude and zero fraction of module outputs, over finite elements.
 
     A module that runs several times in a step is one entry with merged statistics. Exact.
     gradients: also the norm of the gradient with respect to each output (`ActivationGradients`).
@@ -35,6 +35,8 @@ class Activations(Probe):
         "activation_rms": "Root mean square of the module's output (exact, finite elements).",
         "activation_max_abs": "Largest magnitude in the module's output (exact, finite elements).",
         "activation_zero_fraction": "Fraction of the module's output that is exactly zero (exact).",
+        "activation_kurtosis": "Fourth moment about 0 over the squared second one, minus 3, of the module's output "
+        "(exact, finite elements): 0 for a normal distribution around 0, large for massive activations.",
         "activation_nonfinite": "Number of NaN and inf elements in the module's output; only when not 0.",
     }
 
@@ -53,7 +55,7 @@ class Activations(Probe):
         return moments.compute(tensor)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Chan's parallel merge."""
+        """Chan's parallel merge, and fourth powers on one scale."""
         return moments.combine(a, b)
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:

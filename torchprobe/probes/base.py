@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -42,10 +43,10 @@ class Probe(metaclass=_Frozen):
     A subclass names its `source` and the `fields` of its statistic, writes `compute` and `report`, and says how parts
     are merged:
 
-    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (the ones that the optimizer is
-      about to use), ``"micro_gradients"`` (what each backward pass adds), ``"parameters"`` or ``"updates"`` (after the
-      optimizer's step); or several in a tuple: then ``compute`` sees the tensors of each, and ``report`` gets
-      ``values[source][field]``, without a source that had nothing of that name.
+    - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (that the optimizer will use),
+      ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``, ``"momenta"`` or
+      ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees the tensors of
+      each, and ``report`` gets ``values[source][field]``, without a source that had nothing of the name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
     - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a
@@ -221,6 +222,7 @@ class Reporter:
         self.schedule = probe.schedule
         self.reason = ""
         """Why nothing was found, when that is known."""
+        self.remarks: list[str] = []
         self.descriptions: Mapping[str, str] = probe.descriptions
         self.beside: tuple[Reporter, ...] = ()
         """Reporters whose rows come with this one's."""
@@ -246,6 +248,12 @@ class Reporter:
     def explain(self, reason: str) -> None:
         """Why nothing can be found, as far as a capture knows."""
         self.reason = reason
+
+    def remark(self, line: str) -> None:
+        """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
+        if line and line not in self.remarks:
+            self.remarks.append(line)
+            logging.getLogger("torchprobe").warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""

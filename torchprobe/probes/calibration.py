@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -29,7 +28,6 @@ _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
-_log = logging.getLogger("torchprobe")
 
 
 def _descriptions(notes: str) -> dict[str, str]:
@@ -86,13 +84,6 @@ class CalibrationReporter(Reporter):
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._expected = ""
-        self.remarks: list[str] = []
-
-    def remark(self, line: str) -> None:
-        """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
-        if line and line not in self.remarks:
-            self.remarks.append(line)
-            _log.warning("%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""

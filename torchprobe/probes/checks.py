@@ -17,11 +17,11 @@ from torch import Tensor
 from torchprobe.arguments import checked_patterns
 from torchprobe.naming import with_parents
 
-OF_MODULES = ("outputs", "output_gradients", "units")
-OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients")
+OF_MODULES = ("outputs", "output_gradients", "units", "routers")
+OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients", "momenta", "second_moments")
 OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
 """The sources that a user's probe may name."""
-BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "optimizers", "diagnosis")
+BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "routers", "optimizers", "diagnosis")
 """Those that are wired to one probe of ours each."""
 
 Reduce: TypeAlias = Literal["sum", "mean", "max", "last"]

@@ -14,16 +14,18 @@ from torchprobe.probes.gradients import Gradients, Parameters, Updates
 from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
+from torchprobe.probes.optimizer_state import OptimizerState
 from torchprobe.probes.provenance import Provenance
+from torchprobe.probes.routing import Routing
 from torchprobe.probes.schedule import Never
 from torchprobe.probes.uncertainty import Uncertainty
 
 
 def default_probes() -> list[Probe]:
     """What `instrument` watches when no probes are named."""
-    watched: list[Probe] = [Gradients(), Parameters(), Updates(), Activations(), Attention()]
-    watched += [Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
-    return [*watched, UnitActivity(), Provenance(), Diagnosis()]
+    watched: list[Probe] = [Gradients(), Parameters(), Updates(), OptimizerState(), Activations()]
+    watched += [Attention(), Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
+    return [*watched, UnitActivity(), Routing(), Provenance(), Diagnosis()]
 
 
 def checked_probes(probes: Iterable[Probe] | None) -> list[Probe]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchprobe.naming import owner_of
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.clipping import ChangesReporter
+from torchprobe.probes.optimizer_state import DESCRIPTION
 from torchprobe.records import Value
 from torchprobe.statistics import norms
 
@@ -68,12 +69,7 @@ class GradientsReporter(Reporter):
     def __init__(self, probe: Gradients) -> None:
         super().__init__(probe)
         self._changes = ChangesReporter(probe)
-        self.beside = (self._changes,)
-
-    @property
-    def remarks(self) -> list[str]:
-        """What was not recorded, and why."""
-        return self._changes.remarks
+        self.beside, self.remarks = (self._changes,), self._changes.remarks
 
 
 class Parameters(Probe):
@@ -106,20 +102,22 @@ class Parameters(Probe):
 class Updates(Probe):
     """Update ratio: L2 norm of the step just taken over that of the parameter before it.
 
-    Healthy is about 1e-3 (Karpathy's rule of thumb). A parameter that was all zeros has no ratio.
+    Healthy is about 1e-3 (Karpathy's rule of thumb). A parameter that was all zeros has no ratio. Also
+    `optimizer/step_rms/<module>`, the root mean square of the step of the module's own parameters.
     Cost: a copy of the parameters for the duration of the optimizer's step, on sampled steps; in host memory it stays
     where the next step is sampled too.
     """
 
     source: ClassVar[str] = "updates"
-    fields: ClassVar[tuple[str, ...]] = ("update", "before")
+    fields: ClassVar[tuple[str, ...]] = ("update", "before", "root_count")
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
-        "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3."
+        "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3.",
+        "optimizer": DESCRIPTION,
     }
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
-        """Norms of (after - before) and of before."""
+        """Norms of (after - before) and of before, and the root of the number of elements."""
         return norms.distances(tensors, before)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
@@ -127,14 +125,20 @@ class Updates(Probe):
         return _together(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """Per parameter, and the median."""
-        pairs = zip(names, rows.tolist(), strict=True)
-        ratios = {name: update / before for name, (update, before) in pairs if before > 0}
+        """Per parameter, the median, and by module."""
+        latest = dict(zip(names, rows.tolist(), strict=True))
+        ratios = {name: update / before for name, (update, before, _) in latest.items() if before > 0}
         for name, ratio in ratios.items():
             yield f"update_ratio/{name}", ratio
         known = [ratio for ratio in ratios.values() if not math.isnan(ratio)]
         if ratios:
             yield "overview/update_ratio", float(np.median(known)) if known else math.nan
+        layers: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, (update, _, root) in latest.items():
+            layers[owner_of(name)].append((0.0 if math.isnan(update) else update, root))
+        for layer, parts in layers.items():
+            update, root = (math.hypot(*column) for column in zip(*parts, strict=True))
+            yield f"optimizer/step_rms/{layer}", update / root if root else math.nan
 
 
 def _together(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ _MOST = 5  # files that could not be read, named one by one
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
 _ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
+_RUN_TEXTS = ("torchprobe/run", "torchprobe/run/text_summary")
 _STATE_TEXTS = ("torchprobe/state", "torchprobe/state/text_summary")
 _STOPPED_TEXTS = ("torchprobe/stopped", "torchprobe/stopped/text_summary")
 _SILENT = 600.0  # seconds without a new value, after which a run without an end was killed
@@ -37,6 +39,7 @@ def _told(run: Run) -> dict[str, Any]:
     return {
         "run": visible(str(run.path)),
         **_state(run),
+        "description": _facts(run),
         "stopped": _stopped(run),
         "hparams": run.hparams,
         "steps": run.steps,
@@ -59,6 +62,17 @@ def _told(run: Run) -> dict[str, Any]:
         "unread": run.unread,
         "flight_recordings": [_recording(flight) for flight in run.flights],
     }
+
+
+def _facts(run: Run) -> dict[str, Any] | None:
+    """What the run was: model, versions, script and so on, as `torchprobe.description` has them."""
+    pages = [page for tag in _RUN_TEXTS for _, page in run.texts.get(tag, ())]
+    block = pages[-1].rpartition("```json\n")[2].partition("\n```")[0] if pages else ""
+    try:
+        facts = json.loads(block)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def _state(run: Run) -> dict[str, str | None]:

@@ -76,7 +76,7 @@ class Watch:
         self._completed: Callable[[], int] = lambda: 0
         self._together: Together | None = None
         self._display = Display()
-        self._announced: Mapping[str, Value] = {}
+        self._announced: Callable[[], Mapping[str, Value]] | None = None
         self._stop: Alert | None = None
         self._step = 0
 
@@ -84,8 +84,8 @@ class Watch:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
         self._progress, self._completed = progress, completed
 
-    def announce(self, values: Mapping[str, Value]) -> None:
-        """Values that go with the next record."""
+    def announce(self, values: Callable[[], Mapping[str, Value]]) -> None:
+        """Values that go with the next record: asked for in the drain thread."""
         self._announced = values
 
     def add_follower(self, follower: Follower) -> None:
@@ -100,8 +100,8 @@ class Watch:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
         alerts = self._without_remarks(self._ask(record.step, lambda watcher: watcher(record)))
-        shown = {**self._announced, **(self._act(alerts) if alerts else self._count(record))}
-        self._announced = {}
+        announced, self._announced = self._announced, None
+        shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record
         self._tell(lambda follower: follower.follow(record, alerts))
         return record

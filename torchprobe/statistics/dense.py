@@ -49,14 +49,18 @@ def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
 
 
 def moments(x: Tensor) -> tuple[float, ...] | None:
-    """count, mean, sum of squared deviations, largest magnitude, zeros, 0; None when not the common case after all."""
+    """count, mean, sum of squared deviations, largest magnitude, zeros, 0, and the sum of fourth powers of the elements
+    over the largest magnitude; None when not the common case after all.
+    """
     scratch = _scratch(x)
-    norms, totals, max_abs, zeros = [], [], 0.0, 0.0
+    norms, totals, fourths, max_abs, zeros = [], [], [], 0.0, 0.0
     for chunk in chunks(x, CHUNK):
         norms.append(_row_norms(chunk))
         totals.append(on_host(chunk.sum()))
-        largest, without = _magnitudes(chunk, _first(scratch, len(chunk)))
+        largest, without = _magnitudes(chunk, own := _first(scratch, len(chunk)))
         max_abs, zeros = max(max_abs, largest), zeros + without
+        if 0 < largest < math.inf:
+            fourths.append((largest, _squares([_row_norms(torch.div(chunk, largest, out=own).square_())])))
     count, squares = x.numel(), _squares(norms)
     if not squares < math.inf:
         return None
@@ -66,7 +70,8 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
         mean, m2 = _deviations(x, mean, scratch)
     if m2 < _TINY**2 and max_abs and _varies(x):
         return None
-    return float(count), mean, m2, max_abs, zeros, 0.0
+    fourth = math.fsum((largest / max_abs) ** 4 * some for largest, some in fourths)
+    return float(count), mean, m2, max_abs, zeros, 0.0, fourth
 
 
 def _magnitudes(x: Tensor, scratch: Tensor) -> tuple[float, float]:

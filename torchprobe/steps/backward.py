@@ -18,19 +18,39 @@ class Backward:
     """One backward pass, or several whose gradients have the same fate.
 
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
-    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. reached: the gradients
+    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
+    where a later stage of a pipeline runs. reached: the gradients
     that it added to, None while that is not known. kept: what sources kept of its forward passes, by source.
     """
 
-    __slots__ = ("counted", "elsewhere", "flag", "kept", "loss", "passes", "reached", "sign", "stray", "task", "used")
+    __slots__ = (
+        "counted",
+        "elsewhere",
+        "flag",
+        "inner",
+        "kept",
+        "loss",
+        "passes",
+        "reached",
+        "sign",
+        "stray",
+        "task",
+        "used",
+    )
 
     def __init__(
-        self, task: int | None, loss: float | Tensor | None, elsewhere: bool = False, stray: bool = False
+        self,
+        task: int | None,
+        loss: float | Tensor | None,
+        elsewhere: bool = False,
+        stray: bool = False,
+        inner: bool = False,
     ) -> None:
         self.task = task
         self.loss = loss
         self.elsewhere = elsewhere
         self.stray = stray
+        self.inner = inner
         self.reached: set[GradientState] | None = None
         self.passes: list[Pass] = []
         self.kept: dict[Any, Any] = {}
@@ -106,7 +126,10 @@ class Backward:
 
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""
-        self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
+        if self.inner:
+            self.loss, self.inner = other.loss, other.inner
+        elif not other.inner:
+            self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
         self.kept = merge(self.kept, other.kept) if self.kept else other.kept
         self.note(other.sign)
         self.note(other.flag)

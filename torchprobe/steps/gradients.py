@@ -79,12 +79,14 @@ class Gradients:
 
     def _of_roots(self, task: int | None) -> Backward:
         call = roots(self._sources.running.thread)
-        loss = None if call.value is None else loss_value(call.value)
+        loss = None if call.value is None or call.inner else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and not self._said:
             self._said = True
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
-        return Backward(task, loss, elsewhere, not call.for_parameters)
+        if call.parts > 1:
+            self._steps.current.divide_by(call.parts)
+        return Backward(task, loss, elsewhere, not call.for_parameters, call.inner)
 
     @protected
     def end(self, backward: Backward) -> None:

@@ -33,6 +33,7 @@ class OpenStep:
     loss: float | Tensor | None = None
     unknown: bool = False  # a loss that is not known was used
     scale: float | Tensor | None = None
+    parts: int = 1
     trained: bool = False  # an optimizer stepped, or a forward pass that is a step by itself ran
     reported: bool = False  # a record said what was due
     silent: bool = False  # it is not to be said
@@ -80,7 +81,7 @@ class OpenStep:
             self.used.append(backward)
         if backward.counted != self.number:
             if backward.loss is None:
-                self.unknown |= not backward.elsewhere  # its gradients are part of another one's loss, or of none
+                self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
             else:
                 self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)
@@ -92,7 +93,11 @@ class OpenStep:
 
     def scale_by(self, scale: Tensor) -> None:
         """The loss was multiplied by a GradScaler, whose scale changes in place."""
-        self.scale = on_host(scale) if scale.is_cpu else scale.clone()
+        self.scale = (on_host(scale) if scale.is_cpu else scale.clone()) * self.parts
+
+    def divide_by(self, parts: int) -> None:
+        """Gradients are of a sum over so many micro-batches, and are divided before the optimizer steps."""
+        self.parts = self.scale = parts
 
     def end(self, with_gradients: bool = True) -> None:
         """An optimizer has stepped, or a forward pass was the step: without gradients some probes see nothing."""

@@ -59,7 +59,7 @@ def _says_compiled(module: nn.Module) -> bool:
 
 def is_torchs_own(model: nn.Module) -> bool:
     """Whether a class of torch's says what calling the model does: torch.compile then traces the call, with hooks."""
-    return type(model).forward.__module__.startswith("torch.nn.")
+    return (type(model).forward.__module__ or "").startswith("torch.nn.")  # a traced one has none
 
 
 def is_wrapped(model: nn.Module) -> bool:

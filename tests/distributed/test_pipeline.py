@@ -1,0 +1,81 @@
+"""Pipelines: one run, with the numbers of one process that runs the whole model on the same micro-batches."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed import pipeline_scenarios as p
+from tests.distributed.compare import differences
+from tests.distributed.launch import launch
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch("tests.distributed.pipeline_scenarios", 2, tmp_path_factory.mktemp("pipeline"))
+
+
+def two_a_stage(tag: str) -> str:
+    """Names of the whole model as those of two stages: block 3 is the second one of stage 1."""
+    return re.sub(r"/(\d)", lambda found: f"/stage{int(found[1]) // 2}.{int(found[1]) % 2}", tag)
+
+
+def one_a_stage(tag: str) -> str:
+    return re.sub(r"/(\d)", r"/stage\1.block", tag)
+
+
+@pytest.mark.parametrize("how", ["gpipe", "1f1b"])
+def test_stages_with_the_same_names_are_told_apart(ranks, how):
+    expected = p.alone(nn.Sequential(*p.blocks(4)), two_a_stage)
+    assert {"grad_norm/stage0.0.fc.weight", "activation_mean/stage1.1.fc", "overview/loss"} <= set(expected)
+    assert differences(ranks[0][how]["values"], expected) == []
+
+
+def test_the_loss_is_the_one_whose_gradient_the_optimizers_used(ranks):
+    """A schedule divides gradients by the number of micro-batches only when it is told to."""
+    expected = p.alone(nn.Sequential(*p.blocks(4)), two_a_stage, scale=1)
+    assert differences(ranks[0]["unscaled"]["values"], expected) == []
+    first = [ranks[0][how]["values"]["overview/loss"]["1"] for how in ("unscaled", "gpipe")]
+    assert first[0] == pytest.approx(p.MICRO * first[1])
+
+
+@pytest.mark.parametrize("how", ["whole names", "interleaved, whole names"])
+def test_names_of_the_whole_model_stay(ranks, how):
+    assert differences(ranks[0][how]["values"], p.alone(nn.Sequential(*p.blocks(4)))) == []
+
+
+def test_a_whole_model_on_every_rank_has_its_own_names(ranks):
+    halves = nn.Sequential(nn.Sequential(*p.blocks(4)[:2]), nn.Sequential(*p.blocks(4)[2:]))
+    assert differences(ranks[0]["whole model"]["values"], p.alone(halves)) == []
+
+
+def test_several_stages_a_rank_are_called_by_their_places_in_the_pipeline(ranks):
+    expected = p.alone(nn.Sequential(*p.blocks(4)), one_a_stage)
+    assert differences(ranks[0]["interleaved"]["values"], expected) == []
+
+
+def test_a_stage_that_is_one_layer_has_the_name_of_its_stage(ranks):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(p.WIDTH, 1), nn.Linear(1, p.WIDTH))
+    expected = p.alone(layers, lambda tag: re.sub(r"/(\d)", r"/stage\1", tag))
+    assert differences(ranks[0]["bare layers"]["values"], expected) == []
+
+
+def test_what_pipeline_cuts_keeps_its_names(ranks):
+    found, expected = ranks[0]["traced"], p.alone(nn.Sequential(*p.blocks(4)))
+    shared = [tag for tag in expected if not tag.startswith("activation")]
+    assert differences({tag: found[tag] for tag in shared}, {tag: expected[tag] for tag in shared}) == []
+
+
+def test_nothing_untrue_is_said(ranks):
+    """Learning the shapes that stages hand over is no step, no validation and no loss of `autograd.grad`."""
+    for rank in ranks:
+        for how, found in rank.items():
+            if how != "traced":
+                assert [line for line in found["lines"] if "autograd.grad" in line or "nothing captured" in line] == []
+                assert found["alerts"] == []
+    for found in ranks[0].values():
+        assert not [tag for tag in found.get("values", found) if tag.startswith("val/")]

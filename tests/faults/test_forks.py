@@ -1,0 +1,84 @@
+"""A watched model that forked workers train (Hogwild): each says once what is recorded, and what is not."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import torchprobe
+from torchprobe.testing import MemoryWriter
+
+pytestmark = [
+    pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+
+WORK = {"trains": (True, 3), "only reads": (False, 3), "does nothing": (True, 0)}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).share_memory()
+
+
+def run(model: nn.Module, steps: int, trains: bool = True) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for k in range(steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(k))
+        with torch.set_grad_enabled(trains):
+            loss = model(x).square().mean()
+        if trains:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def work(model: nn.Module, log: Path, steps: int, trains: bool) -> None:
+    logging.getLogger("torchprobe").addHandler(logging.FileHandler(log))
+    run(model, steps, trains)
+
+
+def forked(model: nn.Module, folder: Path, workers: int, steps: int, trains: bool) -> list[str]:
+    """What each worker's log says."""
+    torch.optim.SGD(model.parameters(), lr=0.0)  # here, since a first one imports for seconds
+    logs = [folder / f"{i}.log" for i in range(workers)]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(model, log, steps, trains)) for log in logs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [log.read_text() for log in logs]
+
+
+@pytest.mark.parametrize("what", WORK)
+def test_each_worker_says_once_that_its_part_is_not_recorded(tmp_path, what):
+    trains, steps = WORK[what]
+    model, writer = net(), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        lines = forked(model, tmp_path, 2, steps, trains)
+        assert session.step == 0
+    for text in lines:
+        assert text.count("its passes, gradients and steps are not recorded") == (steps > 0)
+        assert text.count("\n") == (steps > 0)
+    assert [tag for tag in writer.tags() if tag.startswith(("grad_norm/", "activation_mean/"))] == []
+
+
+def test_the_process_that_records_shows_its_own_steps_and_the_weights_that_it_finds(tmp_path):
+    model, writer = net(), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        before = model[0].weight.detach().clone()
+        forked(model, tmp_path, workers=2, steps=4, trains=True)  # first: torch forks no process after a backward pass
+        assert not torch.equal(model[0].weight, before)
+        run(model, 2)
+        assert session.step == 2
+    assert [step for step, _ in writer.scalars("grad_norm/0.weight")] == [1, 2]
+    assert writer.value("param_norm/0.weight", step=2) == pytest.approx(
+        model[0].weight.double().norm().item(), rel=1e-6
+    )

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
     "description": {"capture", "flight", "naming", "records"},
-    "assembly": {"buffer", "capture", "naming", "steps"},
+    "assembly": {"buffer", "capture", "naming", "rules", "steps"},
     "reports": {"writers"},
     "session": {
         *("arguments", "assembly", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import nn
 
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Stage, TransferBuffers
 from torchprobe.capture.fully_sharded import is_flat_sharded
 from torchprobe.capture.gate import Gate, Meter
@@ -18,7 +19,9 @@ from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
 from torchprobe.capture.sources import Sources
 from torchprobe.naming import named_modules, unwrapped
+from torchprobe.rules.watch import Watch
 from torchprobe.steps.cadence import Plan
+from torchprobe.steps.recorder import Recorder
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
@@ -80,3 +83,20 @@ def _check_wrappers(model: nn.Module) -> None:
                 "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
                 "their names; takes one with use_orig_params=True, or fully_shard(model)"
             )
+
+
+def state_lines(recorder: Recorder, outlet: Outlet, watch: Watch) -> Iterator[str]:
+    """Lines of a session's summary: what it costs, what was lost, what was never seen."""
+    yield f"  time in probes    {recorder.guard.meter.seconds:.3f} s"
+    yield f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}"
+    yield f"  dropped records   {outlet.drain.dropped}"
+    yield f"  alerts            {watch.count}"
+    yield from (f"  {fault}" for fault in (*outlet.faults, *watch.faults))
+    if captured := recorder.guard.captured["_before"]:
+        yield f"  captured steps    {captured}, in a graph of the device: not recorded"
+    yield from outlet.drain.ranks
+    if outlet.decoder.missing:
+        yield f"  nothing captured  {', '.join(outlet.decoder.missing)}"
+    yield from (f"  not recorded      {line}" for line in outlet.decoder.unsaid)
+    yield from (f"  remark            {remark}. {remark.advice}" for remark in watch.remarks)
+    yield from (f"  attention not seen  {what}" for what in recorder.uncovered_attention())

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in
+from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in, state_lines
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
@@ -245,23 +245,9 @@ class Session(Logs, SamplingCalls, Shown):
 
     def summary(self) -> Summary:
         """A few lines for a person, a table in a notebook: steps, where the run is, what was lost or never seen."""
-        recorder, outlet = self._recorder, self._outlet
-        lines = [
-            f"torchprobe: {self.step} steps, {'attached' if self.attached else 'detached'}",
-            f"  run directory     {self.log_dir or 'the writer that was handed over'}",
-            f"  time in probes    {recorder.guard.meter.seconds:.3f} s",
-            f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}",
-            f"  dropped records   {outlet.drain.dropped}",
-            f"  alerts            {self._watch.count}",
-        ]
-        lines += [f"  {fault}" for fault in (*outlet.faults, *self._watch.faults)]
-        if captured := recorder.guard.captured["_before"]:
-            lines.append(f"  captured steps    {captured}, in a graph of the device: not recorded")
-        lines += outlet.drain.ranks
-        lines += [f"  nothing captured  {', '.join(outlet.decoder.missing)}"] if outlet.decoder.missing else []
-        lines += [f"  not recorded      {line}" for line in outlet.decoder.unsaid]
-        lines += [f"  remark            {remark}. {remark.advice}" for remark in self.remarks]
-        lines += [f"  attention not seen  {what}" for what in recorder.uncovered_attention()]
+        place = self.log_dir or "the writer that was handed over"
+        first = f"torchprobe: {self.step} steps, {'attached' if self.attached else 'detached'}"
+        lines = [first, f"  run directory     {place}", *state_lines(self._recorder, self._outlet, self._watch)]
         return Summary("\n".join(lines))
 
     def __enter__(self) -> Session:

@@ -83,7 +83,9 @@ def first(output: Any) -> Tensor:
 
 
 Recipe = tuple[Any, ...]
-_LEAVES = st.sampled_from([("dense",), ("dense",), ("tanh",), ("relu",), ("relu in place",), ("norm",), ("frozen",)])
+_LEAVES = st.sampled_from(
+    [("dense",), ("dense",), ("tanh",), ("relu",), ("relu in place",), ("norm",), ("frozen",), ("dropout",)]
+)
 RECIPES: st.SearchStrategy[Recipe] = st.recursive(
     _LEAVES,
     lambda inner: st.one_of(
@@ -107,7 +109,13 @@ def built(recipe: Recipe, seen: list[tuple[Dense, Tensor]]) -> nn.Module:
         return Sum(parts + parts[:1] * recipe[2] + [None] * recipe[3])
     if kind == "several":
         return Several(built(recipe[1], seen), recipe[2])
-    return {"tanh": nn.Tanh(), "relu": nn.ReLU(), "relu in place": Fresh(), "norm": nn.LayerNorm(WIDTH)}[kind]
+    return {
+        "tanh": nn.Tanh(),
+        "relu": nn.ReLU(),
+        "relu in place": Fresh(),
+        "norm": nn.LayerNorm(WIDTH),
+        "dropout": nn.Dropout(0.2),
+    }[kind]
 
 
 class Chain(nn.Module):

@@ -57,3 +57,11 @@ def hearable_tensors(output: Any) -> Iterator[Tensor]:
         yield tensor
     if not found and hasattr(output, "__dict__") and not isinstance(output, type | nn.Module):
         yield from tensors_in(list(vars(output).values()))  # never a property, which runs the user's code
+
+
+def heads_beside(output: Any) -> tuple[str, ...]:
+    """Numbers of the parts of a tuple or list that may be heads: trained rows of the same examples."""
+    parts = enumerate(output) if type(output) in (tuple, list) else ()
+    heads = [(i, x) for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.grad_fn is not None]
+    alike = [i for i, x in heads if x.dim() == 2 and x.shape[0] == heads[0][1].shape[0]]
+    return tuple(map(str, alike)) if len(alike) > 1 and len(alike) == len(heads) else ()

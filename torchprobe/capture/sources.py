@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 from weakref import ReferenceType
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,7 +29,6 @@ from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
-from torchprobe.statistics.dtypes import row_dtype
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
 torch.compile returned"
@@ -257,11 +255,6 @@ class Sources:
     def end_validation(self) -> list[Piece]:
         """What a whole validation pass adds up to."""
         return self.predictions.end_validation()
-
-    def loss_rows(self, reporter: Reporter, loss: float | Tensor) -> Piece:
-        """The loss as rows, which several ranks combine."""
-        known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
-        return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
 
     # ---- optimizers, NaN, the end
 

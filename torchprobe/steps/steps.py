@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -150,7 +151,7 @@ class Steps:
             step.values["overview/loss"] = loss
         elif loss is not None:
             losses = [reporter for reporter in self._plan.losses if reporter in step.light]
-            step.extend([self._sources.loss_rows(reporter, loss) for reporter in losses])
+            step.extend([_loss_rows(reporter, loss) for reporter in losses])
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
                 unheard = self._sources.running.compiled and not step.due  # a function around the model is compiled
@@ -259,3 +260,9 @@ class Steps:
         self._decide(self.clock.following)
         begun = self.clock.number == self.clock.following
         self.current = OpenStep(self.clock.number, self._due, self._light) if begun else OpenStep(self.clock.number)
+
+
+def _loss_rows(reporter: Reporter, loss: float | Tensor) -> Piece:
+    """The loss as rows, which several ranks combine."""
+    known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
+    return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))

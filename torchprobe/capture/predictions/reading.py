@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.distributions import Distribution
 
-from torchprobe.capture.outputs import main_tensor
+from torchprobe.capture.outputs import heads_beside, main_tensor
 from torchprobe.capture.predictions.likelihood import STD, Spread
 
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
@@ -97,16 +97,20 @@ def read(output: Any, module: nn.Module | None = None) -> Reading:
     distribution = _first_distribution(output)
     reading = _read_fields(dict(_fields_of(output))) if distribution is None else _read_distribution(distribution)
     if distribution is None and reading.plain is None and not reading.says_something:
-        tensor = main_tensor(output)
         reading = replace(
             reading,
-            plain=None if tensor is None or tensor.is_complex() else tensor,
+            plain=_main(output),
             numbers=reading.numbers or _pair(output),
-            others=reading.others or _beside(output),
+            others=reading.others or heads_beside(output),
         )
     if reading.kl is None and module is not None:
         reading = replace(reading, kl=_divergence_beside(module, output))
     return reading
+
+
+def _main(output: Any) -> Tensor | None:
+    tensor = main_tensor(output)
+    return None if tensor is None or tensor.is_complex() else tensor
 
 
 def _pair(output: Any) -> tuple[Number, ...]:
@@ -120,14 +124,6 @@ def _pair(output: Any) -> tuple[Number, ...]:
     return tuple(
         Number(f"second {i}", parts[0], parts[1], way.spread, way.convert) for i, way in enumerate(ways) if way
     )
-
-
-def _beside(output: Any) -> tuple[str, ...]:
-    """Numbers of the parts of a tuple or list that may be heads: trained rows of the same examples."""
-    parts = enumerate(output) if type(output) in (tuple, list) else ()
-    heads = [(i, x) for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.grad_fn is not None]
-    alike = [i for i, x in heads if x.dim() == 2 and x.shape[0] == heads[0][1].shape[0]]
-    return tuple(map(str, alike)) if len(alike) > 1 and len(alike) == len(heads) else ()
 
 
 # ---- named fields

@@ -203,7 +203,8 @@ def three_runs(tmp_path) -> Path:
     ("options", "order"),
     [(["--sort", "val/loss"], "cab"), (["--sort", "val/loss", "--descending"], "bac"), (["--sort", "accuracy"], "bac")],
 )
-def test_runs_are_listed_by_any_metric(three_runs, capsys, options, order):
+def test_runs_are_listed_by_any_metric(three_runs, capsys, monkeypatch, options, order):
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["report", str(three_runs), *options, "--json"]) == 0
     assert [Path(row["run"]).name for row in json.loads(capsys.readouterr().out)["runs"]] == list(order)
     assert main(["report", str(three_runs), *options]) == 0

@@ -24,6 +24,7 @@ COMPILERS_WARNINGS = [
 ]
 _UNSEEN = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad_norm/",)))
 _OF_OUTPUTS = ("calibration", "uncertainty", "overview/ece")  # of an output inside the graph: not seen
+_OF_BACKWARD = ("overview/grad_norm_unclipped", "overview/clipped_fraction", "alerts")  # which is not heard of then
 Callee = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -153,9 +154,10 @@ def assert_same_values(found: MemoryWriter, expected: MemoryWriter, output_insid
 
     How many elements are exactly zero is rounding's affair: the gradient of a key's bias is zero but for noise.
     """
-    unseen = _UNSEEN + (_OF_OUTPUTS if output_inside else ())
+    unseen = _UNSEEN + ((*_OF_OUTPUTS, *_OF_BACKWARD) if output_inside else ())
     tags = [tag for tag in expected.tags() if not tag.startswith(unseen)]
-    assert [tag for tag in found.tags() if not tag.startswith((*_UNSEEN, "nothing_captured/"))] == tags
+    beside = (*_UNSEEN, *_OF_BACKWARD * output_inside, "nothing_captured/")
+    assert [tag for tag in found.tags() if not tag.startswith(beside)] == tags
     for tag in tags:
         if tag == "overview/probe_overhead" or tag.startswith("gradients_zeros/"):
             continue

@@ -28,6 +28,7 @@ STEPS = 3
 ROWS = 12
 TINY = 1e-4  # of the largest value of a tag group: below it a number is rounding
 _OWN = ("overview/probe_overhead", "overview/dropped_records", "overview/skipped_steps")
+_NOT_OF_TWINS = ("val/", "nothing_captured/UnitActivity", "optimizer/")  # whose optimizer is told where to go
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, int], None]
 
@@ -220,7 +221,7 @@ def outcome(family: str, setup: Setup) -> Outcome:
     plain = twin(family, weights)
     ours, theirs = set(plain.tags()) - set(_OWN), set(other.tags()) - set(_OWN)
     missing = sorted(tag for tag in ours - theirs if not tag.startswith(setup.not_watched))
-    extra = sorted(tag for tag in theirs - ours if not tag.startswith(("val/", "nothing_captured/UnitActivity")))
+    extra = sorted(tag for tag in theirs - ours if not tag.startswith(_NOT_OF_TWINS))
     deviations = {tag: deviation(plain, other, tag) for tag in ours & theirs}
     where = max(deviations, key=deviations.__getitem__)
     return Outcome(len(deviations), missing, extra, deviations[where], where)

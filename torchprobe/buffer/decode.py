@@ -24,6 +24,8 @@ _REASONS = {
     "gradients": "no parameter of the model had a gradient when a torch.optim optimizer stepped, or none stepped",
     "parameters": _NOT_HELD,
     "updates": _NOT_HELD,
+    "momenta": "no optimizer keeps a momentum under a name that is known",
+    "second_moments": "no optimizer keeps squares of gradients under a name that is known",
     "attention": "no attention was seen; session.summary() counts what was not covered, and why",
     "uncertainty": "the model returned no named uncertainty, no distribution, and no logits that a cross-entropy told; "
     "Uncertainty(task='classification') or task='regression' says what a plain output is",
@@ -160,11 +162,12 @@ class Decoder:
         texts: dict[str, Value] = {}
         for reporter in due:
             failed = getattr(reporter, "whole", reporter) in self._failed
-            if self._asked[reporter] == _PATIENCE and reporter not in self._seen and not failed:
+            unseen = reporter not in self._seen and _name(reporter) not in self.missing
+            if self._asked[reporter] == _PATIENCE and unseen and not failed:
                 name, source = _name(reporter), getattr(reporter, "source", "")
                 self.missing.append(name)
-                known = _REASONS.get(source, "nothing of the kind it watches occurred")
-                reason = getattr(reporter, "reason", "") or known
+                usual = _REASONS.get(source, "nothing of the kind it watches occurred")
+                reason = getattr(reporter, "reason", "") or usual
                 text = f"{name} saw nothing in its first {_PATIENCE} sampled steps ({reason})"
                 serious = self._asked_for or getattr(reporter, "found_everywhere", True)
                 _log.log(logging.WARNING if serious else logging.INFO, "nothing captured: %s", text)

@@ -39,7 +39,9 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
     layers = [(n, m) for n, m in named_modules(model) if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     zero = []
     for name, layer in layers:
-        weight = layer.weight
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")  # an attribute may be a computation
+        if weight is None:
+            continue
         if weight.requires_grad and min(weight.shape[:2]) > 1 and weight.numel() <= _LARGE and measurable(weight):
             rows = weight.detach().reshape(len(weight), -1).float()
             yield f"constant/{name}.weight", ((rows == rows[:1, :1]).all() & (rows[0, 0] != 0)).float()

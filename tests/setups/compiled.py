@@ -24,7 +24,8 @@ COMPILERS_WARNINGS = [
 ]
 _UNSEEN = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad_norm/",)))
 _OF_OUTPUTS = ("calibration", "uncertainty", "overview/ece")  # of an output inside the graph: not seen
-_OF_BACKWARD = ("overview/grad_norm_unclipped", "overview/clipped_fraction", "overview/alerts", "alerts")  # not heard of
+_OF_BACKWARD = ("overview/grad_norm_unclipped", "overview/clipped_fraction", "overview/alerts", "alerts")
+"""Of what is not heard of then."""
 Callee = Callable[[torch.Tensor], torch.Tensor]
 
 

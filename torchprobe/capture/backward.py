@@ -55,7 +55,9 @@ def plain_root() -> Tensor | None:
             call = frame.f_locals
             root, outer = call["tensors"], frame.f_back
             plain = type(root) is tuple and len(root) == 1 and type(root[0]) is Tensor and call.get("inputs") is None
-            if not plain or call.get("grad_tensors") is not None or (outer and outer.f_code is _RECOMPUTED):
+            caller = None if outer is None else outer.f_code
+            of_stage = PIPELINING in sys.modules and caller is backward_code()
+            if not plain or call.get("grad_tensors") is not None or caller is _RECOMPUTED or of_stage:
                 return None
             return root[0] if root[0].dim() == 0 and not root[0].is_complex() else None
         if code is _GRAD:

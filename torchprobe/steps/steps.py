@@ -108,8 +108,8 @@ class Steps:
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
         ended = self.current
-        plain = self._always_light and self._host_loss and ended.number % self._outlet.flush_every
-        values = ended.take_values() if plain else None
+        quiet = ended.number > 1 and ended.number % self._outlet.flush_every  # the drain thread need not wake up
+        values = ended.take_values() if quiet and self._always_light and self._host_loss else None
         if values is None:
             self._hand_over(ended)
         else:

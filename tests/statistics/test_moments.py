@@ -125,6 +125,13 @@ def test_constant_elements_have_no_deviation_at_all():
     assert moments.compute(x)[M2] == 0.0
 
 
+@given(value=st.floats(2**-100, 2**60, width=32), size=st.integers(1, 3000))
+@settings(max_examples=100, deadline=None)
+def test_equal_elements_have_their_own_value_as_mean_and_no_deviation(value, size):
+    row = moments.compute(torch.full((size,), value))
+    assert (row[MEAN].item(), row[M2].item()) == (value, 0.0)
+
+
 def test_the_squares_of_huge_elements_do_not_overflow():
     summary = moments.summarise(moments.compute(torch.tensor([3e38, -3e38])).tolist())
     assert summary["std"] == pytest.approx(3e38, rel=1e-6)

@@ -21,6 +21,7 @@ CHUNK = 2**18  # elements worked on in several passes: with their scratch they f
 _STREAM = 16  # so many chunks at a time where one pass is enough
 _ROW = 512  # elements whose squares are added up in float32, 32 to a lane
 _TINY = 1e-15  # squares of smaller deviations would lose digits in float32
+_FLAT = 1e-12  # a smaller variance, as a part of the mean square, is of the rounding of the mean's own square
 
 
 def is_plain(x: Tensor) -> bool:
@@ -68,8 +69,10 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     m2 = squares - count * mean * mean
     if not m2 > squares / 2:  # it cancels
         mean, m2 = _deviations(x, mean, scratch)
-    if m2 < _TINY**2 and max_abs and _varies(x):
-        return None
+    if m2 < max(_TINY**2, _FLAT * squares) and max_abs:  # float32 has lost its digits
+        if _varies(x):
+            return None
+        mean, m2 = on_host(x[(0,) * x.dim()]), 0.0
     fourth = math.fsum((largest / max_abs) ** 4 * some for largest, some in fourths)
     return float(count), mean, m2, max_abs, zeros, 0.0, fourth
 

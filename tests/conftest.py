@@ -25,6 +25,10 @@ from torchprobe.capture.sites import SITE
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+if torch.cuda.is_available():
+    backend.MISSING = "autograd takes one accelerator beside the CPU, and there is a real one"
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its own functions look then
 if not backend.MISSING:
     backend.set_up()  # before the first backward pass of the process, at which autograd counts the devices there are
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchprobe.statistics import buckets
+from torchprobe.statistics import buckets, fused
 from torchprobe.statistics.dtypes import chunk_size, chunks, owners, real, row_dtype
 
 LOW, HIGH = -100, 27
@@ -38,6 +38,9 @@ def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
     tensors = [real(x) for x in tensors]
     if not tensors:
         return torch.zeros(0, 2 + BUCKETS, dtype=torch.float64)
+    if all(map(fused.applies_to, tensors)):
+        counts = fused.codes(tensors)
+        return _buckets(counts[:, :_CODES], counts[:, _CODES])
     packs = buckets.small_packs(tensors)
     packed = {i for pack in packs for i in pack}
     rest = [i for i in range(len(tensors)) if i not in packed]

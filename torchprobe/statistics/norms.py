@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchprobe.statistics import dense, moments
+from torchprobe.statistics import dense, fused, moments
 from torchprobe.statistics.dtypes import Scratch, chunks, real, row_dtype
 
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
@@ -159,6 +159,8 @@ def combine_squares(a: Tensor, b: Tensor) -> Tensor:
 def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     """Of real tensors sum_squares, nonfinite and, where wanted, sum_abs: shape (n, 2 or 3)."""
     device = _common_device(tensors)
+    if tensors and all(map(fused.applies_to, tensors)):
+        return _fused_sums(tensors, absolute=absolute)
     large = (i for i, x in enumerate(tensors) if x.numel() >= _SMALL and dense.applies_to(x))
     found = {i: row for i in large if (row := dense.sums(tensors[i], absolute=absolute)) is not None}
     rest = [i for i in range(len(tensors)) if i not in found]
@@ -168,6 +170,11 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     rows = torch.cat((rows, torch.tensor([*found.values()], dtype=rows.dtype, device=device)))
     places = torch.tensor([*rest, *found], device=device)
     return torch.empty_like(rows).index_copy_(0, places, rows)
+
+
+def _fused_sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
+    *_, nonfinite, _, squares, magnitudes = fused.rows(tensors).unbind(-1)
+    return torch.stack((squares, nonfinite, magnitudes) if absolute else (squares, nonfinite), dim=-1)
 
 
 def _careful_sums(tensors: Sequence[Tensor], device: torch.device, *, absolute: bool) -> Tensor:

@@ -23,7 +23,7 @@ from torchprobe.capture.attention.labels import (
 )
 from torchprobe.capture.attention.layout import by_head
 from torchprobe.capture.attention.places import Axis, Places, Roles, places, root_of, size_of_roles
-from torchprobe.statistics.attention.rows import moved
+from torchprobe.statistics.dtypes import moved
 
 
 class Refused(NamedTuple):

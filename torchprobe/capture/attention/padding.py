@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchprobe.capture.attention.labels import Indices, Label, Root, coordinates, resolved
 from torchprobe.capture.attention.places import Places, Tokens
-from torchprobe.statistics.attention.rows import moved
+from torchprobe.statistics.dtypes import moved
 
 
 class Padding:

@@ -21,7 +21,7 @@ from torchprobe.capture.attention.labels import (
     roots_of,
     size_of,
 )
-from torchprobe.statistics.attention.rows import moved
+from torchprobe.statistics.dtypes import moved
 
 
 class Axis(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.attention.sources import Source
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.statistics.dtypes import moved, row_dtype
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -162,13 +162,6 @@ def strata(count: int, each: int, size: int, generator: torch.Generator | None, 
     index = ((start + turn).frac() + stratum).mul_(size / each).long()
     last = (stratum * size + (size + each - 1)) // each - 1  # rounding must not reach the next stratum
     return moved(index.minimum(last), device)
-
-
-def moved(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device, without waiting for it."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def budget(device: torch.device) -> int:

@@ -1,0 +1,144 @@
+"""Statistics of tensors on a GPU in one read, by Triton's kernels; elsewhere, and where Triton is not, not at all.
+
+Operations of torch would each read the elements again and write temporaries, and a launch costs more than most
+tensors' arithmetic. Here all tensors of one type take one launch, and no memory but a few thousand rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprobe.statistics.dtypes import PLAIN, moved
+
+DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Others are rare on a GPU, and computed by torch's operations."""
+
+COLUMNS, CODES = 9, 256  # as in `kernels`
+
+_PROGRAMS, _BLOCK, _MERGED = 2**11, 2**10, 2**7  # programs that a launch aims at, elements at a time, rows at a time
+
+_log = logging.getLogger("torchprobe")
+
+
+def applies_to(x: Tensor) -> bool:
+    """Whether a `dtypes.real` tensor can be read so. Looks at no element."""
+    if x.device.type not in DEVICES or x.dtype not in TYPES or type(x) not in PLAIN:
+        return False
+    return _is_dense(x) and usable(x.device.type) and (not x.numel() or x.data_ptr() != 0)
+
+
+@functools.cache
+def usable(kind: str) -> bool:
+    """Whether Triton is there and its kernels compile and run on a device of this kind; said once where they do not."""
+    try:
+        rows([torch.zeros(1, device=kind)])
+    except ImportError:
+        return False
+    except Exception:
+        _log.warning("Triton's kernels do not run on %s: statistics take longer, by torch's operations", kind)
+        _log.debug("what Triton said", exc_info=True)
+        return False
+    return True
+
+
+def rows(tensors: Sequence[Tensor]) -> Tensor:
+    """The row of each tensor, (n, COLUMNS), float64: the columns of `moments.FIELDS`, sum of squares, of magnitudes.
+
+    The tensors are of one device, and `applies_to` each. Counts and max_abs are exact, sums to 1e-14. No host read.
+    """
+    return _in_order([_rows([tensors[i] for i in group]) for group in _groups(tensors)], _groups(tensors))
+
+
+def codes(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each tensor how many elements have each exponent code of float32, and how many are not 0: (n, 257), int64."""
+    return _in_order([_codes([tensors[i] for i in group]) for group in _groups(tensors)], _groups(tensors))
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    from torchprobe.statistics import kernels
+
+    x, launch = tensors[0], _Launch(tensors)
+    out = torch.empty(len(tensors), COLUMNS, dtype=torch.float64, device=x.device)
+    partial = torch.empty(max(launch.programs, 1), COLUMNS, dtype=torch.float64, device=x.device)
+    with _on(x.device):
+        if launch.programs:
+            kernels.sums[(launch.programs,)](x, launch.places, partial, **launch.options)
+        many = (partial, launch.ends, out, launch.programs)
+        kernels.merged[(len(tensors),)](*many, ADDRESSED=launch.addressed, BLOCK=_MERGED)
+    return out
+
+
+def _codes(tensors: Sequence[Tensor]) -> Tensor:
+    from torchprobe.statistics import kernels
+
+    x, launch = tensors[0], _Launch(tensors)
+    out = torch.zeros(len(tensors), CODES + 1, dtype=torch.int64, device=x.device)
+    if launch.programs:
+        with _on(x.device):
+            kernels.exponents[(launch.programs,)](x, launch.places, out, **launch.options)
+    return out
+
+
+class _Launch:
+    """Which program reads what: a table on the device, or by its number where there is one tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        x = tensors[0]
+        sizes = np.array([tensor.numel() for tensor in tensors], dtype=np.int64)
+        span = -(-int(sizes.sum()) // _PROGRAMS)
+        self.span = max(-(-span // _BLOCK), 1) * _BLOCK
+        each = -(-sizes // self.span)
+        self.programs = int(each.sum())
+        self.addressed = len(tensors) > 1
+        self.elements = int(sizes[0])
+        self.places = self.ends = x
+        if self.addressed:
+            addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+            ends = np.concatenate(([0], np.cumsum(each)))
+            owner = np.repeat(np.arange(len(tensors)), each)
+            start = (np.arange(self.programs) - ends[owner]) * self.span
+            places = np.stack((addresses[owner] + start * x.element_size(), sizes[owner] - start, owner), axis=1)
+            places[:, 1] = np.minimum(places[:, 1], self.span)
+            table = moved(torch.from_numpy(np.concatenate((places.reshape(-1), ends))), x.device)
+            self.places, self.ends = table[: places.size], table[places.size :]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"elements": self.elements, "span": self.span, "ADDRESSED": self.addressed, "BLOCK": _BLOCK}
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of those of one type, which one launch reads."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        found.setdefault(x.dtype, []).append(i)
+    return list(found.values())
+
+
+def _in_order(found: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    if len(groups) == 1:
+        return found[0]
+    by_index = {i: row for some, group in zip(found, groups, strict=True) for i, row in zip(group, some, strict=True)}
+    return torch.stack([by_index[i] for i in range(len(by_index))])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements, in some order, lie side by side, each once."""
+    if x.is_contiguous():
+        return True
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels go to the current device's current stream. In host memory Triton's interpreter runs them."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

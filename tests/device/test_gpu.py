@@ -15,7 +15,7 @@ from torch import nn
 
 import torchprobe
 from tests.device.training import Net, batch, everything, scalars, step
-from torchprobe.statistics import exponents, fused, moments, norms
+from torchprobe.statistics import exponents, fused, linear, moments, norms
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -33,13 +33,13 @@ def errors_on_waiting():
 
 def train(device, steps=3, watch=True, probes=None, after=None, model=None, **options):
     torch.manual_seed(0)
-    batches = [batch() for _ in range(steps)]
+    batches = [[part.to(device) for part in batch()] for _ in range(steps)]
     model = (Net() if model is None else model).to(device)
     writer = MemoryWriter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
     session = torchprobe.instrument(model, writer=writer, probes=probes or everything()) if watch else None
     for i, (tokens, targets) in enumerate(batches):
-        step(model, optimizer, tokens.to(device), targets.to(device))
+        step(model, optimizer, tokens, targets)
         if after is not None:
             after(i)
     if session is not None:
@@ -138,6 +138,7 @@ def test_rows_made_on_a_side_stream_are_complete():
     assert [writer.value("activation_mean/root", step=i + 1) for i in range(20)] == [4.0 * (i + 1) for i in range(20)]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_reduce_overhead_keeps_its_graphs_in_idle_steps():
     """Suspicions 4 and 5."""
     counters = pytest.importorskip("torch._dynamo.utils").counters
@@ -248,7 +249,13 @@ def test_one_read_gives_what_torchs_operations_give(dtype, size, monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
     many = [awkward(dtype, size), torch.full((4099,), 1.468, device="cuda"), torch.zeros(0, device="cuda", dtype=dtype)]
     assert all(map(fused.applies_to, many))
-    statistics = (norms.finite_sums, exponents.log_histograms, lambda some: torch.stack([*map(moments.compute, some)]))
+    statistics = (
+        norms.finite_sums,
+        exponents.log_histograms,
+        linear.linear_histograms,
+        lambda some: torch.stack([*map(moments.compute, some)]),
+        lambda some: torch.stack([*map(norms.sum_squares, some)]),
+    )
     found = [statistic(many) for statistic in statistics]
     alone = [torch.cat([statistic([x]) for x in many]) for statistic in statistics]
     monkeypatch.setattr(fused, "DEVICES", ())
@@ -256,7 +263,7 @@ def test_one_read_gives_what_torchs_operations_give(dtype, size, monkeypatch):
     for a, b, c in zip(found, alone, expected, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-11, atol=0)
         torch.testing.assert_close(b, c, rtol=1e-11, atol=0)
-    assert found[2][1, 2] == 0.0
+    assert found[3][1, 2] == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

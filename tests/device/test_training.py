@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +166,27 @@ def test_where_nan_comes_from(fgpu):
                 step(model, optimizer, *batch())
                 session.flush()
     assert [alert.rule for alert in session.alerts if alert.rule == "non_finite"]
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_no_graph_outlives_its_step(fgpu, every):
+    """Without a garbage collector's help: it would hold memory, and autograd's nodes, whose stream the next has not."""
+    model = nn.Linear(8, 4).to(fgpu)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(3, 8).to(fgpu)
+    gone = []
+    gc.disable()
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=every):
+        for _ in range(4):
+            out = model(x)
+            node = next(node for node, _ in out.grad_fn.next_functions if "Accumulate" in node.name())
+            seen = lambda *_: None  # noqa: E731 - it lives as long as the node does
+            alive = weakref.ref(seen)
+            node.register_hook(seen)
+            out.square().mean().backward()
+            del out, node, seen
+            optimizer.step()
+            optimizer.zero_grad()
+            gone.append(alive() is None)
+    gc.enable()
+    assert gone == [True] * 4

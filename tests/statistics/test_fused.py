@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from tests.statistics import reference
 from tests.statistics.strategies import tensors
-from torchprobe.statistics import fused
+from torchprobe.statistics import fused, linear
 from torchprobe.statistics.dtypes import real
 
 TYPES = (torch.float16, torch.float32, torch.complex64, torch.float8_e4m3fn)
 """Without bfloat16, whose subnormals the interpreter alone takes for 0; those are tested on a GPU."""
 
-COUNT, MEAN, M2, MAX_ABS, ZEROS, NONFINITE, FOURTH, SQUARES, MAGNITUDES = range(fused.COLUMNS)
+COUNT, MEAN, M2, MAX_ABS, ZEROS, NONFINITE, FOURTH, SQUARES, MAGNITUDES = range(9)
 EXACT = [COUNT, MAX_ABS, ZEROS, NONFINITE]
 
 
@@ -48,6 +48,9 @@ def assert_row(row: torch.Tensor, x: torch.Tensor) -> None:
     assert row[M2] == pytest.approx(expected[M2], rel=0, abs=tolerance)
     for column in (FOURTH, SQUARES, MAGNITUDES):
         assert row[column] == pytest.approx(expected[column], rel=1e-13, abs=0)
+    finite = reference.finite(x)
+    assert row[fused.ENDS] == [min(finite, default=0.0), max(finite, default=0.0)]
+    assert row[fused.SQUARES] == pytest.approx([reference.squares(x), expected[NONFINITE]], rel=1e-13, nan_ok=True)
 
 
 @given(many=st.lists(tensors(TYPES), min_size=1, max_size=4))
@@ -67,10 +70,19 @@ def test_codes_are_float32s_exponents(many, launches):
         assert row[256] == x.count_nonzero()
 
 
+@given(many=st.lists(tensors(TYPES), min_size=1, max_size=4))
+@settings(max_examples=12, deadline=None)
+def test_counts_by_bucket_are_those_of_torchs_operations(many, launches):
+    parts = [real(x).contiguous() for x in many]
+    expected = linear.linear_histograms(parts, 16)
+    assert torch.equal(linear._fused(parts, 16), expected)
+
+
 def test_bfloat16(launches):
     x = torch.tensor([1.5, -3.0, 0.0, math.nan, 1e38, math.inf] * 5, dtype=torch.bfloat16)
     assert_row(fused.rows([x])[0], x)
     assert fused.codes([x])[0, 256] == 25
+    assert torch.equal(linear._fused([x], 8), linear.linear_histograms([x], 8))
 
 
 def test_equal_elements_have_no_deviation_over_many_programs(launches):

@@ -182,3 +182,17 @@ def test_distances_are_those_of_each_pair_subtracted_in_its_own_type(many, piece
         found = norms.distances(many, others)
     assert found.shape == (len(many), 3)
     assert found.flatten().tolist() == pytest.approx(expected, rel=1e-13, nan_ok=True)
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["by torch", "as on a GPU"])
+def test_copies_are_the_same_bits_in_memory_of_their_own(everywhere, monkeypatch):
+    if everywhere:
+        monkeypatch.setattr(norms.fused, "applies_to", lambda x: x.dtype in norms.fused.TYPES)
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32)
+    numbers = torch.tensor([-0.0, 1e-40, math.inf, 3.1415927, -2.0])
+    tensors = [(numbers * i).to(kind) for i, kind in enumerate(kinds, 1)]
+    found = norms.copies(tensors)
+    for copy, x in zip(found, tensors, strict=True):
+        assert copy.dtype == x.dtype
+        assert copy.view(torch.uint8).tolist() == x.view(torch.uint8).tolist()
+        assert copy.data_ptr() != x.data_ptr()

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def roots(thread: int = 0) -> Roots:
     if found is not None:
         return found
     frames = sys._current_frames()
+    del frames[get_ident()]  # this very frame's: a circle, which would keep the other threads' graphs alive
     found = _roots_above(frames.pop(thread, None))
     if found is not None:
         return found

@@ -73,6 +73,8 @@ class MicroGradientSource:
     def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """As rows for the buffer."""
         shares = {name: share_of(p) for name, p in self._named()}
+        if not shares:  # the model is gone
+            return []
         return [
             Piece(
                 reporter,

@@ -18,6 +18,7 @@ from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.statistics.dtypes import moved
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
@@ -117,12 +118,12 @@ class OutputSource:
         self, kept: Kept, training: bool, due: frozenset[Reporter], scale: float | Tensor | None = None
     ) -> list[Piece]:
         """The merged rows for the probes due. scale: what the gradients of outputs were multiplied with."""
-        groups: defaultdict[tuple[Reporter, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+        groups: defaultdict[tuple[Reporter, torch.device], list[tuple[str, Tensor, int]]] = defaultdict(list)
         for tap, rows in kept.items():
             if tap.reporter in due and not tap.reporter.gate.failed:
                 with tap.reporter.gate.boundary(), torch.no_grad():
-                    row = tap.merged(rows)
-                    groups[tap.reporter, row.device].append((tap.name, row))
+                    row, calls = tap.merged(rows)
+                    groups[tap.reporter, row.device].append((tap.name, row, calls))
         prefix = "" if training else "val/"
         return [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
 
@@ -180,10 +181,12 @@ def _hooks_on(model: nn.Module) -> int:
 
 
 def _piece(
-    reporter: Reporter, named_rows: Sequence[tuple[str, Tensor]], prefix: str, scale: float | Tensor | None
+    reporter: Reporter, named_rows: Sequence[tuple[str, Tensor, int]], prefix: str, scale: float | Tensor | None
 ) -> Piece:
-    names, rows = zip(*named_rows, strict=True)
+    names, rows, calls = zip(*named_rows, strict=True)
     stacked = torch.stack(rows)
+    counts = moved(torch.tensor(calls, dtype=stacked.dtype, device="cpu"), stacked.device)
+    stacked = torch.cat((stacked, counts[:, None]), dim=1)
     if scale is not None and reporter.source == "output_gradients":
         stacked = reporter.unscale(stacked, torch.as_tensor(scale, dtype=stacked.dtype, device=stacked.device))
     return Piece(reporter, names, stacked, prefix, counted=True)

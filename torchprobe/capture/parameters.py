@@ -20,6 +20,7 @@ from torchprobe.capture.optimizer_states import kept, unknown
 from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.statistics import norms
 from torchprobe.statistics.dtypes import measurable
 
 _log = logging.getLogger("torchprobe")
@@ -264,12 +265,16 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _copies(parameters: Iterable[tuple[str, Tensor]], room: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of parameters, in host memory in the place of the last ones: fresh pages cost more than the copy."""
-    copies = {}
+    copies: dict[str, Tensor] = {}
+    fresh: dict[str, Tensor] = {}
     for name, parameter in parameters:
         old = room.pop(name, None)
         fits = old is not None and _same_kind(old, parameter) and old.dtype == parameter.dtype
-        copies[name] = old.copy_(parameter) if old is not None and fits else parameter.detach().clone()
-    return copies
+        if old is not None and fits:
+            copies[name] = old.copy_(parameter)
+        else:
+            fresh[name] = parameter
+    return copies | dict(zip(fresh, norms.copies(list(fresh.values())), strict=True))
 
 
 def _reusable(copy: Tensor) -> bool:

@@ -25,8 +25,11 @@ SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model fin
 
 _MANY = 64  # rows that wait to be merged
 
-Kept: TypeAlias = "dict[Tap, list[Tensor]]"
-"""What a pass gave, as rows: a probe's fields and, last, the number of calls that they are of."""
+Row: TypeAlias = tuple[Tensor, int]
+"""A probe's fields, and the number of calls that they are of."""
+
+Kept: TypeAlias = "dict[Tap, list[Row]]"
+"""What a pass gave."""
 
 
 class Memo:
@@ -83,11 +86,11 @@ class Tap:
             with self.reporter.gate.boundary(), no_torch_function(), torch.no_grad():
                 self._keep(passing, _row(new))
 
-    def merged(self, rows: Sequence[Tensor]) -> Tensor:
+    def merged(self, rows: Sequence[Row]) -> Row:
         """The row of all calls."""
         return functools.reduce(self._both, rows) if len(rows) > 1 else rows[0]
 
-    def shortened(self, rows: list[Tensor]) -> list[Tensor]:
+    def shortened(self, rows: list[Row]) -> list[Row]:
         """The same rows, merged when they are many."""
         return rows if len(rows) < _MANY else [self.merged(rows)]
 
@@ -97,18 +100,16 @@ class Tap:
 
     def _keep(self, passing: Pass, row: Tensor) -> None:
         rows = passing.kept.setdefault(self._keeper, {}).setdefault(self, [])
-        rows.append(row)
+        rows.append((row, 1))
         if len(rows) == _MANY:
             rows[:] = [self.merged(rows)]
 
-    def _both(self, a: Tensor, b: Tensor) -> Tensor:
-        fields = self.probe.combine(a[:-1], b[:-1].to(a.device))
-        return torch.cat([fields, a[-1:] + b[-1:].to(a.device)])
+    def _both(self, a: Row, b: Row) -> Row:
+        return self.probe.combine(a[0], b[0].to(a[0].device)), a[1] + b[1]
 
 
 def _row(fields: Tensor) -> Tensor:
-    fields = fields.to(row_dtype(fields.device))
-    return torch.cat((fields, fields.new_ones(1)))
+    return fields.to(row_dtype(fields.device))
 
 
 class Site(Inert):

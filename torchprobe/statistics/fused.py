@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,11 @@ DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Others are rare on a GPU, and computed by torch's operations."""
 
-COLUMNS, CODES = 9, 256  # as in `kernels`
+COLUMNS, CODES = 13, 256  # as in `kernels`
+
+MOMENTS, SUMS, ENDS, SQUARES = slice(0, 7), slice(7, 9), slice(9, 11), slice(11, 13)
+"""Columns of `rows`: those of `moments.FIELDS`; the sums of squares and of magnitudes; the smallest and the largest
+element, 0 where none is finite; those of `norms.SQUARES`."""
 
 _PROGRAMS, _BLOCK, _MERGED = 2**11, 2**10, 2**7  # programs that a launch aims at, elements at a time, rows at a time
 
@@ -52,16 +56,25 @@ def usable(kind: str) -> bool:
 
 
 def rows(tensors: Sequence[Tensor]) -> Tensor:
-    """The row of each tensor, (n, COLUMNS), float64: the columns of `moments.FIELDS`, sum of squares, of magnitudes.
+    """The row of each tensor's finite elements, (n, COLUMNS), float64, on its device. No host read.
 
-    The tensors are of one device, and `applies_to` each. Counts and max_abs are exact, sums to 1e-14. No host read.
+    The tensors are of one device, and `applies_to` each. Counts and extremes are exact, sums to 1e-14.
     """
-    return _in_order([_rows([tensors[i] for i in group]) for group in _groups(tensors)], _groups(tensors))
+    return _in_order(_rows, tensors)
 
 
 def codes(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor how many elements have each exponent code of float32, and how many are not 0: (n, 257), int64."""
-    return _in_order([_codes([tensors[i] for i in group]) for group in _groups(tensors)], _groups(tensors))
+    return _in_order(_codes, tensors)
+
+
+def counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
+    """Of each tensor how many elements each bucket of a grid has, and how many are not finite: (n, buckets + 1), int64.
+
+    grid: of each tensor the number of the first bucket, and how many fit into 1, a power of two: (n, 2), float64.
+    buckets: a power of two.
+    """
+    return _in_order(functools.partial(_counts, buckets=buckets), tensors, grid)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -86,6 +99,17 @@ def _codes(tensors: Sequence[Tensor]) -> Tensor:
     if launch.programs:
         with _on(x.device):
             kernels.exponents[(launch.programs,)](x, launch.places, out, **launch.options)
+    return out
+
+
+def _counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
+    from torchprobe.statistics import kernels
+
+    x, launch = tensors[0], _Launch(tensors)
+    out = torch.zeros(len(tensors), buckets + 1, dtype=torch.int64, device=x.device)
+    if launch.programs:
+        with _on(x.device):
+            kernels.bins[(launch.programs,)](x, launch.places, grid, out, **launch.options, BINS=2 * buckets)
     return out
 
 
@@ -117,19 +141,18 @@ class _Launch:
         return {"elements": self.elements, "span": self.span, "ADDRESSED": self.addressed, "BLOCK": _BLOCK}
 
 
-def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of those of one type, which one launch reads."""
-    found: dict[torch.dtype, list[int]] = {}
+def _in_order(function: Callable[..., Tensor], tensors: Sequence[Tensor], *beside: Tensor) -> Tensor:
+    """A row for each tensor, by a launch for those of each type. beside: rows of the function's own, in that order."""
+    groups: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(tensors):
-        found.setdefault(x.dtype, []).append(i)
-    return list(found.values())
-
-
-def _in_order(found: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+        groups.setdefault(x.dtype, []).append(i)
     if len(groups) == 1:
-        return found[0]
-    by_index = {i: row for some, group in zip(found, groups, strict=True) for i, row in zip(group, some, strict=True)}
-    return torch.stack([by_index[i] for i in range(len(by_index))])
+        return function(tensors, *beside)
+    by_index: dict[int, Tensor] = {}
+    for group in groups.values():
+        own = [torch.stack([rows[i] for i in group]) for rows in beside]
+        by_index.update(zip(group, function([tensors[i] for i in group], *own), strict=True))
+    return torch.stack([by_index[i] for i in range(len(tensors))])
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(9)
-"""count, mean, m2, max_abs, zeros, nonfinite, sum of fourth powers, sum of squares, sum of magnitudes."""
+COLUMNS = tl.constexpr(13)
+"""count, mean, m2, max_abs, zeros, nonfinite, sum of fourth powers; sum of squares, sum of magnitudes; low, high; and
+sum of squares once more, NaN where there are elements and none is finite, with nonfinite beside it."""
 
 CODES = tl.constexpr(256)
 
@@ -35,7 +36,7 @@ def sums(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.cons
     start, length, _ = _place(x, places, elements, span, ADDRESSED)
     lanes = tl.arange(0, BLOCK)
     zeros, nonfinite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    largest = tl.zeros([BLOCK], tl.float32)
+    low, high = tl.full([BLOCK], _BOUND, tl.float32), tl.full([BLOCK], -_BOUND, tl.float32)
     shift, deviation = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     square, fourth, absolute = (tl.zeros([BLOCK], tl.float64),) * 3
     pivot, seen = -_BOUND, 0
@@ -49,8 +50,9 @@ def sums(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.cons
             seen = (pivot > -_BOUND).to(tl.int32)
         zeros += (finite & (value == 0.0)).to(tl.int32)
         nonfinite += (inside & ~finite).to(tl.int32)
+        low = tl.minimum(low, tl.where(finite, value, _BOUND))
+        high = tl.maximum(high, tl.where(finite, value, -_BOUND))
         value = tl.where(finite, value, 0.0)
-        largest = tl.maximum(largest, tl.abs(value))
         wide = value.to(tl.float64)
         off = tl.where(finite, wide - pivot.to(tl.float64), 0.0)
         shift += off
@@ -66,12 +68,13 @@ def sums(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.cons
     tl.store(row, count)
     tl.store(row + 1, tl.where(count > 0, pivot.to(tl.float64) + share, 0.0))
     tl.store(row + 2, tl.maximum(tl.sum(deviation, 0) - tl.sum(shift, 0) * share, 0.0))
-    tl.store(row + 3, tl.max(largest, 0).to(tl.float64))
     tl.store(row + 4, tl.sum(zeros, 0).to(tl.float64))
     tl.store(row + 5, missing.to(tl.float64))
     tl.store(row + 6, tl.sum(fourth, 0))
     tl.store(row + 7, tl.sum(square, 0))
     tl.store(row + 8, tl.sum(absolute, 0))
+    tl.store(row + 9, tl.min(low, 0).to(tl.float64))
+    tl.store(row + 10, tl.max(high, 0).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -85,19 +88,21 @@ def merged(partial, ends, out, programs, ADDRESSED: tl.constexpr, BLOCK: tl.cons
     lanes = tl.arange(0, BLOCK)
     near = tl.load(partial + first * COLUMNS + 1, mask=first < last, other=0.0)
     count, shift, zeros, nonfinite = (tl.zeros([BLOCK], tl.float64),) * 4
-    largest, fourth, square, absolute = (tl.zeros([BLOCK], tl.float64),) * 4
+    fourth, square, absolute = (tl.zeros([BLOCK], tl.float64),) * 3
+    low, high = tl.full([BLOCK], _BOUND, tl.float64), tl.full([BLOCK], -_BOUND, tl.float64)
     for start in range(first, last, BLOCK):
         inside = start + lanes < last
         row = partial + (start + lanes) * COLUMNS
         own = tl.load(row, mask=inside, other=0.0)
         count += own
         shift += own * (tl.load(row + 1, mask=inside, other=0.0) - near)
-        largest = tl.maximum(largest, tl.load(row + 3, mask=inside, other=0.0))
         zeros += tl.load(row + 4, mask=inside, other=0.0)
         nonfinite += tl.load(row + 5, mask=inside, other=0.0)
         fourth += tl.load(row + 6, mask=inside, other=0.0)
         square += tl.load(row + 7, mask=inside, other=0.0)
         absolute += tl.load(row + 8, mask=inside, other=0.0)
+        low = tl.minimum(low, tl.load(row + 9, mask=inside, other=_BOUND))
+        high = tl.maximum(high, tl.load(row + 10, mask=inside, other=-_BOUND))
     total = tl.sum(count, 0)
     mean = tl.where(total > 0, near + tl.sum(shift, 0) / tl.maximum(total, 1.0), 0.0)
     m2 = tl.zeros([BLOCK], tl.float64)
@@ -106,18 +111,25 @@ def merged(partial, ends, out, programs, ADDRESSED: tl.constexpr, BLOCK: tl.cons
         row = partial + (start + lanes) * COLUMNS
         apart = tl.load(row + 1, mask=inside, other=0.0) - mean
         m2 += tl.load(row + 2, mask=inside, other=0.0) + tl.load(row, mask=inside, other=0.0) * apart * apart
-    high = tl.max(largest, 0)
-    scale = tl.where(high > 0, high, 1.0)
+    least = tl.where(total > 0, tl.min(low, 0), 0.0)
+    most = tl.where(total > 0, tl.max(high, 0), 0.0)
+    largest = tl.maximum(most, -least)
+    scale = tl.where(largest > 0, largest, 1.0)
+    squares, missing = tl.sum(square, 0), tl.sum(nonfinite, 0)
     row = out + tensor * COLUMNS
     tl.store(row, total)
     tl.store(row + 1, mean)
     tl.store(row + 2, tl.sum(m2, 0))
-    tl.store(row + 3, high)
+    tl.store(row + 3, largest)
     tl.store(row + 4, tl.sum(zeros, 0))
-    tl.store(row + 5, tl.sum(nonfinite, 0))
+    tl.store(row + 5, missing)
     tl.store(row + 6, tl.sum(fourth, 0) / (scale * scale) / (scale * scale))
-    tl.store(row + 7, tl.sum(square, 0))
+    tl.store(row + 7, squares)
     tl.store(row + 8, tl.sum(absolute, 0))
+    tl.store(row + 9, least)
+    tl.store(row + 10, most)
+    tl.store(row + 11, tl.where((missing > 0) & (total == 0), float("nan"), squares))
+    tl.store(row + 12, missing)
 
 
 @triton.jit(do_not_specialize=["elements", "span"])
@@ -139,3 +151,25 @@ def exponents(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl
     row = out + tensor * (CODES + 1)
     tl.atomic_add(row + bins, codes.to(tl.int64))
     tl.atomic_add(row + CODES, tl.sum(nonzero, 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["elements", "span"])
+def bins(x, places, grid, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """Adds to each tensor's int64 row of BINS // 2 + 1: elements by bucket, and those that are not finite.
+
+    A tensor's line of `grid`: the number of its first bucket, and how many fit into 1.
+    """
+    start, length, tensor = _place(x, places, elements, span, ADDRESSED)
+    first, per_unit = tl.load(grid + 2 * tensor), tl.load(grid + 2 * tensor + 1)
+    lanes = tl.arange(0, BLOCK)
+    counts = tl.zeros([BINS], tl.int32)
+    for offset in range(0, length, BLOCK):
+        at = offset + lanes
+        inside = at < length
+        value = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
+        finite = tl.abs(value) < _BOUND
+        scaled = tl.floor(tl.where(finite, value, 0.0).to(tl.float64) * per_unit) - first  # a power of two: exact
+        bucket = tl.where(finite, scaled.to(tl.int32), BINS // 2)
+        counts += tl.histogram(tl.where(inside, bucket, BINS - 1), BINS)
+    at = tl.arange(0, BINS)
+    tl.atomic_add(out + tensor * (BINS // 2 + 1) + at, counts.to(tl.int64), mask=at <= BINS // 2)

@@ -44,7 +44,7 @@ def compute(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(x)
     if fused.applies_to(x):
-        return fused.rows([x])[0, : len(FIELDS)]
+        return fused.rows([x])[0, fused.MOMENTS]
     common = dense.moments(x) if dense.applies_to(x) else None
     if common is not None:
         return torch.tensor(common, dtype=torch.float64, device=x.device)

@@ -73,7 +73,7 @@ class Backward:
     def note(self, sign: Sign | Tensor | None) -> None:
         """What was seen of its numbers."""
         if isinstance(sign, Tensor):
-            self.flag = sign.float() if self.flag is None else self.flag + sign.to(self.flag.device)
+            self.flag = sign if self.flag is None else self.flag | sign.to(self.flag.device)
         elif sign is not None and self.sign is None:
             self.sign = sign
 

@@ -209,7 +209,7 @@ class Steps:
     def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
         """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
         if flag is not None:
-            rows = flag.clamp(max=1.0).to(row_dtype(flag.device)).reshape(1, 1)
+            rows = flag.to(row_dtype(flag.device)).reshape(1, 1)
             self.current.add(Piece(SKIPPED_BEFORE, ["skipped"], rows))
         if sign is not None:
             self.clock.skip()

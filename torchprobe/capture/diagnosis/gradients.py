@@ -116,8 +116,8 @@ class GradientFacts:
         now = self._look()
         pairs = [(after.norms[id(p)], now.norms[id(p)]) for p in there if id(p) in after.norms and id(p) in now.norms]
         if pairs:
-            gone = torch.stack([(then > 0) & (left == 0) for then, left in pairs])
-            alive = torch.stack([left > 0 for _, left in pairs])
+            then, left = (torch.stack(some) for some in zip(*pairs, strict=True))
+            gone, alive = (then > 0) & (left == 0), left > 0
             self._evidence.put(f"gradient_gone/{label}", (gone.any() & ~alive.any()).float())
 
     # ---- held by nobody

@@ -87,7 +87,7 @@ class NanCheck:
             return None
         value = _sum(gradient.detach() if gradient.requires_grad else gradient)
         if isinstance(value, Tensor):
-            return value.isfinite().logical_not()
+            return (value * 0.0).isnan()  # two kernels, where `isfinite` takes four
         return None if math.isfinite(value) else Sign("gradient", of_gradients(self._named()))
 
     def seen(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,15 @@ from torchprobe.statistics.dtypes import real, row_dtype
 _MOST_EVENTS = 20_000  # in a pass
 
 
+Ends: TypeAlias = tuple[Tensor, Tensor]
+"""The smallest and the largest element, 0-dim: NaN where there is one."""
+
+
 class Trace:
-    """The events of one pass: a row of extremes for each tensor that a module call saw."""
+    """The events of one pass: extremes for each tensor that a module call saw."""
 
     def __init__(self) -> None:
-        self.rows: defaultdict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+        self.rows: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, Ends]]] = defaultdict(list)
         self.calls: list[int] = []  # those that are running
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.events = 0
@@ -41,8 +46,8 @@ class Trace:
     def merge(self, other: Trace) -> None:
         """The events of one more pass, if there is room for them, and its shapes."""
         if self.events + other.events <= _MOST_EVENTS:
-            for device, rows in other.rows.items():
-                self.rows[device] += rows
+            for kind, rows in other.rows.items():
+                self.rows[kind] += rows
             self.events += other.events
         self.shapes = other.shapes or self.shapes
 
@@ -55,6 +60,7 @@ class ValueTrace:
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self._turn = self._tensor = self._call = self._place = 0  # they only grow, so that passes keep their order
+        self._last: tuple[ReferenceType[Tensor], int, Ends] | None = None
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Every module."""
@@ -102,9 +108,10 @@ class ValueTrace:
         pieces: list[Piece] = []
         if not training or self.reporter.gate.failed:
             return pieces
-        for device, named in trace.rows.items():
-            stacked = torch.stack([row.to(row_dtype(device)) for _, row in named])
-            pieces.append(Piece(self.reporter, [name for name, _ in named], stacked))
+        for (device, _), named in trace.rows.items():
+            ends = torch.stack([end for _, both in named for end in both])  # of one type: a kernel for many
+            rows = ends.to(row_dtype(device)).view(len(named), 2)
+            pieces.append(Piece(self.reporter, [name for name, _ in named], rows))
         return pieces
 
     def _follow(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
@@ -126,9 +133,20 @@ class ValueTrace:
             self._place = tensor.data_ptr()
             self._tensor += 1
         if trace.has_room():
-            with no_autocast(tensor.device):
-                row = torch.stack(real(tensor).aminmax())
-            trace.rows[tensor.device].append((f"{self._turn} {self._tensor} {call} {kind} {name}", row))
+            ends = self._ends(tensor)
+            event = f"{self._turn} {self._tensor} {call} {kind} {name}"
+            trace.rows[tensor.device, ends[0].dtype].append((event, ends))
+
+    def _ends(self, tensor: Tensor) -> Ends:
+        """Of a tensor that did not change since it was looked at last: what was found then."""
+        version = -1 if tensor.is_inference() else tensor._version
+        last = self._last
+        if last is not None and last[0]() is tensor and last[1] == version >= 0:
+            return last[2]
+        with no_autocast(tensor.device):
+            low, high = real(tensor).aminmax()
+        self._last = ref(tensor), version, (low, high)
+        return low, high
 
 
 def _is_readable(tensor: Tensor) -> bool:

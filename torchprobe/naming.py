@@ -18,11 +18,14 @@ _WRAPPERS_BY_CLASS = {
     "DeepSpeedEngine": ("module",),
     "_FabricModule": ("_forward_module", "_original_module"),
 }
+_SOMETIMES_WRAPPERS = frozenset(name for names in _WRAPPERS_BY_CLASS.values() for name in names)
 _AROUND_EAGER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"})
 
 
 def _is_wrapper(parent: nn.Module | None, child: str) -> bool:
-    return child in _ALWAYS_WRAPPERS or any(child in _WRAPPERS_BY_CLASS.get(name, ()) for name in _classes(parent))
+    if child not in _SOMETIMES_WRAPPERS:  # most names, and this is asked of every module of a sampled step
+        return child in _ALWAYS_WRAPPERS
+    return any(child in _WRAPPERS_BY_CLASS.get(name, ()) for name in _classes(parent))
 
 
 def _classes(module: nn.Module | None) -> list[str]:

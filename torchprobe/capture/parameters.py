@@ -61,6 +61,7 @@ class ParameterSource:
         self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor]]] = []
         self._said: set[str] = set()
         self._flat: Mapping[int, Share] = {}
+        self._stepping: tuple[Optimizer, list[Held]] | None = None  # while an optimizer's step runs: the walk is dear
 
     @property
     def same_data(self) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ class ParameterSource:
 
     def before_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> None:
         """Copy the parameters before the step, when an update is to be measured."""
-        self._before = {}
+        self._before, self._stepping = {}, None
         if self._due("updates", due):
             with torch.no_grad():
                 self._before = _copies(
@@ -129,6 +130,10 @@ class ParameterSource:
 
     def after_step(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
         """The step has moved the parameters: rows of those that cannot wait, and of what the optimizer remembers."""
+        yield from self._stepped_by(optimizer, due)
+        self._stepping = None
+
+    def _stepped_by(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
         yield from self._states(optimizer, due)
         if not (self._due("parameters", due) or self._due("updates", due)):
             return
@@ -167,10 +172,11 @@ class ParameterSource:
     def open(self) -> None:
         """A step begins that may be sampled."""
         self._left.forget()
+        self._stepping = None
 
     def forget(self) -> None:
         """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
-        self._room = {}
+        self._room, self._stepping = {}, None
 
     def _pieces(
         self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
@@ -195,11 +201,18 @@ class ParameterSource:
         return [reporter for reporter in self._of[source] if reporter in due] if due else []
 
     def _held(self, optimizer: Optimizer) -> list[Held]:
+        if self._stepping is None or self._stepping[0] is not optimizer:
+            self._stepping = optimizer, list(self._walk(optimizer))
+        return self._stepping[1]
+
+    def _walk(self, optimizer: Optimizer) -> Iterator[Held]:
         model = self._model()
         if model is None:
-            return []
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [Held(name, p, self._share(model, p)) for name, p in named_parameters(model) if id(p) in held]
+        for name, p in named_parameters(model):
+            if id(p) in held:
+                yield Held(name, p, self._share(model, p))
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
         if not is_flattened(parameter):

@@ -76,7 +76,9 @@ class Selection:
         return any(fnmatchcase(name, pattern) for pattern in self._include)
 
     def _excluded(self, name: str) -> bool:
-        return any(fnmatchcase(part, pattern) for part in with_parents(name) for pattern in self._exclude)
+        return bool(self._exclude) and any(
+            fnmatchcase(part, pattern) for part in with_parents(name) for pattern in self._exclude
+        )
 
 
 def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:

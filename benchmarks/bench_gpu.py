@@ -171,6 +171,17 @@ def test_torchprobe(benchmark, cadence, shape, batch, compiled, tmp_path):
     assert "failed" not in session.summary()
 
 
+@pytest.mark.parametrize("budget", [None, 0.01], ids=["no budget", "budget of 1 %"])
+def test_default_cadence(benchmark, budget, tmp_path):
+    """Steps 101 to 501 of the defaults: 100 at a time, of which one is sampled; without and within a budget."""
+    bare, other = loop("small", 4, False), loop("small", 4, False)
+    with torchprobe.instrument(other.model, log_dir=tmp_path, overhead_budget=budget):
+        other.seconds(100)
+        pairs: list[tuple[float, float]] = []
+        benchmark.pedantic(lambda: pairs.append((bare.seconds(100), other.seconds(100))), rounds=4)
+        report(benchmark, pairs)
+
+
 @contextmanager
 def hooks(model: nn.Module) -> Iterator[None]:
     handles = list(watched(model))

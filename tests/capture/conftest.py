@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.device.fixture import PLACES, both_places, fgpu, on_fgpu  # noqa: F401 - fixtures
+from tests.device.fixture import PLACES, both_places, fgpu, on_cuda, on_fgpu  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True, params=PLACES)

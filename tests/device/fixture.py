@@ -11,7 +11,7 @@ from tests.device import backend, host_only, streams, tensors, waits
 from torchprobe.buffer import transfer
 from torchprobe.statistics import dtypes
 
-PLACES = ("cpu", tensors.NAME)
+PLACES = ("cpu", "cuda" if torch.cuda.is_available() else tensors.NAME)
 
 
 @pytest.fixture
@@ -44,13 +44,26 @@ def on_fgpu(fgpu, monkeypatch):
     torch.set_default_device(None)
 
 
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """The same on a real device, where there is one."""
+    monkeypatch.setattr(
+        torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False)
+    )
+    torch.set_default_device("cuda")
+    yield torch.device("cuda")
+    torch.set_default_device(None)
+
+
 def both_places(request):
     """For an autouse fixture with `params=PLACES`: the test as it is, and again on the device."""
-    if request.param != "cpu":
-        why = host_only.reason(request.node.nodeid)
-        if why:
-            pytest.skip(why)
-        request.getfixturevalue("on_fgpu")
+    if request.param == "cpu":
+        return
+    real = request.param == "cuda"
+    why = host_only.reason(request.node.nodeid.replace("cuda", tensors.NAME))
+    if why and not (real and why in host_only.RUNS_ON_A_REAL_ONE):
+        pytest.skip(why)
+    request.getfixturevalue("on_cuda" if real else "on_fgpu")
 
 
 class Generator(torch.Generator):

@@ -138,7 +138,7 @@ def test_rows_made_on_a_side_stream_are_complete():
     assert [writer.value("activation_mean/root", step=i + 1) for i in range(20)] == [4.0 * (i + 1) for i in range(20)]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("default")  # the compiler's own
 def test_reduce_overhead_keeps_its_graphs_in_idle_steps():
     """Suspicions 4 and 5."""
     counters = pytest.importorskip("torch._dynamo.utils").counters

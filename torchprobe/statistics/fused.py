@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.statistics.dtypes import PLAIN, moved
@@ -118,27 +119,34 @@ class _Launch:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         x = tensors[0]
-        sizes = np.array([tensor.numel() for tensor in tensors], dtype=np.int64)
-        span = -(-int(sizes.sum()) // _PROGRAMS)
+        sizes = [tensor.numel() for tensor in tensors]
+        span = -(-sum(sizes) // _PROGRAMS)
         self.span = max(-(-span // _BLOCK), 1) * _BLOCK
-        each = -(-sizes // self.span)
-        self.programs = int(each.sum())
         self.addressed = len(tensors) > 1
-        self.elements = int(sizes[0])
+        self.elements = sizes[0]
+        self.programs = sum(-(-size // self.span) for size in sizes)
         self.places = self.ends = x
         if self.addressed:
-            addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-            ends = np.concatenate(([0], np.cumsum(each)))
-            owner = np.repeat(np.arange(len(tensors)), each)
-            start = (np.arange(self.programs) - ends[owner]) * self.span
-            places = np.stack((addresses[owner] + start * x.element_size(), sizes[owner] - start, owner), axis=1)
-            places[:, 1] = np.minimum(places[:, 1], self.span)
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            places, ends = _table(np.array(addresses), np.array(sizes), self.span, x.element_size())
             table = moved(torch.from_numpy(np.concatenate((places.reshape(-1), ends))), x.device)
             self.places, self.ends = table[: places.size], table[places.size :]
 
     @property
     def options(self) -> dict[str, Any]:
         return {"elements": self.elements, "span": self.span, "ADDRESSED": self.addressed, "BLOCK": _BLOCK}
+
+
+def _table(
+    addresses: NDArray[np.int64], sizes: NDArray[np.int64], span: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What each program reads, (programs, 3): address, length, tensor; and where the programs of each tensor end."""
+    each = -(-sizes // span)
+    ends = np.concatenate(([0], np.cumsum(each)))
+    owner = np.repeat(np.arange(len(sizes)), each)
+    start = (np.arange(ends[-1]) - ends[owner]) * span
+    length = np.minimum(sizes[owner] - start, span)
+    return np.stack((addresses[owner] + start * width, length, owner), axis=1), ends
 
 
 def _in_order(function: Callable[..., Tensor], tensors: Sequence[Tensor], *beside: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ class Count(NamedTuple):
 
     def _is_natural(self, x: Tensor) -> Tensor:
         """A power of two over a small odd number."""
-        octaves = (
-            x * torch.arange(*_ODD, device=x.device)
-        ).log2()  # no copy from the host, few kernels
+        octaves = (x * torch.arange(*_ODD, device=x.device)).log2()  # no copy from the host, few kernels
         return ((octaves - octaves.round()).abs() <= self.tolerance / 5).any()
 
 

@@ -156,5 +156,7 @@ def test_every_module_imports_by_itself():
             name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
             try:
                 assert importlib.import_module(name)
-            except ImportError as error:  # an adapter, without its framework
+            except ImportError as error:  # an adapter without its framework, or kernels without their compiler
+                if name == "torchprobe.statistics.kernels" and "triton" in str(error):
+                    continue
                 assert "pip install" in str(error) and name.startswith("torchprobe.integrations.")  # noqa: PT017, PT018

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.device import waits
-
-found: list[str] = []
-"""What was not ordered, or done while a graph was captured, since the last test."""
+from tests.device.memory import found, memory
 
 _state = threading.local()
 
@@ -132,58 +130,6 @@ class Event:
         memory.host_waited(self.seen)
 
 
-class Memory:
-    """Who has touched which elements of a storage, last."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.clear()
-
-    def clear(self) -> None:
-        self._accesses: dict[int, list[tuple[int, int, Stream, int, bool]]] = {}
-        self._recorded: set[tuple[int, Stream]] = set()
-        self._host: defaultdict[Stream, int] = defaultdict(int)  # what the host has waited for
-
-    def record_stream(self, inner: Tensor, stream: Stream) -> None:
-        self._recorded.add((_storage(inner), stream))
-
-    def is_recorded(self, inner: Tensor, stream: Stream) -> bool:
-        return (_storage(inner), stream) in self._recorded
-
-    def host_waited(self, seen: dict[Stream, int]) -> None:
-        with self.lock:
-            for stream, point in seen.items():
-                self._host[stream] = max(self._host[stream], point)
-
-    def is_new(self, inner: Tensor, stream: Stream, point: int) -> None:
-        """Memory that was given out just now."""
-        self._accesses[_storage(inner)] = [(*_range(inner), stream, point, True)]
-
-    def touch(self, inner: Tensor, stream: Stream, point: int, writes: bool, what: str) -> None:
-        """An operation reads or writes a tensor."""
-        low, high = _range(inner)
-        if low == high:
-            return
-        with self.lock:
-            kept = []
-            for access in self._accesses.get(_storage(inner), []):
-                start, end, other, at, wrote = access
-                apart = end <= low or high <= start
-                ordered = at <= max(stream.seen[other], self._host[other])
-                if writes and not (apart or wrote) and ordered:
-                    other.keep_source(at)
-                if not (apart or ordered) and (writes or wrote):
-                    verb = "writes" if writes else "reads"
-                    before = "wrote" if wrote else "reads"
-                    found.append(f"{what} {verb} what another stream {before}, and is not ordered after it")
-                covered = low <= start and end <= high
-                if apart or not (writes and covered):
-                    kept.append(access)
-            same = [a for a in kept if a[:3] == (low, high, stream) and a[4] == writes]
-            kept = [a for a in kept if a not in same]
-            self._accesses[_storage(inner)] = [*kept, (low, high, stream, point, writes)]
-
-
 class Machine:
     """What is the matter with the device: nothing, unless a test says so."""
 
@@ -212,7 +158,6 @@ class Machine:
                 self._streams.pop(0).run_next()
 
 
-memory = Memory()
 machine = Machine()
 _defaults: dict[torch.device, Stream] = {}
 _of_forward: dict[torch.device, Stream] = {}  # chosen last, in the thread that trains
@@ -294,48 +239,7 @@ def _device(device: Any) -> torch.device:
     return device if device.index is not None else torch.device("fgpu", current_device())
 
 
-# ---- operations
-
-
-def order(function: Any, args: Any, kwargs: Any, operands: dict[int, Any], device: torch.device | None) -> None:
-    """An operation is about to run on the current stream: its operands, by the identity of `inner`, must be ready."""
-    if device is None and not operands:
-        return
-    now = current_stream(device or next(iter(operands.values())).device)
-    others = [current_stream(place) for place in {one.device for one in operands.values()} if place != now.device]
-    for other in others:  # a copy between devices, which torch orders on both sides
-        now.see(other.seen)
-    point = now.point()
-    for other in others:
-        other.see(now.seen)
-    name = function._schema.name
-    if machine.capturing and now in machine.capturing and waits.ours() is not None:
-        found.append(f"{name} becomes part of the user's graph, at {waits.ours()}")
-    for value, argument in zip(args, function._schema.arguments, strict=False):
-        _touch(value, argument, operands, now, point, name)
-    for argument in function._schema.arguments:
-        if argument.name in kwargs:
-            _touch(kwargs[argument.name], argument, operands, now, point, name)
-
-
-def _touch(value: Any, argument: Any, operands: dict[int, Any], now: Stream, point: int, name: str) -> None:
-    alias = argument.alias_info
-    if alias is not None and not alias.is_write:
-        return  # a view
-    for tensor in value if isinstance(value, (list, tuple)) else (value,):
-        if id(tensor) in operands and tensor.layout is torch.strided:
-            memory.touch(tensor, now, point, alias is not None, name)
-
-
-def wrote(out: Any, operands: list[Tensor], device: torch.device | None) -> None:
-    """What is new in its result was written on the current stream."""
-    if device is None:
-        return
-    old = {_storage(tensor) for tensor in operands if tensor.layout is torch.strided}
-    now = current_stream(device)
-    for tensor in out if isinstance(out, (list, tuple)) else (out,):
-        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _storage(tensor) not in old:
-            memory.is_new(tensor, now, now.seen[now])
+# ---- copies to the host
 
 
 def copies_out(function: Any, args: Any, operands: list[Tensor]) -> bool:
@@ -373,17 +277,3 @@ class Pinned(Tensor):
 def pinned(size: int, dtype: torch.dtype) -> Tensor:
     look_at_capture("pinned memory is allocated", everywhere=True)
     return torch.empty(size, dtype=dtype, device="cpu").as_subclass(Pinned)
-
-
-def _storage(inner: Tensor) -> int:
-    return inner.untyped_storage()._cdata
-
-
-def _range(inner: Tensor) -> tuple[int, int]:
-    if not inner.numel():
-        return 0, 0
-    start, size = inner.storage_offset(), inner.itemsize
-    if inner.is_contiguous():
-        return start * size, (start + inner.numel()) * size
-    last = sum((size - 1) * stride for size, stride in zip(inner.shape, inner.stride(), strict=True))
-    return start * size, (start + last + 1) * size

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.device import streams, waits
+from tests.device import operations, streams, waits
 
 NAME = "fgpu"
 DEVICES = 2
@@ -124,9 +124,9 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         inner_kwargs["device"] = "cpu"
     if streams.copies_out(function, inner_args, operands):
         return streams.copy_out(args[0], args[1].inner, args[1].device)
-    streams.order(function, inner_args, inner_kwargs, inside, device)
+    operations.order(function, inner_args, inner_kwargs, inside, device)
     out = function(*inner_args, **inner_kwargs)
-    streams.wrote(out, [t.inner for t in inside.values()], device)
+    operations.wrote(out, [t.inner for t in inside.values()], device)
     return _map(wrapped, out)
 
 

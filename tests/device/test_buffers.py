@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from tests.device import streams, waits
+from tests.device import memory, operations, streams, tensors, waits
 from torchprobe.buffer import transfer
 from torchprobe.buffer.step import Piece, StepBuffer, TransferBuffers
 from torchprobe.buffer.transfer import TransferBuffer
@@ -127,7 +127,7 @@ def test_what_waits_for_a_gpu_is_found_in_our_code_and_not_in_the_users(fgpu, wa
     wait(x)
     assert waits.found == []
     monkeypatch.setattr(waits, "_OURS", __file__.removesuffix("test_buffers.py"))
-    monkeypatch.setattr(waits, "_BETWEEN", (*waits._BETWEEN[:1], waits.__file__, streams.__file__, TENSORS))
+    monkeypatch.setattr(waits, "_BETWEEN", (*waits._BETWEEN[:1], *DEVICE))
     with pytest.raises(waits.WaitError):
         wait(x)
     drained(lambda: wait(x))
@@ -135,7 +135,7 @@ def test_what_waits_for_a_gpu_is_found_in_our_code_and_not_in_the_users(fgpu, wa
     waits.found.clear()
 
 
-TENSORS = streams.__file__.replace("streams", "tensors")
+DEVICE = [module.__file__ for module in (memory, operations, streams, tensors, waits)]
 
 
 # ---- the buffers

@@ -45,6 +45,15 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0
     return total
 
 
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Backward and step; the gradients that were used."""
+    optimizer.zero_grad()
+    loss.backward()
+    used = gradients(model)
+    optimizer.step()
+    return used
+
+
 def steps(writer: MemoryWriter, tag: str) -> list[int]:
     return [step for step, _ in writer.scalars(tag)]
 

@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 import collections
-import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.capture.backward import roots
+from tests.setups.losses import CRITERION, TAG, WAYS, F, batch, losses, net, sgd
 from torchprobe.testing import MemoryWriter
-
-TAG = "overview/loss"
-F = nn.functional
-
-
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def batch(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-CRITERION = nn.CrossEntropyLoss()
-MARGIN = nn.MultiMarginLoss()
-
-WAYS = {
-    "loss module": lambda out, y: CRITERION(out, y),
-    "functional": lambda out, y: F.cross_entropy(out, y),
-    "functional by hand": lambda out, y: -out.log_softmax(-1)[torch.arange(len(y)), y].mean(),
-    "two loss modules added": lambda out, y: CRITERION(out, y) + 0.5 * MARGIN(out, y),
-    "two functional losses added": lambda out, y: F.cross_entropy(out, y) + 0.5 * F.multi_margin_loss(out, y),
-    "a module of the user's own": lambda out, y: Focal()(out, y),
-}
-
-
-class Focal(nn.Module):
-    """A loss whose class torch does not know."""
-
-    def forward(self, out: Tensor, y: Tensor) -> Tensor:
-        p = out.softmax(-1)[torch.arange(len(y)), y]
-        return (-((1 - p) ** 2) * p.log()).mean()
-
-
-def losses(writer: MemoryWriter) -> list[float]:
-    return [loss for _, loss in writer.scalars(TAG)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -138,9 +96,6 @@ def test_a_model_that_may_return_its_loss_but_did_not():
     assert losses(writer) == pytest.approx(expected)
 
 
-# ---- several micro-batches, passes, backward passes
-
-
 @pytest.mark.parametrize("way", ["loss module", "functional", "in the output"])
 def test_with_accumulation_the_loss_is_the_mean_over_micro_batches(way):
     model, writer, expected = Headed("dict"), MemoryWriter(), []
@@ -217,9 +172,6 @@ def test_of_a_closure_that_lbfgs_evaluates_several_times_the_last_loss_counts():
     assert losses(writer) == pytest.approx(seen[-1:])  # whose gradient the step ended with
 
 
-# ---- GradScaler
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_scale_of_a_grad_scaler_is_taken_out(way, fused):
@@ -236,101 +188,3 @@ def test_the_scale_of_a_grad_scaler_is_taken_out(way, fused):
             scaler.step(optimizer)
             scaler.update()
     assert losses(writer) == pytest.approx(expected)
-
-
-# ---- whose loss it is
-
-
-@pytest.mark.parametrize("way", ["loss module", "functional"])
-def test_two_models_in_one_process_have_a_loss_each(way):
-    models, writers = [net(), net()], [MemoryWriter(), MemoryWriter()]
-    expected: list[list[float]] = [[], []]
-    with (
-        torchprobe.instrument(models[0], writer=writers[0], every=1),
-        torchprobe.instrument(models[1], writer=writers[1], every=1),
-    ):
-        optimizers = [sgd(model) for model in models]
-        for k in range(2):
-            outputs = [model(batch(k + i)[0]) for i, model in enumerate(models)]
-            found = [WAYS[way](out, batch(k + i)[1]) for i, out in enumerate(outputs)]
-            for i in (0, 1):
-                expected[i].append(found[i].item())
-                optimizers[i].zero_grad()
-                found[i].backward()
-            for optimizer in optimizers:
-                optimizer.step()
-    assert [losses(writer) for writer in writers] == [pytest.approx(e) for e in expected]
-
-
-def test_the_loss_of_another_model_that_is_not_watched_is_not_taken():
-    model, teacher, writer = net(), net(), MemoryWriter()
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        x, y = batch()
-        out = model(x)
-        CRITERION(teacher(x), y)
-        loss = CRITERION(out, y)
-        loss.backward()
-        optimizer.step()
-    assert losses(writer) == pytest.approx([loss.item()])
-
-
-def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
-    model, writer, expected = net(), MemoryWriter(), []
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        for k in range(2):
-            x, y = batch(k)
-            optimizer.zero_grad()
-            loss = CRITERION(model(x), y)
-            expected.append(loss.item())
-            loss.backward()
-            optimizer.step()
-            model.eval()
-            with torch.no_grad():
-                CRITERION(model(x), y)
-            model.train()
-    assert losses(writer) == pytest.approx(expected)
-
-
-def test_a_metric_computed_with_a_loss_module_between_backward_and_step_does_not_count():
-    model, writer = net(), MemoryWriter()
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        x, y = batch()
-        out = model(x)
-        loss = F.cross_entropy(out, y)
-        loss.backward()
-        CRITERION(out * 3, y)
-        optimizer.step()
-    assert losses(writer) == pytest.approx([loss.item()])
-
-
-def test_no_loss_where_there_is_none_to_be_seen():
-    model, writer = net(), MemoryWriter()
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1) as session:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)  # gradients from elsewhere
-        optimizer.step()
-        assert session.step == 1
-    assert TAG not in writer.tags()
-
-
-def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
-    """As on CUDA, where hooks run in a thread of the autograd engine."""
-    x, found = torch.ones(3, requires_grad=True), []
-
-    def hook(gradient: Tensor) -> None:
-        thread = threading.Thread(target=lambda: found.append(roots(0)))
-        thread.start()
-        thread.join()
-
-    y = x * 2
-    y.register_hook(hook)
-    loss = y.sum()
-    loss.backward(retain_graph=True)
-    torch.autograd.grad(loss, x)
-    assert found[0].tensors == (loss,)
-    assert found[0].value == 6.0
-    assert (found[1].call, found[1].value) == ("grad", None)

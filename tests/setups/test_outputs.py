@@ -1,9 +1,8 @@
-"""Activations: whatever a module returns, however often it runs."""
+"""Activations: whatever a module returns, and of which modules."""
 
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -13,27 +12,9 @@ from torch import Tensor, nn
 
 import torchprobe
 from tests.models import Transformer, inputs
-from tests.setups.reference import l2, moments, wide
+from tests.setups.outputs import assert_moments, batch, sgd
+from tests.setups.reference import l2
 from torchprobe.testing import MemoryWriter
-
-
-def batch(seed: int = 0, size: int = 6) -> Tensor:
-    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def assert_moments(writer: MemoryWriter, where: str, elements: Tensor, step: int = 1) -> None:
-    for key, value in moments(elements).items():
-        found = writer.value(f"activation_{key}/{where}", step=step)
-        cancels = {"mean": 1e-7 * elements.abs().max().item(), "kurtosis": 1e-6 * (value + 3)}
-        rounding = cancels.get(key, 1e-12)
-        assert found == pytest.approx(value, rel=1e-6, abs=rounding), f"{key} of {where} in step {step}"
-
-
-# ---- what a module returns
 
 
 @dataclasses.dataclass
@@ -72,6 +53,8 @@ RETURNS = {
     "model output": lambda h: ModelOutput(logits=h, hidden=h + 1),
     "model output with a loss": lambda h: ModelOutput(loss=h.square().mean(), logits=h),
 }
+
+
 NOTHING = {"None": None, "int": 7, "string": "done", "integer tensor": torch.arange(3), "empty tuple": ()}
 
 
@@ -165,132 +148,6 @@ def test_std_of_activations_with_a_large_mean():
     with torchprobe.instrument(model, writer=writer, every=1), torch.no_grad():
         out = model(batch())
     assert_moments(writer, "root", out)
-
-
-# ---- several calls, micro-batches
-
-
-class Twice(nn.Module):
-    """Runs one module several times in a pass, on inputs of different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.fc(x)
-        second = self.fc(3 + 5 * first[:2])
-        return first.mean() + self.fc(second[:1]).square().sum()
-
-
-def collecting(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The module's outputs, and the gradients with respect to them, as they come."""
-    outputs, slopes = [], []
-
-    def hook(module, args, out):
-        outputs.append(wide(out).flatten())
-        if out.requires_grad:
-            out.register_hook(lambda slope: slopes.append(wide(slope).flatten()))
-
-    module.register_forward_hook(hook)
-    return outputs, slopes
-
-
-def test_a_module_that_runs_several_times_is_one_entry_with_merged_statistics():
-    model, writer = Twice(), MemoryWriter()
-    outputs, slopes = collecting(model.fc)
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        for k in range(2):
-            optimizer.zero_grad()
-            model(batch(k)).backward()
-            optimizer.step()
-    for k in range(2):
-        assert_moments(writer, "fc", torch.cat(outputs[3 * k : 3 * k + 3]), step=k + 1)
-        slope = l2(*slopes[3 * k : 3 * k + 3])
-        assert writer.value("activation_grad_norm/fc", k + 1) == pytest.approx(slope)
-
-
-@pytest.mark.parametrize("sizes", [(5, 1, 3), (1,), (2, 7)])
-def test_micro_batches_are_merged_exactly(sizes):
-    model, writer = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), MemoryWriter()
-    seen = {name: collecting(module) for name, module in model.named_children()}
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1, include="*"):
-        for step in range(2):
-            optimizer.zero_grad()
-            for i, size in enumerate(sizes):
-                (model(10 * i + batch(step, size)).square().mean() / len(sizes)).backward()
-            optimizer.step()
-    n = len(sizes)
-    for name, (outputs, slopes) in seen.items():
-        for step in range(2):
-            assert_moments(writer, name, torch.cat(outputs[n * step : n * step + n]), step=step + 1)
-            expected = l2(*slopes[n * step : n * step + n])
-            assert writer.value(f"activation_grad_norm/{name}", step + 1) == pytest.approx(expected)
-
-
-def test_gradients_of_activations_survive_in_place_relu():
-    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    model = copy.deepcopy(plain)
-    model[1] = nn.ReLU(inplace=True)
-    writers = [MemoryWriter(), MemoryWriter()]
-    for each, writer in zip((plain, model), writers, strict=True):
-        optimizer = sgd(each)
-        with torchprobe.instrument(each, writer=writer, every=1, include="*"):
-            each(batch()).square().mean().backward()
-            optimizer.step()
-    for name in "012":
-        tag = f"activation_grad_norm/{name}"
-        assert writers[1].value(tag) == pytest.approx(writers[0].value(tag), rel=1e-6)
-        assert writers[1].value(f"activation_mean/{name}") == pytest.approx(writers[0].value(f"activation_mean/{name}"))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_part_counts_once(reentrant):
-    class Checkpointed(nn.Sequential):
-        def forward(self, x):
-            x = torch.utils.checkpoint.checkpoint(self[0], x, use_reentrant=reentrant)
-            return self[1](x)
-
-    plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
-    model = Checkpointed(*copy.deepcopy(plain))
-    writers = [MemoryWriter(), MemoryWriter()]
-    for each, writer in zip((plain, model), writers, strict=True):
-        optimizer = sgd(each)
-        with torchprobe.instrument(each, writer=writer, every=1) as session:
-            for k in range(2):
-                optimizer.zero_grad()
-                each(batch(k).requires_grad_()).square().mean().backward()
-                optimizer.step()
-            assert session.step == 2
-    for tag in writers[0].tags():
-        if tag != "overview/probe_overhead" and writers[0].scalars(tag):
-            assert writers[1].scalars(tag) == [(s, pytest.approx(v, rel=1e-5)) for s, v in writers[0].scalars(tag)], tag
-
-
-# ---- train and eval
-
-
-def test_dropout_and_batch_norm_show_what_each_mode_computes():
-    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Dropout(0.5))
-    writer, outputs = MemoryWriter(), {True: [], False: []}
-    model[2].register_forward_hook(lambda module, args, out: outputs[module.training].append(out.detach()))
-    optimizer = sgd(model)
-    with torchprobe.instrument(model, writer=writer, every=1, include=["1", "2"]):
-        model(batch()).square().mean().backward()
-        optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            model(batch(1))
-    assert_moments(writer, "2", outputs[True][0])
-    for key, value in moments(outputs[False][0]).items():
-        assert writer.value(f"val/activation_{key}/2") == pytest.approx(value, rel=1e-6, abs=1e-12)
-    assert writer.value("activation_zero_fraction/2") > 0.3 > writer.value("val/activation_zero_fraction/2")
-
-
-# ---- which modules
 
 
 def watched(writer: MemoryWriter) -> set[str]:

@@ -9,20 +9,9 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests.setups.loops import batch, net, one_step
 from tests.setups.reference import gradients, l2, parameters, wide
 from torchprobe.testing import MemoryWriter
-
-
-def batch(seed: int = 0, width: int = 4) -> torch.Tensor:
-    return torch.randn(6, width, generator=torch.Generator().manual_seed(seed))
-
-
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def steps(writer: MemoryWriter, tag: str) -> list[int]:
-    return [step for step, _ in writer.scalars(tag)]
 
 
 class Holder(nn.Module):
@@ -34,18 +23,6 @@ class Holder(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.w.abs().square().sum()
-
-
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Backward and step; the gradients that were used."""
-    optimizer.zero_grad()
-    loss.backward()
-    used = gradients(model)
-    optimizer.step()
-    return used
-
-
-# ---- the definitions
 
 
 def test_norms_layers_means_and_totals_against_float64():
@@ -91,111 +68,6 @@ def test_histogram_counts_are_exact():
     assert held == [1, 2, 1]
     assert found.counts.sum() == 4
     assert writer.value("gradients_zeros/w") == 1
-
-
-# ---- parameters that come and go
-
-
-def test_a_layer_frozen_midway_has_no_gradient_from_then_on():
-    model, writer = net(), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    totals = []
-    with torchprobe.instrument(model, writer=writer, every=1):
-        for k in range(4):
-            if k == 2:
-                model[0].requires_grad_(False)
-            totals.append(l2(*one_step(model, optimizer, model(batch(k)).square().mean()).values()))
-    assert steps(writer, "grad_norm/0.weight") == [1, 2]
-    assert steps(writer, "grad_norm/2.weight") == [1, 2, 3, 4]
-    assert [total for _, total in writer.scalars("overview/grad_norm")] == pytest.approx(totals)
-    assert [ratio for _, ratio in writer.scalars("update_ratio/0.weight")][2:] == [0.0, 0.0]
-
-
-def test_a_layer_unfrozen_midway_shows_up():
-    model, writer = net(), MemoryWriter()
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
-    totals = []
-    with torchprobe.instrument(model, writer=writer, every=1):
-        for k in range(4):
-            if k == 2:
-                model[0].requires_grad_(True)
-                optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.05})
-            totals.append(l2(*one_step(model, optimizer, model(batch(k)).square().mean()).values()))
-    for tag in ("grad_norm/0.weight", "param_norm/0.weight", "update_ratio/0.weight", "lr/SGD/group_1"):
-        assert steps(writer, tag) == [3, 4], tag
-    assert [total for _, total in writer.scalars("overview/grad_norm")] == pytest.approx(totals)
-
-
-def test_a_layer_added_midway_shows_up():
-    model, writer = net(), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        one_step(model, optimizer, model(batch()).square().mean())
-        model.append(nn.Linear(2, 2))
-        optimizer.add_param_group({"params": model[3].parameters()})
-        one_step(model, optimizer, model(batch()).square().mean())
-    for tag in ("grad_norm/3.weight", "activation_mean/3", "param_norm/3.bias"):
-        assert steps(writer, tag) == [2], tag
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return self.head(self.embedding(ids))
-
-
-def test_a_shared_parameter_has_one_tag_its_first_name():
-    model, writer = Tied(), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        used = one_step(model, optimizer, model(torch.tensor([1, 1, 3])).square().mean())
-    names = {
-        tag.split("/", 1)[1] for tag in writer.tags() if tag.startswith(("grad_norm/", "param_norm/", "parameters/"))
-    }
-    assert names == {"embedding.weight"}
-    assert writer.value("grad_norm/embedding.weight") == pytest.approx(l2(used["embedding.weight"]))
-    assert writer.value("overview/grad_norm") == pytest.approx(l2(used["embedding.weight"]))
-
-
-def test_a_shared_module_is_one_entry_with_its_first_name():
-    shared = nn.Linear(4, 4)
-    model, writer, outputs = nn.Sequential(shared, nn.Tanh(), shared), MemoryWriter(), []
-    shared.register_forward_hook(lambda module, args, out: outputs.append(wide(out)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, every=1):
-        one_step(model, optimizer, model(batch()).square().mean())
-    assert [tag for tag in writer.tags() if tag.startswith("activation_mean/")] == ["activation_mean/0"]
-    assert writer.value("activation_mean/0") == pytest.approx(torch.cat(outputs).mean().item())
-
-
-def test_names_are_those_of_the_model_without_its_wrapper():
-    class Wrapper(nn.Module):
-        """What a `torch.compile` or checkpoint wrapper does to names."""
-
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = model
-
-        def forward(self, x):
-            return self._orig_mod(x)
-
-    model, writer = Wrapper(net()), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, every=1) as session:
-        one_step(model, optimizer, model(batch()).square().mean())
-        assert session.step == 1
-    assert writer.scalars("grad_norm/0.weight")
-    assert writer.scalars("activation_mean/2")
-    assert not [tag for tag in writer.tags() if "_orig_mod" in tag]
-
-
-# ---- kinds of tensors
 
 
 KINDS = {
@@ -273,9 +145,6 @@ def test_the_sparse_gradient_of_an_embedding_counts_repeated_rows_summed():
     assert writer.value("update_ratio/0.weight") > 0
 
 
-# ---- non-finite elements
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_gradients_are_counted_by_module_and_norms_are_over_the_others(bad):
     model, writer = net(), MemoryWriter()
@@ -315,28 +184,3 @@ def test_non_finite_activations_are_counted_and_left_out():
     assert writer.value("activation_nonfinite/2") == 2
     assert writer.value("activation_mean/2") == pytest.approx(rest.mean().item())
     assert writer.value("activation_max_abs/2") == pytest.approx(rest.abs().max().item())
-
-
-# ---- which ones
-
-
-def test_exclude_leaves_a_modules_parameters_out_and_include_takes_what_is_inside():
-    for options, kept in (({"exclude": "0"}, {"2.weight", "2.bias"}), ({"include": "0"}, {"0.weight", "0.bias"})):
-        model, writer = net(), MemoryWriter()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with torchprobe.instrument(model, writer=writer, every=1, **options) as session:
-            used = one_step(model, optimizer, model(batch()).square().mean())
-            assert session.step == 1
-        for group in ("grad_norm", "param_norm", "update_ratio", "gradients", "parameters"):
-            assert {tag.split("/")[1] for tag in writer.tags() if tag.startswith(f"{group}/")} == kept
-        assert writer.value("overview/grad_norm") == pytest.approx(l2(*(used[name] for name in kept)))
-
-
-def test_an_optimizer_of_excluded_parameters_alone_is_still_the_clock():
-    model, writer = net(), MemoryWriter()
-    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, every=1, exclude="0") as session:
-        one_step(model, optimizer, model(batch()).square().mean())
-        assert session.step == 1
-    assert steps(writer, "lr/SGD/group_0") == [1]
-    assert "overview/grad_norm" not in writer.tags()

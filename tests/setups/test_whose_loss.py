@@ -1,0 +1,109 @@
+"""Which loss is the training loss of a model, among others that are computed or of other models."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchprobe
+from tests.setups.losses import CRITERION, TAG, WAYS, F, batch, losses, net, sgd
+from torchprobe.capture.backward import roots
+from torchprobe.testing import MemoryWriter
+
+
+@pytest.mark.parametrize("way", ["loss module", "functional"])
+def test_two_models_in_one_process_have_a_loss_each(way):
+    models, writers = [net(), net()], [MemoryWriter(), MemoryWriter()]
+    expected: list[list[float]] = [[], []]
+    with (
+        torchprobe.instrument(models[0], writer=writers[0], every=1),
+        torchprobe.instrument(models[1], writer=writers[1], every=1),
+    ):
+        optimizers = [sgd(model) for model in models]
+        for k in range(2):
+            outputs = [model(batch(k + i)[0]) for i, model in enumerate(models)]
+            found = [WAYS[way](out, batch(k + i)[1]) for i, out in enumerate(outputs)]
+            for i in (0, 1):
+                expected[i].append(found[i].item())
+                optimizers[i].zero_grad()
+                found[i].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert [losses(writer) for writer in writers] == [pytest.approx(e) for e in expected]
+
+
+def test_the_loss_of_another_model_that_is_not_watched_is_not_taken():
+    model, teacher, writer = net(), net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        out = model(x)
+        CRITERION(teacher(x), y)
+        loss = CRITERION(out, y)
+        loss.backward()
+        optimizer.step()
+    assert losses(writer) == pytest.approx([loss.item()])
+
+
+def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = CRITERION(model(x), y)
+            expected.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                CRITERION(model(x), y)
+            model.train()
+    assert losses(writer) == pytest.approx(expected)
+
+
+def test_a_metric_computed_with_a_loss_module_between_backward_and_step_does_not_count():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        x, y = batch()
+        out = model(x)
+        loss = F.cross_entropy(out, y)
+        loss.backward()
+        CRITERION(out * 3, y)
+        optimizer.step()
+    assert losses(writer) == pytest.approx([loss.item()])
+
+
+def test_no_loss_where_there_is_none_to_be_seen():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)  # gradients from elsewhere
+        optimizer.step()
+        assert session.step == 1
+    assert TAG not in writer.tags()
+
+
+def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
+    """As on CUDA, where hooks run in a thread of the autograd engine."""
+    x, found = torch.ones(3, requires_grad=True), []
+
+    def hook(gradient: Tensor) -> None:
+        thread = threading.Thread(target=lambda: found.append(roots(0)))
+        thread.start()
+        thread.join()
+
+    y = x * 2
+    y.register_hook(hook)
+    loss = y.sum()
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, x)
+    assert found[0].tensors == (loss,)
+    assert found[0].value == 6.0
+    assert (found[1].call, found[1].value) == ("grad", None)

@@ -178,13 +178,14 @@ def test_a_real_ctrl_c_leaves_a_readable_run(texts: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # two minutes of work, on a machine that may be busy
-def test_on_the_standard_library_it_is_far_above_chance(tmp_path: Path):
-    assert main(["demo", "--log-dir", str(tmp_path), "--device", "cpu"]) == 0
+@pytest.mark.timeout(900)  # half a minute of work, on a machine that may be busy
+def test_on_the_standard_library_it_is_far_above_chance_after_a_quarter_of_its_steps(tmp_path: Path):
+    options = ["--steps", "80", "--passes", "2", "--device", "cpu"]
+    assert main(["demo", "--log-dir", str(tmp_path), *options]) == 0
     [run] = tmp_path.iterdir()
     recorded = scalars(run)
-    assert recorded["val/accuracy"][300] >= 2 * standard_library(lines=10, seed=0).majority_share
-    assert recorded["train/loss"].keys() == set(range(1, 301))
+    assert recorded["val/accuracy"][80] >= 2 * standard_library(lines=10, seed=0).majority_share
+    assert recorded["train/loss"].keys() == set(range(1, 81))
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch._dynamo.utils  # by every worker, since it collects tests that do
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
@@ -31,6 +32,10 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its own functions look then
 if not backend.MISSING:
     backend.set_up()  # before the first backward pass of the process, at which autograd counts the devices there are
+
+# Sessions look for loss modules among all objects, and the collector goes through them: not through the libraries'.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)

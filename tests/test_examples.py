@@ -74,11 +74,12 @@ def test_example(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_bayesian_transformer_keeps_its_best_and_prints_how_well_it_separates(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "bayesian_transformer.py"), "--steps", "20", "--log-dir", str(tmp_path)]
+    options = ["--steps", "8", "--unseen", "ctypes", "--log-dir", str(tmp_path)]  # which has few passages to look at
+    command = [sys.executable, str(EXAMPLES / "bayesian_transformer.py"), *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("AUROC of epistemic uncertainty, email against held-out passages: ")
+    assert last.startswith("AUROC of epistemic uncertainty, ctypes against held-out passages: ")
     assert 0 < float(last.rsplit(" ", 1)[1]) < 1
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert all(name.startswith("network.") for name in best)
@@ -87,7 +88,7 @@ def test_the_bayesian_transformer_keeps_its_best_and_prints_how_well_it_separate
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     scalars = events.Tags()["scalars"]
-    assert len(events.Scalars(TAGS["bayesian_transformer.py"])) == 20
+    assert len(events.Scalars(TAGS["bayesian_transformer.py"])) == 8
     assert {"val/accuracy", "val/calibration/ece", "val/uncertainty_epistemic/root", "val/ood/auroc"} <= set(scalars)
     assert f"{events.Scalars('val/ood/auroc')[0].value:.3f}" == last.rsplit(" ", 1)[1]
 

@@ -18,7 +18,7 @@ from torchprobe.testing import MemoryWriter
 
 MOST_CALLS = {"plain": 73, "several optimizers": 109, "zeroed in place": 88, "compiled": 79}
 """Functions of torchprobe that an idle step may enter, by the kind of loop."""
-CHANCE = 5  # calls: where `any` over a set stops depends on addresses; five blocks more are 115 modules and parameters
+CHANCE = 5  # calls: where `any` over a set stops depends on addresses; a block more is 23 modules and parameters
 
 
 def one_step(model, optimizer, family, session):
@@ -100,7 +100,7 @@ def idle_calls(kind: str, layers: int) -> list[str]:
     "kind", [pytest.param(kind, marks=COMPILERS_WARNINGS if kind == "compiled" else ()) for kind in MOST_CALLS]
 )
 def test_an_idle_step_of_each_kind_of_loop_makes_few_calls_whatever_the_models_size(kind):
-    few, many = (idle_calls(kind, layers) for layers in (1, 6))
+    few, many = (idle_calls(kind, layers) for layers in (1, 3 if kind == "compiled" else 6))  # a block takes long there
     assert abs(len(many) - len(few)) <= CHANCE, Counter(many) - Counter(few)
     assert max(len(few), len(many)) <= MOST_CALLS[kind], Counter(few)
 

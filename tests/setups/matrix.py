@@ -42,6 +42,7 @@ class Setup:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     instrument_after: bool = False
     why_not: dict[str, str] | None = None  # by family: what this set-up cannot do
+    shallow: bool = False  # a transformer of one block
     not_watched: tuple[str, ...] = ()  # beginnings of tags that this set-up does not have
 
 
@@ -148,7 +149,9 @@ SETUPS: dict[str, Setup] = {
     "torch.compile, aot_eager": Setup(compiled("aot_eager", fullgraph=True), why_not=_NO_LSTM, not_watched=_COMPILED),
     "model.compile()": Setup(compiled_in_place, why_not=_NO_LSTM, not_watched=_COMPILED),
     "compiled by part": Setup(compiled_by_part, why_not=_NO_LSTM, not_watched=_COMPILED),
-    "torch.compile, inductor": Setup(compiled("inductor"), why_not=_NO_LSTM | _SLOW, not_watched=_COMPILED),
+    "torch.compile, inductor": Setup(
+        compiled("inductor"), why_not=_NO_LSTM | _SLOW, not_watched=_COMPILED, shallow=True
+    ),
 }
 
 
@@ -165,10 +168,10 @@ def loss(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(model(x).flatten(0, -2), target.flatten())
 
 
-def made(family: str) -> nn.Module:
+def made(family: str, shallow: bool = False) -> nn.Module:
     """The family's model without dropout, whose random numbers differ between set-ups."""
     torch.manual_seed(0)
-    model = FAMILIES[family]()
+    model = FAMILIES[family](**{"layers": 1} if shallow and family == "transformer" else {})
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -183,7 +186,7 @@ def made(family: str) -> nn.Module:
 def run(family: str, setup: Setup) -> tuple[MemoryWriter, Weights]:
     """Train for a few steps with every probe at every step."""
     torch._dynamo.reset()
-    model, writer, weights = made(family), MemoryWriter(), []
+    model, writer, weights = made(family, setup.shallow), MemoryWriter(), []
     callable_ = setup.wrap(model)
     optimizer = setup.optimizer(model.parameters(), lr=1e-2) if setup.instrument_after else None
     with torchprobe.instrument(callable_, writer=writer, every=1):
@@ -194,9 +197,9 @@ def run(family: str, setup: Setup) -> tuple[MemoryWriter, Weights]:
     return writer, weights
 
 
-def twin(family: str, weights: Weights) -> MemoryWriter:
+def twin(family: str, weights: Weights, shallow: bool = False) -> MemoryWriter:
     """The plain eager loop in float64, which is after each step where another run was."""
-    model, writer = made(family).double(), MemoryWriter()
+    model, writer = made(family, shallow).double(), MemoryWriter()
     optimizer = following(weights, torch.optim.AdamW)(model.parameters(), lr=1e-2)
     with torchprobe.instrument(model, writer=writer, every=1):
         for k in range(STEPS):
@@ -218,7 +221,7 @@ class Outcome:
 def outcome(family: str, setup: Setup) -> Outcome:
     """A set-up's run against its plain eager twin."""
     other, weights = run(family, setup)
-    plain = twin(family, weights)
+    plain = twin(family, weights, setup.shallow)
     ours, theirs = set(plain.tags()) - set(_OWN), set(other.tags()) - set(_OWN)
     missing = sorted(tag for tag in ours - theirs if not tag.startswith(setup.not_watched))
     extra = sorted(tag for tag in theirs - ours if not tag.startswith(_NOT_OF_TWINS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch._dynamo.utils  # by every worker, since it collects tests that do
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
@@ -34,6 +34,7 @@ if not backend.MISSING:
     backend.set_up()  # before the first backward pass of the process, at which autograd counts the devices there are
 
 # Sessions look for loss modules among all objects, and the collector goes through them: not through the libraries'.
+importlib.import_module("torch._dynamo.utils")  # as every worker does in the end, since it collects tests that do
 gc.collect()
 gc.freeze()
 

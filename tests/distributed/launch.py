@@ -1,12 +1,14 @@
-"""Starts the ranks of a scenario file, each a process of its own as torchrun would, and reads what they found."""
+"""Starts the ranks of a scenario file, each a process of its own as torchrun's are, and reads what they found."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -29,26 +31,44 @@ def launch(module: str, ranks: int, out: Path, timeout: float = 150.0) -> list[A
     Fails when a rank fails that was not meant to (it leaves a file `expected-<rank>` to say that it is).
     """
     port = free_port()
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    code = f"from tests.distributed.launch import run; run({module!r}, {str(out)!r})"
-    logs = [(out / f"log-{rank}").open("wb") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=common | {"RANK": str(rank)}, stdout=logs[rank], stderr=logs[rank]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    code = f"from tests.distributed.launch import fork; fork({module!r}, {str(out)!r}, {ranks})"
+    with (out / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        for rank in range(ranks)
-    ]
-    try:
-        codes = _wait(processes, out, timeout)
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
+        try:
+            codes = _wait(process, ranks, out, timeout)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            log.close()
     for rank, code in enumerate(codes):
-        assert code == 0 or (out / f"expected-{rank}").exists(), (out / f"log-{rank}").read_text()[-8000:]
+        assert code == 0 or (out / f"expected-{rank}").exists(), _words(out, rank)
     return [_result(out / f"result-{rank}.json") for rank in range(ranks)]
+
+
+def fork(module: str, out: str, ranks: int) -> None:
+    """The process that imports, once, what all ranks need, and then becomes them: a child each, as of torchrun."""
+    import importlib
+
+    for needed in ("torch._dynamo", module):  # the former as the first optimizer does
+        importlib.import_module(needed)
+    children = {}
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ["RANK"] = str(rank)
+            log = os.open(Path(out, f"log-{rank}"), os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            return run(module, out)
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        Path(out, f"code-{children.pop(child)}").write_text(str(os.waitstatus_to_exitcode(status)))
+    return None
 
 
 def run(module: str, out: str) -> None:
@@ -65,15 +85,27 @@ def run(module: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], out: Path, timeout: float) -> list[int | None]:
+def _wait(process: subprocess.Popen[bytes], ranks: int, out: Path, timeout: float) -> list[int | None]:
     """Until all have ended, one has failed that should not, or time is up."""
     deadline = monotonic() + timeout
-    while monotonic() < deadline and any(process.poll() is None for process in processes):
-        if any(process.poll() and not (out / f"expected-{i}").exists() for i, process in enumerate(processes)):
+    while monotonic() < deadline and process.poll() is None:
+        if any(code and not (out / f"expected-{i}").exists() for i, code in enumerate(_codes(ranks, out))):
             sleep(1.0)  # for the others' last words
             break
         sleep(0.05)
-    return [process.poll() for process in processes]
+    return _codes(ranks, out)
+
+
+def _codes(ranks: int, out: Path) -> list[int | None]:
+    """How each rank ended; None: it has not."""
+    words = [path.read_text() if path.exists() else "" for path in (out / f"code-{rank}" for rank in range(ranks))]
+    return [int(word) if word else None for word in words]
+
+
+def _words(out: Path, rank: int) -> str:
+    """What a rank said, or before there were ranks."""
+    log = out / f"log-{rank}"
+    return (log if log.exists() else out / "log").read_text()[-8000:]
 
 
 def free_port() -> int:

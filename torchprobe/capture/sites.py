@@ -84,7 +84,7 @@ class Tap:
         passing = self._pass_of_graph(training, gradient)
         if passing is not None:
             with self.reporter.gate.boundary(), no_torch_function(), torch.no_grad():
-                self._keep(passing, _row(new))
+                self._keep(passing, _row(new).clone())  # the compiler writes something else into this memory
 
     def merged(self, rows: Sequence[Row]) -> Row:
         """The row of all calls."""

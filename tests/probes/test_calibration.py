@@ -218,7 +218,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         mean, log_var = self.fc(x).unbind(-1)
-        return {"mean": mean, "log_var": log_var}
+        return {"mean": mean, "variance": log_var.exp()}
 
 
 @pytest.mark.parametrize("kind", ["gaussian_nll", "mse"])
@@ -232,11 +232,11 @@ def test_coverage_of_intervals(kind, training):
         sgd(model).step()
         with torch.set_grad_enabled(training):
             out = model.train(training)(x)
-            loss = squared_error(out["mean"], y) if kind == "mse" else likelihood(out["mean"], y, out["log_var"].exp())
+            loss = squared_error(out["mean"], y) if kind == "mse" else likelihood(out["mean"], y, out["variance"])
         if training:
             loss.backward()
             sgd(model).step()
-    std = (out["log_var"] / 2).exp()
+    std = out["variance"].sqrt()
     prefix, step = ("", 2) if training else ("val/", 1)
     for level, width in (("50", 0.6744898), ("90", 1.6448536)):
         expected = ((y - out["mean"]).abs() <= width * std).float().mean().item()

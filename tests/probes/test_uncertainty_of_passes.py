@@ -201,7 +201,7 @@ def test_passes_of_a_regression_with_variances():
 
         def forward(self, x):
             mean, log_var = self.fc(x).unbind(-1)
-            return {"mean": mean, "log_var": log_var}
+            return {"mean": mean, "variance": log_var.exp()}
 
     model, writer = Gaussian(), MemoryWriter()
     x = torch.randn(16, 4)
@@ -210,7 +210,7 @@ def test_passes_of_a_regression_with_variances():
         outs = [model(x) for _ in range(6)]
         sum(out["mean"].sum() for out in outs).backward()
         optimizer.step()
-    mean, variance = torch.stack([o["mean"] for o in outs]), torch.stack([o["log_var"].exp() for o in outs])
+    mean, variance = torch.stack([o["mean"] for o in outs]), torch.stack([o["variance"] for o in outs])
     epistemic, aleatoric = mean.var(0, correction=0).mean().item(), variance.mean().item()
     expected = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
     assert found(writer) == pytest.approx(expected, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -28,6 +29,11 @@ _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
+_TOO_LUCKY = 20.0  # nats: a chance of 2e-9
+_ITS_OWN = (
+    "calibration: all targets are the model's own likeliest classes, though it is not that sure of them: as pseudo-labels "
+    "they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
+)
 
 
 def _descriptions(notes: str) -> dict[str, str]:
@@ -84,6 +90,7 @@ class CalibrationReporter(Reporter):
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._expected = ""
+        self._luck = 0.0  # nats, of having been right so far; infinite once a prediction was wrong
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
@@ -99,6 +106,10 @@ class CalibrationReporter(Reporter):
         self.learn(names, rows)
         known = {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
         name = _preferred(list(known))
+        self._weigh_luck(known)
+        if name is not None and self.may_be_its_own(name):
+            self.remark(_ITS_OWN)
+            return
         if name is None or _is_open(known[name][_EVIDENCE]):
             self._explain(names, found, name)
             return
@@ -108,6 +119,16 @@ class CalibrationReporter(Reporter):
         yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
         if pictures:
             yield from _pictures(row)
+
+    def may_be_its_own(self, name: str) -> bool:
+        """Whether targets that the gradient alone told may be made of the predictions themselves: all right from the
+        first step on, and far more of them than of a model that is as sure as that.
+        """
+        return not name.startswith("|") and _TOO_LUCKY < self._luck < math.inf
+
+    def _weigh_luck(self, known: Mapping[str, NDArray[np.float64]]) -> None:
+        for row in known.values():
+            self._luck += row[_NLL] if row[_CORRECT] == row[_COUNT] else math.inf
 
     def _tags(self, row: NDArray[np.float64], by_hand: bool) -> Iterator[tuple[str, Value]]:
         found = calibration.summarise(row)
@@ -210,6 +231,7 @@ class GeneralisationGap(Reporter):
         evidence = self.speaks_for.evidence
         evidence.weigh({name: row[_GAP_EVIDENCE] for name, row in found.items()})
         judged = {name: row for name, row in found.items() if evidence.holds(name) and row[_COUNT] > 0}
+        judged = {name: row for name, row in judged.items() if not self.speaks_for.may_be_its_own(name)}
         by_phase = {p: _preferred([n for n in judged if n.endswith(f"|{p}")]) for p in ("train", "val")}
         for phase, name in by_phase.items():
             if name is None:

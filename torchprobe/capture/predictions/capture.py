@@ -31,7 +31,8 @@ from torchprobe.capture.predictions.loss_modules import LossModules
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
-from torchprobe.capture.predictions.pool import InputKey, Pool, input_tensors, version_of
+from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
+from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Number, read
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
@@ -56,6 +57,7 @@ class PredictionCapture:
         self._parts = Parts(model, options.modules, self._on_part, self._protected)
         self._loss_modules = LossModules(self._on_loss)
         self._training = True
+        self._draws = Draws()
         self._ignored = IGNORED  # the class number that the model's own loss was seen to leave out
         self._phase: Phase | None = None  # of the pass that runs
         self._validation: Phase | None = None
@@ -70,6 +72,7 @@ class PredictionCapture:
             self._phase = self._validation = self._validation or Phase(False, moment)
         with self._gate.boundary():
             self._parts.arm(training)
+            self._draws.begin()
 
     def leave(self) -> None:
         """A pass has ended or raised: no hook is left on the model."""
@@ -131,14 +134,14 @@ class PredictionCapture:
     def _on_part(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         with self._protected(out):
             reading = read(out, module)
-            phase, pool = self._pool(name, args, kwargs)
+            phase, pool = self._pool(name, args, kwargs, out)
             phase.describe(pool, reading, self._sample_dim)
             if reading.plain is not None and reading.form:
                 self._plain.add(phase, pool, reading.plain, reading, [])
 
     def _follow(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         reading = read(output, module)
-        phase, pool = self._pool(ROOT, args, kwargs)
+        phase, pool = self._pool(ROOT, args, kwargs, output)
         self._go_on_in(phase)
         phase.describe_as(reading.note)
         phase.describe(pool, reading, self._sample_dim)
@@ -251,9 +254,10 @@ class PredictionCapture:
         alive = (phase() for phase in list(reversed(self._in_training))[:most])
         return (phase for phase in alive if phase is not None)
 
-    def _pool(self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Phase, Pool]:
+    def _pool(self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
-        key = InputKey(args, kwargs, self._model())
+        tensor = main_tensor(output)
+        key = InputKey(args, kwargs, self._model(), tensor is None or self._draws.any(tensor.device))
         for phase in (self._now, *(self._recent(1) if self._training else ())):
             pool = phase.pool(where, key)
             if pool is not None:

@@ -24,6 +24,7 @@ from torchprobe.capture.predictions.forms import (
     Predicted,
     pick,
     probabilities_of,
+    row_count,
     rows_of,
     stacked,
 )
@@ -39,6 +40,7 @@ from torchprobe.statistics.dtypes import row_dtype
 
 _ENOUGH = 0.9  # of the rows
 _MOST_RECOMPUTED = 2**24
+_AGAINST = 1e12  # rows, which outweigh all others
 
 
 class Claim(NamedTuple):
@@ -58,23 +60,45 @@ def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]
         if judge.judges not in ("", form.kind):
             phase.support(form.key, _evidence(g, 1.0, 0.0))
             continue
-        evidence, row = _from_gradient(waiting, predicted, g, form, gradients[0].dtype, judge)
+        found = recover(predicted, g, form, gradients[0].dtype)
+        evidence, row = _from_gradient(waiting, predicted, g, form, gradients[0].dtype, judge, found)
         for confirmed, better in _from_calls(waiting, predicted, g, form, gradients[0].dtype):
             evidence = torch.where(confirmed, _evidence(g, 1.0, 1.0), evidence)
             row = torch.where(confirmed, better, row)
         phase.support(form.key, evidence)
         phase.calibration.add(f"{form.key}|found", row, waiting.pool.sampled(form))
+        if len(g) == 1:
+            alike = _have_one_target(waiting, form, found.targets[0])
+            phase.uncertainty.support(form.key, _evidence(g, _AGAINST, 0.0) * alike)
+        chosen = waiting.pool.chooses(form, found.alive.any(0), found.faint.any(0))
+        if chosen is not None:  # by their losses, among passes: what is left of each is no sample of its predictions
+            phase.calibration.support(form.key, _evidence(g, _AGAINST, 0.0) * chosen)
+
+
+def _have_one_target(waiting: Waiting, form: Form, targets: Tensor) -> Tensor:
+    """A flag: whether all predictions of an example have one target, as members of an ensemble have."""
+    each = row_count(waiting.shape, form) // waiting.shape[0]
+    index = waiting.pool.index(targets, form)  # known since the pass
+    rows = torch.arange(len(targets), device=targets.device) if index is None else index
+    example = rows.div(each, rounding_mode="floor")
+    paired = (example[1:] == example[:-1]) & (targets[1:] != IGNORED) & (targets[:-1] != IGNORED)
+    return paired.any() & ~(paired & (targets[1:] != targets[:-1])).any()
 
 
 def _from_gradient(
-    waiting: Waiting, predicted: Predicted, g: Tensor, form: Form, precision: torch.dtype, judge: Judge
+    waiting: Waiting,
+    predicted: Predicted,
+    g: Tensor,
+    form: Form,
+    precision: torch.dtype,
+    judge: Judge,
+    found: Recovered,
 ) -> tuple[Tensor, Tensor]:
     """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of all passes together.
 
     Of the mean of their logits it has the same form, at that mean. Of the mean of their probabilities it has it at each
     pass, times the pass's share of what all of them give the target.
     """
-    found = recover(predicted, g, form, precision)
     claim = _claimed(found, predicted, g, precision, judge)
     favourite = found.favourite[0] if len(g) == 1 else None
     evidence = claim.evidence
@@ -94,16 +118,19 @@ def _from_gradient(
 def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:
     """What may be claimed of all rows together: a row alone fits every loss that chooses a class, a policy's too."""
     passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
-    fine, targets = passed.any(0), found.targets.amax(0)
+    targets = found.targets.amax(0)
+    agree = ((found.targets == targets) | ~passed).all(0)  # members of one prediction have one target
+    fine = passed.any(0) & agree
     factor = found.factor.where(passed, 0.0).sum(0)
     common = factor.where(fine, torch.nan).nanmedian()
     loose = STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
     close = CLOSE if precision not in TOLERANCE else loose
     count = Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
     trusted = is_trusted(judge, is_steady(factor, fine, targets, common, loose), count)
+    trusted &= agree.sum() >= _ENOUGH * len(agree)
     # A row whose gradient was lost has its likeliest class for a target, or was ignored: the number of rows tells.
     lost = faint & (alive | count.zeros_count)
-    targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted, IGNORED))
+    targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted & agree, IGNORED))
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
     evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
     return Claim(torch.where(broken, 0, targets), evidence)

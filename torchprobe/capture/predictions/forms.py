@@ -49,8 +49,8 @@ YES = Form("yes")
 def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
     """The ways to read a plain output; none of them says that it is one.
 
-    (batch, classes); (batch, time, classes) when the input is (batch, time, ...), for otherwise the first dimension
-    may be samples; (batch, classes, ...); single numbers.
+    (batch, classes); (batch, ..., classes) where the dimensions before are the input's places, or where there are two,
+    of which one might be samples; (batch, classes, ...); single numbers.
     """
     shape = tensor.shape
     if tensor.numel() == 0 or tensor.dim() == 0:
@@ -60,10 +60,21 @@ def possible_forms(tensor: Tensor, inputs: Sequence[Tensor]) -> list[Form]:
         return answers
     if tensor.dim() == 2:
         return [LAST, *answers]
-    is_sequence = tensor.dim() == 3 and any(x.shape[:2] == shape[:2] for x in inputs)
-    if is_sequence and tensor.numel() > _LARGE:  # a language model's: no other way is worth its time
+    by_place, large = are_places(shape, inputs), tensor.numel() > _LARGE
+    if by_place and large and tensor.dim() == 3:  # a language model's: no other way is worth its time
         return [LAST]
-    return [*([LAST] if is_sequence else []), *([SECOND] if shape[1] > 1 else answers)]
+    by_example = tensor.dim() == 3 and any(x.dim() > 0 and len(x) == shape[0] for x in inputs)
+    forms = [LAST] if by_place or (by_example and not large) else []
+    return [*forms, *([SECOND] if shape[1] > 1 else []), *(answers if shape[1] == 1 or not large else [])]
+
+
+def are_places(shape: torch.Size, inputs: Sequence[Tensor]) -> bool:
+    """Whether the dimensions before the last are an input's: its examples, and the tokens or pixels of each."""
+    before = shape[:-1]
+    return any(
+        x.shape[: len(before)] == before or (x.dim() == len(shape) and x.shape[:1] + x.shape[2:] == before)
+        for x in inputs
+    )
 
 
 def are_shares(tensor: Tensor) -> Tensor:

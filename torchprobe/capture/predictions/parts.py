@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.modules import chosen_modules
-from torchprobe.capture.predictions.pool import InputKey
+from torchprobe.capture.predictions.inputs import InputKey
 from torchprobe.naming import ROOT
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchprobe.capture.predictions.forms import Form, Predicted, members_of
 from torchprobe.capture.predictions.graph import Place
 from torchprobe.capture.predictions.likelihood import Spread
-from torchprobe.capture.predictions.pool import InputKey, Pool
+from torchprobe.capture.predictions.inputs import InputKey
+from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Quantity, Reading
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.evidence import SURE

@@ -16,6 +16,7 @@ from torchprobe.capture.predictions.forms import (
     Form,
     Generators,
     Predicted,
+    are_places,
     is_usable,
     members_of,
     possible_forms,
@@ -107,7 +108,7 @@ class PlainOutputs:
         few = _too_few(member, forms)
         phase.say("uncertainty", few and f"{few}Uncertainty(task='classification')")
         phase.say("calibration", few and f"{few}call session.log_predictions(probs, targets)")
-        if LAST not in forms and BINARY not in forms:
+        if member.dim() > 2 and not are_places(member.shape, inputs):
             phase.say("uncertainty", _doubt(member))
         return forms
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-from weakref import ReferenceType, ref
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import Form, Generators, Predicted, pick, rows_of
+from torchprobe.capture.predictions.inputs import InputKey
 from torchprobe.statistics import uncertainty
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.uncertainty import Decomposition, entropy
@@ -19,44 +17,7 @@ NUMBERS = "numbers"
 """The form of a plain output that holds numbers: told by a loss module, or by `task=`."""
 
 _MOST_NUMBERS = 2**20
-_SIMPLE = (str, int, float, bool, type(None))
-_A_SIDE = 16  # elements along a dimension that stand for a tensor's values
 _SAME = 1e-6  # probabilities that lie no further apart are those of one deterministic pass
-
-
-class InputKey:
-    """What a pass was called with, and the state of the model that it was called on; keeps nothing alive.
-
-    Versions, places and simple attributes are compared on the host; what leaves no trace there (a numpy array beneath,
-    `.data.copy_`), a few values of each tensor tell, on the device.
-    """
-
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None) -> None:
-        tensors = input_tensors(args, kwargs)
-        self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
-        self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
-        parameters = [] if model is None else [p for p in model.parameters() if _is_plain(p)]
-        places = [(p.data_ptr(), version_of(p)) for p in parameters]
-        self._state = [] if model is None else [*_attributes(model), *places]
-        self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
-
-    def same_as(self, other: InputKey) -> bool:
-        """Whether both are the same input as far as the host can tell; never so without a tensor in it."""
-        if not self._tensors or len(self._tensors) != len(other._tensors) or self._state != other._state:
-            return False
-        pairs = zip(self._tensors, other._tensors, strict=True)
-        same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
-        return same and len(self._others) == len(other._others) and all(map(_same, self._others, other._others))
-
-    def unchanged_since(self, other: InputKey) -> Iterator[Tensor]:
-        """Flags on the devices: whether values are what they were."""
-        for a, b in zip(self._values, other._values, strict=True):
-            yield ((a == b) | ((a != a) & (b != b))).all()
-
-
-def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Every tensor that a module was called with."""
-    return [*tensors_in(tuple(args)), *tensors_in(dict(kwargs))]
 
 
 class ClassMembers:
@@ -165,6 +126,7 @@ class Pool:
         self._index: dict[Form, Tensor | None] = {}
         self._classes: dict[tuple[str, Form], ClassMembers] = {}
         self._numbers: dict[str, ValueMembers] = {}
+        self._alive: dict[Form, tuple[Tensor, Tensor]] = {}
 
     def takes(self, key: InputKey) -> bool:
         """Whether a pass with this input belongs here, and if so, that it has come."""
@@ -212,6 +174,16 @@ class Pool:
         """All passes so far, read in one way."""
         return next((sums for (_, other), sums in self._classes.items() if other == form), None)
 
+    def chooses(self, form: Form, alive: Tensor, faint: Tensor) -> Tensor | None:
+        """A flag: whether a loss that reads several passes leaves out other rows of this one than of the first, as the
+        best of them does. alive: (n,), rows with a gradient; faint: those that it may have been lost of.
+        """
+        if form not in self._alive:
+            self._alive[form] = alive, faint
+            return None
+        first, lost = self._alive[form]
+        return ((alive != first) & ~(faint | lost)).any()
+
     def mean_number(self) -> Tensor | None:
         """(n,): of a prediction of numbers, over all passes so far."""
         return next((sums.mean for sums in self._numbers.values()), None)
@@ -239,62 +211,5 @@ class Pool:
         return torch.where(together_only, together, alone)
 
 
-# ---- what a pass was called on
-
-
 def _log(probabilities: Tensor) -> Tensor:
     return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    special = tensor.is_sparse or tensor.is_meta or tensor.is_quantized
-    return tensor.numel() > 0 and tensor.layout is torch.strided and not special and not hasattr(tensor, "full_tensor")
-
-
-def _some_values(tensor: Tensor) -> Tensor:
-    steps = tuple(slice(None, None, max(1, n // _A_SIDE)) for n in tensor.shape)
-    return tensor.detach()[steps].flatten()[: _A_SIDE**3].clone()
-
-
-def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """One element of each, by device and type: any average of weights changes it."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in parameters:
-        middle = sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-        one = p.detach().as_strided((1,), (1,), p.storage_offset() + middle)
-        groups.setdefault((p.device, p.dtype), []).append(one)
-    return [torch.cat(ones) for ones in groups.values()]
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Simple attributes of all modules, such as the mode, or the task that is chosen."""
-    for module in model.modules():
-        yield tuple(value for value in module.__dict__.values() if type(value) in _SIMPLE)
-
-
-def _remembered(part: Any) -> object:
-    """A simple value itself; of anything else a weak reference, or what is never equal where it takes none."""
-    try:
-        return part if _is_simple(part) else ref(part)
-    except TypeError:
-        return object()
-
-
-def _same(x: object, y: object) -> bool:
-    """Of simple values; anything else has to be the same living object."""
-    if isinstance(x, ReferenceType) and isinstance(y, ReferenceType):
-        return x() is not None and x() is y()
-    return _is_simple(x) and _is_simple(y) and x == y
-
-
-def _has_tensor(part: Any) -> bool:
-    return next(tensors_in(part), None) is not None
-
-
-def _is_simple(value: Any) -> bool:
-    return all(map(_is_simple, value)) if isinstance(value, tuple) else type(value) in _SIMPLE
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -36,7 +36,7 @@ _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
     "kl": {"kl", "kld"},
 }
 _DIVERGENCES = ("kl_loss", "kl_div", "kl_divergence")  # methods of bayesian-torch's layers, and others'
-_GUESSES = _STD | _LOGARITHMS - {"log"} | {"alpha", "alphas"} | _EVIDENCE  # names of other things, too
+_GUESSES = _STD | _LOGARITHMS | {"alpha", "alphas"} | _EVIDENCE  # names of other things, too
 _OBSERVED = "The model returns a distribution of what is observed."
 _LATENT = "The model returns a distribution of the latent function, without observation noise."
 
@@ -88,8 +88,8 @@ class Reading:
     @property
     def says_something(self) -> bool:
         """Whether there is more than a plain tensor and what is guessed of it."""
-        known = any(number.key == "" for number in self.numbers)
-        return bool(self.named) or known or any(x is not None for x in (self.alpha, self.entropy, self.kl))
+        known = any(number.key == "" for number in self.numbers) or (self.alpha is not None and self.evidence is None)
+        return bool(self.named) or known or self.entropy is not None or self.kl is not None
 
 
 def read(output: Any, module: nn.Module | None = None) -> Reading:
@@ -187,7 +187,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     meanings = {name: meaning for name in fields if (meaning := meaning_of(name)) is not None}
     found: dict[Quantity, tuple[str, Tensor]] = {}
     for name, meaning in meanings.items():  # the first field of a kind counts; a divergence is one number
-        if meaning.quantity != "kl" or fields[name].numel() == 1:
+        if fields[name].numel() == 1 if meaning.quantity == "kl" else _fits(name, meaning, fields):
             found.setdefault(meaning.quantity, (name, fields[name]))
     values = {quantity: meanings[name].convert(_wide(x)) for quantity, (name, x) in found.items()}
     nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
@@ -207,6 +207,14 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
         guesses=tuple(guesses),
         others=_others(fields, plain, meanings),
     )
+
+
+def _fits(name: str, meaning: Meaning, fields: Mapping[str, Tensor]) -> bool:
+    """Whether a field has a value for each example, as far as the others tell: none for a batch, or for a task."""
+    field, others = fields[name], [x for other, x in fields.items() if other != name and x.dim() > 0]
+    if not others or meaning.quantity in ("epistemic", "aleatoric"):
+        return True
+    return field.dim() > 0 and any(x.shape[0] == field.shape[0] for x in others)
 
 
 def _numbers(
@@ -267,6 +275,8 @@ def _read_distribution(found: Distribution) -> Reading:
         return Reading(plain=found.logits, form="logits", note=_OBSERVED)
     if isinstance(found, distributions.Bernoulli):
         return Reading(plain=found.logits, form="binary", note=_OBSERVED)
+    if isinstance(found, distributions.VonMises):  # its variance is that of a direction, from 0 to 1
+        return Reading(note=_OBSERVED)
     if isinstance(found, distributions.Dirichlet):
         return Reading(alpha=found.concentration.detach(), note=_OBSERVED)
     with torch.no_grad():

@@ -40,14 +40,15 @@ class Count(NamedTuple):
     def zeros_count(self) -> Tensor:
         """Whether rows without a gradient are among those that count."""
         own, other = self._scales
-        return self._is_one(own) | (~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other))
+        scaled = ~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other) & ~self._is_between
+        return self._is_one(own) | scaled
 
     @property
     def is_known(self) -> Tensor:
         """Whether that is told at all."""
         own, other = self._scales
-        ignored = self._is_one(other) | (self._is_natural(other) & ~self._is_natural(own))
-        return self.zeros_count | ignored
+        ignored = self._is_natural(other) & ~self._is_natural(own) & ~self._is_between
+        return self.zeros_count | self._is_one(other) | ignored
 
     @property
     def is_plain(self) -> Tensor:
@@ -61,6 +62,12 @@ class Count(NamedTuple):
         """The same, or one that micro-batches or a loss scale divide or multiply."""
         own, other = self._scales
         return self._is_natural(own) | self._is_natural(other)
+
+    @property
+    def _is_between(self) -> Tensor:
+        """Whether it is a mean over more rows than have a gradient, and over fewer than there are: some count."""
+        own, other = self._scales
+        return (own > 1 + self.tolerance) & (other < 1 - self.tolerance)
 
     @property
     def _scales(self) -> tuple[Tensor, Tensor]:
@@ -119,15 +126,16 @@ def of_passes(
     last: 1.0 at the last pass, when all have a gradient: one prediction of all passes counts once.
     """
     assert members.of_mean_logits is not None
-    yield _times(found, members.count), predicted, predicted.mean, 1.0  # the mean of each pass's own loss
+    passes = members.count / len(g)
+    yield _times(found, passes), predicted, predicted.mean, 1.0  # the mean of each pass's own loss
     each = members.of_mean_logits[None].expand(len(g), -1, -1)
     at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
-    yield _times(recover(at_mean, g, form, precision), members.count), at_mean, members.mean, last
+    yield _times(recover(at_mean, g, form, precision), passes), at_mean, members.mean, last
     if len(g) == 1:
         yield _without_share(found, predicted.mean, members), predicted, members.mean, last
 
 
-def _times(found: Recovered, count: int) -> Recovered:
+def _times(found: Recovered, count: float) -> Recovered:
     """The same with each row's factor multiplied, as before a mean over so many passes."""
     return found._replace(factor=found.factor * count)
 

@@ -59,9 +59,9 @@ def hearable_tensors(output: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(vars(output).values()))  # never a property, which runs the user's code
 
 
-def heads_beside(output: Any) -> tuple[str, ...]:
-    """Numbers of the parts of a tuple or list that may be heads: trained rows of the same examples."""
+def heads_beside(output: Any) -> dict[str, Tensor]:
+    """Parts of a tuple or list that may be heads, by their numbers: rows of the same examples, and a loss at most."""
     parts = enumerate(output) if type(output) in (tuple, list) else ()
-    heads = [(i, x) for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.grad_fn is not None]
-    alike = [i for i, x in heads if x.dim() == 2 and x.shape[0] == heads[0][1].shape[0]]
-    return tuple(map(str, alike)) if len(alike) > 1 and len(alike) == len(heads) else ()
+    heads = {str(i): x for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0}
+    kinds = {(x.dim(), x.shape[0], x.grad_fn is None) for x in heads.values()}
+    return heads if len(heads) > 1 and len(kinds) == 1 and min(x.dim() for x in heads.values()) > 1 else {}

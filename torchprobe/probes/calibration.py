@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
-from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
+from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, added_up, form_of, head_of
 from torchprobe.records import Histogram, Value
 from torchprobe.statistics import calibration, intervals
 
@@ -31,8 +31,8 @@ _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("sc
 _FAINT = 0.01
 _TOO_LUCKY = 20.0  # nats: a chance of 2e-9
 _ITS_OWN = (
-    "calibration: all targets are the model's own likeliest classes, though it is not that sure of them: as pseudo-labels "
-    "they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
+    "calibration: all targets are the model's own likeliest classes, though it is not that sure of them: as "
+    "pseudo-labels they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
 )
 
 
@@ -89,36 +89,56 @@ class CalibrationReporter(Reporter):
         self.gap = GeneralisationGap(self)
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
-        self._expected = ""
+        self._outputs: tuple[str, ...] = ()
         self._luck = 0.0  # nats, of having been right so far; infinite once a prediction was wrong
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
         self.evidence.weigh({name: row[_EVIDENCE] for name, row in added_up(names, rows).items()})
 
-    def expect(self, remark: str) -> None:
-        """What is to be said once something is reported."""
-        self._expected = remark or self._expected
+    def expect(self, outputs: tuple[str, ...]) -> None:
+        """The names of the model's outputs, where there are several."""
+        self._outputs = outputs
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """A name is `<form>|<origin>|<phase>`; one phase at a time."""
+        """A name is `<form>|<origin>|<phase>`, of another output than the first `<form>@<output>|...`; one phase at a
+        time.
+        """
         found = added_up(names, rows)
         self.learn(names, rows)
         known = {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
-        name = _preferred(list(known))
-        self._weigh_luck(known)
+        first = _of_output("", known)
+        self._weigh_luck(first)
+        name = _preferred(list(first))
         if name is not None and self.may_be_its_own(name):
             self.remark(_ITS_OWN)
-            return
-        if name is None or _is_open(known[name][_EVIDENCE]):
+        elif name is None or _is_open(known[name][_EVIDENCE]):
             self._explain(names, found, name)
-            return
-        self.remark(self._expected)
-        self._note(name, known[name])
-        row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
-        yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
-        if pictures:
-            yield from _pictures(row)
+        else:
+            self._note(name, known[name])
+            row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
+            yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
+            if pictures:
+                yield from _pictures(row)
+        yield from self._other_outputs(known, name is not None)
+
+    def _other_outputs(
+        self, known: Mapping[str, NDArray[np.float64]], is_first_judged: bool
+    ) -> Iterator[tuple[str, Value]]:
+        """Of those whose own loss was told; that there are others is said."""
+        judged = self._outputs[:1] if is_first_judged else ()
+        for output in self._outputs:
+            of_output = _of_output(output, known)
+            name = _preferred(list(of_output))
+            if name is not None and not _is_open(known[name][_EVIDENCE]):
+                judged += (output,)
+                for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
+                    yield f"calibration/{key}/{output}", value
+        if judged and len(judged) < len(self._outputs):
+            self.remark(
+                f"calibration: of the model's several outputs ({', '.join(self._outputs)}) no targets were seen but of "
+                f"{', '.join(judged)}; for another call session.log_predictions(probs, targets)"
+            )
 
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves: all right from the
@@ -177,6 +197,10 @@ class CalibrationReporter(Reporter):
         self.descriptions = _descriptions(", ".join(notes))
 
 
+def _of_output(output: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    return {name: row for name, row in rows.items() if head_of(name) == output}
+
+
 def _has_any(row: NDArray[np.float64]) -> bool:
     """Whether anything was judged, or found to be no prediction."""
     return bool(row[_COUNTED].any())
@@ -231,7 +255,9 @@ class GeneralisationGap(Reporter):
         evidence = self.speaks_for.evidence
         evidence.weigh({name: row[_GAP_EVIDENCE] for name, row in found.items()})
         judged = {name: row for name, row in found.items() if evidence.holds(name) and row[_COUNT] > 0}
-        judged = {name: row for name, row in judged.items() if not self.speaks_for.may_be_its_own(name)}
+        judged = {
+            name: row for name, row in judged.items() if not (head_of(name) or self.speaks_for.may_be_its_own(name))
+        }
         by_phase = {p: _preferred([n for n in judged if n.endswith(f"|{p}")]) for p in ("train", "val")}
         for phase, name in by_phase.items():
             if name is None:
@@ -261,4 +287,4 @@ def _pictures(row: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
 def _preferred(names: Sequence[str]) -> str | None:
     """What the user handed in, then what a loss module or labels told, then what the gradient did."""
     judged = [name for name in names if f"|{UNJUDGED}|" not in name]
-    return min(judged, key=lambda name: (f"|{GIVEN}|" not in name, not name.startswith("|"))) if judged else None
+    return min(judged, key=lambda name: (f"|{GIVEN}|" not in name, form_of(name) != SURE)) if judged else None

@@ -51,8 +51,20 @@ class Evidence:
 
 
 def form_of(name: str) -> str:
-    """The form that a row's name begins with."""
-    return name.partition("|")[0]
+    """The form that a row's name begins with, and whose it is; `SURE` of any output."""
+    form = name.partition("|")[0]
+    return form if form.partition("@")[0] else SURE
+
+
+def of_head(name: str, head: str) -> str:
+    """The name of a row of another output than the first: `<form>@<head>|...`."""
+    form, bar, rest = name.partition("|")
+    return f"{form}@{head}{bar}{rest}"
+
+
+def head_of(name: str) -> str:
+    """Which output a row is of; nothing of the first."""
+    return name.partition("|")[0].partition("@")[2]
 
 
 def added_up(names: Iterable[str], rows: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

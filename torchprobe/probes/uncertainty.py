@@ -123,9 +123,9 @@ class UncertaintyReporter(Reporter):
         yield from _overview(means)
         if not means and not self.reason and any(row[-len(EVIDENCE)] > 0 for row in found.values()):
             self.explain(
-                "the loss told no form of the model's output, or all predictions of an example have one target, as those "
-                "of members have: Uncertainty(task='classification') or task='regression' says what it is, sample_dim= "
-                "along which dimension members lie"
+                "the loss told no form of the model's output, or all predictions of an example have one target, as "
+                "those of members have: Uncertainty(task='classification') or task='regression' says what it is, "
+                "sample_dim= along which dimension members lie"
             )
 
     def _confirmed(self, found: Mapping[str, NDArray[np.float64]]) -> dict[tuple[str, str], NDArray[np.float64]]:

@@ -24,20 +24,21 @@ from torchprobe.capture.predictions.confirmation import (
     confirm_likelihood,
     confirm_returned,
 )
-from torchprobe.capture.predictions.forms import IGNORED, Form, Generators, Predicted, is_usable
+from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
-from torchprobe.capture.predictions.likelihood import on_both_gradients
+from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
+from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
 from torchprobe.capture.predictions.loss_modules import LossModules
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
-from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
 from torchprobe.capture.predictions.pool import Pool
-from torchprobe.capture.predictions.reading import Number, read
+from torchprobe.capture.predictions.reading import Reading, read
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 
 _MAX_PHASES = 16  # training passes before one backward
+_MAX_HEADS = 8
 _OF_DIRICHLET = {"DigammaBackward", "LgammaBackward"}
 
 
@@ -143,6 +144,7 @@ class PredictionCapture:
         reading = read(output, module)
         phase, pool = self._pool(ROOT, args, kwargs, output)
         self._go_on_in(phase)
+        inputs = input_tensors(args, kwargs)
         phase.describe_as(reading.note)
         phase.describe(pool, reading, self._sample_dim)
         for probe, line in lines_of(reading):
@@ -152,9 +154,20 @@ class PredictionCapture:
         if reading.numbers and reading.numbers[0].mean is not None:
             self._follow_numbers(phase, pool, reading.numbers, reading.numbers[0].mean)
         if reading.plain is not None and is_usable(reading.plain):
-            predicted = self._plain.add(phase, pool, reading.plain, reading, input_tensors(args, kwargs))
+            predicted = self._plain.add(phase, pool, reading.plain, reading, inputs)
             if not self._judged_by_own_loss(phase, module, (args, kwargs), output, reading.plain):
                 self._wait(phase, pool, reading.plain, predicted)
+        phase.have_outputs(reading.heads)
+        for name, tensor in list(reading.heads.items())[:_MAX_HEADS]:
+            if tensor is not reading.plain and is_usable(tensor) and tensor.numel() <= MAX_ELEMENTS:
+                self._follow_head(phase.head(name), pool.beside(name), tensor, inputs, output)
+
+    def _follow_head(self, phase: Phase, pool: Pool, tensor: Tensor, inputs: Sequence[Tensor], output: Any) -> None:
+        """Another output than the first, in a phase of its own: what judges it may be another loss."""
+        predicted = self._plain.add(phase, phase.go_on(pool), tensor, Reading(plain=tensor), inputs)
+        losses = _losses_in(output)
+        if not losses or not confirm_returned(phase, tensor, judge_of(losses[:1], place_of(tensor)), self._generators):
+            self._wait(phase, pool, tensor, predicted)
 
     def _follow_numbers(self, phase: Phase, pool: Pool, numbers: Sequence[Number], mean: Tensor) -> None:
         ways = [Values(n.key, mean.detach(), n.variance, n.spread, n.is_normal) for n in numbers]
@@ -183,7 +196,7 @@ class PredictionCapture:
         self, phase: Phase, module: nn.Module, given: tuple[Any, Mapping[str, Any]], output: Any, plain: Tensor
     ) -> bool:
         """A loss that the model returns tells: by its graph, or recomputed from labels."""
-        losses = [x for x in tensors_in(output) if x.numel() == 1 and x.dim() == 0 and x.is_floating_point()]
+        losses = _losses_in(output)
         if not losses or self._sample_dim is not None:
             return False
         judge = judge_of(losses[:1], place_of(plain))
@@ -239,7 +252,7 @@ class PredictionCapture:
             call = targets.read_call(module, args, kwargs)
             phases = list(self._recent()) if self._training else [self._validation] if self._validation else []
             if call is not None:
-                targets.hear(phases, call, self._training)
+                targets.hear([one for phase in phases for one in phase.all_outputs()], call, self._training)
 
     # ---- machinery
 
@@ -270,3 +283,8 @@ class PredictionCapture:
         device = torch.device("cpu") if tensor is None else tensor.device
         with self._gate.boundary(), torch.no_grad(), no_autocast(device), no_torch_function():
             yield
+
+
+def _losses_in(output: Any) -> list[Tensor]:
+    """Numbers among a model's outputs that may be its loss."""
+    return [x for x in tensors_in(output) if x.dim() == 0 and x.is_floating_point()]

@@ -288,19 +288,6 @@ def confirm_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_sourc
         phase.coverage.add(SURE, intervals.compute(mean, variance, targets.where(found, torch.nan)) * found)
 
 
-def confirm_ensemble(output: Tensor, members: Sequence[Tensor]) -> Tensor | None:
-    """A flag: whether an output is the mean of its members' logits or probabilities. Stacked ones alone are heads."""
-    if any(member.shape != output.shape for member in members):
-        return None
-    wide = [member.detach().to(row_dtype(member.device)) for member in members]
-    out, loose = output.detach().to(wide[0].dtype), TOLERANCE.get(output.dtype, 1e-4)
-    means = [torch.stack(wide).mean(0)]
-    if output.dim() > 1 and output.shape[-1] > 1:
-        of_probabilities = torch.stack([member.softmax(-1) for member in wide]).mean(0)
-        means += [of_probabilities, of_probabilities.log()]
-    return torch.stack([(out - mean).abs().amax() <= loose * mean.abs().amax() for mean in means]).any()
-
-
 def _evidence(like: Tensor, checked: float, passed: float) -> Tensor:
     return torch.tensor([checked, passed, 0.0], dtype=row_dtype(like.device), device="cpu").to(
         like.device, non_blocking=True

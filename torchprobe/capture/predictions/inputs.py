@@ -58,7 +58,7 @@ def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor
 
 
 class Draws:
-    """Whether random numbers of torch's own generators are drawn, from `begin` on; no device is started or waited for."""
+    """Whether random numbers of torch's own generators are drawn, from `begin` on. Waits for no device, starts none."""
 
     def __init__(self) -> None:
         self._before: list[Tensor] | None = None
@@ -78,8 +78,8 @@ class Draws:
 def _generator_states() -> list[Tensor] | None:
     """In host memory, all of them; None while a graph of CUDA is recorded."""
     try:
-        used = [g for kind in _ACCELERATORS if (m := getattr(torch, kind)).is_initialized() for g in m.default_generators]
-        return [torch.default_generator.get_state(), *(generator.get_state() for generator in used)]
+        used = [module for kind in _ACCELERATORS if (module := getattr(torch, kind)).is_initialized()]
+        return [g.get_state() for g in (torch.default_generator, *(g for one in used for g in one.default_generators))]
     except RuntimeError:
         return None
 

@@ -32,6 +32,30 @@ class Spread(NamedTuple):
 STD = Spread(2.0, 0.5)
 
 
+class Number(NamedTuple):
+    """One way to read a mean and a variance: key is empty where the output says so, else it is a hypothesis that a loss
+    has to confirm. mean and source, of which convert makes the variance, are still in the graph.
+    """
+
+    key: str
+    mean: Tensor | None
+    source: Tensor
+    spread: Spread = Spread()
+    convert: Callable[[Tensor], Tensor] = lambda x: x
+    is_normal: bool = True
+
+    @property
+    def variance(self) -> Tensor:
+        """Detached, in float32 or wider; NaN where a number is negative, for then it is none."""
+        found = self.convert(wide(self.source))
+        return found.where((found >= 0).all(), torch.nan)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Detached, and in float32 or wider: a variance must not overflow."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def on_both_gradients(mean: Tensor, spread: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
     """Hear once of both gradients, if both arrive: autograd hands None to the hook of what the loss leaves out."""
     arrived: dict[str, Tensor] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import ReferenceType
@@ -13,85 +12,21 @@ from torch import Tensor
 
 from torchprobe.capture.predictions.forms import Form, Predicted, members_of
 from torchprobe.capture.predictions.graph import Place
-from torchprobe.capture.predictions.likelihood import Spread
 from torchprobe.capture.predictions.inputs import InputKey
+from torchprobe.capture.predictions.likelihood import Spread
 from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Quantity, Reading
+from torchprobe.capture.predictions.tally import Tally
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import uncertainty
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.uncertainty import Decomposition
 
 EVIDENTIAL = "evidential"
 """The form of a field that may hold the parameters of a Dirichlet distribution."""
 
 QUANTITIES: tuple[Quantity, ...] = ("total", "aleatoric", "epistemic")
 _MAX_WAITING = 16  # passes over one input before their targets are seen
-
-
-class Tally:
-    """Rows by name, added up on their devices. A name is `<form>|<rest>`: the evidence of a form says whether its rows
-    count.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[torch.device, str], Tensor] = {}
-        self._evidence: dict[str, Tensor] = {}
-        self._sampled: set[str] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._rows or self._evidence)
-
-    def add(self, name: str, row: Tensor, sampled: bool = False) -> None:
-        """Add a row. Out of place: it may have been made in inference mode."""
-        key = (row.device, name)
-        self._rows[key] = row if key not in self._rows else self._rows[key] + row
-        if sampled:
-            self._sampled.add(name)
-
-    def describe(self, name: str, *found: Tensor | None) -> None:
-        """Add a row of uncertainty: total, aleatoric and epistemic, as far as they are known."""
-        self.add(name, uncertainty.compute(Decomposition(*found, *[None] * (3 - len(found)))))
-
-    def support(self, form: str, evidence: Tensor) -> None:
-        """Add to what is known of a form: (3,), see `probes.evidence`."""
-        before = self._evidence.get(form)
-        if before is not None:  # what is in host memory goes to the device: the other way would wait
-            device = evidence.device if before.is_cpu else before.device
-            dtype = row_dtype(device)
-            evidence = before.to(device, dtype, non_blocking=True) + evidence.to(device, dtype, non_blocking=True)
-        self._evidence[form] = evidence
-
-    def take_from(self, other: Tally) -> None:
-        """All that another one holds, which is empty then."""
-        if other is self:
-            return
-        rows, evidence, sampled = other.hand_over()
-        for (_, name), row in rows.items():
-            self.add(name, row, name in sampled)
-        for form, found in evidence.items():
-            self.support(form, found)
-
-    def hand_over(self) -> tuple[dict[tuple[torch.device, str], Tensor], dict[str, Tensor], set[str]]:
-        """Everything, to somebody else."""
-        given = self._rows, self._evidence, self._sampled
-        self._rows, self._evidence, self._sampled = {}, {}, set()
-        return given
-
-    def rows(self) -> Iterator[tuple[list[str], Tensor]]:
-        """For each device the names and their rows with `EVIDENCE` behind."""
-        groups: defaultdict[torch.device, list[str]] = defaultdict(list)
-        for device, name in self._rows:
-            groups[device].append(name)
-        for device, names in groups.items():
-            yield names, torch.stack([self._complete(device, name) for name in names])
-
-    def _complete(self, device: torch.device, name: str) -> Tensor:
-        row = self._rows[device, name]
-        evidence = self._evidence.get(name.partition("|")[0], row.new_zeros(3))
-        sampled = row.new_full((1,), float(name in self._sampled))
-        return torch.cat((row, evidence.to(device, row_dtype(device), non_blocking=True), sampled))
 
 
 class Candidate(NamedTuple):
@@ -160,7 +95,8 @@ class Phase:
     """What one training pass gave, or several over the same input; or all passes of a validation.
 
     Rows of uncertainty, calibration and interval coverage; pools that may get further passes; predictions that wait.
-    lines: by probe, why the last output says nothing, or only a part. note: what else is known of it.
+    lines: by probe, why the last output says nothing, or only a part. note: what else is known of it. outputs: names of
+    all outputs, where there are several; heads: what the others than the first gave.
     Gradients that arrive later write into it, so whoever drops it drops what they tell.
     """
 
@@ -174,6 +110,16 @@ class Phase:
     unjudged: bool = False  # a plain output's targets were never seen
     lines: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    outputs: tuple[str, ...] = ()
+    heads: dict[str, Phase] = field(default_factory=dict)
+
+    def head(self, name: str) -> Phase:
+        """What another output gave than the first."""
+        return self.heads.setdefault(name, Phase(self.training, self.moment))
+
+    def have_outputs(self, names: Iterable[str]) -> None:
+        """The last output consisted of several."""
+        self.outputs = tuple(names)
 
     def say(self, probe: str, line: str) -> None:
         """Why there is nothing to record of an output, and what would settle it."""
@@ -213,6 +159,14 @@ class Phase:
         self.pools[pool.where] = pool
         return pool
 
+    def go_on(self, pool: Pool) -> Pool:
+        """Its pass, or another one, has come."""
+        return pool if self.pools.get(pool.where) is pool else self.begin(pool)
+
+    def all_outputs(self) -> list[Phase]:
+        """This, and what the other outputs gave."""
+        return [self, *self.heads.values()]
+
     def settle_pool(self, pool: Pool) -> None:
         """No further pass over its input will come."""
         for name, row, sampled in pool.settle():
@@ -223,6 +177,8 @@ class Phase:
         for pool in self.pools.values():
             self.settle_pool(pool)
         self.pools = {}
+        for head in self.heads.values():
+            head.settle()
 
     def take_from(self, other: Phase) -> None:
         """All rows of another one, which has none then. What was said of the last output counts."""
@@ -232,8 +188,10 @@ class Phase:
         self.calibration.take_from(other.calibration)
         self.coverage.take_from(other.coverage)
         self.unjudged |= other.unjudged
-        self.moment, self.note = other.moment, other.note
+        self.moment, self.note, self.outputs = other.moment, other.note, other.outputs
         self.lines.update(other.lines)
+        for name, head in other.heads.items():
+            self.head(name).take_from(head)
 
     def absorb(self, other: Phase) -> None:
         """The same, for good: what another one is still told counts here."""
@@ -243,6 +201,8 @@ class Phase:
     def tell(self, other: Phase) -> None:
         """What comes from now on goes to another one."""
         self.uncertainty, self.calibration, self.coverage = other.uncertainty, other.calibration, other.coverage
+        for name, head in self.heads.items():
+            head.tell(other.head(name))
 
     def describe(self, pool: Pool, reading: Reading, sample_dim: int | None) -> None:
         """Rows of everything but the plain tensor. Numbers with a variance go to the pool: passes belong together."""

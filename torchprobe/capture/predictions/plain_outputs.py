@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.confirmation import confirm_ensemble
 from torchprobe.capture.predictions.forms import (
     BINARY,
     FEW_CLASSES,
@@ -22,12 +22,14 @@ from torchprobe.capture.predictions.forms import (
     possible_forms,
     row_count,
 )
+from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.capture.predictions.graph import place_of, reaches
 from torchprobe.capture.predictions.phase import Phase
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
 from torchprobe.capture.predictions.reading import Reading, read
 from torchprobe.probes.evidence import SURE
 from torchprobe.probes.uncertainty import Uncertainty
+from torchprobe.statistics.dtypes import row_dtype
 
 NO_TARGETS = (
     "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
@@ -78,7 +80,7 @@ class PlainOutputs:
         numbers = [reading.numbers[0] for reading in readings if reading.numbers and not reading.numbers[0].key]
         means = [number.mean for number in numbers if number.mean is not None]
         if len(means) == len(readings) and whole.numbers and whole.numbers[0].mean is not None:
-            flag = confirm_ensemble(whole.numbers[0].mean, means)
+            flag = _is_mean_of(whole.numbers[0].mean, means)
             pool = Pool(name, None, self._generators)
             pool.add_numbers(SURE, means, [number.variance for number in numbers])
             _settle(phase, pool, flag)
@@ -89,7 +91,7 @@ class PlainOutputs:
         for form in possible_forms(members[0], []) if members[0].dim() != 3 else [LAST]:
             pool.add_classes(form.key, form, [pool.rows(member, form) for member in members])
         pool.add_numbers(NUMBERS, members)
-        _settle(phase, pool, confirm_ensemble(whole.plain, members))
+        _settle(phase, pool, _is_mean_of(whole.plain, members))
 
     def _known_form(self, reading: Reading, member: Tensor) -> Form | None:
         if reading.form == "binary":
@@ -146,13 +148,6 @@ def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
         )
     if any(number.key in ("", *reading.guesses) for number in reading.numbers):
         yield "calibration", NO_TARGETS
-    if reading.others:
-        names = ", ".join(reading.others)
-        yield (
-            "remark",
-            f"calibration: the model returns several outputs ({names}), of which the first one alone is read; for "
-            "another head call session.log_predictions(probs, targets)",
-        )
 
 
 def _settle(phase: Phase, pool: Pool, flag: Tensor | None) -> None:
@@ -160,6 +155,19 @@ def _settle(phase: Phase, pool: Pool, flag: Tensor | None) -> None:
     if flag is not None:
         for name, row, sampled in pool.settle():
             phase.uncertainty.add(name, row * flag, sampled)
+
+
+def _is_mean_of(output: Tensor, members: Sequence[Tensor]) -> Tensor | None:
+    """A flag: whether an output is the mean of its members' logits or probabilities. Stacked ones alone are heads."""
+    if any(member.shape != output.shape for member in members):
+        return None
+    wide = [member.detach().to(row_dtype(member.device)) for member in members]
+    out, loose = output.detach().to(wide[0].dtype), TOLERANCE.get(output.dtype, 1e-4)
+    means = [torch.stack(wide).mean(0)]
+    if output.dim() > 1 and output.shape[-1] > 1:
+        of_probabilities = torch.stack([member.softmax(-1) for member in wide]).mean(0)
+        means += [of_probabilities, of_probabilities.log()]
+    return torch.stack([(out - mean).abs().amax() <= loose * mean.abs().amax() for mean in means]).any()
 
 
 def _only_adds(output: Tensor, members: Sequence[Tensor]) -> bool:

@@ -117,28 +117,36 @@ class ValueMembers:
 class Pool:
     """Predictions of one place in the model for one input, by every way to read them."""
 
-    def __init__(self, where: str, key: InputKey | None, generators: Generators) -> None:
+    def __init__(
+        self, where: str, key: InputKey | None, generators: Generators, further: list[list[Tensor]] | None = None
+    ) -> None:
         self.where = where
-        self.passes = 1
         self._key = key
         self._generators = generators
-        self._unchanged: list[Tensor] = []
+        self._further = [] if further is None else further  # passes: flags of values that are what they were
+        self._beside: dict[str, Pool] = {}
         self._index: dict[Form, Tensor | None] = {}
         self._classes: dict[tuple[str, Form], ClassMembers] = {}
         self._numbers: dict[str, ValueMembers] = {}
         self._alive: dict[Form, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def passes(self) -> int:
+        """How many there were."""
+        return 1 + len(self._further)
+
     def takes(self, key: InputKey) -> bool:
         """Whether a pass with this input belongs here, and if so, that it has come."""
         if self._key is None or not self._key.same_as(key):
             return False
-        self.passes += 1
-        self._unchanged += key.unchanged_since(self._key)
+        self._further.append(list(key.unchanged_since(self._key)))
         return True
 
-    def require(self, flag: Tensor) -> None:
-        """Members are such only where a flag on the device is set."""
-        self._unchanged.append(flag)
+    def beside(self, name: str) -> Pool:
+        """That of another output of the same passes."""
+        if name not in self._beside:
+            self._beside[name] = Pool(f"{self.where}.{name}", None, self._generators, self._further)
+        return self._beside[name]
 
     def index(self, tensor: Tensor, form: Form) -> Tensor | None:
         """Which rows of an output are read, None for all: the same in every pass."""
@@ -200,7 +208,7 @@ class Pool:
     def _row(self, sums: ClassMembers | ValueMembers) -> Tensor:
         """Of one prediction by all members; of separate ones where the flags say so."""
         together = uncertainty.compute(sums.decomposition())
-        flags, apart = list(self._unchanged), sums.differ()
+        flags, apart = [flag for flags in self._further for flag in flags], sums.differ()
         if apart is not None and self.passes > 1:
             flags.append(apart)
         if not flags or sums.count < 2:

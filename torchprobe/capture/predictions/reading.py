@@ -14,7 +14,7 @@ from torch import Tensor, distributions, nn
 from torch.distributions import Distribution
 
 from torchprobe.capture.outputs import heads_beside, main_tensor
-from torchprobe.capture.predictions.likelihood import STD, Spread
+from torchprobe.capture.predictions.likelihood import STD, Number, Spread, wide
 
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
 
@@ -26,6 +26,7 @@ _LOGARITHMS = {"log", "logvar", "logvars", "logvariance", "logstd", "logsigma"}
 _EVIDENCE = {"evidence", "evidences"}
 _OTHERWISE = {"attention", "attn", "attentions", "loss", "losses", "target", "targets", "label", "labels", "weights"}
 _MEANS = {"mean", "means", "mu", "loc", "gamma", "prediction", "predictions", "pred", "preds"}
+_LOGITS = {"logits", "logit"}
 _PROBABILITIES = {"probs", "probabilities", "probability"}
 _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
     "epistemic": {"epistemic"},
@@ -41,25 +42,6 @@ _OBSERVED = "The model returns a distribution of what is observed."
 _LATENT = "The model returns a distribution of the latent function, without observation noise."
 
 
-class Number(NamedTuple):
-    """One way to read a mean and a variance: key is empty where the output says so, else it is a hypothesis that a loss
-    has to confirm. mean and source, of which convert makes the variance, are still in the graph.
-    """
-
-    key: str
-    mean: Tensor | None
-    source: Tensor
-    spread: Spread = Spread()
-    convert: Callable[[Tensor], Tensor] = lambda x: x
-    is_normal: bool = True
-
-    @property
-    def variance(self) -> Tensor:
-        """Detached, in float32 or wider; NaN where a number is negative, for then it is none."""
-        found = self.convert(_wide(self.source))
-        return found.where((found >= 0).all(), torch.nan)
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What an output says, each part in its own shape and detached; None is what it does not say.
@@ -68,7 +50,8 @@ class Reading:
     a Dirichlet distribution, (..., classes), and the field that it was made of, where that is but a guess. nu, beta:
     with alpha, of a normal-inverse-gamma one. kl: a divergence from the prior, one number. entropy: a differential
     one. plain: the tensor that may hold logits, still in the graph; form says what is known of it: "logits", "binary"
-    or nothing. guesses: names of fields that a loss has to confirm.
+    or nothing. guesses: names of fields that a loss has to confirm. heads: outputs as good as the plain one, which is
+    the first of them, by name.
     """
 
     named: Mapping[Quantity, Tensor] = field(default_factory=dict)
@@ -83,7 +66,7 @@ class Reading:
     form: str = ""
     note: str = ""
     guesses: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def says_something(self) -> bool:
@@ -101,7 +84,7 @@ def read(output: Any, module: nn.Module | None = None) -> Reading:
             reading,
             plain=_main(output),
             numbers=reading.numbers or _pair(output),
-            others=reading.others or heads_beside(output),
+            heads=reading.heads or heads_beside(output),
         )
     if reading.kl is None and module is not None:
         reading = replace(reading, kl=_divergence_beside(module, output))
@@ -189,7 +172,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     for name, meaning in meanings.items():  # the first field of a kind counts; a divergence is one number
         if fields[name].numel() == 1 if meaning.quantity == "kl" else _fits(name, meaning, fields):
             found.setdefault(meaning.quantity, (name, fields[name]))
-    values = {quantity: meanings[name].convert(_wide(x)) for quantity, (name, x) in found.items()}
+    values = {quantity: meanings[name].convert(wide(x)) for quantity, (name, x) in found.items()}
     nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
     complete = nu is not None and beta is not None
     guesses = [name for name, meaning in meanings.items() if meaning.is_guess and not complete]
@@ -200,12 +183,12 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
         numbers=_numbers(fields, *found["variance"], meanings) if "variance" in found else (),
         alpha=values.get("alpha"),
         evidence=None if complete or "alpha" not in found else found["alpha"][1],
-        nu=_wide(nu) if nu is not None and complete else None,
-        beta=_wide(beta) if beta is not None and complete else None,
+        nu=wide(nu) if nu is not None and complete else None,
+        beta=wide(beta) if beta is not None and complete else None,
         kl=values.get("kl"),
         plain=plain,
         guesses=tuple(guesses),
-        others=_others(fields, plain, meanings),
+        heads=_heads(fields, plain, meanings),
     )
 
 
@@ -226,10 +209,12 @@ def _numbers(
     return (Number(name if meaning.is_guess else "", mean, source, meaning.spread, meaning.convert),)
 
 
-def _others(fields: Mapping[str, Tensor], plain: Tensor | None, known: Mapping[str, Meaning]) -> tuple[str, ...]:
-    """Fields that may be outputs as good as the first one, of a model whose fields have no known names."""
-    free = [name for name, x in fields.items() if x.dim() > 1 and not _words_of(name) & _OTHERWISE]
-    return tuple(free) if plain is None and not known and len(free) > 1 else ()
+def _heads(fields: Mapping[str, Tensor], plain: Tensor | None, known: Mapping[str, Meaning]) -> dict[str, Tensor]:
+    """Fields that may be outputs as good as the first one: called logits, too, or of a model without known names."""
+    free = {name: x for name, x in fields.items() if x.dim() > 1 and not _words_of(name) & _OTHERWISE}
+    if plain is not None or known:
+        free = {name: x for name, x in free.items() if x is plain or _words_of(name) & _LOGITS}
+    return free if len(free) > 1 and (plain is None or any(x is plain for x in free.values())) else {}
 
 
 def _mean_for(fields: Mapping[str, Tensor], variance: Tensor) -> Tensor | None:
@@ -243,17 +228,12 @@ def _with_words(fields: Mapping[str, Tensor], words: set[str], without: str = ""
     return next(found, None)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Detached, and in float32 or wider: a variance must not overflow."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _divergence_beside(module: nn.Module, output: Any) -> Tensor | None:
     """The scalar after an output, as in bayesian-torch: of a module without Bayesian layers it may be a loss."""
     if not isinstance(output, tuple | list) or len(output) != 2 or not isinstance(output[1], Tensor):
         return None
     is_bayesian = (callable(getattr(type(part), name, None)) for part in module.modules() for name in _DIVERGENCES)
-    return _wide(output[1]) if output[1].numel() == 1 and any(is_bayesian) else None
+    return wide(output[1]) if output[1].numel() == 1 and any(is_bayesian) else None
 
 
 # ---- distributions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 from weakref import ReferenceType
 
 import torch
@@ -18,7 +18,7 @@ from torchprobe.capture.predictions.plain_outputs import Settled
 from torchprobe.capture.source import Pass
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.calibration import FLAGS, UNJUDGED, CalibrationReporter
-from torchprobe.probes.evidence import EVIDENCE
+from torchprobe.probes.evidence import EVIDENCE, of_head
 from torchprobe.probes.uncertainty import Uncertainty, UncertaintyReporter
 from torchprobe.statistics import calibration
 
@@ -139,10 +139,10 @@ class PredictionSource:
         if reporter is reporting.uncertainty:
             reporter.explain(phase.lines.get("uncertainty", ""))
             reporting.uncertainty.describe(phase.note)
-            yield from (Piece(reporter, names, rows, prefix) for names, rows in phase.uncertainty.rows())
+            yield from (Piece(reporter, names, rows, prefix) for names, rows in _rows_of(phase, "uncertainty"))
         elif reporter is reporting.calibration:
             reporter.explain(phase.lines.get("calibration", ""))
-            reporting.calibration.expect(phase.lines.get("remark", ""))
+            reporting.calibration.expect(phase.outputs)
             yield from _of_calibration(reporting.calibration, phase, prefix)
             yield from _of_coverage(reporting.calibration, phase, prefix)
 
@@ -178,7 +178,7 @@ def _of_coverage(reporter: CalibrationReporter, phase: Phase, prefix: str) -> It
 
 def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
     training = phase.training
-    for names, rows in phase.calibration.rows():
+    for names, rows in _rows_of(phase, "calibration"):
         flags = _flags(rows, phase.moment).expand(len(rows), -1)
         own = [_name(name, training) for name in names]
         yield Piece(reporter, own, torch.cat((rows, flags), 1), prefix)
@@ -186,6 +186,13 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) ->
     if phase.unjudged and not training and not phase.calibration:
         nothing = torch.zeros(1, reporter.probe.width, dtype=torch.float64)
         yield Piece(reporter, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
+
+
+def _rows_of(phase: Phase, kind: Literal["uncertainty", "calibration"]) -> Iterator[tuple[list[str], Tensor]]:
+    """For each device names and rows, of all outputs."""
+    yield from getattr(phase, kind).rows()
+    for head, other in phase.heads.items():
+        yield from (([of_head(name, head) for name in names], rows) for names, rows in getattr(other, kind).rows())
 
 
 def _of_gap(reporter: CalibrationReporter, names: Sequence[str], rows: Tensor) -> Piece:

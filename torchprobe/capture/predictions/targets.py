@@ -25,8 +25,8 @@ from torchprobe.capture.predictions.forms import (
 )
 from torchprobe.capture.predictions.forms import by_row as rows_view
 from torchprobe.capture.predictions.gradient import TOLERANCE
-from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.inputs import version_of
+from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS
 from torchprobe.naming import unwrapped
 from torchprobe.probes.evidence import SURE

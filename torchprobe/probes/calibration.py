@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
-from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, added_up, form_of, head_of
+from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, added_up, by_loop, form_of, head_of
 from torchprobe.records import Histogram, Value
 from torchprobe.statistics import calibration, intervals
 
@@ -101,12 +101,21 @@ class CalibrationReporter(Reporter):
         self._outputs = outputs
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
-        """A name is `<form>|<origin>|<phase>`, of another output than the first `<form>@<output>|...`; one phase at a
-        time.
+        """A name is `<form>|<origin>|<phase>`, of another output than the first `<form>@<output>|...`, of one loop of
+        several `...~<loop>`; one phase at a time.
         """
-        found = added_up(names, rows)
         self.learn(names, rows)
-        known = {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
+        loops = by_loop(names, rows)
+        yield from self._of_all(names, loops.pop(""))
+        for loop, found in loops.items():
+            known = self._known(found)
+            yield from self._named(known, {output: f"{output}.{loop}".lstrip(".") for output in map(head_of, known)})
+
+    def _known(self, found: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        return {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
+
+    def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
+        known = self._known(found)
         first = _of_output("", known)
         self._weigh_luck(first)
         name = _preferred(list(first))
@@ -120,25 +129,24 @@ class CalibrationReporter(Reporter):
             yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
             if pictures:
                 yield from _pictures(row)
-        yield from self._other_outputs(known, name is not None)
-
-    def _other_outputs(
-        self, known: Mapping[str, NDArray[np.float64]], is_first_judged: bool
-    ) -> Iterator[tuple[str, Value]]:
-        """Of those whose own loss was told; that there are others is said."""
-        judged = self._outputs[:1] if is_first_judged else ()
-        for output in self._outputs:
-            of_output = _of_output(output, known)
-            name = _preferred(list(of_output))
-            if name is not None and not _is_open(known[name][_EVIDENCE]):
-                judged += (output,)
-                for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
-                    yield f"calibration/{key}/{output}", value
+        yield from self._named(known, {output: output for output in self._outputs})
+        judged = [output for output in self._outputs if _of_output(output, known)]
+        judged += self._outputs[:1] if name is not None else ()
         if judged and len(judged) < len(self._outputs):
             self.remark(
                 f"calibration: of the model's several outputs ({', '.join(self._outputs)}) no targets were seen but of "
                 f"{', '.join(judged)}; for another call session.log_predictions(probs, targets)"
             )
+
+    def _named(
+        self, known: Mapping[str, NDArray[np.float64]], labels: Mapping[str, str]
+    ) -> Iterator[tuple[str, Value]]:
+        """Numbers of some outputs under names of their own, by output."""
+        for output, label in labels.items():
+            name = _preferred(list(_of_output(output, known)))
+            if name is not None and not _is_open(known[name][_EVIDENCE]):
+                for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
+                    yield f"calibration/{key}/{label}", value
 
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves: all right from the
@@ -189,7 +197,8 @@ class CalibrationReporter(Reporter):
             )
 
     def _note(self, name: str, row: NDArray[np.float64]) -> None:
-        notes = ["a sample of rows"] if row[_EVIDENCE][3] else []
+        notes = [f"of the first output, {self._outputs[0]}"] if self._outputs else []
+        notes += ["a sample of rows"] if row[_EVIDENCE][3] else []
         if row[_IGNORED]:
             notes.append("without rows that the loss left out, ignored or masked")
         if row[_SCORES].any():

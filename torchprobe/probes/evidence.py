@@ -62,6 +62,21 @@ def of_head(name: str, head: str) -> str:
     return f"{form}@{head}{bar}{rest}"
 
 
+def of_loop(name: str, loop: str) -> str:
+    """The name of a row of one loop of a validation of several: `...~<loop>`."""
+    return f"{name}~{loop}" if loop else name
+
+
+def by_loop(names: Iterable[str], rows: NDArray[np.float64]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Rows by name of all loops together, under "", and of each where there are several."""
+    names = list(names)
+    loops = {"": added_up([name.partition("~")[0] for name in names], rows)}
+    for name, row in added_up(names, rows).items():
+        name, _, loop = name.partition("~")
+        loops.setdefault(loop, {})[name] = row
+    return loops
+
+
 def head_of(name: str) -> str:
     """Which output a row is of; nothing of the first."""
     return name.partition("|")[0].partition("@")[2]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torchprobe.arguments import checked_patterns
 from torchprobe.probes.base import InValidation, Probe, Reporter
-from torchprobe.probes.evidence import EVIDENCE, Evidence, added_up
+from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, added_up, by_loop, form_of
 from torchprobe.probes.schedule import Schedule
 from torchprobe.records import Histogram, Value
 from torchprobe.statistics import uncertainty
@@ -111,8 +111,9 @@ class UncertaintyReporter(Reporter):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is `<form>|<group>|<where>`."""
-        found = added_up(names, rows)
         self.learn(names, rows)
+        loops = by_loop(names, rows)
+        found = loops.pop("")
         how = "a sample of rows" if any(row[-1] for row in found.values()) else "exact"
         self.descriptions = _descriptions(how, self._note)
         means: dict[str, dict[str, float]] = {}
@@ -121,6 +122,9 @@ class UncertaintyReporter(Reporter):
             if not group:
                 means[where] = uncertainty.summarise(row)
         yield from _overview(means)
+        for loop, of_loop in loops.items():
+            for (group, where), row in self._confirmed(of_loop).items():
+                yield from _tags(group, f"{where}.{loop}", row)
         if not means and not self.reason and any(row[-len(EVIDENCE)] > 0 for row in found.values()):
             self.explain(
                 "the loss told no form of the model's output, or all predictions of an example have one target, as "
@@ -131,7 +135,7 @@ class UncertaintyReporter(Reporter):
     def _confirmed(self, found: Mapping[str, NDArray[np.float64]]) -> dict[tuple[str, str], NDArray[np.float64]]:
         """One row a group and place: what the output says itself before what a loss told of it."""
         confirmed: dict[tuple[str, str], NDArray[np.float64]] = {}
-        for name, row in sorted(found.items(), key=lambda item: not item[0].startswith("|")):
+        for name, row in sorted(found.items(), key=lambda item: form_of(item[0]) != SURE):
             _, group, where = name.split("|", 2)
             if self.evidence.holds(name) and row[: -len(EVIDENCE)].any():
                 confirmed.setdefault((group, where), row[: -len(EVIDENCE)])

@@ -28,7 +28,9 @@ from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Ge
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
 from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
 from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
+from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.loss_modules import LossModules
+from torchprobe.capture.predictions.matching import hear
 from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
@@ -61,7 +63,7 @@ class PredictionCapture:
         self._draws = Draws()
         self._ignored = IGNORED  # the class number that the model's own loss was seen to leave out
         self._phase: Phase | None = None  # of the pass that runs
-        self._validation: Phase | None = None
+        self._validation = Validation()
         self._in_training: deque[ReferenceType[Phase]] = deque(maxlen=_MAX_PHASES)
 
     def enter(self, training: bool, moment: Moment) -> None:
@@ -70,7 +72,7 @@ class PredictionCapture:
         if training:
             self._phase = Phase(True, moment)
         else:
-            self._phase = self._validation = self._validation or Phase(False, moment)
+            self._phase = self._validation.enter(moment)
         with self._gate.boundary():
             self._parts.arm(training)
             self._draws.begin()
@@ -102,13 +104,13 @@ class PredictionCapture:
                     self._wait_for_gradient(phase, waiting, plain)
                     return
 
-    def end_validation(self) -> Phase | None:
-        """What all passes of a validation gave; the next one starts anew."""
-        phase, self._validation = self._validation, None
+    def end_validation(self) -> tuple[list[Phase], str]:
+        """What all passes of a validation gave, by loop, and what is to be said of loops; the next one starts anew."""
+        ended, self._validation = self._validation, Validation()
         self._parts.look_again()
         if not self._training:
             self.end_pass()
-        return phase
+        return ended.end()
 
     def end_step(self) -> None:
         """A step is over: the next one's passes are others."""
@@ -145,6 +147,8 @@ class PredictionCapture:
         phase, pool = self._pool(ROOT, args, kwargs, output)
         self._go_on_in(phase)
         inputs = input_tensors(args, kwargs)
+        if not phase.training:
+            self._validation.saw(inputs)
         phase.describe_as(reading.note)
         phase.describe(pool, reading, self._sample_dim)
         for probe, line in lines_of(reading):
@@ -185,6 +189,8 @@ class PredictionCapture:
         fresh, self._phase = self._now, phase
         if phase is not fresh:
             phase.absorb(fresh)
+            if not phase.training:
+                self._validation.goes_on_before()
         elif phase.training:
             for last in self._recent(1):
                 last.settle()
@@ -250,9 +256,9 @@ class PredictionCapture:
     def _on_loss(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         with self._protected(args):
             call = targets.read_call(module, args, kwargs)
-            phases = list(self._recent()) if self._training else [self._validation] if self._validation else []
+            phases = list(self._recent()) if self._training else self._validation.last
             if call is not None:
-                targets.hear([one for phase in phases for one in phase.all_outputs()], call, self._training)
+                hear([one for phase in phases for one in phase.all_outputs()], call, self._training)
 
     # ---- machinery
 
@@ -271,7 +277,7 @@ class PredictionCapture:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
         tensor = main_tensor(output)
         key = InputKey(args, kwargs, self._model(), tensor is None or self._draws.any(tensor.device))
-        for phase in (self._now, *(self._recent(1) if self._training else ())):
+        for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):
             pool = phase.pool(where, key)
             if pool is not None:
                 return phase, pool

@@ -211,7 +211,9 @@ def _numbers(
 
 def _heads(fields: Mapping[str, Tensor], plain: Tensor | None, known: Mapping[str, Meaning]) -> dict[str, Tensor]:
     """Fields that may be outputs as good as the first one: called logits, too, or of a model without known names."""
-    free = {name: x for name, x in fields.items() if x.dim() > 1 and not _words_of(name) & _OTHERWISE}
+    free = {
+        re.sub("[|@~]", "_", name): x for name, x in fields.items() if x.dim() > 1 and not _words_of(name) & _OTHERWISE
+    }
     if plain is not None or known:
         free = {name: x for name, x in free.items() if x is plain or _words_of(name) & _LOGITS}
     return free if len(free) > 1 and (plain is None or any(x is plain for x in free.values())) else {}

@@ -18,7 +18,7 @@ from torchprobe.capture.predictions.plain_outputs import Settled
 from torchprobe.capture.source import Pass
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.calibration import FLAGS, UNJUDGED, CalibrationReporter
-from torchprobe.probes.evidence import EVIDENCE, of_head
+from torchprobe.probes.evidence import EVIDENCE, of_head, of_loop
 from torchprobe.probes.uncertainty import Uncertainty, UncertaintyReporter
 from torchprobe.statistics import calibration
 
@@ -90,7 +90,7 @@ class PredictionSource:
             a = [a[0], a[-1]]
         return a
 
-    def rows(self, phases: Sequence[Phase], training: bool, due: frozenset[Reporter]) -> list[Piece]:
+    def rows(self, phases: Sequence[Phase], training: bool, due: frozenset[Reporter], loop: str = "") -> list[Piece]:
         """The rows of these phases added up, for the probes that sampled them. What was given once is not given again:
         of a phase that is asked for twice only what came later follows.
         """
@@ -100,7 +100,8 @@ class PredictionSource:
                 total = Phase(training, phases[-1].moment)
                 for phase in phases:
                     total.take_from(phase)
-                pieces = [piece for reporter in total.moment.reporters for piece in self._pieces(reporter, total)]
+                for reporter in total.moment.reporters:
+                    pieces += self._pieces(reporter, total, loop)
         return pieces
 
     def end_step(self) -> None:
@@ -109,8 +110,12 @@ class PredictionSource:
 
     def end_validation(self) -> list[Piece]:
         """What the validation passes since the last call add up to."""
-        phase = self._capture.end_validation()
-        return [] if phase is None else self.rows([phase], False, frozenset())
+        phases, line = self._capture.end_validation()
+        self._reporting.remark(line)
+        if len(phases) == 1:
+            return self.rows(phases, False, frozenset())
+        loops = enumerate(phases, 1)
+        return [piece for i, phase in loops for piece in self.rows([phase], False, frozenset(), f"loop_{i}")]
 
     def given(self, predictions: Tensor, targets: Tensor, training: bool) -> list[Piece]:
         """Predictions that the user handed in."""
@@ -134,16 +139,19 @@ class PredictionSource:
         pictures = self._pictures_due or not training
         return Moment(self._step, tuple(due), pictures)
 
-    def _pieces(self, reporter: Reporter, phase: Phase) -> Iterator[Piece]:
+    def _pieces(self, reporter: Reporter, phase: Phase, loop: str) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting
         if reporter is reporting.uncertainty:
             reporter.explain(phase.lines.get("uncertainty", ""))
             reporting.uncertainty.describe(phase.note)
-            yield from (Piece(reporter, names, rows, prefix) for names, rows in _rows_of(phase, "uncertainty"))
+            yield from (
+                Piece(reporter, [of_loop(name, loop) for name in names], rows, prefix)
+                for names, rows in _rows_of(phase, "uncertainty")
+            )
         elif reporter is reporting.calibration:
             reporter.explain(phase.lines.get("calibration", ""))
             reporting.calibration.expect(phase.outputs)
-            yield from _of_calibration(reporting.calibration, phase, prefix)
+            yield from _of_calibration(reporting.calibration, phase, prefix, loop)
             yield from _of_coverage(reporting.calibration, phase, prefix)
 
 
@@ -162,6 +170,12 @@ class _Reporting:
         reporter = self.uncertainty or self.calibration
         return None if reporter is None else reporter.evidence.recognised
 
+    def remark(self, line: str) -> None:
+        """What is to be said once of both."""
+        reporter = self.calibration or self.uncertainty
+        if line and reporter is not None:
+            reporter.remark(line)
+
     def explain(self, reason: str) -> None:
         """Why nothing can be seen at all."""
         for reporter in (self.uncertainty, self.calibration):
@@ -176,12 +190,12 @@ def _of_coverage(reporter: CalibrationReporter, phase: Phase, prefix: str) -> It
         yield Piece(reporter.coverage, phases, rows[:, : -len(EVIDENCE)], prefix)
 
 
-def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str) -> Iterator[Piece]:
+def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str, loop: str) -> Iterator[Piece]:
     training = phase.training
     for names, rows in _rows_of(phase, "calibration"):
         flags = _flags(rows, phase.moment).expand(len(rows), -1)
         own = [_name(name, training) for name in names]
-        yield Piece(reporter, own, torch.cat((rows, flags), 1), prefix)
+        yield Piece(reporter, [of_loop(name, loop) for name in own], torch.cat((rows, flags), 1), prefix)
         yield _of_gap(reporter, own, rows)
     if phase.unjudged and not training and not phase.calibration:
         nothing = torch.zeros(1, reporter.probe.width, dtype=torch.float64)

@@ -1,0 +1,217 @@
+"""Which output a loss module judged, and what its call tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.predictions.forms import (
+    BINARY,
+    IGNORED,
+    LAST,
+    SECOND,
+    YES,
+    Form,
+    class_count,
+    decided,
+    probabilities_of,
+    row_count,
+    rows_of,
+    same_memory,
+)
+from torchprobe.capture.predictions.forms import by_row as rows_view
+from torchprobe.capture.predictions.gradient import TOLERANCE
+from torchprobe.capture.predictions.inputs import version_of
+from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
+from torchprobe.capture.predictions.pool import NUMBERS
+from torchprobe.capture.predictions.targets import Call, by_row
+from torchprobe.probes.evidence import SURE
+from torchprobe.statistics import calibration, intervals
+
+NO_VARIANCE = (
+    "the model predicts numbers without a variance, so that there is no interval to judge: return one beside the mean, "
+    "such as a field called variance, or train with nn.GaussianNLLLoss()"
+)
+_ROUNDED = 1e-5
+_EQUAL = 1e-3  # of the largest value: as far as two ways to compute one number in float32 lie apart
+
+
+class _Match(NamedTuple):
+    """That a loss module judged an output.
+
+    form: of the output, None of numbers. rows: those that are read, None for all. certain: a flag that only the device
+    knows; None where it is sure. kept: a flag for each row, where not all were judged.
+    """
+
+    form: Form | None
+    rows: Tensor | None = None
+    certain: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
+    """A loss module was called: on an output that waits for its targets, or on the mean of its passes.
+
+    phases: the last one first. What it says of classes is confirmed by the gradient, in training; where none will
+    come, by the numbers: it got the very tensor, or, of the last output, the values.
+    """
+    waiting = [(phase, one) for phase in phases for one in reversed(phase.waiting)]
+    if call.form is None:
+        waiting.sort(key=lambda pair: not pair[1].numbers)
+    for phase, one, match in _matches(waiting, call):
+        if match is None:
+            continue
+        if call.form is None:
+            _judge_numbers(phase, one, call, match.certain)
+        elif training and one.in_graph:
+            _suggest(one, call, match)
+        else:
+            _judge_classes(phase, one, call, match)
+        return
+
+
+def _matches(waiting: Sequence[tuple[Phase, Waiting]], call: Call) -> Iterator[tuple[Phase, Waiting, _Match | None]]:
+    yield from ((phase, one, _same_tensor(one, call)) for phase, one in waiting)
+    yield from ((phase, one, _same_values(one, call)) for phase, one in waiting[:1])
+    yield from ((phase, one, _same_but_one(one, call)) for phase, one in waiting[:1])
+
+
+def _same_tensor(waiting: Waiting, call: Call) -> _Match | None:
+    """The match, if a loss module was handed the output itself, or a view of all of it."""
+    output = waiting.output()
+    if output is None or version_of(output) != waiting.version:
+        return None
+    answers = YES if call.are_probabilities else BINARY
+    judged = rows_view(call.input, call.form or BINARY)
+    for form in (LAST, SECOND) if call.form is not None and call.form.kind == "softmax" else (answers,):
+        if output.dim() > form.axis and same_memory(judged, rows_view(output, form)):
+            return _Match(None) if call.form is None else _Match(form, waiting.pool.index(output, form))
+    return None
+
+
+def _same_values(waiting: Waiting, call: Call) -> _Match | None:
+    """The match, if a loss module was handed the output's values, or those of its passes' mean."""
+    if call.form is None:
+        mean = waiting.numbers[0].mean.flatten() if waiting.numbers else waiting.pool.mean_number()
+        return _by_values(None, None, [_equal(call, call.input.detach().flatten(), mean)])
+    for form, predicted in waiting.predicted.items():
+        if form.kind == call.form.kind and _sizes(call.input.shape, call.form) == _sizes(waiting.shape, form):
+            rows, members = waiting.pool.index(call.input, form), waiting.pool.members(form)
+            p = _probabilities(call, rows)
+            means = [predicted.mean] if members is None else [predicted.mean, members.mean]
+            return _by_values(form, rows, [_equal(call, p, mean) for mean in means])
+    return None
+
+
+def _same_but_one(waiting: Waiting, call: Call) -> _Match | None:
+    """The match, if a loss module was handed the values of a sequence without its last step, or its first: those that
+    predict the next one, or the one before. The output itself may be gone: what it predicted tells.
+    """
+    predicted, shape = waiting.predicted.get(LAST), waiting.shape
+    if predicted is None or call.form is None or call.form.kind != "softmax" or len(shape) != 3 or shape[1] < 2:
+        return None
+    steps = shape[1] - 1
+    if _sizes(call.input.shape, call.form) != (shape[0] * steps, shape[2]):
+        return None
+    index = waiting.pool.index(call.input, LAST)
+    at = torch.arange(len(predicted.mean), device=predicted.mean.device) if index is None else index
+    example, step = at.div(shape[1], rounding_mode="floor"), at % shape[1]
+    ways = []
+    for first in (0, 1):
+        kept = (step >= first) & (step < first + steps)
+        rows = example * steps + (step - first).clamp(0, steps - 1)
+        away = (_probabilities(call, rows) - predicted.mean).abs().amax(-1).where(kept, 0.0)
+        ways.append((away.amax() <= _ROUNDED * predicted.mean.amax(), rows, kept))
+    (is_next, *of_next), (is_last, *of_last) = ways
+    rows, kept = (torch.where(is_next, a, b) for a, b in zip(of_next, of_last, strict=True))
+    match = _by_values(LAST, rows, [is_next, is_last])
+    return match and match._replace(kept=kept)
+
+
+def _by_values(form: Form | None, rows: Tensor | None, flags: Sequence[Tensor | None]) -> _Match | None:
+    known = [flag for flag in flags if flag is not None]
+    equal = torch.stack(known).any() if known else None
+    is_equal = None if equal is None else decided(equal)
+    if equal is None or is_equal is False:
+        return None
+    return _Match(form, rows, None if is_equal else equal)
+
+
+def _suggest(waiting: Waiting, call: Call, match: _Match) -> None:
+    assert call.form is not None
+    assert match.form is not None
+    targets = _targets(call, match)
+    waiting.candidates.append(Candidate(match.form, targets, call.weight, call.smoothing, call.reduced))
+
+
+def _targets(call: Call, match: _Match) -> Tensor:
+    """Row by row of what was predicted; those of rows that were not judged are left out."""
+    assert call.form is not None
+    targets = by_row(call.target, call.form, match.rows)
+    if match.kept is None:
+        return targets
+    return targets.where(match.kept, IGNORED) if targets.dim() == 1 else targets.where(match.kept[:, None], torch.nan)
+
+
+def _judge_classes(phase: Phase, waiting: Waiting, call: Call, match: _Match) -> None:
+    assert call.form is not None
+    for form in (LAST, SECOND, BINARY, YES):
+        phase.settle_form(form.key, form == match.form, match.certain)
+    phase.settle_form(NUMBERS, False, match.certain)
+    if match.certain is None:
+        phase.has_judged(waiting)
+    targets = _targets(call, match)
+    row = calibration.compute(_probabilities(call, match.rows), targets, ignore_index=IGNORED)
+    row = row if match.certain is None else row * match.certain
+    phase.calibration.add(f"{SURE}|found", row, match.rows is not None)
+
+
+def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor | None) -> None:
+    for form in (LAST, SECOND, BINARY, YES):
+        phase.settle_form(form.key, False, certain)
+    phase.settle_form(NUMBERS, True, certain)
+    given = call.variance.detach() if isinstance(call.variance, Tensor) else None
+    for number in waiting.numbers:
+        if number.key:  # GaussianNLLLoss says what the variance is
+            equal = None if given is None else _equal(call, given.flatten(), number.variance.flatten())
+            phase.settle_form(number.key, True, equal) if equal is not None else None
+    sure = next((n.variance for n in waiting.numbers if n.is_normal and not n.key), None)
+    variance = sure if given is None else given
+    if given is not None and not waiting.numbers and given.shape == call.input.shape:
+        phase.uncertainty.describe(f"{SURE}||{waiting.pool.where}", given, given)
+    if variance is None:
+        phase.say("calibration", NO_VARIANCE)
+    elif call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
+        if certain is None:
+            phase.has_judged(waiting)
+        row = intervals.compute(call.input.detach(), variance, call.target.detach())
+        phase.coverage.add(SURE, row if certain is None else row * certain)
+
+
+def _probabilities(call: Call, index: Tensor | None) -> Tensor:
+    """(n, classes) of what a loss module was handed, which are no numbers."""
+    assert call.form is not None
+    return probabilities_of(rows_of(call.input, call.form, index), YES if call.are_probabilities else call.form)
+
+
+def _equal(call: Call, values: Tensor, expected: Tensor | None) -> Tensor | None:
+    """A flag on the device: whether values are the same up to rounding; None where they are not comparable."""
+    if expected is None or expected.shape != values.shape or expected.device != values.device:
+        return None
+    tolerance = TOLERANCE.get(call.input.dtype, _EQUAL)
+    return (values - expected).abs().amax() <= tolerance * expected.abs().amax()
+
+
+def _sizes(shape: torch.Size, form: Form) -> tuple[int, int]:
+    return row_count(shape, form), class_count(shape, form)
+
+
+def _broadcast(*tensors: Tensor) -> bool:
+    try:
+        torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    except RuntimeError:
+        return False
+    return True

@@ -54,7 +54,7 @@ REASONS = {
     **dict.fromkeys(
         (f"attention/test_{of}.py" for of in ("found", "heads", "padding", "positions", "used_weights")), _CONSTANTS
     ),
-    "predictions/test_corpus.py": _CONSTANTS,
+    "predictions/test_corpus": _CONSTANTS,
     "test_only_rows_without_a_key_are_left_out": _CONSTANTS,
     "test_labels.py::test_what_a_label_says_is_there": _NUMPY,
     "test_labels.py::test_a_reshape_that_copies": _NUMPY,

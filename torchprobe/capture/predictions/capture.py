@@ -64,6 +64,7 @@ class PredictionCapture:
         self._ignored = IGNORED  # the class number that the model's own loss was seen to leave out
         self._phase: Phase | None = None  # of the pass that runs
         self._validation = Validation()
+        self._heads: set[str] | None = None  # outputs that are trained
         self._in_training: deque[ReferenceType[Phase]] = deque(maxlen=_MAX_PHASES)
 
     def enter(self, training: bool, moment: Moment) -> None:
@@ -161,8 +162,11 @@ class PredictionCapture:
             predicted = self._plain.add(phase, pool, reading.plain, reading, inputs)
             if not self._judged_by_own_loss(phase, module, (args, kwargs), output, reading.plain):
                 self._wait(phase, pool, reading.plain, predicted)
-        phase.have_outputs(reading.heads)
-        for name, tensor in list(reading.heads.items())[:_MAX_HEADS]:
+        if phase.training:
+            self._heads = set(reading.heads)
+        heads = {name: x for name, x in reading.heads.items() if self._heads is None or name in self._heads}
+        phase.have_outputs(heads)
+        for name, tensor in list(heads.items())[:_MAX_HEADS]:
             if tensor is not reading.plain and is_usable(tensor) and tensor.numel() <= MAX_ELEMENTS:
                 self._follow_head(phase.head(name), pool.beside(name), tensor, inputs, output)
 

@@ -56,10 +56,11 @@ class Calibration(Probe):
     validation without gradients a returned loss, a loss module and the call work. With both phases:
     `overview/generalisation_gap_nll` and `..._accuracy`, validation minus the last sampled step of training.
 
-    Training: over the sampled step. Validation: over the whole pass, under `val/`. Regression:
-    `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT, when a variance is known
-    (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`); in training also from the gradients of a Gaussian
-    likelihood in any form, such as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
+    Training: over the sampled step. Validation: over the whole pass, under `val/`; what loops at several lines of the
+    program gave is also apart, as `val/calibration/ece/loop_1`. Of several outputs the first has the plain tags, others
+    `calibration/ece/<output>`. Regression: `calibration/coverage_50` and `coverage_90`, and a histogram of the PIT,
+    when a variance is known (`GaussianNLLLoss`, or a mean with a variance under `MSELoss`); in training also from the
+    gradients of any Gaussian likelihood, as `-Normal(mean, std).log_prob(y).mean()`. Memory is bounded: sums in bins.
     """
 
     source: ClassVar[str] = "calibration"
@@ -192,7 +193,7 @@ class CalibrationReporter(Reporter):
         elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
             self.explain(
                 "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
-                "(soft or mixed targets, weights with smoothing, a policy, another network behind it, ...); use "
+                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes, ...); use "
                 "nn.CrossEntropyLoss() or the like on the output, or call session.log_predictions(probs, targets)"
             )
 

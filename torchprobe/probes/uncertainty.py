@@ -47,8 +47,9 @@ class Uncertainty(Probe):
     `torch.distributions` and gpytorch objects; `(output, kl)` of Bayesian layers. Once a loss has confirmed it: plain
     outputs and fields called logits or probs, as classes or answers; log_var, std, sigma, or the second of a pair, by a
     Gaussian likelihood; alpha, evidence by an evidential one. Passes over one and the same input tensor, unchanged,
-    with unchanged weights, whose outputs differ, are members of one prediction, and so are an `nn.ModuleList`'s
-    modules whose mean the model gives.
+    with unchanged weights, that draw random numbers of torch's and whose outputs differ, are members of one prediction,
+    and so are an `nn.ModuleList`'s modules whose mean the model gives. Of several outputs the first is `root`, another
+    `root.<output>`; of several loops of validation, `root.loop_1` beside the whole.
 
     every: the cadence. sample_dim: the dimension of an output along which samples lie (`torch.func`, stacked
     members). modules: name patterns of modules to read beside the model itself. task: what a plain output is, where

@@ -90,6 +90,10 @@ def maps(give: Callable[[Tensor], Tensor] = lambda z: z, out: int = 4) -> Gives:
     return Gives(nn.Conv2d(2, out, 1), give)
 
 
+def both() -> Callable[[], nn.Module]:
+    return lambda: linear(10, lambda z: (z[:, :5] * 1, z[:, 5:] * 1))
+
+
 def dropped() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 5))
 
@@ -139,6 +143,12 @@ KNOWN = [
         language,
         lambda m: F.binary_cross_entropy_with_logits(m(WORDS.clone()), ON_WORDS),
         of_yes(lambda m: m(WORDS), ON_WORDS),
+    ),
+    says(
+        "nothing but background",
+        maps,
+        lambda m: F.cross_entropy(m(MAPS.clone()), 0 * PLACES),
+        of(lambda m: m(MAPS).movedim(1, -1), 0 * PLACES),
     ),
     says(
         "tasks side by side",
@@ -362,6 +372,43 @@ DECEIVING: list[tuple[str, Callable[[], nn.Module], Callable[[Any], Tensor], tup
             torch.full((6,), 8),
             torch.full((6,), 3),
         ),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "two policies",
+        both(),
+        lambda m: sum(-(distributions.Categorical(logits=z).log_prob(OTHER) * (Y + 1.0)).mean() for z in m(X.clone())),
+        UNCERTAIN + JUDGED,
+    ),
+    ("the sum of two outputs", both(), lambda m: F.cross_entropy(sum(m(X.clone())), Y), UNCERTAIN + JUDGED),
+    (
+        "two views that are compared",
+        both(),
+        lambda m: (lambda a, b: nn.CrossEntropyLoss()(a @ b.T, torch.arange(48)))(*m(X.clone())),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "a student and its teacher",
+        both(),
+        lambda m: (lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean"))(*m(X.clone())),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "a mixture side by side",
+        lambda: Listed(lambda z, g: torch.stack(z, 1)),
+        lambda m: F.nll_loss(m(X.clone()).softmax(-1).mean(1).log(), Y),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "pictures, by squared error",
+        lambda: maps(torch.sigmoid),
+        lambda m: F.mse_loss(m(MAPS.clone()), ON_PIXELS),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "grey pictures",
+        maps,
+        lambda m: F.binary_cross_entropy_with_logits(m(MAPS.clone()), ON_PIXELS * 0.5 + 0.2),
         UNCERTAIN + JUDGED,
     ),
     (

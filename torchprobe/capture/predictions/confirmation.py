@@ -76,13 +76,14 @@ def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]
 
 
 def _have_one_target(waiting: Waiting, form: Form, targets: Tensor) -> Tensor:
-    """A flag: whether all predictions of an example have one target, as members of an ensemble have."""
+    """A flag: whether all predictions of an example have one target, each example its own, as those of members have."""
     each = row_count(waiting.shape, form) // waiting.shape[0]
     index = waiting.pool.index(targets, form)  # known since the pass
     rows = torch.arange(len(targets), device=targets.device) if index is None else index
     example = rows.div(each, rounding_mode="floor")
-    paired = (example[1:] == example[:-1]) & (targets[1:] != IGNORED) & (targets[:-1] != IGNORED)
-    return paired.any() & ~(paired & (targets[1:] != targets[:-1])).any()
+    known = (targets[1:] != IGNORED) & (targets[:-1] != IGNORED)
+    within, differ = example[1:] == example[:-1], known & (targets[1:] != targets[:-1])
+    return (known & within).any() & ~(differ & within).any() & (differ & ~within).any()
 
 
 def _from_gradient(

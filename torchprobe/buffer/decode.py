@@ -90,7 +90,8 @@ class Decoder:
             self._put(values, tag, value, "the step")
         if SKIPPED_STEPS in values:  # those that the training thread knows of
             values[SKIPPED_STEPS] = float(cast("float", values[SKIPPED_STEPS]) + self.skipped)
-        for (reporter, prefix), parts in groups.items():
+        # Training first: what its loss tells of an output holds in the validation after it.
+        for (reporter, prefix), parts in sorted(groups.items(), key=lambda group: group[0][1]):
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
         evidence = _taken(values) if groups else {}

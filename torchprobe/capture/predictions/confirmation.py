@@ -67,7 +67,7 @@ def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]
             row = torch.where(confirmed, better, row)
         phase.support(form.key, evidence)
         phase.calibration.add(f"{form.key}|found", row, waiting.pool.sampled(form))
-        if len(g) == 1:
+        if len(g) == 1 and row_count(waiting.shape, form) > waiting.shape[0]:
             alike = _have_one_target(waiting, form, found.targets[0])
             phase.uncertainty.support(form.key, _evidence(g, _AGAINST, 0.0) * alike)
         chosen = waiting.pool.chooses(form, found.alive.any(0), found.faint.any(0))

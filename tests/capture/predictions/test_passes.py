@@ -109,3 +109,40 @@ def test_passes_with_a_loss_of_their_own_are_judged_each(passes):
 def test_other_losses_of_several_passes_name_no_target(loss):
     writer, *_ = run(loss, 3)
     assert not [tag for tag in writer.tags() if tag.startswith("calibration/")]
+
+
+class Noisy(nn.Module):
+    """Disturbs what it hears, by one generator or another."""
+
+    def __init__(self, noise) -> None:
+        super().__init__()
+        self.net, self.noise = nn.Linear(5, CLASSES), noise
+        self.generator = torch.Generator(torch.empty(0).device).manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + self.noise(x, self.generator))
+
+
+NOISE = {
+    "torch's": (lambda x, g: torch.randn_like(x), True),
+    "its own": (lambda x, g: torch.randn(x.shape, generator=g), True),
+    "none": (lambda x, g: torch.zeros_like(x), False),
+}
+
+
+@pytest.mark.parametrize(("noise", "members"), NOISE.values(), ids=NOISE)
+def test_members_of_one_prediction_draw_random_numbers(noise, members):
+    torch.manual_seed(3)
+    model, writer = Noisy(noise), MemoryWriter()
+    x, y, logits = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for _ in range(2):
+            logits = [model(x) for _ in range(3)]
+            sum(F.cross_entropy(z, y) for z in logits).backward()
+            optimizer.step()
+    assert ("uncertainty_epistemic/root" in writer.tags()) is members
+    if members:
+        p = torch.stack(logits).detach().double().softmax(-1)
+        epistemic = torch.special.entr(p.mean(0)).sum(-1).mean() - torch.special.entr(p).sum(-1).mean()
+        assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)

@@ -130,11 +130,14 @@ def test_passes_at_two_places_over_one_input_are_members():
     assert [tag for tag in writer.tags() if "loop_" in tag] == []
 
 
-WORDS = torch.randint(0, 9, (6, 8), generator=torch.Generator().manual_seed(3))
+def words() -> Tensor:
+    return torch.randint(0, 9, (6, 8), generator=torch.Generator().manual_seed(3))
+
+
 SHIFTED = {
-    "flat": (lambda z: CE(z[:, :-1].reshape(-1, 9), WORDS[:, 1:].reshape(-1)), False),
-    "classes second": (lambda z: CE(z[:, :-1].transpose(1, 2), WORDS[:, 1:]), False),
-    "of the word before": (lambda z: CE(z[:, 1:].reshape(-1, 9), WORDS[:, :-1].reshape(-1)), True),
+    "flat": (lambda z: CE(z[:, :-1].reshape(-1, 9), words()[:, 1:].reshape(-1)), False),
+    "classes second": (lambda z: CE(z[:, :-1].transpose(1, 2), words()[:, 1:]), False),
+    "of the word before": (lambda z: CE(z[:, 1:].reshape(-1, 9), words()[:, :-1].reshape(-1)), True),
 }
 
 
@@ -143,18 +146,18 @@ def language_model(loss: Callable[[Tensor], Tensor]) -> tuple[nn.Module, MemoryW
     model, writer = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9)), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
-        F.cross_entropy(model(WORDS.clone())[:, :-1].flatten(0, 1), WORDS[:, 1:].flatten()).backward()
+        F.cross_entropy(model(words())[:, :-1].flatten(0, 1), words()[:, 1:].flatten()).backward()
         optimizer.step()
         with torch.no_grad():
-            loss(model.eval()(WORDS.clone()))
+            loss(model.eval()(words()))
     return model, writer
 
 
 @pytest.mark.parametrize(("loss", "reverse"), SHIFTED.values(), ids=SHIFTED)
 def test_a_shifted_loss_module_tells_of_a_language_model(loss, reverse):
     model, writer = language_model(loss)
-    z = model(WORDS).detach().double()
-    z, y = (z[:, 1:], WORDS[:, :-1]) if reverse else (z[:, :-1], WORDS[:, 1:])
+    z = model(words()).detach().double()
+    z, y = (z[:, 1:], words()[:, :-1]) if reverse else (z[:, :-1], words()[:, 1:])
     assert writer.value("val/calibration/count") == y.numel()
     assert writer.value("val/calibration/accuracy") == pytest.approx((z.argmax(-1) == y).double().mean().item())
     nll = F.cross_entropy(z.flatten(0, 1), y.flatten()).item()
@@ -164,9 +167,9 @@ def test_a_shifted_loss_module_tells_of_a_language_model(loss, reverse):
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda z: CE(2 * z[:, :-1].reshape(-1, 9), WORDS[:, 1:].reshape(-1)),
-        lambda z: CE(z[:, :-1].flip(1).reshape(-1, 9), WORDS[:, 1:].reshape(-1)),
-        lambda z: CE(z[:, ::2].repeat(1, 2, 1)[:, :7].reshape(-1, 9), WORDS[:, 1:].reshape(-1)),
+        lambda z: CE(2 * z[:, :-1].reshape(-1, 9), words()[:, 1:].reshape(-1)),
+        lambda z: CE(z[:, :-1].flip(1).reshape(-1, 9), words()[:, 1:].reshape(-1)),
+        lambda z: CE(z[:, ::2].repeat(1, 2, 1)[:, :7].reshape(-1, 9), words()[:, 1:].reshape(-1)),
     ],
 )
 def test_other_values_than_those_of_the_output_tell_nothing(loss):

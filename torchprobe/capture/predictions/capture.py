@@ -76,7 +76,7 @@ class PredictionCapture:
             self._phase = self._validation.enter(moment)
         with self._gate.boundary():
             self._parts.arm(training)
-            self._draws.begin()
+            self._draws.begin(self._model())
 
     def leave(self) -> None:
         """A pass has ended or raised: no hook is left on the model."""

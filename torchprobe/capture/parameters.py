@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import ReferenceType
@@ -69,20 +69,27 @@ class ParameterSource:
         model = self._model()
         return () if model is None else ranks_on_same_data(model)
 
-    def gradients(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
-        """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
+    def gradients(self, optimizer: Optimizer, due: frozenset[Reporter], parts: int = 1) -> Iterator[Piece]:
+        """Rows of the gradients that this optimizer uses, divided by a scale that it still holds.
+
+        parts: by which a pipeline's schedule has divided them.
+        """
         reporters = self._due("gradients", due)
         if reporters:
             held = self._held(optimizer)
             used = {named.name: named for named in _unscaled(self._gradients(held), optimizer)}
             for piece in self._pieces(reporters, list(used.values())):
                 yield piece
-                yield from self._changed(piece, used, loss_scale(optimizer))
+                yield from self._changed(piece, used, loss_scale(optimizer), parts)
             yield from self._gone(reporters, [one for one in held if one.parameter.grad is None])
 
-    def backward_begins(self, due: frozenset[Reporter]) -> None:
-        """A backward pass begins in a step that samples these."""
-        self._look(due, self._left.begin)
+    def backward_begins(self, due: frozenset[Reporter], early: Collection[int] = ()) -> None:
+        """A backward pass begins in a step that samples these. early: parameters that it has reached before."""
+        self._look(due, lambda found: self._left.begin([one for one in found if id(one.parameter) not in early]))
+
+    def gradients_come_apart(self) -> None:
+        """Those of the open step are put into place by others, when backward passes have ended."""
+        self._left.come_apart()
 
     def backward_ended(self, due: frozenset[Reporter]) -> None:
         """It has ended, and so has what others do at its end, such as the sum over ranks."""
@@ -99,13 +106,13 @@ class ParameterSource:
         usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
         return [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
 
-    def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None) -> Iterator[Piece]:
+    def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None, parts: int) -> Iterator[Piece]:
         """Beside rows of the gradients that are used: what backward passes had left of them."""
         reporter: Any = piece.reporter
         for changes in _changes_of(reporter):
             rows: Tensor | None = None
             with reporter.gate.boundary(), torch.no_grad():
-                rows = self._left.rows([used[name] for name in piece.names], piece.rows, scale)
+                rows = self._left.rows([used[name] for name in piece.names], piece.rows, scale, parts)
             if rows is not None:
                 yield replace(piece, reporter=changes, rows=rows)
 

@@ -1,6 +1,6 @@
 """A long run: memory, files and numbers after many steps are what they are after a few.
 
-SOAK_STEPS=200000 pytest tests/test_soak.py -s -n 0        # the long form, which prints its figures; an hour on two busy cores
+SOAK_STEPS=200000 pytest tests/test_soak.py -s -n 0        # the long form, which prints its figures
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ class Soak:
     def growth(self, what: str) -> list[int]:
         """By part but the first, in which everything is made."""
         values = [mark[what] for mark in self.marks]
-        return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+        return [after - before for before, after in pairwise(values)]
 
     def mark(self) -> None:
         gc.collect()

@@ -112,3 +112,19 @@ def test_gradients_that_nobody_zeroes_still_add_up():
     sums = [sum(losses[: k + 1]) for k in range(6)]
     assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(sums, rel=1e-5)
     assert "missing_zero_grad" in [alert.rule for alert in session.alerts]
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_a_head_that_is_called_beside_the_output_only_later_changes_nothing(none):
+    torch.manual_seed(0)
+    model, writer, right = Weighted(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with torchprobe.instrument(model, writer=writer, every=2):
+        for k in range(8):
+            y = model(torch.randn(5, 6))
+            loss = y.square().mean() + (by_a_head(model, model) + model.log_variance.square().sum() if k > 3 else 0)
+            optimizer.zero_grad(set_to_none=none)
+            loss.backward()
+            right.append(loss.item())
+            optimizer.step()
+    assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(right, rel=1e-5)

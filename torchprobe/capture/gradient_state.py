@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from weakref import ReferenceType, ref
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 _FEW = 1024  # elements of a gradient that are looked at
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
-_LEARNT = 8  # backward passes that tell in what order gradients come
+_LEARNT = 2  # backward passes that tell in what order gradients come
 
 State = tuple[int, int]
 
@@ -23,36 +23,37 @@ class EarlyGradients:
     heard of tells nothing of what it found. Known of the first few backward passes, in each of which all gradients are
     looked at: 0.3 µs a parameter.
 
-    ids: of those parameters. learns: whether there are backward passes left that are looked at.
+    ids: of those parameters. late: of those that are given theirs while it runs. learns: whether there are backward
+    passes left that are looked at.
     """
 
     def __init__(self) -> None:
         self.ids: set[int] = set()
-        self._late: set[int] = set()
+        self.late: set[int] = set()
         self._before: dict[int, tuple[ReferenceType[nn.Parameter], State | None]] = {}
         self._left = _LEARNT
         self.learns = True
 
     def more(self) -> None:
         """An optimizer has become known: its backward passes are to be looked at too."""
-        self._left, self.learns = max(self._left, 2), True
+        self._left, self.learns = max(self._left, 1), True
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""
         self._before = {id(p): (ref(p), _state_of(p)) for p in parameters}
 
     def end(self) -> bool:
-        """It has ended. Whether there are others than before."""
-        before, self._before, known = self._before, {}, set(self.ids)
+        """It has ended. Whether more is known than before."""
+        before, self._before, known = self._before, {}, len(self.ids) + len(self.late)
         there = {key: (then, _state(weak)) for key, (weak, then) in before.items()}
         grown = {key for key, (then, now) in there.items() if now is not None and now != then}
         if grown:
             self._left -= 1
             self.learns = self._left > 0
-            self._late |= grown
+            self.late |= grown
             self.ids |= {key for key, (then, now) in there.items() if now is not None and now == then}
-            self.ids -= self._late
-        return self.ids != known
+            self.ids -= self.late
+        return len(self.ids) + len(self.late) > known
 
 
 class GradientState:
@@ -61,15 +62,13 @@ class GradientState:
     Looks at four of the parameters: two that are next to each other at either end, since one alone may have no
     gradient, or one that is exactly 0, as the first matrix of a low-rank adapter has while the second is 0.
 
-    early: identities of parameters that tell nothing (see `EarlyGradients`). blind: whether there are no others.
+    blind: whether none of them tells anything (see `EarlyGradients`).
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None, early: Collection[int] = ()
-    ) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> None:
         self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
-        self._parameters = [ref(p) for p in parameters if id(p) not in early]
-        self.blind = not self._parameters
+        self._parameters = [ref(p) for p in parameters]
+        self.blind = False
         self._few = _ends(self._parameters)
         self._seen: list[State | None] = [None] * len(self._few)  # when a backward pass began
         self._left = self._seen.copy()  # when it had ended
@@ -108,16 +107,14 @@ class GradientState:
                 return False
         return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
 
-    def avoid(self, early: Collection[int]) -> None:
-        """Look at others than these from now on."""
-        left = [weak for weak in self._parameters if id(weak()) not in early]
-        if len(left) < len(self._parameters):
-            self._parameters, self.blind = left, not left
-            self._look_at(_ends([weak for weak in left if _state(weak) is not None] or left))
-
-    def _look_at(self, few: list[ReferenceType[nn.Parameter]]) -> None:
-        self._few = few
-        self._seen, self._left = [None] * len(few), [_state(weak) for weak in few]
+    def learn(self, known: EarlyGradients) -> None:
+        """Look at parameters that tell something from now on."""
+        self._parameters = [weak for weak in self._parameters if id(weak()) not in known.ids]
+        self.blind = not self._parameters
+        late = [weak for weak in self._parameters if id(weak()) in known.late]
+        if self.blind or (late and not all(id(weak()) in known.late for weak in self._few)):
+            self._few = _ends(late)
+            self._seen, self._left = [None] * len(self._few), [_state(weak) for weak in self._few]
 
     def choose(self) -> None:
         """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""

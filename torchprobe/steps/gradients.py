@@ -134,7 +134,7 @@ class Gradients:
     def _await(self, backward: Backward) -> None:
         if self._early.learns and self._early.end():
             for state in self._living():
-                state.avoid(self._early.ids)
+                state.learn(self._early)
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
@@ -223,7 +223,8 @@ class Gradients:
             self._steps.skip(backward.sign, backward.flag)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
-        state = GradientState(trained(optimizer), optimizer, self._early.ids)
+        state = GradientState(trained(optimizer), optimizer)
+        state.learn(self._early)
         self._states.append(state)
         self._early.more()
         state.choose()
@@ -237,7 +238,8 @@ class Gradients:
         if self._states:
             return self._states
         if self._unknown is None:
-            self._unknown = GradientState(self._trained(), early=self._early.ids)
+            self._unknown = GradientState(self._trained())
+            self._unknown.learn(self._early)
         return [self._unknown]
 
     def _trained(self) -> list[nn.Parameter]:

@@ -85,7 +85,7 @@ def soaked(folder: Path) -> Soak:
             optimizer.step()
             session.log_metrics({"loss": loss}, prefix="train")
             if step % (STEPS // PARTS) == 0:
-                assert session.flush(60)
+                assert session.flush(600)
                 soak.mark()
         soak.last |= {f"param_norm/{name}": l2(p) for name, p in parameters(model).items()}
     tracemalloc.stop()

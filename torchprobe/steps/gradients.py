@@ -84,7 +84,7 @@ class Gradients:
         loss = None if call.value is None or call.inner else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and (call.inner or call.value is not None):
-            self._sources.parameters.gradients_come_apart()
+            self._sources.parameters.left.come_apart()
         elif elsewhere and not self._said:
             self._said = True
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")

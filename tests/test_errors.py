@@ -176,6 +176,21 @@ def test_a_probe_class_that_lacks_something_says_what(attributes, words):
         type("Mine", (torchprobe.Probe,), attributes)()
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: torchprobe.Attention(rows=-1), ValueError, "rows=-1: takes a whole number of rows, 1 or more$"),
+        (lambda: torchprobe.Attention(rows="some"), TypeError, "rows='some': takes a whole number of rows.*not str"),
+        (lambda: torchprobe.JsonLinesWriter(5), TypeError, "path=5 is a int: pass the path of a file, such as"),
+        (lambda: torchprobe.register_source("outputs", object), ValueError, "name='outputs': .*takes another name"),
+        (lambda: torchprobe.register_source(3, object), TypeError, "name=3: takes a name, such as 'inputs', not int"),
+    ],
+)
+def test_a_wrong_call_beside_instrument_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
 @pytest.mark.parametrize("call", ["flush", "detach"])
 @pytest.mark.parametrize(
     ("timeout", "error"), [("soon", TypeError), (True, TypeError), (-1, ValueError), (math.nan, ValueError)]

@@ -1,18 +1,34 @@
-"""A long run in short: memory, files and numbers after many steps are what they are after a few."""
+"""A long run: memory, files and numbers after many steps are what they are after a few.
+
+SOAK_STEPS=200000 pytest tests/test_soak.py -s -n 0        # the long form, which prints its figures
+"""
 
 from __future__ import annotations
 
 import gc
+import os
+import statistics
 import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from tensorboard.compat.proto.event_pb2 import Event
+from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.reports.run import read_run
+from tests.setups.reference import gradients, l2, moments, parameters
+from torchprobe.probes.choosing import default_probes
+from torchprobe.reports.run import Run, read_run
+from torchprobe.writers.tfrecord import records_of
 
-STEPS, EVERY = 900, 30
+STEPS = int(os.environ.get("SOAK_STEPS", "900"))
+EVERY = 30 if STEPS < 10_000 else 100
+PARTS = 5
+SCALAR, EVENT = 9, 34  # bytes beside a tag's own, and around all of a step, in docs/guides/how_it_works.md
 
 
 class Net(nn.Module):
@@ -22,44 +38,123 @@ class Net(nn.Module):
         self.fc, self.act, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         hidden = self.act(self.fc(x))
         return self.head(self.attention(hidden, hidden, hidden, need_weights=False)[0].mean(1))
 
 
-def objects() -> int:
-    gc.collect()
-    return len(gc.get_objects())
+@dataclass
+class Soak:
+    """A run: what its folder holds, what its last step was, and what stood where after each part of it."""
+
+    folder: Path
+    last: dict[str, float] = field(default_factory=dict)
+    marks: list[dict[str, int]] = field(default_factory=list)
+
+    def growth(self, what: str) -> list[int]:
+        """By part but the first, in which everything is made."""
+        values = [mark[what] for mark in self.marks]
+        return [after - before for before, after in pairwise(values)]
+
+    def mark(self) -> None:
+        gc.collect()
+        self.marks.append(
+            {
+                "objects": len(gc.get_objects()),
+                "traced": tracemalloc.get_traced_memory()[0],
+                "resident": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"),
+                "written": sum(file.stat().st_size for file in self.folder.glob("*tfevents*")),
+            }
+        )
 
 
-@pytest.mark.slow
-def test_nothing_grows_and_nothing_is_lost(tmp_path):
-    model = Net()
+def soaked(folder: Path) -> Soak:
+    soak, model = Soak(folder), Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sizes, counts, memory = [], [], []
-    tracemalloc.start()
-    with torchprobe.instrument(model, log_dir=tmp_path, every=EVERY, flush_every=100) as session:
+    probes = [*default_probes(), torchprobe.ActivationGradients()]
+    if STEPS < 10_000:  # it makes every allocation several times as slow
+        tracemalloc.start()
+    with torchprobe.instrument(model, log_dir=folder, probes=probes, every=EVERY, flush_every=100) as session:
         for step in range(1, STEPS + 1):
             x = torch.randn(4, 5, 8)
             loss = nn.functional.cross_entropy(model(x), x[:, 0, :3].argmax(-1))
             optimizer.zero_grad()
             loss.backward()
+            if step == STEPS:
+                soak.last = recomputed(model, x, loss)
             optimizer.step()
             session.log_metrics({"loss": loss}, prefix="train")
-            if step % 300 == 0:
-                assert session.flush(60)
-                counts.append(objects())
-                memory.append(tracemalloc.get_traced_memory()[0])
-                sizes.append(sum(file.stat().st_size for file in tmp_path.glob("*tfevents*")))
-        norm, last = model.fc.weight.double().norm().item(), loss.item()
+            if step % (STEPS // PARTS) == 0:
+                assert session.flush(600)
+                soak.mark()
+        soak.last |= {f"param_norm/{name}": l2(p) for name, p in parameters(model).items()}
     tracemalloc.stop()
-    run = read_run(tmp_path)
-    assert counts[2] - counts[1] < 200  # of some hundred thousand
-    assert memory[2] - memory[1] < 2**17
-    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.05)
+    return soak
+
+
+def recomputed(model: Net, x: Tensor, loss: Tensor) -> dict[str, float]:
+    """The last step's tags, from its weights and gradients in float64."""
+    there = gradients(model)
+    weight, bias = (p.detach().double() for p in (model.fc.weight, model.fc.bias))
+    hidden = x.double() @ weight.T + bias
+    return {
+        "overview/loss": loss.item(),
+        "train/loss": loss.item(),
+        "overview/grad_norm": l2(*there.values()),
+        **{f"grad_norm/{name}": l2(gradient) for name, gradient in there.items()},
+        **{f"activation_{statistic}/fc": value for statistic, value in moments(hidden).items()},
+        **{f"activation_{statistic}/act": value for statistic, value in moments(hidden.relu()).items()},
+    }
+
+
+def events(folder: Path) -> Iterator[tuple[Event, int]]:
+    """Every event that holds values, and its bytes in the file."""
+    for path in folder.glob("*tfevents*"):
+        with path.open("rb") as file:
+            for data in records_of(file):
+                event = Event.FromString(data)
+                if event.summary.value:
+                    yield event, len(data) + 16
+
+
+def assert_bytes_as_documented(folder: Path) -> dict[str, float]:
+    """What an idle and a sampled step take, by median."""
+    idle, sampled = [], []
+    for event, size in events(folder):
+        values = event.summary.value
+        if event.step % EVERY == 0:
+            sampled.append(size)
+        elif not any(value.HasField("metadata") or value.HasField("tensor") for value in values):
+            idle.append(size)
+            tags = sum(len(value.tag) + SCALAR for value in values)
+            assert tags < size <= tags + EVENT, event.step
+    assert len(idle) + len(sampled) > 0.95 * STEPS
+    return {"idle step": statistics.median(idle), "sampled step": statistics.median(sampled)}
+
+
+def assert_complete(run: Run) -> None:
+    every_step = list(range(1, STEPS + 1))
+    sampled = [1, *range(EVERY, STEPS + 1, EVERY)]
+    assert run.scalars["train/loss"].steps.tolist() == every_step
+    assert run.scalars["overview/loss"].steps.tolist() == every_step
+    for tag in ("grad_norm/fc.weight", "activation_std/act", "attention_entropy/attention", "calibration/ece"):
+        assert run.scalars[tag].steps.tolist() == sampled, tag
     assert run.scalars["overview/dropped_records"].last == 0
-    assert len(run.scalars["train/loss"].values) == len(run.scalars["overview/loss"].values) == STEPS
-    assert run.scalars["grad_norm/fc.weight"].steps.tolist() == [1, *range(EVERY, STEPS + 1, EVERY)]
-    assert run.scalars["param_norm/fc.weight"].last == pytest.approx(norm, rel=1e-6)
-    assert run.scalars["train/loss"].last == pytest.approx(last, rel=1e-6)
     assert not run.unread
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(max(300, STEPS // 20))
+def test_nothing_grows_and_nothing_is_lost(tmp_path):
+    soak = soaked(tmp_path)
+    sizes = assert_bytes_as_documented(tmp_path)
+    print(STEPS, "steps;", sizes, *soak.marks, sep="\n")
+    assert max(soak.growth("objects")[-2:]) < 200  # of some hundred thousand; before it windows of rules fill
+    assert sum(soak.growth("traced")[-2:]) < 2**17
+    assert sum(soak.growth("resident")[-2:]) < 2**24
+    written = soak.growth("written")
+    assert written == pytest.approx([statistics.mean(written)] * len(written), rel=0.05)
+    run = read_run(tmp_path)
+    assert_complete(run)
+    for tag, value in soak.last.items():
+        assert run.scalars[tag].last == pytest.approx(value, rel=1e-5, abs=1e-6), tag

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
 from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in, state_lines
@@ -42,7 +43,7 @@ from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _log = logging.getLogger("torchprobe")
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_sessions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def instrument(
@@ -127,7 +128,8 @@ def instrument(
 
 def session_of(model: nn.Module) -> Session | None:
     """The living session of a model, bare or wrapped; None when it has none."""
-    return _sessions.get(unwrapped(model))
+    session: Session | None = _sessions.get(unwrapped(model))
+    return session
 
 
 class Session(Logs, SamplingCalls, Shown):

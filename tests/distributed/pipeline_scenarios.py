@@ -15,6 +15,8 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
     SplitPoint,
     pipeline,
 )
@@ -48,21 +50,18 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(WIDTH, (MICRO * ROWS,), generator=generator)
 
 
-def alone(model: nn.Module, names: Callable[[str], str] = str, scale: int = MICRO) -> Any:
+def alone(model: nn.Module, names: Callable[[str], str] = str, scale: int = MICRO, clip: float | None = None) -> Any:
     """What one process records of the whole model, with the loss that the schedules' gradients are of."""
     writer, optimizer = MemoryWriter(), torch.optim.SGD(model.parameters(), lr=0.1)
     with torchprobe.instrument(model, writer=writer, probes=probes()):
         for step in range(STEPS):
             for x, y in zip(*(part.chunk(MICRO) for part in batch(step)), strict=True):
                 (F.cross_entropy(model(x), y) / scale).backward()
+            if clip is not None:
+                nn.utils.clip_grad_value_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-    return {names(tag): values for tag, values in recorded(writer).items()}
-
-
-def recorded(writer: MemoryWriter) -> Any:
-    """But for clipping: schedules divide gradients, which is no clipping, and no norm before it is told then."""
-    return {tag: values for tag, values in t.values(writer).items() if "clipped" not in tag}
+    return {names(tag): values for tag, values in t.values(writer).items()}
 
 
 def probes() -> list[torchprobe.Probe]:
@@ -79,24 +78,38 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def piped(watched: nn.Module, parts: list[tuple[int, nn.Module]], stages: int, schedule: Any, **options: Any) -> Any:
-    """What rank 0 records, and what the log of this rank says."""
+def piped(
+    watched: nn.Module,
+    parts: list[tuple[int, nn.Module]],
+    stages: int,
+    schedule: Any,
+    clip: float | None = None,
+    **options: Any,
+) -> Any:
+    """What rank 0 records, and what the log of this rank says. clip: the largest element of a gradient that is left."""
     writer, lines, rank = MemoryWriter(), Lines(), dist.get_rank()
     logging.getLogger("torchprobe").addHandler(lines)
     session = torchprobe.instrument(watched, writer=writer, probes=probes())
     optimizer = torch.optim.SGD([p for _, part in parts for p in part.parameters()], lr=0.1)
     made = [PipelineStage(part, index, stages, CPU) for index, part in parts]
-    several = len(made) > 1 or schedule is ScheduleInterleaved1F1B
+    several = schedule not in (ScheduleGPipe, Schedule1F1B)
     run = schedule(made if several else made[0], MICRO, loss_fn=F.cross_entropy, **options)
     with session:
         for step in range(STEPS):
             x, y = batch(step)
             first, last = rank == 0, any(index == stages - 1 for index, _ in parts)
             run.step(*([x] if first else []), **({"target": y} if last else {}))
+            if clip is not None:
+                nn.utils.clip_grad_value_(watched.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
     logging.getLogger("torchprobe").removeHandler(lines)
-    return {"values": recorded(writer), "lines": lines.lines, "alerts": [str(alert) for alert in session.alerts]}
+    return {"values": t.values(writer), "lines": lines.lines, "alerts": [str(alert) for alert in session.alerts]}
+
+
+def clipped() -> Any:
+    """Gradients are clipped after the schedule has divided them."""
+    return same_names(clip=0.05)
 
 
 def same_names(schedule: Any = ScheduleGPipe, **options: Any) -> Any:
@@ -122,23 +135,23 @@ def whole_model() -> Any:
     return piped(halves, [(rank, halves[rank])], 2, ScheduleGPipe)
 
 
-def interleaved(whole: bool) -> Any:
+def interleaved(whole: bool, schedule: Any = ScheduleInterleaved1F1B) -> Any:
     """Two stages a rank, in a list; named as in the whole model inside, or not."""
     rank = dist.get_rank()
     stages = [nn.Sequential() for _ in range(4)]
     for i, (stage, block) in enumerate(zip(stages, blocks(4), strict=True)):
         stage.add_module(str(i) if whole else "block", block)
-    mine = [rank, rank + 2]
+    mine = [rank, 3 - rank if schedule is ScheduleZBVZeroBubble else rank + 2]
     watched = nn.ModuleList([stages[i] for i in mine])
-    return piped(watched, [(i, stages[i]) for i in mine], 4, ScheduleInterleaved1F1B)
+    return piped(watched, [(i, stages[i]) for i in mine], 4, schedule)
 
 
-def bare_layers() -> Any:
+def bare_layers(schedule: Any = ScheduleGPipe) -> Any:
     """A stage is one layer."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     part = [nn.Linear(WIDTH, 1), nn.Linear(1, WIDTH)][rank]  # with a single number between them
-    return piped(part, [(rank, part)], 2, ScheduleGPipe)
+    return piped(part, [(rank, part)], 2, schedule)
 
 
 def traced() -> Any:
@@ -156,7 +169,7 @@ def traced() -> Any:
             run.step(x) if rank == 0 else run.step(target=y)
             optimizer.step()
             optimizer.zero_grad()
-    return recorded(writer)
+    return t.values(writer)
 
 
 def main(out: Path) -> Any:
@@ -168,6 +181,10 @@ def main(out: Path) -> Any:
         "whole model": whole_model(),
         "interleaved": interleaved(whole=False),
         "interleaved, whole names": interleaved(whole=True),
+        "zero bubble": interleaved(whole=True, schedule=ScheduleInterleavedZeroBubble),
+        "zero bubble, V": interleaved(whole=True, schedule=ScheduleZBVZeroBubble),
+        "zero bubble, bare layers": bare_layers(ScheduleInterleavedZeroBubble),
+        "clipped": clipped(),
         "bare layers": bare_layers(),
         "traced": traced(),
     }

@@ -44,7 +44,13 @@ def test_the_loss_is_the_one_whose_gradient_the_optimizers_used(ranks):
 
 @pytest.mark.parametrize("how", ["whole names", "interleaved, whole names"])
 def test_names_of_the_whole_model_stay(ranks, how):
-    assert differences(ranks[0][how]["values"], p.alone(nn.Sequential(*p.blocks(4)))) == []
+    expected = p.alone(nn.Sequential(*p.blocks(4)))
+    assert differences(ranks[0][how]["values"], divided_between(expected) if "inter" in how else expected) == []
+
+
+def divided_between(tags):
+    """Of several stages a rank the first ones' gradients are divided while the others' backward passes still run."""
+    return {tag: values for tag, values in tags.items() if "clipped" not in tag}
 
 
 def test_a_whole_model_on_every_rank_has_its_own_names(ranks):
@@ -54,14 +60,38 @@ def test_a_whole_model_on_every_rank_has_its_own_names(ranks):
 
 def test_several_stages_a_rank_are_called_by_their_places_in_the_pipeline(ranks):
     expected = p.alone(nn.Sequential(*p.blocks(4)), one_a_stage)
-    assert differences(ranks[0]["interleaved"]["values"], expected) == []
+    assert differences(ranks[0]["interleaved"]["values"], divided_between(expected)) == []
+    (line,) = ranks[0]["interleaved"]["lines"]
+    assert "left out where gradients were changed between two backward passes" in line
 
 
-def test_a_stage_that_is_one_layer_has_the_name_of_its_stage(ranks):
+@pytest.mark.parametrize("how", ["zero bubble", "zero bubble, V"])
+def test_gradients_of_parameters_may_come_after_those_of_inputs(ranks, how):
+    """Then what the backward passes left before it was divided, or clipped, is not there to be read."""
+    expected = p.alone(nn.Sequential(*p.blocks(4)))
+    assert differences(ranks[0][how]["values"], without_clipping(expected)) == []
+    (line,) = ranks[0][how]["lines"]
+    assert "grad_norm_unclipped is left out where a pipeline's schedule gives parameters" in line
+
+
+def without_clipping(tags):
+    return {tag: values for tag, values in tags.items() if "clipped" not in tag}
+
+
+def test_the_norm_before_clipping_is_that_of_the_divided_gradients(ranks):
+    found = ranks[0]["clipped"]["values"]
+    expected = p.alone(nn.Sequential(*p.blocks(4)), two_a_stage, clip=0.05)
+    assert expected["overview/clipped_fraction"] == {"1": 1.0, "2": 1.0}
+    assert differences(found, expected) == []
+
+
+@pytest.mark.parametrize("how", ["bare layers", "zero bubble, bare layers"])
+def test_a_stage_that_is_one_layer_has_the_name_of_its_stage(ranks, how):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(p.WIDTH, 1), nn.Linear(1, p.WIDTH))
     expected = p.alone(layers, lambda tag: re.sub(r"/(\d)", r"/stage\1", tag))
-    assert differences(ranks[0]["bare layers"]["values"], expected) == []
+    expected = without_clipping(expected) if "zero" in how else expected
+    assert differences(ranks[0][how]["values"], expected) == []
 
 
 def test_what_pipeline_cuts_keeps_its_names(ranks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import sys
 import unicodedata
 from pathlib import Path
@@ -64,6 +65,30 @@ def test_what_is_damaged_takes_nothing_else_along(tmp_path, capsys, name):
     told = capsys.readouterr().out
     assert "overview/loss" in told
     assert "overview/later" in told
+
+
+def test_a_record_that_says_to_be_larger_than_its_file_ends_it(tmp_path, capsys):
+    write_run(tmp_path, {"overview/loss": [1.0]})
+    header = frame(b"x" * 9)[:12]
+    length = struct.pack("<Q", 1 << 50)
+    with next(tmp_path.glob("*tfevents*")).open("ab") as file:
+        file.write(length + struct.pack("<I", _masked(length)) + header)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "overview/loss" in capsys.readouterr().out
+    (unread,) = read_run(tmp_path).unread
+    assert unread.startswith("the last 24 bytes of events")
+
+
+def _masked(data: bytes) -> int:
+    """The checksum that stands behind a length, which frame() tells of eight bytes of data."""
+    return int(struct.unpack("<I", frame(data)[-4:])[0])
+
+
+def test_a_time_beyond_all_calendars_is_none(tmp_path, capsys):
+    write_run(tmp_path, {"overview/loss": [1.0, 2.0]})
+    write_more(tmp_path, Record(3, 1e300, {"overview/odd": 1.0}))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] == 1.0
 
 
 def test_counts_and_times_that_are_no_numbers_are_left_out(tmp_path, capsys):

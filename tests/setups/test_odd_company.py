@@ -213,3 +213,48 @@ def test_no_warning_for_attention_in_a_model_that_has_none_unless_it_was_asked_f
         assert "Attention" in session.summary()
         messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
         assert any("Attention" in message for message in messages) is warned
+
+
+def test_passes_that_learn_shapes_on_meta_tensors_are_none():
+    """As frameworks do that build a model lazily, or count its operations."""
+
+    class Wide(nn.Sequential):
+        def forward(self, x):
+            if x.is_meta:
+                return torch.empty(len(x), 2, device="meta")
+            return super().forward(x)
+
+    model, writer = Wide(*net()), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        model(torch.empty(3, 4, device="meta"))
+        train(model)
+        model(torch.empty(3, 4, device="meta"))
+    assert session.step == 3
+    assert steps(writer, "overview/loss") == steps(writer, ACTIVATION) == [1, 2, 3]
+    assert not [tag for tag in writer.tags() if tag.startswith("val/")]
+
+
+def test_modules_that_define_equality_by_element_are_told_apart_by_identity():
+    """As containers of tensors do that are modules too."""
+
+    class Container(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x)
+
+        def __eq__(self, other):
+            raise RuntimeError("Converting this to a boolean value is not permitted")
+
+        __hash__ = nn.Module.__hash__
+
+    bare = train(nn.Sequential(Container(), nn.Tanh(), Container()))
+    torch.manual_seed(0)
+    model, writer = copy.deepcopy(bare), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1):
+        train(model)
+    train(bare)
+    assert_same(bare, model)
+    assert steps(writer, "activation_mean/0.inner") == [1, 2, 3]

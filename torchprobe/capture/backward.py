@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.compat import running
-from torchprobe.capture.pipelining import PIPELINING, backward_code, backward_of_stage
+from torchprobe.capture.pipelining import PIPELINING, backward_code, backward_of_stage, input_backward
 from torchprobe.capture.sharding import Named, by_device
 from torchprobe.statistics import norms
 
@@ -95,9 +95,16 @@ def _roots_above(frame: FrameType | None) -> Roots | None:
                 return found
             return found._replace(**backward_of_stage(caller)._asdict())
         if code is _GRAD:
-            return _of_grad(frame.f_locals)
+            stage = input_backward(frame.f_back) if PIPELINING in sys.modules else None
+            return _of_grad(frame.f_locals) if stage is None else _of_inputs(stage)
         frame = frame.f_back
     return None
+
+
+def _of_inputs(stage: FrameType) -> Roots:
+    """Of a stage whose parameters' gradients come later: its loss is known here."""
+    outputs, last = _tuple(stage.f_locals["stage_outputs_or_loss"]), stage.f_locals.get("output_grads") is None
+    return Roots("grad", _value(outputs, ()) if last else None, True, outputs, **backward_of_stage(stage)._asdict())
 
 
 def _of_backward(call: Any) -> Roots:
@@ -169,11 +176,16 @@ class LeftGradients:
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
         self._touched: dict[str, Tensor] = {}  # 1 where a gradient was changed between two backward passes
+        self._apart = False
         self._versions: dict[str, tuple[int, int]] = {}
 
     def forget(self) -> None:
         """Another step begins."""
-        self._rows, self._touched, self._versions = {}, {}, {}
+        self._rows, self._touched, self._versions, self._apart = {}, {}, {}, False
+
+    def come_apart(self) -> None:
+        """Gradients of this step are put into place by others, when backward passes have ended."""
+        self._apart = True
 
     def begin(self, gradients: Iterable[Named]) -> None:
         """A backward pass begins, which finds these gradients: zeros, or what another one has left."""
@@ -190,17 +202,20 @@ class LeftGradients:
         self._versions = {named.name: _version(named) for named in gradients}
         self._rows = {name: row for names, rows in _sums(gradients) for name, row in zip(names, rows, strict=True)}
 
-    def rows(self, used: Sequence[Named], sums: Tensor, scale: Tensor | None) -> Tensor:
+    def rows(self, used: Sequence[Named], sums: Tensor, scale: Tensor | None, parts: int = 1) -> Tensor:
         """What was left and what of it an optimizer uses, on one device: shape (n, 12), see `probes.gradients`.
 
-        sums: of what is used. scale: what the loss, and so all that was left, was multiplied with.
+        sums: of what is used. scale: what the loss, and so all that was left, was multiplied with. parts: by which a
+        pipeline's schedule has divided it since.
         """
         none, zero = sums.new_full((norms.WIDTH,), math.nan), sums.new_zeros(())
         left = torch.stack([self._rows.get(named.name, none).to(sums.device) for named in used])
-        if scale is not None:
-            by = scale.detach().to(sums.device, sums.dtype).reshape(())
+        if scale is not None or parts > 1:
+            by = sums.new_full((), parts)
+            by = by if scale is None else by * scale.detach().to(sums.device, sums.dtype).reshape(())
             left = left / torch.stack((by * by, by, torch.ones_like(by), torch.ones_like(by)))
         touched = torch.stack([self._touched.get(named.name, zero).to(sums.device) for named in used])
+        touched = torch.full_like(touched, 2) if self._apart else touched
         changes = _column([self._changes(named) for named in used], sums)
         resolution = _column([torch.finfo(named.tensor.dtype).eps for named in used], sums)
         beside = (norms.largest([named.tensor for named in used]), touched, changes, resolution)

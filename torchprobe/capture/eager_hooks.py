@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakSet
+from weakref import ReferenceType
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
@@ -59,7 +60,7 @@ class EagerHooks:
         self._watchers = watchers
         self._running = running
         self._handles: list[RemovableHandle] = []
-        self._marked: WeakSet[nn.Module] = WeakSet()
+        self._marked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by identity: some modules define ==
         self._armed: list[Watcher] = []
         self._size = 0
         self._compiled = False
@@ -98,7 +99,7 @@ class EagerHooks:
 
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
         if module not in self._marked:
-            self._marked.add(module)
+            self._marked[module] = None
             mark(module, MARKS, Marks(self._running))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [

@@ -207,7 +207,7 @@ def no_graph() -> AbstractContextManager[None]:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Statistics keep their own types inside the user's autocast."""
-    if torch.is_autocast_enabled(device.type):
+    """Statistics keep their own types inside the user's autocast, on devices that have one."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

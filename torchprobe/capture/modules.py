@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
@@ -72,7 +73,7 @@ class OutputSource:
         self._reporters = [reporter for reporter in reporters if reporter.source in self.names]
         self._wanted = wanted
         self._running = running
-        self._sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+        self._sites: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._hooked: list[ReferenceType[nn.Module]] = []
         self._armed: tuple[bool, int] | None = None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -23,8 +22,6 @@ from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.fully_sharded import lasting_parameters
 from torchprobe.capture.gate import Guard, protected
 
-_FEW = 1024  # elements of a gradient that are looked at
-_MOST = 4096  # parameters that are looked at, when the few tell nothing
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
 
@@ -155,97 +152,6 @@ def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
 def parameter_ids(model: nn.Module) -> set[int]:
     """Identities of the model's parameters, to recognise them in an optimizer's groups."""
     return {id(parameter) for parameter in lasting_parameters(model)}
-
-
-class GradientState:
-    """Whether the gradients of some parameters were zeroed, or have grown, since they were last looked at.
-
-    Looks at four of the parameters: two that are next to each other at either end, since one alone may have no
-    gradient, or one that is exactly 0, as the first matrix of a low-rank adapter has while the second is 0.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> None:
-        self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
-        self._parameters = [ref(p) for p in parameters]
-        self._few = _ends(self._parameters)
-        self._seen: list[tuple[int, int] | None] = [None] * len(self._few)  # when a backward pass began
-        self._left = self._seen.copy()  # when it had ended
-
-    def look(self) -> bool:
-        """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
-        there = False
-        for i, weak in enumerate(self._few):
-            parameter = weak()
-            gradient = None if parameter is None else parameter.grad
-            self._seen[i] = None if gradient is None else (id(gradient), gradient._version)
-            there = there or gradient is not None
-        return there
-
-    def grew(self) -> bool:
-        """Whether a backward pass has given the parameters gradients since `look`."""
-        grew = False
-        for i, weak in enumerate(self._few):
-            parameter = weak()
-            gradient = None if parameter is None else parameter.grad
-            now = self._left[i] = None if gradient is None else (id(gradient), gradient._version)
-            if gradient is not None and now != self._seen[i]:
-                if gradient.is_cpu:  # where its values tell later whether it is still there
-                    return True
-                grew = True
-        return grew
-
-    def zeroed(self, thorough: bool) -> bool:
-        """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
-
-        thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
-        that has changed since the last backward pass counts as zeroed.
-        """
-        for weak, left in zip(self._few, self._left, strict=True):
-            if (p := weak()) is not None and p.grad is not None and _holds_gradient(weak, left):
-                return False
-        return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
-
-    def choose(self) -> None:
-        """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""
-        for weak in self._few:
-            if (p := weak()) is not None and p.grad is not None:
-                return
-        if self._few:
-            having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
-            if having:
-                self._few = _ends(having)
-                self._seen, self._left = [None] * len(self._few), [None] * len(self._few)
-
-
-def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:
-    small = [weak for weak in parameters if (p := weak()) is not None and p.numel() <= _FEW]
-    chosen = small if len(small) > 1 else parameters
-    return chosen if len(chosen) <= 4 else [*chosen[:2], *chosen[-2:]]
-
-
-def _state(weak: ReferenceType[nn.Parameter]) -> tuple[int, int] | None:
-    parameter = weak()
-    gradient = None if parameter is None else parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
-
-
-def _holds_gradient(weak: ReferenceType[nn.Parameter], left: tuple[int, int] | None) -> bool:
-    parameter = weak()
-    gradient = None if parameter is None else parameter.grad
-    if gradient is None:
-        return False
-    return _any(gradient) if gradient.is_cpu else _state(weak) == left
-
-
-def _any(gradient: Tensor) -> bool:
-    """Whether a gradient in host memory holds anything but zeros, among at most about a thousand of its elements."""
-    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
-        return True
-    if gradient.numel() > _FEW:
-        gradient = gradient.reshape(-1)[:: gradient.numel() // _FEW]
-    if gradient.dtype is torch.bfloat16:  # numpy has none
-        gradient = gradient.float()
-    return bool(gradient.numpy().any())  # in host memory
 
 
 def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import ReferenceType
@@ -55,7 +55,7 @@ class ParameterSource:
         self._model = model
         self._of = {source: [r for r in reporters if r.source == source] for source in _SOURCES}
         self._wanted = wanted
-        self._left = LeftGradients()
+        self.left = LeftGradients()
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
         self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor]]] = []
@@ -69,49 +69,50 @@ class ParameterSource:
         model = self._model()
         return () if model is None else ranks_on_same_data(model)
 
-    def gradients(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
-        """Rows of the gradients that this optimizer uses, divided by a scale that it still holds."""
+    def gradients(self, optimizer: Optimizer, due: frozenset[Reporter], parts: int = 1) -> Iterator[Piece]:
+        """Rows of the gradients that this optimizer uses, by its scale. parts: by which a pipeline has divided them."""
         reporters = self._due("gradients", due)
         if reporters:
             held = self._held(optimizer)
             used = {named.name: named for named in _unscaled(self._gradients(held), optimizer)}
             for piece in self._pieces(reporters, list(used.values())):
                 yield piece
-                yield from self._changed(piece, used, loss_scale(optimizer))
+                yield from self._changed(piece, used, loss_scale(optimizer), parts)
             yield from self._gone(reporters, [one for one in held if one.parameter.grad is None])
 
-    def backward_begins(self, due: frozenset[Reporter]) -> None:
-        """A backward pass begins in a step that samples these."""
-        self._look(due, self._left.begin)
+    def backward_begins(self, due: frozenset[Reporter], early: Collection[int] = ()) -> None:
+        """A backward pass begins in a step that samples these. early: parameters that it has reached before."""
+        self._look(due, self.left.begin, early)
 
     def backward_ended(self, due: frozenset[Reporter]) -> None:
         """It has ended, and so has what others do at its end, such as the sum over ranks."""
-        self._look(due, self._left.end)
+        self._look(due, self.left.end)
 
-    def _look(self, due: frozenset[Reporter], at: Callable[[list[Named]], None]) -> None:
+    def _look(self, due: frozenset[Reporter], at: Callable[[list[Named]], None], early: Collection[int] = ()) -> None:
         model = self._model()
         comparing = [reporter for reporter in self._due("gradients", due) if _changes_of(reporter)]
         if comparing and model is not None:
             with comparing[0].gate.boundary(), torch.no_grad():
-                at(self._gradients([Held(name, p, WHOLE) for name, p in named_parameters(model)]))
+                named = named_parameters(model)
+                at(self._gradients([Held(name, p, WHOLE) for name, p in named if id(p) not in early]))
 
     def _gradients(self, held: Iterable[Held]) -> list[Named]:
         usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
         return [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
 
-    def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None) -> Iterator[Piece]:
+    def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None, parts: int) -> Iterator[Piece]:
         """Beside rows of the gradients that are used: what backward passes had left of them."""
         reporter: Any = piece.reporter
         for changes in _changes_of(reporter):
             rows: Tensor | None = None
             with reporter.gate.boundary(), torch.no_grad():
-                rows = self._left.rows([used[name] for name in piece.names], piece.rows, scale)
+                rows = self.left.rows([used[name] for name in piece.names], piece.rows, scale, parts)
             if rows is not None:
                 yield replace(piece, reporter=changes, rows=rows)
 
     def _gone(self, reporters: Sequence[Reporter], held: Sequence[Held]) -> Iterator[Piece]:
         """Rows of gradients that backward passes had left and of which nothing is used."""
-        rows = [(one, row) for one in held if (row := self._left.gone(one.name)) is not None]
+        rows = [(one, row) for one in held if (row := self.left.gone(one.name)) is not None]
         for reporter in reporters if rows else ():
             named = [Named(one.name, one.parameter, row, one.share) for one, row in rows]
             for group in by_device([one for one in named if self._wants(reporter, one)]):
@@ -171,7 +172,7 @@ class ParameterSource:
 
     def open(self) -> None:
         """A step begins that may be sampled."""
-        self._left.forget()
+        self.left.forget()
         self._stepping = None
 
     def forget(self) -> None:

@@ -44,8 +44,26 @@ def backward_code() -> CodeType | None:
 
 
 def backward_of_stage(frame: FrameType) -> StageBackward:
-    """What the backward pass of a stage is of, from the frame of `backward_code`."""
+    """What the backward pass of a stage is of, from the frame of `backward_code` or of `input_backward`."""
     return StageBackward(frame.f_locals.get("output_grads") is not None, _parts(frame))
+
+
+@functools.cache
+def _input_code() -> CodeType | None:
+    function = find(f"{PIPELINING}._backward:stage_backward_input")
+    return None if function is None else function.__code__
+
+
+def input_backward(frame: FrameType | None) -> FrameType | None:
+    """The frame in which a zero-bubble schedule asks for the gradients of a stage's inputs alone, above this one.
+
+    Those of the parameters follow from what that leaves, in calls that begin inside of the graph.
+    """
+    for _ in range(2):
+        if frame is None or frame.f_code is _input_code():
+            break
+        frame = frame.f_back
+    return frame if frame is not None and frame.f_code is _input_code() else None
 
 
 def _parts(frame: FrameType | None) -> int:

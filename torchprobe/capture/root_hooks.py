@@ -6,11 +6,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import (
     REPLICA,
@@ -61,7 +61,7 @@ class Root(Inert):
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
         self._plain = False  # the call that began last is a forward pass
-        self.learning = False  # whether a stage of a pipeline learns shapes by the pass
+        self.learning = False  # whether the pass is for shapes alone: of a pipeline's stage, or on meta tensors
         self._told = False
 
     def tell_of_transform(self) -> None:
@@ -77,7 +77,7 @@ class Root(Inert):
         frame = sys._getframe() if PIPELINING in sys.modules else None
         while frame is not None and frame.f_code not in learning_shapes():
             frame = frame.f_back
-        self.learning = frame is not None
+        self.learning = frame is not None or any([isinstance(x, Tensor) and x.is_meta for x in args])  # noqa: C419
         self._plain = call_is_plain()
         if self.learning:
             self.running.enter(uncounted())
@@ -134,7 +134,7 @@ class PassHooks:
         self._observer = observer
         self._running = running
         self._handles: list[RemovableHandle] = []
-        self._modules: WeakSet[nn.Module] = WeakSet()
+        self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
         skip_frames(_enter, _leave)
         self._put_on(list(_roots(model)))
 
@@ -153,7 +153,7 @@ class PassHooks:
                 module.register_forward_pre_hook(_enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             ]
-            self._modules.add(module)
+            self._modules[module] = None
 
 
 def _roots(model: nn.Module) -> Iterator[nn.Module]:

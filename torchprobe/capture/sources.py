@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 from weakref import ReferenceType
 
@@ -194,10 +194,10 @@ class Sources:
 
     # ---- backward passes
 
-    def backward_begins(self, due: frozenset[Reporter]) -> None:
-        """Before any gradient of a parameter."""
+    def backward_begins(self, due: frozenset[Reporter], early: Collection[int]) -> None:
+        """Before any gradient of a parameter, but for those of these identities."""
         self._micro.begin(due)
-        self.parameters.backward_begins(due)
+        self.parameters.backward_begins(due, early)
         self.diagnosis.backward_begins(due)
 
     def backward_ends(self, due: frozenset[Reporter]) -> dict[Any, Any]:

@@ -82,7 +82,7 @@ class Attention(Probe):
         eval: bool = False,
     ) -> None:
         super().__init__(every)
-        self.rows = rows if rows == "all" else check_count("rows", rows)
+        self.rows = rows if rows == "all" else check_count("rows", rows, of="rows")
         self.map_schedule = None if maps_every is None else as_schedule("maps_every", maps_every)
         self.map_layers = check_count("map_layers", map_layers)
         self.eval = eval

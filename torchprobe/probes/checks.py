@@ -56,7 +56,11 @@ REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def register(source: str) -> None:
-    """Offer a source of a user's own to probes, by name."""
+    """Offer a source of a user's own to probes, by name. Raises for what is no name, or that of a source of ours."""
+    if not isinstance(source, str) or not source:
+        raise TypeError(f"name={source!r}: takes a name, such as 'inputs', not {type(source).__name__}")
+    if source in (*OFFERED, *BUILT_IN):
+        raise ValueError(f"name={source!r}: is a source of torchprobe's own; takes another name, such as 'my_{source}'")
     _registered[source] = None
 
 

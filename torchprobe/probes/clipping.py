@@ -26,6 +26,7 @@ _KEPT = 8  # limits of earlier steps
 _UNSEEN = "no backward pass was seen to end before the optimizer stepped"
 _GONE = "a gradient was taken away after the backward pass"
 _BETWEEN = "gradients were changed between two backward passes of a step"
+_APART_FROM = "a pipeline's schedule gives parameters their gradients after the backward pass of a stage"
 _TWICE = "all gradients were changed in more than one operation, which clipping alone does not do"
 _OTHER = "gradients were changed by something else than clipping after the backward pass"
 _FACTOR = "gradients were multiplied by a factor after the backward pass, and nothing shows that it was clipping"
@@ -36,9 +37,9 @@ _log = logging.getLogger("torchprobe")
 class Changes(NamedTuple):
     """Of each gradient, in the columns of a row: sums as left and as used, shape (n, 4) each, as `norms.FIELDS` says.
 
-    largest: magnitude that is used. touched: whether it changed between two backward passes. operations: that changed
-    it in place after the last one, as far as torch counts them. resolution: relative step of its type. What no backward
-    pass was seen to leave is NaN, and so is what the optimizer did not use.
+    largest: magnitude that is used. touched: 1 where it changed between two backward passes, 2 where others put it into
+    place. operations: that changed it in place after the last one, as far as torch counts them. resolution: relative
+    step of its type. What no backward pass was seen to leave is NaN, and so is what the optimizer did not use.
     """
 
     left: Array
@@ -191,6 +192,8 @@ def is_short(number: float, width: float) -> bool:
 
 def _unjudged(changes: Changes) -> str:
     """Why nothing can be said, if so."""
+    if (changes.touched > 1).any():
+        return _APART_FROM
     if np.isnan(changes.left).any():
         return _UNSEEN
     if np.isnan(changes.used).any():

@@ -20,6 +20,7 @@ from torchprobe.writers.files import located
 from torchprobe.writers.remote import filesystem_of
 
 _FLIGHT = {"step": int, "reason": str, "alert": dict, "alerts": list, "exception": str}  # what is shown of a recording
+_LATEST = 2.0**38  # seconds since the epoch: the year 10680
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as stores call it
 
 
@@ -60,7 +61,7 @@ class Run:
         """When the first and the last value were written, in seconds since the epoch; 0 when nobody knows."""
         ends = [time for series in self.scalars.values() for time in (series.wall_times[0], series.wall_times[-1])]
         times = np.array(ends, np.float64)
-        known = times[np.isfinite(times)]
+        known = times[np.abs(times) < _LATEST]  # NaN is not
         return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
 
     @property

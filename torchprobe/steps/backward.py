@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from torchprobe.capture.gradient_state import GradientState
 from torchprobe.capture.nan_origin.check import Sign
-from torchprobe.capture.optimizers import GradientState
 from torchprobe.capture.source import Pass
 
 Merge = Callable[[dict[Any, Any], dict[Any, Any]], dict[Any, Any]]

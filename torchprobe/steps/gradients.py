@@ -14,7 +14,8 @@ from torchprobe.capture import compat
 from torchprobe.capture.backward import loss_value, plain_root, roots
 from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.optimizers import GradientState, trained
+from torchprobe.capture.gradient_state import EarlyGradients, GradientState
+from torchprobe.capture.optimizers import trained
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.steps.backward import Backward
@@ -48,6 +49,7 @@ class Gradients:
         self._waiting: list[Backward] = []  # oldest first
         self._states: list[GradientState] = []  # of each optimizer that has stepped
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
+        self._early = EarlyGradients()
         self._said = False
 
     # ---- as they run
@@ -73,7 +75,7 @@ class Gradients:
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self._look(backward)
         if self._steps.current.due:
-            self._sources.backward_begins(self._steps.current.due)
+            self._sources.backward_begins(self._steps.current.due, self._early.ids)
         compat.at_end_of_backward(partial(self.end, backward))
         return backward
 
@@ -81,7 +83,9 @@ class Gradients:
         call = roots(self._sources.running.thread)
         loss = None if call.value is None or call.inner else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
-        if elsewhere and not self._said:
+        if elsewhere and (call.inner or call.value is not None):
+            self._sources.parameters.left.come_apart()
+        elif elsewhere and not self._said:
             self._said = True
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
         if call.parts > 1:
@@ -115,6 +119,8 @@ class Gradients:
     def _look(self, backward: Backward) -> None:
         """Gradients as a backward pass finds them: those before it whose gradients are gone were dropped."""
         self.running = backward
+        if self._early.learns:
+            self._early.begin(self._trained())
         states, waiting = self._states, self._waiting
         if len(states) == len(waiting) == 1 and waiting[0].used and states[0].of() is not None and not states[0].look():
             self._waiting = []  # the plain loop
@@ -126,6 +132,9 @@ class Gradients:
             state.look()
 
     def _await(self, backward: Backward) -> None:
+        if self._early.learns and self._early.end():
+            for state in self._living():
+                state.learn(self._early)
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
@@ -167,11 +176,12 @@ class Gradients:
 
     def step_begins(self) -> None:
         """What a step used stays only as a loss whose gradient may still be there."""
-        if len(self._waiting) == 1 and self._waiting[0].used:  # the plain loop; what it kept was taken when it ended
-            return
+        waiting = self._waiting
+        if len(waiting) == 1 and waiting[0].used and not waiting[0].elsewhere:
+            return  # the plain loop; what it kept was taken when it ended
         left: list[Backward] = []
         for backward in self._waiting:
-            if backward.elsewhere and not backward.used:
+            if backward.elsewhere and (not backward.used or backward.inner or backward.loss is not None):
                 continue
             if backward.used:
                 backward.forget()
@@ -189,7 +199,9 @@ class Gradients:
     def _drop_zeroed(self, states: list[GradientState]) -> None:
         waiting = self._waiting
         thorough = not all([backward.used for backward in waiting])  # noqa: C419 - a generator costs a call a turn
-        zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states])}
+        zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
+        if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
+            zeroed.update(states)
         if not zeroed:
             return
         self._waiting = []
@@ -212,7 +224,9 @@ class Gradients:
 
     def _know(self, optimizer: Optimizer) -> GradientState:
         state = GradientState(trained(optimizer), optimizer)
+        state.learn(self._early)
         self._states.append(state)
+        self._early.more()
         state.choose()
         for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
             backward.join(state)  # it came before the optimizer was known, and may be for it too
@@ -224,10 +238,13 @@ class Gradients:
         if self._states:
             return self._states
         if self._unknown is None:
-            model = self._model()
-            trained_ones = () if model is None else [p for p in model.parameters() if p.requires_grad]
-            self._unknown = GradientState(trained_ones)
+            self._unknown = GradientState(self._trained())
+            self._unknown.learn(self._early)
         return [self._unknown]
+
+    def _trained(self) -> list[nn.Parameter]:
+        model = self._model()
+        return [] if model is None else [p for p in model.parameters() if p.requires_grad]
 
     def _hides(self) -> bool:
         """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""

@@ -244,7 +244,7 @@ class Passes:
         """
         running = self.gradients.running
         if running is not None and running.passes:
-            return running.passes[-1]
+            return None if running.stray else running.passes[-1]
         task = compat.backward_id()
         if not self._running.compiled or task is None:
             return self.unheard[-1] if self.unheard else None

@@ -66,7 +66,7 @@ class Recorder:
     def gradients_final(self, optimizer: Optimizer) -> None:
         """All other hooks have run."""
         step = self._steps.current
-        step.extend(self._sources.parameters.gradients(optimizer, step.due))
+        step.extend(self._sources.parameters.gradients(optimizer, step.due, step.parts))
 
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
@@ -75,7 +75,7 @@ class Recorder:
             return
         if has_closure:
             self._use(optimizer)
-            step.extend(self._sources.parameters.gradients(optimizer, step.due))
+            step.extend(self._sources.parameters.gradients(optimizer, step.due, step.parts))
         if step.due:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)

@@ -25,11 +25,13 @@ class JsonLinesWriter:
     `{"success"}`, `{"charts"}`. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
 
     What the file already holds is kept. One that others delete, move away, replace or cut short is opened again under
-    its name, with a line in the log. A batch is on disk when `write` returns, or not at all. Raises OSError at the
-    call when the file cannot be opened, and from `write` when a batch does not fit.
+    its name, with a line in the log. A batch is on disk when `write` returns, or not at all. Raises TypeError at
+    the call for what is no path, OSError when the file cannot be opened, and from `write` when a batch does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path={path!r} is a {type(path).__name__}: pass the path of a file, such as 'run.jsonl'")
         self._path = Path(path)
         self._faults = FaultLog()
         self._file = self._open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -29,8 +30,12 @@ def _checksum(data: bytes) -> bytes:
 
 def records_of(file: BinaryIO) -> Iterator[bytes]:
     """The whole records from where the file stands, up to its end or to the first that is torn or damaged."""
+    start, end = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(start)
     while len(header := file.read(12)) == 12 and _checksum(header[:8]) == header[8:]:
         (length,) = struct.unpack("<Q", header[:8])
+        if length + 4 > end:  # no room is made for what cannot be there
+            return
         body = file.read(length + 4)
         if len(body) < length + 4 or _checksum(body[:-4]) != body[-4:]:
             return

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
-from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
 from torchprobe.naming import ROOT, named_modules
@@ -44,7 +45,7 @@ class Owners:
 
     def __init__(self, model: ReferenceType[nn.Module]) -> None:
         self._model = model
-        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of modules, by identity: some define ==
         self._are_new = False
 
     def begin_pass(self) -> None:
@@ -79,7 +80,7 @@ class Owners:
     def _is_named(self, module: nn.Module) -> bool:
         model = self._model()
         if module not in self._names and not self._are_new and model is not None:
-            self._names = WeakKeyDictionary({module: name for name, module in named_modules(model)})
+            self._names = WeakIdKeyDictionary({module: name for name, module in named_modules(model)})
             self._are_new = True
         return module in self._names
 

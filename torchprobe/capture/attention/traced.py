@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
@@ -181,7 +182,7 @@ class TracedAttention:
         self._observer = observer
         self._running = running
         self._handles: list[RemovableHandle] = []
-        self._owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
+        self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
         skip_frames(put_mode_on, take_mode_off)
 
     def arm(self) -> None:

@@ -102,7 +102,7 @@ class GradientFacts:
         reaching = [pair for pair in self._passes if any(_changed(pair, id(p)) for p in mine)]
         if not reaching:
             return
-        kept = [_largest([before.norms.get(id(p)) for p in mine]) for before, _ in reaching]
+        kept = [_largest([pair[0].norms.get(id(p)) for p in mine if _changed(pair, id(p))]) for pair in reaching]
         least: float | Tensor = 0.0
         if all(one is not None for one in kept):
             least = torch.stack([one for one in kept if one is not None]).amin()

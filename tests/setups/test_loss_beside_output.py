@@ -1,0 +1,130 @@
+"""A loss that uses parameters beside the model's output: weights of its terms, a temperature, a head called afterwards.
+
+Their gradients are there before a backward pass reaches the output. They tell nothing of whether gradients were zeroed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import torchprobe
+from tests.setups.reference import gradients, l2
+from torchprobe.testing import MemoryWriter
+
+
+class Weighted(nn.Module):
+    """Kendall et al. 2018: tasks weighted by learnt variances, which the loss reads from the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(2))
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.auxiliary = nn.Linear(2, 1)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+    def parts(self, x):
+        return self.head(self.body(x).tanh())
+
+
+def by_weights(model, call):
+    y = call(torch.randn(5, 6))
+    terms = y.square().mean(0) * torch.exp(-model.log_variance)
+    return (terms + model.log_variance).sum() + model.temperature * y.mean()
+
+
+def by_a_head(model, call):
+    y = call(torch.randn(5, 6))
+    return y.square().mean() + model.auxiliary(y).square().mean()
+
+
+def trained(loss_of, *, none=True, micro=1, drops=False, apart=False, clip=False, method=False, steps=5):
+    """What was recorded, and the loss and norm of each step."""
+    torch.manual_seed(0)
+    model, writer, right = Weighted(), MemoryWriter(), []
+    beside = [model.log_variance, model.temperature] if apart else []
+    others = [p for p in model.parameters() if not any(p is one for one in beside)]
+    optimizers = [torch.optim.SGD(group, lr=0.1) for group in (beside, others) if group]
+    session = torchprobe.instrument(model, writer=writer, every=1)
+    for k in range(steps):
+        if drops and k == 2:
+            loss_of(model, model.parts if method else model).backward()
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=none)
+        losses = []
+        for _ in range(micro):
+            loss = loss_of(model, model.parts if method else model)
+            loss.backward()
+            losses.append(loss.item())
+        before = l2(*gradients(model).values())
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        right.append((sum(losses), before, l2(*gradients(model).values())))
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=none)
+    session.detach()
+    return writer, right, session
+
+
+OPTIONS = [
+    {},
+    {"none": False},
+    {"micro": 3},
+    {"micro": 2, "none": False},
+    {"drops": True},
+    {"drops": True, "none": False},
+    {"apart": True},
+    {"apart": True, "micro": 2},
+    {"clip": True},
+    {"method": True},
+    {"method": True, "micro": 2},
+]
+
+
+@pytest.mark.parametrize("loss_of", [by_weights, by_a_head])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_loss_is_that_of_its_step(loss_of, options):
+    writer, right, session = trained(loss_of, **options)
+    assert session.step == len(right)
+    got = [dict(writer.scalars(tag)) for tag in ("overview/loss", "overview/grad_norm_unclipped", "overview/grad_norm")]
+    for k, values in enumerate(right, 1):
+        assert [one.get(k) for one in got] == pytest.approx(values, rel=1e-5), k
+    assert [alert.rule for alert in session.alerts if alert.rule == "missing_zero_grad"] == []
+    assert "left out" not in session.summary()
+
+
+def test_gradients_that_nobody_zeroes_still_add_up():
+    torch.manual_seed(0)
+    model, writer, losses = Weighted(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(6):
+            loss = by_weights(model, model)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+    sums = [sum(losses[: k + 1]) for k in range(6)]
+    assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(sums, rel=1e-5)
+    assert "missing_zero_grad" in [alert.rule for alert in session.alerts]
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_a_head_that_is_called_beside_the_output_only_later_changes_nothing(none):
+    torch.manual_seed(0)
+    model, writer, right = Weighted(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with torchprobe.instrument(model, writer=writer, every=2):
+        for k in range(8):
+            y = model(torch.randn(5, 6))
+            loss = y.square().mean() + (by_a_head(model, model) + model.log_variance.square().sum() if k > 3 else 0)
+            optimizer.zero_grad(set_to_none=none)
+            loss.backward()
+            right.append(loss.item())
+            optimizer.step()
+    assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(right, rel=1e-5)

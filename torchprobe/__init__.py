@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.learning_rates import LearningRates as LearningRates
     from torchprobe.probes.loss import Loss as Loss
     from torchprobe.probes.optimizer_state import OptimizerState as OptimizerState
+    from torchprobe.probes.performance import Performance as Performance
     from torchprobe.probes.provenance import Provenance as Provenance
     from torchprobe.probes.routing import Routing as Routing
     from torchprobe.probes.schedule import every as every
@@ -94,6 +95,7 @@ _HOMES = {
     "Overconfidence": "rules.course",
     "Overfitting": "rules.overfitting",
     "Parameters": "probes.gradients",
+    "Performance": "probes.performance",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",

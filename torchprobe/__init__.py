@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.course import LossSpike as LossSpike
     from torchprobe.rules.course import NothingCaptured as NothingCaptured
     from torchprobe.rules.course import Overconfidence as Overconfidence
-    from torchprobe.rules.course import Stalled as Stalled
     from torchprobe.rules.layers import AttentionCollapse as AttentionCollapse
     from torchprobe.rules.layers import AttentionLogitGrowth as AttentionLogitGrowth
     from torchprobe.rules.layers import DeadUnits as DeadUnits
@@ -59,6 +58,8 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.layers import VanishingGradient as VanishingGradient
     from torchprobe.rules.non_finite import NonFinite as NonFinite
     from torchprobe.rules.overfitting import Overfitting as Overfitting
+    from torchprobe.rules.pace import InputBound as InputBound
+    from torchprobe.rules.pace import Stalled as Stalled
     from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
@@ -85,6 +86,7 @@ _HOMES = {
     "Histogram": "records",
     "Histograms": "probes.histograms",
     "Image": "records",
+    "InputBound": "rules.pace",
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
@@ -102,7 +104,7 @@ _HOMES = {
     "Reporter": "probes.base",
     "Routing": "probes.routing",
     "Session": "session",
-    "Stalled": "rules.course",
+    "Stalled": "rules.pace",
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",

@@ -263,6 +263,32 @@ def test_two_models_have_times_of_their_own(clock):
         run.session.detach()
         assert set(run.seconds("step").values()) == {28.0}
         assert run.seconds("forward") == {4: 2.0}
+        assert not run.seconds("input_wait")  # the other one's step
+
+
+class Slowly(torch.utils.data.Dataset):
+    """Takes some seconds for each example."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def __len__(self) -> int:
+        return 8 * 60
+
+    def __getitem__(self, index):
+        self.clock.spend(self.seconds)
+        return torch.randn(4)
+
+
+@pytest.mark.parametrize(("seconds", "rules"), [(1.0, ["input_bound"]), (0.25, [])])
+def test_a_loader_that_is_too_slow_for_its_model_is_named(run, seconds, rules):
+    for x in torch.utils.data.DataLoader(Slowly(run.clock, seconds), batch_size=8):
+        run.train(x)
+    run.session.detach()
+    assert [alert.rule for alert in run.session.alerts] == rules
+    for alert in run.session.alerts:
+        assert alert.value == pytest.approx(8 / 17)
+        assert "data loader" in alert.advice
 
 
 # ---- what is not known is not written

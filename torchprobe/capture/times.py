@@ -207,6 +207,10 @@ class Stopwatch:
             watch = _watch_of(model, self.meter)
             self._ended = None if watch is None else (step, watch, watch.now(), self.meter.aside)
 
+    def interrupt(self) -> None:
+        """Something else is trained before the next step begins."""
+        self._ended = None
+
     def open(self, step: int, clear: bool, quiet: bool) -> None:
         """A step has begun that is timed. clear: no validation ran in the one before. quiet: no other probe did."""
         self.timing = self._over = self._backward = None

@@ -41,6 +41,10 @@ class Recorder:
 
     # ---- optimizer steps
 
+    def other_steps(self) -> None:
+        """One of another model's: what runs between two steps of this one is no wait."""
+        self._steps.watch.interrupt()
+
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
         clock = self.clock

@@ -167,8 +167,8 @@ class Timing:
     @property
     def known(self) -> bool:
         """Whether all marks can be read: the device has come to them."""
-        marks = [end for name in SPANS if name not in self._unknown for _, end in self._spans[name]]
-        return all(self.watch.passed(mark) for mark in marks)
+        spans = [span for name in SPANS if name not in self._unknown for span in self._spans[name]]
+        return all(self.watch.passed(mark) for span in spans for mark in span)
 
     def row(self, known: bool) -> list[float]:
         """As `Performance.fields` says, NaN where unknown. known: its marks can be read."""

@@ -230,8 +230,6 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"title": "Training against validation", "columns": columns, "rows": both}
     times = [[name, found["median"], found["p95"]] for name, found in summary["performance"].items()]
     yield {"title": "Performance", "columns": ["what", "median", "95th percentile"], "rows": times}
-    times = [[name, found["median"], found["p95"]] for name, found in summary["performance"].items()]
-    yield {"title": "Performance", "columns": ["what", "median", "95th percentile"], "rows": times}
 
 
 def _packed(array: NDArray[Any]) -> str:

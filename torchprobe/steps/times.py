@@ -86,4 +86,4 @@ class StepTimes:
         return False  # the boundary took an exception
 
     def _rows(self, values: list[float]) -> Piece:
-        return Piece(self._reporter, ["step"], torch.tensor([values], dtype=torch.float64, device="cpu"))
+        return Piece(self._reporter, ["performance/step"], torch.tensor([values], dtype=torch.float64, device="cpu"))

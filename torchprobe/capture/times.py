@@ -83,8 +83,7 @@ def _watch_of(model: nn.Module, meter: Meter) -> Any:
     devices = {parameter.device for parameter in model.parameters()}
     if all(device.type == "cpu" for device in devices):
         return HostWatch(meter)
-    only = devices.pop() if len(devices) == 1 else None
-    return DeviceWatch(only) if only is not None and only.type == "cuda" else None
+    return DeviceWatch(devices.pop()) if [device.type for device in devices] == ["cuda"] else None
 
 
 class Timing:
@@ -148,12 +147,11 @@ class Timing:
         rows, tokens = batch_sizes(inputs, output)
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
 
-    def close(self, used: int, quiet: bool, seconds: float, beside: tuple[float, float]) -> None:
-        """The step is over. used: its passes that an optimizer used. quiet: no other probe was at work.
+    def close(self, used: int, quiet: bool, seconds: float, ranks: float, aside: float) -> None:
+        """The step is over, which took so many seconds, in a run of so many ranks.
 
-        seconds: of the step. beside: how many ranks there are, and seconds that were set aside by now.
+        used: its passes that an optimizer used. quiet: no other probe was at work. aside: seconds set aside by now.
         """
-        ranks, aside = beside
         interrupted = self.watch is None or (self.watch.device is not None and aside != self._aside)
         self._unknown |= {name for name in SPANS if interrupted or name in self._begun or not self._spans[name]}
         counted = used == self._entered > 0
@@ -200,15 +198,15 @@ class Stopwatch:
     def mark_end(self, step: int) -> None:
         """A step has ended, perhaps, and the next one may be timed."""
         self._ended, model = None, self._model()
-        following = getattr(getattr(self._reporter, "schedule", None), "next", None)
-        if model is None or self._reporter is None or (following is not None and following(step + 1) > step + 1):
+        following = getattr(getattr(self._reporter, "schedule", None), "next", lambda step: step)
+        if model is None or self._reporter is None or following(step + 1) > step + 1:
             return
         with self._gate.boundary():
             watch = _watch_of(model, self.meter)
             self._ended = None if watch is None else (step, watch, watch.now(), self.meter.aside)
 
     def interrupt(self) -> None:
-        """Something else is trained before the next step begins."""
+        """Another model is trained meanwhile."""
         self._ended = None
 
     def open(self, step: int, clear: bool, quiet: bool) -> None:
@@ -224,7 +222,6 @@ class Stopwatch:
             cast("PerformanceReporter", reporter).watch(device)
             timing = Timing(watch, self.meter.aside, clear)
             if ended is None or not (clear and (device is None or quiet)):
-                timing.forget("input_wait")
                 self._ended = None
             self.timing = timing
 
@@ -244,7 +241,7 @@ class Stopwatch:
             with self._gate.boundary():
                 timing.end("forward")
                 if self._by_time is None:
-                    self._by_time = any(getattr(module, "batch_first", True) is False for module in model.modules())
+                    self._by_time = any(getattr(part, "batch_first", True) is False for part in model.modules())
                 timing.count([] if self._by_time else [*tensors_in((args, kwargs))], output)
 
     def forget_passes(self) -> None:
@@ -292,7 +289,7 @@ class Stopwatch:
         timing, self.timing = self._live(), None
         if timing is not None:
             with self._gate.boundary():
-                timing.close(used, quiet, seconds, (float(self._ranks), self.meter.aside))
+                timing.close(used, quiet, seconds, float(self._ranks), self.meter.aside)
                 return timing
         return None
 

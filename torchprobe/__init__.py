@@ -57,9 +57,9 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.layers import UpdateRatio as UpdateRatio
     from torchprobe.rules.layers import VanishingGradient as VanishingGradient
     from torchprobe.rules.non_finite import NonFinite as NonFinite
-    from torchprobe.rules.overfitting import Overfitting as Overfitting
-    from torchprobe.rules.pace import InputBound as InputBound
-    from torchprobe.rules.pace import Stalled as Stalled
+    from torchprobe.rules.progress import InputBound as InputBound
+    from torchprobe.rules.progress import Overfitting as Overfitting
+    from torchprobe.rules.progress import Stalled as Stalled
     from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
@@ -86,7 +86,7 @@ _HOMES = {
     "Histogram": "records",
     "Histograms": "probes.histograms",
     "Image": "records",
-    "InputBound": "rules.pace",
+    "InputBound": "rules.progress",
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
@@ -95,7 +95,7 @@ _HOMES = {
     "NothingCaptured": "rules.course",
     "OptimizerState": "probes.optimizer_state",
     "Overconfidence": "rules.course",
-    "Overfitting": "rules.overfitting",
+    "Overfitting": "rules.progress",
     "Parameters": "probes.gradients",
     "Performance": "probes.performance",
     "Probe": "probes.base",
@@ -104,7 +104,7 @@ _HOMES = {
     "Reporter": "probes.base",
     "Routing": "probes.routing",
     "Session": "session",
-    "Stalled": "rules.pace",
+    "Stalled": "rules.progress",
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",

@@ -115,7 +115,8 @@ class Gradients:
     @protected
     def ended(self) -> None:
         """A backward pass has ended, and what others had put at its end has run."""
-        self._watch.backward_ended()
+        if self._watch.timing is not None:
+            self._watch.backward_ended()
         if self._steps.current.due:
             self._sources.backward_ended(self._steps.current.due)
 

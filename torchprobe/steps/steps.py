@@ -87,7 +87,7 @@ class Steps:
         current.end(at=meter.starts[0] - meter.total[0] - meter.aside)  # its clock, without the call
         self.clock.end(optimizer)
         self._plan.optimizer_stepped(optimizer, current.number)
-        if current.number + 1 not in self._plan.quiet:
+        if self._times is not None and current.number + 1 not in self._plan.quiet:
             self.watch.mark_end(current.number)
         self._decided = 0
         if current.due and not self.clock.passes_seen:  # a function around the model may be compiled

@@ -69,9 +69,9 @@ class Overfitting(BuiltIn):
 class InputBound(BuiltIn):
     """From the end of a step to the next pass it takes over `share` of the median step, over the last sampled steps.
 
-    Source: the input wait of TraceML. The wait is the median of the last `samples` sampled ones, each less what its
-    step took more than the median of the last `window` steps: what is done every hundredth step alone, such as a
-    checkpoint, makes no run wait. Silent below `least` seconds, and until there are `samples` of them.
+    Source: the input wait of TraceML. Three quarters of the last `samples` sampled waits have to be above it, each less
+    what its step took more than the median of the last `window` steps: what is done every hundredth step alone, such as
+    a checkpoint, and a stall now and then make no run wait. Silent below `least` seconds, and for the first `samples`.
     """
 
     share: float = 0.3
@@ -100,7 +100,7 @@ class InputBound(BuiltIn):
         return self._judge(record.step, kept["waits"], median(kept["steps"]))
 
     def _judge(self, step: int, waits: list[Any], usual: float) -> Found:
-        wait = median(waited - max(0.0, took - usual) for waited, took in waits)
+        wait = sorted(waited - max(0.0, took - usual) for waited, took in waits)[len(waits) // 4]
         if len(waits) < self.samples or not wait > max(self.share * usual, self.least):
             return []
         message = f"{wait:.3g} s of a step of {usual:.3g} s pass before its forward pass begins"

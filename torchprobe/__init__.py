@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.learning_rates import LearningRates as LearningRates
     from torchprobe.probes.loss import Loss as Loss
     from torchprobe.probes.optimizer_state import OptimizerState as OptimizerState
+    from torchprobe.probes.performance import Performance as Performance
     from torchprobe.probes.provenance import Provenance as Provenance
     from torchprobe.probes.routing import Routing as Routing
     from torchprobe.probes.schedule import every as every
@@ -50,14 +51,15 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.course import LossSpike as LossSpike
     from torchprobe.rules.course import NothingCaptured as NothingCaptured
     from torchprobe.rules.course import Overconfidence as Overconfidence
-    from torchprobe.rules.course import Stalled as Stalled
     from torchprobe.rules.layers import AttentionCollapse as AttentionCollapse
     from torchprobe.rules.layers import AttentionLogitGrowth as AttentionLogitGrowth
     from torchprobe.rules.layers import DeadUnits as DeadUnits
     from torchprobe.rules.layers import UpdateRatio as UpdateRatio
     from torchprobe.rules.layers import VanishingGradient as VanishingGradient
     from torchprobe.rules.non_finite import NonFinite as NonFinite
-    from torchprobe.rules.overfitting import Overfitting as Overfitting
+    from torchprobe.rules.progress import InputBound as InputBound
+    from torchprobe.rules.progress import Overfitting as Overfitting
+    from torchprobe.rules.progress import Stalled as Stalled
     from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
@@ -84,6 +86,7 @@ _HOMES = {
     "Histogram": "records",
     "Histograms": "probes.histograms",
     "Image": "records",
+    "InputBound": "rules.progress",
     "JsonLinesWriter": "writers.json_lines",
     "LearningRates": "probes.learning_rates",
     "Loss": "probes.loss",
@@ -92,15 +95,16 @@ _HOMES = {
     "NothingCaptured": "rules.course",
     "OptimizerState": "probes.optimizer_state",
     "Overconfidence": "rules.course",
-    "Overfitting": "rules.overfitting",
+    "Overfitting": "rules.progress",
     "Parameters": "probes.gradients",
+    "Performance": "probes.performance",
     "Probe": "probes.base",
     "Provenance": "probes.provenance",
     "Record": "records",
     "Reporter": "probes.base",
     "Routing": "probes.routing",
     "Session": "session",
-    "Stalled": "rules.course",
+    "Stalled": "rules.progress",
     "Text": "records",
     "TrainingAlert": "rules.alert",
     "TrainingLogger": "logger",

@@ -60,6 +60,43 @@ def test_nothing_waits_in_idle_and_sampled_steps(errors_on_waiting):
     assert (4, "overview/loss") in found
 
 
+class Slow(nn.Linear):
+    """Keeps the device busy for some 10 ms or more."""
+
+    def forward(self, x):
+        torch.cuda._sleep(30_000_000)
+        return super().forward(x)
+
+
+def test_the_times_of_a_step_are_those_of_the_device(errors_on_waiting):
+    """A loop that waits for the loss after each step does not wait for its input, and nothing of ours waits."""
+    model, writer = Slow(64, 8, device="cuda"), MemoryWriter()
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.randn(32, 64, device="cuda")
+    session = torchprobe.instrument(model, writer=writer)
+    for number in range(30):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else 0)
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode("default")
+        loss.item()
+    assert session.detach(60)
+    assert "failed" not in session.summary()
+    found = {name: writer.scalars(f"performance/{name}_seconds") for name in ("forward", "input_wait", "backward")}
+    assert [step for step, _ in found["forward"]] == [4, 9, 19]
+    assert all(value > 0.003 for _, value in found["forward"])
+    assert all(
+        value < 0.5 * forward
+        for (_, value), (_, forward) in zip(*(found[name] for name in ("input_wait", "forward")), strict=True)
+    )
+    assert len(found["input_wait"]) == len(found["backward"]) == 3
+    assert not [alert for alert in session.alerts if alert.rule == "input_bound"]
+    assert writer.value("performance/peak_memory_bytes", step=19) == pytest.approx(
+        torch.cuda.max_memory_allocated(), rel=0.5
+    )
+
+
 def test_values_are_those_of_the_cpu():
     _, expected, _ = train("cpu")
     _, found, _ = train("cuda")

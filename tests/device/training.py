@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
+from tests.clocks import reproducible
 from torchprobe.testing import MemoryWriter
 
 
@@ -59,7 +60,7 @@ def values(writer: MemoryWriter) -> dict[int, dict[str, object]]:
     """By step and tag, but for how long things took."""
     found: dict[int, dict[str, object]] = {}
     for record in writer.records:
-        timeless = {tag: value for tag, value in record.values.items() if "overhead" not in tag}
+        timeless = {tag: value for tag, value in record.values.items() if reproducible(tag)}
         found.setdefault(record.step, {}).update(timeless)
     return found
 

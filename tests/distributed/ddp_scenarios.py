@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import torchprobe
 from tests.distributed import predicting as p
 from tests.distributed import training as t
+from torchprobe.capture import gate
 from torchprobe.testing import MemoryWriter
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,6 +39,29 @@ def variant(options: dict[str, Any], instrument: str, limit: float | None = None
     with session:
         t.train(ddp, batches(dist.get_rank()), limit=limit)
     return t.values(writer)
+
+
+def timed() -> Any:
+    """A forward pass that takes one second on rank 0 and two on rank 1, by a clock that nothing else moves."""
+    rank, writer, now = dist.get_rank(), MemoryWriter(), [1000.0]
+
+    class Slow(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            now[0] += 1.0 + rank
+            return super().forward(x)
+
+    ddp = DDP(Slow(4, 1))
+    optimizer = t.sgd(ddp)
+    real, gate.perf_counter = gate.perf_counter, lambda: now[0]
+    try:
+        with torchprobe.instrument(ddp, writer=writer, probes=[torchprobe.Performance(every=2)]):
+            for _ in range(4):
+                ddp(torch.ones(4, 4)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        gate.perf_counter = real
+    return {tag: dict(writer.scalars(tag)) for tag in writer.tags() if tag.startswith("performance/")}
 
 
 def accumulated() -> Any:
@@ -138,5 +162,11 @@ def main(out: Path) -> Any:
         "clipped": variant({}, "ddp", t.LIMIT),
         "clipped views": variant(VARIANTS["bucket views"], "ddp", t.LIMIT),
     }
-    found |= {"accumulated": accumulated(), "unequal": unequal(), "forked": forked(), "uneven": uneven_steps()}
+    found |= {
+        "accumulated": accumulated(),
+        "timed": timed(),
+        "unequal": unequal(),
+        "forked": forked(),
+        "uneven": uneven_steps(),
+    }
     return found | predicting() | {"only rank 0": only_rank_0()}

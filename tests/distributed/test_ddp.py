@@ -28,6 +28,15 @@ def test_the_norm_before_clipping_is_that_of_the_reduced_gradients(ranks, how):
     assert differences(ranks[0][how], expected) == []
 
 
+def test_times_are_the_largest_and_rates_the_sum(ranks):
+    found = ranks[0]["timed"]
+    assert found["performance/step_seconds"] == {"2": 2.0, "3": 2.0, "4": 2.0}
+    assert found["performance/forward_seconds"] == {"1": 2.0, "2": 2.0, "4": 2.0}
+    assert found["performance/examples_per_second"] == {"2": 4.0 + 2.0, "4": 4.0 + 2.0}
+    assert found["performance/input_wait_seconds"] == {"2": 0.0, "4": 0.0}
+    assert ranks[1]["timed"] == {}
+
+
 def test_only_rank_0_writes(ranks):
     assert set(ranks[1]["plain"]) == set()
 

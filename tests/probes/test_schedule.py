@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import torchprobe
 from torchprobe.arguments import check_count
-from torchprobe.probes.schedule import Cadence, as_schedule, every, window
+from torchprobe.probes.schedule import Before, Cadence, as_schedule, every, window
+from torchprobe.testing import MemoryWriter
 
 
 def sampled(schedule, last):
@@ -73,3 +75,20 @@ def test_a_window_that_ends_before_it_begins_is_refused():
         window(0, 3)
     with pytest.raises(TypeError, match="last='end'"):
         window(1, "end")
+
+
+def test_what_costs_nothing_is_written_at_its_own_cadence_too():
+    model, writer = torch.nn.Linear(4, 1), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.LearningRates(every=10)]):
+        for _ in range(25):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    assert [step for step, _ in writer.scalars("lr/SGD/group_0")] == [1, 10, 20]
+
+
+def test_the_step_before_each_of_a_cadence():
+    before = Before(Cadence(100, dense=True))
+    assert sampled(before, 420) == [4, 9, 19, 49, 99, 199, 299, 399]
+    for step in range(1, 420):
+        assert before.next(step) == min(s for s in sampled(before, 520) if s >= step)

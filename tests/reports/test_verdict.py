@@ -22,6 +22,7 @@ from torchprobe.reports.run import read_run
 from torchprobe.reports.summary import summarise
 from torchprobe.reports.terminal import compare
 from torchprobe.reports.verdict import episodes, parsed
+from torchprobe.reports.views import views_of
 from torchprobe.rules.alert import Alert, Display
 from torchprobe.writers.event_file import EventFileWriter
 
@@ -187,6 +188,9 @@ def test_times_have_a_median_and_a_95th_percentile(tmp_path, capsys):
     assert summarise(read_run(tmp_path))["performance"] == {"step_seconds": {"median": 51.0, "p95": 96.0}}
     assert main(["report", str(tmp_path)]) == 0
     assert "95th percentile" in capsys.readouterr().out
+    run = read_run(tmp_path)
+    [table] = [one for one in views_of(run, summarise(run))["tables"] if one["title"] == "Performance"]
+    assert table["rows"] == [["step_seconds", 51.0, 96.0]]
 
 
 # ---- several runs, and one that goes on

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchprobe
+from tests.clocks import reproducible
 from tests.models import FAMILIES, inputs
 from tests.setups.reference import Weights, following
 from torchprobe.naming import unwrapped
@@ -27,7 +28,7 @@ from torchprobe.testing import MemoryWriter
 STEPS = 3
 ROWS = 12
 TINY = 1e-4  # of the largest value of a tag group: below it a number is rounding
-_OWN = ("overview/probe_overhead", "overview/dropped_records", "overview/skipped_steps")
+_OWN = ("overview/dropped_records", "overview/skipped_steps")
 _NOT_OF_TWINS = ("val/", "nothing_captured/UnitActivity", "optimizer/")  # whose optimizer is told where to go
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, int], None]
@@ -222,7 +223,7 @@ def outcome(family: str, setup: Setup) -> Outcome:
     """A set-up's run against its plain eager twin."""
     other, weights = run(family, setup)
     plain = twin(family, weights, setup.shallow)
-    ours, theirs = set(plain.tags()) - set(_OWN), set(other.tags()) - set(_OWN)
+    ours, theirs = ({*filter(reproducible, writer.tags())} - {*_OWN} for writer in (plain, other))
     missing = sorted(tag for tag in ours - theirs if not tag.startswith(setup.not_watched))
     extra = sorted(tag for tag in theirs - ours if not tag.startswith(_NOT_OF_TWINS))
     deviations = {tag: deviation(plain, other, tag) for tag in ours & theirs}

@@ -150,6 +150,6 @@ def test_an_idle_step_asks_nothing(monkeypatch):
     plan, optimizers = Plan(parts, None, None, Meter()), Optimizers()
     sampled(plan, ["A"] * 102, optimizers)
     monkeypatch.setattr(plan, "_open", pytest.fail)
-    sampled(plan, ["A"] * 97, optimizers, first=103)
+    sampled(plan, ["A"] * 96, optimizers, first=103)
     seconds = min(timeit.repeat(lambda: [plan.open_for(step) for step in range(110, 190)], number=50, repeat=5)) / 4000
     assert seconds < 100e-6  # 0.5 microseconds; far above what a loaded machine makes of them

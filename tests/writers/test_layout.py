@@ -75,6 +75,13 @@ def test_a_training_run_has_charts_of_what_it_recorded(tmp_path, accumulate):
             assert chart.multiline.tag or chart.margin.series
 
 
+def test_the_gradient_norm_before_clipping_has_a_line_beside_the_one_that_is_used():
+    clipped = layout_of({"overview/grad_norm", "overview/grad_norm_unclipped"}).categories["Overview"]
+    [lines] = [chart for chart in clipped if chart.title.startswith("Gradient norm")]
+    assert all(re.match(lines.patterns[0], f"overview/{name}") for name in ("grad_norm", "grad_norm_unclipped"))
+    assert not re.match(lines.patterns[0], "overview/grad_norm_other")
+
+
 def test_a_band_is_the_median_between_the_extremes():
     values = {"update_ratio/a": 1.0, "update_ratio/b": 9.0, "update_ratio/c": float("nan"), "update_ratio/d": 2.0}
     found = dict(bands(Record(1, 0.0, values)))

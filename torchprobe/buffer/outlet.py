@@ -24,15 +24,16 @@ class Outlet:
     decoder: Decoder
     flush_every: int
 
-    def hand_over(self, step: int, buffer: StepBuffer) -> None:
+    def hand_over(self, step: int, buffer: StepBuffer, at: float | None = None) -> None:
         """Start the copies of a step and queue it. Never blocks; a step for which there is no room is counted.
 
         The buffer is not to be filled any more: what comes later for the step goes in another one, in which a tag
-        that the step has already is left out. Most steps have host values alone: these go to `Drain.put_values`.
+        that the step has already is left out. at: when it ended, in seconds since the epoch; by default now. Most steps
+        have host values alone: these go to `Drain.put_values`.
         """
         wake = buffer.urgent or step == 1 or step % self.flush_every == 0
         if buffer and self.drain.admit():
-            sent = self.transfers.send(step, time(), buffer)
+            sent = self.transfers.send(step, at or time(), buffer)
             self.drain.put(sent)
             wake = wake or ((bool(sent.transfers) or sent.lost) and self.transfers.crowded)
         if wake:

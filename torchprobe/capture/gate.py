@@ -32,11 +32,22 @@ class Meter:
     def __init__(self) -> None:
         self.starts: list[float] = []
         self.total = [0.0]
+        self.aside = 0.0
+        """Seconds in which the user wanted nothing to be recorded."""
 
     @property
     def seconds(self) -> float:
         """So far."""
         return self.total[0]
+
+    @property
+    def clock(self) -> float:
+        """Wall time without all that, when what runs now of ours began."""
+        return self.starts[0] - self.total[0] - self.aside
+
+    def set_aside(self, seconds: float) -> None:
+        """The user wanted nothing of it to be recorded."""
+        self.aside += seconds
 
     def enter(self) -> None:
         """Something of ours begins."""
@@ -151,11 +162,13 @@ class Guard:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Passes and steps inside are none of the run's."""
-        stopped, self.stopped = self.stopped, True
+        (stopped, self.stopped), began = (self.stopped, True), perf_counter()
         try:
             yield
         finally:
             self.stopped = stopped
+            if not stopped:
+                self.meter.set_aside(perf_counter() - began)
 
 
 class Guarded(Protocol):

@@ -30,6 +30,9 @@ class StepObserver(Protocol):
 
     guard: Guard
 
+    def other_steps(self) -> None:
+        """An optimizer of another model steps."""
+
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool | None:
         """The step begins. Whether `gradients_final` is wanted."""
 
@@ -73,6 +76,7 @@ class OptimizerHooks:
     @protected
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._claimed(optimizer):
+            self._observer.other_steps()
             return
         if self._running:  # unless a step that raised left it behind
             under_way = {id(caller["self"]) for caller in running(_STEP)}

@@ -1,11 +1,13 @@
-"""Finds tensors in what a module returns."""
+"""Finds tensors in what a module is called with and returns."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _MAX_DEPTH = 4  # deeper nesting than this is no output but a data structure
@@ -65,3 +67,16 @@ def heads_beside(output: Any) -> dict[str, Tensor]:
     heads = {str(i): x for i, x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0}
     kinds = {(x.dim(), x.shape[0], x.grad_fn is None) for x in heads.values()}
     return heads if len(heads) > 1 and len(kinds) == 1 and min(x.dim() for x in heads.values()) > 1 else {}
+
+
+def batch_sizes(inputs: Sequence[Tensor], output: Any) -> tuple[float, float]:
+    """Rows that all inputs, and the first of the outputs, agree in, and tokens; NaN where it is not clear."""
+    shaped = [tensor for tensor in inputs if tensor.dim() > 0]
+    sizes = {tensor.shape[0] for tensor in shaped}
+    of_output = next((tensor.shape[0] for tensor in tensors_in(output) if tensor.dim() > 0), None)
+    if len(sizes) != 1 or of_output not in sizes or all(tensor.dim() == 1 for tensor in shaped):
+        return math.nan, math.nan
+    ids = {tensor.shape for tensor in shaped if tensor.dim() > 1 and tensor.dtype in (torch.int64, torch.int32)}
+    mixed = any(tensor.dim() > 1 and tensor.is_floating_point() for tensor in shaped)
+    shape = torch.Size(ids.pop() if len(ids) == 1 and not mixed else ())
+    return float(sizes.pop()), float(shape.numel()) if len(shape) == 2 else math.nan

@@ -172,6 +172,7 @@ PINNED = (
     "overview/attention_entropy_min",
     "val/overview/epistemic",
     "val/overview/ece",
+    "overview/grad_norm_unclipped",  # the other one is that of the clipping, then
     "overview/grad_norm",
     "overview/epistemic",
     "overview/alerts",

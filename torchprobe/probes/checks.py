@@ -23,7 +23,7 @@ OFFERED = ("outputs", "output_gradients", "gradients", "parameters", "updates", 
 """The sources that a user's probe may name."""
 BUILT_IN = (
     *("attention", "loss", "uncertainty", "calibration", "flow", "units", "routers", "optimizers", "diagnosis"),
-    *("momenta", "second_moments"),
+    *("momenta", "second_moments", "performance"),
 )
 """Those that are wired to one probe of ours each."""
 

@@ -15,6 +15,7 @@ from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
 from torchprobe.probes.optimizer_state import OptimizerState
+from torchprobe.probes.performance import Performance
 from torchprobe.probes.provenance import Provenance
 from torchprobe.probes.routing import Routing
 from torchprobe.probes.schedule import Never
@@ -25,7 +26,7 @@ def default_probes() -> list[Probe]:
     """What `instrument` watches when no probes are named."""
     watched: list[Probe] = [Gradients(), Parameters(), Updates(), OptimizerState(), Activations()]
     watched += [Attention(), Uncertainty(), Calibration(), Histograms(), LearningRates(), Loss()]
-    return [*watched, UnitActivity(), Routing(), Provenance(), Diagnosis()]
+    return [*watched, UnitActivity(), Routing(), Provenance(), Diagnosis(), Performance()]
 
 
 def checked_probes(probes: Iterable[Probe] | None) -> list[Probe]:

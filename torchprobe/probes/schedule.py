@@ -39,6 +39,21 @@ class Cadence:
 
 
 @dataclass(frozen=True, slots=True)
+class Before:
+    """The step before each that another schedule samples, from step 4 on: nothing is sampled then, nor just before."""
+
+    other: Cadence
+
+    def __call__(self, step: int) -> bool:
+        """Whether a step is sampled."""
+        return step > 2 and self.other(step + 1)
+
+    def next(self, step: int) -> int:
+        """The first sampled step from `step` on."""
+        return self.other.next(max(step, 3) + 1) - 1
+
+
+@dataclass(frozen=True, slots=True)
 class Never:
     """No step, of its own accord."""
 

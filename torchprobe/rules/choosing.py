@@ -13,12 +13,11 @@ from torchprobe.rules.course import (
     LossSpike,
     NothingCaptured,
     Overconfidence,
-    Stalled,
 )
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.rules.layers import AttentionCollapse, AttentionLogitGrowth, DeadUnits, UpdateRatio, VanishingGradient
 from torchprobe.rules.non_finite import NonFinite
-from torchprobe.rules.overfitting import Overfitting
+from torchprobe.rules.progress import InputBound, Overfitting, Stalled
 
 Watcher: TypeAlias = "Callable[[Record], Iterable[Alert] | Alert | None]"
 """Takes each record of a run in turn, in the drain thread, and returns alerts for the conditions that hold in it: an
@@ -48,6 +47,7 @@ _BUILT_IN: tuple[Configuration, ...] = (
     UpdateRatio(),
     Overconfidence(),
     Overfitting(),
+    InputBound(),
     Stalled(),
     NothingCaptured(),
     *DIAGNOSES,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -198,51 +197,6 @@ class Overconfidence(BuiltIn):
         message = f"confidence exceeds accuracy, ECE {ece:.3g}, over {count:.0f} predictions"
         ill = gap > self.gap and ece > self.ece
         return [self.alert(record.step, where, gap, self.gap, message)] if ill else []
-
-
-@dataclass(frozen=True)
-class Stalled(BuiltIn):
-    """No step, and no forward pass of a validation, for `seconds`. Source: SageMaker Debugger.
-
-    Looked at each time that the drain thread wakes up: at least every `flush_seconds`. clock: a monotonic time in
-    seconds.
-    """
-
-    seconds: float = 1800.0
-    clock: Callable[[], float] = time.monotonic
-
-    name = "stalled"
-    patience = 1
-    advice = (
-        "The loop waits for something: a data worker, another rank, a lock, or a debugger. See where with `py-spy "
-        "dump --pid <pid>`, and set timeouts for the data loader and the process group (py-spy, README; PyTorch, "
-        "torch.distributed)."
-    )
-
-    def watcher(self) -> _StalledWatcher:
-        """From now on, for one run."""
-        return _StalledWatcher(self)
-
-
-class _StalledWatcher:
-    """Remembers since when the progress has been the same."""
-
-    def __init__(self, rule: Stalled) -> None:
-        self._rule = rule
-        self._last: tuple[Hashable, float] | None = None
-
-    def __call__(self, record: Record) -> None:
-        """Records say nothing about their absence."""
-
-    def at_rest(self, step: int, progress: Hashable) -> Found:
-        """The same progress as before, for too long?"""
-        now = self._rule.clock()
-        if self._last is None or self._last[0] != progress:
-            self._last = progress, now
-        idle = now - self._last[1]
-        if idle < self._rule.seconds:
-            return []
-        return [self._rule.alert(step, None, idle, self._rule.seconds, f"no step for {idle / 60:.0f} minutes")]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Backward:
         "counted",
         "elsewhere",
         "flag",
+        "forwards",
         "inner",
         "kept",
         "loss",
@@ -53,15 +54,25 @@ class Backward:
         self.inner = inner
         self.reached: set[GradientState] | None = None
         self.passes: list[Pass] = []
+        self.forwards = 0  # passes so far, of those of the same fate too
         self.kept: dict[Any, Any] = {}
         self.sign: Sign | None = None  # of NaN or inf in its passes or gradients
         self.flag: Tensor | None = None  # the same on a device: above 0
         self.counted = 0  # the step in whose loss it is
         self.used = False
 
+    @classmethod
+    def unheard(cls, *passes: Pass) -> Backward:
+        """That of passes through which none was heard of."""
+        backward = cls(None, None)
+        for passing in passes:
+            backward.add(passing)
+        return backward
+
     def add(self, passing: Pass) -> None:
         """It runs through a forward pass."""
         self.passes.append(passing)
+        self.forwards += 1
         if passing.sign is not None:
             self.note(passing.sign)
 
@@ -126,6 +137,7 @@ class Backward:
 
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""
+        self.forwards += other.forwards
         if self.inner:
             self.loss, self.inner = other.loss, other.inner
         elif not other.inner:

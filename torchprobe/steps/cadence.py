@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
-from torchprobe.probes.schedule import Cadence, Never, Schedule, as_schedule
+from torchprobe.probes.schedule import Before, Cadence, Never, Schedule, as_schedule
 
+_ALWAYS = Cadence(1)
 _FURTHER = 8  # steps beyond the cadence, at most, for optimizers that take turns
 
 _log = logging.getLogger("torchprobe")
@@ -123,19 +124,21 @@ class Plan:
     def _open(self, step: int, by_forward: bool) -> None:
         self._take_changes(step)
         scheduled = self._scheduled(step)
-        due = []
+        due, passing = [], False
         for reporter in self.reporters:
             gate = reporter.gate
             gate.open_training(reporter in scheduled)
             if gate.train and reporter.probe.sampled:
                 due.append(reporter)
+            elif gate.train and reporter.schedule != _ALWAYS:
+                passing = True  # its gate has to be closed again
         self.due = frozenset(due)
         if by_forward:
             self._awaits_validation = dict.fromkeys(due)
             self._open_validation()
         self.by_forward = by_forward
-        self.quiet = range(0) if due else range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
-        if self._changes:
+        self.quiet = range(step + 1, min([s.next(step + 1) for s in self._samplers], default=0))
+        if due or passing or self._changes:
             self.quiet = range(0)
 
     def _take_changes(self, step: int) -> None:
@@ -241,9 +244,9 @@ class _Sampler:
 
     def next(self, step: int) -> int:
         """The first step from `step` on that may be sampled, as far as the schedule tells without being asked."""
-        if not isinstance(self.schedule, Cadence | Never):
+        if not isinstance(self.schedule, Cadence | Never | Before):
             return step
-        always_open = not self.costs and self.schedule == Cadence(1)
+        always_open = not self.costs and self.schedule == _ALWAYS
         return Never().next(step) if always_open else self.schedule.next(step)
 
     def state(self) -> list[int]:

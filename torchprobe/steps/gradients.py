@@ -44,6 +44,7 @@ class Gradients:
         self._sources = sources
         self._merge = sources.merge
         self._check = sources.nan_check
+        self._watch = steps.watch
         self._model = model
         self._train = train
         self._waiting: list[Backward] = []  # oldest first
@@ -76,6 +77,8 @@ class Gradients:
         self._look(backward)
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._early.ids)
+        if self._watch.timing is not None:
+            self._watch.backward_begins()
         compat.at_end_of_backward(partial(self.end, backward))
         return backward
 
@@ -103,6 +106,10 @@ class Gradients:
             backward.note(sign)
         if due:
             backward.keep(self._sources.backward_ends(due), self._merge)
+        timed = self._watch.timing is not None
+        if timed:
+            self._watch.backward_ends(backward.forwards)
+        if due or timed:
             compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
         self._await(backward)
@@ -112,7 +119,10 @@ class Gradients:
     @protected
     def ended(self) -> None:
         """A backward pass has ended, and what others had put at its end has run."""
-        self._sources.backward_ended(self._steps.current.due)
+        if self._watch.timing is not None:
+            self._watch.backward_ended()
+        if self._steps.current.due:
+            self._sources.backward_ended(self._steps.current.due)
 
     # ---- what becomes of their gradients
 

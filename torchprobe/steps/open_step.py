@@ -38,6 +38,8 @@ class OpenStep:
     reported: bool = False  # a record said what was due
     silent: bool = False  # it is not to be said
     loss_written: bool = False
+    forwards: int = 0  # passes whose gradients are used
+    ended: float | None = None  # when, on a clock without us
     _missing: Sequence[Reporter] = ()  # what was due
     _same_data: Sequence[int] = ()
     _urgent: bool = False
@@ -77,8 +79,10 @@ class OpenStep:
 
     def use(self, backward: Backward) -> None:
         """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
-        if not backward.used and self.due:
-            self.used.append(backward)
+        if not backward.used:
+            self.forwards += backward.forwards
+            if self.due:
+                self.used.append(backward)
         if backward.counted != self.number:
             if backward.loss is None:
                 self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
@@ -89,6 +93,7 @@ class OpenStep:
     def keep(self, backward: Backward) -> None:
         """Passes count whose backward pass nobody has heard of."""
         self.used.append(backward)
+        self.forwards += backward.forwards
         backward.take_for(self.number)
 
     def scale_by(self, scale: Tensor) -> None:
@@ -99,10 +104,14 @@ class OpenStep:
         """Gradients are of a sum over so many micro-batches, and are divided before the optimizer steps."""
         self.parts = self.scale = parts
 
-    def end(self, with_gradients: bool = True) -> None:
-        """An optimizer has stepped, or a forward pass was the step: without gradients some probes see nothing."""
+    def end(self, with_gradients: bool = True, at: float | None = None) -> None:
+        """An optimizer has stepped, or a forward pass was the step: without gradients some probes see nothing.
+
+        at: when that was, where it is asked for.
+        """
         self.trained = True
         self.silent = not with_gradients
+        self.ended = at
 
     def void(self, flag: Tensor) -> None:
         """A flag on the device says whether the optimizer has skipped the step."""

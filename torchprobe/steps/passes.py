@@ -35,6 +35,7 @@ class Passes:
         self._sources = sources
         self._running = sources.running
         self._check = sources.nan_check
+        self._watch = steps.watch
         self.gradients = Gradients(ref(model), guard, steps, sources, self._train)
         self._dropped = Dropped()
         self._undecided: list[ReferenceType[Pass]] = []
@@ -72,6 +73,8 @@ class Passes:
         due = self._steps.current.due if kind is TRAINING else self._due(kind)
         passing = Pass(kind, due, self._observer, self._dropped)
         self._running.enter(passing)
+        if kind is TRAINING and self._watch.timing is not None:
+            self._watch.enter()
         may_trace = clock.completed == clock.origin
         if due or may_trace or self._sources.armed:
             self._sources.enter(passing, module, may_trace)
@@ -105,6 +108,8 @@ class Passes:
         passing = self._running.leave()
         if passing is None:
             return
+        if passing.kind is TRAINING and self._watch.timing is not None:
+            self._watch.leave(args, kwargs, output)
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
@@ -153,9 +158,7 @@ class Passes:
         """No optimizer is in sight: a pass is a step."""
         self._steps.count_pass(is_grad_enabled())
         if passing.kind is TRAINING:
-            backward = Backward(None, None)
-            backward.add(passing)
-            self._steps.current.keep(backward)
+            self._steps.current.keep(Backward.unheard(passing))
         else:
             self._steps.validated(passing.take())
 
@@ -211,21 +214,14 @@ class Passes:
             step.keep(unheard)
         if first is not None and first.task is None:
             self._first = None
-            alone = Backward(None, None)
-            alone.add(first)
-            step.keep(alone)
+            step.keep(Backward.unheard(first))
 
     def take_unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
         passes, self.unheard = self.unheard, []
         if self._running.compiled and self._steps.current.due:
             passes += self._sources.take_from_graphs(self._pass_of_graph())
-        if not passes:
-            return None
-        backward = Backward(None, None)
-        for passing in passes:
-            backward.add(passing)
-        return backward
+        return Backward.unheard(*passes) if passes else None
 
     def _train(self, passing: Pass) -> None:
         """A backward pass runs through a pass in evaluation mode: it was training."""
@@ -233,6 +229,7 @@ class Passes:
         self._thread = self._running.thread  # this one may be a device's
         if not self._clock.by_forward and self._clock.training_pass():
             self.begin_step()
+        self._watch.forget_passes()
 
     # ---- for those who ask
 
@@ -277,6 +274,7 @@ class Passes:
         return passing
 
     def _pass_of_graph(self) -> Pass:
+        self._watch.forget_passes()
         return Pass(TRAINING, self._steps.current.due, self._observer, self._dropped)
 
     def _is_foreign(self) -> bool:

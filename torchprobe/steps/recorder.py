@@ -31,7 +31,7 @@ class Recorder:
         self._sources = sources
         self._watch = watch
         self._outlet = outlet
-        self._steps = Steps(plan, sources, outlet, Overview(outlet, meter), host_loss=ranks == 1)
+        self._steps = Steps(plan, sources, outlet, Overview(outlet, meter), meter, ranks)
         self.clock = self._steps.clock
         self._passes = Passes(model, self.guard, self._steps, sources)
         self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
@@ -41,6 +41,10 @@ class Recorder:
 
     # ---- optimizer steps
 
+    def other_steps(self) -> None:
+        """One of another model's: what runs between two steps of this one is no wait."""
+        self._steps.watch.interrupt()
+
     def before_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
         """The step begins; gradients are final, but for what other hooks do, unless a closure makes them."""
         clock = self.clock
@@ -48,6 +52,9 @@ class Recorder:
             self._steps.forget_passes()
         if clock.stepped and clock.begin(optimizer, has_closure):
             self._passes.begin_step()
+        watch = self._steps.watch
+        if watch.timing is not None:
+            watch.optimizer_begins(has_closure)
         due = self._steps.current.due
         if due and self._steps.current.trained:
             self._steps.settle_parameters()
@@ -73,6 +80,9 @@ class Recorder:
         step = self._steps.current
         if getattr(optimizer, "found_inf", None) is not None and self._skipped(optimizer):
             return
+        watch = self._steps.watch
+        if watch.timing is not None:
+            watch.optimizer_ends()
         if has_closure:
             self._use(optimizer)
             step.extend(self._sources.parameters.gradients(optimizer, step.due, step.parts))

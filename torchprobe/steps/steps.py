@@ -10,22 +10,26 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import SKIPPED_BEFORE, Piece
+from torchprobe.capture.gate import Meter
 from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
+from torchprobe.capture.times import Stopwatch
 from torchprobe.probes.base import Reporter
+from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
 from torchprobe.records import Text, Value
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
+from torchprobe.steps.times import StepTimes
 
 
 class Steps:
     """The open step and the machine that numbers it: everything that has a value asks here where it goes.
 
-    host_loss: whether the loss may travel as a host value, of which no other rank has a part.
+    ranks: of the run; of one alone the loss may travel as a host value.
     """
 
     def __init__(
@@ -34,7 +38,8 @@ class Steps:
         sources: Sources,
         outlet: Outlet,
         overview: Overview,
-        host_loss: bool,
+        meter: Meter,
+        ranks: int,
     ) -> None:
         self.clock = StepMachine()
         self.current = OpenStep(0)
@@ -42,7 +47,11 @@ class Steps:
         self._sources = sources
         self._outlet = outlet
         self._overview = overview
-        self._host_loss = host_loss
+        self._host_loss = ranks == 1
+        timer = next((reporter for reporter in plan.reporters if reporter.source == "performance"), None)
+        self.watch = Stopwatch(timer, sources.model, meter, ranks)
+        self._times = None if timer is None else StepTimes(timer, self.watch, outlet, ranks)
+        self._ended: float | None = None  # when the last step did
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self.has_validated = False
@@ -50,7 +59,7 @@ class Steps:
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._doubts = sources.nan_check
-        self._unsampled = [r for r in plan.reporters if not r.probe.sampled]
+        self._unsampled = [r for r in plan.reporters if not (r.probe.sampled or r.source == "performance")]
         self._light: frozenset[Reporter] = frozenset()
         self._always_light = False  # they are due at every step, and the loss is one
         self._resting: frozenset[Reporter] | None = None  # due in validation when nothing was due in training last
@@ -74,9 +83,12 @@ class Steps:
         current = self.current
         if current.due and not current.trained:
             self._plan.await_validation(current.due)
-        current.end()
+        meter = self.watch.meter
+        current.end(at=meter.starts[0] - meter.total[0] - meter.aside)  # its clock, without the call
         self.clock.end(optimizer)
         self._plan.optimizer_stepped(optimizer, current.number)
+        if self._times is not None and current.number + 1 not in self._plan.quiet:
+            self.watch.mark_end(current.number)
         self._decided = 0
         if current.due and not self.clock.passes_seen:  # a function around the model may be compiled
             self._sources.step_ended()
@@ -91,8 +103,9 @@ class Steps:
         """A forward pass was the step."""
         if self.current.due and not self.current.trained:  # what follows belongs to it, and is sampled as it was
             self._plan.await_validation(self.current.due)
-        self.current.end(with_gradients)
+        self.current.end(with_gradients, self.watch.meter.clock)
         self.clock.end_by_forward()
+        self.watch.mark_end(self.current.number)
 
     def _decide(self, number: int) -> None:
         self._decided, plan = number, self._plan
@@ -107,9 +120,17 @@ class Steps:
 
     def begin(self) -> None:
         """The machine has begun a step: the one before it is complete."""
-        ended = self.current
+        ended, times = self.current, self._times
+        before, self._ended = self._ended, ended.ended
+        if times is not None and (self.watch.timing is not None or not times.gate.failed):
+            if self.watch.timing is not None or self.clock.manual or not self._host_loss:
+                self._ended = times.end_step(ended, before, self.clock.manual)
+            elif before is not None and self._ended is not None:
+                ended.values[STEP_SECONDS] = self._ended - before
+        clear = not self.has_validated
         quiet = ended.number > 1 and ended.number % self._outlet.flush_every  # the drain thread need not wake up
-        values = ended.take_values() if quiet and self._always_light and self._host_loss else None
+        plain = quiet and self._always_light and self._host_loss and (times is None or not times.holds)
+        values = ended.take_values() if plain else None
         if values is None:
             self._hand_over(ended)
         else:
@@ -128,18 +149,24 @@ class Steps:
             else:
                 self._decide(number)
         self.current = OpenStep(number, self._due, self._light)
+        if times is not None and times.gate.train:
+            self.watch.open(number, clear, quiet=not ended.due)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
 
     def _hand_over(self, ended: OpenStep) -> None:
         self._complete(ended)
-        self._outlet.hand_over(ended.number, ended.take())
+        (self._times if self._times is not None and self._times.holds else self._outlet).hand_over(
+            ended.number, ended.take()
+        )
         if ended.due and ended.trained:
             self._sources.step_ended()
 
     def write(self) -> None:
         """Hand over what the open step has so far."""
+        if self._times is not None:
+            self._times.release()
         self._complete(self.current)
         self._outlet.hand_over(self.current.number, self.current.take())
 
@@ -248,6 +275,11 @@ class Steps:
         """Everything that there is, and the counts."""
         if not self.clock.fresh:
             self.put_overview()
+        times, last = self._times, self.current
+        if times is not None and last.ended is not None and not (self.clock.manual or times.gate.failed):
+            times.end_step(last, self._ended, by_hand=False)
+            if times.holds:
+                self._hand_over(last)
         if self._for_first:
             self.write()
             self.current = OpenStep(1)

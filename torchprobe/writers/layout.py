@@ -176,7 +176,7 @@ _CATEGORIES: dict[str, tuple[_Maker, ...]] = {
     "Overview": (
         _lines("Loss", "(.+/)?loss"),
         _lines("Accuracy", "(.+/)?(accuracy|acc)"),
-        _lines("Gradient norm", "overview/grad_norm"),
+        _lines("Gradient norm (before clipping and as used)", "overview/grad_norm(_unclipped)?"),
         _lines("Update ratio (healthy: about 0.001)", "overview/update_ratio"),
         _lines("Attention entropy of the lowest head", "overview/attention_entropy_min"),
         _lines("Largest attention logit", "overview/attention_max_logit"),

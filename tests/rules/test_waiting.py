@@ -1,0 +1,43 @@
+"""When a run is said to wait between its steps: on records, by hand."""
+
+from __future__ import annotations
+
+import torchprobe
+from torchprobe.records import Record
+
+
+def record(step: int, **values) -> Record:
+    """Two underscores stand for a slash."""
+    return Record(step, 0.0, {tag.replace("__", "/"): value for tag, value in values.items()})
+
+
+def timed(step, seconds, wait=None):
+    waits = {} if wait is None else {"performance__input_wait_seconds": wait}
+    return record(step, performance__step_seconds=seconds, **waits)
+
+
+def fired_of(times) -> list[int]:
+    """Steps at which waiting is said to hold. times: seconds of each step, and of the wait where it is sampled."""
+    rule = torchprobe.InputBound().watcher()
+    return [step for step, one in enumerate(times, 1) if rule(timed(step, *one))]
+
+
+def test_a_run_that_waits_for_its_input():
+    sampled = (9, 19, 29, 39, 49)
+    assert fired_of([(0.1, 0.04) if step in sampled else (0.1,) for step in range(60)]) == [40, 50]
+    assert not fired_of([(0.1, 0.02) if step in sampled else (0.1,) for step in range(60)])
+    assert not fired_of([(0.001, 0.0009) if step in sampled else (0.001,) for step in range(60)])  # of a toy
+    stalls = {9: 0.04, 19: 0.0, 29: 0.04, 39: 0.0, 49: 0.04}
+    assert not fired_of([(0.1, stalls[step]) if step in sampled else (0.1,) for step in range(60)])
+    rule = torchprobe.InputBound(samples=1).watcher()
+    assert rule(record(1, lr__SGD=0.1)) is None
+    assert rule(timed(2, 0.1)) is None
+    [alert] = rule(timed(3, 0.1, 0.05))
+    assert (alert.rule, alert.where, alert.value, alert.threshold) == ("input_bound", None, 0.5, 0.3)
+    assert "0.05 s of a step of 0.1 s" in alert.message
+
+
+def test_what_is_done_in_sampled_steps_alone_makes_no_run_wait():
+    """A checkpoint at every tenth step, just before it: the steps in between show that it is not the data."""
+    assert not fired_of([(1.1, 1.01) if step % 10 == 9 else (0.1,) for step in range(100)])
+    assert fired_of([(1.1, 1.01) if step % 10 == 9 else (1.1,) for step in range(100)])

@@ -155,8 +155,9 @@ class Timing:
         interrupted = self.watch is None or (self.watch.device is not None and aside != self._aside)
         self._unknown |= {name for name in SPANS if interrupted or name in self._begun or not self._spans[name]}
         counted = used == self._entered > 0
-        self._unknown |= set() if quiet and counted else {"forward", "backward"}
-        self._unknown |= set() if quiet else {"optimizer"}
+        alone = quiet or self.watch is None or self.watch.device is None  # the host's clock leaves ours out
+        self._unknown |= set() if alone and counted else {"forward", "backward"}
+        self._unknown |= set() if alone else {"optimizer"}
         self._unknown |= set() if self._heard == used else {"backward"}
         memory = math.nan if self.watch is None else self.watch.peak_memory()
         over = seconds if counted and self._clear and seconds > 0 else math.nan

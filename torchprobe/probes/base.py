@@ -181,6 +181,10 @@ class Probe(metaclass=_Frozen):
         pairs = zip(torch.from_numpy(a), torch.from_numpy(b), strict=True)
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a
 
+    def led_by(self, schedule: Schedule) -> Schedule:
+        """When it samples, where it names no cadence of its own and `instrument(every=)` or `session.every` gives one."""
+        return schedule
+
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
 

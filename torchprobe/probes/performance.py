@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.probes.base import Probe, Reporter, Way
-from torchprobe.probes.schedule import Before, Cadence, Schedule
+from torchprobe.probes.schedule import AndBefore, Cadence, Schedule
 from torchprobe.records import Value
 
 STEP_SECONDS = "performance/step_seconds"
@@ -39,9 +39,9 @@ _DESCRIPTION = (
 class Performance(Probe):
     """`performance/step_seconds` at every step; on sampled ones waits, passes, optimizer, rates and memory.
 
-    By default the step before each that other probes sample is sampled (4, 9, 19, 49, 99, 199, …), whatever `every=` of
-    `instrument` says: `forward_seconds`, `backward_seconds` and `optimizer_seconds` are written only where no other
-    probe makes the step longer. What is not known is not written: the wait before the first step, and after validation;
+    The step before each sampled one is sampled too (4, 9, 19, 49, 99, 199, …): on a GPU `forward_seconds`,
+    `backward_seconds` and `optimizer_seconds` are written only where no other probe makes the step longer; on a CPU what
+    these take is left out. What is not known is not written: the wait before the first step, and after validation;
     the passes of a step of which one was not seen to begin and end (inside a compiled function, in evaluation mode) or
     was not used by an optimizer; an optimizer's step with a closure; examples where the inputs and the output do not
     agree in their first dimension, or a module takes it for time (`batch_first=False`); tokens beside floating-point
@@ -52,7 +52,6 @@ class Performance(Probe):
     source: ClassVar[str] = "performance"
     fields: ClassVar[tuple[str, ...]] = (*LARGEST, "ranks", "wall", *RATES, "parts")
     sampled: ClassVar[bool] = False
-    always: ClassVar[bool] = True
     found_everywhere: ClassVar[bool] = False
     combines_many: ClassVar[bool] = True
     over_shards: ClassVar[Way] = "append"
@@ -61,7 +60,11 @@ class Performance(Probe):
     def __init__(self, every: int | Schedule | None = None) -> None:
         super().__init__(every)
         if every is None:
-            self.schedule = Before(Cadence(self.default_every, dense=True))
+            self.schedule = self.led_by(self.schedule)
+
+    def led_by(self, schedule: Schedule) -> Schedule:
+        """Also the step before each: on a GPU, what other probes compute in a sampled step would make it longer."""
+        return AndBefore(schedule) if isinstance(schedule, Cadence) else schedule
 
     def reporter(self) -> Reporter:
         """Which asks the driver, too."""

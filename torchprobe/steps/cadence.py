@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
-from torchprobe.probes.schedule import Before, Cadence, Never, Schedule, as_schedule
+from torchprobe.probes.schedule import AndBefore, Cadence, Never, Schedule, as_schedule
 
 _ALWAYS = Cadence(1)
 _FURTHER = 8  # steps beyond the cadence, at most, for optimizers that take turns
@@ -37,7 +37,8 @@ class Plan:
         self._led: list[Reporter] = []  # by a common cadence, when there is one
         for probe in probes:
             gate = Gate(probe.name, meter)
-            schedule = common if common is not None and probe.every is None and not probe.always else probe.schedule
+            led = common is not None and probe.every is None and not probe.always
+            schedule = probe.led_by(common) if common is not None and led else probe.schedule
             for reporter in probe.reporter().by_source():
                 reporter.begin(gate, schedule)
                 self.reporters.append(reporter)
@@ -147,7 +148,7 @@ class Plan:
             self._all_until = max(self._all_until, step + more - 1)
             if schedule is not None:
                 for reporter in self._led:
-                    reporter.begin(reporter.gate, schedule)
+                    reporter.begin(reporter.gate, reporter.probe.led_by(schedule))
                 self._samplers = _by_schedule(self.reporters)
 
     def _open_validation(self) -> None:
@@ -244,7 +245,7 @@ class _Sampler:
 
     def next(self, step: int) -> int:
         """The first step from `step` on that may be sampled, as far as the schedule tells without being asked."""
-        if not isinstance(self.schedule, Cadence | Never | Before):
+        if not isinstance(self.schedule, Cadence | Never | AndBefore):
             return step
         always_open = not self.costs and self.schedule == _ALWAYS
         return Never().next(step) if always_open else self.schedule.next(step)

@@ -153,9 +153,9 @@ def facts(bare: Loop, other: Loop) -> dict[str, float]:
 CADENCES = {
     "idle": lambda: {"every": NEVER},
     "default": dict,
-    "weights, gradients, activations, histograms, every step": spine,
-    "every default probe, every step": lambda: {"probes": every_step_except()},
-    "every default probe but attention, every step": lambda: {"probes": every_step_except(torchprobe.Attention)},
+    "weights": spine,  # gradients, parameters, updates, activations and their histograms, at every step
+    "all": lambda: {"probes": every_step_except()},  # default probes, at every step
+    "no_attention": lambda: {"probes": every_step_except(torchprobe.Attention)},
 }
 
 
@@ -171,7 +171,7 @@ def test_torchprobe(benchmark, cadence, shape, batch, compiled, tmp_path):
     assert "failed" not in session.summary()
 
 
-@pytest.mark.parametrize("budget", [None, 0.01], ids=["no budget", "budget of 1 %"])
+@pytest.mark.parametrize("budget", [None, 0.01], ids=["no_budget", "budget_of_1_percent"])
 def test_default_cadence(benchmark, budget, tmp_path):
     """Steps 101 to 501 of the defaults: 100 at a time, of which one is sampled; without and within a budget."""
     bare, other = loop("small", 4, False), loop("small", 4, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _COMPILER = "torch.compile and torch.export have no back end for the device"
-_KERNELS = "the kernels are torch's for CUDA and the CPU"
+_KERNELS = "the kernels are torch's for the CPU, or stand-ins for others' that run there"
 _CONSTANTS = "its constants are made in host memory when it is imported"
 _DEPTH = "it counts function modes, of which the default device is one"
 _NUMPY = "it reads its tensors by numpy"
@@ -13,7 +13,10 @@ _LATER = "on a device no output is looked at, so that one form more is judged un
 _NUMBERS = "it is arithmetic of a few numbers, whatever their device"
 _SPEED = "it runs too many operations for a device in Python"
 
-RUNS_ON_A_REAL_ONE = frozenset({_COMPILER, _KERNELS, _TYPES, _MEMORY, _SPEED})
+STAND_INS = ("attention/test_kernels.py",)
+"""Tests of kernels that only a stand-in on the CPU, or on the device in Python, is there for."""
+
+RUNS_ON_A_REAL_ONE = frozenset({_COMPILER, _MEMORY, _SPEED})
 
 REASONS = {
     "compile": _COMPILER,

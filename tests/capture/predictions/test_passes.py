@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.capture.predictions import inputs
 from torchprobe.testing import MemoryWriter
 
 ROWS, CLASSES, STEPS = 48, 6, 3
@@ -146,3 +148,14 @@ def test_members_of_one_prediction_draw_random_numbers(noise, members):
         p = torch.stack(logits).detach().double().softmax(-1)
         epistemic = torch.special.entr(p.mean(0)).sum(-1).mean() - torch.special.entr(p).sum(-1).mean()
         assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)
+
+
+def test_generators_need_no_weak_references(monkeypatch):
+    """Those of torch 2.11 take none."""
+
+    def only_of_others(x):
+        assert not isinstance(x, torch.Generator)
+        return weakref.ref(x)
+
+    monkeypatch.setattr(inputs, "ref", only_of_others)
+    test_members_of_one_prediction_draw_random_numbers(*NOISE["its own"])

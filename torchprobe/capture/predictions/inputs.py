@@ -64,14 +64,14 @@ class Draws:
 
     def __init__(self) -> None:
         self._before: list[Tensor] | None = None
-        self._kept: list[ReferenceType[torch.Generator]] | None = None  # by the model
+        self._kept: list[tuple[ReferenceType[nn.Module], str]] | None = None  # torch 2.11's take no weak one
 
     def begin(self, model: nn.Module | None) -> None:
         """A pass begins."""
         if self._kept is None:
             modules = () if model is None else model.modules()
-            values = (value for module in modules for value in module.__dict__.values())
-            self._kept = [ref(value) for value in values if type(value) is torch.Generator]
+            kept = ((ref(module), name, value) for module in modules for name, value in module.__dict__.items())
+            self._kept = [(module, name) for module, name, value in kept if isinstance(value, torch.Generator)]
         self._before = self._states()
 
     def any(self, device: torch.device) -> bool:
@@ -85,7 +85,8 @@ class Draws:
         """In host memory, all of them; None while a graph of CUDA is recorded."""
         used = [device for kind in _ACCELERATORS if (device := getattr(torch, kind)).is_initialized()]
         generators = [torch.default_generator, *(g for device in used for g in device.default_generators)]
-        generators += [kept for one in self._kept or () if (kept := one()) is not None]
+        kept = [module.__dict__.get(name) for one, name in self._kept or () if (module := one()) is not None]
+        generators += [one for one in kept if isinstance(one, torch.Generator)]
         try:
             return [generator.get_state() for generator in generators]
         except RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,3 +160,18 @@ def test_generators_need_no_weak_references(monkeypatch):
 
     monkeypatch.setattr(inputs, "ref", only_of_others)
     test_members_of_one_prediction_draw_random_numbers(*NOISE["its own"])
+
+
+def test_members_that_draw_elsewhere_are_said():
+    """By numpy: what differs may be a state of the model."""
+    generator = np.random.default_rng(1)
+    noise = lambda x, _: torch.from_numpy(generator.normal(size=tuple(x.shape))).to(x)  # noqa: E731 - as in NOISE
+    model, writer = Noisy(noise), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]) as session:
+        for _ in range(4):
+            x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
+            sum(F.cross_entropy(model(x), y) for _ in range(3)).backward()
+            optimizer.step()
+    assert "uncertainty_epistemic/root" not in writer.tags()
+    assert session.summary().count("drew no random numbers of torch") == 1

@@ -16,7 +16,7 @@ from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled.tracing import untraced
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.outputs import main_tensor, tensors_in
+from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.predictions import targets
 from torchprobe.capture.predictions.confirmation import (
     confirm_gradient,
@@ -26,7 +26,7 @@ from torchprobe.capture.predictions.confirmation import (
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
-from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
+from torchprobe.capture.predictions.inputs import UNDRAWN, Draws, InputKey, input_tensors, version_of
 from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
 from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.loss_modules import LossModules
@@ -35,7 +35,7 @@ from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import Pool
-from torchprobe.capture.predictions.reading import Reading, read
+from torchprobe.capture.predictions.reading import Reading, losses_in, read
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 
@@ -173,7 +173,7 @@ class PredictionCapture:
     def _follow_head(self, phase: Phase, pool: Pool, tensor: Tensor, inputs: Sequence[Tensor], output: Any) -> None:
         """Another output than the first, in a phase of its own: what judges it may be another loss."""
         predicted = self._plain.add(phase, phase.go_on(pool), tensor, Reading(plain=tensor), inputs)
-        losses = _losses_in(output)
+        losses = losses_in(output)
         if not losses or not confirm_returned(phase, tensor, judge_of(losses[:1], place_of(tensor)), self._generators):
             self._wait(phase, pool, tensor, predicted)
 
@@ -206,7 +206,7 @@ class PredictionCapture:
         self, phase: Phase, module: nn.Module, given: tuple[Any, Mapping[str, Any]], output: Any, plain: Tensor
     ) -> bool:
         """A loss that the model returns tells: by its graph, or recomputed from labels."""
-        losses = _losses_in(output)
+        losses = losses_in(output)
         if not losses or self._sample_dim is not None:
             return False
         judge = judge_of(losses[:1], place_of(plain))
@@ -285,6 +285,8 @@ class PredictionCapture:
             pool = phase.pool(where, key)
             if pool is not None:
                 return phase, pool
+            if (last := phase.pools.get(where)) is not None and last.repeats(key):
+                self._now.say("passes", UNDRAWN)
         return self._now, self._now.begin(Pool(where, key, self._generators))
 
     @contextmanager
@@ -293,8 +295,3 @@ class PredictionCapture:
         device = torch.device("cpu") if tensor is None else tensor.device
         with self._gate.boundary(), torch.no_grad(), no_autocast(device), no_torch_function():
             yield
-
-
-def _losses_in(output: Any) -> list[Tensor]:
-    """Numbers among a model's outputs that may be its loss."""
-    return [x for x in tensors_in(output) if x.dim() == 0 and x.is_floating_point()]

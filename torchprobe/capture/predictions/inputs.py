@@ -15,6 +15,12 @@ _SIMPLE = (str, int, float, bool, type(None))
 _ACCELERATORS = ("cuda", "xpu")
 _A_SIDE = 16  # elements along a dimension that stand for a tensor's values
 
+UNDRAWN = (
+    "the model was called more than once with one input and drew no random numbers of torch in between: such passes are"
+    " not taken for members of one prediction, since what differs may be a state that the model keeps. Members that"
+    " draw by numpy or by Python: draw by torch, or call session.log_predictions(probs, targets)"
+)
+
 
 class InputKey:
     """What a pass was called with, and the state of the model that it was called on; keeps nothing alive.
@@ -37,10 +43,12 @@ class InputKey:
         self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
 
     def same_as(self, other: InputKey) -> bool:
-        """Whether both are the same input as far as the host can tell; never so without a tensor in it."""
+        """Whether both are members of one prediction for one input, as far as the host can tell."""
+        return self._draws and other._draws and self.has_input_of(other)
+
+    def has_input_of(self, other: InputKey) -> bool:
+        """Whether both are the same input, members or not; never so without a tensor in it."""
         if not self._tensors or len(self._tensors) != len(other._tensors) or self._state != other._state:
-            return False
-        if not (self._draws and other._draws):
             return False
         pairs = zip(self._tensors, other._tensors, strict=True)
         same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)

@@ -142,6 +142,10 @@ class Pool:
         self._further.append(list(key.unchanged_since(self._key)))
         return True
 
+    def repeats(self, key: InputKey) -> bool:
+        """Whether a pass has this pool's input, though it may not belong here."""
+        return self._key is not None and self._key.has_input_of(key)
+
     def beside(self, name: str) -> Pool:
         """That of another output of the same passes."""
         if name not in self._beside:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.distributions import Distribution
 
-from torchprobe.capture.outputs import heads_beside, main_tensor
+from torchprobe.capture.outputs import heads_beside, main_tensor, tensors_in
 from torchprobe.capture.predictions.likelihood import STD, Number, Spread, wide
 
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
@@ -287,3 +287,8 @@ def _entropy(found: Distribution, variance: Tensor) -> Tensor | None:
         return found.entropy().detach()
     except (NotImplementedError, RuntimeError):  # no closed form; or one by automatic differentiation
         return None
+
+
+def losses_in(output: Any) -> list[Tensor]:
+    """Numbers among a model's outputs that may be its loss."""
+    return [x for x in tensors_in(output) if x.dim() == 0 and x.is_floating_point()]

@@ -15,7 +15,9 @@ from tests.setups.compiled import COMPILERS_WARNINGS
 from torchprobe.capture import gate, times
 from torchprobe.testing import MemoryWriter
 
-TIMED = [4, 9, 19]  # steps that are sampled by default, of 20
+TIMED = [1, 2, 4, 5, 9, 10, 19, 20]  # of 20 steps by default: those that all probes sample, and the ones before
+KNOWN = TIMED[1:]  # when the step before has ended, which of the first nobody knows
+ALONE = [4, 9, 19]  # no other probe is due
 PLAIN = {"step": 14.0, "input_wait": 5.0, "forward": 2.0, "backward": 3.0, "optimizer": 4.0}
 
 
@@ -121,18 +123,48 @@ def test_the_times_of_a_plain_loop(run):
     run.steps(20)
     run.session.detach()
     assert run.seconds("step") == dict.fromkeys(range(2, 21), PLAIN["step"])
-    for name in ("input_wait", "forward", "backward", "optimizer"):
+    for name in ("forward", "backward", "optimizer"):
         assert run.seconds(name) == dict.fromkeys(TIMED, PLAIN[name]), name
-    assert run.rates("examples") == dict.fromkeys(TIMED, pytest.approx(8 / 14))
+    assert run.seconds("input_wait") == dict.fromkeys(KNOWN, PLAIN["input_wait"])
+    assert run.rates("examples") == dict.fromkeys(KNOWN, pytest.approx(8 / 14))
     assert not run.rates("tokens")
     assert all(2**20 < value < 2**45 for _, value in run.writer.scalars("performance/peak_memory_bytes"))
     assert [step for step, _ in run.writer.scalars("performance/peak_memory_bytes")] == TIMED
 
 
-class Costly(torchprobe.Probe):
-    """Takes 100 seconds for each module, at every step."""
+@pytest.mark.parametrize(
+    ("every", "timed"),
+    [
+        (1, [*range(1, 13)]),
+        (2, [*range(1, 13)]),
+        (3, [1, 2, 3, 5, 6, 8, 9, 11, 12]),
+        (5, [1, 4, 5, 9, 10]),
+        (lambda step: step in (3, 8), [3, 8]),  # a schedule of the user's is taken as it is
+    ],
+)
+def test_a_common_cadence_leads_the_times_of_a_step_too(clock, every, timed):
+    run = Run(clock, every=every)
+    run.steps(12)
+    run.session.detach()
+    assert run.seconds("step") == dict.fromkeys(range(2, 13), PLAIN["step"])
+    for name in ("forward", "backward", "optimizer"):
+        assert run.seconds(name) == dict.fromkeys(timed, PLAIN[name]), name
+    assert run.seconds("input_wait") == dict.fromkeys(set(timed) - {1}, PLAIN["input_wait"])
 
-    source, fields, reduce = "outputs", ("nothing",), "sum"
+
+def test_a_cadence_that_is_changed_while_a_run_goes_on_leads_them_too(run):
+    run.steps(10)
+    run.session.every(4)
+    run.steps(10)
+    run.session.detach()
+    assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5, 9, 10, 11, 12, 15, 16, 19, 20], PLAIN["forward"])
+
+
+class Costly(torchprobe.Probe):
+    """Takes 100 seconds for each module or parameter."""
+
+    fields, reduce, every_source = ("nothing",), "sum", ("outputs", "output_gradients", "micro_gradients", "gradients")
+    source = (*every_source, "parameters", "updates")
     clock: Clock
 
     def compute(self, tensor):
@@ -143,15 +175,17 @@ class Costly(torchprobe.Probe):
         return ()
 
 
-def test_what_torchprobe_takes_is_left_out_and_passes_are_timed_where_nothing_else_is_sampled(clock):
+def test_what_torchprobe_takes_is_left_out_in_the_steps_in_which_it_takes_something_too(clock):
     Costly.clock = clock
     run = Run(clock, probes=[torchprobe.Performance(), Costly(every=9)])
+    began = clock.now
     run.steps(20)
     run.session.detach()
+    assert clock.now - began > 20 * PLAIN["step"] + 3 * 6 * 2 * 100  # steps 1, 9 and 18: six sources, two modules
     assert run.seconds("step") == dict.fromkeys(range(2, 21), PLAIN["step"])
-    assert run.seconds("input_wait") == dict.fromkeys(TIMED, PLAIN["input_wait"])
-    assert run.seconds("forward") == dict.fromkeys([4, 19], PLAIN["forward"])  # step 9 is Costly's
-    assert run.seconds("optimizer") == dict.fromkeys([4, 19], PLAIN["optimizer"])
+    assert run.seconds("input_wait") == dict.fromkeys(KNOWN, PLAIN["input_wait"])  # 2, 10 and 19 follow one of them
+    for name in ("forward", "backward", "optimizer"):
+        assert run.seconds(name) == dict.fromkeys(TIMED, PLAIN[name]), name
 
 
 def test_micro_batches_add_up(run):
@@ -162,9 +196,10 @@ def test_micro_batches_add_up(run):
         run.optimizer.zero_grad()
     run.session.detach()
     assert run.seconds("step") == dict.fromkeys(range(2, 6), 3 * 10.0 + 4.0)
-    assert run.seconds("input_wait") == {4: 5.0}
-    assert (run.seconds("forward"), run.seconds("backward")) == ({4: 6.0}, {4: 9.0})
-    assert run.rates("examples") == {4: pytest.approx(24 / 34)}
+    assert run.seconds("input_wait") == dict.fromkeys([2, 4, 5], 5.0)
+    assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5], 6.0)
+    assert run.seconds("backward") == dict.fromkeys([1, 2, 4, 5], 9.0)
+    assert run.rates("examples") == dict.fromkeys([2, 4, 5], pytest.approx(24 / 34))
 
 
 def test_optimizers_that_share_a_step_add_up(clock):
@@ -177,8 +212,8 @@ def test_optimizers_that_share_a_step_add_up(clock):
             optimizer.zero_grad()
     run.session.detach()
     assert run.seconds("step") == dict.fromkeys(range(2, 6), 18.0)
-    assert run.seconds("optimizer") == {4: 8.0}
-    assert run.seconds("input_wait") == {4: 5.0}
+    assert run.seconds("optimizer") == dict.fromkeys([1, 2, 4, 5], 8.0)
+    assert run.seconds("input_wait") == dict.fromkeys([2, 4, 5], 5.0)
 
 
 def test_no_wait_is_written_where_validation_ran(run):
@@ -187,9 +222,9 @@ def test_no_wait_is_written_where_validation_ran(run):
         run.model(torch.randn(8, 4))
     run.steps(2)
     run.session.detach()
-    assert not run.seconds("input_wait")
-    assert not run.rates("examples")
-    assert run.seconds("forward") == {4: 2.0}
+    assert run.seconds("input_wait") == {2: 5.0, 5: 5.0}
+    assert run.rates("examples") == {2: pytest.approx(8 / 14), 5: pytest.approx(8 / 14)}
+    assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5], 2.0)
     assert run.seconds("step") == {2: 14.0, 3: 14.0, 4: 16.0, 5: 14.0}
 
 
@@ -200,8 +235,9 @@ def test_what_is_set_aside_does_not_count(run):
         run.model(torch.randn(8, 4))
     run.steps(2)
     run.session.detach()
-    assert set(run.seconds("step").values()) == {14.0}
-    assert run.seconds("input_wait") == {4: 5.0}
+    assert run.seconds("step") == dict.fromkeys(range(2, 6), 14.0)
+    assert run.seconds("input_wait") == dict.fromkeys([2, 4, 5], 5.0)
+    assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5], 2.0)
 
 
 def test_a_resumed_run_does_not_count_the_time_between(run, clock):
@@ -214,8 +250,8 @@ def test_a_resumed_run_does_not_count_the_time_between(run, clock):
     other.steps(3)
     other.session.detach()
     assert other.seconds("step") == {10: 14.0, 11: 14.0}
-    assert not other.seconds("input_wait")
-    assert other.seconds("forward") == {9: 2.0}
+    assert other.seconds("input_wait") == {10: 5.0}
+    assert other.seconds("forward") == {9: 2.0, 10: 2.0}
 
 
 def test_flushing_in_the_middle_of_a_step_splits_nothing(run):
@@ -228,7 +264,8 @@ def test_flushing_in_the_middle_of_a_step_splits_nothing(run):
         run.optimizer.zero_grad()
     run.session.detach()
     assert run.seconds("step") == dict.fromkeys(range(2, 6), 24.0)
-    assert (run.seconds("forward"), run.seconds("backward")) == ({4: 4.0}, {4: 6.0})
+    assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5], 4.0)
+    assert run.seconds("backward") == dict.fromkeys([1, 2, 4, 5], 6.0)
 
 
 def test_steps_that_the_user_ends(run):
@@ -238,8 +275,8 @@ def test_steps_that_the_user_ends(run):
         run.session.next_step()
     run.session.detach()
     assert run.seconds("step") == dict.fromkeys(range(2, 7), 24.0)
-    assert run.seconds("input_wait") == {4: 5.0}
-    assert run.seconds("optimizer") == {4: 4.0}
+    assert run.seconds("input_wait") == dict.fromkeys([2, 4, 5], 5.0)
+    assert run.seconds("optimizer") == dict.fromkeys([1, 2, 4, 5], 4.0)
 
 
 def test_forward_passes_as_steps(clock):
@@ -262,7 +299,7 @@ def test_two_models_have_times_of_their_own(clock):
     for run in (one, other):
         run.session.detach()
         assert set(run.seconds("step").values()) == {28.0}
-        assert run.seconds("forward") == {4: 2.0}
+        assert run.seconds("forward") == dict.fromkeys([1, 2, 4, 5], 2.0)
         assert not run.seconds("input_wait")  # the other one's step
 
 
@@ -317,7 +354,7 @@ def test_a_step_with_a_pass_that_nobody_used(run, extra):
     assert not run.seconds("forward")
     assert not run.seconds("backward")
     assert not run.rates("examples")
-    assert run.seconds("optimizer") == {4: 4.0}
+    assert run.seconds("optimizer") == dict.fromkeys([1, 2, 4, 5], 4.0)
 
 
 def test_training_in_evaluation_mode(run):
@@ -349,7 +386,7 @@ def test_an_optimizer_that_calls_its_parents_step(run):
     run.optimizer.clock = run.clock
     run.steps(5)
     run.session.detach()
-    assert run.seconds("optimizer") in ({}, {4: 4.0})  # torch calls its hooks for both
+    assert run.seconds("optimizer") in ({}, dict.fromkeys([1, 2, 4, 5], 4.0))  # torch calls its hooks for both
     assert run.seconds("step") == dict.fromkeys(range(2, 6), 14.0)
 
 
@@ -373,11 +410,13 @@ def test_without_the_probe_nothing_is_written(clock):
 
 
 def test_a_probe_that_fails_ends_alone(run, monkeypatch, caplog):
-    monkeypatch.setattr(times.Timing, "begin", lambda self, name: 1 / 0)
-    run.steps(12)
+    run.steps(3)
+    monkeypatch.setattr(times.Timing, "begin", lambda self, name: 1 / 0)  # of step 4, the next that is timed
+    run.steps(9)
     run.session.detach()
     assert caplog.text.count("probe Performance failed") == 1
     assert run.seconds("step") == {2: 14.0, 3: 14.0}
+    assert run.seconds("forward") == {1: 2.0, 2: 2.0}
     assert [step for step, _ in run.writer.scalars("overview/loss")] == list(range(1, 13))
 
 
@@ -398,7 +437,8 @@ def test_a_compiled_model_is_as_any_other_or_says_nothing(clock, first):
     assert [step for step, _ in writer.scalars("performance/step_seconds")] == list(range(2, 11))
     assert {value for _, value in writer.scalars("performance/input_wait_seconds")} <= {5.0}
     assert {value for _, value in writer.scalars("performance/forward_seconds")} <= {0.0}
-    assert [value for _, value in writer.scalars("performance/optimizer_seconds")] == [4.0, 4.0]
+    assert [value for _, value in writer.scalars("performance/optimizer_seconds")] == [4.0] * 6
+    assert [step for step, _ in writer.scalars("performance/optimizer_seconds")] == [1, 2, 4, 5, 9, 10]
     assert {round(9 * value) for _, value in writer.scalars("performance/examples_per_second")} <= {8}
 
 
@@ -553,10 +593,12 @@ def test_records_wait_in_order_until_the_device_has_come_to_the_end_of_a_timed_s
     steps = [step for step, _ in run.writer.scalars("overview/loss")]
     assert steps == list(range(1, 21))
     assert run.seconds("step") == dict.fromkeys(range(2, 21), PLAIN["step"])
-    known = [4, 9] if lag > 14.0 else TIMED  # the run ends before the last one can be read
-    for name in ("input_wait", "forward", "backward", "optimizer"):
-        assert run.seconds(name) == dict.fromkeys(known, PLAIN[name]), name
-    assert run.rates("examples") == dict.fromkeys(TIMED, pytest.approx(8 / 14))
+    last = 20 - lag // 14  # the run ends before later ones can be read
+    for name in ("forward", "backward", "optimizer"):
+        assert run.seconds(name) == {step: PLAIN[name] for step in ALONE if step <= last}, name
+    after_quiet = [4, 5, 9, 10, 19, 20]  # in step 1 other probes have given the device work
+    assert run.seconds("input_wait") == {step: PLAIN["input_wait"] for step in after_quiet if step <= last}
+    assert run.rates("examples") == dict.fromkeys(KNOWN, pytest.approx(8 / 14))
     assert {value for _, value in run.writer.scalars("performance/peak_memory_bytes")} == {123.0}
 
 

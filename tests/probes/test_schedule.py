@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import torchprobe
 from torchprobe.arguments import check_count
-from torchprobe.probes.schedule import Before, Cadence, as_schedule, every, window
+from torchprobe.probes.schedule import AndBefore, Cadence, as_schedule, every, window
 from torchprobe.testing import MemoryWriter
 
 
@@ -87,8 +87,17 @@ def test_what_costs_nothing_is_written_at_its_own_cadence_too():
     assert [step for step, _ in writer.scalars("lr/SGD/group_0")] == [1, 10, 20]
 
 
-def test_the_step_before_each_of_a_cadence():
-    before = Before(Cadence(100, dense=True))
-    assert sampled(before, 420) == [4, 9, 19, 49, 99, 199, 299, 399]
-    for step in range(1, 420):
-        assert before.next(step) == min(s for s in sampled(before, 520) if s >= step)
+@pytest.mark.parametrize(
+    ("cadence", "steps"),
+    [
+        (Cadence(100, dense=True), [1, 2, 4, 5, 9, 10, 19, 20, 49, 50, 99, 100, 199, 200]),
+        (Cadence(100), [1, 99, 100, 199, 200]),
+        (Cadence(3), [step for step in range(1, 201) if step % 3 != 1 or step == 1]),
+        (Cadence(2), [*range(1, 201)]),
+        (Cadence(1), [*range(1, 201)]),
+    ],
+)
+def test_each_step_of_a_cadence_and_the_one_before_it(cadence, steps):
+    assert sampled(AndBefore(cadence), 200) == steps
+    for step in range(200):
+        assert AndBefore(cadence).next(step) == min(s for s in steps if s >= step)

@@ -22,13 +22,29 @@ def fired_of(times) -> list[int]:
     return [step for step, one in enumerate(times, 1) if rule(timed(step, *one))]
 
 
+SAMPLED = (2, 4, 5, 9, 10, 19, 20, 49, 50, 99, 100)  # by default, where the wait is known
+
+
+def of_steps(waits, seconds=0.1, last=110) -> list[tuple[float, ...]]:
+    """Seconds of each step, and of the wait where one is given."""
+    return [(seconds, waits[step]) if step in waits else (seconds,) for step in range(1, last + 1)]
+
+
 def test_a_run_that_waits_for_its_input():
-    sampled = (9, 19, 29, 39, 49)
-    assert fired_of([(0.1, 0.04) if step in sampled else (0.1,) for step in range(60)]) == [40, 50]
-    assert not fired_of([(0.1, 0.02) if step in sampled else (0.1,) for step in range(60)])
-    assert not fired_of([(0.001, 0.0009) if step in sampled else (0.001,) for step in range(60)])  # of a toy
-    stalls = {9: 0.04, 19: 0.0, 29: 0.04, 39: 0.0, 49: 0.04}
-    assert not fired_of([(0.1, stalls[step]) if step in sampled else (0.1,) for step in range(60)])
+    assert fired_of(of_steps(dict.fromkeys(SAMPLED, 0.04))) == [49, 50, 99, 100]
+    assert not fired_of(of_steps(dict.fromkeys(SAMPLED, 0.02)))
+    assert not fired_of(of_steps(dict.fromkeys(SAMPLED, 0.0009), seconds=0.001))  # of a toy
+    assert fired_of(of_steps(dict.fromkeys(range(2, 111), 0.04))) == [*range(9, 111)]  # every step is sampled
+    assert not fired_of(of_steps({step: 0.04 * (step % 2) for step in SAMPLED}))  # every other batch is late
+    assert not fired_of(of_steps({step: 0.04 * (step % 10 == 9) for step in SAMPLED}))
+
+
+def test_a_cold_start_makes_no_run_wait():
+    """The first ten batches fill a cache, and what is read later comes from there."""
+    assert not fired_of(of_steps({step: 0.09 if step <= 10 else 0.001 for step in SAMPLED}))
+
+
+def test_one_wait_may_be_enough():
     rule = torchprobe.InputBound(samples=1).watcher()
     assert rule(record(1, lr__SGD=0.1)) is None
     assert rule(timed(2, 0.1)) is None

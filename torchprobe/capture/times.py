@@ -187,10 +187,9 @@ class Stopwatch:
     """
 
     def __init__(self, reporter: Reporter | None, model: ReferenceType[nn.Module], meter: Meter, ranks: int) -> None:
-        self.meter, self._reporter = meter, reporter
+        self.meter, self._reporter, self._model, self._ranks = meter, reporter, model, ranks
         self._gate = Gate("Performance", meter) if reporter is None else reporter.gate
         self.timing: Timing | None = None
-        self._model, self._ranks = model, ranks
         self._ended: tuple[int, Any, Any, float] | None = None  # a step, a watch, its mark at the end, seconds aside
         self._by_time: bool | None = None  # whether a module takes the first dimension for time
         self._backward: Any = None  # when the backward pass that runs began

@@ -150,8 +150,7 @@ class Probe(metaclass=_Frozen):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """The statistics of many tensors of one device: shape (len(tensors), len(fields)).
 
-        before: for source "updates" alone, the same parameters before the step; these copies are the
-        probe's to overwrite, until it returns.
+        before: for source "updates" alone, copies of the parameters before the step, which the probe may overwrite.
         """
         return torch.stack([self.compute(tensor) for tensor in tensors])
 
@@ -188,8 +187,7 @@ class Probe(metaclass=_Frozen):
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
 
-        rows has shape (modules, width + 1), of which what stands behind the fields is to be left as it is. The
-        default changes nothing, so that the statistic is that of the scaled loss.
+        rows: shape (modules, width + 1); what is behind the fields stays. By default unchanged: those of the scaled loss.
         """
         return rows
 
@@ -211,8 +209,7 @@ class Probe(metaclass=_Frozen):
 class Reporter:
     """What one session makes of a probe: its running state, and rows as tags and values, in the drain thread.
 
-    A probe that learns something in the course of a run returns a subclass from `reporter()`. gate: the probe's switch
-    in this session, set once by the plan, as is the schedule.
+    A probe that learns in the course of a run returns a subclass from `reporter()`. The plan sets gate and schedule.
     """
 
     rows_suffice: ClassVar[bool] = True
@@ -221,9 +218,8 @@ class Reporter:
     def __init__(self, probe: Probe) -> None:
         self.probe, self.name, self.source = probe, probe.name, probe.sources[0]
         self.over_batches, self.over_shards = probe.over_batches, probe.over_shards
-        self.found_everywhere = probe.found_everywhere
+        self.found_everywhere, self.schedule = probe.found_everywhere, probe.schedule
         self.gate: Any = None
-        self.schedule = probe.schedule
         self.reason = ""
         """Why nothing was found, when that is known."""
         self.remarks: list[str] = []

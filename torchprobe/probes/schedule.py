@@ -40,17 +40,17 @@ class Cadence:
 
 @dataclass(frozen=True, slots=True)
 class AndBefore:
-    """Each step that another schedule samples, and from step 3 on the one before it, in which little else is sampled."""
+    """Each step that another schedule samples, and the one before it, in which little else is sampled."""
 
     other: Cadence
 
     def __call__(self, step: int) -> bool:
         """Whether a step is sampled."""
-        return self.other(step) or (step > 2 and self.other(step + 1))
+        return self.other(step) or self.other(step + 1)
 
     def next(self, step: int) -> int:
         """The first sampled step from `step` on."""
-        return min(self.other.next(step), self.other.next(max(step, 3) + 1) - 1)
+        return min(self.other.next(step), self.other.next(max(step, 1) + 1) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,12 +71,13 @@ class InputBound(BuiltIn):
 
     Source: the input wait of TraceML. Three quarters of the last `samples` sampled waits have to be above it, each less
     what its step took more than the median of the last `window` steps: what is done every hundredth step alone, such as
-    a checkpoint, and a stall now and then make no run wait. Silent below `least` seconds, and for the first `samples`.
+    a checkpoint, a stall now and then and a cold start make no run wait. Silent below `least` seconds, and for the first
+    `samples`.
     """
 
     share: float = 0.3
     least: float = 0.001
-    samples: int = 4
+    samples: int = 8  # mostly pairs of steps: four times in the course of a run
     window: int = 128
 
     name = "input_bound"

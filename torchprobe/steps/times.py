@@ -30,8 +30,8 @@ class StepTimes:
         """Whether a record has to go by way of `hand_over`."""
         self._reporter, self._watch, self._outlet, self._ranks = reporter, watch, outlet, ranks
         self._by_hand = False  # the user has ended a step before
-        self._timing: Timing | None = None  # of the record that comes next, or that waits
-        self._held: list[tuple[int, StepBuffer, float]] = []
+        self._timing: Timing | None = None  # of the record that comes next
+        self._held: list[tuple[int, StepBuffer, float, Timing | None]] = []
 
     def end_step(self, step: OpenStep, before: float | None, by_hand: bool) -> float | None:
         """A step is over, of those that are timed, that several ranks have or that the user ends: when that was.
@@ -45,7 +45,6 @@ class StepTimes:
         seconds = math.nan if at is None or before is None else at - before
         timing = self._watch.close(seconds, step.forwards, not step.due)
         if timing is not None:
-            self.release()
             self._timing, self.holds = timing, True
         elif not math.isnan(seconds):
             self._put(step, seconds)
@@ -60,29 +59,36 @@ class StepTimes:
             step.extend([self._rows([seconds, *unknown, float(self._ranks), time(), *rates, 1.0])])
 
     def hand_over(self, step: int, buffer: StepBuffer) -> None:
-        """One more record; those that wait go in order, the first once its times can be read."""
-        self._held.append((step, buffer, time()))
-        if self._known() or self.gate.failed or buffer.urgent or len(self._held) > _PATIENCE:
-            self.release()
+        """One more record; those that wait go in order, each once its times can be read."""
+        self._held.append((step, buffer, time(), self._timing))
+        self._timing = None
+        while self._held:
+            known = self._known(self._held[0][-1])
+            if not (known or self.gate.failed or buffer.urgent or len(self._held) > _PATIENCE):
+                break
+            self._hand_over_first(known)
+        self.holds = bool(self._held)
 
     def release(self) -> None:
         """Hand all over that waits; times that cannot be read yet are left out."""
-        held, self._held, known = self._held, [], self._known()
-        timing, self._timing, self.holds = self._timing, None, False
-        if held and timing is not None:
-            step, buffer, at = held[0]
+        while self._held:
+            self._hand_over_first(self._known(self._held[0][-1]))
+        self._timing, self.holds = None, False
+
+    def _hand_over_first(self, known: bool) -> None:
+        step, buffer, at, timing = self._held.pop(0)
+        if timing is not None:
             asks = timing.watch is not None and timing.watch.device is not None and driver_is_there()
             with self.gate.boundary():
-                buffer = replace(
-                    buffer, pieces=[*buffer.pieces, self._rows(timing.row(known))], urgent=buffer.urgent or asks
-                )
-            held[0] = (step, buffer, at)
-        for step, buffer, at in held:
-            self._outlet.hand_over(step, buffer, at)
+                pieces = [*buffer.pieces, self._rows(timing.row(known))]
+                buffer = replace(buffer, pieces=pieces, urgent=buffer.urgent or asks)
+        self._outlet.hand_over(step, buffer, at)
 
-    def _known(self) -> bool:
+    def _known(self, timing: Timing | None) -> bool:
+        if timing is None:
+            return True
         with self.gate.boundary():
-            return self._timing is None or self._timing.known
+            return not self.gate.failed and timing.known
         return False  # the boundary took an exception
 
     def _rows(self, values: list[float]) -> Piece:

@@ -163,8 +163,8 @@ def test_a_cadence_that_is_changed_while_a_run_goes_on_leads_them_too(run):
 class Costly(torchprobe.Probe):
     """Takes 100 seconds for each module or parameter."""
 
-    fields, reduce, every_source = ("nothing",), "sum", ("outputs", "output_gradients", "micro_gradients", "gradients")
-    source = (*every_source, "parameters", "updates")
+    source = ("outputs", "output_gradients", "micro_gradients", "gradients", "parameters", "updates")
+    fields, reduce = ("nothing",), "sum"
     clock: Clock
 
     def compute(self, tensor):

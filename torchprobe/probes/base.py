@@ -181,13 +181,13 @@ class Probe(metaclass=_Frozen):
         return np.stack([self.combine(x, y).numpy() for x, y in pairs]) if len(a) else a
 
     def led_by(self, schedule: Schedule) -> Schedule:
-        """When it samples, where it names no cadence of its own and `instrument(every=)` or `session.every` gives one."""
+        """When it samples, if it has no `every` of its own, and `instrument(every=)` or `session.every` gives one."""
         return schedule
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
 
-        rows: shape (modules, width + 1); what is behind the fields stays. By default unchanged: those of the scaled loss.
+        rows: shape (modules, width + 1); what is behind the fields stays. By default they remain the scaled loss's.
         """
         return rows
 

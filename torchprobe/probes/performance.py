@@ -39,9 +39,10 @@ _DESCRIPTION = (
 class Performance(Probe):
     """`performance/step_seconds` at every step; on sampled ones waits, passes, optimizer, rates and memory.
 
-    The step before each sampled one is sampled too (4, 9, 19, 49, 99, 199, …): on a GPU `forward_seconds`,
-    `backward_seconds` and `optimizer_seconds` are written only where no other probe makes the step longer; on a CPU what
-    these take is left out. What is not known is not written: the wait before the first step, and after validation;
+    The step before each sampled one is sampled too (1, 2, 4, 5, 9, 10, 19, 20, 49, 50, …): on a GPU `forward_seconds`,
+    `backward_seconds` and `optimizer_seconds` are written only where no other probe makes the step longer (4, 9, 19,
+    49, …); on a CPU what these compute is left out, and not what calling their hooks takes, which shows in small
+    models. What is not known is not written: the wait before the first step, and after validation;
     the passes of a step of which one was not seen to begin and end (inside a compiled function, in evaluation mode) or
     was not used by an optimizer; an optimizer's step with a closure; examples where the inputs and the output do not
     agree in their first dimension, or a module takes it for time (`batch_first=False`); tokens beside floating-point

@@ -71,8 +71,8 @@ class InputBound(BuiltIn):
 
     Source: the input wait of TraceML. Three quarters of the last `samples` sampled waits have to be above it, each less
     what its step took more than the median of the last `window` steps: what is done every hundredth step alone, such as
-    a checkpoint, a stall now and then and a cold start make no run wait. Silent below `least` seconds, and for the first
-    `samples`.
+    a checkpoint, a stall now and then and a cold start make no run wait. Silent below `least` seconds, and before
+    there are `samples`.
     """
 
     share: float = 0.3

@@ -28,6 +28,7 @@ from torchprobe.writers.tfrecord import records_of
 STEPS = int(os.environ.get("SOAK_STEPS", "900"))
 EVERY = 30 if STEPS < 10_000 else 100
 PARTS = 5
+BETWEEN = 15  # steps before the end of a part, where nothing is sampled, so that all parts hold as many samples
 SCALAR, EVENT = 9, 34  # bytes beside a tag's own, and around all of a step, in docs/guides/how_it_works.md
 
 
@@ -84,7 +85,7 @@ def soaked(folder: Path) -> Soak:
                 soak.last = recomputed(model, x, loss)
             optimizer.step()
             session.log_metrics({"loss": loss}, prefix="train")
-            if step % (STEPS // PARTS) == 0:
+            if (step + BETWEEN) % (STEPS // PARTS) == 0:
                 assert session.flush(600)
                 soak.mark()
         soak.last |= {f"param_norm/{name}": l2(p) for name, p in parameters(model).items()}

@@ -128,3 +128,26 @@ def test_a_head_that_is_called_beside_the_output_only_later_changes_nothing(none
             right.append(loss.item())
             optimizer.step()
     assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_gradients_left_by_an_optimizer_that_pauses_came_from_no_loss_beside_the_output(none):
+    """An actor that steps every third time holds its gradients meanwhile, as TD3's does: they are no early ones."""
+    torch.manual_seed(0)
+    model, writer, losses = nn.ModuleDict({"actor": nn.Linear(4, 2), "critic": nn.Linear(6, 1)}), MemoryWriter(), []
+    critic, actor = (torch.optim.Adam(model[name].parameters(), 1e-3) for name in ("critic", "actor"))
+
+    def step(optimizer, loss):
+        optimizer.zero_grad(set_to_none=none)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    with torchprobe.instrument(model, writer=writer, rules=[]):
+        for k in range(1, 10):
+            x = torch.randn(8, 4)
+            action = model["actor"](x)
+            step(critic, (model["critic"](torch.cat((x, action.detach()), 1)) - x[:, :1]).square().mean())
+            if k % 3 == 0:
+                step(actor, -model["critic"](torch.cat((x, model["actor"](x)), 1)).mean())
+    assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(losses, rel=1e-6)

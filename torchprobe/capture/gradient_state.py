@@ -31,16 +31,23 @@ class EarlyGradients:
         self.ids: set[int] = set()
         self.late: set[int] = set()
         self._before: dict[int, tuple[ReferenceType[nn.Parameter], State | None]] = {}
+        self._old: set[int] = set()  # parameters that hold what an earlier backward pass gave them
+        self._last: dict[int, tuple[ReferenceType[Tensor], int]] | None = {}  # what the last one left; None if unseen
         self._left = _LEARNT
         self.learns = True
 
     def more(self) -> None:
         """An optimizer has become known: its backward passes are to be looked at too."""
-        self._left, self.learns = max(self._left, 1), True
+        self._left, self.learns, self._last = max(self._left, 1), True, None
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""
         self._before = {id(p): (ref(p), _state_of(p)) for p in parameters}
+        self._old = {key for key, (left, version) in (self._last or {}).items() if self._is_left(key, left, version)}
+
+    def _is_left(self, key: int, left: ReferenceType[Tensor], version: int) -> bool:
+        p = self._before[key][0]() if key in self._before else None
+        return p is not None and p.grad is not None and p.grad is left() and p.grad._version == version
 
     def end(self) -> bool:
         """It has ended. Whether more is known than before."""
@@ -48,11 +55,15 @@ class EarlyGradients:
         there = {key: (then, _state(weak)) for key, (weak, then) in before.items()}
         grown = {key for key, (then, now) in there.items() if now is not None and now != then}
         if grown:
-            self._left -= 1
-            self.learns = self._left > 0
             self.late |= grown
-            self.ids |= {key for key, (then, now) in there.items() if now is not None and now == then}
+            if self._last is not None:  # else nobody knows what was there before
+                same = {key for key, (then, now) in there.items() if now is not None and now == then}
+                self._left -= 1
+                self.learns = self._left > 0
+                self.ids |= same - self._old
             self.ids -= self.late
+            held = [(weak(), key) for key, (weak, _) in before.items()]
+            self._last = {k: (ref(p.grad), p.grad._version) for p, k in held if p is not None and p.grad is not None}
         return len(self.ids) + len(self.late) > known
 
 

@@ -37,7 +37,7 @@ def test_one_read_gives_what_torchs_operations_give(dtype, size, monkeypatch):
     )
     found = [statistic(many) for statistic in statistics]
     alone = [torch.cat([statistic([x]) for x in many]) for statistic in statistics]
-    monkeypatch.setattr(fused, "DEVICES", ())
+    monkeypatch.setattr(fused, "GPUS", ())
     expected = [statistic(many) for statistic in statistics]
     for a, b, c in zip(found, alone, expected, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-11, atol=0)

@@ -96,7 +96,7 @@ def test_the_first_elements_may_all_be_infinite(launches):
 
 
 def test_host_memory_float64_and_fake_tensors_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "GPUS", ("cpu",))
     assert fused.applies_to(torch.ones(3))
     assert fused.applies_to(torch.ones(2, 3, 4).transpose(0, 2))
     assert not fused.applies_to(torch.ones(3, dtype=torch.float64))

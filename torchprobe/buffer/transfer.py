@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.statistics.dtypes import GPUS, row_dtype
 
 _log = logging.getLogger("torchprobe")
 
-OVERLAPPING = frozenset({"cuda", "xpu"})
+OVERLAPPING = frozenset(GPUS)
 """Devices with streams and pinned host memory, whose copies overlap with computation."""
 
 PATIENCE = 300.0

@@ -21,6 +21,9 @@ chunk is a barrier, which costs milliseconds where other processes want the core
 DEVICE_CHUNK = 2**24
 """The same elsewhere: few kernels, and a huge tensor costs no huge temporaries (128 MiB in float64)."""
 
+GPUS = ("cuda", "xpu")
+"""Kinds of devices with streams, and generators of their own; ROCm's are called cuda too."""
+
 PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter)
 """Tensors whose elements lie where they say: no DTensor, no fake tensor, no subclass that may do as it likes."""
 

@@ -17,9 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import PLAIN, moved
-
-DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
+from torchprobe.statistics.dtypes import GPUS, PLAIN, moved
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Others are rare on a GPU, and computed by torch's operations."""
@@ -37,7 +35,7 @@ _log = logging.getLogger("torchprobe")
 
 def applies_to(x: Tensor) -> bool:
     """Whether a `dtypes.real` tensor can be read so. Looks at no element."""
-    if x.device.type not in DEVICES or x.dtype not in TYPES or type(x) not in PLAIN:
+    if x.device.type not in GPUS or x.dtype not in TYPES or type(x) not in PLAIN:
         return False
     return _is_dense(x) and usable(x.device.type) and (not x.numel() or x.data_ptr() != 0)
 

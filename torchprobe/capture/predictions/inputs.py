@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.outputs import tensors_in
+from torchprobe.statistics.dtypes import GPUS
 
 _SIMPLE = (str, int, float, bool, type(None))
-_ACCELERATORS = ("cuda", "xpu")
 _A_SIDE = 16  # elements along a dimension that stand for a tensor's values
 
 UNDRAWN = (
@@ -84,14 +84,14 @@ class Draws:
 
     def any(self, device: torch.device) -> bool:
         """Whether there were some; of a device whose generator cannot be looked at there may have been."""
-        now = self._states() if device.type in ("cpu", *_ACCELERATORS) else None
+        now = self._states() if device.type in ("cpu", *GPUS) else None
         if now is None or self._before is None or len(now) != len(self._before):
             return True
         return not all(map(torch.equal, now, self._before))
 
     def _states(self) -> list[Tensor] | None:
         """In host memory, all of them; None while a graph of CUDA is recorded."""
-        used = [device for kind in _ACCELERATORS if (device := getattr(torch, kind)).is_initialized()]
+        used = [device for kind in GPUS if (device := getattr(torch, kind)).is_initialized()]
         generators = [torch.default_generator, *(g for device in used for g in device.default_generators)]
         kept = [module.__dict__.get(name) for one, name in self._kept or () if (module := one()) is not None]
         generators += [one for one in kept if isinstance(one, torch.Generator)]

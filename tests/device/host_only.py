@@ -11,12 +11,13 @@ _TYPES = "it is about types of tensors, and the device's are of a type of their 
 _MEMORY = "which tensors share memory decides it, and the device's do not say"
 _LATER = "on a device no output is looked at, so that one form more is judged until its numbers have come"
 _NUMBERS = "it is arithmetic of a few numbers, whatever their device"
+_GENERATORS = "a device in Python has no generator that tells whether it was used"
 _SPEED = "it runs too many operations for a device in Python"
 
 STAND_INS = ("attention/test_kernels.py",)
 """Tests of kernels that only a stand-in on the CPU, or on the device in Python, is there for."""
 
-RUNS_ON_A_REAL_ONE = frozenset({_COMPILER, _MEMORY, _SPEED})
+RUNS_ON_A_REAL_ONE = frozenset({_COMPILER, _GENERATORS, _MEMORY, _SPEED})
 
 REASONS = {
     "compile": _COMPILER,
@@ -40,6 +41,7 @@ REASONS = {
     "test_leaving_twice": _DEPTH,
     "test_an_error_in_the_statistic_ends": _DEPTH,
     "test_dispatch_modes_see_nothing": _DEPTH,
+    "test_members_that_draw_elsewhere_are_said": _GENERATORS,
     "test_phases.py": _NUMPY,
     "test_trust.py": _NUMBERS,
     "test_unusual_inputs.py": _TYPES,

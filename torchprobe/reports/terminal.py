@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,7 @@ _STEPS = 6  # of an alert, named one by one
 _TIMES = 10  # apart: from there on so many times says more than a percentage
 _WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
 _STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
+_INDENTED, _INDENTED_TWICE = (0, 0, 0, 1), (0, 0, 0, 4)
 _NAMED = 5  # tags that one run alone has
 
 
@@ -53,18 +55,22 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     for part, values in summary["calibration"].items():
         yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
     yield from _performance(summary["performance"])
-    yield from _next_steps(summary["next_steps"])
+    said = [thing["advice"] for thing in summary["verdict"]["look_at"]]
+    yield from _next_steps([advice for advice in summary["next_steps"] if advice not in said])
 
 
-def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[Text]:
-    """The verdict, and below it what to look at."""
+def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """The verdict, and below it what to look at and what to try."""
     yield Text(verdict["line"], style=_STYLES[verdict["healthy"]])
-    yield from (Text(f" {i}. {thing['what']}") for i, thing in enumerate(verdict["look_at"], 1))
+    for i, thing in enumerate(verdict["look_at"], 1):
+        yield Padding(Text(f"{i}. {thing['what']}", style="bold"), _INDENTED)
+        if thing["advice"]:
+            yield Padding(Text(thing["advice"]), _INDENTED_TWICE)
 
 
 def _next_steps(advice: Sequence[str]) -> Iterator[RenderableType]:
     if advice:
-        yield Text("\nwhat to try, the gravest first", style="bold")
+        yield Text("\nwhat to try besides, the gravest first", style="bold")
         yield from (Text(f" {i}. {text}") for i, text in enumerate(advice, 1))
 
 

@@ -13,11 +13,14 @@ _SAID = re.compile(
     r"(?: at (?P<where>\S+)(?: to (?P<last>\S+) \((?P<members>\d+) in all\))?)?: (?P<message>.*)",
     re.DOTALL,
 )
-_GRAVEST = (  # first; rules of a user's own stand in the middle
-    *("non_finite", "exploding_gradient", "vanishing_gradient", "dead_units", "attention_logit_growth"),
-    *("attention_collapse", "loss_spike", "overfitting", "overconfidence"),
+_GRAVEST = ("non_finite", "exploding_gradient")  # first; then bugs that have a name, and rules of a user's own
+_SYMPTOMS = (
+    *("vanishing_gradient", "dead_units", "attention_logit_growth", "attention_collapse", "loss_spike"),
+    *("learning_rate_too_low", "at_chance", "overfitting", "overconfidence"),
+    *("grad_norm_spike", "update_ratio", "input_bound", "stalled", "nothing_captured"),
 )
-_MILDEST = ("grad_norm_spike", "update_ratio", "input_bound", "stalled", "nothing_captured")
+_CONSEQUENCES = frozenset({"at_chance", "learning_rate_too_low", "update_ratio"})
+"""Of whatever else keeps a model from learning, where that began no later: no illness of their own then."""
 
 
 def parsed(line: str) -> dict[str, Any] | None:
@@ -106,16 +109,40 @@ def _endings(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _ill(alerts: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What began in one step is one thing, headed by what says where; what still holds stands before what is over."""
+    """What began in one step is one thing, headed by a bug that has a name, or by what says where; what still holds
+    stands before what is over."""
     begun = [(one, alert) for alert in alerts for one in alert["episodes"]]
     by_rule: dict[tuple[str, str | None], Any] = {}
     for one, alert in begun:  # of one illness that comes and goes, the first time
         by_rule.setdefault((alert["rule"], one["where"]), (one, alert, alert["episodes"][-1]["until"]))
     ordered = sorted(by_rule.values(), key=lambda found: found[0]["step"])
-    grouped = [list(found) for _, found in groupby(ordered, key=lambda found: found[0]["step"])]
-    heads = [(sorted(found, key=lambda f: (f[0]["where"] is None, _gravity(f[1]))), found) for found in grouped]
+    grouped = _with_consequences([list(found) for _, found in groupby(ordered, key=lambda found: found[0]["step"])])
+    heads = [(sorted(found, key=lambda f: (_is_vague(*f[:2]), _gravity(f[1]))), found) for found in grouped]
     things = [(_is_over(found), _gravity(head[0][1]), _as_thing(head)) for head, found in heads]
     return [thing for _, _, thing in sorted(things, key=lambda thing: (thing[0], thing[1], thing[2]["step"]))]
+
+
+def _is_vague(one: Mapping[str, Any], alert: Mapping[str, Any]) -> bool:
+    return one["where"] is None and alert["rule"] in (*_GRAVEST, *_SYMPTOMS)
+
+
+def _with_consequences(groups: Sequence[list[Any]]) -> list[list[Any]]:
+    """What is nothing but a consequence goes with the gravest illness that was there before and still is."""
+    kept: list[list[Any]] = []
+    for found in groups:
+        later = all(alert["rule"] in _CONSEQUENCES for _, alert, _ in found)
+        causes = [group for group in kept if later and not _is_over(group) and _heads_others(group)]
+        if causes:
+            min(causes, key=lambda group: min(_gravity(alert) for _, alert, _ in group)).extend(found)
+        else:
+            kept.append(found)
+    return kept
+
+
+def _heads_others(found: Sequence[Any]) -> bool:
+    """Whether it may keep a model from learning: a wait for data does not."""
+    rules = {alert["rule"] for _, alert, _ in found}
+    return bool(rules - _CONSEQUENCES - {"input_bound", "stalled", "nothing_captured", "overfitting", "overconfidence"})
 
 
 def _is_over(found: Sequence[Any]) -> bool:
@@ -147,7 +174,7 @@ def _gravity(alert: Mapping[str, Any]) -> int:
     rule = alert["rule"]
     if rule in _GRAVEST:
         return _GRAVEST.index(rule)
-    return len(_GRAVEST) + 1 + _MILDEST.index(rule) if rule in _MILDEST else len(_GRAVEST)
+    return len(_GRAVEST) + 1 + _SYMPTOMS.index(rule) if rule in _SYMPTOMS else len(_GRAVEST)
 
 
 def _unsaid(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

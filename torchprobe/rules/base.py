@@ -46,7 +46,7 @@ class BuiltIn:
         """One of this rule, with its advice."""
         return Alert(self.name, step, where, value, threshold, message, advice=self.advice)
 
-    def together(self, step: int, ill: Mapping[str, float], threshold: float, message: str) -> list[Alert]:
+    def together(self, step: int, ill: Mapping[str, float], threshold: float | None, message: str) -> list[Alert]:
         """One alert for all names of a record with their values, none when there is none: one illness of many."""
         if not ill:
             return []
@@ -108,8 +108,8 @@ class Diagnosis(BuiltIn):
     def said(self, step: int, ill: Mapping[str, float], message: str = "") -> list[Alert]:
         """One alert for all of them; the name "" is that of the whole run."""
         if "" in ill:
-            return [self.alert(step, None, ill[""], self.limit, message or self.message)]
-        return self.together(step, ill, self.limit, message or self.message)
+            return [self.alert(step, None, ill[""], self.limit or None, message or self.message)]
+        return self.together(step, ill, self.limit or None, message or self.message)
 
 
 def evidence(record: Record, fact: str) -> dict[str, float]:

@@ -16,14 +16,17 @@ _CONVERGED = 1e-3  # of the largest loss
 _NEGLIGIBLE = 1e-2  # of the norm of all parameters
 _STANDING = 1e-4  # of the largest learning rate: at a smaller one nothing has to move
 
+_AT_REST = 100.0  # times the threshold: no layer of a converged model has more
+
 
 @dataclass(frozen=True)
 class VanishingGradient(BuiltIn):
     """The mean absolute gradient of layers is below `threshold`. Source: SageMaker Debugger.
 
-    Healthy, and left alone: all layers below it when the loss has fallen below a thousandth of its largest (nothing is
-    left to learn); a gradient of exactly zero while nothing has moved yet, or behind a weight that is zero and about to
-    move (as in LoRA, under any warm-up). Frozen layers have no gradient and no tag.
+    Healthy, and left alone: layers below it when the loss has fallen below a thousandth of its largest and the
+    gradients of all layers are small (nothing is left to learn); a gradient of exactly zero while nothing has moved
+    yet, or behind a weight that is zero and about to move (as in LoRA, under any warm-up). Frozen layers have no
+    gradient and no tag.
     """
 
     threshold: float = 1e-7
@@ -45,7 +48,7 @@ class VanishingGradient(BuiltIn):
         if not layers or not_finite(record):
             return None
         low = {layer: mean for layer, mean in layers.items() if mean < self.threshold and (mean or not begins)}
-        if converged and len(low) == len(layers):
+        if converged and max(layers.values()) < _AT_REST * self.threshold:
             return []
         message = "hardly any gradient arrives: the mean absolute gradient is below the threshold"
         return self.together(record.step, low, self.threshold, message)

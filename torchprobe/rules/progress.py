@@ -104,8 +104,9 @@ class InputBound(BuiltIn):
         wait = sorted(waited - max(0.0, took - usual) for waited, took in waits)[len(waits) // 4]
         if len(waits) < self.samples or not wait > max(self.share * usual, self.least):
             return []
-        message = f"{wait:.3g} s of a step of {usual:.3g} s pass before its forward pass begins"
-        return [self.alert(step, None, wait / usual, self.share, message)]
+        seen = median(waited for waited, _ in waits)  # what is judged leaves out stalls, and says too little
+        message = f"{seen:.3g} s of a step of {usual:.3g} s pass before its forward pass begins"
+        return [self.alert(step, None, seen / usual, self.share, message)]
 
 
 @dataclass(frozen=True)

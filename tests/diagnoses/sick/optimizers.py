@@ -108,6 +108,27 @@ def a_rate_far_too_high(watch):
     return classify(watch, model, adam(model, 3.0), data=(x, y), steps=200)
 
 
+@sick("learning_rate_too_high")
+def a_rate_that_throws_weights_far_away(watch):
+    model = mlp()
+    return classify(watch, model, adam(model, 3.0), steps=60)
+
+
+@sick("learning_rate_too_high")
+def a_rate_at_which_a_regression_diverges(watch):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.6)
+    session = watch(model)
+    for _ in range(60):
+        x = torch.randn(64, 8)
+        loss = F.mse_loss(model(x), x.sum(1, keepdim=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return session
+
+
 @sick("learning_rate_zero")
 def a_rate_of_zero(watch):
     model = mlp()

@@ -27,6 +27,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     losses.TargetLeak(),
     learning.AtChance(),
     learning.LearningRateZero(),
+    learning.LearningRateTooHigh(),
     learning.LearningRateTooLow(),
     learning.LearningRateDecaysEarly(),
     learning.WeightDecayTooLarge(),

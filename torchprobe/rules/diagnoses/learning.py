@@ -92,6 +92,39 @@ class LearningRateZero(Diagnosis):
 
 
 @dataclass(frozen=True)
+class LearningRateTooHigh(Diagnosis):
+    """After step 1 `samples` samples moved most parameters by over `ratio` of their norm, and the last `steps` losses
+    are all above `rise` times the first. Left alone: large steps that the loss survives, a first loss of 0 or below.
+    """
+
+    samples: int = 2
+    ratio: float = 0.1
+    rise: float = 3.0
+    steps: int = 10
+
+    name = "learning_rate_too_high"
+    follows = LOSS_TAGS
+    message = "steps move parameters by much of their norm, and the loss has leapt up and stays there"
+    advice = (
+        "The learning rate is too high: a healthy step moves a parameter by about a thousandth of its norm. Lower it "
+        "by factors of 10 until the loss falls, and warm it up (Stanford CS231n, Neural Networks 3: ratio of weights "
+        "to updates)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Each loss counts; steps are known of samples."""
+        loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
+        if loss is not None:
+            first = kept.setdefault("first", loss[1])
+            kept["above"] = kept.get("above", 0) + 1 if loss[1] > self.rise * first > 0 else 0
+        if ratio is None:
+            return None
+        kept["large"] = kept.get("large", 0) + (record.step > 1 and ratio > self.ratio)
+        ill = kept["large"] >= self.samples and kept.get("above", 0) >= self.steps
+        return [self.alert(record.step, None, kept["large"], None, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
 class LearningRateTooLow(Diagnosis):
     """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was."""
 

@@ -1,0 +1,179 @@
+"""What a step costs with torchprobe and with others, as ratios to the bare step measured in turn with it.
+
+    pytest benchmarks/bench_peers.py --benchmark-enable -n0 -p no:randomly -s --benchmark-json=peers.json
+    python -m benchmarks.tables peers.json      # benchmarks/results/peers.json, its plot, and the README's table
+
+Blocks of bare steps and of watched ones alternate, on a model each. `ratio` is that of the medians of the blocks, with
+the standard error of the median of the blocks' own ratios; `added_ms` the difference of the medians. Every logger is on
+at every step unless its name says otherwise. Without an option models of one kind are measured by a few blocks;
+BENCHMARK=long takes all. Peers that are not installed are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, stdev
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import torchprobe
+from benchmarks.recipes import RECIPES, Training, training
+from torchprobe.probes.choosing import default_probes
+
+LONG = os.environ.get("BENCHMARK") == "long"
+SECONDS = 12.0 if LONG else 2.0  # of bare steps, about, and of watched ones as many
+BLOCK_SECONDS = 0.1
+MOST_BLOCKS, FEWEST_BLOCKS = (200, 7) if LONG else (12, 4)
+
+Peer = Callable[[Training, Path], "Iterator[None]"]
+
+
+def torchprobe_idle(run: Training, folder: Path) -> Iterator[None]:
+    """All defaults, between two samples."""
+    with torchprobe.instrument(run.model, log_dir=folder) as session:
+        session.every(10**9)
+        yield
+
+
+def torchprobe_all(run: Training, folder: Path) -> Iterator[None]:
+    """Every default probe."""
+    probes = [type(probe)(every=1) for probe in default_probes()]
+    with torchprobe.instrument(run.model, log_dir=folder, probes=probes):
+        yield
+
+
+def torchprobe_same(run: Training, folder: Path) -> Iterator[None]:
+    """What the loggers by hand and wandb.watch record: norms and histograms of gradients and parameters."""
+    probes = [torchprobe.Gradients(every=1), torchprobe.Parameters(every=1), torchprobe.Histograms(every=1)]
+    with torchprobe.instrument(run.model, log_dir=folder, probes=probes):
+        yield
+
+
+def torchprobe_norms(run: Training, folder: Path) -> Iterator[None]:
+    """Gradient norms alone."""
+    with torchprobe.instrument(run.model, log_dir=folder, probes=[torchprobe.Gradients(every=1)]):
+        yield
+
+
+def torchprobe_activations(run: Training, folder: Path) -> Iterator[None]:
+    """Activations alone."""
+    with torchprobe.instrument(run.model, log_dir=folder, probes=[torchprobe.Activations(every=1)]):
+        yield
+
+
+def by_hand(run: Training, folder: Path) -> Iterator[None]:
+    """`add_scalar` of norms, `add_histogram` of gradients and parameters."""
+    writer = SummaryWriter(str(folder))
+
+    def log(model: nn.Module, step: int) -> None:
+        for name, parameter in model.named_parameters():
+            writer.add_scalar(f"grad_norm/{name}", parameter.grad.norm(), step)
+            writer.add_scalar(f"param_norm/{name}", parameter.norm(), step)
+            writer.add_histogram(f"gradients/{name}", parameter.grad, step)
+            writer.add_histogram(f"parameters/{name}", parameter, step)
+
+    run.extra = log
+    yield
+    writer.close()
+
+
+def wandb_watch(run: Training, folder: Path) -> Iterator[None]:
+    """`wandb.watch(model, log="all", log_freq=1)`, offline."""
+    wandb = importlib.import_module("wandb")
+    os.environ["WANDB_SILENT"] = "true"
+    with wandb.init(mode="offline", dir=str(folder), project="bench") as session:
+        wandb.watch(run.model, log="all", log_freq=1)
+        run.extra = lambda model, step: session.log({"step": step})
+        yield
+
+
+def lightning_norms(run: Training, folder: Path) -> Iterator[None]:
+    """Lightning's `grad_norm(model, 2)`, written by `add_scalar`."""
+    utilities = importlib.import_module("pytorch_lightning.utilities")
+    writer = SummaryWriter(str(folder))
+
+    def log(model: nn.Module, step: int) -> None:
+        for name, norm in utilities.grad_norm(model, norm_type=2).items():
+            writer.add_scalar(name, norm, step)
+
+    run.extra = log
+    yield
+    writer.close()
+
+
+def forward_hooks(run: Training, folder: Path) -> Iterator[None]:
+    """A forward hook on every module: mean, standard deviation, largest, share of zeros, each by `.item()`."""
+    writer = SummaryWriter(str(folder))
+
+    def look(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            x = output.detach()
+            for what, value in {
+                "mean": x.mean(),
+                "std": x.std(),
+                "max": x.abs().max(),
+                "zero": (x == 0).float().mean(),
+            }.items():
+                writer.add_scalar(f"{what}/{name}", value.item(), run.steps)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: look(name, output))
+        for name, module in run.model.named_modules()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+    writer.close()
+
+
+PEERS: dict[str, Peer] = {
+    "torchprobe, nothing due": torchprobe_idle,
+    "torchprobe, every default probe": torchprobe_all,
+    "norms and histograms: torchprobe": torchprobe_same,
+    "norms and histograms: by hand": by_hand,
+    "norms and histograms: wandb.watch": wandb_watch,
+    "gradient norms: torchprobe": torchprobe_norms,
+    "gradient norms: Lightning": lightning_norms,
+    "activations: torchprobe": torchprobe_activations,
+    "activations: forward hooks, .item()": forward_hooks,
+}
+NEEDS = {"norms and histograms: wandb.watch": "wandb", "gradient norms: Lightning": "pytorch_lightning"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES if LONG else list(RECIPES)[:1])
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_step(benchmark, recipe, peer, tmp_path):
+    if peer in NEEDS:
+        pytest.importorskip(NEEDS[peer])
+    bare, watched = training(recipe), training(recipe)
+    with contextmanager(PEERS[peer])(watched, tmp_path):
+        pairs = benchmark.pedantic(lambda: measured(bare, watched), rounds=1)
+    ratios = [theirs / ours for ours, theirs in pairs]
+    plain, with_it = (median(times) for times in zip(*pairs, strict=True))
+    error = 1.25 * stdev(ratios) / math.sqrt(len(ratios))  # of a median of normal values
+    found = {"recipe": recipe, "peer": peer, "ratio": with_it / plain, "error": error, "bare_ms": 1e3 * plain}
+    benchmark.extra_info.update(found, added_ms=1e3 * (with_it - plain), blocks=len(pairs))
+    print(f"\n{recipe}, {peer}: {with_it / plain:.3f} +- {error:.3f}, bare {1e3 * plain:.2f} ms", end="")
+    assert watched.steps == bare.steps
+
+
+def measured(bare: Training, watched: Training) -> list[tuple[float, float]]:
+    """Median seconds of a step, of blocks in turn."""
+    for _ in range(3):
+        bare.step(), watched.step()
+    usual = median(bare.step() + 0 * watched.step() for _ in range(3))
+    block = max(1, round(BLOCK_SECONDS / usual))
+    blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, round(SECONDS / (block * usual))))
+
+    def timed(run: Training) -> float:
+        return median(run.step() for _ in range(block))
+
+    return [(timed(bare), timed(watched)) for _ in range(blocks)]

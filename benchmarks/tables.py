@@ -1,0 +1,105 @@
+"""Keeps what pytest-benchmark measured, and makes from it the README's table and a plot.
+
+    python -m benchmarks.tables peers.json     # as `--benchmark-json=peers.json` left it; several files may be given
+
+Writes `benchmarks/results/peers.json` (the machine, and a line a measurement: later ones replace those of the same
+recipe and peer), `benchmarks/results/peers.png`, and the table between the marks in README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by benchmarks/tables.py -->", "<!-- end -->"
+KEPT = ("recipe", "peer", "ratio", "error", "bare_ms", "added_ms", "blocks")
+
+
+def kept(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine and the measurements of one run of pytest-benchmark."""
+    import torch
+
+    info = report["machine_info"]
+    cpu = info.get("cpu", {})
+    name = cpu.get("brand_raw") or info.get("processor") or info.get("machine")
+    machine = f"{cpu.get('count', '?')} cores, {name}; torch {torch.__version__}, Python {info['python_version']}"
+    found = [{key: bench["extra_info"][key] for key in KEPT} for bench in report["benchmarks"] if bench["extra_info"]]
+    return {"machine": machine, "date": report["datetime"][:10], "measurements": found}
+
+
+def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Later measurements in place of earlier ones of the same."""
+    both = {(one["recipe"], one["peer"]): one for one in (*before.get("measurements", ()), *after["measurements"])}
+    return {**after, "measurements": list(both.values())}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """A row a peer, a column a recipe: the ratio and its standard error."""
+    measured = {(one["peer"], one["recipe"]): one for one in results["measurements"]}
+    recipes = list(dict.fromkeys(one["recipe"] for one in results["measurements"]))
+    bare = {one["recipe"]: one["bare_ms"] for one in results["measurements"]}
+    head = ["at every step", *(f"{recipe} ({_milliseconds(bare[recipe])} ms)" for recipe in recipes)]
+    peers = dict.fromkeys(one["peer"] for one in results["measurements"])
+    rows = [[peer, *(_cell(measured.get((peer, recipe))) for recipe in recipes)] for peer in peers]
+    return "\n".join(_row(cells) for cells in (head, ["---"] * len(head), *rows))
+
+
+def _cell(one: Mapping[str, Any] | None) -> str:
+    return "" if one is None else f"{one['ratio']:.2f} ± {one['error']:.2f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def put(text: str, results: Mapping[str, Any]) -> str:
+    """A page with the table between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return (
+        f"{before}{BEGIN}\n\n{table(results)}\n\nMeasured on {results['machine']}, {results['date']}.\n\n{END}{after}"
+    )
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Added time beside the bare step, a group of bars a recipe."""
+    from PIL import Image, ImageDraw
+
+    rows = [one for one in results["measurements"] if one["ratio"] > 1]
+    height, left, width = 18, 420, 1000
+    most = max(one["ratio"] - 1 for one in rows)
+    picture = Image.new("RGB", (width, height * (len(rows) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, one in enumerate(rows):
+        length = (width - left - 80) * (one["ratio"] - 1) / most
+        ours = "torchprobe" in one["peer"]
+        draw.text((8, i * height + 4), f"{one['recipe']}: {one['peer']}", fill="black")
+        draw.rectangle(
+            (left, i * height + 3, left + length, (i + 1) * height - 3), fill="#2563eb" if ours else "#9ca3af"
+        )
+        draw.text((left + length + 6, i * height + 4), f"+{100 * (one['ratio'] - 1):.0f} %", fill="black")
+    picture.save(path)
+
+
+def main(files: Sequence[str]) -> None:
+    """Merge, write and draw."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for file in files:
+        results = merged(results, kept(json.loads(Path(file).read_text())))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, RESULTS.with_suffix(".png"))
+    README.write_text(put(README.read_text(), results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -109,3 +109,16 @@ def validation_without_eval(watch):
             for a in x[600:].split(50):
                 model(a)
     return session
+
+
+@sick("fp16_without_grad_scaler")
+def half_precision_without_a_scaler(watch):
+    """The loss is divided for an accumulation over many micro-batches, and its gradients are rounded to nothing."""
+    model = mlp().half()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = watch(model)
+    for x, y in batches(*digits(), size=32, steps=40):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x.half()).float(), y) / 2**18).backward()
+        optimizer.step()
+    return session

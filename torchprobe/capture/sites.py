@@ -184,21 +184,17 @@ def _trace(site: Site, output: Any) -> None:
         _trace_tensor(tap, training, False, tensor)
     if training and tensor.requires_grad and gradient_hooks_trace():
         for tap in site.gradients:
-            tensor.register_hook(functools.partial(_trace_gradient, tap, training))
+            tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
 
 
-def _trace_gradient(tap: Tap, training: bool, gradient: Tensor) -> Tensor:
-    _trace_tensor(tap, training, True, gradient)
-    return gradient  # compiled autograd takes None, in a graph of its own, for the gradient
-
-
-def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> None:
+def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> Tensor:
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
             operators.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
         else:
             operators.tensor(tap.handle, tensor.detach(), training, gradient)
+    return tensor  # in a step that is compiled with its backward pass None would leave no gradient
 
 
 def note_compiled(running: Running) -> None:

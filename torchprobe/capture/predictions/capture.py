@@ -155,8 +155,7 @@ class PredictionCapture:
         for probe, line in lines_of(reading):
             phase.say(probe, line)
         if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
-            hook = partial(self._on_evidence, phase, place_of(reading.evidence))
-            reading.evidence.register_hook(GradientHook(hook))
+            reading.evidence.register_hook(GradientHook(partial(self._on_evidence, phase, place_of(reading.evidence))))
         if reading.numbers and reading.numbers[0].mean is not None:
             self._follow_numbers(phase, pool, reading.numbers, reading.numbers[0].mean)
         if reading.plain is not None and is_usable(reading.plain):

@@ -182,6 +182,11 @@ def test_a_probe_class_that_lacks_something_says_what(attributes, words):
         (lambda: torchprobe.Attention(rows=-1), ValueError, "rows=-1: takes a whole number of rows, 1 or more$"),
         (lambda: torchprobe.Attention(rows="some"), TypeError, "rows='some': takes a whole number of rows.*not str"),
         (lambda: torchprobe.JsonLinesWriter(5), TypeError, "path=5 is a int: pass the path of a file, such as"),
+        (
+            lambda: torchprobe.CheckpointManager(5),
+            TypeError,
+            "directory=5: takes a path, such as 'checkpoints', not int",
+        ),
         (lambda: torchprobe.register_source("outputs", object), ValueError, "name='outputs': .*takes another name"),
         (lambda: torchprobe.register_source(3, object), TypeError, "name=3: takes a name, such as 'inputs', not int"),
     ],

@@ -254,7 +254,7 @@ def test_it_is_too_late_after_a_step(resume):
     with pytest.raises(RuntimeError, match="too late, after step 3"):
         session.load_state_dict(state)
     session.detach()
-    with pytest.raises(RuntimeError, match="too late"):
+    with pytest.raises(RuntimeError, match="too late, the session is detached"):
         session.load_state_dict(state)
 
 

@@ -225,9 +225,8 @@ class Session(Logs, SamplingCalls, Shown):
             TypeError, ValueError: for what is no session's state, or one of another model.
         """
         if not self._recorder.clock.untouched or not self.attached:
-            raise RuntimeError(
-                f"load_state_dict comes too late, after step {self.step}: call it right after torchprobe.instrument"
-            )
+            when = f"after step {self.step}" if self.attached else "the session is detached, or its model is gone"
+            raise RuntimeError(f"load_state_dict comes too late, {when}: call it right after torchprobe.instrument")
         self._state.load_state_dict(state, self._root())
         self._recorder.resume()
         self._sink.restart(self.step + 1)

@@ -8,10 +8,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from torchprobe.capture import compat
-from torchprobe.capture.compiled.tracing import untraced
 
 _SCRIPT = '''
 import json, logging, os, pkgutil, sys, warnings
@@ -126,30 +124,3 @@ def test_what_is_lost_is_said_once(caplog):
     compat.lost("something is off in a test")
     compat.lost("something is off in a test")
     assert caplog.text.count("something is off in a test") == 1
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch's own
-def test_an_untraced_hook_adds_nothing_to_the_graph_of_compiled_autograd():
-    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
-    calls, nodes = [], []
-
-    def backend(graph, example_inputs):
-        nodes.append(len(graph.graph.nodes))
-        return graph.forward
-
-    def hook(gradient):
-        calls.append((gradient.abs().sum().item(), compat.at_end_of_backward(lambda: None)))
-
-    for hooks in ([], [untraced(hook)]):
-        torch._dynamo.reset()
-        x = torch.ones(3, requires_grad=True)
-        y = x * 2
-        for each in hooks:
-            y.register_hook(each)
-        with compiled_autograd._enable(lambda graph: torch.compile(graph, backend=backend)):
-            y.sum().backward()
-        nodes.append(0)
-        assert torch.equal(x.grad, torch.full((3,), 2.0))
-    bare, watched = nodes[: nodes.index(0)], nodes[nodes.index(0) + 1 :]
-    assert calls == [(3.0, False)], "a function at the end of such a pass is refused, since it would not be called"
-    assert sum(watched) <= 2 * sum(bare)

@@ -24,7 +24,6 @@ REASONS = {
     "test_export_is_not_entered": _COMPILER,
     "test_operations_of_a_compiled_graph": _COMPILER,
     "test_what_a_compiled_graph_records": _COMPILER,
-    "test_an_untraced_hook_adds_nothing": _COMPILER,
     "test_flex.py": _KERNELS,
     "test_wrappers_do_not_show_in_names": _KERNELS,
     "test_an_exception_in_a_fused_module": _KERNELS,

@@ -117,3 +117,21 @@ def test_graphs_of_calls_that_nobody_uses_are_not_kept_alive():
             assert [one() for one in alive] == [None] * 5
     finally:
         gc.enable()
+
+
+def test_the_loss_of_sampled_steps_is_written_and_nothing_untrue_is_said(caplog):
+    torch.manual_seed(2)
+    model, writer, losses = Encoder(), MemoryWriter(), []
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=4):
+        for _ in range(16):
+            x = torch.randn(5, 6)
+            loss = (model.decode(model.encode(x)) - x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    found = dict(writer.scalars("overview/loss"))
+    assert set(found) >= {1, 4, 8, 12, 16}
+    assert found == pytest.approx({step: losses[step - 1] for step in found}, rel=1e-5)
+    assert "Loss saw nothing" not in caplog.text

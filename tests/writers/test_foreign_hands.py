@@ -54,6 +54,14 @@ def add_to(file):
         other.write(b"\n")
 
 
+def rotate(file):
+    file.rename(f"{file}.1")
+
+
+def move_folder(file):
+    shutil.move(file.parent, f"{file.parent}.old")
+
+
 def delete(file):
     file.unlink()
 
@@ -69,6 +77,8 @@ FAULTS = {
     replace_with_a_copy: "replaced by another file",
     move_folder_and_copy_back: "replaced by another file",
     add_to: "written to by another program",
+    rotate: "moved away",
+    move_folder: "moved away with its directory",
     delete: "deleted",
     delete_with_folder: "deleted with its directory",
 }
@@ -117,8 +127,10 @@ def test_what_was_whole_stays_beside_it(do, said, events, tmp_path):
     events.write([record(step) for step in (1, 2, 3)])
     do(events.path)
     events.write([record(4)])
-    lost = {"cut_to_nothing": 3, "copy_away_and_cut": 3, "delete": 3, "delete_with_folder": 3, "cut_in_a_record": 1}
-    left = [1, 2, 3][: 3 - lost.get(do.__name__, 0)]
+    lost = (
+        1 if do is cut_in_a_record else 3 * (do not in (replace_with_a_copy, move_folder_and_copy_back, add_to, rotate))
+    )
+    left = [1, 2, 3][: 3 - lost]
     assert [step for step, _ in python_points(tmp_path / "run")["loss"]] == [*left, 4]
 
 

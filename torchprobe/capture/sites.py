@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope, untraced
+from torchprobe.capture.compiled.operators import GradientHook
+from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope
 from torchprobe.capture.gate import no_autocast, no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.outputs import main_tensor
@@ -159,12 +160,11 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
     """One hook for all taps. On a leaf, such as a parameter that a module returns, it would stay: the pass has it."""
     if tensor.grad_fn is None:
         weak = ref(passing)
-        passing.hold(tensor.register_hook(lambda gradient: _add_gradient(taps, weak(), gradient)))
+        passing.hold(tensor.register_hook(GradientHook(lambda gradient: _add_gradient(taps, weak(), gradient))))
     else:
-        tensor.register_hook(functools.partial(_add_gradient, taps, passing))
+        tensor.register_hook(GradientHook(functools.partial(_add_gradient, taps, passing)))
 
 
-@untraced
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
     if passing is not None and measurable(gradient):
         for tap in taps:
@@ -187,13 +187,14 @@ def _trace(site: Site, output: Any) -> None:
             tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
 
 
-def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> None:
+def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> Tensor:
     """The statistic becomes part of the graph, and is fused with it; merging, many tiny operations, does not."""
     with torch.no_grad(), no_autocast(tensor.device):
         if tap.traces:
             operators.row(tap.handle, tap.probe.measure(tensor.detach()), training, gradient)
         else:
             operators.tensor(tap.handle, tensor.detach(), training, gradient)
+    return tensor  # in a step that is compiled with its backward pass None would leave no gradient
 
 
 def note_compiled(running: Running) -> None:

@@ -66,6 +66,10 @@ class CheckpointManager:
         mode: arguments.Mode = "min",
         session: Session | None = None,
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(
+                f"directory={directory!r}: takes a path, such as 'checkpoints', not {type(directory).__name__}"
+            )
         check_count("max_keep", max_keep, "checkpoints")
         arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):

@@ -52,6 +52,7 @@ class Gradients:
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
         self._early = EarlyGradients()
         self._said = False
+        self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
 
     # ---- as they run
 
@@ -79,7 +80,7 @@ class Gradients:
             self._sources.backward_begins(self._steps.current.due, self._early.ids)
         if self._watch.timing is not None:
             self._watch.backward_begins()
-        compat.at_end_of_backward(partial(self.end, backward))
+        self.compiled = not compat.at_end_of_backward(partial(self.end, backward))
         return backward
 
     def _of_roots(self, task: int | None) -> Backward:

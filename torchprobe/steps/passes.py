@@ -12,6 +12,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
+from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
@@ -113,7 +114,7 @@ class Passes:
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
-            compat.hear_gradient(output, passing)  # by far the most frequent
+            compat.hear_gradient(output, self._hook(passing))  # by far the most frequent
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)
@@ -150,9 +151,12 @@ class Passes:
         heard = 0
         for tensor in hearable_tensors(output):
             if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
-                tensor.register_hook(passing)
+                tensor.register_hook(self._hook(passing))
                 heard += 1
         return heard > 0
+
+    def _hook(self, passing: Pass) -> Pass | GradientHook:
+        return GradientHook(passing) if passing.due or self.gradients.compiled else passing
 
     def _count(self, passing: Pass) -> None:
         """No optimizer is in sight: a pass is a step."""
@@ -270,7 +274,7 @@ class Passes:
             self._steps.train_by_methods()
             self.begin_step()
         passing = self._pass_of_graph()
-        output.register_hook(passing)
+        output.register_hook(self._hook(passing))
         return passing
 
     def _pass_of_graph(self) -> Pass:

@@ -181,8 +181,8 @@ class Steps:
             step.extend([_loss_rows(reporter, loss) for reporter in losses])
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
-                unheard = self._sources.running.compiled and not step.due  # a function around the model is compiled
-                step.report(self._plan.reporters, () if unheard else self._plan.losses)
+                seldom = self._sources.running.compiled or self._by_methods  # hooks inside, where a step samples
+                step.report(self._plan.reporters, () if seldom and not step.due else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
 

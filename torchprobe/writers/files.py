@@ -105,7 +105,8 @@ class AppendFile:
         try:
             there, held = self.path.stat(), os.fstat(self._descriptor)
         except (FileNotFoundError, NotADirectoryError):
-            return "deleted" if self.path.parent.is_dir() else "deleted with its directory"
+            gone = "moved away" if self._has_inode and os.fstat(self._descriptor).st_nlink else "deleted"
+            return gone if self.path.parent.is_dir() else f"{gone} with its directory"
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise

@@ -8,15 +8,19 @@ for one that changes nothing would be left out, and one that has no order could 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
 from torchprobe.buffer.transfer import records_graph
-from torchprobe.capture.compat import in_backward
+from torchprobe.capture.compat import in_backward, skip_frames
+from torchprobe.capture.compiled.tracing import beside
 
 _library = Library("torchprobe_graph", "FRAGMENT")
 _numbers = itertools.count()
@@ -44,21 +48,41 @@ class _Unread(Protocol):
 
 class _Output(Protocol):
     def record_tensor(self, tensor: Tensor, training: bool, gradient: bool) -> None:
-        """A tensor was computed."""
-
-    def record_row(self, new: Tensor, training: bool, gradient: bool) -> None:
-        """The statistic of a tensor was computed."""
+        """A tensor was computed, or, by `record_row`, its statistic."""
 
 
 _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def handle(target: _Attention | _Output | _Unread) -> Tensor:
+def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
     """The handle of an object: a tensor in host memory, whatever the model's device."""
     number = next(_numbers)
     _objects[number] = target
-    with torch.inference_mode(False):
-        return torch.tensor(number, device="cpu")
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        return torch.from_numpy(np.array(number))  # of which no mode of the user's hears
+
+
+class GradientHook:
+    """A hook of a tensor, one operator in the graph of compiled autograd, which would break at each that is traced.
+
+    function: takes a gradient, None where there is none; runs beside Dynamo.
+    """
+
+    __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.hear = function
+        self.handle = handle(self)
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        """A gradient arrives."""
+        if not torch.compiler.is_compiling():
+            beside(self.hear, gradient)
+        elif gradient is not None:
+            heard(self.handle, gradient)
+
+
+skip_frames(GradientHook.__call__)
 
 
 def _target(handle: Tensor) -> Any:
@@ -84,6 +108,12 @@ def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
         target.record_row(row, training, gradient)
 
 
+def _heard(handle: Tensor, gradient: Tensor) -> None:
+    target = _target(handle)
+    if target is not None:
+        beside(target.hear, gradient)
+
+
 def _unread(handle: Tensor) -> None:
     if not in_backward():
         target = _target(handle)
@@ -104,4 +134,5 @@ _CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, f
 attention = _define("attention", _CALL, _attention)
 tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
 unread = _define("unread", "", _unread)
+heard = _define("heard", "Tensor gradient", _heard)
 row = _define("row", "Tensor row, bool training, bool gradient", _row)

@@ -63,26 +63,6 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return function
 
 
-def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Keep Dynamo out of a function: `torch.compiler.disable`, without its import of the whole compiler.
-
-    A hook of a tensor needs it, since compiled autograd traces all hooks into the graph of the backward pass.
-    """
-
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        switch = find(DYNAMO_SWITCH)
-        if switch is None:
-            return beside(function, *args, **kwargs)
-        before = switch(None)  # as `beside` does, without its call
-        try:
-            return function(*args, **kwargs)
-        finally:
-            switch(before)
-
-    call._torchdynamo_orig_callable = function  # type: ignore[attr-defined]
-    return unseen(call)
-
-
 skip_frames(beside)
 
 

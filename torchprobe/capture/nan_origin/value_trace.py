@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import in_backward, no_torch_function
-from torchprobe.capture.compiled.tracing import untraced
+from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import no_autocast
 from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
@@ -116,9 +116,8 @@ class ValueTrace:
 
     def _follow(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
-            tensor.register_hook(functools.partial(self._on_gradient, trace, call, kind, name))
+            tensor.register_hook(GradientHook(functools.partial(self._on_gradient, trace, call, kind, name)))
 
-    @untraced
     def _on_gradient(self, trace: Trace, call: int, kind: str, name: str, gradient: Tensor) -> None:
         gate = self.reporter.gate
         if not gate.failed:

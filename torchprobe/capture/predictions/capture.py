@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
-from torchprobe.capture.compiled.tracing import untraced
+from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.predictions import targets
@@ -155,7 +155,7 @@ class PredictionCapture:
         for probe, line in lines_of(reading):
             phase.say(probe, line)
         if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
-            reading.evidence.register_hook(partial(self._on_evidence, phase, place_of(reading.evidence)))
+            reading.evidence.register_hook(GradientHook(partial(self._on_evidence, phase, place_of(reading.evidence))))
         if reading.numbers and reading.numbers[0].mean is not None:
             self._follow_numbers(phase, pool, reading.numbers, reading.numbers[0].mean)
         if reading.plain is not None and is_usable(reading.plain):
@@ -228,9 +228,8 @@ class PredictionCapture:
         """The hook holds the phase, and nothing of the graph that it hangs on. On a leaf it would stay for ever."""
         if phase.training and tensor.grad_fn is not None:
             waiting.enter_graph()
-            tensor.register_hook(partial(self._on_gradient, phase, waiting))
+            tensor.register_hook(GradientHook(partial(self._on_gradient, phase, waiting)))
 
-    @untraced
     def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor | None) -> None:
         if gradient is not None and self._still_waits(phase, waiting):
             with self._protected(gradient):
@@ -242,7 +241,6 @@ class PredictionCapture:
             with self._protected(of_mean):
                 confirm_likelihood(phase, waiting, of_mean, of_source)
 
-    @untraced
     def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
         if not self._gate.failed:
             with self._protected(gradient):

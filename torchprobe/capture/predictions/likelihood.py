@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.compiled.tracing import untraced
+from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.predictions.forms import FEW_ROWS
 from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.statistics.dtypes import row_dtype
@@ -60,15 +60,14 @@ def on_both_gradients(mean: Tensor, spread: Tensor, then: Callable[[Tensor, Tens
     """Hear once of both gradients, if both arrive: autograd hands None to the hook of what the loss leaves out."""
     arrived: dict[str, Tensor] = {}
 
-    @untraced
     def take(name: str, gradient: Tensor | None) -> None:
         if gradient is not None:
             arrived[name] = gradient.detach()  # its own graph may lead back here
         if len(arrived) == 2:
             then(arrived.pop("mean"), arrived.pop("spread"))
 
-    mean.register_hook(partial(take, "mean"))
-    spread.register_hook(partial(take, "spread"))
+    mean.register_hook(GradientHook(partial(take, "mean")))
+    spread.register_hook(GradientHook(partial(take, "spread")))
 
 
 def targets_of(

@@ -283,6 +283,6 @@ def _uncertainty_row(parts: uncertainty.Decomposition) -> Tensor:
 
 def _calibration_row(probs: Tensor, targets: Tensor, pictures: bool) -> Tensor:
     """Of a batch."""
-    row = calibration.compute(probs, targets)
+    row = calibration.handed_in(probs, targets)
     flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
     return torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))[None]

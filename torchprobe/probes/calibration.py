@@ -30,8 +30,9 @@ _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
 _TOO_LUCKY = 20.0  # nats: a chance of 2e-9
+_LUCKY, _UNSURE, _FEW = 1.0, 0.1, 4  # the same of a few predictions, each of which might well have been wrong
 _ITS_OWN = (
-    "calibration: all targets are the model's own likeliest classes, though it is not that sure of them: as "
+    "calibration: so far all targets are the model's own likeliest classes, though it is not that sure of them: as "
     "pseudo-labels they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
 )
 
@@ -92,6 +93,7 @@ class CalibrationReporter(Reporter):
         self.evidence = Evidence()
         self._outputs: tuple[str, ...] = ()
         self._luck = 0.0  # nats, of having been right so far; infinite once a prediction was wrong
+        self._right = 0.0  # how often
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
@@ -153,11 +155,13 @@ class CalibrationReporter(Reporter):
         """Whether targets that the gradient alone told may be made of the predictions themselves: all right from the
         first step on, and far more of them than of a model that is as sure as that.
         """
-        return not name.startswith("|") and _TOO_LUCKY < self._luck < math.inf
+        unsure = self._right >= _FEW and self._luck > _UNSURE * self._right
+        return not name.startswith("|") and (_LUCKY if unsure else _TOO_LUCKY) < self._luck < math.inf
 
     def _weigh_luck(self, known: Mapping[str, NDArray[np.float64]]) -> None:
         for row in known.values():
             self._luck += row[_NLL] if row[_CORRECT] == row[_COUNT] else math.inf
+            self._right += row[_CORRECT]
 
     def _tags(self, row: NDArray[np.float64], by_hand: bool) -> Iterator[tuple[str, Value]]:
         found = calibration.summarise(row)
@@ -193,8 +197,9 @@ class CalibrationReporter(Reporter):
         elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
             self.explain(
                 "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
-                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes, ...); use "
-                "nn.CrossEntropyLoss() or the like on the output, or call session.log_predictions(probs, targets)"
+                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes or outputs), or "
+                "may be of samples, where random numbers were drawn after the pass; use nn.CrossEntropyLoss() or the "
+                "like on the output, or call session.log_predictions(probs, targets)"
             )
 
     def _note(self, name: str, row: NDArray[np.float64]) -> None:

@@ -147,7 +147,8 @@ class TrainingLogger(LogCalls):
         """`calibration/ece`, `mce`, `brier`, `nll`, `accuracy`, ... of tensors or arrays. Calls of a step add up.
 
         probs: (..., classes), adding up to 1, and targets: (...) class numbers, -100 for ignored ones; or a binary
-        task's probabilities of class 1 with targets of the same shape. Pictures: with a prefix, else as histograms.
+        task's probabilities of class 1 with targets of the same shape, from 0 to 1. Logits are counted as invalid.
+        Pictures: with a prefix, else as histograms.
         """
         p, y = checked_predictions(probs, targets)
         pictures = bool(prefix) or self._histograms_due(self._steps.clock.following)

@@ -68,7 +68,7 @@ def compute(
         - (..., classes) and floating (..., classes): soft labels; "correct" then means that both have the same argmax;
         - a binary task: probabilities (or log-odds) of class 1 and targets from 0 to 1, of one shape, (...), or with a
           last dimension of 1 on either. Floating targets of two columns or more are soft labels instead, and so are
-          one-hot rows of integers where the predictions are distributions.
+          rows of integers, which are to be one-hot, where most predictions are distributions.
     uncertainty: as many numbers as examples; by it `risk_coverage` refuses them, otherwise by confidence.
     favourite: of (..., classes), the class with the largest number, when it is known; to look for it costs a fifth.
 

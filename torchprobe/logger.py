@@ -147,7 +147,8 @@ class TrainingLogger(LogCalls):
         """`calibration/ece`, `mce`, `brier`, `nll`, `accuracy`, ... of tensors or arrays. Calls of a step add up.
 
         probs: (..., classes), adding up to 1, and targets: (...) class numbers, -100 for ignored ones; or a binary
-        task's probabilities of class 1 with targets of the same shape. Pictures: with a prefix, else as histograms.
+        task's probabilities of class 1 with targets of the same shape, from 0 to 1. Logits are counted as invalid.
+        Pictures: with a prefix, else as histograms.
         """
         p, y = checked_predictions(probs, targets)
         pictures = bool(prefix) or self._histograms_due(self._steps.clock.following)
@@ -283,6 +284,6 @@ def _uncertainty_row(parts: uncertainty.Decomposition) -> Tensor:
 
 def _calibration_row(probs: Tensor, targets: Tensor, pictures: bool) -> Tensor:
     """Of a batch."""
-    row = calibration.compute(probs, targets)
+    row = calibration.handed_in(probs, targets)
     flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
     return torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))[None]

@@ -98,9 +98,10 @@ class Logs(LogCalls):
         replace what was found without a call. Tensors stay on their device, and nothing waits.
 
         probs: (..., classes), floating, adding up to 1; or of a binary task (...), the probability of class 1. Numpy
-        arrays too. Rows that do not add up to 1, such as logits, are left out and counted in `calibration/invalid`,
-        with one warning: apply `softmax(-1)` first. targets: (...) class numbers, -100 for ignored ones; or, as soft
-        labels, of the shape of probs. Raises TypeError for what is no array, ValueError for other shapes.
+        arrays too. Rows that do not add up to 1 are left out and counted in `calibration/invalid`, with one warning,
+        and so are all where most do not, as logits: apply `softmax(-1)` first. targets: (...) class numbers, -100 for
+        ignored ones; or of the shape of probs, floating soft labels or one-hot rows. Raises TypeError for what is no
+        array, ValueError for other shapes.
         """
         predictions, classes = checked_predictions(probs, targets)
         self._recorder.log_predictions(predictions, classes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from torchprobe.statistics.uncertainty import Decomposition
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
 
 _log = logging.getLogger("torchprobe")
+_IGNORED = -100
 _T = TypeVar("_T")
 
 
@@ -121,7 +123,11 @@ def checked_predictions(probs: Any, targets: Any) -> tuple[Tensor, Tensor]:
 
 def _look_at_classes(p: Tensor, y: Tensor) -> None:
     """Say once of class numbers in host memory that they are none: such predictions are left out, and counted."""
-    if p.shape == y.shape or not y.is_cpu or not y.numel() or y.dtype is torch.bool:
+    if not y.is_cpu or not y.numel() or y.dtype is torch.bool:
+        return
+    if p.shape == y.shape or p.size(-1) == 1:
+        if on_host(((y < 0) | (y > 1)).logical_and_(y != _IGNORED).any()):
+            _say("targets of a binary task hold other numbers than 0 to 1 (-100 is ignored); none of them counts")
         return
     classes = p.size(-1)
     if on_host(y.amax()) >= classes:
@@ -140,7 +146,8 @@ def _tensor(argument: str, value: Any) -> Tensor:
         return value.detach()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         return torch.from_numpy(np.ascontiguousarray(value))
-    raise TypeError(f"{argument}={value!r}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
+    got = textwrap.shorten(repr(value), 80)
+    raise TypeError(f"{argument}={got}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
 
 
 def floats(argument: str, value: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
-from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, added_up, by_loop, form_of, head_of
+from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, Luck, added_up, by_loop, form_of, head_of
 from torchprobe.records import Histogram, Value
 from torchprobe.statistics import calibration, intervals
 
@@ -29,9 +28,8 @@ _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
-_TOO_LUCKY = 20.0  # nats: a chance of 2e-9
 _ITS_OWN = (
-    "calibration: all targets are the model's own likeliest classes, though it is not that sure of them: as "
+    "calibration: so far all targets are the model's own likeliest classes, though it is not that sure of them: as "
     "pseudo-labels they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
 )
 
@@ -91,7 +89,7 @@ class CalibrationReporter(Reporter):
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._outputs: tuple[str, ...] = ()
-        self._luck = 0.0  # nats, of having been right so far; infinite once a prediction was wrong
+        self._luck = Luck()
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
@@ -118,7 +116,8 @@ class CalibrationReporter(Reporter):
     def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
         known = self._known(found)
         first = _of_output("", known)
-        self._weigh_luck(first)
+        for row in first.values():
+            self._luck.add(row[_COUNT], row[_CORRECT], row[_NLL])
         name = _preferred(list(first))
         if name is not None and self.may_be_its_own(name):
             self.remark(_ITS_OWN)
@@ -150,14 +149,8 @@ class CalibrationReporter(Reporter):
                     yield f"calibration/{key}/{label}", value
 
     def may_be_its_own(self, name: str) -> bool:
-        """Whether targets that the gradient alone told may be made of the predictions themselves: all right from the
-        first step on, and far more of them than of a model that is as sure as that.
-        """
-        return not name.startswith("|") and _TOO_LUCKY < self._luck < math.inf
-
-    def _weigh_luck(self, known: Mapping[str, NDArray[np.float64]]) -> None:
-        for row in known.values():
-            self._luck += row[_NLL] if row[_CORRECT] == row[_COUNT] else math.inf
+        """Whether targets that the gradient alone told may be made of the predictions themselves."""
+        return not name.startswith("|") and self._luck.is_odd
 
     def _tags(self, row: NDArray[np.float64], by_hand: bool) -> Iterator[tuple[str, Value]]:
         found = calibration.summarise(row)
@@ -193,8 +186,9 @@ class CalibrationReporter(Reporter):
         elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
             self.explain(
                 "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
-                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes, ...); use "
-                "nn.CrossEntropyLoss() or the like on the output, or call session.log_predictions(probs, targets)"
+                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes or outputs), or "
+                "may be of samples, where random numbers were drawn after the pass; use nn.CrossEntropyLoss() or the "
+                "like on the output, or call session.log_predictions(probs, targets)"
             )
 
     def _note(self, name: str, row: NDArray[np.float64]) -> None:

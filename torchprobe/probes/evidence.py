@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
@@ -16,6 +17,9 @@ SURE = ""
 """The form of what needs no evidence."""
 
 _ENOUGH = 0.9  # of the rows; those of another loss hardly pass, those of bfloat16 nearly all do
+
+_TOO_LUCKY = 20.0  # nats: a chance of 2e-9
+_LUCKY, _UNSURE, _FEW = 1.0, 0.1, 4
 
 Rows: TypeAlias = "Mapping[str, NDArray[np.float64]]"
 
@@ -48,6 +52,27 @@ class Evidence:
     def any(self) -> bool:
         """Whether the output was recognised as something."""
         return any(self._decided.values())
+
+
+class Luck:
+    """Whether predictions may be right for being their own targets: all of them from the first step on, and far more
+    than those of a model that is as sure as that.
+    """
+
+    def __init__(self) -> None:
+        self._nats = 0.0  # of having been right so far; infinite once a prediction was wrong
+        self._right = 0.0
+
+    def add(self, count: float, correct: float, nll: float) -> None:
+        """More predictions: how many, how many right, and the sum of their negative log-likelihoods."""
+        self._nats += nll if correct == count else math.inf
+        self._right += correct
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether that is hardly chance. Of a few predictions less is enough, where each may well have been wrong."""
+        unsure = self._right >= _FEW and self._nats > _UNSURE * self._right
+        return (_LUCKY if unsure else _TOO_LUCKY) < self._nats < math.inf
 
 
 def form_of(name: str) -> str:

@@ -47,7 +47,8 @@ class Uncertainty(Probe):
     `torch.distributions` and gpytorch objects; `(output, kl)` of Bayesian layers. Once a loss has confirmed it: plain
     outputs and fields called logits or probs, as classes or answers; log_var, std, sigma, or the second of a pair, by a
     Gaussian likelihood; alpha, evidence by an evidential one. Passes over one and the same input tensor, unchanged,
-    with unchanged weights, that draw random numbers of torch's and whose outputs differ, are members of one prediction,
+    with unchanged weights, that draw random numbers of torch's and whose outputs differ, are members of one prediction
+    where the model keeps nothing else between them (a batch norm's statistics aside) and the loss asks the same of all;
     and so are an `nn.ModuleList`'s modules whose mean the model gives. Of several outputs the first is `root`, another
     `root.<output>`; of several loops of validation, `root.loop_1` beside the whole.
 

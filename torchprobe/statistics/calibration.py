@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchprobe.statistics.buckets import MAGNITUDES, SHARES, magnitude_index, share_edges, share_index, tally
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.scoring import Judged, are_one_hot, judge, may_be_one_hot
+from torchprobe.statistics.scoring import Judged, are_meant, are_one_hot, judge, may_be_one_hot
 
 Row: TypeAlias = "Sequence[float] | NDArray[np.float64]"
 Curve: TypeAlias = dict[str, NDArray[np.float64]]
@@ -68,7 +68,7 @@ def compute(
         - (..., classes) and floating (..., classes): soft labels; "correct" then means that both have the same argmax;
         - a binary task: probabilities (or log-odds) of class 1 and targets from 0 to 1, of one shape, (...), or with a
           last dimension of 1 on either. Floating targets of two columns or more are soft labels instead, and so are
-          one-hot rows of integers where the predictions are distributions.
+          rows of integers, which are to be one-hot, where most predictions are distributions.
     uncertainty: as many numbers as examples; by it `risk_coverage` refuses them, otherwise by confidence.
     favourite: of (..., classes), the class with the largest number, when it is known; to look for it costs a fifth.
 
@@ -88,6 +88,16 @@ def compute(
         raise ValueError(f"uncertainty: got shape {tuple(uncertainty.shape)}, takes a number for each of {len(target)}")
     ignored = target == ignore_index if target.dim() == 1 else torch.zeros_like(judged.valid)
     return _row(judged, ignored, uncertainty)
+
+
+@torch.no_grad()
+def handed_in(predictions: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """The row of what somebody hands in. Where most of it cannot be meant, such as logits, all of it is invalid."""
+    row = compute(predictions, targets, ignore_index=ignore_index)
+    nothing, (count, invalid) = torch.zeros_like(row), (HEADER.index(name) for name in ("count", "invalid"))
+    nothing[invalid] = row[count] + row[invalid]
+    nothing[HEADER.index("ignored")] = row[HEADER.index("ignored")]
+    return torch.where(are_meant(predictions, targets, ignore_index), row, nothing)
 
 
 def combine(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ IMPOSSIBLE = 2.0**-126
 _LEAST = math.log(IMPOSSIBLE)
 _SLACK = 0.05  # by how much a distribution in a narrow type may miss 1
 _MOST = 0.5
+_NEARLY_ALL = 0.99
 _NO_CLASS = -(2**62)
 
 
@@ -85,9 +86,32 @@ def may_be_one_hot(predictions: Tensor, targets: Tensor) -> bool:
 
 
 def are_one_hot(predictions: Tensor, targets: Tensor) -> Tensor:
-    """A flag: whether they are one-hot rows, and nearly all predictions distributions."""
+    """A flag: whether they are rows of classes: most predictions are distributions, which answers are but by chance,
+    and of two classes each row has its one, since two answers may well add up to 1.
+    """
     one = (targets.long().sum(-1) == 1) & (targets.long().amin(-1) == 0)
-    return one.all() & (_is_distribution(predictions.detach()).to(torch.float32).mean() > _MOST)
+    known = one.all() if predictions.size(-1) == 2 else True
+    return known & (_is_distribution(predictions.detach()).to(torch.float32).mean() > _MOST)
+
+
+def are_meant(predictions: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """A flag: whether predictions are probabilities at all, and targets those of their task. Of logits some look like
+    probabilities, and of answers -1 and 1 half; NaN says nothing.
+    """
+    p, y = predictions.detach(), targets.detach()
+    answers = _are_in_range(p, _SLACK).float().mean() >= _NEARLY_ALL
+    answers &= (_are_in_range(y, 0.0) | (y == ignore_index)).all()
+    if _task(p, y) is _judge_binary and not may_be_one_hot(p, y):
+        return answers
+    proper, broken = _is_distribution(p), p.isnan().any(-1)
+    if y.dim() < p.dim():
+        broken = broken | (y == ignore_index)
+    distributions = proper.sum() >= (~proper & ~broken).sum()
+    return distributions | answers if may_be_one_hot(p, y) else distributions
+
+
+def _are_in_range(x: Tensor, slack: float) -> Tensor:
+    return x.isnan() | ((x >= -slack) & (x <= 1 + slack))
 
 
 def _task(predictions: Tensor, targets: Tensor) -> _Judge:

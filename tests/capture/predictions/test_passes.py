@@ -151,6 +151,20 @@ def test_members_of_one_prediction_draw_random_numbers(noise, members):
         assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)
 
 
+def test_what_a_batch_norm_keeps_is_no_state_of_the_members():
+    torch.manual_seed(3)
+    body = nn.Sequential(nn.Linear(5, 32), nn.BatchNorm1d(32), nn.Dropout(0.4), nn.Linear(32, CLASSES))
+    optimizer, writer, logits = torch.optim.SGD(body.parameters(), lr=0.0), MemoryWriter(), []
+    x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
+    with torchprobe.instrument(body, writer=writer, every=1, rules=[]):
+        logits = [body(x) for _ in range(3)]
+        sum(F.cross_entropy(z, y) for z in logits).backward()
+        optimizer.step()
+    p = torch.stack(logits).detach().double().softmax(-1)
+    epistemic = torch.special.entr(p.mean(0)).sum(-1).mean() - torch.special.entr(p).sum(-1).mean()
+    assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)
+
+
 def test_generators_need_no_weak_references(monkeypatch):
     """Those of torch 2.11 take none."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchprobe
 from torchprobe.testing import MemoryWriter
@@ -100,6 +101,18 @@ def test_data_sets_that_nothing_tells_apart_are_together_which_is_said():
     assert "a batch of 16 came after one of 14" in line
 
 
+def loaded(*sizes: int) -> list[DataLoader[tuple[Tensor, ...]]]:
+    sets = [TensorDataset(*(torch.cat(column) for column in zip(*batches(9, size), strict=True))) for size in sizes]
+    return [DataLoader(data, 8) for data in sets]
+
+
+@pytest.mark.parametrize(("sizes", "said"), [((16, 24), True), ((40,), False)])
+def test_full_batches_of_several_loaders_are_told_by_where_they_begin(sizes, said):
+    got = Seen(lambda model, *_: [evaluate(model, loader) for loader in loaded(*sizes)])
+    assert got.loops == []
+    assert any("as where a DataLoader begins" in line for line in got.lines) is said
+
+
 def test_one_data_set_is_one():
     got = Seen(lambda model, one, other: evaluate(model, other))
     got.are_of(got.other)
@@ -162,6 +175,13 @@ def test_a_shifted_loss_module_tells_of_a_language_model(loss, reverse):
     assert writer.value("val/calibration/accuracy") == pytest.approx((z.argmax(-1) == y).double().mean().item())
     nll = F.cross_entropy(z.flatten(0, 1), y.flatten()).item()
     assert writer.value("val/calibration/nll") == pytest.approx(nll, rel=1e-5)
+
+
+def test_the_last_word_alone_may_be_judged():
+    model, writer = language_model(lambda z: CE(z[:, -1], words()[:, 0]))
+    z = model(words()).detach()[:, -1]
+    assert writer.value("val/calibration/count") == 6
+    assert writer.value("val/calibration/nll") == pytest.approx(F.cross_entropy(z, words()[:, 0]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

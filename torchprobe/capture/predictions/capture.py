@@ -26,7 +26,7 @@ from torchprobe.capture.predictions.confirmation import (
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
-from torchprobe.capture.predictions.inputs import UNDRAWN, Draws, InputKey, input_tensors, version_of
+from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
 from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
 from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.loss_modules import LossModules
@@ -76,7 +76,9 @@ class PredictionCapture:
             self._phase = self._validation.enter(moment)
         with self._gate.boundary():
             self._parts.arm(training)
-            self._draws.begin(self._model())
+            drawn = self._draws.begin(self._model())
+            if not training:
+                self._validation.drew(drawn)
 
     def leave(self) -> None:
         """A pass has ended or raised: no hook is left on the model."""
@@ -234,7 +236,7 @@ class PredictionCapture:
         if gradient is not None and self._still_waits(phase, waiting):
             with self._protected(gradient):
                 judge = judge_of(roots().tensors, waiting.place)
-                confirm_gradient(phase, waiting, self._plain.members(gradient.detach()), judge)
+                confirm_gradient(phase, waiting, self._plain.members(gradient.detach()), judge, self._draws.since())
 
     def _on_gradients(self, phase: Phase, waiting: Waiting, of_mean: Tensor, of_source: Tensor) -> None:
         if self._still_waits(phase, waiting):
@@ -278,13 +280,13 @@ class PredictionCapture:
     def _pool(self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
         tensor = main_tensor(output)
-        key = InputKey(args, kwargs, self._model(), tensor is None or self._draws.any(tensor.device))
+        key = InputKey(args, kwargs, self._model(), self._draws.end(None if tensor is None else tensor.device))
         for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):
             pool = phase.pool(where, key)
             if pool is not None:
                 return phase, pool
             if (last := phase.pools.get(where)) is not None and last.repeats(key):
-                self._now.say("passes", UNDRAWN)
+                self._now.say("passes", last.why_apart(key))
         return self._now, self._now.begin(Pool(where, key, self._generators))
 
     @contextmanager

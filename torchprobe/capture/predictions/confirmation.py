@@ -7,6 +7,7 @@ from its arguments. Every answer is a flag or a count on the device; the host de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torchprobe.capture.predictions.forms import (
     Form,
     Generators,
     Predicted,
+    class_count,
     pick,
     probabilities_of,
     row_count,
@@ -32,8 +34,18 @@ from torchprobe.capture.predictions.gradient import TOLERANCE, Recovered, recove
 from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
-from torchprobe.capture.predictions.targets import wanted
-from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady, is_trusted, of_passes
+from torchprobe.capture.predictions.pool import Seen
+from torchprobe.capture.predictions.targets import direction, weights_of
+from torchprobe.capture.predictions.trust import (
+    CLOSE,
+    STEADY,
+    Count,
+    choices,
+    have_one_target,
+    is_steady,
+    is_trusted,
+    of_passes,
+)
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
@@ -53,8 +65,13 @@ class Claim(NamedTuple):
 # ---- by the gradient at an output
 
 
-def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor], judge: Judge) -> None:
-    """Targets from the gradient at the output, one for each sample, in each form that the graph does not rule out."""
+def confirm_gradient(
+    phase: Phase, waiting: Waiting, gradients: Sequence[Tensor], judge: Judge, drawn: bool = False
+) -> None:
+    """Targets from the gradient at the output, one for each sample, in each form that the graph does not rule out.
+    drawn: whether random numbers were drawn since the pass, as where actions are sampled from what it predicts.
+    """
+    sampled = drawn and judge.kind != "whole" and not any(call.reduced for call in waiting.candidates)
     for form, predicted in waiting.predicted.items():
         g = stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
         if judge.judges not in ("", form.kind):
@@ -67,23 +84,21 @@ def confirm_gradient(phase: Phase, waiting: Waiting, gradients: Sequence[Tensor]
             row = torch.where(confirmed, better, row)
         phase.support(form.key, evidence)
         phase.calibration.add(f"{form.key}|found", row, waiting.pool.sampled(form))
-        if len(g) == 1 and row_count(waiting.shape, form) > waiting.shape[0]:
-            alike = _have_one_target(waiting, form, found.targets[0])
-            phase.uncertainty.support(form.key, _evidence(g, _AGAINST, 0.0) * alike)
-        chosen = waiting.pool.chooses(form, found.alive.any(0), found.faint.any(0))
-        if chosen is not None:  # by their losses, among passes: what is left of each is no sample of its predictions
-            phase.calibration.support(form.key, _evidence(g, _AGAINST, 0.0) * chosen)
+        against = _evidence(g, _AGAINST, 0.0)
+        seen = Seen(found.alive.any(0), found.faint.any(0), found.targets.amax(0), predicted.mean)
+        refuse = partial(_refuse, phase, form, against)
+        for flag in choices(waiting, form, seen, refuse):
+            refuse(flag)
+        if sampled:
+            phase.calibration.support(form.key, against)
+        each = row_count(waiting.shape, form) // waiting.shape[0]
+        if len(g) == 1 and each > 1:
+            alike = have_one_target(seen.targets, each, waiting.pool.index(g, form))
+            phase.uncertainty.support(form.key, against * alike)
 
 
-def _have_one_target(waiting: Waiting, form: Form, targets: Tensor) -> Tensor:
-    """A flag: whether all predictions of an example have one target, each example its own, as those of members have."""
-    each = row_count(waiting.shape, form) // waiting.shape[0]
-    index = waiting.pool.index(targets, form)  # known since the pass
-    rows = torch.arange(len(targets), device=targets.device) if index is None else index
-    example = rows.div(each, rounding_mode="floor")
-    known = (targets[1:] != IGNORED) & (targets[:-1] != IGNORED)
-    within, differ = example[1:] == example[:-1], known & (targets[1:] != targets[:-1])
-    return (known & within).any() & ~(differ & within).any() & (differ & ~within).any()
+def _refuse(phase: Phase, form: Form, against: Tensor, flag: Tensor) -> None:
+    phase.calibration.support(form.key, against * flag)
 
 
 def _from_gradient(
@@ -132,6 +147,8 @@ def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch
     # A row whose gradient was lost has its likeliest class for a target, or was ignored: the number of rows tells.
     lost = faint & (alive | count.zeros_count)
     targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted & agree, IGNORED))
+    if precision in TOLERANCE and len(g) == 1:  # a few rows are rounded too far, and are rows of that loss all the same
+        targets = torch.where(alive & ~fine & ~faint & trusted, found.likely[0], targets)
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
     evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
     return Claim(torch.where(broken, 0, targets), evidence)
@@ -150,8 +167,10 @@ def _from_calls(
     p, g = predicted.mean, g[0]
     if form.kind != "softmax":
         return [_of_answers(p, g, calls[0])] if len(calls) == 1 and calls[0].reduced else []
-    directions = [_direction(p, call, predicted) for call in calls]
-    weights = _weights(directions, g)
+    directions = [
+        direction(p, call.targets, call.weight, call.smoothing, predicted.already[0, :, None]) for call in calls
+    ]
+    weights = weights_of(directions, g)
     away = g - sum(w * d for w, d in zip(weights, directions, strict=True))
     size, tiny = g.abs().sum(-1), torch.finfo(precision).smallest_normal * torch.finfo(precision).eps
     alive = g.isfinite().all(-1) & (size > 0)
@@ -172,28 +191,6 @@ def _is_unweighted(call: Candidate, weight: Tensor, clear: Tensor, alive: Tensor
     equal = clear & ((weight - common).abs() <= STEADY * common)
     count = Count(common, alive.sum(), torch.zeros_like(common), len(weight), CLOSE)
     return ((equal.sum() >= _ENOUGH * clear.sum()) & count.is_plain) | call.reduced
-
-
-def _direction(p: Tensor, call: Candidate, predicted: Predicted) -> Tensor:
-    """The gradient at logits that a call asks for, up to a factor: p Σb - b with what is wanted of each class, b."""
-    b = wanted(call.targets, call.weight, call.smoothing, p)
-    by_logits = p * b.sum(-1, keepdim=True) - b
-    of_probabilities = predicted.already[0, :, None]
-    return torch.where(of_probabilities, -b / p.clamp(min=torch.finfo(p.dtype).tiny), by_logits)
-
-
-def _weights(directions: Sequence[Tensor], g: Tensor) -> Sequence[Tensor]:
-    """By least squares: of one direction a weight a row, of two one for all rows; none is below 0."""
-    g = g.nan_to_num(0.0, 0.0, 0.0)
-    d = [x.nan_to_num(0.0, 0.0, 0.0) for x in directions]
-    tiny = torch.finfo(g.dtype).tiny
-    if len(d) == 1:
-        one = (d[0] * g).sum(-1, keepdim=True) / d[0].square().sum(-1, keepdim=True).clamp(min=tiny)
-        return [one.clamp(min=0)]
-    a, b, c = (d[0] * d[0]).sum(), (d[0] * d[1]).sum(), (d[1] * d[1]).sum()
-    x, y = (d[0] * g).sum(), (d[1] * g).sum()
-    whole = (a * c - b * b).clamp(min=tiny)
-    return [((x * c - y * b) / whole).clamp(min=0), ((y * a - x * b) / whole).clamp(min=0)]
 
 
 def _of_answers(p: Tensor, g: Tensor, call: Candidate) -> tuple[Tensor, Tensor]:
@@ -217,8 +214,8 @@ def _kept(call: Candidate, alive: Tensor) -> Tensor:
 
 def confirm_returned(phase: Phase, output: Tensor, judge: Judge, generators: Generators) -> bool:
     """Targets that the graph of a returned loss still holds, and the probabilities that it judged."""
-    found = None if judge.node is None else judged_by(judge, output)
-    if found is None:
+    found = None if judge.node is None or judge.kind == "each" else judged_by(judge, output)
+    if found is None or found[1].shape[-1] != class_count(output.shape, found[0]):
         return False
     form, rows, targets = found
     index = pick(rows, form._replace(axis=-1), generators)

@@ -39,6 +39,8 @@ class Recovered(NamedTuple):
     """Rows of the third kind; without any gradient they may be ignored ones as well."""
     alive: Tensor
     """Rows with a gradient."""
+    likely: Tensor
+    """The targets of all rows, if the loss is a cross-entropy at all."""
 
 
 def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch.dtype) -> Recovered:
@@ -64,9 +66,12 @@ def recover(predicted: Predicted, gradient: Tensor, form: Form, precision: torch
     faint = ~passed & found.sure & lost
     evidence = torch.stack(((alive & ~faint).sum(), passed.sum(), faint.sum()))
     targets = torch.where(passed, found.targets, IGNORED)
-    columns = (x.view(shape) for x in (targets, favourite, found.factor, faint, alive))
-    targets, favourite, factor, faint, alive = columns
-    return Recovered(targets, favourite, evidence.to(row_dtype(p.device)), factor, faint, alive)
+    # Where an entry of -1 + p is lost in rounding, or smoothing calls for less of it, its class is the likeliest.
+    pulled = (form.kind != "softmax") | (-least >= 0.8 * most)
+    likely = torch.where(pulled & alive, found.targets, favourite)
+    columns = (x.view(shape) for x in (targets, favourite, found.factor, faint, alive, likely))
+    targets, favourite, factor, faint, alive, likely = columns
+    return Recovered(targets, favourite, evidence.to(row_dtype(p.device)), factor, faint, alive, likely)
 
 
 class _Found(NamedTuple):

@@ -77,12 +77,23 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     node = next(
         (node for node, number in above if number == place.result and sequence_number(node) == place.sequence), 0
     )
-    users, moved = above.get((node, place.result), []), False
-    while len(users) == 1 and _IS_VIEW.fullmatch(_name(users[0])):
-        node = users[0]
+    judges = [_judge_at(user, above) for user in above.get((node, place.result), [])]
+    known = [judge for judge in judges if judge.node is not None]
+    if len(known) != 1:
+        return UNKNOWN
+    alone = len(judges) == 1 or known[0].kind != "whole"
+    return known[0] if alone else known[0]._replace(kind="also")
+
+
+def _judge_at(node: Any, above: Above, moved: bool = False) -> Judge:
+    """Of one way on from an output, past views."""
+    while _IS_VIEW.fullmatch(_name(node)):
         moved |= _name(node) in _MOVES
         users = _users(node, above)
-    return _judged(users[0], above)._replace(moved=moved) if len(users) == 1 else UNKNOWN
+        if len(users) != 1:
+            return UNKNOWN
+        node = users[0]
+    return _judged(node, above)._replace(moved=moved)
 
 
 class Link(NamedTuple):

@@ -14,11 +14,19 @@ from torchprobe.statistics.dtypes import GPUS
 
 _SIMPLE = (str, int, float, bool, type(None))
 _A_SIDE = 16  # elements along a dimension that stand for a tensor's values
+_MOST_KEPT = 64
+_OF_TORCH = {*nn.Module().__dict__} - {"training"}
+_RUNNING = {"running_mean", "running_var", "num_batches_tracked"}  # read in evaluation alone, which leaves them alone
 
 UNDRAWN = (
     "the model was called more than once with one input and drew no random numbers of torch in between: such passes are"
     " not taken for members of one prediction, since what differs may be a state that the model keeps. Members that"
     " draw by numpy or by Python: draw by torch, or call session.log_predictions(probs, targets)"
+)
+KEPT = (
+    "the model was called more than once with one input, and what it keeps was another each time ({}): such passes are "
+    "not taken for members of one prediction, since that may be a state that they differ by. Where no pass reads what "
+    "the one before has kept, keep it outside of the model"
 )
 
 
@@ -27,7 +35,8 @@ class InputKey:
 
     Versions, places and simple attributes are compared on the host; what leaves no trace there (a numpy array beneath,
     `.data.copy_`), a few values of each tensor tell, on the device. draws: whether the pass drew random numbers; what
-    differs without any is a state that the model keeps, such as a membrane's, and no other member.
+    differs without any is a state that the model keeps, such as a membrane's, and no other member. Nor is one before
+    which an attribute or a buffer was another, or a tensor in it.
     """
 
     def __init__(
@@ -38,17 +47,26 @@ class InputKey:
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
         parameters = [] if model is None else [p for p in model.parameters() if _is_plain(p)]
-        places = [(p.data_ptr(), version_of(p)) for p in parameters]
-        self._state = [] if model is None else [*_attributes(model), *places]
+        self._weights = [(p.data_ptr(), version_of(p)) for p in parameters]
+        self._kept = {} if model is None else dict(_attributes(model))
         self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
 
     def same_as(self, other: InputKey) -> bool:
         """Whether both are members of one prediction for one input, as far as the host can tell."""
-        return self._draws and other._draws and self.has_input_of(other)
+        return self._draws and other._draws and self.has_input_of(other) and not self.kept_else(other)
+
+    def why_apart(self, other: InputKey) -> str:
+        """Of a pass with the same input: why both are no members of one prediction."""
+        return KEPT.format(", ".join(self.kept_else(other)[:3])) if self._draws and other._draws else UNDRAWN
+
+    def kept_else(self, other: InputKey) -> list[str]:
+        """Names of what the model keeps, where it is not the same."""
+        names = self._kept.keys() | other._kept.keys() if self._kept != other._kept else ()
+        return sorted(name for name in names if self._kept.get(name) != other._kept.get(name))
 
     def has_input_of(self, other: InputKey) -> bool:
-        """Whether both are the same input, members or not; never so without a tensor in it."""
-        if not self._tensors or len(self._tensors) != len(other._tensors) or self._state != other._state:
+        """Whether both are the same input and weights, members or not; never so without a tensor in it."""
+        if not self._tensors or len(self._tensors) != len(other._tensors) or self._weights != other._weights:
             return False
         pairs = zip(self._tensors, other._tensors, strict=True)
         same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
@@ -66,28 +84,32 @@ def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor
 
 
 class Draws:
-    """Whether random numbers of torch are drawn from `begin` on: by its own generators, or by one that the model keeps.
-    Waits for no device, starts none; costs a few tens of µs.
+    """Whether random numbers of torch are drawn in a pass, or after one: by its own generators, or by one that the
+    model keeps. Waits for no device, starts none; costs a few tens of µs.
     """
 
     def __init__(self) -> None:
         self._before: list[Tensor] | None = None
+        self._after: list[Tensor] | None = None
         self._kept: list[tuple[ReferenceType[nn.Module], str]] | None = None  # torch 2.11's take no weak one
 
-    def begin(self, model: nn.Module | None) -> None:
-        """A pass begins."""
+    def begin(self, model: nn.Module | None) -> bool | None:
+        """A pass begins: whether some were drawn since the one before, None where that is not known."""
         if self._kept is None:
             modules = () if model is None else model.modules()
             kept = ((ref(module), name, value) for module in modules for name, value in module.__dict__.items())
             self._kept = [(module, name) for module, name, value in kept if isinstance(value, torch.Generator)]
         self._before = self._states()
+        return _differ(self._after, self._before)
 
-    def any(self, device: torch.device) -> bool:
-        """Whether there were some; of a device whose generator cannot be looked at there may have been."""
-        now = self._states() if device.type in ("cpu", *GPUS) else None
-        if now is None or self._before is None or len(now) != len(self._before):
-            return True
-        return not all(map(torch.equal, now, self._before))
+    def end(self, device: torch.device | None) -> bool:
+        """It has returned: whether there were some; of a device whose generator is not to be seen there may be."""
+        self._after = self._states() if device is not None and device.type in ("cpu", *GPUS) else None
+        return _differ(self._before, self._after) is not False
+
+    def since(self) -> bool:
+        """Whether some were certainly drawn since it has."""
+        return self._after is not None and _differ(self._after, self._states()) is True
 
     def _states(self) -> list[Tensor] | None:
         """In host memory, all of them; None while a graph of CUDA is recorded."""
@@ -99,6 +121,11 @@ class Draws:
             return [generator.get_state() for generator in generators]
         except RuntimeError:
             return None
+
+
+def _differ(a: list[Tensor] | None, b: list[Tensor] | None) -> bool | None:
+    """Whether states are not the same; None where that is not known, as with a device that began in between."""
+    return None if a is None or b is None or len(a) != len(b) else not all(map(torch.equal, a, b))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -121,10 +148,26 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [torch.cat(ones) for ones in groups.values()]
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Simple attributes of all modules, such as the mode, or the task that is chosen."""
-    for module in model.modules():
-        yield tuple(value for value in module.__dict__.values() if type(value) in _SIMPLE)
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What all modules keep, such as the mode, the task that is chosen, or a membrane: simple values, which tensors,
+    and what is in a list, tuple or dict.
+    """
+    for path, module in model.named_modules():
+        own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_TORCH)
+        for name, value in (*own, *module._buffers.items()):
+            if (found := _fingerprint(value)) is not None and name not in _RUNNING:
+                yield f"{path}.{name}".lstrip("."), found
+
+
+def _fingerprint(value: Any) -> Any:
+    if type(value) in _SIMPLE:
+        return None if value is None else (type(value), value)
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr() if _is_plain(value) else 0, version_of(value)
+    if type(value) not in (list, tuple, dict) or len(value) > _MOST_KEPT:
+        return None
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, _fingerprint(one)) for key, one in parts if type(one) in _SIMPLE or isinstance(one, Tensor)] or None
 
 
 def _remembered(part: Any) -> object:

@@ -16,6 +16,10 @@ Place: TypeAlias = "tuple[tuple[str, int], ...]"
 """Files and lines of the calls that are under way, the innermost first."""
 
 _MOST_FRAMES = 32
+_MERGED = (
+    "validation: {}: data sets are recorded together, as nothing tells them apart; those that the model is called for "
+    "from lines of their own are written apart as well"
+)
 
 
 class Loops:
@@ -23,7 +27,7 @@ class Loops:
     comes again after another, as two calls a batch do.
 
     Of loops that nothing tells apart, such as one function that is called for each data set, a full batch after a
-    smaller one tells that there are several.
+    smaller one tells that there are several, or that random numbers were drawn between some batches.
     """
 
     def __init__(self) -> None:
@@ -32,15 +36,25 @@ class Loops:
         self.line = ""
         """What is to be said of them."""
         self._sizes: list[int] = []
+        self._drawn: set[bool | None] = set()  # between passes
 
     def enter(self) -> int:
         """A pass begins: the number of its loop, from 0."""
         place = calling_lines()
         if not self.mixed and place not in self._places:
             self._places.append(place)
-            self._sizes = []
+            self._sizes, self._drawn = [], set()
         self.mixed |= place != self._places[-1]
         return 0 if self.mixed else len(self._places) - 1
+
+    def drew(self, drawn: bool | None) -> None:
+        """Whether random numbers were drawn before a pass, as they are where a `DataLoader` begins."""
+        if self._sizes:
+            self._drawn.add(drawn)
+        if not self.line and {True, False} <= self._drawn:
+            self.line = _MERGED.format(
+                "random numbers were drawn before some of its batches alone, as where a DataLoader begins"
+            )
 
     def mix(self) -> None:
         """They are one after all."""
@@ -49,10 +63,8 @@ class Loops:
     def saw(self, size: int) -> None:
         """The number of examples of a pass."""
         if not self.line and self._sizes and size == self._sizes[0] > self._sizes[-1]:
-            self.line = (
-                f"validation: a batch of {size} came after one of {self._sizes[-1]}, as where one data set follows "
-                "another: they are recorded together, as nothing tells them apart; those that the model is called for "
-                "from lines of their own are written apart as well"
+            self.line = _MERGED.format(
+                f"a batch of {size} came after one of {self._sizes[-1]}, as where one data set follows another"
             )
         self._sizes = [*self._sizes[:1], size]
 
@@ -96,6 +108,10 @@ class Validation:
         """It does: two lines call the model for one batch."""
         self._phases.pop()
         self._mix()
+
+    def drew(self, drawn: bool | None) -> None:
+        """A pass is about to run: whether random numbers were drawn since the one before."""
+        self._loops.drew(drawn)
 
     def saw(self, inputs: Sequence[Tensor]) -> None:
         """A pass has returned, with these tensors for an input."""

@@ -76,7 +76,7 @@ def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
 def _matches(waiting: Sequence[tuple[Phase, Waiting]], call: Call) -> Iterator[tuple[Phase, Waiting, _Match | None]]:
     yield from ((phase, one, _same_tensor(one, call)) for phase, one in waiting)
     yield from ((phase, one, _same_values(one, call)) for phase, one in waiting[:1])
-    yield from ((phase, one, _same_but_one(one, call)) for phase, one in waiting[:1])
+    yield from ((phase, one, _same_steps(one, call)) for phase, one in waiting[:1])
 
 
 def _same_tensor(waiting: Waiting, call: Call) -> _Match | None:
@@ -106,21 +106,22 @@ def _same_values(waiting: Waiting, call: Call) -> _Match | None:
     return None
 
 
-def _same_but_one(waiting: Waiting, call: Call) -> _Match | None:
-    """The match, if a loss module was handed the values of a sequence without its last step, or its first: those that
-    predict the next one, or the one before. The output itself may be gone: what it predicted tells.
+def _same_steps(waiting: Waiting, call: Call) -> _Match | None:
+    """The match, if a loss module was handed the values of a sequence's first steps, or of its last: all but one, which
+    predict the next or the one before, or the last alone. The output itself may be gone: what it predicted tells.
     """
     predicted, shape = waiting.predicted.get(LAST), waiting.shape
     if predicted is None or call.form is None or call.form.kind != "softmax" or len(shape) != 3 or shape[1] < 2:
         return None
-    steps = shape[1] - 1
-    if _sizes(call.input.shape, call.form) != (shape[0] * steps, shape[2]):
+    count, classes = _sizes(call.input.shape, call.form)
+    steps, rest = divmod(count, shape[0])
+    if rest or classes != shape[2] or not 0 < steps < shape[1]:
         return None
     index = waiting.pool.index(call.input, LAST)
     at = torch.arange(len(predicted.mean), device=predicted.mean.device) if index is None else index
     example, step = at.div(shape[1], rounding_mode="floor"), at % shape[1]
     ways = []
-    for first in (0, 1):
+    for first in (0, shape[1] - steps):
         kept = (step >= first) & (step < first + steps)
         rows = example * steps + (step - first).clamp(0, steps - 1)
         away = (_probabilities(call, rows) - predicted.mean).abs().amax(-1).where(kept, 0.0)

@@ -65,6 +65,7 @@ class PlainOutputs:
         folded = not known and len(members) == 1 and _is_folded(plain, inputs)
         if folded:
             phase.say("uncertainty", _folded(plain))
+        pool.has_places(are_places(members[0].shape, inputs))
         predicted = {}
         for form in forms:
             name = _NEVER if folded else SURE if known else form.key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -114,6 +115,20 @@ class ValueMembers:
         return None if self.count < 2 or self._squares is None else (self._squares > 0).any()
 
 
+class Seen(NamedTuple):
+    """What a gradient told of rows: which have one, of which it may have been lost, their targets, (n,), and what was
+    predicted of them, (n, classes).
+    """
+
+    alive: Tensor
+    faint: Tensor
+    targets: Tensor
+    predicted: Tensor
+
+
+Refuse: TypeAlias = Callable[[Tensor], None]
+
+
 class Pool:
     """Predictions of one place in the model for one input, by every way to read them."""
 
@@ -128,7 +143,10 @@ class Pool:
         self._index: dict[Form, Tensor | None] = {}
         self._classes: dict[tuple[str, Form], ClassMembers] = {}
         self._numbers: dict[str, ValueMembers] = {}
-        self._alive: dict[Form, tuple[Tensor, Tensor]] = {}
+        self.by_place = False
+        self._first: dict[Form, Seen] = {}
+        self._outputs: dict[tuple[str, Form], tuple[Seen, Refuse]] = {}
+        self._apart: list[Tensor] = []
 
     @property
     def passes(self) -> int:
@@ -146,11 +164,24 @@ class Pool:
         """Whether a pass has this pool's input, though it may not belong here."""
         return self._key is not None and self._key.has_input_of(key)
 
+    def why_apart(self, key: InputKey) -> str:
+        """Why it does not."""
+        return "" if self._key is None else self._key.why_apart(key)
+
     def beside(self, name: str) -> Pool:
         """That of another output of the same passes."""
         if name not in self._beside:
             self._beside[name] = Pool(f"{self.where}.{name}", None, self._generators, self._further)
+            self._beside[name].share(self._outputs)
         return self._beside[name]
+
+    def share(self, outputs: dict[tuple[str, Form], tuple[Seen, Refuse]]) -> None:
+        """What gradients told of other outputs is kept here."""
+        self._outputs = outputs
+
+    def has_places(self, whether: bool) -> None:
+        """Whether its rows are those of the input's places."""
+        self.by_place = whether
 
     def index(self, tensor: Tensor, form: Form) -> Tensor | None:
         """Which rows of an output are read, None for all: the same in every pass."""
@@ -186,15 +217,19 @@ class Pool:
         """All passes so far, read in one way."""
         return next((sums for (_, other), sums in self._classes.items() if other == form), None)
 
-    def chooses(self, form: Form, alive: Tensor, faint: Tensor) -> Tensor | None:
-        """A flag: whether a loss that reads several passes leaves out other rows of this one than of the first, as the
-        best of them does. alive: (n,), rows with a gradient; faint: those that it may have been lost of.
-        """
-        if form not in self._alive:
-            self._alive[form] = alive, faint
-            return None
-        first, lost = self._alive[form]
-        return ((alive != first) & ~(faint | lost)).any()
+    def first(self, form: Form, seen: Seen) -> Seen | None:
+        """What was seen of the pass whose gradient came first, where that is another one."""
+        return None if self._first.setdefault(form, seen) is seen else self._first[form]
+
+    def of_others(self, form: Form, seen: Seen, refuse: Refuse) -> list[tuple[Seen, Refuse]]:
+        """What was seen of other outputs of the one pass. refuse: takes a flag that says that it does not count."""
+        others = [both for (where, its), both in self._outputs.items() if its == form and where != self.where]
+        self._outputs[self.where, form] = seen, refuse
+        return others if self.passes == 1 else []
+
+    def part(self, flag: Tensor) -> None:
+        """Passes are no members of one prediction where a flag says so."""
+        self._apart.append(~flag)
 
     def mean_number(self) -> Tensor | None:
         """(n,): of a prediction of numbers, over all passes so far."""
@@ -207,12 +242,13 @@ class Pool:
         for name, numbers in self._numbers.items():
             if any(part is not None for part in numbers.decomposition()):
                 yield f"{name}||{self.where}", self._row(numbers), False
-        self._classes, self._numbers = {}, {}
+        self._classes, self._numbers, self._first = {}, {}, {}
+        self._outputs.clear()
 
     def _row(self, sums: ClassMembers | ValueMembers) -> Tensor:
         """Of one prediction by all members; of separate ones where the flags say so."""
         together = uncertainty.compute(sums.decomposition())
-        flags, apart = [flag for flags in self._further for flag in flags], sums.differ()
+        flags, apart = [flag for flags in (*self._further, self._apart) for flag in flags], sums.differ()
         if apart is not None and self.passes > 1:
             flags.append(apart)
         if not flags or sums.count < 2:

@@ -123,7 +123,7 @@ class PredictionSource:
         reporter, row = self._reporting.calibration, None
         if reporter is not None and not self._shared.failed:
             with self._shared.boundary(), torch.no_grad(), no_torch_function():
-                row = calibration.compute(predictions, targets)
+                row = calibration.handed_in(predictions, targets)
                 flags = _flags(row, self._moment(training, []))
                 row = torch.cat((row, row.new_zeros(len(EVIDENCE)), flags))[None]
         if reporter is None or row is None:

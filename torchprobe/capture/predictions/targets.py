@@ -102,7 +102,7 @@ def by_row(targets: Tensor, form: Form, index: Tensor | None) -> Tensor:
     return flat if form.kind == "softmax" else torch.stack((1 - flat, flat), -1).float()
 
 
-def wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
+def _wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
     """What a cross-entropy wants of each class, (n, classes): its targets, smoothed and weighted; 0 of ignored rows."""
     classes = like.shape[-1]
     if targets.dim() == 1:
@@ -112,3 +112,26 @@ def wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tenso
         valid, b = torch.ones_like(targets[:, :1], dtype=torch.bool), targets.to(like.dtype)
     b = (1 - smoothing) * b + smoothing / classes * valid if smoothing else b
     return b if weight is None else b * weight.detach().to(like.dtype)
+
+
+def direction(p: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float, already: Tensor) -> Tensor:
+    """The gradient at logits that a call asks for, up to a factor: p Σb - b with what is wanted of each class, b.
+    already: where they are probabilities instead.
+    """
+    b = _wanted(targets, weight, smoothing, p)
+    by_logits = p * b.sum(-1, keepdim=True) - b
+    return torch.where(already, -b / p.clamp(min=torch.finfo(p.dtype).tiny), by_logits)
+
+
+def weights_of(directions: Sequence[Tensor], g: Tensor) -> Sequence[Tensor]:
+    """By least squares: of one direction a weight a row, of two one for all rows; none is below 0."""
+    g = g.nan_to_num(0.0, 0.0, 0.0)
+    d = [x.nan_to_num(0.0, 0.0, 0.0) for x in directions]
+    tiny = torch.finfo(g.dtype).tiny
+    if len(d) == 1:
+        one = (d[0] * g).sum(-1, keepdim=True) / d[0].square().sum(-1, keepdim=True).clamp(min=tiny)
+        return [one.clamp(min=0)]
+    a, b, c = (d[0] * d[0]).sum(), (d[0] * d[1]).sum(), (d[1] * d[1]).sum()
+    x, y = (d[0] * g).sum(), (d[1] * g).sum()
+    whole = (a * c - b * b).clamp(min=tiny)
+    return [((x * c - y * b) / whole).clamp(min=0), ((y * a - x * b) / whole).clamp(min=0)]

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import Form, Predicted
+from torchprobe.capture.predictions.forms import IGNORED, Form, Predicted, row_count
 from torchprobe.capture.predictions.gradient import Recovered, recover
 from torchprobe.capture.predictions.graph import Judge
-from torchprobe.capture.predictions.pool import ClassMembers
+from torchprobe.capture.predictions.phase import Waiting
+from torchprobe.capture.predictions.pool import ClassMembers, Refuse, Seen
 
 STEADY = 1e-2
 """By which share factors of the rows of one loss may differ."""
@@ -109,7 +110,75 @@ def is_steady(factor: Tensor, fine: Tensor, targets: Tensor, common: Tensor, tol
     return (rows > 0) & ((equal.sum() >= _ENOUGH * rows) | by_class)
 
 
-# ---- of several passes that share a loss
+# ---- of several predictions that share a loss
+
+
+def choices(waiting: Waiting, form: Form, seen: Seen, refuse: Refuse) -> Iterator[Tensor]:
+    """Flags: whether a loss chose by its value among passes, outputs, or predictions of an example: what is left of
+    each is no sample of its predictions.
+    """
+    first = waiting.pool.first(form, seen)
+    if first is not None:
+        waiting.pool.part(_have_other_targets(first, seen))
+        yield _have_other_rows(first, seen)
+    for other, refuse_other in waiting.pool.of_others(form, seen, refuse):
+        flag = _are_best_of_two(other, seen)
+        refuse_other(flag)
+        yield flag
+    each = row_count(waiting.shape, form) // waiting.shape[0]
+    if each > 1 and form.kind == "softmax" and not waiting.pool.by_place and not waiting.pool.sampled(form):
+        yield _are_best_of_each(seen, each)
+
+
+def have_one_target(targets: Tensor, each: int, index: Tensor | None) -> Tensor:
+    """A flag: whether all predictions of an example, so many of each, have one target, each example its own, as those
+    of members have.
+    """
+    rows = torch.arange(len(targets), device=targets.device) if index is None else index
+    example = rows.div(each, rounding_mode="floor")
+    known = (targets[1:] != IGNORED) & (targets[:-1] != IGNORED)
+    within, differ = example[1:] == example[:-1], known & (targets[1:] != targets[:-1])
+    return (known & within).any() & ~(differ & within).any() & (differ & ~within).any()
+
+
+def _have_other_rows(a: Seen, b: Seen) -> Tensor:
+    """A flag: whether a loss leaves out other rows of one pass than of another, as the best of them does."""
+    return ((a.alive != b.alive) & ~(a.faint | b.faint)).any()
+
+
+def _have_other_targets(a: Seen, b: Seen) -> Tensor:
+    """A flag: whether two passes over one input were asked for different things: two tasks."""
+    known = (a.targets >= 0) & (b.targets >= 0)
+    return (known & (a.targets != b.targets)).sum() > (1 - _ENOUGH) * known.sum()
+
+
+def _are_best_of_two(a: Seen, b: Seen) -> Tensor:
+    """A flag: whether each row counts of one output alone, always of the one that is better at it, or always of the
+    worse. Outputs for rows of their own are so by chance once in 2 ** rows.
+    """
+    if a.predicted.shape != b.predicted.shape:
+        return torch.zeros_like(a.alive[:1].any())
+    apart = ~(a.alive & b.alive).any() & a.alive.any() & b.alive.any()
+    ahead = [_ahead(one, other) for one, other in ((a, b), (b, a))]
+    flags = [torch.stack([(sign * x >= 0).all() for x in ahead]).all() for sign in (1, -1)]
+    return apart & torch.stack(flags).any()
+
+
+def _ahead(one: Seen, other: Seen) -> Tensor:
+    """By how much one gives its targets more than the other; 0 of rows without."""
+    target, known = one.targets.clamp(min=0)[:, None], one.alive & (one.targets >= 0)
+    return (one.predicted - other.predicted).gather(-1, target)[:, 0].where(known, 0.0)
+
+
+def _are_best_of_each(seen: Seen, each: int) -> Tensor:
+    """A flag: whether one prediction of every example counts, now this one and now that, always the best or worst."""
+    alive, p = seen.alive.view(-1, each), seen.predicted.view(-1, each, seen.predicted.shape[-1])
+    target = seen.targets.view(-1, each).amax(-1).clamp(min=0)
+    given = p.gather(-1, target[:, None, None].expand(-1, each, 1))[..., 0]
+    chosen = alive.to(torch.uint8).argmax(-1)
+    own = given.gather(-1, chosen[:, None])[:, 0]
+    extreme = torch.stack([(own >= given.amax(-1)).all(), (own <= given.amin(-1)).all()]).any()
+    return (alive.sum(-1) == 1).all() & (chosen != chosen[:1]).any() & extreme
 
 
 def of_passes(

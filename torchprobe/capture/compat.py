@@ -153,7 +153,8 @@ def hear_gradient(tensor: Tensor, hook: Any) -> None:
     if dictionary is None or tensor._backward_hooks is not None:
         tensor.register_hook(hook)
         return
-    tensor._backward_hooks = OrderedDict([(hook, hook)])  # numbers are the keys of others
+    hooks = tensor._backward_hooks = OrderedDict()
+    hooks[hook] = hook  # numbers are the keys of others
     dictionary(tensor)
 
 
@@ -213,15 +214,13 @@ def under_transform() -> bool:
     return bool(tracing()) or under_function_transform()
 
 
-def call_is_plain() -> bool:
-    """Whether a call is neither in a backward pass nor under a transform: both at once, for hooks at every step."""
-    backward, tracing, peek = _plain_state()
-    return backward() == -1 and not tracing() and peek() is None
-
-
 @functools.cache
-def _plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
-    current = find("torch._C:_current_graph_task_id") or (lambda: -1 if _backward_frame() is None else 0)
+def plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
+    """What tells that a call is plain: -1, false and None, outside of backward passes, tracing and transforms.
+
+    Functions, for hooks at every step, which call them without a call of ours.
+    """
+    current = find("torch._C:_current_graph_task_id") or (lambda: _backward_frame() or -1)
     tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined]
     return current, tracing, find("torch._C:_functorch.peek_interpreter_stack") or (lambda: None)
 

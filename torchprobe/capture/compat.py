@@ -153,8 +153,7 @@ def hear_gradient(tensor: Tensor, hook: Any) -> None:
     if dictionary is None or tensor._backward_hooks is not None:
         tensor.register_hook(hook)
         return
-    hooks = tensor._backward_hooks = OrderedDict()
-    hooks[hook] = hook  # numbers are the keys of others
+    tensor._backward_hooks = OrderedDict([(hook, hook)])  # numbers are the keys of others
     dictionary(tensor)
 
 

@@ -91,7 +91,8 @@ class GradientState:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
         for weak in self._few:
             if (parameter := weak()) is not None and parameter.grad is not None:
-                self._seen = [_state(weak) for weak in self._few]
+                found = [None if (p := weak()) is None else p.grad for weak in self._few]
+                self._seen = [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
                 return True
         self._seen = self._none
         return False

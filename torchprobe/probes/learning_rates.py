@@ -67,7 +67,7 @@ _KEYS = ("lr", "momentum", "betas", "weight_decay")
 class _Used:
     """What an optimizer is called, and what it used last: most steps use the same again, which costs a comparison.
 
-    values: of each group its size, what fetches them, and them; None while a tensor is among them, which comparing would read.
+    values: of each group its size, what fetches them, and them; None while a tensor is among them.
     """
 
     def __init__(self, label: str, optimizer: Optimizer) -> None:

@@ -74,10 +74,7 @@ class Gradients:
         if self.running is not None:
             self.end(self.running)
         root = plain_root()
-        if root is None:
-            backward = self._of_roots(task)
-        else:  # in host memory as `loss_value`, without its call
-            backward = Backward(task, root.tolist() if root.is_cpu else loss_value(root))
+        backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self.running, states, waiting = backward, self._states, self._waiting
         plain = len(states) == len(waiting) == 1 and waiting[0].used and not self._early.learns
         if plain and states[0].of() is not None and not states[0].look():

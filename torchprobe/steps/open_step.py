@@ -129,12 +129,6 @@ class OpenStep:
         """It was no step of training."""
         self.number = number
 
-    def go_on(self, number: int, due: frozenset[Reporter], light: frozenset[Reporter]) -> None:
-        """It becomes another step, when all of it was taken by `take_values`."""
-        self.number, self.due, self.light, self.ended = number, due, light, None
-        self.trained = self.reported = self.silent = self.loss_written = False
-        self.parts, self.forwards, self._missing, self._same_data = 1, 0, (), ()
-
     def report(self, reporters: Sequence[Reporter], losses: Sequence[Reporter]) -> None:
         """Say what was due, once, in the order of all; a loss that is there need not be looked for."""
         self.reported = True
@@ -162,16 +156,14 @@ class OpenStep:
         return loss if self.scale is None else loss / self.scale
 
     def take_values(self) -> dict[str, Value] | None:
-        """What there is of it, when it is a step as most are: host values, its loss among them, and nothing else.
-
-        Then it may become the next step, which costs less than a new one.
-        """
+        """What there is of it, when it is a step as most are: host values, its loss among them, and nothing else."""
         loss = self.loss
         if self.due or self.used or self.pieces or self.scalars or self.unknown or not self.trained:
             return None
         if type(loss) is not float or self.scale is not None or self._void is not None or self._urgent:
             return None
-        values, self.values, self.loss = self.values, {}, None
+        self.loss, self.loss_written = None, True
+        values, self.values = self.values, {}
         values["overview/loss"] = loss
         return values
 

@@ -127,7 +127,7 @@ class Steps:
                 self._ended = times.end_step(ended, before, self.clock.manual)
             elif before is not None and self._ended is not None:
                 ended.values[STEP_SECONDS] = self._ended - before
-        clear, sampled = not self.has_validated, bool(ended.due)
+        clear = not self.has_validated
         quiet = ended.number > 1 and ended.number % self._outlet.flush_every  # the drain thread need not wake up
         plain = quiet and self._always_light and self._host_loss and (times is None or not times.holds)
         values = ended.take_values() if plain else None
@@ -148,12 +148,9 @@ class Steps:
                 self._decided = number
             else:
                 self._decide(number)
-        if values is None:
-            self.current = OpenStep(number, self._due, self._light)
-        else:
-            ended.go_on(number, self._due, self._light)
+        self.current = OpenStep(number, self._due, self._light)
         if times is not None and times.gate.train:
-            self.watch.open(number, clear, quiet=not sampled)
+            self.watch.open(number, clear, quiet=not ended.due)
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []

@@ -56,9 +56,9 @@ class NanCheck:
         if self.gate.failed:
             return None
         try:
-            if type(output) is Tensor and output.is_cpu and output.numel() <= _ELEMENTS:
-                if self._nan_differs and output.layout is torch.strided and torch.equal(output, output):
-                    return None
+            few = type(output) is Tensor and output.is_cpu and output.numel() <= _ELEMENTS
+            if few and self._nan_differs and output.layout is torch.strided and torch.equal(output, output):
+                return None
             return self._of_output(output)
         except Exception as error:
             self.gate.fail(error)
@@ -71,8 +71,9 @@ class NanCheck:
         try:
             parameter = None if self._first is None else self._first()
             gradient = None if parameter is None else parameter.grad
-            if type(gradient) is Tensor and gradient.is_cpu and gradient.dim() == 1 and gradient.numel() <= _FEW_ELEMENTS:
-                if math.isfinite(sum(gradient.tolist())):  # in host memory; in Python it costs less than an operation
+            if type(gradient) is Tensor and gradient.is_cpu and gradient.dim() == 1:
+                few = gradient.numel() <= _FEW_ELEMENTS
+                if few and math.isfinite(sum(gradient.tolist())):  # in host memory, and no operation
                     return None
             return self._of_gradients()
         except Exception as error:

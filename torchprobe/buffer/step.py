@@ -149,16 +149,12 @@ class StepInFlight:
     values: dict[str, Value]
     due: Sequence[Reporter] = ()
     same_data: Sequence[int] = ()
-    transfers: Sequence[tuple[Transfer, list[Heading]]] = ()
+    transfers: list[tuple[Transfer, list[Heading]]] = field(default_factory=list)
     lost: bool = False  # device values that found no room
 
     def lose(self) -> None:
         """Device values found no room."""
         self.lost = True
-
-    def add(self, transfer: Transfer, headings: list[Heading]) -> None:
-        """Device values are on their way."""
-        self.transfers = (*self.transfers, (transfer, headings))
 
     def arrive(self) -> list[Arrived]:
         """Wait for the copies. Raises what a device raised, once all of them have given back their slots."""
@@ -240,7 +236,7 @@ class TransferBuffers:
         if transfer is None:
             sent.lose()
         else:
-            sent.add(transfer, [piece.heading for piece in group])
+            sent.transfers.append((transfer, [piece.heading for piece in group]))
 
     def _transfer(self, device: torch.device, rows: Sequence[Tensor]) -> Transfer | None:
         if records_graph(device):  # even making a buffer would break the graph

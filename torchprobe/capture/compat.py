@@ -215,10 +215,7 @@ def under_transform() -> bool:
 
 @functools.cache
 def plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
-    """What tells that a call is plain: -1, false and None, outside of backward passes, tracing and transforms.
-
-    Functions, for hooks at every step, which call them without a call of ours.
-    """
+    """Functions that tell that a call is plain: -1 outside of backward passes, false of tracing, None of transforms."""
     current = find("torch._C:_current_graph_task_id") or (lambda: _backward_frame() or -1)
     tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined]
     return current, tracing, find("torch._C:_functorch.peek_interpreter_stack") or (lambda: None)

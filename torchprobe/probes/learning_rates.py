@@ -89,15 +89,11 @@ class _Used:
             named = where.startswith(f"{name}/")
             found.append((f"{group}/{self.label}{where[len(name) :]}" if named else tag, value))
         self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
-        self.values = [(len(group), *_fetched(group)) for group in optimizer.param_groups]
+        groups = [(group, _fetcher(tuple([key for key in _KEYS if key in group]))) for group in optimizer.param_groups]
+        self.values = [(len(group), fetch, fetch(group)) for group, fetch in groups]
         if any(isinstance(value, Tensor) for _, _, values in self.values for value in values):
             self.values = None
         return found
-
-
-def _fetched(group: Mapping[str, Any]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
-    fetch = _fetcher(tuple([key for key in _KEYS if key in group]))
-    return fetch, fetch(group)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
             "call session.detach() before instrumenting it again"
         )
     for name, module in named_modules(root):
-        if module in sessions or module.__dict__.get(SITE) is not None:
+        if module.__dict__.get(SITE) is not None or (sessions and module in sessions):
             raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
     return root
 

@@ -19,11 +19,12 @@ _WRAPPERS_BY_CLASS = {
     "_FabricModule": ("_forward_module", "_original_module"),
 }
 _SOMETIMES_WRAPPERS = frozenset(name for names in _WRAPPERS_BY_CLASS.values() for name in names)
+_PERHAPS_WRAPPERS = _ALWAYS_WRAPPERS | _SOMETIMES_WRAPPERS
 _AROUND_EAGER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"})
 
 
 def _is_wrapper(parent: nn.Module | None, child: str) -> bool:
-    if child not in _SOMETIMES_WRAPPERS:  # most names, and this is asked of every module of a sampled step
+    if child not in _SOMETIMES_WRAPPERS:
         return child in _ALWAYS_WRAPPERS
     return any(child in _WRAPPERS_BY_CLASS.get(name, ()) for name in _classes(parent))
 
@@ -39,6 +40,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
+    if _PERHAPS_WRAPPERS.isdisjoint(model._modules):  # most
+        return model
     for name, child in model.named_children():
         if _is_wrapper(model, name):
             return unwrapped(child)
@@ -58,26 +61,31 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The model itself is called `ROOT`. A shared module appears once, under its first name.
     """
-    for name, module in _walk(unwrapped(model), "", set()):
+    for name, module in _walk(model):
         yield name or ROOT, module
 
 
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen:
-        return
-    seen.add(module)
-    yield name, module
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
-        yield from _walk(unwrapped(child), full, seen)
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[nn.Module] = set()
+    ahead = [("", unwrapped(model))]  # the next one last
+    while ahead:
+        name, module = ahead.pop()
+        if module not in seen:
+            seen.add(module)
+            yield name, module
+            children = module._modules
+            if children:
+                prefix = f"{name}." if name else ""
+                parts = reversed([*children.items()])
+                ahead += [(prefix + child, unwrapped(part)) for child, part in parts if part is not None]
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """`model.named_parameters()` with wrapper prefixes removed; a shared parameter has its first name."""
     seen: set[Tensor] = set()
-    for module_name, module in _walk(unwrapped(model), "", set()):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
+    for module_name, module in _walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield (f"{module_name}.{name}" if module_name else name), parameter
 

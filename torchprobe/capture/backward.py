@@ -16,13 +16,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.capture.compat import running
 from torchprobe.capture.pipelining import PIPELINING, backward_code, backward_of_stage, input_backward
 from torchprobe.capture.sharding import Named, by_device
 from torchprobe.statistics import norms
 
 _BACKWARD = torch.autograd.backward.__code__
 _GRAD = torch.autograd.grad.__code__
+_SCALED_STEP = torch.amp.GradScaler.step.__code__
 _ROUNDING = 1e-6  # of a sum
 _RECOMPUTED = torch.utils.checkpoint.CheckpointFunction.backward.__code__  # has a backward pass of its own
 
@@ -157,13 +157,14 @@ def scaler_alive() -> bool:
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:
     """The scale of the GradScaler whose `step` is calling this optimizer, or None."""
-    scale = getattr(optimizer, "grad_scale", None)
+    scale = optimizer.__dict__.get("grad_scale")  # a missing attribute would cost 4 µs
     if isinstance(scale, Tensor):
         return scale
-    for caller in running(torch.amp.GradScaler.step.__code__):
-        scale = getattr(caller["self"], "_scale", None)  # a disabled scaler has none
-        return scale if isinstance(scale, Tensor) else None
-    return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _SCALED_STEP:
+        frame = frame.f_back
+    scale = None if frame is None else getattr(frame.f_locals["self"], "_scale", None)  # a disabled scaler has none
+    return scale if isinstance(scale, Tensor) else None
 
 
 class LeftGradients:

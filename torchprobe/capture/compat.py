@@ -213,15 +213,10 @@ def under_transform() -> bool:
     return bool(tracing()) or under_function_transform()
 
 
-def call_is_plain() -> bool:
-    """Whether a call is neither in a backward pass nor under a transform: both at once, for hooks at every step."""
-    backward, tracing, peek = _plain_state()
-    return backward() == -1 and not tracing() and peek() is None
-
-
 @functools.cache
-def _plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
-    current = find("torch._C:_current_graph_task_id") or (lambda: -1 if _backward_frame() is None else 0)
+def plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
+    """Functions that tell that a call is plain: -1 outside of backward passes, false of tracing, None of transforms."""
+    current = find("torch._C:_current_graph_task_id") or (lambda: _backward_frame() or -1)
     tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined]
     return current, tracing, find("torch._C:_functorch.peek_interpreter_stack") or (lambda: None)
 

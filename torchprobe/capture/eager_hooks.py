@@ -9,7 +9,6 @@ from weakref import ReferenceType
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
@@ -60,7 +59,7 @@ class EagerHooks:
         self._watchers = watchers
         self._running = running
         self._handles: list[RemovableHandle] = []
-        self._marked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by identity: some modules define ==
+        self._marked: list[ReferenceType[nn.Module]] = []
         self._armed: list[Watcher] = []
         self._size = 0
         self._compiled = False
@@ -87,8 +86,9 @@ class EagerHooks:
         """Take hooks and marks off. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
-        for module in list(self._marked):
-            unmark(module, MARKS)
+        for weak in self._marked:
+            if (module := weak()) is not None:
+                unmark(module, MARKS)
         self._marked.clear()
         self._armed = []
 
@@ -98,8 +98,8 @@ class EagerHooks:
         return self._compiled
 
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
-        if module not in self._marked:
-            self._marked[module] = None
+        if module.__dict__.get(MARKS) is None:
+            self._marked.append(ReferenceType(module))
             mark(module, MARKS, Marks(self._running))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from weakref import ReferenceType, ref
 
 import torch
@@ -80,19 +80,22 @@ class GradientState:
         self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
         self._parameters = [ref(p) for p in parameters]
         self.blind = False
-        self._few = _ends(self._parameters)
-        self._seen: list[State | None] = [None] * len(self._few)  # when a backward pass began
-        self._left = self._seen.copy()  # when it had ended
+        self._look_at(_ends(self._parameters))
+
+    def _look_at(self, few: list[ReferenceType[nn.Parameter]]) -> None:
+        self._few, self._none = few, [None] * len(few)
+        self._seen: Sequence[State | None] = self._none  # when a backward pass began
+        self._left: list[State | None] = [None] * len(few)  # when it had ended
 
     def look(self) -> bool:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
-        there = False
-        for i, weak in enumerate(self._few):
-            parameter = weak()
-            gradient = None if parameter is None else parameter.grad
-            self._seen[i] = None if gradient is None else (id(gradient), gradient._version)
-            there = there or gradient is not None
-        return there
+        for weak in self._few:
+            if (parameter := weak()) is not None and parameter.grad is not None:
+                found = [None if (p := weak()) is None else p.grad for weak in self._few]
+                self._seen = [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
+                return True
+        self._seen = self._none
+        return False
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
@@ -100,9 +103,11 @@ class GradientState:
         for i, weak in enumerate(self._few):
             parameter = weak()
             gradient = None if parameter is None else parameter.grad
+            if gradient is not None and self._seen[i] is None and gradient.is_cpu:
+                return True  # its values tell later whether it is still there
             now = self._left[i] = None if gradient is None else (id(gradient), gradient._version)
             if gradient is not None and now != self._seen[i]:
-                if gradient.is_cpu:  # where its values tell later whether it is still there
+                if gradient.is_cpu:
                     return True
                 grew = True
         return grew
@@ -124,8 +129,8 @@ class GradientState:
         self.blind = not self._parameters
         late = [weak for weak in self._parameters if id(weak()) in known.late]
         if self.blind or (late and not all(id(weak()) in known.late for weak in self._few)):
-            self._few = _ends(late)
-            self._seen, self._left = [None] * len(self._few), [_state(weak) for weak in self._few]
+            self._look_at(_ends(late))
+            self._left = [_state(weak) for weak in self._few]
 
     def choose(self) -> None:
         """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""
@@ -135,8 +140,7 @@ class GradientState:
         if self._few:
             having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
             if having:
-                self._few = _ends(having)
-                self._seen, self._left = [None] * len(self._few), [None] * len(self._few)
+                self._look_at(_ends(having))
 
 
 def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:

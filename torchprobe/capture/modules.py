@@ -49,8 +49,8 @@ def interesting(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    leaf = all(name == PARAMETRIZATIONS for name, _ in module.named_children())
-    return leaf and next(module.parameters(recurse=False), None) is not None
+    leaf = all([name == PARAMETRIZATIONS for name, child in module._modules.items() if child is not None])  # noqa: C419
+    return leaf and any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
 
 
 class OutputSource:
@@ -129,19 +129,19 @@ class OutputSource:
         return [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
 
     def _hook(self, name: str, module: nn.Module) -> None:
-        site = self._sites.get(module)
-        if site is None or site.name != name:  # a module that was put elsewhere has another name
-            site = self._sites[module] = self._site(name, module)
-        mark(module, SITE, site)
+        mark(module, SITE, self._sites[module])
         is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
         self._handles.append(module.register_forward_hook(observe_output, prepend=is_root))
         self._hooked.append(ReferenceType(module))
 
     def _is_wanted(self, name: str, module: nn.Module) -> bool:
         known = self._sites.get(module)
-        if known is not None and known.name == name:
+        if known is not None and known.name == name:  # a module that was put elsewhere has another name
             return True
-        return any([self._wants(reporter, name, module) for reporter in self._reporters])  # noqa: C419 - each may fail
+        mine = [reporter for reporter in self._reporters if self._wants(reporter, name, module)]
+        if mine:
+            self._sites[module] = self._site(name, mine)
+        return bool(mine)
 
     def _wants(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
         """Whether a probe watches a module; a predicate of the user's that raises switches it off."""
@@ -152,13 +152,9 @@ class OutputSource:
             return self._wanted(name, module, reporter.probe)
         return False  # the boundary took an exception
 
-    def _site(self, name: str, module: nn.Module) -> Site:
+    def _site(self, name: str, mine: Sequence[Reporter]) -> Site:
         outputs, gradients = (
-            tuple(
-                Tap(name, reporter, self, self._running, self._memo)
-                for reporter in self._reporters
-                if reporter.source == source and self._wants(reporter, name, module)
-            )
+            tuple([Tap(name, r, self, self._running, self._memo) for r in mine if r.source == source])
             for source in self.names
         )
         return Site(name, self._running, outputs, gradients)

@@ -75,13 +75,19 @@ class OptimizerHooks:
 
     @protected
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._claimed(optimizer):
+        size = 0
+        for group in optimizer.param_groups:
+            size += len(group["params"])
+        known = self._claims.get(id(optimizer))
+        if known is None or known[1] != size or known[0]() is not optimizer:
+            known = self._claim(optimizer, size)
+        if not known[2]:
             self._observer.other_steps()
             return
         if self._running:  # unless a step that raised left it behind
             under_way = {id(caller["self"]) for caller in running(_STEP)}
             self._running = [r for r in self._running if id(r()) in under_way and r() is not optimizer]
-        self._running.append(ref(optimizer))
+        self._running.append(known[0])
         has_closure = (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs)
         if len(self._running) == 1 and self._observer.before_step(optimizer, has_closure):
             self._call_last(optimizer, self._observer.gradients_final)
@@ -108,15 +114,10 @@ class OptimizerHooks:
         else:
             hooks[key] = _followed_by(hooks, key, optimizer, function)
 
-    def _claimed(self, optimizer: Optimizer) -> bool:
-        size = 0
-        for group in optimizer.param_groups:
-            size += len(group["params"])
-        known = self._claims.get(id(optimizer))
-        if known is None or known[1] != size or known[0]() is not optimizer:
-            self._claims = {key: claim for key, claim in self._claims.items() if claim[0]() is not None}
-            known = self._claims[id(optimizer)] = (ref(optimizer), size, _holds(optimizer, self._parameters()))
-        return known[2]
+    def _claim(self, optimizer: Optimizer, size: int) -> tuple[ReferenceType[Optimizer], int, bool]:
+        self._claims = {key: claim for key, claim in self._claims.items() if claim[0]() is not None}
+        claim = self._claims[id(optimizer)] = (ref(optimizer), size, _holds(optimizer, self._parameters()))
+        return claim
 
 
 def _followed_by(

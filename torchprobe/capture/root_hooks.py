@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import (
     REPLICA,
-    call_is_plain,
     in_backward,
     in_reentrant_checkpoint,
+    plain_state,
     skip_frames,
     under_function_transform,
     under_transform,
@@ -61,6 +62,7 @@ class Root(Inert):
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
         self._plain = False  # the call that began last is a forward pass
+        self._in_backward, self._tracing, self._transform = plain_state()
         self.learning = False  # whether the pass is for shapes alone: of a pipeline's stage, or on meta tensors
         self._told = False
 
@@ -74,11 +76,11 @@ class Root(Inert):
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
         self.error = sys.exc_info()[1]
-        frame = sys._getframe() if PIPELINING in sys.modules else None
-        while frame is not None and frame.f_code not in learning_shapes():
-            frame = frame.f_back
-        self.learning = frame is not None or any([isinstance(x, Tensor) and x.is_meta for x in args])  # noqa: C419
-        self._plain = call_is_plain()
+        self.learning = PIPELINING in sys.modules and _learns_shapes()
+        for x in args:
+            if isinstance(x, Tensor) and x.is_meta:
+                self.learning = True
+        self._plain = self._in_backward() == -1 and not self._tracing() and self._transform() is None
         if self.learning:
             self.running.enter(uncounted())
         elif self._plain:
@@ -96,13 +98,20 @@ class Root(Inert):
         error, self.error = self.error, None
         if self.learning:
             self.running.leave()
-        elif not self._plain and not call_is_plain():
+        elif not self._plain and (in_backward() or under_transform()):
             if in_backward() and not under_transform():
                 self.observer.leave_recomputation(output)
         elif output is None and sys.exc_info()[1] is not error:
             self.observer.raise_pass()
         else:
             self.observer.leave_pass(module, args, kwargs, output)
+
+
+def _learns_shapes() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code not in learning_shapes():
+        frame = frame.f_back
+    return frame is not None
 
 
 def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:

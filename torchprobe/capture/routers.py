@@ -44,7 +44,7 @@ class Routers:
         """Layers with experts, and their parts, as far as include=, exclude= and select= leave these."""
         found: dict[str, nn.Module] = {}
         self._experts = {}
-        for name, layer in named_modules(model):
+        for name, layer in [(name, layer) for name, layer in named_modules(model) if layer._modules]:
             parts = {_joined(name, child): part for child, part in layer.named_children()}
             experts = {part: count for part, count in _experts(parts) if self._wanted(name)}
             if experts:

@@ -53,9 +53,10 @@ class Selection:
 
     def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
         """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""
-        modules = [name for name, _ in named_modules(model) if self.covers(name)]
-        parameters = [name for name, _ in named_parameters(model) if self.covers(owner_of(name))]
-        for probe in probes:
+        selecting = [probe for probe in probes if isinstance(probe.select, tuple)]
+        modules = [name for name, _ in named_modules(model) if selecting and self.covers(name)]
+        parameters = [name for name, _ in named_parameters(model) if selecting and self.covers(owner_of(name))]
+        for probe in selecting:
             sources = set(probe.sources)
             names = [] if sources <= {*OF_PARAMETERS} else modules
             below = [] if sources <= {*OF_MODULES} else parameters

@@ -42,8 +42,8 @@ class Dropped:
 class BackwardObserver(Protocol):
     """Hears of backward passes."""
 
-    def heard_backward(self, passing: Pass) -> None:
-        """A gradient reaches an output of a forward pass."""
+    def heard_backward(self, passing: Pass) -> int | None:
+        """A gradient reaches an output of a forward pass. The number of the backward pass, where it is a new one."""
 
 
 class Pass:
@@ -79,8 +79,9 @@ class Pass:
     def __call__(self, gradient: Tensor) -> None:
         """A gradient reaches one of its outputs."""
         observer = self._observer()
-        if observer is not None:
-            observer.heard_backward(self)
+        task = None if observer is None else observer.heard_backward(self)
+        if task is not None:
+            self.task = task
 
     def __del__(self) -> None:
         if self.task is None and (self.sign is not None or (self.kept and self.kind is UNDECIDED)):
@@ -91,10 +92,6 @@ class Pass:
     def decide(self, kind: str) -> None:
         """It is known what the pass is."""
         self.kind = kind
-
-    def enter_backward(self, task: int) -> None:
-        """A backward pass runs through it."""
-        self.task = task
 
     def saw(self, sign: Any) -> None:
         """Its output was looked at."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
+from operator import is_, itemgetter
 from typing import Any, ClassVar, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,25 +65,17 @@ _KEYS = ("lr", "momentum", "betas", "weight_decay")
 
 
 class _Used:
-    """What an optimizer is called, and what it used last: most steps use the same again, which costs a comparison."""
+    """What an optimizer is called, and what it used last: most steps use the same again, which costs a comparison.
 
-    def __init__(self, label: str) -> None:
+    values: of each group its size, what fetches them, and them; None while a tensor is among them.
+    """
+
+    def __init__(self, label: str, optimizer: Optimizer) -> None:
         self.label = label
+        self.of = ref(optimizer)
         self.rates: list[Tagged] = []
         self._last: dict[str, Any] = {}
-        self._values: list[Any] | None = None
-
-    def again(self, optimizer: Optimizer) -> bool:
-        """Whether the next step used the same; a tensor is never compared, which would read it."""
-        if self._values is None or len(optimizer.param_groups) * len(_KEYS) != len(self._values):
-            return False
-        known = iter(self._values)
-        for group in optimizer.param_groups:
-            for key in _KEYS:
-                value, before = group.get(key), next(known)
-                if value is not before and (isinstance(value, Tensor) or value != before):
-                    return False
-        return True
+        self.values: list[tuple[int, Callable[[Any], Any], tuple[Any, ...]]] | None = None
 
     def note(self, optimizer: Optimizer, seen: Iterable[Tagged]) -> list[Tagged]:
         """What of these tags is to be written, under the optimizer's own name."""
@@ -95,13 +89,16 @@ class _Used:
             named = where.startswith(f"{name}/")
             found.append((f"{group}/{self.label}{where[len(name) :]}" if named else tag, value))
         self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
-        values = _values(optimizer)
-        self._values = None if any(isinstance(value, Tensor) for value in values) else values
+        groups = [(group, _fetcher(tuple([key for key in _KEYS if key in group]))) for group in optimizer.param_groups]
+        self.values = [(len(group), fetch, fetch(group)) for group, fetch in groups]
+        if any(isinstance(value, Tensor) for _, _, values in self.values for value in values):
+            self.values = None
         return found
 
 
-def _values(optimizer: Optimizer) -> list[Any]:
-    return [group.get(key) for group in optimizer.param_groups for key in _KEYS]
+@functools.cache
+def _fetcher(keys: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    return itemgetter(*keys, keys[0]) if keys else lambda group: ()  # a tuple also of one
 
 
 class LearningRatesReporter(Reporter):
@@ -111,18 +108,26 @@ class LearningRatesReporter(Reporter):
         super().__init__(probe)
         self._observe = probe.observe
         self._plain = type(probe).observe is LearningRates.observe
-        self._used: WeakKeyDictionary[Optimizer, _Used] = WeakKeyDictionary()
+        self._used: dict[int, _Used] = {}  # by identity, which a later one may have again
 
     def observe(self, optimizer: Optimizer) -> list[Tagged]:
         """Tags and values of the step that this optimizer has just taken. Raises what a user's `observe` raises."""
-        used = self._used.get(optimizer)
-        if used is None:
-            name, taken = type(optimizer).__name__, {other.label for other in self._used.values()}
-            numbered = (f"{name}_{i}" if i else name for i in itertools.count())
-            used = self._used[optimizer] = _Used(next(label for label in numbered if label not in taken))
-        if self._plain and used.again(optimizer):
-            return used.rates
-        return used.note(optimizer, self._observe(optimizer))
+        used, groups = self._used.get(id(optimizer)), optimizer.param_groups
+        if used is None or used.of() is not optimizer:
+            used = self._meet(optimizer)
+        if not self._plain or used.values is None or len(used.values) != len(groups):
+            return used.note(optimizer, self._observe(optimizer))
+        for group, (size, fetch, values) in zip(groups, used.values, strict=True):
+            if len(group) != size or not all(map(is_, fetch(group), values)):
+                return used.note(optimizer, self._observe(optimizer))
+        return used.rates
+
+    def _meet(self, optimizer: Optimizer) -> _Used:
+        self._used = {key: used for key, used in self._used.items() if used.of() is not None}
+        name, taken = type(optimizer).__name__, {other.label for other in self._used.values()}
+        numbered = (f"{name}_{i}" if i else name for i in itertools.count())
+        used = self._used[id(optimizer)] = _Used(next(label for label in numbered if label not in taken), optimizer)
+        return used
 
 
 def _momentum(group: Mapping[str, Any]) -> Any:

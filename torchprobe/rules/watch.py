@@ -77,7 +77,8 @@ class Watch:
         self._together: Together | None = None
         self._display = Display()
         self._announced: Callable[[], Mapping[str, Value]] | None = None
-        self._stop: Alert | None = None
+        self.stop: Alert | None = None
+        """What ends the run at the next call of `check`."""
         self._step = 0
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
@@ -134,8 +135,8 @@ class Watch:
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""
-        if self._stop is not None and (self._together is None or self._together.reached(self._completed())):
-            stop, self._stop, self._stops = self._stop, None, frozenset()
+        if self.stop is not None and (self._together is None or self._together.reached(self._completed())):
+            stop, self.stop, self._stops = self.stop, None, frozenset()
             raise TrainingAlert(stop)
 
     @property
@@ -145,7 +146,7 @@ class Watch:
 
     def hold(self, alert: Alert) -> int:
         """Let `check` raise this alert from its next call on; the steps completed by then, or one fewer."""
-        self._stop = alert
+        self.stop = alert
         return self._completed()
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Watch:
         self.alerts += alerts[: MAX_ALERTS - len(self.alerts)]
         log(alerts)
         for alert in alerts:
-            if alert.rule in self._stops and not alert.ended and self._stop is None:
+            if alert.rule in self._stops and not alert.ended and self.stop is None:
                 completed = self.hold(alert)
                 if self._together is not None:
                     self._together.propose(alert, completed)

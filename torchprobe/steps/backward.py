@@ -53,7 +53,7 @@ class Backward:
         self.stray = stray
         self.inner = inner
         self.reached: set[GradientState] | None = None
-        self.passes: list[Pass] = []
+        self.passes: tuple[Pass, ...] = ()
         self.forwards = 0  # passes so far, of those of the same fate too
         self.kept: dict[Any, Any] = {}
         self.sign: Sign | None = None  # of NaN or inf in its passes or gradients
@@ -71,7 +71,7 @@ class Backward:
 
     def add(self, passing: Pass) -> None:
         """It runs through a forward pass."""
-        self.passes.append(passing)
+        self.passes = (*self.passes, passing)
         self.forwards += 1
         if passing.sign is not None:
             self.note(passing.sign)
@@ -94,7 +94,7 @@ class Backward:
             kept = passing.take()
             self.kept = merge(self.kept, kept) if self.kept else kept
             passing.release()
-        self.passes = []
+        self.passes = ()
 
     def give_up(self) -> None:
         """Its gradients were seen to be unusable: nothing of it counts, and its skipped step is counted already."""

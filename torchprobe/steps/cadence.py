@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, cast
-from weakref import ReferenceType, ref
+from weakref import ref
 
 from torch.optim import Optimizer
 
@@ -80,7 +80,11 @@ class Plan:
 
     def optimizer_stepped(self, optimizer: Optimizer, step: int | None = None) -> None:
         """An optimizer of the model has stepped, by default in the step that was opened last. Keeps no hold on it."""
-        if self._optimizers.stepped(optimizer, self._step if step is None else step):
+        step = self._step if step is None else step
+        seen = self._optimizers.seen.get(id(optimizer))
+        if seen is not None and seen[0]() is optimizer:
+            seen[1] = step
+        elif self._optimizers.meet(optimizer, step):
             self.quiet = range(0)
 
     def change(self, schedule: Schedule | None = None, sample_next: int = 0) -> None:
@@ -187,18 +191,13 @@ class _Optimizers:
 
     def __init__(self, resumed: Sequence[int] = ()) -> None:
         self.joined = 0  # the last step in which one was first met
-        self._seen: dict[
-            int, tuple[ReferenceType[Optimizer], int]
-        ] = {}  # by identity, which a later one may have again
+        self.seen: dict[int, list[Any]] = {}
+        """Weak references and steps, by identity, which a later one may have again."""
         self._resumed = list(resumed)
 
-    def stepped(self, optimizer: Optimizer, step: int) -> bool:
-        """Note a step. True for an optimizer that is new to the run."""
-        seen = self._seen.get(id(optimizer))
-        if seen is not None and seen[0]() is optimizer:
-            self._seen[id(optimizer)] = (seen[0], step)
-            return False
-        self._seen[id(optimizer)] = (ref(optimizer), step)
+    def meet(self, optimizer: Optimizer, step: int) -> bool:
+        """Note the first step of one. True when it is new to the run."""
+        self.seen[id(optimizer)] = [ref(optimizer), step]
         if self._resumed:
             del self._resumed[0]
             return False
@@ -207,8 +206,8 @@ class _Optimizers:
 
     def steps(self) -> list[int]:
         """When each stepped last, in the order in which they were met."""
-        self._seen = {key: (weak, step) for key, (weak, step) in self._seen.items() if weak() is not None}
-        return [*(step for _, step in self._seen.values()), *self._resumed]
+        self.seen = {key: seen for key, seen in self.seen.items() if seen[0]() is not None}
+        return [*(step for _, step in self.seen.values()), *self._resumed]
 
     def any_between(self, after: int, before: int) -> bool:
         """Whether one stepped last between two steps, both excluded."""

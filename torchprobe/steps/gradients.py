@@ -53,21 +53,22 @@ class Gradients:
         self._early = EarlyGradients()
         self._said = False
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
+        self._task = compat.plain_state()[0]
 
     # ---- as they run
 
     @protected
-    def heard_backward(self, passing: Pass) -> None:
-        """A gradient reaches an output of a pass."""
-        task, running = compat.backward_id(), self.running
+    def heard_backward(self, passing: Pass) -> int | None:
+        """A gradient reaches an output of a pass. The number of the backward pass, unless another output told it."""
+        task, running = self._task(), self.running
         if passing.task == task and running is not None:
-            return  # another of its outputs
+            return None
         if running is None or running.task != task:
-            running = self.begin(task)
+            running = self.begin(None if task == -1 else task)
         if passing.kind is UNDECIDED:
             self._train(passing)
-        passing.enter_backward(-1 if task is None else task)
         running.add(passing)
+        return task
 
     def begin(self, task: int | None) -> Backward:
         """A backward pass begins; one that is thought to run has ended without a word."""
@@ -75,7 +76,12 @@ class Gradients:
             self.end(self.running)
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
-        self._look(backward)
+        self.running, states, waiting = backward, self._states, self._waiting
+        plain = len(states) == len(waiting) == 1 and waiting[0].used and not self._early.learns
+        if plain and states[0].of() is not None and not states[0].look():
+            self._waiting = []
+        else:
+            self._look()
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._early.ids)
         if self._watch.timing is not None:
@@ -127,15 +133,10 @@ class Gradients:
 
     # ---- what becomes of their gradients
 
-    def _look(self, backward: Backward) -> None:
+    def _look(self) -> None:
         """Gradients as a backward pass finds them: those before it whose gradients are gone were dropped."""
-        self.running = backward
         if self._early.learns:
             self._early.begin(self._trained())
-        states, waiting = self._states, self._waiting
-        if len(states) == len(waiting) == 1 and waiting[0].used and states[0].of() is not None and not states[0].look():
-            self._waiting = []  # the plain loop
-            return
         states = self._living()
         if self._waiting:
             self._drop_zeroed(states)

@@ -58,7 +58,7 @@ class Recorder:
         due = self._steps.current.due
         if due and self._steps.current.trained:
             self._steps.settle_parameters()
-        if getattr(optimizer, "found_inf", None) is not None and _skips(optimizer):
+        if "found_inf" in optimizer.__dict__ and _skips(optimizer):
             return False
         if not has_closure:
             self._use(optimizer)
@@ -78,7 +78,7 @@ class Recorder:
     def after_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Parameters are updated; perhaps that completed a step."""
         step = self._steps.current
-        if getattr(optimizer, "found_inf", None) is not None and self._skipped(optimizer):
+        if "found_inf" in optimizer.__dict__ and self._skipped(optimizer):
             return
         watch = self._steps.watch
         if watch.timing is not None:
@@ -95,13 +95,14 @@ class Recorder:
             else:
                 step.put(tag, value)
         self._steps.optimizer_stepped(optimizer)
-        self._watch.check()
+        if self._watch.stop is not None:
+            self._watch.check()
 
     def _skipped(self, optimizer: Optimizer) -> bool:
         """A fused optimizer decides by itself to skip: whether it did, as far as host memory tells."""
         if not _skips(optimizer):
-            found_inf: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
-            if not found_inf.is_cpu:
+            found_inf = getattr(optimizer, "found_inf", None)
+            if isinstance(found_inf, Tensor) and not found_inf.is_cpu:
                 self._steps.current.void(found_inf.clone())
             return False
         self.clock.skip()

@@ -62,7 +62,7 @@ class ModuleCalls:
         found = [
             (name, module)
             for name, module in named_modules(model)
-            if isinstance(module, _SQUASHING) or any(True for _ in module.parameters(recurse=False))
+            if isinstance(module, _SQUASHING) or any([p is not None for p in module._parameters.values()])  # noqa: C419
         ]
         self._kinds = {name: type(module) for name, module in found}
         return found

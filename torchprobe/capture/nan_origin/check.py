@@ -10,6 +10,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.compat import no_dispatch_modes
 from torchprobe.capture.gate import Gate
 from torchprobe.capture.nan_origin.graph import Finding, of_gradients, of_output
 from torchprobe.capture.outputs import main_tensor
@@ -46,14 +47,19 @@ class NanCheck:
         self.wanted = False
         """Whether NaN was seen, for those who ask at every step."""
         self._looks, self._last = _LOOKS, 0
+        with no_dispatch_modes():
+            nan = torch.full((1,), math.nan, device="cpu")
+            self._nan_differs = not torch.equal(nan, nan)  # some versions of torch compare addresses first
 
     def output(self, output: Any) -> Sign | Tensor | None:
         """A training pass has returned: a sign of NaN, a flag on the device, or None when all is well."""
         if self.gate.failed:
             return None
         try:
-            total = _quick_sum(output)
-            return self._of_output(output) if total is None or math.isnan(total) else None
+            few = type(output) is Tensor and output.is_cpu and output.numel() <= _ELEMENTS
+            if few and self._nan_differs and output.layout is torch.strided and torch.equal(output, output):
+                return None
+            return self._of_output(output)
         except Exception as error:
             self.gate.fail(error)
             return None
@@ -65,8 +71,11 @@ class NanCheck:
         try:
             parameter = None if self._first is None else self._first()
             gradient = None if parameter is None else parameter.grad
-            total = _quick_sum(gradient)
-            return self._of_gradients() if total is None or not math.isfinite(total) else None
+            if type(gradient) is Tensor and gradient.is_cpu and gradient.dim() == 1:
+                few = gradient.numel() <= _FEW_ELEMENTS
+                if few and math.isfinite(sum(gradient.tolist())):  # in host memory, and no operation
+                    return None
+            return self._of_gradients()
         except Exception as error:
             self.gate.fail(error)
             return None
@@ -125,16 +134,6 @@ def _is_plain(tensor: Tensor) -> bool:
 def _column(x: Tensor) -> Tensor:
     """One element of every row: what is NaN inside a model is NaN along its last dimension soon."""
     return x.select(-1, 0) if x.dim() > 1 else x
-
-
-def _quick_sum(x: Any) -> float | None:
-    """The sum of a tensor such as small models have, float32 in host memory, at the least cost; None of another one."""
-    if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or not 0 < x.numel() <= _ELEMENTS:
-        return None
-    dims = x.dim() if x.numel() <= _FEW_ELEMENTS else 0
-    if dims == 1:  # in Python, which costs less than an operation
-        return float(sum(x.tolist()))  # in host memory
-    return float(sum(map(sum, x.tolist()))) if dims == 2 else on_host(x.detach().sum())  # in host memory
 
 
 def _sum(x: Tensor) -> float | Tensor:

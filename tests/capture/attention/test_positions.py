@@ -53,6 +53,96 @@ def test_with_a_cache(fused, first, each):
             assert_close(found.heads["layer"], of_weights(p, position=position))
 
 
+def write_by_index(cache, new, at):
+    cache.index_copy_(2, at, new)
+
+
+def write_by_assignment(cache, new, at):
+    cache[:, :, at] = new
+
+
+def write_by_slice(cache, new, at):
+    cache[:, :, int(at[0]) : int(at[-1]) + 1] = new
+
+
+class Static(Cached):
+    """Writes keys and values into tensors of a fixed length."""
+
+    def __init__(self, fused: bool, write) -> None:
+        super().__init__(fused)
+        self.write, self.past = write, torch.zeros((), dtype=torch.long)
+        self.cache = [torch.zeros(2, HEADS, 15, 8), torch.zeros(2, HEADS, 15, 8)]
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        at = torch.arange(q.size(2)) + self.past
+        for cache, new in zip(self.cache, (k, v), strict=True):
+            self.write(cache, new, at)
+        self.past += q.size(2)
+        k, v = self.cache
+        seen = torch.arange(15) <= at[:, None]
+        at += 7  # what was written stays where it is
+        self.p.append(scores(q, k).masked_fill(~seen, -math.inf).softmax(-1).detach())
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return scores(q, k).masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("write", [write_by_index, write_by_assignment, write_by_slice])
+def test_with_a_cache_of_fixed_length(fused, write):
+    model = nn.Sequential()
+    model.add_module("layer", Static(fused, write))
+    capture, past = capture_of(model), 0
+    with torch.no_grad(), hooked(model, capture):
+        for part in (X[:, :6], X[:, 6:7], X[:, 7:10]):
+            model(part)
+            found, position = recorded(capture), torch.arange(past, past + part.size(1))
+            assert list(found.heads) == ["layer"]
+            assert_close(found.heads["layer"], of_weights(model.layer.p[-1], position=position))
+            past += part.size(1)
+
+
+def test_a_cache_that_is_full_moves_on():
+    """As a sliding window of fixed length does: all move by one, the new one is the last."""
+
+    class Rolling(Static):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            for cache, new in zip(self.cache, (k, v), strict=True):
+                moved = cache.roll(-1, 2)
+                moved[:, :, torch.tensor([-1])] = new
+                cache.copy_(moved)
+            k, v = self.cache
+            self.p.append(scores(q, k).softmax(-1).detach())
+            return scores(q, k).softmax(-1) @ v
+
+    model = nn.Sequential()
+    model.add_module("layer", Rolling(False, None))
+    with torch.no_grad():
+        for cache in model.layer.cache:
+            cache.normal_()
+        found = record(model, X[:, :1])
+    assert_close(found.heads["layer"], of_weights(model.layer.p[-1], position=torch.tensor([14])))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_tokens_that_parameters_add_are_tokens(fused, tokens):
+    """As the class token of a vision transformer, before patches that a convolution makes: self-attention."""
+
+    class Vision(Attends):
+        def forward(self, image):
+            x = self.patch(image).flatten(2).transpose(1, 2)
+            x = torch.cat((self.first.expand(len(x), -1, -1), x), 1)
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            self.p = scores(q, k).softmax(-1).detach()
+            return F.scaled_dot_product_attention(q, k, v) if fused else scores(q, k).softmax(-1) @ v
+
+    model = Vision(None, patch=nn.Conv2d(3, 16, 4, 4), first=nn.Parameter(torch.randn(1, tokens, 16)))
+    assert_close(record(model, torch.randn(2, 3, 16, 16)).heads["root"], of_weights(model.p))
+
+
 @pytest.mark.parametrize("way", ["slices", "split", "sdpa"])
 def test_queries_in_parts(way):
     class Parts(Attends):

@@ -107,11 +107,15 @@ def mixed_by_parameters(m, q, k):
     return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), m.mix)
 
 
+def mixed_by_a_convolution(m, q, k):
+    return F.conv2d(scores(q, k).softmax(-1), m.mix[..., None, None])
+
+
 def twice(m, q, k):
     return scores(q, k).softmax(-1).softmax(-1)
 
 
-@pytest.mark.parametrize("weigh", [differential, mixed_by_parameters, twice])
+@pytest.mark.parametrize("weigh", [differential, mixed_by_parameters, mixed_by_a_convolution, twice])
 def test_what_may_be_negative_or_is_no_softmax_any_more_is_said(weigh, caplog):
     model = nn.Sequential()
     model.add_module("layer", Attends(weigh, mix=nn.Parameter(torch.randn(HEADS, HEADS))))
@@ -120,3 +124,32 @@ def test_what_may_be_negative_or_is_no_softmax_any_more_is_said(weigh, caplog):
     assert len(seen.uncovered) == 1
     assert "attention is not recorded" in caplog.text
     assert "layer" in caplog.text
+
+
+def by_rand(m, w):
+    return w * (torch.rand_like(w) > 0.5) / 0.5
+
+
+def by_bernoulli(m, w):
+    drop = (1 - torch.empty_like(w).bernoulli_(0.5)).bool()
+    return w.masked_fill(drop, 0) * 2.0
+
+
+def by_where(m, w):
+    return torch.where(torch.rand(w.shape) < 0.5, w, 0.0).mul(2.0)
+
+
+@pytest.mark.parametrize("banded_before", [False, True])
+@pytest.mark.parametrize("drop", [by_rand, by_bernoulli, by_where])
+def test_a_dropout_by_hand_is_one(drop, banded_before):
+    """Statistics are those before dropout, whichever way it is written."""
+
+    def weigh(m, q, k):
+        before = banded(m, q, k) if banded_before else scores(q, k).softmax(-1)
+        m.before = before.detach()
+        return drop(m, before)
+
+    model = Attends(weigh)
+    seen = record(model, X)
+    assert_close(seen.heads["root"], of_weights(model.before))
+    assert_untouched(model, X)

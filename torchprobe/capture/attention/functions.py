@@ -79,7 +79,7 @@ ALONG = (
     | frozenset(
         (
             *_named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize"),
-            *_named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "setitem", "fill"),
+            *_named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "fill"),
             *_named("masked_scatter", "index_fill", "bernoulli", "zero"),
         )
     )
@@ -116,6 +116,13 @@ ITERATIONS = frozenset((Tensor.__iter__,))
 RANKINGS = frozenset(_named("topk", "sort"))
 
 SCATTERS = frozenset(_named("scatter"))
+
+INDEX_COPIES = frozenset(_named("index_copy"))
+
+WRITES = INDEX_COPIES | frozenset(_named("setitem"))
+"""What writes one tensor into another."""
+
+COPIES = frozenset((Tensor.copy_,))
 
 EMBEDDINGS = frozenset(_named("embedding"))
 
@@ -172,6 +179,12 @@ def is_in_place(func: Function | None) -> bool:
     name = str(getattr(func, "__name__", ""))
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
+
+RANDOM_LIKE = frozenset(_named("rand_like", "randn_like"))
+
+RANDOM = RANDOM_LIKE | frozenset(_named("rand", "randn", "bernoulli", "uniform"))
+
+LIKE = frozenset(_named("empty_like", "ones_like", "full_like", "zeros_like", "new_empty", "new_full", "new_ones"))
 
 WITHOUT_NAN = frozenset(_named("nan_to_num"))
 """What changes no row that counts: one with NaN does not."""

@@ -23,6 +23,7 @@ from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.softmaxes import Softmaxes, is_nearly_nothing
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
+from torchprobe.capture.attention.uses import MIXED, drops, hold_places, may_be_scores, tensor_of
 from torchprobe.capture.attention.weights import Flow, Pending, back, keeps
 from torchprobe.statistics.attention.sources import Shape
 
@@ -61,6 +62,9 @@ class Handwritten:
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
         """Look at a call; within: the call that it is a part of, where that is known."""
         nodes = self.tape.record(func, args, kwargs, result)
+        if nodes and func in fn.WRITES:
+            with self._observer.guard():
+                hold_places(nodes[0], args, kwargs)
         if nodes and (func in fn.PRODUCTS or func in _OF_SOFTMAX or self._flows(nodes[0])):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
@@ -117,7 +121,7 @@ class Handwritten:
         for which, factor in enumerate(product.factors):
             if factor.flow is not None:
                 self._after_use(node, product, which, factor.flow, (args, kwargs), within)
-        if not flows and len(product.factors) == 2 and _may_be_scores(node, product):
+        if not flows and len(product.factors) == 2 and may_be_scores(node, product):
             node.called_by(within or self._observer.owners.caller())
             if self._latent:
                 self._rule_out(product)
@@ -135,20 +139,21 @@ class Handwritten:
         """Weights have been multiplied with something: with values, or among heads."""
         factor = product.factors[which]
         axis = self._key_axis(factor, flow)
+        if not flow.first.keys:
+            axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
             return
         if product.names[which][axis] in product.result:
             self._give([node], self._mixed(product, which, flow))
         elif flow.kind == "weights":
-            self._use(factor, axis, flow, _tensor_of(self.tape, factor, *call), within)
+            self._use(factor, axis, flow, tensor_of(self.tape, factor, *call), within)
         elif flow.kind == "exponentials" and not flow.changed:
             self._give([node], replace(flow, multiplied=True))
 
     def _mixed(self, product: Product, which: int, flow: Flow) -> Flow:
         others = [factor for i, factor in enumerate(product.factors) if i != which]
         learned = any(factor.learned or not factor.const for factor in others)
-        reason = "whose weights are mixed by parameters, so that some may be negative" if learned else None
-        return flow.as_changed(reason)
+        return flow.as_changed(MIXED if learned else None)
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
@@ -218,7 +223,7 @@ class Handwritten:
             self._give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
-        elif func in fn.DROPOUTS:
+        elif func in fn.DROPOUTS or drops(node, flow):
             self._give(nodes, self._after_dropout(node, source, flow, args))
         elif keeps(node, source) or func in fn.WITHOUT_NAN:
             self._give(nodes, flow)
@@ -228,7 +233,8 @@ class Handwritten:
         elif fn.is_pointwise(func) and func is not None:
             self._give(nodes, self._after_pointwise(node, source, flow, flows))
         elif self._key_axis(node, flow) is not None:
-            self._give(nodes, flow.as_changed(None))
+            learned = any(one.learned for one in node.inputs if one.flow is None)
+            self._give(nodes, flow.as_changed(MIXED if learned else None))
 
     def _after_pointwise(self, node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
         """Weights are changed, or multiplied with values that are summed later."""
@@ -246,9 +252,10 @@ class Handwritten:
         return flow.as_changed(None)
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
-        if not flow.changed or flow.used is not None or flow.kind != "weights":
+        if not flow.changed or flow.dropped or flow.used is not None or flow.kind != "weights":
             return replace(flow, dropped=True)
-        axis, weights = self._key_axis(source, flow), args[0] if args else None
+        axis = self._key_axis(source, flow)
+        weights: Any = args[0] if node.func in fn.DROPOUTS and args else tensor_of(self.tape, source, args, {})
         if axis is None or not isinstance(weights, Tensor) or flow.first.reason is not None:
             return replace(flow, dropped=True)
         used = self._read_as_used(source, axis, flow, weights)
@@ -284,17 +291,3 @@ class Handwritten:
             changed = total.changed or flow.changed or flow.kind == "weights"
             self._give([node], replace(flow, kind="weights", changed=changed))
         return True
-
-
-def _may_be_scores(node: Node, product: Product) -> bool:
-    """An activation times a parameter is a layer; parameters may come first, or stand in an einsum."""
-    left, right = product.factors
-    if left.const and right.const:
-        return False
-    return not right.const or node.func in fn.EINSUMS
-
-
-def _tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | None:
-    values = [*args, *kwargs.values()]
-    values += [one for value in values if isinstance(value, tuple | list) for one in value]
-    return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)

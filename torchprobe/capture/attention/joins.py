@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from torchprobe.capture.attention.labels import (
     Root,
     fresh,
     in_order,
+    leaves,
     merged,
     roots_of,
     viewed,
@@ -42,10 +43,11 @@ def concatenated(node: Node, first: Label) -> Label | None:
         return None
     axis %= node.dims
     labels = _labels(nodes)
-    dim, at = _along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
+    dim, at = along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
     base = _foremost(nodes, labels)
-    dims = (*base.dims[:axis], dim, *base.dims[axis + 1 :])
-    return Label(dims, {**base.at, **at}, base.between)
+    others = base.dims[:axis], base.dims[axis + 1 :]
+    kept = without(base.at, dim, (*others[0], *others[1]))
+    return Label((*others[0], dim, *others[1]), {**kept, **at}, base.between)
 
 
 def stacked(node: Node, first: Label) -> Label | None:
@@ -55,9 +57,9 @@ def stacked(node: Node, first: Label) -> Label | None:
         return None
     axis %= node.dims
     labels = _labels(nodes)
-    dim, at = _along(labels, [()] * len(labels), [1] * len(labels))
+    dim, at = along(labels, [()] * len(labels), [1] * len(labels))
     base = _foremost(nodes, labels)
-    return Label((*base.dims[:axis], dim, *base.dims[axis:]), {**base.at, **at}, base.between)
+    return Label((*base.dims[:axis], dim, *base.dims[axis:]), {**without(base.at, dim, base.dims), **at}, base.between)
 
 
 def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
@@ -65,7 +67,7 @@ def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
     return ranked[0][1]
 
 
-def _along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
+def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
     """The joined dimension: a further digit of a root where the parts are equal steps along it, else a new root."""
     step = _step(labels) if len({*dims}) == 1 else None
     if step is not None:
@@ -73,13 +75,28 @@ def _along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -
         return merged((Factor(root, by, len(labels)), *dims[0])), {root: labels[0].at.get(root, 0)}
     parts, start = [], 0
     for label, dim, size in zip(labels, dims, sizes, strict=True):
-        parts.append(Part(start, size, dim, _beside(label, dim), bool(label.sides)))
+        parts.append(Part(start, size, dim, beside(label, dim), bool(label.sides)))
         start += size
     root = _root_of(parts)
     return (Factor(root, 1, start),) if start > 1 else (), {root: 0}
 
 
-def _beside(label: Label, dim: Dim) -> Mapping[Root, int]:
+def without(at: Mapping[Root, int], joined: Dim, others: Iterable[Dim]) -> Mapping[Root, int]:
+    """Without what only parts count, or are pinned to: where an element is of these, they say themselves."""
+    said = {root for one in roots_of([joined]) for part in one.parts for root in part.at if root.side is None}
+    inside = (leaves([joined]) | said) - leaves(others)
+    return {root: value for root, value in at.items() if root not in inside}
+
+
+def sliced(label: Label, axis: int, size: int, start: int, length: int) -> Label | None:
+    """A part along one dimension."""
+    part = _sliced(label.dims[axis], beside(label, label.dims[axis]), size, start, length)
+    if part is None or part.dim is None:
+        return None
+    return Label((*label.dims[:axis], part.dim, *label.dims[axis + 1 :]), {**label.at, **part.at}, label.between)
+
+
+def beside(label: Label, dim: Dim) -> Mapping[Root, int]:
     """Where a dimension begins, and what the tensor is pinned to besides."""
     others = set(label.roots()) - set(roots_of([dim]))
     return {root: value for root, value in label.at.items() if root not in others}
@@ -130,15 +147,22 @@ def rolled(node: Node, first: Label) -> Label | None:
         shift %= size
         if not shift:
             continue
-        begin = _beside(first, dims[axis])
+        begin = beside(first, dims[axis])
         ends = _sliced(dims[axis], begin, size, size - shift, shift), _sliced(dims[axis], begin, size, 0, size - shift)
         if None in ends:
             return None
         scores = any(root.side is not None for root in roots_of([dims[axis]]))
         parts = [ends[0]._replace(scores=scores), ends[1]._replace(start=shift, scores=scores)]  # type: ignore[union-attr]
-        root = _root_of(parts)
-        dims[axis], at[root] = (Factor(root, 1, size),), 0
+        at = _replaced(dims, at, axis, Factor(_root_of(parts), 1, size))
     return Label(tuple(dims), at, first.between)
+
+
+def _replaced(dims: list[Dim], at: Mapping[Root, int], axis: int, joined: Factor) -> dict[Root, int]:
+    """Puts a joined dimension where the one was that it was made of; what the rest is pinned to."""
+    dims[axis] = ()
+    kept = without(at, (joined,), dims)
+    dims[axis] = (joined,)
+    return {**kept, joined.root: 0} if joined.root is not None else {**kept}
 
 
 def flipped(node: Node, first: Label) -> Label | None:
@@ -168,8 +192,8 @@ def padded(node: Node, first: Label) -> Label | None:
             scores = any(root.side is not None for root in roots_of([dims[axis]])) or (
                 bool(first.sides) and dims[axis] == () and size == 1
             )
-            root = _root_of([Part(before, size, dims[axis], _beside(first, dims[axis]), scores)])
-            dims[axis], at[root] = (Factor(root, 1, size + total),), 0
+            root = _root_of([Part(before, size, dims[axis], beside(first, dims[axis]), scores)])
+            at = _replaced(dims, at, axis, Factor(root, 1, size + total))
     return Label(tuple(dims), at, first.between)
 
 
@@ -232,7 +256,8 @@ def pooled(node: Node, first: Label) -> Label | None:
     if len(first.dims) != node.dims or node.dims < 3:
         return None
     rest = fresh(node.shape[2:])
-    return Label((*first.dims[:2], *rest.dims), {**first.at, **rest.at})
+    kept = {root: v for root, v in first.at.items() if root not in set(roots_of(first.dims[2:]))}
+    return Label((*first.dims[:2], *rest.dims), {**kept, **rest.at})
 
 
 def _tuple(value: Any) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from torchprobe.capture.attention.labels import (
 )
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.tape import Node, shares_memory
+from torchprobe.capture.attention.writes import copied, written
 
 
 class Labelling:
@@ -66,6 +67,10 @@ class Labelling:
             return rule(node, _label(first))
         if func in fn.EXTREMES and _is_reduction(node):
             return joins.reduced(node, _label(first))
+        if func in fn.WRITES:
+            return written(node, _label(first))
+        if func in fn.COPIES:
+            return copied(node, _label(first))
         if func in fn.CONVOLUTIONS:
             return _convolved(node, first)
         if func in fn.EMBEDDINGS:
@@ -196,7 +201,8 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
-        which, axis = next(pair for pair in where if product.factors[pair[0]].shape[pair[1]] == size)
+        whole = [pair for pair in where if product.factors[pair[0]].shape[pair[1]] == size]
+        which, axis = min(whole, key=lambda pair: _is_expanded(labels[pair[0]].dims[pair[1]]))
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True), size)
@@ -209,6 +215,11 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     for label in labels:
         at |= {root: value for root, value in label.at.items() if root in kept}
     return Label(tuple(dims), {**dict.fromkeys(kept, 0), **at})
+
+
+def _is_expanded(dim: Dim) -> bool:
+    """Whether it counts nothing: the same all along."""
+    return bool(dim) and all(factor.root is None for factor in dim)
 
 
 # ---- the others
@@ -269,7 +280,7 @@ def _pointwise(node: Node, inputs: list[Node]) -> Label | None:
     for one in reversed(ranked):
         label, offset = _label(one), node.dims - one.dims
         for axis, dim in enumerate(label.dims):
-            if one.shape[axis] == node.shape[offset + axis]:
+            if one.shape[axis] == node.shape[offset + axis] and not (_is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
         at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):

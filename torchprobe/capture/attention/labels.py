@@ -7,12 +7,13 @@ what they do is decoded from strides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Indices = NDArray[np.int64]
 Shape = tuple[int, ...]
@@ -23,10 +24,10 @@ class Root:
 
     learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
-    what the order was lost by.
+    what the order was lost by. written: what was written into it, at places that only the device knows.
     """
 
-    __slots__ = ("fixed", "learned", "lost", "parts", "side", "under")
+    __slots__ = ("fixed", "kept", "learned", "lost", "parts", "side", "tables", "under", "written")
 
     def __init__(
         self,
@@ -36,9 +37,18 @@ class Root:
         side: int | None = None,
         lost: str | None = None,
         fixed: bool = False,
+        written: Written | None = None,
     ) -> None:
-        self.fixed = fixed
+        self.fixed, self.written = fixed, written
+        self.tables: dict[Any, dict[Root, tuple[Indices, bool]]] = {}
+        self.kept: set[Root] | None = None
         self.learned, self.parts, self.under, self.side, self.lost = learned, parts, under, side, lost
+
+    def inside(self) -> set[Root]:
+        """What it was joined of: kept, for joins of joins are many in a deep model."""
+        if self.kept is None:
+            self.kept = leaves(part.dim for part in self.parts if part.dim is not None)
+        return self.kept
 
 
 class Factor(NamedTuple):
@@ -61,6 +71,14 @@ class Part(NamedTuple):
     dim: Dim | None
     at: Mapping[Root, int]
     scores: bool = False
+
+
+class Written(NamedTuple):
+    """What was written along a dimension: what it counts, where that begins, and at which indices, (size,) int64."""
+
+    dim: Dim
+    at: Mapping[Root, int]
+    places: Tensor
 
 
 class Between(NamedTuple):
@@ -111,7 +129,7 @@ def leaves(dims: Iterable[Dim]) -> set[Root]:
     """The same, and of joined ones what they were joined of."""
     found: set[Root] = set()
     for root in roots_of(dims):
-        found |= leaves(part.dim for part in root.parts if part.dim is not None) if root.parts else {root}
+        found |= root.inside() if root.parts else {root}
     return found
 
 
@@ -227,57 +245,3 @@ def _digit_for(digits: list[_Digit], size: int, stride: int) -> _Digit | None:
     fits = [d for d in digits if stride % d.step == 0 and stride < d.step * d.factor.size]
     best = [d for d in fits if d.step == fits[0].step]
     return next((d for d in best if d.factor.size == size), best[0] if best else None)
-
-
-# ---- which values are counted
-
-
-def coordinates(dim: Dim, at: Mapping[Root, int]) -> dict[Root, Indices]:
-    """Of each root that a dimension counts, the value at each index."""
-    size, inner = size_of(dim), 1
-    index = np.arange(size)
-    found: dict[Root, Indices] = {}
-    for factor in reversed(dim):
-        if factor.root is not None:
-            digit = index // inner % factor.size * factor.stride
-            found[factor.root] = found.get(factor.root, at.get(factor.root, 0)) + digit
-        inner *= factor.size
-    return found
-
-
-def resolved(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
-    """The same in roots that were neither joined nor factors of a product; -1 where an index has none of it."""
-    found: dict[Root, Indices] = {}
-    for root, value in values.items():
-        if root.under is not None:
-            found |= resolved({root.under: value})
-        elif root.parts:
-            for inner, each in _in_parts(root, value, resolved).items():
-                found[inner] = np.where(each < 0, found[inner], each) if inner in found else each
-        else:
-            found[root] = value
-    return found
-
-
-def of_factors(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
-    """The same in roots that were not joined since they met in a product; -1 where an index has none of it."""
-    found: dict[Root, Indices] = {}
-    for root, value in values.items():
-        found |= _in_parts(root, value, of_factors) if root.parts else {root: value}
-    return found
-
-
-def _in_parts(
-    root: Root, value: Indices, further: Callable[[Mapping[Root, Indices]], dict[Root, Indices]]
-) -> dict[Root, Indices]:
-    found: dict[Root, Indices] = {}
-    for part in root.parts:
-        if part.dim is None:
-            continue
-        here = (value >= part.start) & (value < part.start + part.size)
-        pinned = {r: np.full(part.size, v) for r, v in part.at.items() if not r.learned}
-        inside = further(pinned | coordinates(part.dim, part.at))
-        for inner, each in inside.items():
-            column = found.setdefault(inner, np.full(len(value), -1))
-            column[here] = each[value[here] - part.start]
-    return found

@@ -10,17 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.labels import (
-    Dim,
-    Factor,
-    Indices,
-    Label,
-    Root,
-    coordinates,
-    resolved,
-    roots_of,
-    size_of,
-)
+from torchprobe.capture.attention.coordinates import coordinates, resolved
+from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, roots_of, size_of
 from torchprobe.statistics.dtypes import moved
 
 
@@ -63,14 +54,15 @@ class Places:
     """
 
     cross: bool
-    index: Indices | None
+    index: Indices | Tensor | None
     tokens: Tokens | None = None
     at: Indices | None = None
     keys: Mapping[Tokens, Indices] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
-        return None if self.index is None else moved(torch.from_numpy(self.index), device)
+        index = torch.from_numpy(self.index) if isinstance(self.index, np.ndarray) else self.index
+        return None if index is None else moved(index, device)
 
 
 def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
@@ -113,7 +105,7 @@ def _tokens(label: Label) -> dict[Root, Indices]:
     dim = label.dims[-2]
     others = set(roots_of(d for i, d in enumerate(label.dims) if i != len(label.dims) - 2))
     size = size_of(dim)
-    pinned = {r: np.full(size, v) for r, v in label.at.items() if not r.learned and r not in others}
+    pinned = _numbers({root: value for root, value in label.at.items() if root not in others}, size)
     return resolved(pinned | coordinates(dim, label.at))
 
 
@@ -139,17 +131,37 @@ def among(
 ) -> Places:
     """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
     common = [root for root in queries if root in keys and not root.learned]
-    index = _matched([queries[root] for root in common], [keys[root] for root in common], length)
+    found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
+    index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
     cross = index is None and (known or size != length)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    if cross and of_queries is not None and size > 1:
+    if cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
         index = queries[of_queries]
-    if index is not None and np.array_equal(index, np.arange(size)):
+    if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(size)):
         index = None
     by_tokens = {Tokens(batch, root): keys[root] for root in _moving(keys)}
     if of_queries is None:
         return Places(cross, index, keys=by_tokens)
     return Places(cross, index, Tokens(batch, of_queries), queries[of_queries], by_tokens)
+
+
+def _where_written(queries: Mapping[Root, Indices], keys: Mapping[Root, Indices]) -> Tensor | None:
+    """The places of queries whose own keys were written into a cache, where only the device knows these."""
+    for root, at in keys.items():
+        if root.written is None or not np.array_equal(at, np.arange(len(at))):
+            continue
+        dim, begin, index = root.written
+        size = index.numel()
+        own = resolved(_numbers(begin, size) | coordinates(dim, begin))
+        common = [one for one in queries if one in own and not one.learned]
+        found = _matched([queries[one] for one in common], [own[one] for one in common], size)
+        if found is not None:
+            return index[moved(torch.from_numpy(found), index.device)]
+    return None
+
+
+def _numbers(at: Mapping[Root, int], size: int) -> dict[Root, Indices]:
+    return {root: np.full(size, value) for root, value in at.items() if not root.learned}
 
 
 def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indices | None:
@@ -158,12 +170,14 @@ def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indice
         return None
     mine, theirs = np.zeros(len(queries[0]), np.int64), np.zeros(length, np.int64)
     for query, key in zip(queries, keys, strict=True):
-        most = max(query.max(initial=0), key.max(initial=0)) + 1
-        mine, theirs = mine * most + query, np.where((key < 0) | (theirs < 0), -1, theirs * most + key)
-    known = np.flatnonzero(theirs >= 0)
+        most = max(query.max(initial=0), key.max(initial=0)) + 2
+        mine, theirs = mine * most + query + 1, theirs * most + key + 1
+    # Joined ones have nothing, -1, of what other parts count: what has none of all that varies is no token.
+    vary = [key for key in keys if key.min(initial=0) < key.max(initial=0)] or keys
+    known = np.flatnonzero(np.any([key >= 0 for key in vary], axis=0))
     known = known[np.argsort(theirs[known], kind="stable")]
     ordered = theirs[known]
-    if not len(ordered) or (np.diff(ordered) == 0).any():
+    if not len(ordered) or (np.diff(ordered) == 0).any() or len(np.unique(mine)) < len(mine):
         return None
     at = np.searchsorted(ordered, mine).clip(max=len(ordered) - 1)
     return known[at] if np.array_equal(ordered[at], mine) else None

@@ -1,0 +1,105 @@
+"""What is written into tensors: a cache of fixed length, scores that are put in place part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.joins import along, beside, sliced, without
+from torchprobe.capture.attention.labels import Factor, Label, Root, Written
+from torchprobe.capture.attention.tape import Node
+
+
+def written(node: Node, first: Label) -> Label | None:
+    """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was."""
+    source, axis, where = _copied(node) if node.func in fn.INDEX_COPIES else _assigned(node)
+    if source is None or source.label is None or source.dims != node.dims:
+        return first
+    others = (size for i, size in enumerate(node.shape) if i != axis)
+    if any(a != b for a, b in zip(others, (n for i, n in enumerate(source.shape) if i != axis), strict=True)):
+        return first
+    if isinstance(where, Node):
+        return _at_places(node, source, axis, where)
+    start, stop = where
+    return _between(node, first, source, axis, start) if stop - start == source.shape[axis] else first
+
+
+def copied(node: Node, first: Label) -> Label | None:
+    """All of another tensor."""
+    source = node.argument(1, "src")
+    whole = isinstance(source, Node) and source.shape == node.shape
+    return source.label if whole else first
+
+
+def _at_places(node: Node, source: Node, axis: int, where: Node) -> Label | None:
+    """Where it was written is known on the device alone."""
+    label = source.label
+    if label is None or node.small is None or where.dims != 1 or label.sides:
+        return None
+    dim = label.dims[axis]
+    root = Root(written=Written(dim, beside(label, dim), node.small % node.shape[axis]))
+    others = label.dims[:axis], label.dims[axis + 1 :]
+    counts = (Factor(root, 1, node.shape[axis]),) if node.shape[axis] > 1 else ()
+    kept = {r: v for r, v in label.at.items() if any(f.root is r for d in (*others[0], *others[1]) for f in d)}
+    return Label((*others[0], counts, *others[1]), {**kept, root: 0})
+
+
+def _between(node: Node, first: Label, source: Node, axis: int, start: int) -> Label | None:
+    label, size, length = source.label, node.shape[axis], source.shape[axis]
+    assert label is not None
+    if length == size:
+        return label
+    ends = [(0, start), (start + length, size - start - length)]
+    old = [sliced(first, axis, size, begin, many) if many else None for begin, many in ends]
+    if any(part is None and many for part, (_, many) in zip(old, ends, strict=True)):
+        return None
+    labels = [one for one in (old[0], label, old[1]) if one is not None]
+    sizes = [n for n in (ends[0][1], length, ends[1][1]) if n]
+    dim, at = along(labels, [one.dims[axis] for one in labels], sizes)
+    base = first if first.sides and not label.sides else label
+    others = base.dims[:axis], base.dims[axis + 1 :]
+    kept = without(base.at, dim, (*others[0], *others[1]))
+    return Label((*others[0], dim, *others[1]), {**kept, **at}, base.between)
+
+
+Found = tuple["Node | None", int, Any]
+
+
+def _copied(node: Node) -> Found:
+    axis, where, source = node.argument(1, "dim"), node.argument(2, "index"), node.argument(3, "source")
+    if not (isinstance(axis, int) and isinstance(where, Node) and isinstance(source, Node)):
+        return None, 0, None
+    return source, axis % node.dims, where
+
+
+def _assigned(node: Node) -> Found:
+    """The one dimension along which an assignment is to a part."""
+    key, source = node.argument(1, "key"), node.argument(2, "value")
+    if not isinstance(source, Node):
+        return None, 0, None
+    parts = _spelled(key if isinstance(key, list) else [key], node.dims)
+    ranges = [_range(part, size) for part, size in zip(parts, node.shape, strict=False)]
+    chosen = [i for i, (part, size) in enumerate(zip(ranges, node.shape, strict=False)) if part != (0, size)]
+    if None in ranges or len(chosen) > 1 or not ranges:
+        return None, 0, None
+    axis = chosen[0] if chosen else 0
+    return source, axis, ranges[axis]
+
+
+def _spelled(key: Sequence[Any], dims: int) -> list[Any]:
+    """Without an ellipsis."""
+    where = next((i for i, part in enumerate(key) if part is Ellipsis), None)
+    if where is None:
+        return list(key)
+    return [*key[:where], *[slice(None)] * (dims - len(key) + 1), *key[where + 1 :]]
+
+
+def _range(part: Any, size: int) -> Any:
+    """(start, stop), or the tensor that says where; None for anything else."""
+    if isinstance(part, Node):
+        return part
+    if not isinstance(part, slice) or not all(one is None or isinstance(one, int) for one in (part.start, part.stop)):
+        return None
+    start, stop, step = part.indices(size)
+    return (start, stop) if step == 1 else None

@@ -132,12 +132,14 @@ def read(unseen: str, lines: int, seed: int) -> tuple[list[str], TensorDataset, 
     return classes, passages(corpus.train, False), passages(corpus.held_out, False), passages(corpus.train, True)
 
 
-def main(steps: int = 400, log_dir: str = "runs/bayesian_transformer", unseen: str = UNSEEN, seed: int = 0) -> float:
+def main(
+    steps: int = 400, log_dir: str = "runs/bayesian_transformer", unseen: str = UNSEEN, seed: int = 0, passes: int = 8
+) -> float:
     """Train, and return the AUROC of epistemic uncertainty."""
     torch.manual_seed(seed)
     classes, seen, held_out, other = read(unseen, lines=10, seed=seed)
     print(f"{len(seen)} passages of {', '.join(classes)}; unseen: {len(other)} of {unseen}")
-    model = UncertainTransformer(len(classes))
+    model = UncertainTransformer(len(classes), passes)
     best = Path(log_dir, "best.pt")
     with torchprobe.TrainingLogger(log_dir, log_gradients_every=10, log_histograms_every=50) as logger:
         train(model, seen, held_out, steps, logger, best)
@@ -156,6 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--log-dir", default="runs/bayesian_transformer")
     parser.add_argument("--unseen", default=UNSEEN, help="the package that is left out of training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--passes", type=int, default=8, help="over one passage, outside training")
     arguments = parser.parse_args()
-    auroc = main(arguments.steps, arguments.log_dir, arguments.unseen, arguments.seed)
+    auroc = main(arguments.steps, arguments.log_dir, arguments.unseen, arguments.seed, arguments.passes)
     print(f"AUROC of epistemic uncertainty, {arguments.unseen} against held-out passages: {auroc:.3f}")

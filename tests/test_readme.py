@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import torchprobe
+from benchmarks import tables
 from torchprobe.testing import MemoryWriter
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +113,17 @@ def trained(probes, micro_batches=(4,)):
         optimizer.step()
         assert session.flush()
         return model, list(writer.records)
+
+
+def test_the_table_of_peers_is_made_of_what_was_measured():
+    readme, results = (ROOT / "README.md").read_text(), json.loads(tables.RESULTS.read_text())
+    assert tables.put(readme, results) == readme
+    assert {one["ratio"] > 0 and one["blocks"] > 1 for one in results["measurements"]} == {True}
+
+
+def test_a_later_measurement_replaces_an_earlier_one_of_the_same():
+    one = {"recipe": "r", "peer": "p", "ratio": 1.25, "error": 0.5, "bare_ms": 2.0, "added_ms": 0.5, "blocks": 4}
+    before = {"measurements": [one, {**one, "peer": "q"}]}
+    both = tables.merged(before, {"machine": "m", "date": "d", "measurements": [{**one, "ratio": 3.0}]})
+    assert [(m["peer"], m["ratio"]) for m in both["measurements"]] == [("p", 3.0), ("q", 1.25)]
+    assert tables.table(both).splitlines()[2] == "| p | 3.00 ± 0.50 |"

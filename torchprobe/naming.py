@@ -40,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
-    if _PERHAPS_WRAPPERS.isdisjoint(model._modules):  # most
+    if _PERHAPS_WRAPPERS.isdisjoint(model._modules.keys()):  # most; those of a ScriptModule have no iterator
         return model
     for name, child in model.named_children():
         if _is_wrapper(model, name):

@@ -88,14 +88,13 @@ for name in sys.argv[1:]:
 '''
 
 
-@pytest.fixture(scope="module")
-def seen():
+def seen() -> dict[str, tuple[list[str], list[str]]]:
     """What was logged and what was recorded without each name, each in a process of its own."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     command = [sys.executable, "-c", _SCRIPT, "nothing", *compat.NAMES]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
     assert ran.returncode == 0, ran.stderr
     found = {name: (lines, tags) for name, lines, tags in map(json.loads, ran.stdout.splitlines())}
     assert len(found) == len(compat.NAMES) + 1, ran.stderr
@@ -111,13 +110,19 @@ AT_THE_END = {
 }
 
 
-@pytest.mark.parametrize("name", compat.NAMES)
-def test_an_eager_model_loses_nothing_with_a_private_name(name, seen):
-    (bare_lines, bare_tags), (lines, tags) = seen["nothing"], seen[name]
-    lost = AT_THE_END if name.endswith("queue_callback") else set()
-    assert tags == [tag for tag in bare_tags if tag not in lost]
+@pytest.mark.timeout(900)  # a minute of work, on a machine that may be busy
+def test_an_eager_model_loses_nothing_with_any_private_name():
+    found = seen()
+    bare_lines, bare_tags = found.pop("nothing")
     assert set(bare_tags) >= AT_THE_END
-    assert len(lines) - len(bare_lines) <= ("_dynamo" not in name), "of Dynamo's names an eager model hears nothing"
+    lost, told = {}, {}
+    for name, (lines, tags) in found.items():
+        kept = [tag for tag in bare_tags if tag not in AT_THE_END] if name.endswith("queue_callback") else bare_tags
+        if tags != kept:
+            lost[name] = set(kept) ^ set(tags)
+        if len(lines) - len(bare_lines) > ("_dynamo" not in name):  # of Dynamo's names an eager model hears nothing
+            told[name] = lines
+    assert (lost, told) == ({}, {})
 
 
 def test_what_is_lost_is_said_once(caplog):

@@ -55,6 +55,27 @@ REASONS = {
     "test_looks_are_few_where_the_loss_is_a_function": _SPEED,
     "test_a_later_look_finds_what_was_made_in_between": _SPEED,
     "judged_each[fgpu-7]": _SPEED,  # two and three passes do
+    **dict.fromkeys(  # the others of these tables do
+        (
+            f"test_hardly_a_row_of_another_loss_passes[fgpu-{of}]"
+            for of in ("energy", "squared error", "margin", "sum", "absolute error", "several labels")
+        ),
+        _SPEED,
+    ),
+    **dict.fromkeys(
+        (
+            f"test_each_head_is_judged_under_its_own_name[fgpu-{of}"
+            for of in ("second1", "<lambda>", "cross_entropy-list", "cross_entropy-dict")
+        ),
+        _SPEED,
+    ),
+    **dict.fromkeys(
+        (
+            f"test_of_a_head_with_a_loss_of_another_kind_nothing_is_claimed[fgpu-{of}]"
+            for of in ("dict", "list", "logits")
+        ),
+        _SPEED,
+    ),
     **dict.fromkeys((f"fgpu-{of}-7]" for of in ("probabilities", "logsumexp", "gathered", "logits")), _SPEED),
     **dict.fromkeys(
         (f"attention/test_{of}.py" for of in ("found", "heads", "padding", "positions", "used_weights")), _CONSTANTS

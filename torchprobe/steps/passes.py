@@ -114,7 +114,8 @@ class Passes:
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
-            compat.hear_gradient(output, self._hook(passing))  # by far the most frequent
+            hook = GradientHook(passing) if passing.due or self.gradients.compiled else passing
+            compat.hear_gradient(output, hook)  # by far the most frequent
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Loss = Callable[[], Tensor]
 BATCH, LENGTH, WIDTH, LAYERS, HEAD, VOCABULARY = 4, 256, 384, 12, 64, 512
 
 
@@ -53,28 +54,18 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.embedding(ids) + self.position.weight)))
 
 
-class Run:
-    """One model with its optimizer; `step()` is a whole training step, `extra` what a logger adds to it."""
+class Training:
+    """A model, its optimizer and a loss on fixed data; `extra` is what a logger does between backward and step."""
 
-    def __init__(
-        self,
-        extra: Callable[[GPT, int], None] | None = None,
-        *,
-        batch: int = BATCH,
-        layers: int = LAYERS,
-        width: int = WIDTH,
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = GPT(layers, width)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.ids = torch.randint(0, VOCABULARY, (batch, LENGTH))
-        self.extra = extra
+    def __init__(self, model: nn.Module, loss: Loss, extra: Callable[[nn.Module, int], None] | None = None) -> None:
+        self.model, self.loss, self.extra = model, loss, extra
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         self.steps = 0
 
     def step(self) -> float:
         """Seconds of one training step."""
         start = perf_counter()
-        loss = F.cross_entropy(self.model(self.ids).flatten(0, 1), self.ids.flatten())
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         self.steps += 1
@@ -82,3 +73,20 @@ class Run:
             self.extra(self.model, self.steps)
         self.optimizer.step()
         return perf_counter() - start
+
+
+class Run(Training):
+    """The GPT on one batch of sequences."""
+
+    def __init__(
+        self,
+        extra: Callable[[nn.Module, int], None] | None = None,
+        *,
+        batch: int = BATCH,
+        layers: int = LAYERS,
+        width: int = WIDTH,
+    ) -> None:
+        torch.manual_seed(0)
+        model = GPT(layers, width)
+        self.ids = torch.randint(0, VOCABULARY, (batch, LENGTH))
+        super().__init__(model, lambda: F.cross_entropy(model(self.ids).flatten(0, 1), self.ids.flatten()), extra)

@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpt import GPT, VOCABULARY
-
-Loss = Callable[[], Tensor]
-
-
-class Training:
-    """A model, its optimizer and a loss on fixed data; `extra` is what a logger does between backward and step."""
-
-    def __init__(self, model: nn.Module, loss: Loss, extra: Callable[[nn.Module, int], None] | None = None) -> None:
-        self.model, self.loss, self.extra = model, loss, extra
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        self.steps = 0
-
-    def step(self) -> float:
-        """Seconds of one training step."""
-        start = perf_counter()
-        loss = self.loss()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.steps += 1
-        if self.extra is not None:
-            self.extra(self.model, self.steps)
-        self.optimizer.step()
-        return perf_counter() - start
+from benchmarks.gpt import GPT, VOCABULARY, Loss, Training
 
 
 def mlp() -> tuple[nn.Module, Loss]:

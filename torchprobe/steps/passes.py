@@ -115,7 +115,7 @@ class Passes:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
             hook = GradientHook(passing) if passing.due or self.gradients.compiled else passing
-            compat.hear_gradient(output, hook)  # by far the most frequent
+            compat.hear_gradient(output, hook)  # by far the most frequent, so without the call of `_hook`
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)

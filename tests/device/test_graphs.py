@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchprobe
 from tests.device import streams
 from tests.device.training import Net, batch, everything, scalars, step
+from torchprobe.capture.compiled import operators
 from torchprobe.testing import MemoryWriter
 
 
@@ -89,3 +90,17 @@ def test_that_the_fixture_sees_an_operation_of_ours_in_a_graph(run, monkeypatch)
         step(model, optimizer, *batch())
     assert [line for line in streams.found if "becomes part of the user's graph" in line]
     streams.found.clear()
+
+
+def test_inductor_leaves_a_handle_where_it_is():
+    """Under CUDA graphs it moves scalars of the host that a graph only hands on, and an operator could not read one."""
+    passes = pytest.importorskip("torch._inductor.fx_passes.post_grad")
+    mover = getattr(passes, "ConstructorMoverPass", None)
+    if not hasattr(mover, "is_cpu_scalar_tensor"):
+        pytest.skip("this Inductor moves no inputs")
+    graph, found = torch.fx.Graph(), {}
+    for name, value in {"scalar": torch.tensor(1), "handle": operators.GradientHook(print).handle}.items():
+        graph.placeholder(name).meta["val"] = value
+    for node in graph.nodes:
+        found[node.name] = mover("cuda", allow_outputs=True, allow_inputs=True).is_cpu_scalar_tensor(node)
+    assert found == {"scalar": True, "handle": False}

@@ -26,7 +26,7 @@ class Backward:
     __slots__ = (
         "counted",
         "elsewhere",
-        "flag",
+        "flags",
         "forwards",
         "inner",
         "kept",
@@ -57,7 +57,7 @@ class Backward:
         self.forwards = 0  # passes so far, of those of the same fate too
         self.kept: dict[Any, Any] = {}
         self.sign: Sign | None = None  # of NaN or inf in its passes or gradients
-        self.flag: Tensor | None = None  # the same on a device: above 0
+        self.flags: dict[str, Tensor] = {}  # the same on a device, by what it is of
         self.counted = 0  # the step in whose loss it is
         self.used = False
 
@@ -81,12 +81,16 @@ class Backward:
         if kept:
             self.kept = merge(self.kept, kept) if self.kept else kept
 
-    def note(self, sign: Sign | Tensor | None) -> None:
+    def note(self, sign: Sign) -> None:
         """What was seen of its numbers."""
-        if isinstance(sign, Tensor):
-            self.flag = sign if self.flag is None else self.flag | sign.to(self.flag.device)
-        elif sign is not None and self.sign is None:
+        if sign.flag is not None:
+            self._flag(sign.of, sign.flag)
+        elif self.sign is None:
             self.sign = sign
+
+    def _flag(self, of: str, flag: Tensor) -> None:
+        before = self.flags.get(of)
+        self.flags[of] = flag if before is None else before | flag.to(before.device)
 
     def settle(self, merge: Merge) -> None:
         """It is over: what its passes kept is put together."""
@@ -103,7 +107,7 @@ class Backward:
 
     def forget(self) -> None:
         """What was kept has been written."""
-        self.kept, self.sign, self.flag = {}, None, None
+        self.kept, self.sign, self.flags = {}, None, {}
 
     def take_for(self, step: int) -> None:
         """A step uses its gradients."""
@@ -143,5 +147,7 @@ class Backward:
         elif not other.inner:
             self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
         self.kept = merge(self.kept, other.kept) if self.kept else other.kept
-        self.note(other.sign)
-        self.note(other.flag)
+        if other.sign is not None:
+            self.note(other.sign)
+        for of, flag in other.flags.items():
+            self._flag(of, flag)

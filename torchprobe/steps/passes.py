@@ -196,10 +196,10 @@ class Passes:
         for kind, kept, sign in self._dropped.take() if self._dropped.any else ():
             if kind is UNDECIDED:
                 self._steps.validated(kept)
-            elif isinstance(sign, Tensor):
-                self._steps.skip(None, sign)
+            elif sign is not None and sign.flag is not None:
+                self._steps.skip(None, [sign.flag])
             elif sign is not None:
-                self._steps.skip(sign, None)
+                self._steps.skip(sign, [])
 
     def _settle_undecided(self) -> None:
         undecided, self._undecided = self._undecided, []

@@ -119,8 +119,8 @@ class Recorder:
         else:  # gradients came that were not heard of, and those before may have been zeroed
             found = []
         for backward in found:
-            if backward.sign is not None and not backward.used:
-                self._steps.put_sign(backward.sign)
+            if (backward.sign is not None or backward.flags) and not backward.used:
+                self._steps.put_signs(backward)
             step.use(backward)
         if self._passes.unheard or self._sources.running.compiled:
             unheard = self._passes.take_unheard()

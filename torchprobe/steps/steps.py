@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import SKIPPED_BEFORE, Piece
 from torchprobe.capture.gate import Meter
-from torchprobe.capture.nan_origin.check import Sign
+from torchprobe.capture.nan_origin.check import Sign, Signs
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.capture.times import Stopwatch
@@ -20,6 +22,7 @@ from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
 from torchprobe.records import Text, Value
 from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.steps.backward import Backward
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep
@@ -52,6 +55,7 @@ class Steps:
         self.watch = Stopwatch(timer, sources.model, meter, ranks)
         self._times = None if timer is None else StepTimes(timer, self.watch, outlet, ranks)
         self._ended: float | None = None  # when the last step did
+        self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self.has_validated = False
@@ -224,8 +228,14 @@ class Steps:
         if self.has_validated:
             self.current.extend(self._sources.end_validation())
 
-    def put_sign(self, sign: Sign) -> None:
-        """Numbers of the open step are not finite."""
+    def put_signs(self, backward: Backward) -> None:
+        """The open step uses a backward pass whose numbers are not finite, or on a device may be so."""
+        if backward.sign is not None:
+            self._put_sign(backward.sign)
+        for of, flag in backward.flags.items():
+            self.current.add(Piece(self._signs, [of], _row(flag)))
+
+    def _put_sign(self, sign: Sign) -> None:
         step = self.current
         step.put(f"nonfinite/{sign.of}", 1.0)
         if sign.finding is not None:
@@ -233,15 +243,18 @@ class Steps:
         step.hurry()
         self._sources.nan_seen()
 
-    def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
-        """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
-        if flag is not None:
-            rows = flag.to(row_dtype(flag.device)).reshape(1, 1)
-            self.current.add(Piece(SKIPPED_BEFORE, ["skipped"], rows))
+    def skip(self, sign: Sign | None, flags: Sequence[Tensor]) -> None:
+        """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user.
+
+        flags: on a device, each whether that is so.
+        """
+        if flags:
+            row = functools.reduce(torch.maximum, [_row(flag).to(flags[0].device) for flag in flags])
+            self.current.add(Piece(SKIPPED_BEFORE, ["skipped"], row))
         if sign is not None:
             self.clock.skip()
             if not self._sources.scaled():
-                self.put_sign(sign)
+                self._put_sign(sign)
 
     def put_overview(self) -> None:
         """What torchprobe says of itself."""
@@ -298,3 +311,7 @@ def _loss_rows(reporter: Reporter, loss: float | Tensor) -> Piece:
     """The loss as rows, which several ranks combine."""
     known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
     return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
+
+
+def _row(flag: Tensor) -> Tensor:
+    return flag.to(row_dtype(flag.device)).reshape(1, 1)

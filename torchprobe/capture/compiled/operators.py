@@ -55,11 +55,14 @@ _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
-    """The handle of an object: a tensor in host memory, whatever the model's device."""
+    """The handle of an object: a tensor in host memory, whatever the model's device.
+
+    One of no dimension would be moved to the GPU by Inductor, under CUDA graphs, where a graph only hands it on.
+    """
     number = next(_numbers)
     _objects[number] = target
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        return torch.from_numpy(np.array(number))  # of which no mode of the user's hears
+        return torch.from_numpy(np.array([number]))  # of which no mode of the user's hears
 
 
 class GradientHook:
@@ -87,7 +90,7 @@ skip_frames(GradientHook.__call__)
 
 def _target(handle: Tensor) -> Any:
     """The object of a handle; None while the user captures a graph, of which this would become part."""
-    return None if records_graph() else _objects.get(int(handle.numpy()))  # made by `handle`, in host memory
+    return None if records_graph() else _objects.get(int(handle.numpy()[0]))  # made by `handle`
 
 
 def _attention(handle: Tensor, *call: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchprobe.capture.compat import no_dispatch_modes
@@ -24,10 +26,28 @@ _LOOKS = 3  # steps to look at closely before giving up
 
 
 class Sign(NamedTuple):
-    """That numbers were not finite: in "output" or "gradient", and where it came from, when that is known."""
+    """That numbers were not finite: in "output" or "gradient", and where it came from, when that is known.
+
+    flag: on a device, whether they were; None where it is known that they were.
+    """
 
     of: str
-    finding: Finding | None
+    finding: Finding | None = None
+    flag: Tensor | None = None
+
+
+class Signs:
+    """Reports the flags that came from devices: those that are set, which `seen` hears of in the drain thread."""
+
+    def __init__(self, seen: Callable[[], None]) -> None:
+        self._seen = seen
+
+    def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, float]]:
+        """Each name is what a sign is of."""
+        for of, count in zip(names, rows[:, 0].tolist(), strict=True):
+            if count > 0:
+                self._seen()
+                yield f"nonfinite/{of}", 1.0
 
 
 class NanCheck:
@@ -51,8 +71,8 @@ class NanCheck:
             nan = torch.full((1,), math.nan, device="cpu")
             self._nan_differs = not torch.equal(nan, nan)  # some versions of torch compare addresses first
 
-    def output(self, output: Any) -> Sign | Tensor | None:
-        """A training pass has returned: a sign of NaN, a flag on the device, or None when all is well."""
+    def output(self, output: Any) -> Sign | None:
+        """A training pass has returned: a sign of NaN, on a device whether there is one, or None when all is well."""
         if self.gate.failed:
             return None
         try:
@@ -64,7 +84,7 @@ class NanCheck:
             self.gate.fail(error)
             return None
 
-    def gradients(self) -> Sign | Tensor | None:
+    def gradients(self) -> Sign | None:
         """A backward pass has ended: the same for its gradients."""
         if self.gate.failed:
             return None
@@ -80,23 +100,23 @@ class NanCheck:
             self.gate.fail(error)
             return None
 
-    def _of_output(self, output: Any) -> Sign | Tensor | None:
+    def _of_output(self, output: Any) -> Sign | None:
         tensor = main_tensor(output)
         if tensor is None or not _is_plain(tensor):
             return None
         value = _sum(_column(tensor.detach()))
         if isinstance(value, Tensor):
-            return value.isnan()
+            return Sign("output", flag=value.isnan())
         return Sign("output", of_output(self._named(), [tensor])) if math.isnan(value) else None
 
-    def _of_gradients(self) -> Sign | Tensor | None:
+    def _of_gradients(self) -> Sign | None:
         parameter = self._first_trained()
         gradient = None if parameter is None else parameter.grad
         if gradient is None or not _is_plain(gradient):
             return None
         value = _sum(gradient.detach() if gradient.requires_grad else gradient)
         if isinstance(value, Tensor):
-            return (value * 0.0).isnan()  # two kernels, where `isfinite` takes four
+            return Sign("gradient", flag=(value * 0.0).isnan())  # two kernels, where `isfinite` takes four
         return None if math.isfinite(value) else Sign("gradient", of_gradients(self._named()))
 
     def seen(self) -> None:

@@ -11,6 +11,7 @@ from unicodedata import category
 import numpy as np
 from numpy.typing import NDArray
 
+from torchprobe.writers.folding import NAMES, unfolded
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
 from torchprobe.writers.tfrecord import records_of
 
@@ -117,6 +118,7 @@ class Contents:
         self.unread: dict[str, None] = {}
         self._kinds: dict[str, tuple[str, str]] = {}  # a tag's first value says which page shows it
         self._series: dict[str, tuple[int, Series]] = {}
+        self._layers: list[str] = []
 
     def series(self, tag: str) -> Series:
         """The points of a scalar; of two values for one step the later counts."""
@@ -161,9 +163,11 @@ class Contents:
             self._text(tag, event.step, value)
         elif plugin == "images":
             self._image(tag, event.step, value)
+        elif plugin == _PLUGIN and tag == NAMES:
+            start, *names = [part.decode(errors="replace") for part in value.tensor.string_val]
+            self._layers[int(start) :] = map(visible, names)
         elif plugin == _PLUGIN:
-            matrix = event.step, _matrix(value)
-            self.tensors.setdefault(tag, []).append(matrix)
+            self._tensor(tag, event, _matrix(value))
         elif (plugin == "scalars" or value.HasField("simple_value")) and not tag.startswith(f"{FINAL}/"):
             point = event.step, _number(value), event.wall_time
             self.scalars.setdefault(tag, []).append(point)
@@ -174,6 +178,13 @@ class Contents:
         ]
         if lines:
             self.texts.setdefault(tag, []).append((step, "\n".join(lines)))
+
+    def _tensor(self, tag: str, event: Any, matrix: NDArray[np.float32]) -> None:
+        layers = unfolded(tag, self._layers, matrix)
+        for scalar, number in layers:
+            self.scalars.setdefault(scalar, []).append((event.step, number, event.wall_time))
+        if not layers:
+            self.tensors.setdefault(tag, []).append((event.step, matrix))
 
     def _image(self, tag: str, step: int, value: Any) -> None:
         picture = step, bytes(value.tensor.string_val[2])  # after its width and height

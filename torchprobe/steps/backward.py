@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,6 +92,12 @@ class Backward:
     def _flag(self, of: str, flag: Tensor) -> None:
         before = self.flags.get(of)
         self.flags[of] = flag if before is None else before | flag.to(before.device)
+
+    @property
+    def flag(self) -> Tensor | None:
+        """Whether any of its numbers are not finite, on a device; None where no device says."""
+        flags = list(self.flags.values())
+        return functools.reduce(lambda a, b: a | b.to(a.device), flags) if flags else None
 
     def settle(self, merge: Merge) -> None:
         """It is over: what its passes kept is put together."""

@@ -232,7 +232,7 @@ class Gradients:
     def _drop(self, backward: Backward) -> None:
         """Nobody used its gradients. Where they were finite that is no skipped step."""
         if backward.sign is not None or backward.flags:
-            self._steps.skip(backward.sign, list(backward.flags.values()))
+            self._steps.skip(backward.sign, backward.flag)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
         state = GradientState(trained(optimizer), optimizer)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torchprobe.buffer.step import Piece, StepBuffer
+from torchprobe.buffer.step import Reporter as Reports
+from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.probes.base import Reporter
-from torchprobe.records import Value
-from torchprobe.statistics.dtypes import on_host
+from torchprobe.records import Text, Value
+from torchprobe.statistics.dtypes import on_host, row_dtype
 from torchprobe.steps.backward import Backward
 
 
@@ -67,6 +69,18 @@ class OpenStep:
                 return
         self.pieces.append(piece)
 
+    def put_sign(self, sign: Sign) -> None:
+        """Its numbers are not finite, which is to be written at once."""
+        self.put(f"nonfinite/{sign.of}", 1.0)
+        if sign.finding is not None:
+            self.put(f"provenance/{sign.finding.where}", Text(sign.finding.text))
+        self._urgent = True
+
+    def put_flags(self, reporter: Reports, flags: Mapping[str, Tensor]) -> None:
+        """Flags on devices, by what they are of."""
+        for of, flag in flags.items():
+            self.add(Piece(reporter, [of], flag.to(row_dtype(flag.device)).reshape(1, 1)))
+
     def replace(self, piece: Piece) -> None:
         """Rows of a probe in place of earlier ones that have a name in common with them."""
         names, kind = set(piece.names), (piece.reporter, piece.prefix)
@@ -116,10 +130,6 @@ class OpenStep:
     def void(self, flag: Tensor) -> None:
         """A flag on the device says whether the optimizer has skipped the step."""
         self._void = flag
-
-    def hurry(self) -> None:
-        """What it has is to be written at once."""
-        self._urgent = True
 
     def compute_on(self, same_data: Sequence[int]) -> None:
         """Ranks that compute on the same examples."""
@@ -175,3 +185,9 @@ class OpenStep:
         self.values, self.scalars, self.pieces = {}, {}, []
         self._missing, self._same_data, self._urgent, self._void = (), (), False, None
         return taken
+
+
+def loss_rows(reporter: Reporter, loss: float | Tensor) -> Piece:
+    """The loss as rows, which several ranks combine."""
+    known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
+    return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))

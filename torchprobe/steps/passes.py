@@ -197,9 +197,9 @@ class Passes:
             if kind is UNDECIDED:
                 self._steps.validated(kept)
             elif sign is not None and sign.flag is not None:
-                self._steps.skip(None, [sign.flag])
+                self._steps.skip(None, sign.flag)
             elif sign is not None:
-                self._steps.skip(sign, [])
+                self._steps.skip(sign, None)
 
     def _settle_undecided(self) -> None:
         undecided, self._undecided = self._undecided, []

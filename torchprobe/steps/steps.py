@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchprobe.buffer.outlet import Outlet, Overview
-from torchprobe.buffer.step import SKIPPED_BEFORE, Piece
+from torchprobe.buffer.step import SKIPPED_BEFORE
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.nan_origin.check import Sign, Signs
 from torchprobe.capture.optimizers import any_alive, parameter_ids
@@ -20,12 +17,11 @@ from torchprobe.capture.times import Stopwatch
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
-from torchprobe.records import Text, Value
-from torchprobe.statistics.dtypes import row_dtype
+from torchprobe.records import Value
 from torchprobe.steps.backward import Backward
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.machine import StepMachine
-from torchprobe.steps.open_step import OpenStep
+from torchprobe.steps.open_step import OpenStep, loss_rows
 from torchprobe.steps.times import StepTimes
 
 
@@ -182,7 +178,7 @@ class Steps:
             step.values["overview/loss"] = loss
         elif loss is not None:
             losses = [reporter for reporter in self._plan.losses if reporter in step.light]
-            step.extend([_loss_rows(reporter, loss) for reporter in losses])
+            step.extend([loss_rows(reporter, loss) for reporter in losses])
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
                 seldom = self._sources.running.compiled or self._by_methods  # hooks inside, where a step samples
@@ -232,25 +228,16 @@ class Steps:
         """The open step uses a backward pass whose numbers are not finite, or on a device may be so."""
         if backward.sign is not None:
             self._put_sign(backward.sign)
-        for of, flag in backward.flags.items():
-            self.current.add(Piece(self._signs, [of], _row(flag)))
+        self.current.put_flags(self._signs, backward.flags)
 
     def _put_sign(self, sign: Sign) -> None:
-        step = self.current
-        step.put(f"nonfinite/{sign.of}", 1.0)
-        if sign.finding is not None:
-            step.put(f"provenance/{sign.finding.where}", Text(sign.finding.text))
-        step.hurry()
+        self.current.put_sign(sign)
         self._sources.nan_seen()
 
-    def skip(self, sign: Sign | None, flags: Sequence[Tensor]) -> None:
-        """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user.
-
-        flags: on a device, each whether that is so.
-        """
-        if flags:
-            row = functools.reduce(torch.maximum, [_row(flag).to(flags[0].device) for flag in flags])
-            self.current.add(Piece(SKIPPED_BEFORE, ["skipped"], row))
+    def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
+        """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
+        if flag is not None:
+            self.current.put_flags(SKIPPED_BEFORE, {"skipped": flag})
         if sign is not None:
             self.clock.skip()
             if not self._sources.scaled():
@@ -305,13 +292,3 @@ class Steps:
         self._decide(self.clock.following)
         begun = self.clock.number == self.clock.following
         self.current = OpenStep(self.clock.number, self._due, self._light) if begun else OpenStep(self.clock.number)
-
-
-def _loss_rows(reporter: Reporter, loss: float | Tensor) -> Piece:
-    """The loss as rows, which several ranks combine."""
-    known = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64, device="cpu")
-    return Piece(reporter, ["loss"], known.to(row_dtype(known.device)).reshape(1, 1))
-
-
-def _row(flag: Tensor) -> Tensor:
-    return flag.to(row_dtype(flag.device)).reshape(1, 1)

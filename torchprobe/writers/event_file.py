@@ -32,6 +32,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Margin, Outcome, Record, Text, Value, group_of
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
+from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
 
@@ -45,6 +46,7 @@ _PLUGINS: Mapping[type, tuple[str, int]] = {
     Text: (text_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Image: (image_plugin.PLUGIN_NAME, DATA_CLASS_BLOB_SEQUENCE),
     np.ndarray: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
+    Names: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
     HParams: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Outcome: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
     Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
@@ -58,6 +60,9 @@ class EventFileWriter:
     log_dir: a directory, or the URL of one that fsspec can write to (`s3://bucket/run`). A remote file is sent whole
     with every batch, and followed by another one at 4 MiB.
 
+    most_tags: with more, the scalars of layers are written as one tensor a statistic, `per_layer/<statistic>`, since
+    TensorBoard holds and shows each tag by itself; None for never. The report and the Probe tab show them all the same.
+
     An existing file is never appended to: this one's name sorts after all others, whatever the
     clock says, and a file that is deleted, moved away, replaced or cut short by others is followed by a new one,
     with a line in the log. Every file starts
@@ -68,13 +73,20 @@ class EventFileWriter:
     A batch is on disk (in the page cache, not synced), or in the store, when `write` returns. One that does not
     fit leaves the file as it was and raises OSError: write the same batch again later.
 
-    Raises TypeError for a `log_dir` that is no path, ValueError for a URL of an unknown kind, ImportError for one whose
-    package is missing, OSError for a directory that cannot be made or written to.
+    Raises TypeError for a `log_dir` that is no path and `most_tags` that is no whole number, ValueError for a URL of an
+    unknown kind, ImportError for one whose package is missing, OSError for a directory that cannot be made or written
+    to.
     """
 
     def __init__(
-        self, log_dir: str | os.PathLike[str], *, filename_suffix: str = "", restart_step: int | None = None
+        self,
+        log_dir: str | os.PathLike[str],
+        *,
+        filename_suffix: str = "",
+        restart_step: int | None = None,
+        most_tags: int | None = MOST_TAGS,
     ) -> None:
+        self._folding = Folding(_checked(most_tags))
         self._place = place_of(log_dir)
         self._suffix = filename_suffix
         self._start_step = restart_step
@@ -99,13 +111,14 @@ class EventFileWriter:
             self._reopen(fault)
         if self._restart is not None:
             self._start_step, self._restart = self._restart, None
-        described = self._described.copy()
+        described, folding = self._described.copy(), self._folding
         events = [] if self._started else [self._session_start(records[0])]
         for record in records:
-            events.append(encode(record, described))
-            described.update(record.values)
+            folded, folding = folding.fold(record)
+            events.append(encode(folded, described))
+            described.update(folded.values)
         self._file.append(b"".join(frame(event.SerializeToString()) for event in events))
-        self._started, self._described = True, described
+        self._started, self._described, self._folding = True, described, folding
         self._start_step = records[-1].step + 1
 
     def restart(self, step: int) -> None:
@@ -127,7 +140,7 @@ class EventFileWriter:
         before.close()
         if fault is not None:
             self._faults.tell(before.path, fault, self._file.path)
-        self._started, self._described = False, set()
+        self._started, self._described, self._folding = False, set(), self._folding.reopened()
 
     def _create(self) -> GrowingFile:
         newest = max((int(match[1]) for match in map(_NAME.match, self._place.names()) if match), default=0)
@@ -153,6 +166,12 @@ def encode(record: Record, described: Collection[str] = ()) -> Event:
             stored["metadata"] = _metadata(value, record.descriptions.get(group_of(tag), ""))
         entries.add(tag=tag, **stored)
     return event
+
+
+def _checked(most_tags: int | None) -> int | None:
+    if most_tags is not None and (isinstance(most_tags, bool) or not isinstance(most_tags, int)):
+        raise TypeError(f"most_tags={most_tags!r}: takes a number of tags or None, not {type(most_tags).__name__}")
+    return most_tags
 
 
 def trim(histogram: Histogram) -> Histogram:
@@ -185,6 +204,8 @@ def _stored(tag: str, value: Any) -> dict[str, Any]:
         return _tensor(value.astype(np.float32, copy=False), DT_FLOAT)
     if isinstance(value, Layout):
         return _tensor([serialized(value)], DT_STRING, ())
+    if isinstance(value, Names):
+        return _tensor([b"%d" % value.start, *(n.encode() for n in value.names)], DT_STRING, (1 + len(value.names),))
     if isinstance(value, HParams | Outcome):
         return _tensor(_NOTHING, DT_FLOAT)  # the page reads the metadata alone
     if not hasattr(value, "__float__"):

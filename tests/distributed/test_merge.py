@@ -207,3 +207,34 @@ def test_ranks_are_in_one_group_by_way_of_others():
     copy = {rank + 4: tuple(other + 4 for other in others) for rank, others in both.items()}
     assert same_data_groups(both | copy) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert same_data_groups({0: (0, 1, 2), 2: ()}) == [[0, 2]]  # of rank 1 nothing was heard
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64, 100])
+def test_many_ranks_are_one_batch_and_take_few_calls(ranks, monkeypatch):
+    torch.manual_seed(0)
+    probe, calls = torchprobe.Activations(every=1), []
+    combine = type(probe).combine_rows
+    monkeypatch.setattr(type(probe), "combine_rows", lambda self, a, b: calls.append(len(a)) or combine(self, a, b))
+    sizes = [1 + (rank * 5) % 7 for rank in range(ranks)]
+    scales = {"a": 1.0, "b": 1e3, "c": 1e-3}
+    outputs = {n: [torch.randn(size, dtype=torch.float64) * by for size in sizes] for n, by in scales.items()}
+    parts = {
+        rank: [Part("0", "", list(outputs), np.concatenate([row_of(probe, x[rank]) for x in outputs.values()]))]
+        for rank in range(ranks)
+    }
+    found = merge(probe, parts, each_alone(ranks))
+    assert found.names == list(outputs)
+    for row, tensors_of in zip(found.rows, outputs.values(), strict=True):
+        np.testing.assert_allclose(row, row_of(probe, torch.cat(tensors_of))[0], rtol=1e-9, atol=1e-12)
+    assert len(calls) == (ranks - 1).bit_length()
+
+
+def test_ranks_whose_rows_differ_in_number_or_names_are_merged_by_name():
+    probe = torchprobe.Activations(every=1)
+    x, y, z = torch.ones(3), torch.full((2,), 4.0), torch.zeros(5)
+    both = np.concatenate([row_of(probe, x), row_of(probe, y)])
+    parts = {0: [Part("0", "", ["m", "n"], both)], 1: [Part("0", "", ["n"], row_of(probe, z))]}
+    found = merge(probe, parts, each_alone(2))
+    rows = dict(zip(found.names, found.rows, strict=True))
+    np.testing.assert_allclose(rows["m"], row_of(probe, x)[0])
+    np.testing.assert_allclose(rows["n"], row_of(probe, torch.cat((y, z)))[0])

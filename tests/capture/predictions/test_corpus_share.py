@@ -10,7 +10,7 @@ import torch
 from tests.capture.predictions.test_corpus import RIGHT, TREACHEROUS, seen
 from tests.capture.predictions.test_corpus_of_kinds import DECEIVING, KNOWN
 
-CLAIMABLE, OTHERS = [*RIGHT, *KNOWN], [*TREACHEROUS, *DECEIVING]
+CLAIMABLE = [*RIGHT, *KNOWN]
 
 
 def claims() -> Iterator[tuple[bool, str]]:
@@ -26,18 +26,11 @@ def claims() -> Iterator[tuple[bool, str]]:
             yield made, "" if right else f"{program.name}: {tag} is {got.values.get(tag)}, should be {truth}"
 
 
-def others() -> Iterator[str]:
-    """What is claimed where nothing can be."""
-    for name, make, step, absent in OTHERS:
-        torch.manual_seed(0)
-        yield from (f"{name}: {tag}" for tag in seen(make(), step).values if tag.startswith(absent))
-
-
 def test_no_claim_is_wrong_and_nine_of_ten_that_can_be_right_are_made():
     found = list(claims())
-    wrong = [line for _, line in found if line] + list(others())
+    wrong = [line for _, line in found if line]  # of the others each has a test of its own
     made = sum(made for made, _ in found)
-    programs = len(CLAIMABLE) + len(OTHERS)
+    programs = len(CLAIMABLE) + len(TREACHEROUS) + len(DECEIVING)
     print(f"\n{programs} programs; {len(found)} claims can be right, {made} are made; {len(wrong)} are wrong")
     assert wrong == []
     assert programs >= 60

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
-from tests.device.training import Net, batch, everything, scalars, step
+from tests.device.training import Net, batch, everything, goes_wrong_unsampled, scalars, step
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -252,6 +252,11 @@ def test_a_grad_scaler_that_skips(errors_on_waiting, fused):
     found = [value for (_, tag), value in sorted(scalars(writer).items()) if tag == "overview/grad_norm"]
     assert found == pytest.approx(norms_seen, rel=1e-4)
     assert writer.value("overview/skipped_steps") == 1
+
+
+@pytest.mark.parametrize(("bad", "of"), [("forward", "output"), ("backward", "gradient")])
+def test_numbers_that_are_not_finite_are_seen_in_a_step_that_nothing_samples(bad, of):
+    goes_wrong_unsampled(torch.device("cuda"), bad, of)
 
 
 def test_memory_does_not_grow():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import weakref
 
 import pytest
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
-from tests.device.training import Net, batch, everything, scalars, step, values
+from tests.device.training import Net, batch, everything, goes_wrong_unsampled, scalars, step, values
 from torchprobe.testing import MemoryWriter
 
 FUSED = {"fused": True}
@@ -172,28 +171,7 @@ def test_where_nan_comes_from(fgpu):
 @pytest.mark.parametrize(("bad", "of"), [("forward", "output"), ("backward", "gradient")])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_numbers_that_are_not_finite_are_seen_in_a_step_that_nothing_samples(fgpu, bad, of, parts):
-    """Nothing else of the run tells: no loss, no statistics of that step. The steps after it are looked at closely."""
-    torch.manual_seed(0)
-    with fgpu:
-        model, writer, now = Net(), MemoryWriter(), [0]
-        model.block.register_forward_hook(lambda m, i, out: out * math.nan if now[0] == 4 and bad == "forward" else out)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        probes, rules = [torchprobe.Provenance(every=100)], ["non_finite"]
-        with torchprobe.instrument(model, writer=writer, probes=probes, rules=rules) as session:
-            for now[0] in range(1, 8):
-                optimizer.zero_grad()
-                for part in range(parts):
-                    x, y = batch()
-                    loss = F.cross_entropy(model(x), y)
-                    (loss * math.nan if now[0] == 4 and bad == "backward" and part == 0 else loss).backward()
-                optimizer.step()
-                session.flush()
-    assert min(alert.step for alert in session.alerts) == 4
-    written = scalars(writer)
-    assert (4, f"nonfinite/{of}") in written
-    assert not [key for key in written if key[0] < 4 and key[1].startswith("nonfinite/")]
-    later = [tag for number, tags in values(writer).items() if number > 4 for tag in tags]
-    assert any(tag.startswith("provenance/") for tag in later)
+    goes_wrong_unsampled(fgpu, bad, of, parts)
 
 
 @pytest.mark.parametrize("every", [1, 100])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -67,3 +69,28 @@ def values(writer: MemoryWriter) -> dict[int, dict[str, object]]:
 
 def scalars(writer: MemoryWriter) -> dict[tuple[int, str], float]:
     return {(k, tag): v for k, tags in values(writer).items() for tag, v in tags.items() if isinstance(v, float)}
+
+
+def goes_wrong_unsampled(device: torch.device, bad: str, of: str, parts: int = 1) -> None:
+    """NaN in step 4, of which nothing else of the run tells: no loss, no statistics. The next are looked at closely."""
+    torch.manual_seed(0)
+    with device:
+        model, writer, now = Net(), MemoryWriter(), [0]
+        model.block.register_forward_hook(lambda m, i, out: out * math.nan if now[0] == 4 and bad == "forward" else out)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        probes, rules = [torchprobe.Provenance(every=100)], ["non_finite"]
+        with torchprobe.instrument(model, writer=writer, probes=probes, rules=rules) as session:
+            for now[0] in range(1, 8):
+                optimizer.zero_grad()
+                for part in range(parts):
+                    tokens, targets = batch()
+                    loss = F.cross_entropy(model(tokens), targets)
+                    (loss * math.nan if now[0] == 4 and bad == "backward" and part == 0 else loss).backward()
+                optimizer.step()
+                session.flush()
+    assert min(alert.step for alert in session.alerts) == 4
+    written = scalars(writer)
+    assert (4, f"nonfinite/{of}") in written
+    assert not [key for key in written if key[0] < 4 and key[1].startswith("nonfinite/")]
+    later = [tag for number, tags in values(writer).items() if number > 4 for tag in tags]
+    assert any(tag.startswith("provenance/") for tag in later)

@@ -102,7 +102,8 @@ def idle_calls(kind: str, layers: int) -> list[str]:
 def test_an_idle_step_of_each_kind_of_loop_makes_few_calls_whatever_the_models_size(kind):
     few, many = (idle_calls(kind, layers) for layers in (1, 3 if kind == "compiled" else 6))  # a block takes long there
     assert abs(len(many) - len(few)) <= CHANCE, Counter(many) - Counter(few)
-    assert max(len(few), len(many)) <= MOST_CALLS[kind], Counter(few)
+    asked = sum(name == "records_graph" for name in few) * 2  # where torch is built for a device that records graphs
+    assert max(len(few), len(many)) <= MOST_CALLS[kind] + asked, Counter(few)
 
 
 def test_a_sampled_step_calls_the_hook_of_every_chosen_module():

@@ -55,7 +55,7 @@ def plain_root() -> Tensor | None:
         if code is _BACKWARD:
             call = frame.f_locals
             root, outer = call["tensors"], frame.f_back
-            plain = type(root) is tuple and len(root) == 1 and type(root[0]) is Tensor and call.get("inputs") is None
+            plain = type(root) is tuple and len(root) == 1 and type(root[0]) is Tensor and not call.get("inputs")
             caller = None if outer is None else outer.f_code
             of_stage = PIPELINING in sys.modules and caller is backward_code()
             if not plain or call.get("grad_tensors") is not None or caller is _RECOMPUTED or of_stage:
@@ -108,10 +108,10 @@ def _of_inputs(stage: FrameType) -> Roots:
 
 
 def _of_backward(call: Any) -> Roots:
-    tensors, inputs = call["tensors"], call.get("inputs")
-    tensors, inputs = _tuple(tensors), _tuple(inputs)
+    tensors, inputs = _tuple(call["tensors"]), call.get("inputs")
     value = _value(tensors, _tuple(call.get("grad_tensors")))
-    for_parameters = inputs == (None,) or any(isinstance(x, nn.Parameter) for x in inputs)
+    # Without any they are None, of which older torch makes an empty tuple in place.
+    for_parameters = inputs is None or inputs == () or any(isinstance(x, nn.Parameter) for x in _tuple(inputs))
     return Roots("backward", value, for_parameters, tensors)
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+_T = TypeVar("_T")
+_KEPT = 8  # sets of tags: those of sampled steps, of the others, with and without validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,9 @@ class Layout:
 Value: TypeAlias = "float | Histogram | Text | Image | NDArray[np.float32] | HParams | Outcome | Layout"
 """What a tag can hold at a step: a scalar, or one of the richer kinds. An array becomes a tensor summary."""
 
+Groups: TypeAlias = "Mapping[str, Sequence[tuple[str, str]]]"
+"""Tags by what stands before their first slash, in order: what stands behind it, and the tag."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -109,6 +116,16 @@ class Record:
     descriptions: Mapping[str, str] = field(default_factory=dict)
     sampled: bool = False
     evidence: Mapping[str, float] = field(default_factory=dict)
+    groups: Groups | None = field(default=None, compare=False, repr=False)
+    """Of the values, where they are known already."""
+
+    def group(self, name: str) -> Sequence[tuple[str, str]]:
+        """For each tag `<name>/<where>`, in order: where, and the tag."""
+        first, _, inner = name.partition("/")
+        found = (groups_of(self.values) if self.groups is None else self.groups).get(first, ())
+        if not inner:
+            return found
+        return [(rest[len(inner) + 1 :], tag) for rest, tag in found if rest.startswith(f"{inner}/")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +147,33 @@ EVIDENCE = "evidence/"
 def group_of(tag: str) -> str:
     """The tag's first component, without `val/`: `val/grad_norm/fc.weight` is in `grad_norm`."""
     return tag.removeprefix("val/").split("/", 1)[0]
+
+
+def groups_of(tags: Iterable[str]) -> Groups:
+    """Tags by group; those without a slash are in none."""
+    found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for tag in tags:
+        first, slash, rest = tag.partition("/")
+        if slash:
+            found[first].append((rest, tag))
+    return dict(found)
+
+
+class OfTags(Generic[_T]):
+    """What was found of the tags of a step, which most steps have again: kept for the last few sets of tags."""
+
+    def __init__(self, find: Callable[[tuple[str, ...]], _T]) -> None:
+        self._find = find
+        self._known: dict[tuple[str, ...], _T] = {}
+
+    def __call__(self, values: Mapping[str, Any]) -> _T:
+        """Of these values' tags, in their order."""
+        tags = tuple(values)
+        if tags not in self._known:
+            while len(self._known) >= _KEPT:
+                del self._known[next(iter(self._known))]
+            self._known[tags] = self._find(tags)
+        return self._known[tags]
 
 
 def storable(value: object) -> Value | None:

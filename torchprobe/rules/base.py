@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torchprobe.arguments import check_count
-from torchprobe.records import Record
+from torchprobe.records import Record, Text
 from torchprobe.rules.alert import Alert
 
 Found: TypeAlias = "list[Alert] | None"
@@ -201,15 +201,19 @@ def _plain(alert: Any) -> Alert:
 def scalar(record: Record, tag: str) -> float | None:
     """The number under a tag, NaN and inf included; None when there is none."""
     value = record.values.get(tag)
-    return float(value) if isinstance(value, Real) else None
+    return value if type(value) is float else float(value) if isinstance(value, Real) else None
 
 
-def group(record: Record, name: str) -> Iterator[tuple[str, float]]:
+def group(record: Record, name: str) -> list[tuple[str, float]]:
     """(module or parameter, number) of each tag `<name>/<module or parameter>`, without validation."""
-    prefix = f"{name}/"
-    for tag, value in record.values.items():
-        if tag.startswith(prefix) and isinstance(value, Real):
-            yield tag[len(prefix) :], float(value)
+    found = [(where, record.values[tag]) for where, tag in record.group(name)]
+    return [(where, float(value)) for where, value in found if type(value) is float or isinstance(value, Real)]
+
+
+def texts(record: Record, name: str) -> list[tuple[str, str]]:
+    """(where, Markdown) of each text `<name>/<where>`."""
+    found = [(where, record.values[tag]) for where, tag in record.group(name)]
+    return [(where, value.markdown) for where, value in found if isinstance(value, Text)]
 
 
 def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
@@ -220,7 +224,7 @@ def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
 
 def not_finite(record: Record) -> bool:
     """Whether gradients or parameters hold NaN or inf: norms over what is left say little then."""
-    return any(tag.startswith(("grad_nonfinite/", "parameters_nonfinite/", "nonfinite/")) for tag in record.values)
+    return any(map(record.group, ("grad_nonfinite", "parameters_nonfinite", "nonfinite")))
 
 
 def check_positive(argument: str, value: float) -> None:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from torchprobe.records import Record, Text
+from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Memory, first_of, group, scalar
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Memory, first_of, group, scalar, texts
 
 _NORMS = ("overview/grad_norm_unclipped", "overview/grad_norm")  # a clipped norm says nothing: the first there is
 _ROUNDING = 1e-6  # of the mean: what float32 losses of one and the same model differ by
@@ -21,7 +21,6 @@ _HIGH = 98  # percentile that each of them is above
 _SMALL = 0.02  # of the largest value seen: at the end of learning, what is far out may be next to nothing
 _TIMES = 4.0  # the window's largest: then one value is enough,
 _LARGE = 0.2  # if it is above this share of the largest value seen
-_NOTHING = "nothing_captured/"  # + probe: Text that says why
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Overconfidence(BuiltIn):
         return Memory(self._look)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        trains = kept["trains"] = kept.get("trains", False) or any(tag.startswith("lr/") for tag in record.values)
+        trains = kept["trains"] = kept.get("trains", False) or bool(record.group("lr"))
         judged = [self._judge(record, kept, *part) for part in (("", None), ("val/", "val"))]
         if trains and record.step < self.untrained:
             kept.update({"": [], "val/": []})
@@ -219,11 +218,7 @@ class NothingCaptured(BuiltIn):
         return partial(self._look, [])
 
     def _look(self, found: list[Alert], record: Record) -> Found:
-        found += [
-            self.alert(record.step, tag.removeprefix(_NOTHING), 0.0, None, value.markdown)
-            for tag, value in record.values.items()
-            if tag.startswith(_NOTHING) and isinstance(value, Text)
-        ]
+        found += [self.alert(record.step, probe, 0.0, None, why) for probe, why in texts(record, "nothing_captured")]
         return found or None
 
 

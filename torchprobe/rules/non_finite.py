@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchprobe.records import Record, Text
+from torchprobe.records import OfTags, Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.base import BuiltIn, Found, group, scalar
+from torchprobe.rules.base import BuiltIn, Found, group, scalar, texts
 
-ORIGIN = "provenance/"  # + module: Text that says what turned finite numbers into others
+ORIGIN = "provenance"  # /module: Text that says what turned finite numbers into others
 NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model
 
 _SEEN = {  # tag group -> what it counts, in the order in which numbers go bad within a step
@@ -66,10 +66,11 @@ class _NonFiniteWatcher:
         self._explained = False
         self._last_bad = self._last_clean = 0
         self._clean = 0  # steps running
+        self._losses = OfTags(_losses_in)
 
     def __call__(self, record: Record) -> Found:
         """One alert for all of it."""
-        evidence = next(_evidence(record), None)
+        evidence = next(_evidence(record, self._losses(record.values)), None)
         if evidence is not None:
             self._hold(record.step, evidence)
         elif record.step == self._last_bad:  # a second record of that step: of what was logged after it
@@ -95,23 +96,21 @@ class _NonFiniteWatcher:
         self._holding[evidence.where] = self._rule.alert(step, evidence.where, evidence.elements, None, message)
 
 
-def _evidence(record: Record) -> Iterator[_Evidence]:
+def _evidence(record: Record, losses: Iterable[str]) -> Iterator[_Evidence]:
     """What says that numbers are not finite, the most telling first."""
     yield from _origins(record)
     for name in ("activation_nonfinite", *_BACKWARD):
         yield from _counts(record, name)
     yield from _signs(record)
     yield from _counts(record, "parameters_nonfinite")
-    yield from _losses(record)
+    yield from _losses(record, losses)
     yield from _counts(record, "val/activation_nonfinite")
 
 
 def _origins(record: Record) -> Iterator[_Evidence]:
-    for tag, value in reversed(list(record.values.items())):  # what module hooks saw stands after what was inferred
-        if tag.startswith(ORIGIN) and isinstance(value, Text):
-            where = tag.removeprefix(ORIGIN)
-            count = scalar(record, f"activation_nonfinite/{where}") or scalar(record, f"grad_nonfinite/{where}") or 1.0
-            yield _Evidence(None if where == NO_MODULE else where, count, value.markdown, origin=True)
+    for where, text in reversed(texts(record, ORIGIN)):  # what module hooks saw stands after what was inferred
+        count = scalar(record, f"activation_nonfinite/{where}") or scalar(record, f"grad_nonfinite/{where}") or 1.0
+        yield _Evidence(None if where == NO_MODULE else where, count, text, origin=True)
 
 
 def _counts(record: Record, name: str) -> Iterator[_Evidence]:
@@ -128,8 +127,12 @@ def _signs(record: Record) -> Iterator[_Evidence]:
             yield _Evidence(None, 1.0, message)
 
 
-def _losses(record: Record) -> Iterator[_Evidence]:
-    for tag in record.values:
-        number = scalar(record, tag) if tag.rpartition("/")[2].endswith("loss") else None
+def _losses_in(tags: Iterable[str]) -> list[str]:
+    return [tag for tag in tags if tag.endswith("loss")]
+
+
+def _losses(record: Record, tags: Iterable[str]) -> Iterator[_Evidence]:
+    for tag in tags:
+        number = scalar(record, tag)
         if number is not None and not math.isfinite(number):
             yield _Evidence(None, 1.0, f"{tag} is {number}")

@@ -10,7 +10,7 @@ from itertools import count
 from time import time
 from typing import Any, Protocol
 
-from torchprobe.records import Record, Value
+from torchprobe.records import OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
 from torchprobe.rules.base import BuiltIn, Conditions
 from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
@@ -80,6 +80,7 @@ class Watch:
         self.stop: Alert | None = None
         """What ends the run at the next call of `check`."""
         self._step = 0
+        self._groups = OfTags(groups_of)
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
@@ -100,7 +101,8 @@ class Watch:
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
-        alerts = self._without_remarks(self._ask(record.step, lambda watcher: watcher(record)))
+        known = replace(record, groups=self._groups(record.values)) if self._rules else record
+        alerts = self._without_remarks(self._ask(record.step, lambda watcher: watcher(known)))
         announced, self._announced = self._announced, None
         shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record

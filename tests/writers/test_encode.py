@@ -13,7 +13,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.util.tensor_util import make_ndarray
 
 from torchprobe.records import Histogram, Image, Record, Text
-from torchprobe.writers.event_file import encode, trim
+from torchprobe.writers.event_file import Scalars, encode, trim
 
 HISTOGRAM = Histogram(np.arange(4.0), np.array([0, 2, 5]))
 IMAGE = Image(np.zeros((2, 3, 3), np.uint8))
@@ -122,3 +122,11 @@ def test_an_array_keeps_its_shape_and_values(order):
     entry = encode_one(array)
     assert np.array_equal(make_ndarray(entry.tensor), array)
     assert entry.metadata.plugin_data.plugin_name == "torchprobe"
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=200), st.floats(), min_size=1), st.integers(1, 2**40))
+def test_floats_that_are_encoded_at_once_have_the_bytes_of_protocol_buffers(values, step):
+    record = Record(step=step, wall_time=12.5, values=values)
+    many = Scalars(tuple(values))
+    assert many.event(Record(step=1, wall_time=0.0, values=dict.fromkeys(values, 7.0)))
+    assert many.event(record) == encode(record, values.keys()).SerializeToString()

@@ -24,9 +24,15 @@ from torchprobe.writers.layout import (
     LAYOUT_TAG,
     LayoutWriter,
     band_tags,
+    banded_in,
     bands,
     layout_of,
 )
+
+
+def bands_of(values) -> dict[str, float]:
+    return dict(bands(Record(1, 0.0, values), banded_in(values)))
+
 
 OVERVIEW = (
     "grad_norm", "update_ratio", "attention_entropy_min", "attention_max_logit", "epistemic", "aleatoric", "ece",
@@ -84,13 +90,13 @@ def test_the_gradient_norm_before_clipping_has_a_line_beside_the_one_that_is_use
 
 def test_a_band_is_the_median_between_the_extremes():
     values = {"update_ratio/a": 1.0, "update_ratio/b": 9.0, "update_ratio/c": float("nan"), "update_ratio/d": 2.0}
-    found = dict(bands(Record(1, 0.0, values)))
+    found = bands_of(values)
     assert found == {"layers/update_ratio/median": 2.0, "layers/update_ratio/min": 1.0, "layers/update_ratio/max": 9.0}
 
 
 def test_validation_has_bands_of_its_own():
     values = {"val/attention_entropy/a": 1.0, "val/attention_entropy/b": 3.0, "attention_entropy/a": 7.0}
-    assert dict(bands(Record(1, 0.0, values))) == {
+    assert bands_of(values) == {
         "val/layers/attention_entropy/median": 2.0,
         "val/layers/attention_entropy/min": 1.0,
         "val/layers/attention_entropy/max": 3.0,
@@ -99,14 +105,14 @@ def test_validation_has_bands_of_its_own():
 
 def test_what_is_no_number_or_no_layer_has_no_band():
     values = {"update_ratio/a": Text("x"), "update_ratio/b": 1.0, "loss": 1.0, "train/update_ratio": 2.0}
-    assert dict(bands(Record(1, 0.0, values))) == {}
+    assert bands_of(values) == {}
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(width=32), min_size=2, max_size=8))
 def test_a_band_holds_every_finite_value(values):
     finite = [value for value in values if np.isfinite(value)]
-    found = dict(bands(Record(1, 0.0, {f"grad_norm_layer/{i}": v for i, v in enumerate(values)})))
+    found = bands_of({f"grad_norm_layer/{i}": v for i, v in enumerate(values)})
     if len(finite) < 2:
         assert found == {}
     else:

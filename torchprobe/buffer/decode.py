@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
-from torchprobe.records import EVIDENCE, Record, Text, Value, is_tag, storable
+from torchprobe.records import EVIDENCE, OfTags, Record, Text, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
@@ -61,6 +61,8 @@ class Decoder:
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
+        self._evidence = OfTags(_evidence_in)
+        self._plain = OfTags(_all_plain)
 
     def resume(self, skipped: int) -> None:
         """Count on from there."""
@@ -86,18 +88,25 @@ class Decoder:
             self.skipped += 1
             return None
         values: dict[str, Value] = {}
-        for tag, value in sent.values.items():
-            self._put(values, tag, value, "the step")
+        plain = self._plain(sent.values)
+        if plain and {*map(type, sent.values.values())} == {float}:
+            values = dict(zip(plain, sent.values.values(), strict=True))  # the same strings each time, quick to compare
+        else:
+            self._take(values, sent.values.items(), "the step")
         if SKIPPED_STEPS in values:  # those that the training thread knows of
             values[SKIPPED_STEPS] = float(cast("float", values[SKIPPED_STEPS]) + self.skipped)
         # Training first: what its loss tells of an output holds in the validation after it.
         for (reporter, prefix), parts in sorted(groups.items(), key=lambda group: group[0][1]):
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
-        evidence = _taken(values) if groups else {}
+        evidence = self._taken(values) if groups else {}
         if not values and not evidence:
             return None
         return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)
+
+    def _taken(self, values: dict[str, Value]) -> dict[str, float]:
+        """What is for rules alone, out of the values that are written, without the prefix."""
+        return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in self._evidence(values)}
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
@@ -116,14 +125,21 @@ class Decoder:
         self, reporter: Reporter, prefix: str, found: Mapping[Reporter, tuple[Sequence[str], NDArray[np.float64]]]
     ) -> dict[str, Value]:
         tagged: dict[str, Value] = {}
-        for item in _reported(reporter, found):
-            if isinstance(item, tuple | list) and len(item) == 2:
-                tag, value = item
-                self._put(tagged, prefix + tag if isinstance(tag, str) else tag, value, _name(reporter))
-            else:  # a user's report may yield anything
-                self._say_odd(_name(reporter), "", f"{reprlib.repr(item)} is no (tag, value) pair")
+        self._take(tagged, _reported(reporter, found), _name(reporter), prefix)
         self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
         return tagged
+
+    def _take(self, values: dict[str, Value], items: Iterable[Any], owner: str, prefix: str = "") -> None:
+        """Take values in under their tags. Most are floats under tags of ASCII, for which little is asked."""
+        for item in items:
+            if type(item) is not tuple or len(item) != 2:  # a user's report may yield anything
+                self._say_odd(owner, "", f"{reprlib.repr(item)} is no (tag, value) pair")
+                continue
+            tag, value = item
+            if type(value) is float and type(tag) is str and tag and tag.isascii():
+                values[prefix + tag] = value
+            else:
+                self._put(values, prefix + tag if isinstance(tag, str) else tag, value, owner)
 
     def _put(self, values: dict[str, Value], tag: object, value: object, owner: str) -> None:
         """Take a value in, or say once that it cannot be stored."""
@@ -177,10 +193,13 @@ class Decoder:
         return texts
 
 
-def _taken(values: dict[str, Value]) -> dict[str, float]:
-    """What is for rules alone, out of the values that are written, without the prefix."""
-    tags = [tag for tag in values if tag.startswith(EVIDENCE)]
-    return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in tags}
+def _all_plain(tags: tuple[str, ...]) -> tuple[str, ...]:
+    """The tags, if nothing is wrong with any."""
+    return tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ()
+
+
+def _evidence_in(tags: Iterable[str]) -> list[str]:
+    return [tag for tag in tags if tag.startswith(EVIDENCE)]
 
 
 def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:

@@ -268,7 +268,7 @@ class Reporter:
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Tags and values of a step; rows has shape (len(names), the probe's width)."""
-        yield from self.probe.report_all(names, rows[:, :-1] if self.probe.weighted else rows)
+        return self.probe.report_all(names, rows[:, :-1] if self.probe.weighted else rows)
 
     def report_sources(self, found: Mapping[str, Rows]) -> Iterator[tuple[str, Value]]:
         """The same, of several sources: names and rows by source."""
@@ -276,7 +276,7 @@ class Reporter:
         for source, (names, rows) in found.items():
             for name, row in zip(names, rows.tolist(), strict=True):
                 values.setdefault(name, {})[source] = dict(zip(self.probe.fields, row, strict=False))
-        yield from self.probe.report_sources(values)
+        return iter(self.probe.report_sources(values))
 
 
 class SourceReporter(Reporter):

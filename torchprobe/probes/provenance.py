@@ -74,9 +74,9 @@ class Provenance(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A name is an `Event`'s; at most one value a step."""
-        events = sorted(Event.of(name, *extremes) for name, extremes in zip(names, rows.tolist(), strict=True))
-        if all(event.sound for event in events):
+        if (~np.isnan(rows[:, 0]) & (rows[:, 1] < math.inf)).all():  # `Event.sound`, of all at once
             return
+        events = sorted(Event.of(name, *extremes) for name, extremes in zip(names, rows.tolist(), strict=True))
         found = _in_forward(events) or _in_backward(events)
         if found is not None:
             yield f"provenance/{found[0]}", Text(found[1])

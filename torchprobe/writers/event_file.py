@@ -17,6 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import (
     DATA_CLASS_BLOB_SEQUENCE,
     DATA_CLASS_SCALAR,
     DATA_CLASS_TENSOR,
+    Summary,
     SummaryMetadata,
 )
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -30,7 +31,20 @@ from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
-from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Margin, Outcome, Record, Text, Value, group_of
+from torchprobe.records import (
+    Histogram,
+    HParams,
+    Image,
+    Layout,
+    Lines,
+    Margin,
+    OfTags,
+    Outcome,
+    Record,
+    Text,
+    Value,
+    group_of,
+)
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
@@ -93,6 +107,7 @@ class EventFileWriter:
         self._restart: int | None = None
         self._started = False
         self._described: set[str] = set()
+        self._scalars = OfTags(Scalars)
         self._files = 0
         self._faults = FaultLog()
         self._file = self._create()
@@ -112,12 +127,15 @@ class EventFileWriter:
         if self._restart is not None:
             self._start_step, self._restart = self._restart, None
         described, folding = self._described.copy(), self._folding
-        events = [] if self._started else [self._session_start(records[0])]
+        events = [] if self._started else [self._session_start(records[0]).SerializeToString()]
         for record in records:
             folded, folding = folding.fold(record)
-            events.append(encode(folded, described))
-            described.update(folded.values)
-        self._file.append(b"".join(frame(event.SerializeToString()) for event in events))
+            if folded.values.keys() <= described and {*map(type, folded.values.values())} == {float}:
+                events.append(self._scalars(folded.values).event(folded))
+            else:
+                events.append(encode(folded, described).SerializeToString())
+                described.update(folded.values)
+        self._file.append(b"".join(map(frame, events)))
         self._started, self._described, self._folding = True, described, folding
         self._start_step = records[-1].step + 1
 
@@ -172,6 +190,26 @@ def _checked(most_tags: int | None) -> int | None:
     if most_tags is not None and (isinstance(most_tags, bool) or not isinstance(most_tags, int)):
         raise TypeError(f"most_tags={most_tags!r}: takes a number of tags or None, not {type(most_tags).__name__}")
     return most_tags
+
+
+class Scalars:
+    """What `encode` makes of floats under tags that are described already, without a call for each: 30 us for 1,000.
+
+    Each number is the last four bytes of its entry, little-endian, as protocol buffers have it.
+    """
+
+    def __init__(self, tags: Sequence[str]) -> None:
+        entries = [Summary.Value(tag=tag, simple_value=0.0) for tag in tags]
+        self._bytes = np.frombuffer(Event(summary=Summary(value=entries)).SerializeToString(), np.uint8).copy()
+        ends = np.cumsum([Summary(value=[entry]).ByteSize() for entry in entries])
+        self._places = (len(self._bytes) - ends[-1] + ends)[:, None] + np.arange(-4, 0)
+
+    def event(self, record: Record) -> bytes:
+        """The Event of a record with these tags and no other."""
+        with np.errstate(over="ignore"):  # beyond float32 it is inf there, too
+            values = np.fromiter(record.values.values(), "<f4", len(record.values))  # type: ignore[arg-type]
+        self._bytes[self._places] = values.view(np.uint8).reshape(-1, 4)
+        return bytes(Event(wall_time=record.wall_time, step=record.step).SerializeToString() + self._bytes.tobytes())
 
 
 def trim(histogram: Histogram) -> Histogram:

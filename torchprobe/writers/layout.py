@@ -6,13 +6,13 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from torchprobe.records import Layout, Lines, Margin, Record, Value
+from torchprobe.records import Layout, Lines, Margin, OfTags, Record, Value
 from torchprobe.writers.hparams import FINAL
 from torchprobe.writers.protocol import Writer, restart
 
@@ -70,6 +70,7 @@ class LayoutWriter:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._shown = _Shown()
+        self._banded = OfTags(banded_in)
 
     def write(self, records: Sequence[Record]) -> None:
         """Pass a batch on, with bands and layouts. What the wrapped writer raises, with nothing changed."""
@@ -91,7 +92,9 @@ class LayoutWriter:
     def _completed(self, record: Record) -> Record:
         shown = self._shown
         added = shown.added if record.step == shown.step else frozenset()
-        extra: dict[str, Value] = {tag: value for tag, value in bands(record) if tag not in added}
+        extra: dict[str, Value] = {
+            tag: value for tag, value in bands(record, self._banded(record.values)) if tag not in added
+        }
         shown = _with_tags(shown, {**record.values, **extra})
         if shown.wanted != shown.written and LAYOUT_TAG not in added:
             extra[LAYOUT_TAG] = shown.wanted
@@ -119,21 +122,27 @@ def band_tags(prefix: str, group: str) -> tuple[str, str, str]:
     return f"{start}/median", f"{start}/min", f"{start}/max"
 
 
-def bands(record: Record) -> Iterator[tuple[str, float]]:
+Banded: TypeAlias = Mapping[tuple[str, str, str], Sequence[str]]
+"""Tags of what goes into each band, by the tags of the band."""
+
+
+def bands(record: Record, banded: Banded) -> Iterator[tuple[str, float]]:
     """Tags and values of the bands of a record; a group with fewer than two finite values has none."""
-    for (prefix, group), values in _by_group(record).items():
+    for band, tags in banded.items():
+        numbers = [record.values[tag] for tag in tags]
+        values = [float(x) for x in numbers if (type(x) is float or isinstance(x, Real)) and math.isfinite(x)]
         if len(values) > 1:
-            spread = (float(np.median(values)), min(values), max(values))
-            yield from zip(band_tags(prefix, group), spread, strict=True)
+            yield from zip(band, (float(np.median(values)), min(values), max(values)), strict=True)
 
 
-def _by_group(record: Record) -> dict[tuple[str, str], list[float]]:
-    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for tag, value in record.values.items():
+def banded_in(tags: Iterable[str]) -> Banded:
+    """What there is to make bands of."""
+    found: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for tag in tags:
         rest = tag.removeprefix("val/")
         group = rest.partition("/")[0]
-        if group in BANDED and isinstance(value, Real) and math.isfinite(value):
-            found["val/" if rest is not tag else "", group].append(float(value))
+        if group in BANDED:
+            found[band_tags("val/" if rest is not tag else "", group)].append(tag)
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 ROOT = "root"  # what the model itself is called, whose name in `named_modules()` is empty
 
@@ -61,33 +61,47 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The model itself is called `ROOT`. A shared module appears once, under its first name.
     """
-    for name, module in _walk(model):
-        yield name or ROOT, module
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[nn.Module] = set()
-    ahead = [("", unwrapped(model))]  # the next one last
-    while ahead:
-        name, module = ahead.pop()
-        if module not in seen:
-            seen.add(module)
-            yield name, module
-            children = module._modules
-            if children:
-                prefix = f"{name}." if name else ""
-                parts = reversed([*children.items()])
-                ahead += [(prefix + child, unwrapped(part)) for child, part in parts if part is not None]
+    return ((name or ROOT, module) for name, module in _walk(unwrapped(model), unwrapped))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """`model.named_parameters()` with wrapper prefixes removed; a shared parameter has its first name."""
-    seen: set[Tensor] = set()
-    for module_name, module in _walk(model):
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for module_name, module in _walk(unwrapped(model), unwrapped):
+        prefix = f"{module_name}." if module_name else ""
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in seen:
-                seen.add(parameter)
-                yield (f"{module_name}.{name}" if module_name else name), parameter
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = prefix + name, parameter
+    return iter(found.values())
+
+
+def all_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules()`, wrappers and all, at a third of its cost."""
+    return _walk(model, None)
+
+
+def all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """`model.parameters()` at a third of its cost."""
+    given = [p for _, module in _walk(model, None) for p in module._parameters.values() if p is not None]
+    return [*{id(parameter): parameter for parameter in given}.values()]
+
+
+def _walk(model: nn.Module, inside: Callable[[nn.Module], nn.Module] | None) -> list[tuple[str, nn.Module]]:
+    """All modules, each once, under its first name. inside: what to see in place of one that has parts."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    ahead = [("", model)]  # the next one last
+    while ahead:
+        name, module = one = ahead.pop()
+        if id(module) in found:
+            continue
+        found[id(module)] = one
+        children = module._modules
+        if children:
+            prefix = f"{name}." if name else ""
+            parts = [(prefix + child, part) for child, part in children.items() if part is not None]
+            parts = parts if inside is None else [(n, inside(p) if p._modules else p) for n, p in parts]
+            ahead += reversed(parts)
+    return [*found.values()]
 
 
 def bare_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

@@ -235,9 +235,8 @@ class LeftGradients:
 
 def _version(named: Named) -> tuple[int, int]:
     gradient = named.parameter.grad
-    if gradient is None or gradient.is_inference() or _is_part(named.tensor):
-        return id(gradient), 0
-    return id(gradient), gradient._version
+    version = 0 if gradient is None or gradient.is_inference() else gradient._version
+    return id(gradient), version if version and not _is_part(named.tensor) else 0
 
 
 def _is_part(tensor: Tensor) -> bool:

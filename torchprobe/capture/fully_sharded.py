@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from torchprobe.buffer.step import Share
+from torchprobe.naming import all_modules, all_parameters
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether any part of the model is, by either interface."""
-    return any(hasattr(type(m), "_get_fsdp_state") for m in model.modules()) or any(
-        map(is_flattened, model.parameters())
-    )
+    kinds = {type(module) for _, module in all_modules(model)}
+    return any(hasattr(kind, "_get_fsdp_state") for kind in kinds) or any(map(is_flattened, all_parameters(model)))
 
 
 def lasting_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -18,31 +18,26 @@ _OF_LBFGS = frozenset({"d", "t", "al", "ro", "H_diag", "old_dirs", "old_stps", "
 _OTHERS = _NEITHER | _OF_LBFGS  # that torch's optimizers keep
 
 
-def kept(optimizer: Optimizer, parameter: nn.Parameter, source: str) -> Tensor | None:
-    """The momentum or the second moment of a parameter; None where the optimizer keeps none that is known."""
-    state = _state(optimizer, parameter)
-    for name in KNOWN[source]:
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.shape == parameter.shape and measurable(value):
-            return value
-    return None
+class State:
+    """What an optimizer keeps for one parameter."""
 
+    def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        state = optimizer.state.get(parameter)  # which `[]` would make
+        self._values: Mapping[str, object] = state if isinstance(state, dict) else {}
+        self.known = {source: self._first(names, parameter) for source, names in KNOWN.items()}
+        """The momentum and the second moment; None where it keeps none that is known."""
 
-def unknown(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[str]:
-    """What else it keeps, as far as that may be one of them: a line for each name."""
-    for name, value in _state(optimizer, parameter).items():
-        of_its_own = name not in _OTHERS and kept_under(optimizer, parameter, name) is None
-        if isinstance(value, Tensor) and value.numel() > 1 and of_its_own:
-            kind = type(optimizer).__name__
-            yield f"{name!r} of {kind}'s state: whether it is a momentum or a second moment is not known"
+    def _first(self, names: frozenset[str], parameter: nn.Parameter) -> Tensor | None:
+        for name in names:
+            value = self._values.get(name)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and measurable(value):
+                return value
+        return None
 
-
-def kept_under(optimizer: Optimizer, parameter: nn.Parameter, name: str) -> Tensor | None:
-    """The same under one name."""
-    source = next((source for source, names in KNOWN.items() if name in names), None)
-    return None if source is None else kept(optimizer, parameter, source)
-
-
-def _state(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, object]:
-    state = optimizer.state.get(parameter)  # which `[]` would make
-    return state if isinstance(state, dict) else {}
+    def unknown(self) -> Iterator[str]:
+        """What else it keeps, as far as that may be one of them: names."""
+        for name, value in self._values.items():
+            if name not in _OTHERS and isinstance(value, Tensor) and value.numel() > 1:
+                source = next((source for source, names in KNOWN.items() if name in names), "")
+                if self.known.get(source) is None:
+                    yield name

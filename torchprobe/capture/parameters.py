@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
-from torchprobe.capture.optimizer_states import kept, unknown
+from torchprobe.capture.optimizer_states import State
 from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, ranks_on_same_data, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics import norms
-from torchprobe.statistics.dtypes import measurable
+from torchprobe.statistics.dtypes import PLAIN, measurable
 
 _log = logging.getLogger("torchprobe")
 
@@ -115,7 +115,7 @@ class ParameterSource:
         rows = [(one, row) for one in held if (row := self.left.gone(one.name)) is not None]
         for reporter in reporters if rows else ():
             named = [Named(one.name, one.parameter, row, one.share) for one, row in rows]
-            for group in by_device([one for one in named if self._wants(reporter, one)]):
+            for group in by_device(self._chosen(reporter, named)):
                 names, shares = [one.name for one in group], [one.share for one in group]
                 for changes in _changes_of(reporter):
                     yield Piece(changes, names, torch.stack([one.tensor for one in group]), shares=shares)
@@ -147,14 +147,15 @@ class ParameterSource:
     def _states(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
         wanted = {source: reporters for source in _STATES if (reporters := self._due(source, due))}
         held = self._held(optimizer) if wanted else []
+        states = [State(optimizer, one.parameter) for one in held]
         for source, reporters in wanted.items():
-            states = ((*one, kept(optimizer, one.parameter, source)) for one in held)
-            found = [Named(name, p, local_part(s.detach()), share) for name, p, share, s in states if s is not None]
+            kept = [(one, state.known[source]) for one, state in zip(held, states, strict=True)]
+            found = [Named(name, p, local_part(s.detach()), share) for (name, p, share), s in kept if s is not None]
             yield from self._pieces(reporters, found)
-        remarks = dict.fromkeys(remark for _, p, _ in held for remark in unknown(optimizer, p))
-        for reporter in (reporter for reporters in wanted.values() for reporter in reporters):
-            for remark in remarks:
-                reporter.whole.remark(remark)
+        for name in dict.fromkeys(name for state in states for name in state.unknown()):
+            what = f"{name!r} of {type(optimizer).__name__}'s state"
+            for reporter in (reporter for reporters in wanted.values() for reporter in reporters):
+                reporter.whole.remark(f"{what}: whether it is a momentum or a second moment is not known")
 
     def settle(self) -> Iterator[Piece]:
         """Rows of the parameters where they have ended up, and of what steps changed."""
@@ -183,20 +184,20 @@ class ParameterSource:
         self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
     ) -> Iterator[Piece]:
         for reporter in reporters:
-            for group in by_device([named for named in tensors if self._wants(reporter, named)]):
+            for group in by_device(self._chosen(reporter, tensors)):
                 names = [named.name for named in group]
                 piece = _measure(reporter, group, [] if before is None else [before[name] for name in names])
                 if piece is not None:
                     yield piece
 
-    def _wants(self, reporter: Reporter, named: Named) -> bool:
-        """Whether a probe watches a parameter; a predicate of the user's that raises switches it off."""
-        gate = reporter.gate
+    def _chosen(self, reporter: Reporter, tensors: Sequence[Named]) -> list[Named]:
+        """Those that a probe watches; a predicate of the user's that raises switches it off."""
+        gate, wanted, probe = reporter.gate, self._wanted, reporter.probe
         if gate.failed:
-            return False
+            return []
         with gate.boundary():
-            return self._wanted(named.name, named.parameter, reporter.probe)
-        return False  # the boundary took an exception
+            return [named for named in tensors if wanted(named.name, named.parameter, probe)]
+        return []  # the boundary took an exception
 
     def _due(self, source: str, due: frozenset[Reporter]) -> list[Reporter]:
         return [reporter for reporter in self._of[source] if reporter in due] if due else []
@@ -217,13 +218,15 @@ class ParameterSource:
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
         if not is_flattened(parameter):
-            return share_of(parameter)
+            return WHOLE if type(parameter) in PLAIN else share_of(parameter)
         if id(parameter) not in self._flat:
             self._flat = flat_shares(model)
         return self._flat.get(id(parameter), WHOLE)
 
     def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None or not (is_unreduced(gradient) or _is_odd(gradient)):
+        if gradient is None or (type(gradient) in PLAIN and measurable(gradient)):
+            return gradient
+        if not (is_unreduced(gradient) or _is_odd(gradient)):
             return gradient
         why = "a sum that the optimizer has yet to form over ranks (DTensor Partial)"
         why = why if is_unreduced(gradient) else f"of {gradient.dtype} in layout {gradient.layout}"

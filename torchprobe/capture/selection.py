@@ -28,6 +28,7 @@ class Selection:
     def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude)
+        self._covered: dict[str, bool] = {}
         names = [name for name, _ in named_modules(model)]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
             for pattern in patterns:
@@ -49,7 +50,7 @@ class Selection:
 
     def wants_parameter(self, name: str, parameter: nn.Parameter, probe: Probe) -> bool:
         """Whether a parameter is captured for a probe: with its module, or with a module around it."""
-        return self.covers(owner_of(name)) and probe.selects(name, parameter)
+        return self.covers(owner_of(name)) and (probe.select is None or probe.selects(name, parameter))
 
     def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
         """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""
@@ -71,7 +72,10 @@ class Selection:
 
     def covers(self, owner: str) -> bool:
         """Whether a module is left by include= and exclude=, by itself or with a module around it."""
-        return not self._excluded(owner) and (not self._include or any(map(self._included, with_parents(owner))))
+        if owner not in self._covered:
+            included = not self._include or any(map(self._included, with_parents(owner)))
+            self._covered[owner] = included and not self._excluded(owner)
+        return self._covered[owner]
 
     def _included(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._include)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import WHOLE, Share
 from torchprobe.capture.fully_sharded import data_mesh
+from torchprobe.naming import all_parameters
+from torchprobe.statistics.dtypes import PLAIN
 
 
 class Named(NamedTuple):
@@ -35,7 +37,7 @@ def by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
 
     Empty when every rank has examples of its own: no DTensor, or only those of `fully_shard`.
     """
-    meshes = [p.device_mesh for p in model.parameters() if is_distributed(p)]  # type: ignore[attr-defined]
+    meshes = [p.device_mesh for p in all_parameters(model) if type(p) not in PLAIN and is_distributed(p)]  # type: ignore[attr-defined]
     if not meshes:
         return ()
     mesh: Any = max(meshes, key=lambda mesh: int(mesh.ndim))  # what is only fully sharded has fewer dimensions

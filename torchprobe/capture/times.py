@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.outputs import batch_sizes, tensors_in
+from torchprobe.naming import all_parameters
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.performance import SPANS, PerformanceReporter
 
@@ -80,7 +81,7 @@ class DeviceWatch:
 
 def _watch_of(model: nn.Module, meter: Meter) -> Any:
     """What takes the times of a model; None where it is on several devices, or on one whose events are not known."""
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in all_parameters(model)}
     if all(device.type == "cpu" for device in devices):
         return HostWatch(meter)
     return DeviceWatch(devices.pop()) if [device.type for device in devices] == ["cuda"] else None

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.dtypes import chunks, on_host
+from torchprobe.statistics.dtypes import PLAIN, chunks, on_host
 
 CHUNK = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
 _STREAM = 16  # so many chunks at a time where one pass is enough
@@ -26,12 +26,12 @@ _FLAT = 1e-12  # a smaller variance, as a part of the mean square, is of the rou
 
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor has elements in host memory to look at: a fake or wrapped one has none."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    return x.is_cpu and type(x) in PLAIN
 
 
 def applies_to(x: Tensor) -> bool:
     """Whether a tensor may be the common case."""
-    return is_plain(x) and x.dtype == torch.float32 and x.numel() > 0
+    return x.dtype == torch.float32 and x.is_cpu and type(x) in PLAIN and x.numel() > 0
 
 
 def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
@@ -42,7 +42,7 @@ def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
     for chunk in chunks(x, size):
         norms.append(_row_norms(chunk))
         if absolute:
-            magnitudes += on_host(torch.abs(chunk, out=_first(scratch, len(chunk))).sum())
+            magnitudes += on_host(torch.abs(chunk, out=_first(scratch, chunk.shape[0])).sum())
     squares = _squares(norms)
     if not _TINY**2 < squares < math.inf:
         return None
@@ -58,7 +58,7 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     for chunk in chunks(x, CHUNK):
         norms.append(_row_norms(chunk))
         totals.append(on_host(chunk.sum()))
-        largest, without = _magnitudes(chunk, own := _first(scratch, len(chunk)))
+        largest, without = _magnitudes(chunk, own := _first(scratch, chunk.shape[0]))
         max_abs, zeros = max(max_abs, largest), zeros + without
         if 0 < largest < math.inf:
             fourths.append((largest, _squares([_row_norms(torch.div(chunk, largest, out=own).square_())])))
@@ -82,7 +82,7 @@ def _magnitudes(x: Tensor, scratch: Tensor) -> tuple[float, float]:
     magnitude = torch.abs(x, out=scratch)
     low, high = magnitude.view(torch.int32).aminmax()  # in the order of the floats, and compared faster
     max_abs = on_host(high.view(torch.float32))
-    zeros = 0.0 if on_host(low) else len(x) - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
+    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
     return max_abs, zeros
 
 
@@ -91,7 +91,7 @@ def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:
     pivot = torch.tensor(near, dtype=x.dtype, device=x.device)
     norms, shifts = [], []
     for chunk in chunks(x, CHUNK):
-        deviations = torch.sub(chunk, pivot, out=_first(scratch, len(chunk)))
+        deviations = torch.sub(chunk, pivot, out=_first(scratch, chunk.shape[0]))
         norms.append(_row_norms(deviations))
         shifts.append(on_host(deviations.sum()))
     shift = math.fsum(shifts) / x.numel()
@@ -105,8 +105,8 @@ def _varies(x: Tensor) -> bool:
 
 def _row_norms(x: Tensor) -> Tensor:
     """The norms of short rows of a 1-D tensor; not finite where an element is not, or is huge."""
-    whole = len(x) // _ROW * _ROW
-    if whole < len(x):
+    whole = x.shape[0] // _ROW * _ROW
+    if whole < x.shape[0]:
         rest = torch.linalg.vector_norm(x[whole:]).view(1)
         return torch.cat((_row_norms(x[:whole]), rest)) if whole else rest
     norms: Tensor = torch.linalg.vector_norm(x.view(-1, _ROW), dim=1)
@@ -115,7 +115,7 @@ def _row_norms(x: Tensor) -> Tensor:
 
 def _squares(norms: list[Tensor]) -> float:
     """The sum of squares of the elements that norms are of."""
-    wide = torch.cat(norms).double()
+    wide = (norms[0] if len(norms) == 1 else torch.cat(norms)).double()
     return on_host(torch.dot(wide, wide))
 
 
@@ -124,4 +124,4 @@ def _scratch(x: Tensor) -> Tensor:
 
 
 def _first(scratch: Tensor, size: int) -> Tensor:
-    return scratch if size == len(scratch) else scratch[:size]
+    return scratch if size == scratch.shape[0] else scratch[:size]

@@ -7,7 +7,7 @@ as many of them as stay in cache, and results are rows of `row_dtype`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,9 @@ PLAIN: tuple[type[Tensor], ...] = (Tensor, torch.nn.Parameter)
 _PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}  # two numbers a byte; from torch 2.8 on
 
 
+_COMMON = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types, of which less is asked
+
+
 def row_dtype(device: torch.device) -> torch.dtype:
     """The type of accumulators and results: float64, or float32 on a device that lacks it (mps)."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -42,6 +45,8 @@ def measurable(x: Tensor) -> bool:
     (codes, of which no norm means anything); sparse, jagged and nested tensors; what is packed in less than a byte;
     and what has a shape alone, such as fake and meta tensors and lazy parameters. Looks at no element, on any device.
     """
+    if type(x) in PLAIN and x.dtype in _COMMON and x.layout is torch.strided and not x.is_nested:
+        return not x.is_meta
     if is_lazy(x) or x.layout != torch.strided or x.is_nested or x.dtype in _PACKED:
         return False
     return (x.is_floating_point() or x.is_complex()) and x.untyped_storage().device.type != "meta"  # a fake one's is
@@ -53,8 +58,8 @@ def real(x: Tensor) -> Tensor:
     A complex tensor of shape (...,) becomes (..., 2): its real and imaginary parts are the elements, and the L2
     norm stays what it was. 8-bit floats become float32. Raises TypeError for integers and booleans.
     """
-    x = x.detach()
-    if x.dtype == torch.float32:  # most of what comes
+    x = x.detach() if x.requires_grad else x
+    if x.dtype in _COMMON:  # most of what comes
         return x.resolve_neg()
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj())
@@ -96,12 +101,19 @@ class Scratch(NamedTuple):
         return Scratch(self.values[:size], self.wide[:size])
 
 
-def chunks(x: Tensor, size: int) -> Iterator[Tensor]:
+def chunks(x: Tensor, size: int) -> Iterable[Tensor]:
     """The elements of `x`, each once and in any order, as non-empty 1-D tensors of at most `size` elements.
 
     A dense tensor is not copied, whatever the order of its dimensions; another (expanded, strided) is copied one
     chunk at a time.
     """
+    elements = x.numel()
+    if elements <= size and x.is_contiguous():
+        return (x.view(-1),) if elements else ()
+    return _chunks(x, size)
+
+
+def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
     if x.numel() == 0:
         return
     if not x.is_contiguous():
@@ -113,7 +125,7 @@ def chunks(x: Tensor, size: int) -> Iterator[Tensor]:
         yield x.reshape(-1)
     else:
         for half in x.chunk(2, dim=max(range(x.dim()), key=x.size)):
-            yield from chunks(half, size)
+            yield from _chunks(half, size)
 
 
 def example_chunks(x: Tensor, trailing: int) -> Iterator[Tensor]:

@@ -145,7 +145,8 @@ def _edges(low: float, high: float, buckets: int) -> NDArray[np.float64]:
     if low == high:
         return low + max(0.5, math.ldexp(abs(low), -10)) * (2 * numbers / buckets - 1)
     width = _width(low, high, buckets)
-    return (math.floor(low / width) + numbers) * np.float64(width)
+    found: NDArray[np.float64] = (math.floor(low / width) + numbers) * np.float64(width)
+    return found
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

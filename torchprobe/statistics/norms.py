@@ -121,7 +121,11 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=row_dtype(device), device=device)
     if device.type == "cpu":
-        found = [_largest(x) if x.numel() else x.new_zeros(()) for x in tensors]
+        sizes = [x.numel() for x in tensors]
+        small = [i for i, size in enumerate(sizes) if 0 < size < _SMALL]
+        norms = torch._foreach_norm([tensors[i] for i in small], math.inf) if small else ()
+        ends = dict(zip(small, norms, strict=True))
+        found = [ends[i] if i in ends else _largest(x) if sizes[i] else x.new_zeros(()) for i, x in enumerate(tensors)]
     else:
         found = [x if len(x) else x.new_zeros(1) for x in (x.reshape(-1) for x in tensors)]
         found = list(torch._foreach_norm(found, math.inf))
@@ -177,7 +181,7 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     device = _common_device(tensors)
     if tensors and all(map(fused.applies_to, tensors)):
         return _fused_sums(tensors, absolute=absolute)
-    large = (i for i, x in enumerate(tensors) if x.numel() >= _SMALL and dense.applies_to(x))
+    large = [i for i, x in enumerate(tensors) if x.numel() >= _SMALL and dense.applies_to(x)]
     found = {i: row for i in large if (row := dense.sums(tensors[i], absolute=absolute)) is not None}
     rest = [i for i in range(len(tensors)) if i not in found]
     rows = _careful_sums([tensors[i] for i in rest], device, absolute=absolute)
@@ -201,7 +205,7 @@ def _careful_sums(tensors: Sequence[Tensor], device: torch.device, *, absolute: 
     owners: Counter[int] = Counter()
     rows = [scratch.wide.new_zeros(0, 3 if absolute else 2)]
     for pack in _packs(tensors, len(scratch.values)):
-        lengths = [chunk.numel() for _, chunk in pack]
+        lengths = [chunk.shape[0] for _, chunk in pack]
         packed = _packed([chunk for _, chunk in pack], lengths, room[: sum(lengths)])
         rows.append(_sums_of_packed(packed, scratch.first(len(packed)), lengths, absolute=absolute))
         owners.update(owner for owner, _ in pack)
@@ -217,11 +221,11 @@ def _packs(tensors: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Ten
     room = size
     for owner, x in enumerate(tensors):
         for chunk in chunks(x, size):
-            if chunk.numel() > room:
+            if chunk.shape[0] > room:
                 yield pack
                 pack, room = [], size
             pack.append((owner, chunk))
-            room -= chunk.numel()
+            room -= chunk.shape[0]
     if pack:
         yield pack
 

@@ -207,7 +207,7 @@ class Scalars:
     def event(self, record: Record) -> bytes:
         """The Event of a record with these tags and no other."""
         with np.errstate(over="ignore"):  # beyond float32 it is inf there, too
-            values = np.fromiter(record.values.values(), "<f4", len(record.values))  # type: ignore[arg-type]
+            values = np.fromiter(record.values.values(), "<f4", len(record.values))
         self._bytes[self._places] = values.view(np.uint8).reshape(-1, 4)
         return bytes(Event(wall_time=record.wall_time, step=record.step).SerializeToString() + self._bytes.tobytes())
 

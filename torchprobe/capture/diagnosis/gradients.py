@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.diagnosis.modules import ModuleCalls
-from torchprobe.naming import named_parameters, owner_of
+from torchprobe.naming import all_parameters, named_parameters, owner_of
 from torchprobe.statistics.dtypes import measurable, row_dtype
 from torchprobe.statistics.norms import l2_norms
 
@@ -167,7 +167,7 @@ class GradientFacts:
 
     def _look(self) -> _Seen:
         model = self._model()
-        there = [] if model is None else [p for p in model.parameters() if p.grad is not None]
+        there = [] if model is None else [p for p in all_parameters(model) if p.grad is not None]
         states = {id(p): (id(p.grad), p.grad._version) for p in there if p.grad is not None}
         small = [p for p in there if p.numel() <= _FEW] or there
         return _Seen(states, dict(_norms(small[:: 1 + len(small) // _MOST])))

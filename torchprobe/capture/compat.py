@@ -41,6 +41,7 @@ NAMES: Mapping[str, str] = {
     "torch.optim.optimizer:_global_optimizer_post_hooks": "",  # the caller is told
     "torch._C:DisableTorchFunction": "",  # there is one for subclasses alone
     "torch._C:DisableTorchFunctionSubclass": "function modes and tensor subclasses of the user's see statistics",
+    "torch._C:_set_grad_enabled": "",  # there is torch.set_grad_enabled
     "torch._C:_len_torch_dispatch_stack": "",  # then modes are always taken off
     "torch.utils._python_dispatch:_disable_current_modes": "dispatch modes of the user's see statistics",
     "torch._C:_get_tracing_state": "",  # there is torch.jit.is_tracing
@@ -157,9 +158,15 @@ def hear_gradient(tensor: Tensor, hook: Any) -> None:
     dictionary(tensor)
 
 
+def last_hook(tensor: Tensor) -> Any:
+    """The hook of a tensor that runs last; None where there is none."""
+    hooks = tensor._backward_hooks
+    return next(reversed(hooks.values()), None) if hooks else None
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread: a forward pass here is a recomputation."""
-    return backward_id() is not None
+    return plain_state()[0]() != -1
 
 
 def at_end_of_backward(function: Callable[[], None]) -> bool:
@@ -176,6 +183,10 @@ def at_end_of_backward(function: Callable[[], None]) -> bool:
     except RuntimeError:  # nothing that the engine knows of is running
         return False
     return True
+
+
+def _backward_number() -> int:
+    return _backward_frame() or -1
 
 
 def _backward_frame() -> int | None:
@@ -216,7 +227,7 @@ def under_transform() -> bool:
 @functools.cache
 def plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
     """Functions that tell that a call is plain: -1 outside of backward passes, false of tracing, None of transforms."""
-    current = find("torch._C:_current_graph_task_id") or (lambda: _backward_frame() or -1)
+    current = find("torch._C:_current_graph_task_id") or _backward_number
     tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined]
     return current, tracing, find("torch._C:_functorch.peek_interpreter_stack") or (lambda: None)
 
@@ -225,6 +236,11 @@ def under_function_transform() -> bool:
     """Whether a `torch.func` transform, such as `vmap` or `grad`, runs the caller."""
     peek = find("torch._C:_functorch.peek_interpreter_stack")
     return peek is not None and peek() is not None
+
+
+def grad_switch() -> Callable[[bool], Any]:
+    """What switches gradients on and off in this thread."""
+    return find("torch._C:_set_grad_enabled") or torch.set_grad_enabled
 
 
 def no_torch_function() -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 from weakref import ReferenceType
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
+from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
+from torchprobe.capture.gate import no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Pass, Running
@@ -118,21 +119,27 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return
-    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
-        for watcher, name in marks.watchers:
-            _guarded(marks.running, watcher, watcher.before, name, module, args, kwargs or {})
+    if marks is not None and not torch.compiler.is_compiling():
+        _tell(marks, "before", module, args, kwargs or {})
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
-    if marks is not None and not torch.compiler.is_compiling() and not under_transform():
+    if marks is not None and not torch.compiler.is_compiling():
+        _tell(marks, "after", output)
+
+
+def _tell(marks: Marks, what: str, *arguments: Any) -> None:
+    """Call this method of all watchers that are due."""
+    current, tracing, transform = plain_state()
+    if tracing() or transform() is not None:
+        return
+    passing = marks.running.of_backward() if current() != -1 else marks.running.forward()
+    if passing is None:
+        return
+    with no_torch_function(), no_graph():
         for watcher, name in marks.watchers:
-            _guarded(marks.running, watcher, watcher.after, name, output)
-
-
-def _guarded(running: Running, watcher: Watcher, call: Callable[..., None], *arguments: Any) -> None:
-    passing = running.of_backward() if in_backward() else running.forward()
-    gate = watcher.reporter.gate
-    if passing is not None and watcher.reporter in passing.due and not gate.failed:
-        with gate.boundary(), no_torch_function(), torch.no_grad():
-            call(passing, *arguments)
+            gate = watcher.reporter.gate
+            if watcher.reporter in passing.due and not gate.failed:
+                with gate:
+                    getattr(watcher, what)(passing, name, *arguments)

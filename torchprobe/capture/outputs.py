@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NO_TENSORS = (type(None), bool, int, float, str)  # nor what may hold some
 _MAX_DEPTH = 4  # deeper nesting than this is no output but a data structure
 
 
@@ -38,11 +39,22 @@ def tensors_in(output: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from tensors_in(part, depth + 1)
 
 
+def given_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Every tensor that a module is called with, in order."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) not in _NO_TENSORS:
+            found += tensors_in(value, 1)
+    return found
+
+
 def _parts(output: Any) -> Iterable[Any]:
-    if isinstance(output, Mapping):
-        return output.values()
     if isinstance(output, tuple | list):
         return output
+    if isinstance(output, Mapping):
+        return output.values()
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     return ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.operators import GradientHook
+from torchprobe.capture.compiled.operators import GradientHook, listen
 from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope
 from torchprobe.capture.gate import no_autocast, no_graph
 from torchprobe.capture.inert import Inert
@@ -67,11 +67,12 @@ class Tap:
 
     def add(self, passing: Pass, tensor: Tensor) -> None:
         """One more tensor, in eager code, unless the probe is switched off; an exception switches it off."""
-        if not self.reporter.gate.failed:
-            with self.reporter.gate.boundary(), no_torch_function():  # no mode, the user's or ours, need see it
+        gate = self.reporter.gate
+        if not gate.failed:
+            with gate, no_torch_function(), no_graph():  # no mode, the user's or ours, need see it
                 if not is_unreduced(tensor):
                     local = local_part(tensor)
-                    with no_graph(), no_autocast(local.device):
+                    with no_autocast(local.device):
                         self._keep(passing, self._memo.row(self.probe, local))
 
     def record_tensor(self, tensor: Tensor, training: bool, gradient: bool) -> None:
@@ -100,17 +101,18 @@ class Tap:
         return passing if passing is not None and self.reporter in passing.due else None
 
     def _keep(self, passing: Pass, row: Tensor) -> None:
-        rows = passing.kept.setdefault(self._keeper, {}).setdefault(self, [])
-        rows.append((row, 1))
-        if len(rows) == _MANY:
-            rows[:] = [self.merged(rows)]
+        kept = passing.kept.setdefault(self._keeper, {})
+        if self in kept:
+            kept[self] = self.shortened([*kept[self], (row, 1)])
+        else:
+            kept[self] = [(row, 1)]
 
     def _both(self, a: Row, b: Row) -> Row:
         return self.probe.combine(a[0], b[0].to(a[0].device)), a[1] + b[1]
 
 
 def _row(fields: Tensor) -> Tensor:
-    return fields.to(row_dtype(fields.device))
+    return fields if fields.dtype == torch.float64 else fields.to(row_dtype(fields.device))
 
 
 class Site(Inert):
@@ -162,7 +164,7 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
         weak = ref(passing)
         passing.hold(tensor.register_hook(GradientHook(lambda gradient: _add_gradient(taps, weak(), gradient))))
     else:
-        tensor.register_hook(GradientHook(functools.partial(_add_gradient, taps, passing)))
+        listen(tensor, functools.partial(_add_gradient, taps, passing))
 
 
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from torchprobe.buffer.transfer import records_graph
-from torchprobe.capture.compat import in_backward, skip_frames
+from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, skip_frames
 from torchprobe.capture.compiled.tracing import beside
 
 _library = Library("torchprobe_graph", "FRAGMENT")
@@ -68,14 +68,20 @@ def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
 class GradientHook:
     """A hook of a tensor, one operator in the graph of compiled autograd, which would break at each that is traced.
 
-    function: takes a gradient, None where there is none; runs beside Dynamo.
+    function: takes a gradient, None where there is none; runs beside Dynamo. More may follow: see `listen`.
     """
 
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
-        self.hear = function
+    def __init__(self, function: Callable[[Any], None], version: int = -1) -> None:
+        self.functions = [function]
+        self.version = version  # of the tensor, for which alone more may follow
         self.handle = handle(self)
+
+    def hear(self, gradient: Tensor | None) -> None:
+        """A gradient is there: tell all functions, in order."""
+        for function in self.functions:
+            function(gradient)
 
     def __call__(self, gradient: Tensor | None) -> None:
         """A gradient arrives."""
@@ -86,6 +92,24 @@ class GradientHook:
 
 
 skip_frames(GradientHook.__call__)
+
+
+def listen(tensor: Tensor, function: Callable[[Any], None]) -> None:
+    """Have a function called with the gradient of a tensor that a graph made.
+
+    It joins a hook of ours that is the last: hooks run in order, each after what the one before has made of a gradient.
+    """
+    last = last_hook(tensor)
+    if type(last) is GradientHook and last.version == tensor._version:
+        last.functions.append(function)
+    else:
+        hear_gradient(tensor, GradientHook(function, tensor._version))
+
+
+def last_listener(tensor: Tensor) -> Any:
+    """The function that `listen` would have one follow; None where there is none."""
+    last = last_hook(tensor)
+    return last.functions[-1] if type(last) is GradientHook and last.version == tensor._version else None
 
 
 def _target(handle: Tensor) -> Any:

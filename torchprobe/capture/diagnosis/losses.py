@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
-from torchprobe.capture.compiled.operators import GradientHook
+from torchprobe.capture.compiled.operators import listen
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import tensors_in
@@ -64,7 +64,7 @@ class OutputFacts:
             values = tensor.detach()
             inputs = tuple(given[:_MOST_OUTPUTS])
             one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates)
-            tensor.register_hook(GradientHook(partial(self._on_gradient, one)))
+            listen(tensor, partial(self._on_gradient, one))
 
     def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """By how much at most the examples of the batch differ, in any tensor that the model is called with."""

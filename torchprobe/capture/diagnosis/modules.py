@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.compat import in_backward
 from torchprobe.capture.diagnosis.evidence import Evidence
-from torchprobe.capture.outputs import main_tensor, tensors_in
+from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
@@ -77,7 +77,7 @@ class ModuleCalls:
             self._now = _Calls(passing)
         calls = self._now
         calls.order.setdefault(name, len(calls.order))
-        for tensor in tensors_in([*args, *kwargs.values()]):
+        for tensor in given_tensors(args, kwargs):
             if not tensor.requires_grad and _has_address(tensor):
                 self._cut(tensor)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import in_backward, no_torch_function
-from torchprobe.capture.compiled.operators import GradientHook
-from torchprobe.capture.gate import no_autocast
-from torchprobe.capture.outputs import is_numeric, main_tensor, tensors_in
+from torchprobe.capture.compiled.operators import last_listener, listen
+from torchprobe.capture.gate import no_graph
+from torchprobe.capture.outputs import given_tensors, is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.probes.base import Reporter
@@ -27,6 +26,10 @@ _MOST_EVENTS = 20_000  # in a pass
 
 Ends: TypeAlias = tuple[Tensor, Tensor]
 """The smallest and the largest element, 0-dim: NaN where there is one."""
+
+
+_Seen: TypeAlias = tuple[int, str, str]
+"""A call of a module, as what it saw a tensor, and the module's or parameter's name."""
 
 
 class Trace:
@@ -70,30 +73,31 @@ class ValueTrace:
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Its parameters and inputs."""
-        trace = passing.kept.setdefault(self, Trace())
+        trace = self._trace(passing)
         self._call += 1
         trace.calls.append(self._call)
-        given = list(_floats((args, kwargs)))
+        given = [tensor for tensor in given_tensors(args, kwargs) if is_numeric(tensor)]
         if not in_backward():
             if name == ROOT:
                 trace.shapes.update(_shapes(args, kwargs))
             prefix = "" if name == ROOT else f"{name}."
-            for own, parameter in module.named_parameters(recurse=False):
-                self._add(trace, self._call, "parameter", prefix + own, parameter)
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._add(trace, [(self._call, "parameter", prefix + own)], parameter)
             for tensor in given:
-                self._add(trace, self._call, "in", name, tensor)
+                self._add(trace, [(self._call, "in", name)], tensor)
         for tensor in given:
-            self._follow(trace, self._call, "grad_in", name, tensor)
+            self._follow(trace, (self._call, "grad_in", name), tensor)
 
     def after(self, passing: Pass, name: str, output: Any) -> None:
         """Its output."""
-        trace = passing.kept.setdefault(self, Trace())
+        trace = self._trace(passing)
         call = trace.calls.pop() if trace.calls else 0
         tensor = main_tensor(output)
         if tensor is not None and call:
             if not in_backward():
-                self._add(trace, call, "out", name, tensor)
-            self._follow(trace, call, "grad_out", name, tensor)
+                self._add(trace, [(call, "out", name)], tensor)
+            self._follow(trace, (call, "grad_out", name), tensor)
 
     def unseen(self, reason: str) -> None:
         """The check's own finding is all there is."""
@@ -114,27 +118,40 @@ class ValueTrace:
             pieces.append(Piece(self.reporter, [name for name, _ in named], rows))
         return pieces
 
-    def _follow(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
-        if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
-            tensor.register_hook(GradientHook(functools.partial(self._on_gradient, trace, call, kind, name)))
+    def _trace(self, passing: Pass) -> Trace:
+        trace: Trace | None = passing.kept.get(self)
+        if trace is None:
+            trace = passing.kept[self] = Trace()
+        return trace
 
-    def _on_gradient(self, trace: Trace, call: int, kind: str, name: str, gradient: Tensor) -> None:
+    def _follow(self, trace: Trace, seen: _Seen, tensor: Tensor) -> None:
+        if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
+            last = last_listener(tensor)
+            if type(last) is _Follower and last.trace is trace:
+                last.seen.append(seen)
+            else:
+                listen(tensor, _Follower(self, trace, seen))
+
+    def hear(self, trace: Trace, seen: Sequence[_Seen], gradient: Tensor) -> None:
+        """The gradient of a tensor that modules were seen to use."""
         gate = self.reporter.gate
         if not gate.failed:
-            with gate.boundary(), no_torch_function(), torch.no_grad():
-                self._add(trace, call, kind, name, gradient)
+            with gate, no_torch_function(), no_graph():
+                self._add(trace, seen, gradient)
 
-    def _add(self, trace: Trace, call: int, kind: str, name: str, tensor: Tensor) -> None:
+    def _add(self, trace: Trace, seen: Sequence[_Seen], tensor: Tensor) -> None:
         if not _is_readable(tensor):
             return
-        self._turn += 1
-        if tensor.data_ptr() != self._place:  # all hooks of one gradient see it in turn
-            self._place = tensor.data_ptr()
+        place, ends = tensor.data_ptr(), None
+        if place != self._place:  # all hooks of one gradient see it in turn
+            self._place = place
             self._tensor += 1
-        if trace.has_room():
-            ends = self._ends(tensor)
-            event = f"{self._turn} {self._tensor} {call} {kind} {name}"
-            trace.rows[tensor.device, ends[0].dtype].append((event, ends))
+        for call, kind, name in seen:
+            self._turn += 1
+            if trace.has_room():
+                ends = ends or self._ends(tensor)
+                event = f"{self._turn} {self._tensor} {call} {kind} {name}"
+                trace.rows[tensor.device, ends[0].dtype].append((event, ends))
 
     def _ends(self, tensor: Tensor) -> Ends:
         """Of a tensor that did not change since it was looked at last: what was found then."""
@@ -142,8 +159,7 @@ class ValueTrace:
         last = self._last
         if last is not None and last[0]() is tensor and last[1] == version >= 0:
             return last[2]
-        with no_autocast(tensor.device):
-            low, high = real(tensor).aminmax()
+        low, high = real(tensor).aminmax()
         self._last = ref(tensor), version, (low, high)
         return low, high
 
@@ -151,11 +167,17 @@ class ValueTrace:
 def _is_readable(tensor: Tensor) -> bool:
     """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
     plain = type(tensor) in dtypes.PLAIN and tensor.layout is torch.strided
-    return plain and tensor.numel() > 0 and is_numeric(tensor)
+    return plain and is_numeric(tensor) and tensor.numel() > 0
 
 
-def _floats(given: Any) -> Iterator[Tensor]:
-    return (tensor for part in given for tensor in tensors_in(part) if is_numeric(tensor))
+class _Follower:
+    """Hears the gradient of a tensor for all module calls that use it one after another."""
+
+    def __init__(self, of: ValueTrace, trace: Trace, seen: _Seen) -> None:
+        self.trace, self.seen, self._of = trace, [seen], of
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._of.hear(self.trace, self.seen, gradient)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

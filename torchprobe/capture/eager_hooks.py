@@ -16,6 +16,7 @@ from torchprobe.capture.gate import no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Pass, Running
+from torchprobe.naming import all_modules
 from torchprobe.probes.base import Reporter
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
@@ -62,7 +63,7 @@ class EagerHooks:
         self._handles: list[RemovableHandle] = []
         self._marked: list[ReferenceType[nn.Module]] = []
         self._armed: list[Watcher] = []
-        self._size = 0
+        self._size: list[tuple[str, int]] = []
         self._compiled = False
 
     def arm(self, due: frozenset[Reporter], training: bool) -> None:
@@ -110,8 +111,8 @@ class EagerHooks:
         module.__dict__[MARKS].watchers.append((watcher, name))
 
 
-def _size(model: nn.Module) -> int:
-    return sum(hash((name, id(module))) for name, module in model.named_modules())
+def _size(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in all_modules(model)]
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

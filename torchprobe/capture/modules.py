@@ -17,7 +17,7 @@ from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
-from torchprobe.naming import named_modules
+from torchprobe.naming import all_modules, named_modules
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import moved
 
@@ -76,7 +76,7 @@ class OutputSource:
         self._sites: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._hooked: list[ReferenceType[nn.Module]] = []
-        self._armed: tuple[bool, int] | None = None
+        self._armed: tuple[bool, list[tuple[str, int, int]]] | None = None
         self._memo = Memo()
         skip_frames(observe_output)
 
@@ -169,12 +169,9 @@ class OutputSource:
         self._armed = None
 
 
-def _hooks_on(model: nn.Module) -> int:
+def _hooks_on(model: nn.Module) -> list[tuple[str, int, int]]:
     """Changes when a model grows, or gets a hook after ours that may change the output, as tensor parallelism adds."""
-    total = 0
-    for i, (name, module) in enumerate(model.named_modules()):
-        total += hash((i, name, id(module), len(module._forward_hooks)))
-    return total
+    return [(name, id(module), len(module._forward_hooks)) for name, module in all_modules(model)]
 
 
 def _piece(

@@ -72,6 +72,8 @@ class Sources:
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
+        self._meter = meter
+        self._just_armed: tuple[Any, ...] = ()  # when, and for what
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self.armed = True
         """Whether hooks may be on that an idle pass does not want."""
@@ -142,6 +144,10 @@ class Sources:
             self._arm(due, True, may_trace)
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
+        now = (self._meter.starts[:1], due, training, may_trace)
+        if now == self._just_armed and now[0]:
+            return  # by what has led here, with nothing of the user's in between
+        self._just_armed = now
         self.armed = bool(due) or may_trace
         self._hooks.arm(due, training)
         if may_trace or self._outputs.wants(due):

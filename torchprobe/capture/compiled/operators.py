@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class _Output(Protocol):
         """A tensor was computed, or, by `record_row`, its statistic."""
 
 
-_objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_objects: dict[int, ReferenceType[Any]] = {}  # by number, while they live
 
 
 def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
@@ -60,9 +59,11 @@ def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
     One of no dimension would be moved to the GPU by Inductor, under CUDA graphs, where a graph only hands it on.
     """
     number = next(_numbers)
-    _objects[number] = target
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        return torch.from_numpy(np.array([number]))  # of which no mode of the user's hears
+    _objects[number] = ReferenceType(target, lambda _: _objects.pop(number, None))
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.from_numpy(np.array([number]))
+    return torch.from_numpy(np.array([number]))  # of which no mode of the user's hears
 
 
 class GradientHook:
@@ -114,7 +115,8 @@ def last_listener(tensor: Tensor) -> Any:
 
 def _target(handle: Tensor) -> Any:
     """The object of a handle; None while the user captures a graph, of which this would become part."""
-    return None if records_graph() else _objects.get(int(handle.numpy()[0]))  # made by `handle`
+    found = None if records_graph() else _objects.get(int(handle.numpy()[0]))  # made by `handle`, in host memory
+    return None if found is None else found()
 
 
 def _attention(handle: Tensor, *call: Any) -> None:

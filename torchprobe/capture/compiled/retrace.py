@@ -50,6 +50,8 @@ class Retrace:
             return
         if in_compiled_call():
             say_what_graphs_lose()
+        if not self._guards.unguarded:
+            return
         codes = compiled_codes(model) & self._guards.unguarded
         if codes and (in_compiled_call() or has_compiled_part(model) or self._is_wrapped(model, codes)):
             self._drop(codes)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.outputs import tensors_in
-from torchprobe.statistics.dtypes import GPUS
+from torchprobe.naming import all_modules, all_parameters
+from torchprobe.statistics.dtypes import GPUS, PLAIN
 
 _SIMPLE = (str, int, float, bool, type(None))
 _A_SIDE = 16  # elements along a dimension that stand for a tensor's values
@@ -46,7 +47,7 @@ class InputKey:
         tensors = input_tensors(args, kwargs)
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
-        parameters = [] if model is None else [p for p in model.parameters() if _is_plain(p)]
+        parameters = [] if model is None else [p for p in all_parameters(model) if _is_plain(p)]
         self._weights = [(p.data_ptr(), version_of(p)) for p in parameters]
         self._kept = {} if model is None else dict(_attributes(model))
         self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
@@ -129,8 +130,9 @@ def _differ(a: list[Tensor] | None, b: list[Tensor] | None) -> bool | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    special = tensor.is_sparse or tensor.is_meta or tensor.is_quantized
-    return tensor.numel() > 0 and tensor.layout is torch.strided and not special and not hasattr(tensor, "full_tensor")
+    special = tensor.is_sparse or tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided
+    whole = type(tensor) in PLAIN or not hasattr(tensor, "full_tensor")
+    return not special and whole and tensor.numel() > 0
 
 
 def _some_values(tensor: Tensor) -> Tensor:
@@ -142,7 +144,10 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
     """One element of each, by device and type: any average of weights changes it."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in parameters:
-        middle = sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+        dense = p.is_contiguous()
+        middle = (
+            p.numel() // 2 if dense else sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+        )
         one = p.detach().as_strided((1,), (1,), p.storage_offset() + middle)
         groups.setdefault((p.device, p.dtype), []).append(one)
     return [torch.cat(ones) for ones in groups.values()]
@@ -152,11 +157,11 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What all modules keep, such as the mode, the task that is chosen, or a membrane: simple values, which tensors,
     and what is in a list, tuple or dict.
     """
-    for path, module in model.named_modules():
-        own = ((name, value) for name, value in module.__dict__.items() if name not in _OF_TORCH)
-        for name, value in (*own, *module._buffers.items()):
-            if (found := _fingerprint(value)) is not None and name not in _RUNNING:
-                yield f"{path}.{name}".lstrip("."), found
+    for path, module in all_modules(model):
+        kept = module.__dict__ | module._buffers if module._buffers else module.__dict__
+        for name, value in kept.items():
+            if name not in _OF_TORCH and (found := _fingerprint(value)) is not None and name not in _RUNNING:
+                yield f"{path}.{name}" if path else name, found
 
 
 def _fingerprint(value: Any) -> Any:

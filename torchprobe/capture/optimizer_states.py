@@ -13,6 +13,7 @@ KNOWN: Mapping[str, frozenset[str]] = {
     "momenta": frozenset({"exp_avg", "momentum_buffer"}),
     "second_moments": frozenset({"exp_avg_sq", "square_avg"}),
 }
+_SOURCES = {name: source for source, names in KNOWN.items() for name in names}
 _NEITHER = frozenset({"max_exp_avg_sq", "exp_inf", "sum", "acc_delta", "grad_avg", "ax", "prev", "step_size", "step"})
 _OF_LBFGS = frozenset({"d", "t", "al", "ro", "H_diag", "old_dirs", "old_stps", "prev_flat_grad", "prev_loss"})
 _OTHERS = _NEITHER | _OF_LBFGS  # that torch's optimizers keep
@@ -36,8 +37,9 @@ class State:
 
     def unknown(self) -> Iterator[str]:
         """What else it keeps, as far as that may be one of them: names."""
-        for name, value in self._values.items():
-            if name not in _OTHERS and isinstance(value, Tensor) and value.numel() > 1:
-                source = next((source for source, names in KNOWN.items() if name in names), "")
-                if self.known.get(source) is None:
-                    yield name
+        for name in self._values:
+            if name in _OTHERS or (name in _SOURCES and self.known[_SOURCES[name]] is not None):
+                continue
+            value = self._values[name]
+            if isinstance(value, Tensor) and value.numel() > 1:
+                yield name

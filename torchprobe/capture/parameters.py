@@ -50,7 +50,7 @@ class ParameterSource:
         self,
         model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
-        wanted: Callable[[str, nn.Parameter, Probe], bool],
+        wanted: Callable[[Sequence[Named], Probe], list[Named]],
     ) -> None:
         self._model = model
         self._of = {source: [r for r in reporters if r.source == source] for source in _SOURCES}
@@ -94,9 +94,9 @@ class ParameterSource:
         if comparing and model is not None:
             with comparing[0].gate.boundary(), torch.no_grad():
                 named = named_parameters(model)
-                at(self._gradients([Held(name, p, WHOLE) for name, p in named if id(p) not in early]))
+                at(self._gradients([(name, p, WHOLE) for name, p in named if not early or id(p) not in early]))
 
-    def _gradients(self, held: Iterable[Held]) -> list[Named]:
+    def _gradients(self, held: Iterable[tuple[str, nn.Parameter, Share]]) -> list[Named]:
         usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
         return [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
 
@@ -192,11 +192,10 @@ class ParameterSource:
 
     def _chosen(self, reporter: Reporter, tensors: Sequence[Named]) -> list[Named]:
         """Those that a probe watches; a predicate of the user's that raises switches it off."""
-        gate, wanted, probe = reporter.gate, self._wanted, reporter.probe
-        if gate.failed:
+        if reporter.gate.failed:
             return []
-        with gate.boundary():
-            return [named for named in tensors if wanted(named.name, named.parameter, probe)]
+        with reporter.gate.boundary():
+            return self._wanted(tensors, reporter.probe)
         return []  # the boundary took an exception
 
     def _due(self, source: str, due: frozenset[Reporter]) -> list[Reporter]:
@@ -263,7 +262,7 @@ def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor
 
 def _dense(gradient: Tensor) -> Tensor:
     """The stored values of a sparse gradient, duplicates summed as the optimizer will; else itself."""
-    gradient = gradient.detach()
+    gradient = gradient.detach() if gradient.requires_grad else gradient
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
 from torchprobe.capture.modules import PARAMETRIZATIONS, interesting
+from torchprobe.capture.sharding import Named
 from torchprobe.naming import named_modules, named_parameters, owner_of, with_parents
 from torchprobe.probes.base import Probe
 from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
 
+_Named = TypeVar("_Named", bound=Named)
 Patterns = str | Sequence[str] | None
 
 
@@ -29,6 +32,7 @@ class Selection:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude)
         self._covered: dict[str, bool] = {}
+        self._parameters: dict[str, bool] = {}
         names = [name for name, _ in named_modules(model)]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
             for pattern in patterns:
@@ -51,6 +55,15 @@ class Selection:
     def wants_parameter(self, name: str, parameter: nn.Parameter, probe: Probe) -> bool:
         """Whether a parameter is captured for a probe: with its module, or with a module around it."""
         return self.covers(owner_of(name)) and (probe.select is None or probe.selects(name, parameter))
+
+    def parameters(self, named: Sequence[_Named], probe: Probe) -> list[_Named]:
+        """Those that are captured for a probe: see `wants_parameter`."""
+        known = self._parameters
+        for one in named:
+            if one.name not in known:
+                known[one.name] = self.covers(owner_of(one.name))
+        left = [one for one in named if known[one.name]]
+        return left if probe.select is None else [one for one in left if probe.selects(one.name, one.parameter)]
 
     def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
         """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""

@@ -42,7 +42,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor, detached; any other tensor as it is."""
-    if not is_distributed(tensor):
+    if type(tensor) in PLAIN or not is_distributed(tensor):
         return tensor
     local: Any = tensor.detach().to_local()  # type: ignore[attr-defined]
     whole: Tensor = local.wait() if hasattr(local, "wait") else local  # a gradient can still be under way
@@ -51,7 +51,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def is_unreduced(tensor: Tensor) -> bool:
     """Whether the ranks' parts have yet to be added up element by element, so that each alone says nothing."""
-    return is_distributed(tensor) and any(p.is_partial() for p in tensor.placements)  # type: ignore[attr-defined]
+    return type(tensor) not in PLAIN and is_distributed(tensor) and any(p.is_partial() for p in tensor.placements)  # type: ignore[attr-defined]
 
 
 def share_of(tensor: Tensor) -> Share:

@@ -66,10 +66,10 @@ class Tap:
         self._memo = memo
 
     def add(self, passing: Pass, tensor: Tensor) -> None:
-        """One more tensor, in eager code, unless the probe is switched off; an exception switches it off."""
+        """One more tensor, in eager code and no graph, unless the probe is off; an exception switches it off."""
         gate = self.reporter.gate
         if not gate.failed:
-            with gate, no_torch_function(), no_graph():  # no mode, the user's or ours, need see it
+            with gate:
                 if not is_unreduced(tensor):
                     local = local_part(tensor)
                     with no_autocast(local.device):
@@ -79,7 +79,8 @@ class Tap:
         """A tensor that a compiled graph hands over as it is."""
         passing = self._pass_of_graph(training, gradient)
         if passing is not None:
-            self.add(passing, tensor)
+            with no_torch_function(), no_graph():
+                self.add(passing, tensor)
 
     def record_row(self, new: Tensor, training: bool, gradient: bool) -> None:
         """What a compiled graph has computed of one more tensor."""
@@ -148,9 +149,10 @@ def _observe(site: Site, training: bool, output: Any) -> None:
     if passing is None:
         return
     if not recomputing:
-        for tap in site.outputs:
-            if tap.reporter in passing.due:
-                tap.add(passing, tensor)
+        with no_torch_function(), no_graph():  # no mode, the user's or ours, need see it
+            for tap in site.outputs:
+                if tap.reporter in passing.due:
+                    tap.add(passing, tensor)
     # Recomputed outputs need the hook too: reentrant checkpointing builds its graph only then.
     if passing.training and tensor.requires_grad:
         taps = [tap for tap in site.gradients if tap.reporter in passing.due]

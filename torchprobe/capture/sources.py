@@ -51,7 +51,7 @@ class Sources:
         self.model = model
         self.running = running = Running()
         self.snapshots = StepSnapshots()
-        self.parameters = ParameterSource(model, reporters, selection.wants_parameter)
+        self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)
         self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)

@@ -91,8 +91,8 @@ class Scratch(NamedTuple):
     @classmethod
     def for_elements_of(cls, tensors: Sequence[Tensor], device: torch.device, size: int | None = None) -> Scratch:
         """Room for `size` elements of real tensors, by default a chunk."""
-        size = chunk_size(device, sum(x.numel() for x in tensors)) if size is None else size
-        narrow = all(x.dtype != torch.float64 for x in tensors)
+        size = chunk_size(device, sum([x.numel() for x in tensors])) if size is None else size
+        narrow = torch.float64 not in {x.dtype for x in tensors}
         values = torch.empty(size, dtype=torch.float32 if narrow else torch.float64, device=device)
         return cls(values, torch.empty(size, dtype=row_dtype(device), device=device))
 
@@ -109,7 +109,7 @@ def chunks(x: Tensor, size: int) -> Iterable[Tensor]:
     """
     elements = x.numel()
     if elements <= size and x.is_contiguous():
-        return (x.view(-1),) if elements else ()
+        return () if not elements else (x,) if x.ndim == 1 else (x.view(-1),)
     return _chunks(x, size)
 
 

@@ -7,7 +7,6 @@ are copied once, into scratch memory that is used again and again; all arithmeti
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -202,15 +201,15 @@ def _careful_sums(tensors: Sequence[Tensor], device: torch.device, *, absolute: 
     """The same where elements may not be finite, and on any device."""
     scratch = Scratch.for_elements_of(tensors, device)
     room = torch.empty_like(scratch.values)
-    owners: Counter[int] = Counter()
+    chunks_of = [0] * len(tensors)
     rows = [scratch.wide.new_zeros(0, 3 if absolute else 2)]
     for pack in _packs(tensors, len(scratch.values)):
         lengths = [chunk.shape[0] for _, chunk in pack]
         packed = _packed([chunk for _, chunk in pack], lengths, room[: sum(lengths)])
         rows.append(_sums_of_packed(packed, scratch.first(len(packed)), lengths, absolute=absolute))
-        owners.update(owner for owner, _ in pack)
-    chunks_of = [owners[i] for i in range(len(tensors))]
-    if all(count == 1 for count in chunks_of):
+        for owner, _ in pack:
+            chunks_of[owner] += 1
+    if chunks_of == [1] * len(tensors):
         return torch.cat(rows)
     return torch.stack([of_one.sum(0) for of_one in torch.cat(rows).split(chunks_of)])
 

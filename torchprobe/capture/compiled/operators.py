@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from torchprobe.buffer.transfer import records_graph
-from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, skip_frames
+from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_torch_function, skip_frames
 from torchprobe.capture.compiled.tracing import beside
+from torchprobe.capture.gate import no_graph
 
 _library = Library("torchprobe_graph", "FRAGMENT")
 _numbers = itertools.count()
@@ -81,8 +82,9 @@ class GradientHook:
 
     def hear(self, gradient: Tensor | None) -> None:
         """A gradient is there: tell all functions, in order."""
-        for function in self.functions:
-            function(gradient)
+        with no_torch_function(), no_graph():
+            for function in self.functions:
+                function(gradient)
 
     def __call__(self, gradient: Tensor | None) -> None:
         """A gradient arrives."""
@@ -95,22 +97,22 @@ class GradientHook:
 skip_frames(GradientHook.__call__)
 
 
-def listen(tensor: Tensor, function: Callable[[Any], None]) -> None:
+def joinable(tensor: Tensor) -> GradientHook | None:
+    """The hook of a tensor that runs last, if it is ours and nothing was written into the tensor since."""
+    last = last_hook(tensor)
+    return last if type(last) is GradientHook and last.version == tensor._version else None
+
+
+def listen(tensor: Tensor, function: Callable[[Any], None], hook: GradientHook | None = None) -> None:
     """Have a function called with the gradient of a tensor that a graph made.
 
     It joins a hook of ours that is the last: hooks run in order, each after what the one before has made of a gradient.
     """
-    last = last_hook(tensor)
-    if type(last) is GradientHook and last.version == tensor._version:
-        last.functions.append(function)
-    else:
+    hook = hook or joinable(tensor)
+    if hook is None:
         hear_gradient(tensor, GradientHook(function, tensor._version))
-
-
-def last_listener(tensor: Tensor) -> Any:
-    """The function that `listen` would have one follow; None where there is none."""
-    last = last_hook(tensor)
-    return last.functions[-1] if type(last) is GradientHook and last.version == tensor._version else None
+    else:
+        hook.functions.append(function)
 
 
 def _target(handle: Tensor) -> Any:

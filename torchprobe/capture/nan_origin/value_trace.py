@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.compat import in_backward, no_torch_function
-from torchprobe.capture.compiled.operators import last_listener, listen
-from torchprobe.capture.gate import no_graph
+from torchprobe.capture.compat import in_backward
+from torchprobe.capture.compiled.operators import joinable, listen
 from torchprobe.capture.outputs import given_tensors, is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
 from torchprobe.naming import ROOT, named_modules
@@ -126,17 +125,18 @@ class ValueTrace:
 
     def _follow(self, trace: Trace, seen: _Seen, tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
-            last = last_listener(tensor)
+            hook = joinable(tensor)
+            last = None if hook is None else hook.functions[-1]
             if type(last) is _Follower and last.trace is trace:
                 last.seen.append(seen)
             else:
-                listen(tensor, _Follower(self, trace, seen))
+                listen(tensor, _Follower(self, trace, seen), hook)
 
     def hear(self, trace: Trace, seen: Sequence[_Seen], gradient: Tensor) -> None:
         """The gradient of a tensor that modules were seen to use."""
         gate = self.reporter.gate
         if not gate.failed:
-            with gate, no_torch_function(), no_graph():
+            with gate:
                 self._add(trace, seen, gradient)
 
     def _add(self, trace: Trace, seen: Sequence[_Seen], tensor: Tensor) -> None:
@@ -166,8 +166,9 @@ class ValueTrace:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
+    kind = tensor.dtype
     plain = type(tensor) in dtypes.PLAIN and tensor.layout is torch.strided
-    return plain and is_numeric(tensor) and tensor.numel() > 0
+    return plain and (kind.is_floating_point or kind.is_complex) and tensor.numel() > 0
 
 
 class _Follower:

@@ -18,7 +18,7 @@ from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.modules import chosen_modules
 from torchprobe.capture.predictions.inputs import InputKey
-from torchprobe.naming import ROOT
+from torchprobe.naming import ROOT, all_modules
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
 Protect = Callable[[Any], AbstractContextManager[None]]
@@ -69,7 +69,8 @@ class Parts:
 
     def _find(self, training: bool) -> Iterator[Site]:
         model = self._model()
-        if model is None or not (self._modules or any(isinstance(part, nn.ModuleList) for part in model.modules())):
+        kinds = () if model is None else {type(module) for _, module in all_modules(model)}
+        if model is None or not (self._modules or any(issubclass(kind, nn.ModuleList) for kind in kinds)):
             return
         if has_compiled_part(model):
             return

@@ -244,7 +244,7 @@ def _is_part(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
 
 
-def _sums(gradients: Iterable[Named]) -> Iterator[tuple[list[str], Tensor]]:
+def _sums(gradients: Sequence[Named]) -> Iterator[tuple[list[str], Tensor]]:
     """Names and sums of the gradients of each device."""
     for group in by_device(gradients):
         yield [named.name for named in group], norms.finite_sums([named.tensor for named in group])

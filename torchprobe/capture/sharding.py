@@ -6,7 +6,7 @@ Nothing here communicates. Wrappers are known by their attributes, so that model
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,10 @@ class Named(NamedTuple):
     share: Share = WHOLE
 
 
-def by_device(tensors: Iterable[Named]) -> Iterable[list[Named]]:
+def by_device(tensors: Sequence[Named]) -> Iterable[list[Named]]:
     """Those of each device."""
+    if len({named.tensor.device for named in tensors}) == 1:
+        return [[*tensors]]
     groups: defaultdict[torch.device, list[Named]] = defaultdict(list)
     for named in tensors:
         groups[named.tensor.device].append(named)

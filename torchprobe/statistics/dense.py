@@ -40,7 +40,7 @@ def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
     scratch = _scratch(x) if absolute else x
     norms, magnitudes = [], 0.0
     for chunk in chunks(x, size):
-        norms.append(_row_norms(chunk))
+        norms += [_row_norms(chunk)]
         if absolute:
             magnitudes += on_host(torch.abs(chunk, out=_first(scratch, chunk.shape[0])).sum())
     squares = _squares(norms)
@@ -115,7 +115,7 @@ def _row_norms(x: Tensor) -> Tensor:
 
 def _squares(norms: list[Tensor]) -> float:
     """The sum of squares of the elements that norms are of."""
-    wide = (norms[0] if len(norms) == 1 else torch.cat(norms)).double()
+    wide = (torch.cat(norms) if norms[1:] else norms[0]).double()
     return on_host(torch.dot(wide, wide))
 
 

@@ -68,6 +68,11 @@ def real(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 1 else x.resolve_neg()
 
 
+def reals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`real` of each."""
+    return [x.resolve_neg() if x.dtype in _COMMON and not x.requires_grad else real(x) for x in tensors]
+
+
 def arithmetic(x: Tensor, name: str) -> torch.dtype:
     """The type to compute in: float64 for float64, else float32. Raises TypeError for what is no real float."""
     if not x.is_floating_point():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics import buckets, fused
-from torchprobe.statistics.dtypes import chunk_size, chunks, owners, real, row_dtype
+from torchprobe.statistics.dtypes import chunk_size, chunks, owners, reals, row_dtype
 
 LOW, HIGH = -100, 27
 """The first and the last bucket hold 2**LOW <= |x| < 2**(LOW + 1) and 2**HIGH <= |x| < 2**(HIGH + 1), and all that
@@ -35,7 +35,7 @@ def log_histogram(x: Tensor) -> Tensor:
 
 def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
     """The row of each of many tensors of one device: shape (n, 2 + BUCKETS). Small ones are counted together."""
-    tensors = [real(x) for x in tensors]
+    tensors = reals(tensors)
     if not tensors:
         return torch.zeros(0, 2 + BUCKETS, dtype=torch.float64)
     if all(map(fused.applies_to, tensors)):

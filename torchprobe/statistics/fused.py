@@ -37,7 +37,8 @@ def applies_to(x: Tensor) -> bool:
     """Whether a `dtypes.real` tensor can be read so. Looks at no element."""
     if x.device.type not in GPUS or x.dtype not in TYPES or type(x) not in PLAIN:
         return False
-    return _is_dense(x) and usable(x.device.type) and (not x.numel() or x.data_ptr() != 0)
+    dense = x.is_contiguous() or _is_dense(x)
+    return dense and usable(x.device.type) and (x.data_ptr() != 0 or not x.numel())
 
 
 @functools.cache
@@ -149,11 +150,11 @@ def _table(
 
 def _in_order(function: Callable[..., Tensor], tensors: Sequence[Tensor], *beside: Tensor) -> Tensor:
     """A row for each tensor, by a launch for those of each type. beside: rows of the function's own, in that order."""
+    if len({x.dtype for x in tensors}) == 1:
+        return function(tensors, *beside)
     groups: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(tensors):
         groups.setdefault(x.dtype, []).append(i)
-    if len(groups) == 1:
-        return function(tensors, *beside)
     by_index: dict[int, Tensor] = {}
     for group in groups.values():
         own = [torch.stack([rows[i] for i in group]) for rows in beside]
@@ -163,8 +164,6 @@ def _in_order(function: Callable[..., Tensor], tensors: Sequence[Tensor], *besid
 
 def _is_dense(x: Tensor) -> bool:
     """Whether its elements, in some order, lie side by side, each once."""
-    if x.is_contiguous():
-        return True
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchprobe.statistics import buckets as counting
 from torchprobe.statistics import fused
-from torchprobe.statistics.dtypes import Scratch, chunks, owners, real
+from torchprobe.statistics.dtypes import Scratch, chunks, owners, reals
 
 HEADER = ("low", "high", "nonfinite")
 """What stands before the counts."""
@@ -47,7 +47,7 @@ def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
 def linear_histograms(tensors: Sequence[Tensor], buckets: int = 64) -> Tensor:
     """The row of each of many tensors of one device: shape (n, 3 + buckets). Small ones are counted together."""
     _check(buckets)
-    tensors = [real(x) for x in tensors]
+    tensors = reals(tensors)
     if not tensors:
         return torch.zeros(0, len(HEADER) + buckets, dtype=torch.float64)
     if buckets.bit_count() == 1 and all(map(fused.applies_to, tensors)):

@@ -99,22 +99,23 @@ class GradientFacts:
     # ---- zeroed too late, too early, or never
 
     def _since_backward(self, mine: list[nn.Parameter], label: str) -> None:
-        reaching = [pair for pair in self._passes if any(_changed(pair, id(p)) for p in mine)]
+        ids = {id(p): p for p in mine}
+        changed = [(pair, [key for key in ids if _changed(pair, key)]) for pair in self._passes]
+        reaching = [(pair, keys) for pair, keys in changed if keys]
         if not reaching:
             return
-        kept = [_largest([pair[0].norms.get(id(p)) for p in mine if _changed(pair, id(p))]) for pair in reaching]
+        kept = [_largest([before.norms.get(key) for key in keys]) for (before, _), keys in reaching]
         least: float | Tensor = 0.0
         if all(one is not None for one in kept):
             least = torch.stack([one for one in kept if one is not None]).amin()
         self._evidence.put(f"kept_gradient/{label}", least)
-        _, after = reaching[-1]
-        reached = [p for p in mine if _changed(reaching[-1], id(p))]
-        there = [p for p in reached if p.grad is not None]
+        (_, after), reached = reaching[-1]
+        there = [key for key in reached if ids[key].grad is not None]
         if not there:
             self._evidence.put(f"gradient_gone/{label}", 1.0)
             return
         now = self._look()
-        pairs = [(after.norms[id(p)], now.norms[id(p)]) for p in there if id(p) in after.norms and id(p) in now.norms]
+        pairs = [(after.norms[key], now.norms[key]) for key in there if key in after.norms and key in now.norms]
         if pairs:
             then, left = (torch.stack(some) for some in zip(*pairs, strict=True))
             gone, alive = (then > 0) & (left == 0), left > 0
@@ -180,9 +181,10 @@ def held_by_living() -> set[int]:
 
 
 def _changed(pair: tuple[_Seen, _Seen], parameter: int) -> bool:
-    before, after = pair
-    now = after.states.get(parameter)
-    return now is not None and now != before.states.get(parameter)
+    before, after = pair[0].states, pair[1].states
+    if parameter not in after:
+        return False
+    return parameter not in before or before[parameter] != after[parameter]
 
 
 def _norms(parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:

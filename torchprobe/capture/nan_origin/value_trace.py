@@ -159,7 +159,7 @@ class ValueTrace:
         last = self._last
         if last is not None and last[0]() is tensor and last[1] == version >= 0:
             return last[2]
-        low, high = real(tensor).aminmax()
+        low, high = (tensor if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 else real(tensor)).aminmax()
         self._last = ref(tensor), version, (low, high)
         return low, high
 

@@ -160,7 +160,10 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in all_modules(model):
         kept = module.__dict__ | module._buffers if module._buffers else module.__dict__
         for name, value in kept.items():
-            if name not in _OF_TORCH and (found := _fingerprint(value)) is not None and name not in _RUNNING:
+            if value is None or name in _OF_TORCH or name in _RUNNING:
+                continue
+            found = (type(value), value) if type(value) in _SIMPLE else _fingerprint(value)
+            if found is not None:
                 yield f"{path}.{name}" if path else name, found
 
 

@@ -133,10 +133,8 @@ def test_the_meter_is_empty_when_all_threads_have_left():
     def enter_and_leave():
         together.wait(30)
         for _ in range(2000):
-            meter.enter()
-            meter.enter()
-            meter.leave()
-            meter.leave()
+            with meter, meter:
+                pass
 
     threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
     for thread in threads:
@@ -144,9 +142,8 @@ def test_the_meter_is_empty_when_all_threads_have_left():
     for thread in threads:
         thread.join()
     before = meter.seconds
-    meter.enter()
-    time.sleep(0.02)
-    meter.leave()
+    with meter:
+        time.sleep(0.02)
     assert meter.seconds - before >= 0.02  # nobody is left inside
 
 

@@ -238,11 +238,6 @@ def under_function_transform() -> bool:
     return peek is not None and peek() is not None
 
 
-def grad_switch() -> Callable[[bool], Any]:
-    """What switches gradients on and off in this thread."""
-    return find("torch._C:_set_grad_enabled") or torch.set_grad_enabled
-
-
 def no_torch_function() -> AbstractContextManager[Any]:
     """Within, no function mode and no tensor subclass of anybody's sees a call."""
     made = find("torch._C:DisableTorchFunction") or find("torch._C:DisableTorchFunctionSubclass") or nullcontext
@@ -271,6 +266,10 @@ pop_mode: Callable[[], Any] = (
     find("torch.overrides:_pop_mode") or find("torch._C:_pop_torch_function_stack") or _no_stack
 )
 """Take the top of the stack of function modes off, and return it. Dynamo can trace it."""
+
+
+switch_gradients: Callable[[bool], Any] = find("torch._C:_set_grad_enabled") or torch.set_grad_enabled
+"""Switch gradients on or off in this thread."""
 
 
 def function_modes() -> list[Any]:

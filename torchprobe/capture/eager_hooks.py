@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
-from torchprobe.capture.gate import no_graph
+from torchprobe.capture.gate import Meter, no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Pass, Running
@@ -48,8 +48,9 @@ class Watcher(Protocol):
 class Marks(Inert):
     """The watchers of a module, each with the name it knows it by."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Running, meter: Meter) -> None:
         self.running = running
+        self.meter = meter
         self.watchers: list[tuple[Watcher, str]] = []
 
 
@@ -102,7 +103,7 @@ class EagerHooks:
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
         if module.__dict__.get(MARKS) is None:
             self._marked.append(ReferenceType(module))
-            mark(module, MARKS, Marks(self._running))
+            mark(module, MARKS, Marks(self._running, watcher.reporter.gate.meter))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
@@ -138,9 +139,11 @@ def _tell(marks: Marks, what: str, *arguments: Any) -> None:
     passing = marks.running.of_backward() if current() != -1 else marks.running.forward()
     if passing is None:
         return
-    with no_torch_function(), no_graph():
+    with marks.meter, no_torch_function(), no_graph():
         for watcher, name in marks.watchers:
             gate = watcher.reporter.gate
             if watcher.reporter in passing.due and not gate.failed:
-                with gate:
+                try:
                     getattr(watcher, what)(passing, name, *arguments)
+                except Exception as error:
+                    gate.fail(error)

@@ -20,8 +20,10 @@ from torchprobe.naming import all_modules, all_parameters
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether any part of the model is, by either interface."""
-    kinds = {type(module) for _, module in all_modules(model)}
-    return any(hasattr(kind, "_get_fsdp_state") for kind in kinds) or any(map(is_flattened, all_parameters(model)))
+    modules = all_modules(model)
+    if any(hasattr(kind, "_get_fsdp_state") for kind in {type(module) for _, module in modules}):
+        return True
+    return any(map(is_flattened, all_parameters(model, modules)))
 
 
 def lasting_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from torchprobe.buffer.transfer import may_record_graphs, records_graph
-from torchprobe.capture.compat import find, grad_switch
+from torchprobe.capture.compat import find, switch_gradients
 from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
 
 _log = logging.getLogger("torchprobe")
@@ -49,11 +49,11 @@ class Meter:
         """The user wanted nothing of it to be recorded."""
         self.aside += seconds
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         """Something of ours begins."""
         self.starts.append(0.0 if self.starts else perf_counter())
 
-    def leave(self) -> None:
+    def __exit__(self, *raised: object) -> None:
         """It has ended, by an exception or not."""
         start = self.starts.pop()
         if not self.starts:
@@ -68,7 +68,7 @@ class Gate:
         self.train = False
         self.val = False
         self.failed = False
-        self._meter = meter
+        self.meter = meter
 
     def boundary(self) -> Gate:
         """Run probe code: an exception switches the probe off, with one logged traceback.
@@ -78,13 +78,13 @@ class Gate:
         return self
 
     def __enter__(self) -> None:
-        starts = self._meter.starts
+        starts = self.meter.starts
         starts.append(0.0 if starts else perf_counter())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        start = self._meter.starts.pop()
-        if not self._meter.starts:
-            self._meter.total[0] += perf_counter() - start
+        start = self.meter.starts.pop()
+        if not self.meter.starts:
+            self.meter.total[0] += perf_counter() - start
         if error is None or not isinstance(error, Exception):
             return False
         self.fail(error)
@@ -225,11 +225,11 @@ class no_graph:  # noqa: N801 - as torch.no_grad
     def __enter__(self) -> None:
         self._before = torch.is_grad_enabled()
         if self._before:
-            grad_switch()(False)
+            switch_gradients(False)
 
     def __exit__(self, *raised: object) -> None:
         if self._before:
-            grad_switch()(True)
+            switch_gradients(True)
 
 
 _AS_IT_IS = nullcontext()

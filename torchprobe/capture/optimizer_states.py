@@ -30,9 +30,10 @@ class State:
 
     def _first(self, names: frozenset[str], parameter: nn.Parameter) -> Tensor | None:
         for name in names:
-            value = self._values.get(name)
-            if isinstance(value, Tensor) and value.shape == parameter.shape and measurable(value):
-                return value
+            if name in self._values:
+                value = self._values[name]
+                if isinstance(value, Tensor) and value.shape == parameter.shape and measurable(value):
+                    return value
         return None
 
     def unknown(self) -> Iterator[str]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.statistics import buckets as counting
-from torchprobe.statistics import fused
-from torchprobe.statistics.dtypes import Scratch, chunks, owners, reals
+from torchprobe.statistics import dense, fused
+from torchprobe.statistics.dtypes import Scratch, chunks, on_host, owners, reals
 
 HEADER = ("low", "high", "nonfinite")
 """What stands before the counts."""
@@ -72,8 +72,8 @@ def _histogram(x: Tensor, buckets: int) -> Tensor:
     low, high = _extremes(x, scratch)
     first, per_unit = _grid(low, high, buckets)
     counted = torch.zeros(buckets + 1, dtype=torch.int64, device=x.device)
-    for chunk in chunks(x, len(scratch.values)):
-        codes = _codes(scratch.first(len(chunk)).values.copy_(chunk), first, per_unit, buckets)
+    for chunk in chunks(x, scratch.values.shape[0]):
+        codes = _codes(scratch.first(chunk.shape[0]).values.copy_(chunk), first, per_unit, buckets)
         counted += counting.count_codes(codes, buckets + 1)
     return _row(low, high, counted)
 
@@ -94,9 +94,13 @@ def _together(tensors: Sequence[Tensor], buckets: int) -> Sequence[Tensor]:
 
 def _extremes(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """The smallest and the largest finite element, in the row's type."""
+    if dense.is_plain(x):  # in host memory a look is free
+        low, high = x.aminmax()
+        if math.isfinite(on_host(low)) and math.isfinite(on_host(high)):
+            return low.to(scratch.wide), high.to(scratch.wide)
     lows, highs = [], []
-    for chunk in chunks(x, len(scratch.values)):
-        values = scratch.first(len(chunk)).values
+    for chunk in chunks(x, scratch.values.shape[0]):
+        values = scratch.first(chunk.shape[0]).values
         lows.append(torch.nan_to_num(values.copy_(chunk), *3 * [math.inf], out=values).amin())
         highs.append(torch.nan_to_num(values.copy_(chunk), *3 * [-math.inf], out=values).amax())
     low, high = torch.stack(lows).amin(), torch.stack(highs).amax()

@@ -180,7 +180,7 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     device = _common_device(tensors)
     if tensors and all(map(fused.applies_to, tensors)):
         return _fused_sums(tensors, absolute=absolute)
-    large = [i for i, x in enumerate(tensors) if x.numel() >= _SMALL and dense.applies_to(x)]
+    large = [i for i, x in enumerate(tensors) if x.dtype == torch.float32 and x.numel() >= _SMALL and dense.is_plain(x)]
     found = {i: row for i in large if (row := dense.sums(tensors[i], absolute=absolute)) is not None}
     rest = [i for i in range(len(tensors)) if i not in found]
     rows = _careful_sums([tensors[i] for i in rest], device, absolute=absolute)

@@ -40,10 +40,10 @@ class Trace:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.events = 0
 
-    def has_room(self) -> bool:
-        """For one more event."""
-        self.events += 1
-        return self.events <= _MOST_EVENTS
+    def room(self, events: int) -> int:
+        """How many of so many more events there is room for."""
+        self.events += events
+        return events if self.events <= _MOST_EVENTS else max(events - self.events + _MOST_EVENTS, 0)
 
     def merge(self, other: Trace) -> None:
         """The events of one more pass, if there is room for them, and its shapes."""
@@ -126,11 +126,11 @@ class ValueTrace:
     def _follow(self, trace: Trace, seen: _Seen, tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
             hook = joinable(tensor)
-            last = None if hook is None else hook.functions[-1]
-            if type(last) is _Follower and last.trace is trace:
-                last.seen.append(seen)
-            else:
-                listen(tensor, _Follower(self, trace, seen), hook)
+            for function in () if hook is None else hook.functions:
+                if type(function) is _Follower and function.trace is trace:
+                    function.seen.append(seen)
+                    return
+            listen(tensor, _Follower(self, trace, seen), hook)
 
     def hear(self, trace: Trace, seen: Sequence[_Seen], gradient: Tensor) -> None:
         """The gradient of a tensor that modules were seen to use."""
@@ -140,18 +140,22 @@ class ValueTrace:
                 self._add(trace, seen, gradient)
 
     def _add(self, trace: Trace, seen: Sequence[_Seen], tensor: Tensor) -> None:
-        if not _is_readable(tensor):
+        of = tensor.dtype
+        if type(tensor) not in dtypes.PLAIN or not (of.is_floating_point or of.is_complex) or not tensor.numel():
+            return  # a reduction would not be one operation on elements that are here: a DTensor, or a fake tensor
+        if tensor.layout is not torch.strided:
             return
-        place, ends = tensor.data_ptr(), None
-        if place != self._place:  # all hooks of one gradient see it in turn
+        if (place := tensor.data_ptr()) != self._place:  # all hooks of one gradient see it in turn
             self._place = place
             self._tensor += 1
+        room = trace.room(len(seen))
+        ends = self._ends(tensor) if room else None
         for call, kind, name in seen:
             self._turn += 1
-            if trace.has_room():
-                ends = ends or self._ends(tensor)
+            if ends is not None and room > 0:
+                room -= 1
                 event = f"{self._turn} {self._tensor} {call} {kind} {name}"
-                trace.rows[tensor.device, ends[0].dtype].append((event, ends))
+                trace.rows[tensor.device, ends[0].dtype] += [(event, ends)]
 
     def _ends(self, tensor: Tensor) -> Ends:
         """Of a tensor that did not change since it was looked at last: what was found then."""
@@ -162,13 +166,6 @@ class ValueTrace:
         low, high = (tensor if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 else real(tensor)).aminmax()
         self._last = ref(tensor), version, (low, high)
         return low, high
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether a reduction is one operation on elements that are here: no DTensor, sparse, nested or fake tensor."""
-    kind = tensor.dtype
-    plain = type(tensor) in dtypes.PLAIN and tensor.layout is torch.strided
-    return plain and (kind.is_floating_point or kind.is_complex) and tensor.numel() > 0
 
 
 class _Follower:

@@ -47,9 +47,10 @@ class InputKey:
         tensors = input_tensors(args, kwargs)
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
-        parameters = [] if model is None else [p for p in all_parameters(model) if _is_plain(p)]
+        modules = [] if model is None else all_modules(model)
+        parameters = [] if model is None else [p for p in all_parameters(model, modules) if _is_plain(p)]
         self._weights = [(p.data_ptr(), version_of(p)) for p in parameters]
-        self._kept = {} if model is None else dict(_attributes(model))
+        self._kept = dict(_attributes(modules))
         self._values = [_some_values(x) for x in tensors if _is_plain(x)] + _one_of_each(parameters)
 
     def same_as(self, other: InputKey) -> bool:
@@ -153,11 +154,11 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [torch.cat(ones) for ones in groups.values()]
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     """What all modules keep, such as the mode, the task that is chosen, or a membrane: simple values, which tensors,
     and what is in a list, tuple or dict.
     """
-    for path, module in all_modules(model):
+    for path, module in modules:
         kept = module.__dict__ | module._buffers if module._buffers else module.__dict__
         for name, value in kept.items():
             if value is None or name in _OF_TORCH or name in _RUNNING:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from torch import nn
+
+_Inside: TypeAlias = Callable[[nn.Module], nn.Module] | None
+_Parts: TypeAlias = Mapping[str, nn.Module | None]
 
 ROOT = "root"  # what the model itself is called, whose name in `named_modules()` is empty
 
@@ -87,22 +91,21 @@ def all_parameters(model: nn.Module, modules: Sequence[tuple[str, nn.Module]] | 
     return [*{id(parameter): parameter for parameter in given if parameter is not None}.values()]
 
 
-def _walk(model: nn.Module, inside: Callable[[nn.Module], nn.Module] | None) -> list[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, inside: _Inside) -> list[tuple[str, nn.Module]]:
     """All modules, each once, under its first name. inside: what to see in place of one that has parts."""
     found: dict[int, tuple[str, nn.Module]] = {id(model): ("", model)}
+    _take(found, "", model._modules, inside)
+    return [*found.values()]
 
-    def take(prefix: str, parts: Mapping[str, nn.Module | None]) -> None:
-        for name, part in parts.items():
-            if part is None:
-                continue
+
+def _take(found: dict[int, tuple[str, nn.Module]], prefix: str, parts: _Parts, inside: _Inside) -> None:
+    for name, part in parts.items():
+        if part is not None:
             module = inside(part) if part._modules and inside is not None else part
             if (key := id(module)) not in found:
-                found[key] = one = prefix + name, module
+                found[key] = prefix + name, module
                 if module._modules:
-                    take(f"{one[0]}.", module._modules)
-
-    take("", model._modules)
-    return [*found.values()]
+                    _take(found, f"{prefix}{name}.", module._modules, inside)
 
 
 def bare_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

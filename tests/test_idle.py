@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,13 @@ from tests.models import FAMILIES, Transformer, inputs
 from tests.modes import NoHostRead
 from tests.setups.compiled import COMPILERS_WARNINGS
 from torchprobe.capture import sites
+from torchprobe.probes.choosing import default_probes
 from torchprobe.testing import MemoryWriter
 
 MOST_CALLS = {"plain": 61, "several optimizers": 94, "zeroed in place": 82, "compiled": 67}
 """Functions of torchprobe that an idle step may enter, by the kind of loop."""
+MOST_CALLS_A_MODULE, MOST_DRAIN_CALLS_A_MODULE = 230, 110
+"""The same of a step that every default probe but attention samples, for each module more."""
 CHANCE = 5  # calls: where `any` over a set stops depends on addresses; a block more is 23 modules and parameters
 
 
@@ -113,3 +119,57 @@ def test_a_sampled_step_calls_the_hook_of_every_chosen_module():
         called = calls_into_torchprobe(one_step, model, optimizer, "transformer", session)
     # embedding, head, and per block: two norms, the attention block, its two projections, two linear layers
     assert called.count(sites.observe_output.__name__) == 2 + 2 * 7
+
+
+def all_but_attention() -> list[torchprobe.Probe]:
+    return [type(probe)(every=1) for probe in default_probes() if not isinstance(probe, torchprobe.Attention)]
+
+
+def sampled_calls(layers: int, folder: Path) -> tuple[int, int]:
+    """What a sampled step with event files enters: in the training thread, and in the drain thread."""
+    in_drain = []
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("torchprobe"):
+            in_drain.append(frame.f_code.co_name)
+
+    model = Transformer(layers=layers)
+    optimizer = torch.optim.AdamW(model.parameters())
+    threading.setprofile(profile)  # of threads that start from here on
+    try:
+        session = torchprobe.instrument(model, log_dir=folder, probes=all_but_attention(), flush_seconds=1e6)
+    finally:
+        threading.setprofile(None)
+    for _ in range(4):  # the first steps' tags are new
+        one_step(model, optimizer, "transformer", session)
+    assert session.flush()
+    in_drain.clear()
+    in_training = calls_into_torchprobe(one_step, model, optimizer, "transformer", session)
+    assert session.flush()
+    calls = len(in_training), len(in_drain)
+    session.detach()
+    return calls
+
+
+def test_a_sampled_step_makes_few_calls_a_module_in_either_thread(tmp_path):
+    few, many = (sampled_calls(layers, tmp_path / str(layers)) for layers in (1, 6))
+    more = len(list(Transformer(layers=6).modules())) - len(list(Transformer(layers=1).modules()))
+    in_training, in_drain = ((b - a) / more for a, b in zip(few, many, strict=True))
+    assert in_training <= MOST_CALLS_A_MODULE, in_training
+    assert in_drain <= MOST_DRAIN_CALLS_A_MODULE, in_drain
+
+
+def test_a_sampled_step_leaves_nothing_for_the_garbage_collector():
+    model = Transformer(layers=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for _ in range(4):
+            one_step(model, optimizer, "transformer", session)
+        assert session.flush()  # the drain thread is at rest
+        gc.collect()
+        gc.disable()
+        try:
+            one_step(model, optimizer, "transformer", session)
+            assert gc.collect() == 0
+        finally:
+            gc.enable()

@@ -38,7 +38,7 @@ def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
     tensors = reals(tensors)
     if not tensors:
         return torch.zeros(0, 2 + BUCKETS, dtype=torch.float64)
-    if all(map(fused.applies_to, tensors)):
+    if fused.applies_to(*tensors):
         counts = fused.codes(tensors)
         return _buckets(counts[:, :_CODES], counts[:, _CODES])
     packs = buckets.small_packs(tensors)

@@ -33,12 +33,15 @@ _PROGRAMS, _BLOCK, _MERGED = 2**11, 2**10, 2**7  # programs that a launch aims a
 _log = logging.getLogger("torchprobe")
 
 
-def applies_to(x: Tensor) -> bool:
-    """Whether a `dtypes.real` tensor can be read so. Looks at no element."""
-    if x.device.type not in GPUS or x.dtype not in TYPES or type(x) not in PLAIN:
-        return False
-    dense = x.is_contiguous() or _is_dense(x)
-    return dense and usable(x.device.type) and (x.data_ptr() != 0 or not x.numel())
+def applies_to(*tensors: Tensor) -> bool:
+    """Whether `dtypes.real` tensors of one device can be read so. Looks at no element."""
+    kind = tensors[0].device.type if tensors else ""
+    return kind in GPUS and usable(kind) and all([_is_readable(x) for x in tensors])  # noqa: C419 - a call a tensor
+
+
+def _is_readable(x: Tensor) -> bool:
+    plain = x.dtype in TYPES and type(x) in PLAIN and (x.is_contiguous() or _is_dense(x))
+    return plain and (x.data_ptr() != 0 or not x.numel())
 
 
 @functools.cache
@@ -123,7 +126,7 @@ class _Launch:
         self.span = max(-(-span // _BLOCK), 1) * _BLOCK
         self.addressed = len(tensors) > 1
         self.elements = sizes[0]
-        self.programs = sum(-(-size // self.span) for size in sizes)
+        self.programs = sum([-(-size // self.span) for size in sizes])
         self.places = self.ends = x
         if self.addressed:
             addresses = [tensor.data_ptr() for tensor in tensors]

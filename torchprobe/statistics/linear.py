@@ -50,7 +50,7 @@ def linear_histograms(tensors: Sequence[Tensor], buckets: int = 64) -> Tensor:
     tensors = reals(tensors)
     if not tensors:
         return torch.zeros(0, len(HEADER) + buckets, dtype=torch.float64)
-    if buckets.bit_count() == 1 and all(map(fused.applies_to, tensors)):
+    if buckets.bit_count() == 1 and fused.applies_to(*tensors):
         return _fused(tensors, buckets)
     found: dict[int, Tensor] = {}
     for pack in counting.small_packs(tensors):

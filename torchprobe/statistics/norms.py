@@ -178,7 +178,7 @@ def combine_squares(a: Tensor, b: Tensor) -> Tensor:
 def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     """Of real tensors sum_squares, nonfinite and, where wanted, sum_abs: shape (n, 2 or 3)."""
     device = _common_device(tensors)
-    if tensors and all(map(fused.applies_to, tensors)):
+    if fused.applies_to(*tensors):
         return _fused_sums(tensors, absolute=absolute)
     large = [i for i, x in enumerate(tensors) if x.dtype == torch.float32 and x.numel() >= _SMALL and dense.is_plain(x)]
     found = {i: row for i in large if (row := dense.sums(tensors[i], absolute=absolute)) is not None}

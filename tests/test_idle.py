@@ -17,6 +17,7 @@ from tests.models import FAMILIES, Transformer, inputs
 from tests.modes import NoHostRead
 from tests.setups.compiled import COMPILERS_WARNINGS
 from torchprobe.capture import sites
+from torchprobe.capture.gate import Meter
 from torchprobe.probes.choosing import default_probes
 from torchprobe.testing import MemoryWriter
 
@@ -173,3 +174,25 @@ def test_a_sampled_step_leaves_nothing_for_the_garbage_collector():
             assert gc.collect() == 0
         finally:
             gc.enable()
+
+
+def test_what_hooks_of_a_sampled_step_do_counts_as_torchprobes_time(monkeypatch):
+    """But for the few calls by which a hook is entered: what is not counted would be the user's forward or backward."""
+    model, meter, counts = Transformer(layers=2), Meter(), Counter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr("torchprobe.session.Meter", lambda: meter)
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("torchprobe"):
+            counts["inside" if meter.starts else frame.f_code.co_name] += 1
+
+    probes = [type(probe)(every=1) for probe in default_probes() if not isinstance(probe, torchprobe.Attention)]
+    with torchprobe.instrument(model, writer=MemoryWriter(), probes=probes) as session:
+        one_step(model, optimizer, "transformer", session)
+        sys.setprofile(profile)
+        one_step(model, optimizer, "transformer", session)
+        sys.setprofile(None)
+    assert counts.pop("inside") > 2_000
+    del counts["__enter__"]  # the meter's own
+    modules = sum(1 for _ in model.modules())
+    assert sum(counts.values()) <= 20 * modules, counts.most_common(20)

@@ -18,7 +18,7 @@ KEEPER = "outputs"
 def tap() -> Tap:
     reporter = Activations().reporter()
     reporter.begin(Gate("Activations", Meter()), every(1))
-    return Tap("layer", reporter, KEEPER, Running(), Memo())
+    return Tap("layer", reporter, KEEPER, Running(Meter()), Memo())
 
 
 def passing(site: Tap, kind: str = TRAINING) -> Pass:
@@ -52,7 +52,7 @@ def test_passes_are_apart():
 
 
 def test_what_a_compiled_graph_has_computed_is_added():
-    running = Running()
+    running = Running(Meter())
     reporter = Activations().reporter()
     reporter.begin(Gate("Activations", Meter()), every(1))
     site = Tap("layer", reporter, KEEPER, running, Memo())

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
 from torchprobe.capture.compiled.graphs import any_compiled, in_compiled_call
-from torchprobe.capture.gate import Meter, no_graph
+from torchprobe.capture.gate import no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
 from torchprobe.capture.source import Pass, Running
@@ -48,9 +48,8 @@ class Watcher(Protocol):
 class Marks(Inert):
     """The watchers of a module, each with the name it knows it by."""
 
-    def __init__(self, running: Running, meter: Meter) -> None:
+    def __init__(self, running: Running) -> None:
         self.running = running
-        self.meter = meter
         self.watchers: list[tuple[Watcher, str]] = []
 
 
@@ -104,7 +103,7 @@ class EagerHooks:
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
         if module.__dict__.get(MARKS) is None:
             self._marked.append(ReferenceType(module))
-            mark(module, MARKS, Marks(self._running, watcher.reporter.gate.meter))
+            mark(module, MARKS, Marks(self._running))
             is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
             self._handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
@@ -123,13 +122,15 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     if kwargs is None:  # taken off by a hook that ran before it in this very call, which torch calls the plain way then
         return
     if marks is not None and not torch.compiler.is_compiling():
-        _tell(marks, "before", module, args, kwargs or {})
+        with marks.running.meter:
+            _tell(marks, "before", module, args, kwargs or {})
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     marks = None if REPLICA in module.__dict__ else module.__dict__.get(MARKS)
     if marks is not None and not torch.compiler.is_compiling():
-        _tell(marks, "after", output)
+        with marks.running.meter:
+            _tell(marks, "after", output)
 
 
 def _tell(marks: Marks, what: str, *arguments: Any) -> None:
@@ -140,7 +141,7 @@ def _tell(marks: Marks, what: str, *arguments: Any) -> None:
     passing = marks.running.of_backward() if current() != -1 else marks.running.forward()
     if passing is None:
         return
-    with marks.meter, no_torch_function(), no_graph():
+    with no_torch_function(), no_graph():
         for watcher, name in marks.watchers:
             gate = watcher.reporter.gate
             if watcher.reporter in passing.due and not gate.failed:

@@ -63,6 +63,7 @@ class Tap:
         self.traces = type(self.probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
         self._keeper = keeper  # under which a pass keeps its rows
         self._running = running
+        self.meter = running.meter
         self._memo = memo
 
     def add(self, passing: Pass, tensor: Tensor) -> None:
@@ -134,7 +135,8 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         _trace(site, output)
     elif REPLICA not in module.__dict__:
-        beside(_observe, site, module.training, output)
+        with site.running.meter:
+            beside(_observe, site, module.training, output)
 
 
 def _observe(site: Site, training: bool, output: Any) -> None:
@@ -171,8 +173,9 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
 
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
     if passing is not None and measurable(gradient):
-        for tap in taps:
-            tap.add(passing, gradient)
+        with taps[0].meter:
+            for tap in taps:
+                tap.add(passing, gradient)
 
 
 def _trace(site: Site, output: Any) -> None:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compiled.tracing import unseen
+from torchprobe.capture.gate import Meter
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.checks import register
 
@@ -122,9 +123,13 @@ def uncounted() -> Pass:
 
 
 class Running:
-    """What is under way in the thread that trains: shared by the recorder, which tells, and all hooks, which ask."""
+    """What is under way in the thread that trains: shared by the recorder, which tells, and all hooks, which ask.
 
-    def __init__(self) -> None:
+    meter: of all that hooks take.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
         self.passing: Pass | None = None
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
         self.fired = False  # a hook ran outside of graphs in this step

@@ -49,7 +49,7 @@ class Sources:
         nan_gate: Gate | None,
     ) -> None:
         self.model = model
-        self.running = running = Running()
+        self.running = running = Running(meter)
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)

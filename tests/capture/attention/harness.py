@@ -59,7 +59,7 @@ def source_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> Source
     reporter = torchprobe.Attention(rows=rows, maps_every=1 if maps else 2).reporter()
     reporter.begin(gate, every(1))
     gate.train = gate.val = True
-    source = Source(ref(model), reporter, Running())
+    source = Source(ref(model), reporter, Running(Meter()))
     source.open(3, frozenset([reporter]))
     return source
 

@@ -61,7 +61,7 @@ class Decoder:
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
-        self._evidence = OfTags(_evidence_in)
+        self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
         self._plain = OfTags(_all_plain)
 
     def resume(self, skipped: int) -> None:
@@ -196,10 +196,6 @@ class Decoder:
 def _all_plain(tags: tuple[str, ...]) -> tuple[str, ...]:
     """The tags, if nothing is wrong with any."""
     return tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ()
-
-
-def _evidence_in(tags: Iterable[str]) -> list[str]:
-    return [tag for tag in tags if tag.startswith(EVIDENCE)]
 
 
 def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:

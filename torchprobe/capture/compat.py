@@ -185,10 +185,6 @@ def at_end_of_backward(function: Callable[[], None]) -> bool:
     return True
 
 
-def _backward_number() -> int:
-    return _backward_frame() or -1
-
-
 def _backward_frame() -> int | None:
     codes = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
     frame: FrameType | None = sys._getframe(1)
@@ -227,7 +223,7 @@ def under_transform() -> bool:
 @functools.cache
 def plain_state() -> tuple[Callable[[], int], Callable[[], Any], Callable[[], Any]]:
     """Functions that tell that a call is plain: -1 outside of backward passes, false of tracing, None of transforms."""
-    current = find("torch._C:_current_graph_task_id") or _backward_number
+    current = find("torch._C:_current_graph_task_id") or (lambda: _backward_frame() or -1)
     tracing = find("torch._C:_get_tracing_state") or torch.jit.is_tracing  # type: ignore[attr-defined]
     return current, tracing, find("torch._C:_functorch.peek_interpreter_stack") or (lambda: None)
 

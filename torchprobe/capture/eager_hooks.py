@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
-from torchprobe.capture.compiled.graphs import any_compiled, in_compiled_call
+from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.gate import no_graph
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.marks import ROOT_KEY, mark, unmark
@@ -70,12 +70,11 @@ class EagerHooks:
         """Put hooks on for the watchers that sample the coming pass, and off for others."""
         wanted = [w for w in self._watchers if w.reporter in due and (training or w.in_validation)]
         model = self._model()
-        parts = [] if model is None or not wanted else all_modules(model)
-        if model is not None and wanted and self._is_compiled(parts):
+        if model is not None and wanted and self._is_compiled(model):
             for watcher in wanted:
                 watcher.unseen(_COMPILED)
             wanted = []
-        if model is None or (wanted == self._armed and (not wanted or _size(parts) == self._size)):
+        if model is None or (wanted == self._armed and (not wanted or _size(model) == self._size)):
             return
         if self._running.compiled and self._armed:  # they were traced, and taking them off would compile again
             return
@@ -83,7 +82,7 @@ class EagerHooks:
         for watcher in wanted:
             for name, module in watcher.chosen(model):
                 self._put_on(module, watcher, name)
-        self._armed, self._size = wanted, _size(parts)
+        self._armed, self._size = wanted, _size(model)
 
     def disarm(self) -> None:
         """Take hooks and marks off. Safe to call twice."""
@@ -95,9 +94,9 @@ class EagerHooks:
         self._marked.clear()
         self._armed = []
 
-    def _is_compiled(self, parts: Sequence[tuple[str, nn.Module]]) -> bool:
+    def _is_compiled(self, model: nn.Module) -> bool:
         """Once it was, it is: a function around the model is known by its first traced hook only."""
-        self._compiled = self._compiled or self._running.compiled or any_compiled(parts) or in_compiled_call()
+        self._compiled = self._compiled or self._running.compiled or has_compiled_part(model) or in_compiled_call()
         return self._compiled
 
     def _put_on(self, module: nn.Module, watcher: Watcher, name: str) -> None:
@@ -112,8 +111,8 @@ class EagerHooks:
         module.__dict__[MARKS].watchers.append((watcher, name))
 
 
-def _size(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, int]]:
-    return [(name, id(module)) for name, module in parts]
+def _size(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in all_modules(model)]
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
-from torchprobe.capture.sharding import is_unreduced, local_part, share_of
+from torchprobe.capture.sharding import Named, is_unreduced, local_part, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import measurable
@@ -30,7 +30,7 @@ class MicroGradientSource:
         self,
         model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
-        wanted: Callable[[str, nn.Parameter, Probe], bool],
+        wanted: Callable[[Sequence[Named], Probe], list[Named]],
     ) -> None:
         self._model = model
         self._reporters = [r for r in reporters if r.source == "micro_gradients"]
@@ -50,14 +50,13 @@ class MicroGradientSource:
             return kept
         with torch.no_grad():
             added = [
-                (name, p, gradient - before[name] if name in before else gradient)
+                Named(name, p, gradient - before[name] if name in before else gradient)
                 for name, p, gradient in self._gradients()
             ]
         for reporter in self._reporters:
             if reporter in due and not reporter.gate.failed:
                 with reporter.gate.boundary(), torch.no_grad():
-                    selected = [(name, g) for name, p, g in added if self._wanted(name, p, reporter.probe)]
-                    for name, gradient in selected:
+                    for name, _, gradient, _ in self._wanted(added, reporter.probe):
                         row = reporter.probe.measure(gradient)
                         kept.setdefault((reporter, row.device), {})[name] = row
         return kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 from torch import nn
 
@@ -14,7 +13,6 @@ from torchprobe.naming import named_modules, named_parameters, owner_of, with_pa
 from torchprobe.probes.base import Probe
 from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
 
-_Named = TypeVar("_Named", bound=Named)
 Patterns = str | Sequence[str] | None
 
 
@@ -31,7 +29,6 @@ class Selection:
     def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude)
-        self._covered: dict[str, bool] = {}
         self._parameters: dict[str, bool] = {}
         names = [name for name, _ in named_modules(model)]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
@@ -52,12 +49,8 @@ class Selection:
             return self._included(name)
         return interesting(module) and PARAMETRIZATIONS not in name.split(".")
 
-    def wants_parameter(self, name: str, parameter: nn.Parameter, probe: Probe) -> bool:
-        """Whether a parameter is captured for a probe: with its module, or with a module around it."""
-        return self.covers(owner_of(name)) and (probe.select is None or probe.selects(name, parameter))
-
-    def parameters(self, named: Sequence[_Named], probe: Probe) -> list[_Named]:
-        """Those that are captured for a probe: see `wants_parameter`."""
+    def parameters(self, named: Sequence[Named], probe: Probe) -> list[Named]:
+        """Those that are captured for a probe: with their module, or with a module around it."""
         known = self._parameters
         for one in named:
             if one.name not in known:
@@ -85,10 +78,7 @@ class Selection:
 
     def covers(self, owner: str) -> bool:
         """Whether a module is left by include= and exclude=, by itself or with a module around it."""
-        if owner not in self._covered:
-            included = not self._include or any(map(self._included, with_parents(owner)))
-            self._covered[owner] = included and not self._excluded(owner)
-        return self._covered[owner]
+        return not self._excluded(owner) and (not self._include or any(map(self._included, with_parents(owner))))
 
     def _included(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._include)

@@ -53,7 +53,7 @@ class Sources:
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)
-        self._micro = MicroGradientSource(model, reporters, selection.wants_parameter)
+        self._micro = MicroGradientSource(model, reporters, selection.parameters)
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
@@ -72,8 +72,7 @@ class Sources:
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
         self._late = Retrace(model, running)
-        self._meter = meter
-        self._just_armed: tuple[Any, ...] = ()  # when, and for what
+        self._meter, self._armed_for = meter, tuple[Any, ...]()  # when, and for what
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self.armed = True
         """Whether hooks may be on that an idle pass does not want."""
@@ -144,10 +143,9 @@ class Sources:
             self._arm(due, True, may_trace)
 
     def _arm(self, due: frozenset[Reporter], training: bool, may_trace: bool) -> None:
-        now = (self._meter.starts[:1], due, training, may_trace)
-        if now == self._just_armed and now[0]:
+        before, self._armed_for = self._armed_for, (self._meter.starts[:1], due, training, may_trace)
+        if self._meter.starts and before == self._armed_for:
             return  # by what has led here, with nothing of the user's in between
-        self._just_armed = now
         self.armed = bool(due) or may_trace
         self._hooks.arm(due, training)
         if may_trace or self._outputs.wants(due):

@@ -82,9 +82,8 @@ class DeviceWatch:
 def _watch_of(model: nn.Module, meter: Meter) -> Any:
     """What takes the times of a model; None where it is on several devices, or on one whose events are not known."""
     devices = {parameter.device for parameter in all_parameters(model)}
-    if all(device.type == "cpu" for device in devices):
-        return HostWatch(meter)
-    return DeviceWatch(devices.pop()) if [device.type for device in devices] == ["cuda"] else None
+    kinds = [device.type for device in devices]
+    return HostWatch(meter) if {*kinds} <= {"cpu"} else DeviceWatch(devices.pop()) if kinds == ["cuda"] else None
 
 
 class Timing:

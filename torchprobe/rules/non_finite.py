@@ -66,7 +66,7 @@ class _NonFiniteWatcher:
         self._explained = False
         self._last_bad = self._last_clean = 0
         self._clean = 0  # steps running
-        self._losses = OfTags(_losses_in)
+        self._losses = OfTags(lambda tags: [tag for tag in tags if tag.endswith("loss")])
 
     def __call__(self, record: Record) -> Found:
         """One alert for all of it."""
@@ -125,10 +125,6 @@ def _signs(record: Record) -> Iterator[_Evidence]:
     for tag, message in _SIGNS.items():
         if scalar(record, tag):
             yield _Evidence(None, 1.0, message)
-
-
-def _losses_in(tags: Iterable[str]) -> list[str]:
-    return [tag for tag in tags if tag.endswith("loss")]
 
 
 def _losses(record: Record, tags: Iterable[str]) -> Iterator[_Evidence]:

@@ -27,7 +27,6 @@ LEAST = 4
 """Buckets, at the least: two finer ones must always fit into one."""
 
 _FINEST = 2.0**-100  # width; also where rows are float32
-_FAR = 1e300  # edges of smaller numbers are finite
 
 
 def linear_histogram(x: Tensor, buckets: int = 64) -> Tensor:
@@ -138,19 +137,14 @@ def edges(low: float, high: float, buckets: int = 64) -> NDArray[np.float64]:
     _check(buckets)
     if not low <= high:
         raise ValueError(f"low, high: got {low} and {high}, takes low <= high, as linear_histogram returns them")
-    if max(-low, high) < _FAR:
-        return _edges(low, high, buckets)
-    with np.errstate(over="ignore"):  # edges beyond the largest number are that
-        return np.clip(_edges(low, high, buckets), -sys.float_info.max, sys.float_info.max)
-
-
-def _edges(low: float, high: float, buckets: int) -> NDArray[np.float64]:
     numbers = np.arange(buckets + 1, dtype=np.int64)
-    if low == high:
-        return low + max(0.5, math.ldexp(abs(low), -10)) * (2 * numbers / buckets - 1)
-    width = _width(low, high, buckets)
-    found: NDArray[np.float64] = (math.floor(low / width) + numbers) * np.float64(width)
-    return found
+    with np.errstate(over="ignore"):  # edges beyond the largest number are that
+        if low == high:
+            found = low + max(0.5, math.ldexp(abs(low), -10)) * (2 * numbers / buckets - 1)
+        else:
+            width = _width(low, high, buckets)
+            found = (math.floor(low / width) + numbers) * np.float64(width)
+        return np.clip(found, -sys.float_info.max, sys.float_info.max)
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

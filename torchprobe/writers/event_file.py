@@ -31,20 +31,7 @@ from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
-from torchprobe.records import (
-    Histogram,
-    HParams,
-    Image,
-    Layout,
-    Lines,
-    Margin,
-    OfTags,
-    Outcome,
-    Record,
-    Text,
-    Value,
-    group_of,
-)
+from torchprobe.records import Histogram, HParams, Image, Layout, Lines, OfTags, Outcome, Record, Text, Value, group_of
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
@@ -261,7 +248,7 @@ def _tensor(values: NDArray[Any] | Sequence[bytes], dtype: int, shape: tuple[int
     return {"tensor": TensorProto(dtype=dtype, tensor_shape=TensorShapeProto(dim=dims), **content)}
 
 
-def _chart(chart: Lines | Margin) -> Any:
+def _chart(chart: Any) -> Any:
     if isinstance(chart, Lines):
         return layout_pb2.Chart(title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=chart.patterns))
     series = [

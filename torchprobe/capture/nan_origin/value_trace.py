@@ -72,7 +72,7 @@ class ValueTrace:
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Its parameters and inputs."""
-        trace = self._trace(passing)
+        trace = passing.kept.setdefault(self, Trace())
         self._call += 1
         trace.calls.append(self._call)
         given = [tensor for tensor in given_tensors(args, kwargs) if is_numeric(tensor)]
@@ -82,20 +82,20 @@ class ValueTrace:
             prefix = "" if name == ROOT else f"{name}."
             for own, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._add(trace, [(self._call, "parameter", prefix + own)], parameter)
+                    self.add(trace, [(self._call, "parameter", prefix + own)], parameter)
             for tensor in given:
-                self._add(trace, [(self._call, "in", name)], tensor)
+                self.add(trace, [(self._call, "in", name)], tensor)
         for tensor in given:
             self._follow(trace, (self._call, "grad_in", name), tensor)
 
     def after(self, passing: Pass, name: str, output: Any) -> None:
         """Its output."""
-        trace = self._trace(passing)
+        trace = passing.kept.setdefault(self, Trace())
         call = trace.calls.pop() if trace.calls else 0
         tensor = main_tensor(output)
         if tensor is not None and call:
             if not in_backward():
-                self._add(trace, [(call, "out", name)], tensor)
+                self.add(trace, [(call, "out", name)], tensor)
             self._follow(trace, (call, "grad_out", name), tensor)
 
     def unseen(self, reason: str) -> None:
@@ -117,12 +117,6 @@ class ValueTrace:
             pieces.append(Piece(self.reporter, [name for name, _ in named], rows))
         return pieces
 
-    def _trace(self, passing: Pass) -> Trace:
-        trace: Trace | None = passing.kept.get(self)
-        if trace is None:
-            trace = passing.kept[self] = Trace()
-        return trace
-
     def _follow(self, trace: Trace, seen: _Seen, tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.grad_fn is not None:  # a leaf would keep the hook
             hook = joinable(tensor)
@@ -132,14 +126,8 @@ class ValueTrace:
                     return
             listen(tensor, _Follower(self, trace, seen), hook)
 
-    def hear(self, trace: Trace, seen: Sequence[_Seen], gradient: Tensor) -> None:
-        """The gradient of a tensor that modules were seen to use."""
-        gate = self.reporter.gate
-        if not gate.failed:
-            with gate:
-                self._add(trace, seen, gradient)
-
-    def _add(self, trace: Trace, seen: Sequence[_Seen], tensor: Tensor) -> None:
+    def add(self, trace: Trace, seen: Sequence[_Seen], tensor: Tensor) -> None:
+        """A tensor, as these calls saw it."""
         of = tensor.dtype
         if type(tensor) not in dtypes.PLAIN or not (of.is_floating_point or of.is_complex) or not tensor.numel():
             return  # a reduction would not be one operation on elements that are here: a DTensor, or a fake tensor
@@ -175,7 +163,10 @@ class _Follower:
         self.trace, self.seen, self._of = trace, [seen], of
 
     def __call__(self, gradient: Tensor) -> None:
-        self._of.hear(self.trace, self.seen, gradient)
+        gate = self._of.reporter.gate
+        if not gate.failed:
+            with gate:
+                self._of.add(self.trace, self.seen, gradient)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,7 +16,7 @@ from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.outputs import main_tensor
+from torchprobe.capture.outputs import given_tensors, main_tensor
 from torchprobe.capture.predictions import targets
 from torchprobe.capture.predictions.confirmation import (
     confirm_gradient,
@@ -26,7 +26,7 @@ from torchprobe.capture.predictions.confirmation import (
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
-from torchprobe.capture.predictions.inputs import Draws, InputKey, input_tensors, version_of
+from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
 from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
 from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.loss_modules import LossModules
@@ -149,7 +149,7 @@ class PredictionCapture:
         reading = read(output, module)
         phase, pool = self._pool(ROOT, args, kwargs, output)
         self._go_on_in(phase)
-        inputs = input_tensors(args, kwargs)
+        inputs = given_tensors(args, kwargs)
         if not phase.training:
             self._validation.saw(inputs)
         phase.describe_as(reading.note)

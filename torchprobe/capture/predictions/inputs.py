@@ -9,7 +9,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.outputs import tensors_in
+from torchprobe.capture.outputs import given_tensors, tensors_in
 from torchprobe.naming import all_modules, all_parameters
 from torchprobe.statistics.dtypes import GPUS, PLAIN
 
@@ -44,7 +44,7 @@ class InputKey:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None, draws: bool = True
     ) -> None:
         self._draws = draws
-        tensors = input_tensors(args, kwargs)
+        tensors = given_tensors(args, kwargs)
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
         modules = [] if model is None else all_modules(model)
@@ -78,11 +78,6 @@ class InputKey:
         """Flags on the devices: whether values are what they were."""
         for a, b in zip(self._values, other._values, strict=True):
             yield ((a == b) | ((a != a) & (b != b))).all()
-
-
-def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Every tensor that a module was called with."""
-    return [*tensors_in(tuple(args)), *tensors_in(dict(kwargs))]
 
 
 class Draws:

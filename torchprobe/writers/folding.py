@@ -52,6 +52,8 @@ class Folding(NamedTuple):
         return after._folded(record) if after.on else (record, after)
 
     def _counted(self, record: Record) -> Folding:
+        if record.values.keys() <= self.seen:
+            return self
         seen = self.seen.union(record.values)
         if self.most is None or len(seen) <= self.most:
             return self._replace(seen=seen)

@@ -99,6 +99,13 @@ def shuffled_labels(watch):
     return classify(watch, model, adam(model, 1e-3), data=(x, y[torch.randperm(len(y))]), steps=200)
 
 
+@sick("at_chance")
+def a_layer_whose_units_are_all_dead(watch):
+    model = mlp()
+    model[2].bias.data.fill_(-100.0)
+    return classify(watch, model, adam(model, 1e-3), steps=170)
+
+
 @sick("attends_to_future")
 def a_language_model_without_a_mask(watch):
     model = Seeing()

@@ -102,12 +102,6 @@ def the_optimizer_never_steps(watch):
     return session
 
 
-@sick("at_chance")
-def a_rate_far_too_high(watch):
-    model, (x, y) = mlp(), digits()
-    return classify(watch, model, adam(model, 3.0), data=(x, y), steps=200)
-
-
 @sick("learning_rate_too_high")
 def a_rate_that_throws_weights_far_away(watch):
     model = mlp()

@@ -93,8 +93,10 @@ class LearningRateZero(Diagnosis):
 
 @dataclass(frozen=True)
 class LearningRateTooHigh(Diagnosis):
-    """After step 1 `samples` samples moved most parameters by over `ratio` of their norm, and the last `steps` losses
-    are all above `rise` times the first. Left alone: large steps that the loss survives, a first loss of 0 or below.
+    """After step 1 `samples` steps moved parameters by over `ratio` of their norm, and the last `steps` losses are all
+    above `rise` times the first. Steps are known of samples: those of most parameters, and where their norm has grown
+    from one sample to the next by more than that a step, those between, too. Left alone: large steps that the loss
+    survives, a first loss of 0 or below.
     """
 
     samples: int = 2
@@ -112,21 +114,33 @@ class LearningRateTooHigh(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Each loss counts; steps are known of samples."""
+        """Each loss counts."""
         loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
         if loss is not None:
             first = kept.setdefault("first", loss[1])
             kept["above"] = kept.get("above", 0) + 1 if loss[1] > self.rise * first > 0 else 0
-        if ratio is None:
-            return None
-        kept["large"] = kept.get("large", 0) + (record.step > 1 and ratio > self.ratio)
+        large = (record.step > 1 and ratio is not None and ratio > self.ratio) or self._grown(record, kept)
+        kept["large"] = kept.get("large", 0) + large
         ill = kept["large"] >= self.samples and kept.get("above", 0) >= self.steps
-        return [self.alert(record.step, None, kept["large"], None, self.message)] if ill else []
+        found = [self.alert(record.step, None, kept["large"], None, self.message)] if ill else []
+        return found if ill or ratio is not None else None
+
+    def _grown(self, record: Record, kept: dict[str, Any]) -> int:
+        """The steps since the last sample, if the norm has grown by more than `ratio` in each of them on average."""
+        norm = scalar(record, "overview/param_norm")
+        if norm is None:
+            return 0
+        (step, before), kept["norm"] = kept.get("norm", (record.step, norm)), (record.step, norm)
+        steps = record.step - step
+        return steps if steps and 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf else 0
 
 
 @dataclass(frozen=True)
 class LearningRateTooLow(Diagnosis):
-    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was."""
+    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was.
+
+    Parameters that stand still are told from slow ones: they get no gradient, unless the rate itself is under `ratio`.
+    """
 
     steps: int = 100
     ratio: float = 1e-5
@@ -152,7 +166,8 @@ class LearningRateTooLow(Diagnosis):
             return []
         quarter = len(losses) // 4
         flat = np.mean(losses[-quarter:]) > 0.95 * np.mean(losses[:quarter]) > 0
-        ill = ratio < self.ratio and flat
+        slow = 0 < ratio < self.ratio or (ratio == 0 and largest < self.ratio)
+        ill = slow and flat
         return [self.alert(record.step, None, ratio, self.ratio, self.message)] if ill else []
 
 

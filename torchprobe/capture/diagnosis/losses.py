@@ -67,12 +67,14 @@ class OutputFacts:
             listen(tensor, partial(self._on_gradient, one))
 
     def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """By how much at most the examples of the batch differ, in any tensor that the model is called with."""
+        """By how much at most the examples differ, in any tensor that the model is called with; and a sum of them."""
         given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 1 and not x.is_complex()]
         some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
         if some:
             spread = [(x.amax(0) - x.amin(0)).amax() for x in some]
             self._evidence.put("input_varies", torch.stack([one.to(spread[0].device) for one in spread]).amax())
+            sums = [_sum(x) for x in some]
+            self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())
 
     def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
         if gradient is None or self._gate.failed:
@@ -174,6 +176,13 @@ def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> 
         return None
     moved = any(link.name in ("TransposeBackward", "PermuteBackward") for link in links)
     return 1 if names[at] == "NllLoss2DBackward" and output.values.dim() > 2 and not moved else -1
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of all elements, each with a weight of its own: the same for the same batch in the same order."""
+    rows = x.reshape(len(x), -1)
+    across, down = (torch.linspace(1, 2, n, device=x.device) for n in reversed(rows.shape))
+    return down @ (rows @ across)
 
 
 def _are_distributions(rows: Tensor) -> Tensor:

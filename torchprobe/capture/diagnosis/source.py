@@ -101,6 +101,7 @@ class DiagnosisSource:
         if self._wants(due):
             with self._gate.boundary(), torch.no_grad(), no_torch_function():
                 self._gradients.before_step(optimizer, type(optimizer).__name__)
+                self._calls.tables.before_step()
                 self._look_at_model()
 
     def rows(self) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""Runs that learn nothing, and learning rates that let them."""
+"""Runs that learn nothing: labels and batches without information, rates far too high or low, weights that decay."""
 
 from __future__ import annotations
 
@@ -69,26 +69,50 @@ _TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", 
 
 
 @dataclass(frozen=True)
-class LearningRateZero(Diagnosis):
-    """The largest learning rate of all samples so far is 0, after so many steps."""
+class ClassNeverOccurs(Diagnosis):
+    """Classes of the output that no target is of, where 20 targets a class were seen."""
 
-    steps: int = 20
+    targets: int = 20
 
-    name = "learning_rate_zero"
-    message = "the learning rate has been 0 since the run began: steps change nothing"
+    name = "class_never_occurs"
+    serious = False
+    fact = "classes_unseen"
+    message = "so many classes of the output were never a target: labels may be off by one, or the output too wide"
     advice = (
-        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
-        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+        "Compare the smallest and largest label with the width of the last layer; labels count from 0 (PyTorch, "
+        "torch.nn.CrossEntropyLoss)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Over all optimizers."""
-        rates = evidence(record, "rate").values()
-        if not rates:
+        """Once enough targets were seen."""
+        unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
+        enough = classes > 1 and seen >= self.targets * classes
+        return self.said(record.step, {"": unseen} if enough and unseen else {})
+
+
+@dataclass(frozen=True)
+class UnshuffledBatches(Diagnosis):
+    """Batches are nearly of one class each, while the run has several: data sorted by label, and not shuffled."""
+
+    share: float = 0.9
+    batch: int = 8
+
+    name = "unshuffled_batches"
+    message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
+    advice = (
+        "Each step learns one class and forgets the others. Pass `shuffle=True` to the DataLoader, or permute the data "
+        "before they are split into batches (Bengio 2012, "
+        "arXiv 1206.5533, section 3.1.1)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Pairs of one batch are of one class, pairs of the run are not."""
+        now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
+        if math.isnan(now):
             return None
-        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
-        ill = largest == 0 and record.step >= self.steps
-        return [self.alert(record.step, None, 0.0, None, self.message)] if ill else []
+        kept["sorted"] = kept.get("sorted", 0) + 1 if now >= self.share and size >= self.batch else 0
+        ill = kept["sorted"] >= self.samples and run < 0.75
+        return [self.alert(record.step, None, now, self.share, self.message)] if ill else []
 
 
 @dataclass(frozen=True)
@@ -169,37 +193,6 @@ class LearningRateTooLow(Diagnosis):
         slow = 0 < ratio < self.ratio or (ratio == 0 and largest < self.ratio)
         ill = slow and flat
         return [self.alert(record.step, None, ratio, self.ratio, self.message)] if ill else []
-
-
-@dataclass(frozen=True)
-class LearningRateDecaysEarly(Diagnosis):
-    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
-
-    share: float = 1e-3
-    steps: int = 50
-
-    name = "learning_rate_decays_early"
-    message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
-    advice = (
-        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
-        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
-    )
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Since which sample it is that low, with a loss that is still worth learning."""
-        rates = evidence(record, "rate").values()
-        if not rates:
-            return None
-        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
-        low = max(rates) < self.share * largest
-        kept["since"] = kept.get("since") or record.step if low else None
-        loss = first_of(record, LOSS_TAGS)
-        if loss is not None:
-            kept.setdefault("first", loss[1])
-        learnt = loss is not None and loss[1] < 0.1 * kept.get("first", 0.0)
-        spent = record.step - kept["since"] if low else 0
-        ill = spent >= self.steps and spent > record.step / 4 and not learnt
-        return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []
 
 
 @dataclass(frozen=True)

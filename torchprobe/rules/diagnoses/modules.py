@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,31 @@ class ConstantInputs(Diagnosis):
         values = evidence(record, self.fact)
         same = {name: value for name, value in values.items() if value == 0}
         return self.said(record.step, lasting(kept, same, self.samples)) if values else None
+
+
+@dataclass(frozen=True)
+class RepeatedBatch(Diagnosis):
+    """Every sample of the run got the very same inputs, at steps whose distances have no common divisor but 1."""
+
+    name = "repeated_batch"
+    serious = False
+    fact = "input_sum"
+    message = "every sampled step got the very same batch: a full batch, a test of overfitting, or a loader begun anew"
+    advice = (
+        "A full batch, or one that is to be fitted as a test, is as it should be. `next(iter(loader))` begins anew "
+        "each time and gives the first batch again: loop over the loader (PyTorch, Datasets & DataLoaders)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """A loader of a few batches in a fixed order would give others between."""
+        now = evidence(record, self.fact).get("")
+        if now is None:
+            return None
+        kept["equal"] = now == kept.setdefault("first", now) and kept.get("equal", True)
+        kept["samples"] = kept.get("samples", 0) + 1
+        kept["apart"] = math.gcd(kept.get("apart", 0), record.step - kept.setdefault("step", record.step))
+        ill = kept["equal"] and kept["samples"] >= self.samples and kept["apart"] == 1
+        return [self.alert(record.step, None, kept["samples"], None, self.message)] if ill else []
 
 
 @dataclass(frozen=True)

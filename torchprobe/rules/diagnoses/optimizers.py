@@ -1,4 +1,4 @@
-"""Bugs between gradients and the optimizer: not held, not reached, zeroed too late or too early, never stepped."""
+"""Bugs of optimizers: parameters not held or not reached, gradients zeroed too late or too early, no step, no rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprobe.records import Record
-from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, lasting
 
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
 
@@ -76,6 +76,42 @@ class UnusedParameters(Diagnosis):
 
 
 @dataclass(frozen=True)
+class UnusedEmbeddingRows(Diagnosis):
+    """In samples that looked up `lookups` times as many rows as the table has, over a quarter of them never was, nor
+    got a gradient; and no new one since half of the lookups. Left alone: positions, and runs of several processes.
+    """
+
+    lookups: int = 20
+    share: float = 0.25
+    rows: int = 16
+
+    name = "unused_embedding_rows"
+    serious = False
+    fact = "rows_unused"
+    message = "so many rows of the embedding were never looked up: the vocabulary is larger than what the data use"
+    advice = (
+        "Unused rows cost memory, and are random numbers should they ever be looked up. Make `num_embeddings` the size "
+        "of the vocabulary that the data have; look whether ids are clipped or hashed to a part of it (PyTorch, "
+        "torch.nn.Embedding)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """By table; what is kept are lookups and unused rows, each time that lookups have doubled."""
+        values, ill = evidence(record, self.fact), {}
+        sizes, counts = evidence(record, "rows"), evidence(record, "lookups")
+        for name, unused in values.items():
+            marks = [mark for mark in kept.get(name, []) if mark[0] < counts[name]]
+            settled = any(2 * then <= counts[name] and before == unused for then, before in marks)
+            many = unused >= self.rows and unused > self.share * sizes[name]
+            if settled and many and counts[name] >= self.lookups * sizes[name]:
+                ill[name] = unused
+            if not marks or counts[name] >= 2 * marks[-1][0]:
+                marks.append([counts[name], unused])
+            kept[name] = marks[-2:]
+        return self.said(record.step, ill) if values else None
+
+
+@dataclass(frozen=True)
 class MissingZeroGrad(Diagnosis):
     """Each backward pass since an optimizer's last step found gradients that were still there, in samples running."""
 
@@ -120,3 +156,57 @@ class NoOptimizerStep(Diagnosis):
         seen = evidence(record, self.fact).get("", 0.0)
         ill = seen >= self.backwards and not evidence(record, "rate")
         return [self.alert(record.step, None, seen, self.backwards, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateZero(Diagnosis):
+    """The largest learning rate of all samples so far is 0, after so many steps."""
+
+    steps: int = 20
+
+    name = "learning_rate_zero"
+    message = "the learning rate has been 0 since the run began: steps change nothing"
+    advice = (
+        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
+        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Over all optimizers."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        ill = largest == 0 and record.step >= self.steps
+        return [self.alert(record.step, None, 0.0, None, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateDecaysEarly(Diagnosis):
+    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
+
+    share: float = 1e-3
+    steps: int = 50
+
+    name = "learning_rate_decays_early"
+    message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
+    advice = (
+        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
+        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Since which sample it is that low, with a loss that is still worth learning."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        low = max(rates) < self.share * largest
+        kept["since"] = kept.get("since") or record.step if low else None
+        loss = first_of(record, LOSS_TAGS)
+        if loss is not None:
+            kept.setdefault("first", loss[1])
+        learnt = loss is not None and loss[1] < 0.1 * kept.get("first", 0.0)
+        spent = record.step - kept["since"] if low else 0
+        ill = spent >= self.steps and spent > record.step / 4 and not learnt
+        return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 import torchprobe
 from tests.diagnoses.data import batches, digits, sentences
 from tests.diagnoses.recipes import Judge, LanguageModel, adam, judge_sentences, mlp, padded
+from torchprobe.records import Record
+from torchprobe.rules.diagnoses.losses import AttendsToPadding, _least
 from torchprobe.testing import MemoryWriter
 
 RULES = ["attends_to_padding", "unused_embedding_rows", "repeated_batch"]
@@ -44,6 +47,27 @@ def test_padding_that_attention_sees_is_named_with_a_bound_of_what_it_gets(cut):
     (alert,) = said(lambda watch: judge_sentences(watch, model, 4, cut))
     assert alert.rule == "attends_to_padding"
     assert 0.01 < alert.value < shares[alert.step - 1]  # attention is nearly uniform at first
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 30.0])
+def test_no_more_is_claimed_than_lies_on_padding(sharpness):
+    """Of made-up attention, each row of another length."""
+    rows, tokens = 64, 20
+    hidden = torch.arange(tokens) >= torch.randint(4, tokens, (rows, 1))
+    logits = sharpness * torch.randn(rows, tokens, tokens, dtype=torch.float64)
+    p = logits.softmax(-1)
+    entropy = -torch.special.xlogy(p, p).sum(-1).mean().item()
+    real, shares = ~hidden, hidden.double().mean(1)
+    evidence = {
+        "padding": shares.mean().item(), "padding_tokens": float(tokens),
+        "padding_met": (real.sum(1) * shares).sum().item() / real.sum().item(),
+    }  # fmt: skip
+    values = {"attention_entropy/a": entropy, "attention_entropy_normalized/a": entropy / math.log(tokens)}
+    on_padding = (p * hidden[:, None]).sum(-1)
+    rule = AttendsToPadding(samples=1)
+    for alert in rule.judge(Record(1, 0.0, values, evidence=evidence), {}):
+        assert alert.value <= min(on_padding.mean(), on_padding[real].mean())
+    assert _least(0.0 + evidence["padding"], 0.0) == pytest.approx(evidence["padding"])
 
 
 class Causal(LanguageModel):

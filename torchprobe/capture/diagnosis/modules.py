@@ -45,6 +45,10 @@ class _Calls:
         self.padding: list[Tensor] = []  # flags (batch, tokens) of each table that has a row for padding
         self.recurrent = False
 
+    def note_recurrent(self) -> None:
+        """A recurrent network is called."""
+        self.recurrent = True
+
     def note_weighted(self) -> None:
         """A layer with weights is called."""
         self.weighted = True
@@ -91,7 +95,8 @@ class ModuleCalls:
             self.tables.look_up(name, module, args[0])
             if module.padding_idx is not None and args[0].dim() == 2:
                 calls.padding.append(args[0] == module.padding_idx)
-        calls.recurrent |= isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            calls.note_recurrent()
         if not calls.weighted and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
             calls.note_weighted()
             weight = next(module.parameters(recurse=False), None)

@@ -146,8 +146,9 @@ class LearningRateTooHigh(Diagnosis):
         large = (record.step > 1 and ratio is not None and ratio > self.ratio) or self._grown(record, kept)
         kept["large"] = kept.get("large", 0) + large
         ill = kept["large"] >= self.samples and kept.get("above", 0) >= self.steps
-        found = [self.alert(record.step, None, kept["large"], None, self.message)] if ill else []
-        return found if ill or ratio is not None else None
+        if ill:
+            return [self.alert(record.step, None, kept["large"], None, self.message)]
+        return None if ratio is None else []
 
     def _grown(self, record: Record, kept: dict[str, Any]) -> int:
         """The steps since the last sample, if the norm has grown by more than `ratio` in each of them on average."""

@@ -213,9 +213,10 @@ class AttendsToFuture(Diagnosis):
 class AttendsToPadding(Diagnosis):
     """In all attentions every query sees every token, and an embedding's `padding_idx` says that some are padding.
 
-    How much attention lies there follows from entropy: a distribution whose entropy is d below that of a uniform one
-    differs from it in any share by at most sqrt(d / 2) (Pinsker's inequality), in the mean over queries too. What is
-    left of padding's share is a lower bound, over all queries and over those that are no padding.
+    How much attention lies there is bounded by its entropy: if that is d below the entropy of equal attention to all
+    tokens, a share m of attention that lies on a share s of the tokens has m ln(m/s) + (1-m) ln((1-m)/(1-s)) <= d
+    (Cover & Thomas 2006, data processing of relative entropy), in the mean over queries too. The value is the smallest
+    such m, over all queries and over those that are no padding.
     """
 
     name = "attends_to_padding"
@@ -230,17 +231,25 @@ class AttendsToPadding(Diagnosis):
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """In samples running."""
         share, met, tokens = (evidence(record, f).get("", 0.0) for f in ("padding", "padding_met", "padding_tokens"))
-        seen = _keys_seen(record, "padding_tokens")
+        seen, ill = _keys_seen(record, "padding_tokens"), {}
         if not seen:
             return None
-        sees_all = all(abs(one - 1) < _EXACTLY for one in seen.values()) and 0 < share < 1
-        entropies = dict(group(record, "attention_entropy")) if sees_all else {}
-        least = {}
-        for name in entropies.keys() & seen.keys():
-            d = max(0.0, math.log(tokens) - entropies[name])
-            least[name] = min(share - math.sqrt(d / 2), met - math.sqrt(d / 2 / (1 - share)))
-        ill = {name: least[name] for name in seen if least.get(name, 0.0) > self.limit}
+        if 0 < share < 1 and all(abs(one - 1) < _EXACTLY for one in seen.values()):
+            for name, entropy in group(record, "attention_entropy"):
+                d = max(0.0, math.log(tokens) - entropy)
+                ill[name] = min(_least(share, d), _least(met, d / (1 - share)))
+        ill = {name: least for name, least in ill.items() if least > self.limit}
         return self.said(record.step, lasting(kept, ill, self.samples))
+
+
+def _least(share: float, d: float) -> float:
+    """The smallest share of attention on a share of the tokens that is within a relative entropy of d nats."""
+    low, high = 0.0, share
+    for _ in range(30):
+        m = (low + high) / 2
+        away = m * math.log(m / share) + (1 - m) * math.log((1 - m) / (1 - share))
+        low, high = (m, high) if away > d else (low, m)
+    return high
 
 
 _CLEARLY, _EXACTLY = 0.02, 1e-4  # of the logarithm of the number of keys

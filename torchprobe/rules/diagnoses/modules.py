@@ -79,8 +79,8 @@ class SaturatedUnits(Diagnosis):
     message = "most outputs of this tanh or sigmoid are at its ends, where no gradient passes"
     advice = (
         "Units at their ends do not learn. Scale inputs and weights down (Glorot initialisation), put a normalisation "
-        "before it, or use a ReLU-like unit (Glorot & Bengio 2010, Understanding the "
-        "difficulty of training deep feedforward neural networks)."
+        "before it, or use a ReLU-like unit (Glorot & Bengio 2010, Understanding the difficulty of training deep "
+        "feedforward neural networks)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -221,8 +221,7 @@ class TrainedInEvalMode(Diagnosis):
     message = "the model trains in evaluation mode: dropout and batch statistics are off"
     advice = (
         "`eval()` stays on until it is taken back. If that is not meant to freeze normalisation, call `model.train()` "
-        "after each validation (PyTorch, "
-        "torch.nn.Module.eval)."
+        "after each validation (PyTorch, torch.nn.Module.eval)."
     )
 
 

@@ -34,18 +34,6 @@ def lasting_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from (p for p in model.parameters() if id(p) not in known)
 
 
-def has_gradients(model: nn.Module) -> bool:
-    """Whether any parameter has a gradient, reduced or not."""
-    if any(p.grad is not None for p in model.parameters()):
-        return True
-    return any(
-        held.sharded_param.grad is not None
-        or getattr(held, "unsharded_accumulated_grad", None) is not None
-        or getattr(getattr(held, "_unsharded_param", None), "grad", None) is not None
-        for held in _managed(model)
-    )
-
-
 def data_mesh(module: nn.Module) -> Any:
     """The mesh that a module was fully sharded over; None for another module."""
     return next((getattr(group.mesh_info, "mesh", None) for group in _groups(module)), None)

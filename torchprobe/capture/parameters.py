@@ -10,7 +10,6 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
@@ -238,12 +237,6 @@ class ParameterSource:
 def _changes_of(reporter: Reporter) -> list[Reporter]:
     """What reports beside a probe of gradients how they were changed before the step."""
     return [beside for beside in reporter.beside if beside.source == "changes"]
-
-
-def first_trained(model: nn.Module | None) -> nn.Parameter | None:
-    """The first parameter that needs a gradient, of those that have a shape already."""
-    parameters = () if model is None else model.parameters()
-    return next((p for p in parameters if p.requires_grad and not is_lazy(p)), None)
 
 
 def _is_odd(gradient: Tensor) -> bool:

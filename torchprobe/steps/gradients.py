@@ -203,11 +203,6 @@ class Gradients:
                 left.append(backward)
         self._waiting = left
 
-    def drop_zeroed(self) -> None:
-        """Drop what was zeroed since: asked when a step ends for good."""
-        if self._waiting and self.running is None:
-            self._drop_zeroed(self._living())
-
     def _drop_zeroed(self, states: list[GradientState]) -> None:
         waiting = self._waiting
         thorough = not all([backward.used for backward in waiting])  # noqa: C419 - a generator costs a call a turn

@@ -27,6 +27,7 @@ _NORMALISING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.L
 _MANY = 2**18  # elements of an input that are looked at
 _MOST_ROWS = 2**22  # of an embedding
 _COLUMNS = 4  # of a gradient that are looked at
+_OFTEN = 3  # look-ups of a row; where all rows that are used have had as many, others are hardly used at all
 _BEYOND = 0.97  # of a tanh; a sigmoid is one of half its input
 
 
@@ -41,17 +42,8 @@ class _Calls:
         self.detached: set[str] = set()  # their output is an input without a graph
         self.perhaps: set[str] = set()  # something of its output's shape is
         self.saturated: dict[str, tuple[int, Tensor]] = {}
-        self.weighted = False  # a layer with weights was called
+        self.kinds: set[str] = set()  # whether a layer with weights, and a recurrent network, was called
         self.padding: list[Tensor] = []  # flags (batch, tokens) of each table that has a row for padding
-        self.recurrent = False
-
-    def note_recurrent(self) -> None:
-        """A recurrent network is called."""
-        self.recurrent = True
-
-    def note_weighted(self) -> None:
-        """A layer with weights is called."""
-        self.weighted = True
 
 
 class ModuleCalls:
@@ -96,9 +88,9 @@ class ModuleCalls:
             if module.padding_idx is not None and args[0].dim() == 2:
                 calls.padding.append(args[0] == module.padding_idx)
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            calls.note_recurrent()
-        if not calls.weighted and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
-            calls.note_weighted()
+            calls.kinds.add("recurrent")
+        if "weighted" not in calls.kinds and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
+            calls.kinds.add("weighted")
             weight = next(module.parameters(recurse=False), None)
             if isinstance(module, _WEIGHTED) and args and weight is not None and weight.requires_grad:
                 self._first_input(args[0])
@@ -128,7 +120,7 @@ class ModuleCalls:
             if address not in ends:
                 self._evidence.put(f"saturated/{name}", share)
         flags, self._now.padding = self._now.padding, []
-        if flags and not self._now.recurrent and len({one.shape for one in flags}) == 1 and flags[0].shape[1] > 1:
+        if flags and len({one.shape for one in flags}) == 1 and "recurrent" not in self._now.kinds:
             self._padded(flags)
 
     def _padded(self, flags: list[Tensor]) -> None:
@@ -183,9 +175,14 @@ def _has_address(tensor: Tensor) -> bool:
     return measurable(tensor) and tensor.is_floating_point() and tensor.numel() > 0
 
 
+def is_alone() -> bool:
+    """Whether no other process trains with this one."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def _are_ids(given: Any) -> bool:
     """Whether they are whole numbers in memory: no shard, and nothing that has a shape alone."""
-    plain = type(given) is Tensor and given.layout == torch.strided and given.device.type != "meta"
+    plain = type(given) is Tensor and given.layout == torch.strided and given.device.type != "meta" and given.dim() > 0
     return plain and given.numel() > 0 and given.dtype in (torch.int64, torch.int32)
 
 
@@ -200,7 +197,7 @@ class _Table(NamedTuple):
     """An embedding in the run so far, of samples."""
 
     module: ReferenceType[nn.Embedding]
-    seen: Tensor  # flags of rows
+    counts: Tensor  # look-ups of each row
     told: Tensor  # whether its ids are no positions
     lookups: list[int]
 
@@ -215,30 +212,31 @@ class Tables:
     def look_up(self, name: str, module: nn.Embedding, ids: Tensor) -> None:
         """A table is called."""
         table = self._tables.get(name)
-        if table is None or table.module() is not module or table.seen.device != ids.device:
+        if table is None or table.module() is not module or table.counts.device != ids.device:
             if not module.weight.requires_grad or not 0 < module.num_embeddings <= _MOST_ROWS:
                 return
-            flags = torch.zeros(module.num_embeddings + 1, dtype=torch.bool, device=ids.device)
-            table = self._tables[name] = _Table(ref(module), flags[:-1], flags[-1], [0])
-        table.seen.index_fill_(0, ids.reshape(-1).long(), True)
+            counts = torch.zeros(module.num_embeddings, dtype=torch.int32, device=ids.device)
+            table = self._tables[name] = _Table(ref(module), counts, counts.new_zeros((), dtype=torch.bool), [0])
+        flat = ids.reshape(-1)
+        table.counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
         table.lookups[0] += ids.numel()
         table.told.logical_or_(_are_no_places(ids, module.padding_idx))
 
     def before_step(self) -> None:
         """Gradients are there. Rows that are used elsewhere, as by an output that shares them, have one too."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():  # others look up other rows
-            return
-        for name, (weak, seen, told, lookups) in self._tables.items():
+        for name, (weak, counts, told, lookups) in self._tables.items() if is_alone() else ():  # others look up others
             module = weak()
             gradient = None if module is None else module.weight.grad
-            if module is None or type(gradient) is not Tensor or gradient.device != seen.device:
+            if module is None or type(gradient) is not Tensor or gradient.device != counts.device:
                 continue
             if gradient.layout == torch.strided:
-                seen.logical_or_((gradient[:, :_COLUMNS] != 0).any(1))
+                elsewhere = (gradient[:, :_COLUMNS] != 0).any(1) & (counts == 0)
+                counts.masked_fill_(elsewhere, _OFTEN)
             if module.padding_idx is not None:
-                seen[module.padding_idx : module.padding_idx + 1] = True
-            self._evidence.put(f"rows_unused/{name}", (~seen).sum() * told)
-            self._evidence.put(f"rows/{name}", len(seen))
+                counts[module.padding_idx : module.padding_idx + 1] = _OFTEN
+            self._evidence.put(f"rows_unused/{name}", (counts == 0).sum() * told)
+            self._evidence.put(f"rows_rare/{name}", ((counts > 0) & (counts < _OFTEN)).sum())
+            self._evidence.put(f"rows/{name}", len(counts))
             self._evidence.put(f"lookups/{name}", lookups[0])
 
 

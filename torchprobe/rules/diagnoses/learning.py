@@ -70,7 +70,7 @@ _TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", 
 
 @dataclass(frozen=True)
 class ClassNeverOccurs(Diagnosis):
-    """Classes of the output that no target is of, where 20 targets a class were seen."""
+    """Classes of the output that no target is of, where 20 targets a class were seen, and 3 of each that occurs."""
 
     targets: int = 20
 
@@ -86,7 +86,7 @@ class ClassNeverOccurs(Diagnosis):
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Once enough targets were seen."""
         unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
-        enough = classes > 1 and seen >= self.targets * classes
+        enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
         return self.said(record.step, {"": unseen} if enough and unseen else {})
 
 
@@ -117,10 +117,9 @@ class UnshuffledBatches(Diagnosis):
 
 @dataclass(frozen=True)
 class LearningRateTooHigh(Diagnosis):
-    """After step 1 `samples` steps moved parameters by over `ratio` of their norm, and the last `steps` losses are all
-    above `rise` times the first. Steps are known of samples: those of most parameters, and where their norm has grown
-    from one sample to the next by more than that a step, those between, too. Left alone: large steps that the loss
-    survives, a first loss of 0 or below.
+    """After step 1 `samples` steps moved parameters by over `ratio` of their norm: most of them in a sample, or all of
+    them between two, by how it has grown; and the last `steps` losses are all above `rise` times the first. Left alone:
+    large steps that the loss survives, a first loss of 0 or below.
     """
 
     samples: int = 2
@@ -162,9 +161,8 @@ class LearningRateTooHigh(Diagnosis):
 
 @dataclass(frozen=True)
 class LearningRateTooLow(Diagnosis):
-    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was.
-
-    Parameters that stand still are told from slow ones: they get no gradient, unless the rate itself is under `ratio`.
+    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was. Those that do not
+    move at all are slow only where the rate itself is under `ratio`; else they get no gradient.
     """
 
     steps: int = 100

@@ -213,10 +213,9 @@ class AttendsToFuture(Diagnosis):
 class AttendsToPadding(Diagnosis):
     """In all attentions every query sees every token, and an embedding's `padding_idx` says that some are padding.
 
-    How much attention lies there is bounded by its entropy: if that is d below the entropy of equal attention to all
-    tokens, a share m of attention that lies on a share s of the tokens has m ln(m/s) + (1-m) ln((1-m)/(1-s)) <= d
-    (Cover & Thomas 2006, data processing of relative entropy), in the mean over queries too. The value is the smallest
-    such m, over all queries and over those that are no padding.
+    Where attention's entropy is d below that of equal attention, a share m of it that lies on a share s of the tokens
+    has m ln(m/s) + (1-m) ln((1-m)/(1-s)) <= d (data processing of relative entropy), in the mean over queries too. The
+    value is the smallest such m, over all queries and over those that are no padding.
     """
 
     name = "attends_to_padding"

@@ -197,7 +197,7 @@ class BatchNormFewValues(Diagnosis):
 class GraphKept(Diagnosis):
     """The graphs of many earlier steps are still alive: a loss is added up or listed without `item()` or `detach()`."""
 
-    graphs: int = 3
+    samples: int = 1
 
     name = "graph_kept"
     fact = "graphs_kept"
@@ -207,8 +207,6 @@ class GraphKept(Diagnosis):
         "Memory grows with every step. Keep `loss.item()` or `loss.detach()` in place of the loss (PyTorch, FAQ: "
         "My model reports cuda runtime error(2): out of memory)."
     )
-
-    samples: int = 1
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ class UnoptimizedParameters(Diagnosis):
 
 @dataclass(frozen=True)
 class DetachedParameters(Diagnosis):
-    """Held parameters have no gradient because what their module gives is detached before the loss sees it."""
+    """Held parameters have no gradient because what their module gives is detached before the loss sees it; or none of
+    the model has had one in any sample, as where the loss is made of numbers.
+    """
 
     name = "detached_parameters"
     fact = "no_gradient"
@@ -53,6 +55,12 @@ class DetachedParameters(Diagnosis):
         "tensor, and take it out; if the cut is meant, leave the parameters out of the optimizer (PyTorch, Autograd "
         "mechanics)."
     )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Of some in samples running, or of all in all samples."""
+        cut = {name: why for name, why in evidence(record, self.fact).items() if why > self.limit}
+        never = _never(record, kept, 2.0, self.samples)
+        return self.said(record.step, lasting(kept.setdefault("cut", {}), cut, self.samples) | never)
 
 
 @dataclass(frozen=True)
@@ -69,16 +77,24 @@ class UnusedParameters(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """All reasons but a cut graph."""
-        values = evidence(record, self.fact)
-        some = {name: why for name, why in values.items() if why <= _NO_GRAD}
-        return self.said(record.step, lasting(kept, some, self.samples))
+        """All reasons but a cut graph; or an optimizer that has found nothing in any sample, while others do."""
+        some = {name: why for name, why in evidence(record, self.fact).items() if why <= _NO_GRAD}
+        never = _never(record, kept, 1.0, self.samples)
+        return self.said(record.step, lasting(kept.setdefault("some", {}), some, self.samples) | never)
+
+
+def _never(record: Record, kept: dict[str, Any], kind: float, samples: int) -> dict[str, float]:
+    """The first parameter of each optimizer that, in so many samples and all it has had, found no gradient at all."""
+    counts = kept.setdefault("never", {})
+    for name, value in evidence(record, "empty_step").items():
+        counts[name] = counts.get(name, 0) + 1 if value == kind and counts.get(name, 0) >= 0 else -1
+    return {name: kind for name, count in counts.items() if count >= samples}
 
 
 @dataclass(frozen=True)
 class UnusedEmbeddingRows(Diagnosis):
-    """In samples that looked up `lookups` times as many rows as the table has, over a quarter of them never was, nor
-    got a gradient; and no new one since half of the lookups. Left alone: positions, and runs of several processes.
+    """Of `lookups` look-ups a row in samples, none was of a quarter of the rows, nor had those a gradient; all others
+    had three and more and no new one came in the later half, so that no rare ones are to come (Chao 1984).
     """
 
     lookups: int = 20
@@ -96,18 +112,16 @@ class UnusedEmbeddingRows(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """By table; what is kept are lookups and unused rows, each time that lookups have doubled."""
+        """By table; what is kept is since how many look-ups there were no new rows."""
         values, ill = evidence(record, self.fact), {}
-        sizes, counts = evidence(record, "rows"), evidence(record, "lookups")
+        rare, sizes, counts = (evidence(record, fact) for fact in ("rows_rare", "rows", "lookups"))
         for name, unused in values.items():
-            marks = [mark for mark in kept.get(name, []) if mark[0] < counts[name]]
-            settled = any(2 * then <= counts[name] and before == unused for then, before in marks)
-            many = unused >= self.rows and unused > self.share * sizes[name]
-            if settled and many and counts[name] >= self.lookups * sizes[name]:
+            if kept.get(name, (0, None))[1] != unused:
+                kept[name] = counts[name], unused
+            many = unused >= max(self.rows, self.share * sizes[name])
+            settled = not rare[name] and counts[name] >= max(self.lookups * sizes[name], 2 * kept[name][0])
+            if many and settled:
                 ill[name] = unused
-            if not marks or counts[name] >= 2 * marks[-1][0]:
-                marks.append([counts[name], unused])
-            kept[name] = marks[-2:]
         return self.said(record.step, ill) if values else None
 
 

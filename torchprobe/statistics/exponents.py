@@ -26,9 +26,8 @@ def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
     """Counts of each of many tensors of one device: [zeros, nonfinite, one for each bucket], (n, 2 + BUCKETS).
 
     Takes strided floating or complex tensors. Counts are exact, in `row_dtype`; zeros and buckets add up to the number
-    of finite elements. Histograms merge by addition. Small tensors are counted together. Makes no host read, keeps
-    temporaries below about 2**22 elements, and costs 3 ns an element of a million of float32 on one CPU core. Raises
-    TypeError for integers.
+    of finite elements. Histograms merge by addition. Makes no host read, keeps temporaries below about 2**22 elements,
+    costs 3 ns an element of a million of float32 on one CPU core. Raises TypeError for integers.
     """
     tensors = reals(tensors)
     if not tensors:

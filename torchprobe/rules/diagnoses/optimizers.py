@@ -27,10 +27,7 @@ class UnoptimizedParameters(Diagnosis):
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Held by nobody, and standing still."""
         values = evidence(record, self.fact)
-        still = kept.setdefault("still", {})
-        for name in list(still):
-            if name not in values:
-                del still[name]
+        kept["still"] = still = {name: one for name, one in kept.get("still", {}).items() if name in values}
         for name, mark in values.items():
             last, count = still.get(name, (None, 0))
             still[name] = mark, (count + 1 if last == mark else 1)

@@ -1,4 +1,4 @@
-"""Mistakes as people make them, in scripts of other kinds than the gallery's, each beside the same script without it."""
+"""Mistakes as people make them, in scripts of other kinds than the gallery's, each beside its healthy twin."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def labels_from_one_to_nine(watch):
     x, y = digits()
     model = mlp()
     keep = y > 0
-    return classify(watch, model, adam(model), data=(x[keep], y[keep]), steps=220)
+    return classify(watch, model, adam(model), data=(x[keep], y[keep]), steps=110)
 
 
 @sick("unused_parameters", REMARKS)

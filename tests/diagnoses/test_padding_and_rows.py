@@ -246,6 +246,24 @@ def test_a_few_batches_in_a_fixed_order_are_not(number, every):
     assert names(lambda watch: train(watch, of_a_loader(number), 31), every) == set()
 
 
+class OnAGrid(nn.Linear):
+    def forward(self, points, time):
+        return super().forward(torch.cat((points, time[:, None]), 1))
+
+
+def test_inputs_of_which_one_changes_are_not():
+    def recipe(watch):
+        model, points = OnAGrid(3, 1), torch.rand(32, 2)
+        optimizer, session = adam(model), watch(model)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(points, torch.rand(32)).square().mean().backward()
+            optimizer.step()
+        return session
+
+    assert names(recipe) == set()
+
+
 def test_a_full_batch_that_is_shuffled_is_not():
     x, y = digits()
     assert names(lambda watch: train(watch, lambda step: next(batches(x, y, size=len(x))))) == set()

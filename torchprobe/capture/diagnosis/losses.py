@@ -71,10 +71,10 @@ class OutputFacts:
 
     def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """By how much at most the examples differ, in any tensor that the model is called with; and a sum of them."""
-        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 1 and not x.is_complex()]
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 0 and not x.is_complex()]
         some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
-        if some:
-            spread = [(x.amax(0) - x.amin(0)).amax() for x in some]
+        if any(x.dim() > 1 for x in some):
+            spread = [(x.amax(0) - x.amin(0)).amax() for x in some if x.dim() > 1]
             self._evidence.put("input_varies", torch.stack([one.to(spread[0].device) for one in spread]).amax())
             sums = [_sum(x) for x in some]
             self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())

@@ -13,6 +13,7 @@ from torch import nn
 import torchprobe
 from tests.diagnoses.data import batches, digits, sentences
 from tests.diagnoses.recipes import Judge, LanguageModel, adam, judge_sentences, mlp, padded
+from tests.modes import NoHostRead
 from torchprobe.records import Record
 from torchprobe.rules.diagnoses.losses import AttendsToPadding, _least
 from torchprobe.testing import MemoryWriter
@@ -267,3 +268,18 @@ def test_inputs_of_which_one_changes_are_not():
 def test_a_full_batch_that_is_shuffled_is_not():
     x, y = digits()
     assert names(lambda watch: train(watch, lambda step: next(batches(x, y, size=len(x))))) == set()
+
+
+def test_the_host_waits_for_none_of_it():
+    model, ids = Judge(masked=False), padded(next(sentences(steps=1)))
+    table = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
+    whole = nn.ModuleDict({"judge": model, "table": table})
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
+    probes = [torchprobe.Diagnosis()]
+    with torchprobe.instrument(whole, writer=MemoryWriter(), every=1, probes=probes) as session, NoHostRead():
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(ids), torch.ones(len(ids), dtype=torch.long))
+            (loss + F.binary_cross_entropy_with_logits(table(torch.randn(32, 8)), torch.ones(32))).backward()
+            optimizer.step()
+    assert session.step == 2

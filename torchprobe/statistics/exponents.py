@@ -22,13 +22,19 @@ _CODES, _BIAS = 2**8, 127
 """Exponent codes of float32: the first is for zero and subnormals, the last for inf and NaN, `_BIAS` for 2**0."""
 
 
-def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
-    """Counts of each of many tensors of one device: [zeros, nonfinite, one for each bucket], (n, 2 + BUCKETS).
+def log_histogram(x: Tensor) -> Tensor:
+    """Counts of the elements of `x`: [zeros, nonfinite, one for each bucket], shape (2 + BUCKETS,), `row_dtype`.
 
-    Takes strided floating or complex tensors. Counts are exact, in `row_dtype`; zeros and buckets add up to the number
-    of finite elements. Histograms merge by addition. Makes no host read, keeps temporaries below about 2**22 elements,
-    costs 3 ns an element of a million of float32 on one CPU core. Raises TypeError for integers.
+    `x` is any strided floating or complex tensor. Counts are exact, and zeros and buckets add up to the number of
+    finite elements. Histograms of two tensors merge by addition. Makes no host read, keeps temporaries below about
+    2**22 elements, and costs 3 ns an element of a million of float32 on one CPU core. Raises
+    TypeError for integers.
     """
+    return log_histograms([x])[0]
+
+
+def log_histograms(tensors: Sequence[Tensor]) -> Tensor:
+    """The row of each of many tensors of one device: shape (n, 2 + BUCKETS). Small ones are counted together."""
     tensors = reals(tensors)
     if not tensors:
         return torch.zeros(0, 2 + BUCKETS, dtype=torch.float64)

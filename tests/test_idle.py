@@ -80,7 +80,7 @@ def test_an_idle_step_calls_no_module_hook_and_does_not_depend_on_the_models_siz
     assert counts[0] < 250
 
 
-def idle_calls(kind: str, layers: int) -> list[str]:
+def idle_calls(kind: str, layers: int, **options) -> list[str]:
     """What an idle step of a loop enters: no value is logged, no probe is due."""
     model = Transformer(layers=layers)
     parameters = list(model.parameters())
@@ -95,7 +95,7 @@ def idle_calls(kind: str, layers: int) -> list[str]:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=kind != "zeroed in place")
 
-    with torchprobe.instrument(model, writer=MemoryWriter()) as session:
+    with torchprobe.instrument(model, writer=MemoryWriter(), **options) as session:
         for _ in range(6):  # 1, 2 and 5 are sampled by default
             step()
         called = calls_into_torchprobe(step)
@@ -111,6 +111,12 @@ def test_an_idle_step_of_each_kind_of_loop_makes_few_calls_whatever_the_models_s
     assert abs(len(many) - len(few)) <= CHANCE, Counter(many) - Counter(few)
     asked = sum(name == "records_graph" for name in few) * 2  # where torch is built for a device that records graphs
     assert max(len(few), len(many)) <= MOST_CALLS[kind] + asked, Counter(few)
+
+
+def test_diagnoses_add_nothing_to_an_idle_step():
+    probes = [torchprobe.Loss(), torchprobe.Gradients()]
+    without, beside = (idle_calls("plain", 1, probes=some) for some in (probes, [*probes, torchprobe.Diagnosis()]))
+    assert without == beside
 
 
 def test_a_sampled_step_calls_the_hook_of_every_chosen_module():

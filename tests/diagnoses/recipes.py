@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.diagnoses.data import batches, digits
+from tests.diagnoses.data import batches, digits, sentences
 
 HEALTHY, SICK, REMARKS = {}, {}, {}
 
@@ -90,3 +90,31 @@ class TwoHeads(nn.Module):
     def forward(self, x):
         h = self.body(x)
         return {"digit": self.a(h), "odd": self.b(h)}
+
+
+class Judge(nn.Module):
+    """Says of text, padded with 0 at its end, whether it has an "e" in it."""
+
+    def __init__(self, masked, padding=0):
+        super().__init__()
+        self.masked, self.embed = masked, nn.Embedding(65, 32, padding_idx=padding)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True)
+        self.blocks, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(32, 2)
+
+    def forward(self, ids):
+        h = self.blocks(self.embed(ids), src_key_padding_mask=ids == 0 if self.masked else None)
+        return self.head((h * (ids > 0)[..., None]).sum(1) / (ids > 0).sum(1, keepdim=True))
+
+
+def padded(ids, least=6):
+    """Windows of text cut to any length, and 0 behind it."""
+    return (ids + 1) * (torch.arange(ids.shape[1]) < torch.randint(least, ids.shape[1] + 1, (len(ids), 1)))
+
+
+def judge_sentences(watch, model, steps=30, cut=padded):
+    optimizer, session = adam(model, 1e-3), watch(model)
+    for ids in map(cut, sentences(steps=steps, size=16)):
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids), (ids == 39).any(1).long()).backward()
+        optimizer.step()
+    return session

@@ -157,7 +157,7 @@ def triplets(watch):
 def contrastive(watch):
     model, (x, y) = mlp(64, 8), digits()
     optimizer, session = torch.optim.Adam(model.parameters(), 1e-3), watch(model)
-    for a, _ in batches(x, y, steps=150):
+    for a, _ in batches(x, y, steps=100):
         one, two = (F.normalize(model(a + 0.2 * torch.randn_like(a)), dim=1) for _ in range(2))
         optimizer.zero_grad()
         F.cross_entropy(one @ two.T / 0.2, torch.arange(len(a))).backward()

@@ -44,7 +44,7 @@ def mlp_rmsprop(watch):
 def gradient_accumulation(watch):
     model = mlp()
     optimizer, session = torch.optim.Adam(model.parameters(), 3e-3), watch(model)
-    for i, (x, y) in enumerate(batches(*digits(), size=16, steps=240)):
+    for i, (x, y) in enumerate(batches(*digits(), size=16, steps=160)):
         (F.cross_entropy(model(x), y) / 4).backward()
         if i % 4 == 3:
             optimizer.step()
@@ -175,7 +175,7 @@ def half_precision_with_a_scaler_or_bfloat16(watch):
 @healthy
 def small_batches(watch):
     model = mlp()
-    return classify(watch, model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), size=4, steps=300)
+    return classify(watch, model, torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), size=4, steps=200)
 
 
 @healthy

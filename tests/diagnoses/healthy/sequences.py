@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.diagnoses.data import sentences
-from tests.diagnoses.recipes import LanguageModel, healthy
+from tests.diagnoses.recipes import Judge, LanguageModel, healthy, judge_sentences
 
 
 @healthy
@@ -48,6 +48,11 @@ def masked_tokens(watch):
         F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(~hidden, -100).flatten()).backward()
         optimizer.step()
     return session
+
+
+@healthy
+def sentences_of_any_length_with_a_padding_mask(watch):
+    return judge_sentences(watch, Judge(masked=True))
 
 
 class _Recurrent(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.diagnoses.data import digits, numbers, sentences, two_classes
-from tests.diagnoses.recipes import LanguageModel, Seeing, adam, classify, cnn, mlp, sick
+from tests.diagnoses.recipes import Judge, LanguageModel, Seeing, adam, classify, cnn, judge_sentences, mlp, sick
 
 
 @sick("softmax_before_cross_entropy")
@@ -99,6 +99,13 @@ def shuffled_labels(watch):
     return classify(watch, model, adam(model, 1e-3), data=(x, y[torch.randperm(len(y))]), steps=200)
 
 
+@sick("at_chance")
+def a_layer_whose_units_are_all_dead(watch):
+    model = mlp()
+    model[2].bias.data.fill_(-100.0)
+    return classify(watch, model, adam(model, 1e-3), steps=170)
+
+
 @sick("attends_to_future")
 def a_language_model_without_a_mask(watch):
     model = Seeing()
@@ -108,6 +115,11 @@ def a_language_model_without_a_mask(watch):
         F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
     return session
+
+
+@sick("attends_to_padding")
+def sentences_of_any_length_without_a_padding_mask(watch):
+    return judge_sentences(watch, Judge(masked=False))
 
 
 @sick("unshifted_targets")

@@ -21,7 +21,7 @@ def labels_from_one_to_nine(watch):
     x, y = digits()
     model = mlp()
     keep = y > 0
-    return classify(watch, model, adam(model), data=(x[keep], y[keep]), steps=220)
+    return classify(watch, model, adam(model), data=(x[keep], y[keep]), steps=110)
 
 
 @sick("unused_parameters", REMARKS)
@@ -58,4 +58,29 @@ def validation_with_dropout(watch):
             optimizer.step()
         with torch.no_grad():
             model(x)
+    return session
+
+
+@sick("unused_embedding_rows", REMARKS)
+def a_vocabulary_of_which_half_is_used(watch):
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Flatten(), nn.Linear(64, 2))
+    optimizer, session = adam(model), watch(model)
+    for _ in range(12):
+        ids = torch.randint(50, (64, 8))
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids), (ids.sum(1) > 200).long()).backward()
+        optimizer.step()
+    return session
+
+
+@sick("repeated_batch", REMARKS)
+def a_loader_begun_anew_for_each_batch(watch):
+    model, (x, y) = mlp(), digits()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 32)
+    optimizer, session = adam(model), watch(model)
+    for _ in range(12):
+        a, b = next(iter(loader))
+        optimizer.zero_grad()
+        F.cross_entropy(model(a), b).backward()
+        optimizer.step()
     return session

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.diagnosis.evidence import Evidence
-from torchprobe.capture.diagnosis.modules import ModuleCalls
+from torchprobe.capture.diagnosis.modules import ModuleCalls, is_alone
 from torchprobe.naming import all_parameters, named_parameters, owner_of
 from torchprobe.statistics.dtypes import measurable, row_dtype
 from torchprobe.statistics.norms import l2_norms
@@ -52,16 +52,16 @@ class GradientFacts:
         self._searched: frozenset[int] = frozenset()  # parameters for whose holder all objects were looked at
         self._backwards = 0
         self._stepped = False
-        self.half_precision = False
-        """Whether an output of the open step is float16."""
+        self._ran = False  # a training pass, in the open step
+        self._half_precision = False  # of an output of the open step
 
     def open(self) -> None:
         """A step begins."""
-        self._passes, self._before, self.half_precision = [], None, False
+        self._passes, self._before, self._ran, self._half_precision = [], None, False, False
 
-    def uses_half(self) -> None:
-        """An output of the open step is float16."""
-        self.half_precision = True
+    def returned(self, half_precision: bool) -> None:
+        """A training pass has returned. half_precision: whether an output is float16."""
+        self._ran, self._half_precision = True, self._half_precision or half_precision
 
     def backward_begins(self) -> None:
         """Before any gradient of a parameter."""
@@ -88,22 +88,23 @@ class GradientFacts:
         self._holders = {key: one for key, one in self._holders.items() if one[0]() is not None}
         self._holders[id(optimizer)] = ref(optimizer), held
         mine = [p for _, p in named if id(p) in held and p.requires_grad]
-        self._since_backward(mine, label)
+        reached = self._since_backward(mine, label)
         self._unheld(named, optimizer, held, label)
-        self._without_gradient(named, held)
+        self._without_gradient(named, held, reached)
         self._rate(optimizer, label)
-        if self.half_precision and loss_scale(optimizer) is None:
+        if self._half_precision and loss_scale(optimizer) is None:
             self._zeros(mine)
         self._passes = []
 
     # ---- zeroed too late, too early, or never
 
-    def _since_backward(self, mine: list[nn.Parameter], label: str) -> None:
+    def _since_backward(self, mine: list[nn.Parameter], label: str) -> bool:
+        """Whether a backward pass of the open step reached any of them."""
         ids = {id(p): p for p in mine}
         changed = [(pair, [key for key in ids if _changed(pair, key)]) for pair in self._passes]
         reaching = [(pair, keys) for pair, keys in changed if keys]
         if not reaching:
-            return
+            return False
         kept = [_largest([before.norms.get(key) for key in keys]) for (before, _), keys in reaching]
         least: float | Tensor = 0.0
         if all(one is not None for one in kept):
@@ -113,13 +114,14 @@ class GradientFacts:
         there = [key for key in reached if ids[key].grad is not None]
         if not there:
             self._evidence.put(f"gradient_gone/{label}", 1.0)
-            return
+            return True
         now = self._look()
         pairs = [(after.norms[key], now.norms[key]) for key in there if key in after.norms and key in now.norms]
         if pairs:
             then, left = (torch.stack(some) for some in zip(*pairs, strict=True))
             gone, alive = (then > 0) & (left == 0), left > 0
             self._evidence.put(f"gradient_gone/{label}", (gone.any() & ~alive.any()).float())
+        return True
 
     # ---- held by nobody
 
@@ -140,9 +142,12 @@ class GradientFacts:
         if lost and lone & self._searched:
             self._evidence.put(f"strangers/{label}", len(lost))
 
-    def _without_gradient(self, named: list[tuple[str, nn.Parameter]], held: set[int]) -> None:
+    def _without_gradient(self, named: list[tuple[str, nn.Parameter]], held: set[int], reached: bool) -> None:
         mine = [(name, p) for name, p in named if id(p) in held and p.requires_grad]
         missing = [name for name, p in mine if p.grad is None]
+        if mine and self._ran and is_alone():  # of shards a rank may hold nothing
+            none, others = len(missing) == len(mine) and not reached, any(p.grad is not None for _, p in named)
+            self._evidence.put(f"empty_step/{mine[0][0]}", none * (1.0 if others else 2.0))
         if 0 < len(missing) < len(mine):
             owners = {owner_of(name) for name, p in named if p.grad is not None}
             for name in missing[:_NAMED]:

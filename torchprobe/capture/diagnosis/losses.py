@@ -21,15 +21,17 @@ from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import is_usable
 from torchprobe.capture.predictions.graph import Link, Place, is_shape, made_by, place_of, way_to_loss
+from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.targets import class_counts, entropy, judged, same_class
 
 _MOST_OUTPUTS = 4
 _MOST_NUMBERS = 2**22  # of logits that are read
 _MOST_ROWS = 4096
 _EXAMPLES = 64  # that are compared
-_MOST_FEATURES = 2**12
+_MOST_FEATURES = 2**20  # of all examples
 _FEWEST = 16  # examples for a correlation
 _MOST_CLASSES = 2**17
+_OFTEN = 3  # targets of a class; where all classes that occur have as many, others hardly occur at all
 _REGRESSIONS = frozenset({"MseLossBackward", "L1LossBackward", "SmoothL1LossBackward", "HuberLossBackward"})
 _NLL = frozenset({"NllLossBackward", "NllLoss2DBackward"})
 _BINARY = "BinaryCrossEntropyWithLogitsBackward"
@@ -54,6 +56,7 @@ class OutputFacts:
         self._evidence = evidence
         self._gate = gate
         self._counts: Tensor | None = None  # of the targets of the run so far, by class
+        self._sums: Tensor | None = None  # of features and targets of the run so far
 
     def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
         """A pass has returned."""
@@ -67,12 +70,14 @@ class OutputFacts:
             listen(tensor, partial(self._on_gradient, one))
 
     def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """By how much at most the examples of the batch differ, in any tensor that the model is called with."""
-        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 1 and not x.is_complex()]
+        """By how much at most the examples differ, in any tensor that the model is called with; and a sum of them."""
+        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 0 and not x.is_complex()]
         some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
-        if some:
-            spread = [(x.amax(0) - x.amin(0)).amax() for x in some]
+        if any(x.dim() > 1 for x in some):
+            spread = [(x.amax(0) - x.amin(0)).amax() for x in some if x.dim() > 1]
             self._evidence.put("input_varies", torch.stack([one.to(spread[0].device) for one in spread]).amax())
+            sums = [_sum(x) for x in some]
+            self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())
 
     def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
         if gradient is None or self._gate.failed:
@@ -86,6 +91,8 @@ class OutputFacts:
                 self._broadcast(output, links)
                 self._rectified(output, way[0], gradient)
                 self._targets(output, links, way, gradient)
+                if way[0].name == _BINARY and output.values.numel() == len(output.values):
+                    self._leaks(output, (gradient < 0).reshape(-1), (gradient != 0).reshape(-1))
 
     def _misplaced(self, names: Sequence[str]) -> None:
         pairs = set(pairwise(names))
@@ -142,6 +149,7 @@ class OutputFacts:
         put("target_entropy", entropy(total))
         put("targets", total.sum())
         put("classes_unseen", (total == 0).sum())
+        put("classes_rare", ((total > 0) & (total < _OFTEN)).sum())
         put("same_class", same_class(counts))
         put("same_class_in_all", same_class(total))
         put("batch", counts.sum())
@@ -149,16 +157,23 @@ class OutputFacts:
     def _copied(self, output: _Output, targets: Tensor, counted: Tensor) -> None:
         """Whether targets are the inputs of their own position, or of the next one, or a feature but for its scale."""
         where = output.values.shape[:-1]
+        self._leaks(output, targets, counted)
         for numbers in output.inputs:
-            if numbers.is_floating_point():
-                if len(where) == 1 and numbers.shape[0] == where[0] and numbers.shape[1] <= _MOST_FEATURES:
-                    self._evidence.put("feature_tells_target", _closest(numbers, targets, counted))
-            elif numbers.shape == where and len(where) == 2 and where[1] > 1:
+            if not numbers.is_floating_point() and numbers.shape == where and len(where) == 2 and where[1] > 1:
                 self._evidence.put("tokens", where[1])
                 same = (numbers.reshape(-1) == targets) & counted
                 self._evidence.put("targets_are_inputs", same.sum() / counted.sum())
                 ours, theirs, both = targets.view(where)[:, :-1], numbers[:, 1:], counted.view(where)[:, :-1]
                 self._evidence.put("targets_are_next", ((ours == theirs) & both).sum() / both.sum())
+                return
+
+    def _leaks(self, output: _Output, targets: Tensor, counted: Tensor) -> None:
+        """How well a feature tells the class numbers, over all samples: few rare ones may agree by chance."""
+        for numbers in output.inputs:
+            if numbers.is_floating_point() and len(numbers) == len(targets) and numbers.numel() <= _MOST_FEATURES:
+                sums, total = _products(numbers, targets, counted), self._sums
+                self._sums = sums if total is None or total.shape != sums.shape else sums + total
+                self._evidence.put("feature_tells_target", _closest(self._sums))
                 return
 
 
@@ -176,18 +191,29 @@ def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> 
     return 1 if names[at] == "NllLoss2DBackward" and output.values.dim() > 2 and not moved else -1
 
 
+def _sum(x: Tensor) -> Tensor:
+    """Of all elements, each with a weight of its own: the same for the same batch in the same order."""
+    rows = x.reshape(len(x), -1)
+    across, down = (torch.linspace(1, 2, n, device=x.device) for n in reversed(rows.shape))
+    return down @ (rows @ across)
+
+
 def _are_distributions(rows: Tensor) -> Tensor:
     """Whether the rows that a loss took for logits add up to 1 and have no negative element."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return (((wide.sum(-1) - 1).abs() < 1e-3) & (wide.amin(-1) >= 0)).all().float()
 
 
-def _closest(features: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """The largest correlation, by magnitude, of a feature with the class numbers; 0 where too few of them count."""
-    y = targets.float()[:, None]
-    x, weight = features.float(), counted.float()[:, None]
-    x, y = (z - (z * weight).sum(0) / weight.sum() for z in (x, y))
-    products = (x * y * weight).sum(0).abs()
-    sizes = ((x * x * weight).sum(0) * (y * y * weight).sum(0)).sqrt()
-    known = torch.where(sizes > 0, products / sizes, 0.0)
-    return torch.where(weight.sum() >= _FEWEST, known.amax(), 0.0)
+def _products(features: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Sums over the examples that count, (6, features): of 1, x, y, x x, y y and x y."""
+    x, y, weight = (one.to(row_dtype(one.device)) for one in (features, targets, counted))
+    parts = (torch.ones_like(x), x, y[:, None].expand_as(x), x * x, (y * y)[:, None].expand_as(x), x * y[:, None])
+    return torch.stack([weight @ part for part in parts])
+
+
+def _closest(sums: Tensor) -> Tensor:
+    """The largest correlation, by magnitude, of a feature with the class numbers; 0 of too few examples."""
+    n, x, y, xx, yy, xy = sums
+    sizes, least = ((xx - x * x / n).clamp(min=0) * (yy - y * y / n).clamp(min=0)).sqrt(), 1e-9 * (xx * yy).sqrt()
+    known = torch.where(sizes > least, (xy - x * y / n).abs() / sizes, 0.0)
+    return torch.where(n[0] >= _FEWEST, known.amax(), 0.0)

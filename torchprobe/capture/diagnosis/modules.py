@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -25,6 +25,9 @@ _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase)
 _SQUASHING = (nn.Tanh, nn.Sigmoid)
 _NORMALISING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _MANY = 2**18  # elements of an input that are looked at
+_MOST_ROWS = 2**22  # of an embedding
+_COLUMNS = 4  # of a gradient that are looked at
+_OFTEN = 3  # look-ups of a row; where all rows that are used have had as many, others are hardly used at all
 _BEYOND = 0.97  # of a tanh; a sigmoid is one of half its input
 
 
@@ -39,11 +42,8 @@ class _Calls:
         self.detached: set[str] = set()  # their output is an input without a graph
         self.perhaps: set[str] = set()  # something of its output's shape is
         self.saturated: dict[str, tuple[int, Tensor]] = {}
-        self.weighted = False  # a layer with weights was called
-
-    def note_weighted(self) -> None:
-        """A layer with weights is called."""
-        self.weighted = True
+        self.kinds: set[str] = set()  # whether a layer with weights, and a recurrent network, was called
+        self.padding: list[Tensor] = []  # flags (batch, tokens) of each table that has a row for padding
 
 
 class ModuleCalls:
@@ -56,6 +56,7 @@ class ModuleCalls:
         self._evidence = evidence
         self._now = _Calls(None)
         self._kinds: dict[str, type[nn.Module]] = {}
+        self.tables = Tables(evidence)
 
     def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         """Modules that own parameters, and those that squash."""
@@ -82,8 +83,14 @@ class ModuleCalls:
                 self._cut(tensor)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._normalised(name, module, args)
-        if not calls.weighted and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
-            calls.note_weighted()
+        if isinstance(module, nn.Embedding) and args and _are_ids(args[0]):
+            self.tables.look_up(name, module, args[0])
+            if module.padding_idx is not None and args[0].dim() == 2:
+                calls.padding.append(args[0] == module.padding_idx)
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            calls.kinds.add("recurrent")
+        if "weighted" not in calls.kinds and isinstance(module, (*_WEIGHTED, *_NORMALISING)):
+            calls.kinds.add("weighted")
             weight = next(module.parameters(recurse=False), None)
             if isinstance(module, _WEIGHTED) and args and weight is not None and weight.requires_grad:
                 self._first_input(args[0])
@@ -112,6 +119,18 @@ class ModuleCalls:
         for name, (address, share) in self._now.saturated.items():
             if address not in ends:
                 self._evidence.put(f"saturated/{name}", share)
+        flags, self._now.padding = self._now.padding, []
+        if flags and len({one.shape for one in flags}) == 1 and "recurrent" not in self._now.kinds:
+            self._padded(flags)
+
+    def _padded(self, flags: list[Tensor]) -> None:
+        """Which share of the tokens is padding, and which one tokens that are none meet; 0 unless all tables agree."""
+        shares = torch.stack([one.float() for one in flags]).mean(2)
+        agree = torch.stack([(one == flags[0]).all() & _is_at_ends(one) for one in flags]).all()
+        real = 1 - shares[0]
+        self._evidence.put("padding", shares[0].mean() * agree)
+        self._evidence.put("padding_met", (real * shares[0]).sum() / real.sum() * agree)
+        self._evidence.put("padding_tokens", flags[0].shape[1])
 
     def why_without_gradient(self, module: str, with_gradient: Iterable[str]) -> float:
         """Of the last pass: why a module's parameters have no gradient while those of others have. 0: not known."""
@@ -154,3 +173,74 @@ class ModuleCalls:
 def _has_address(tensor: Tensor) -> bool:
     """Whether it is numbers in memory, which a sparse or a nested tensor is not."""
     return measurable(tensor) and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def is_alone() -> bool:
+    """Whether no other process trains with this one."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _are_ids(given: Any) -> bool:
+    """Whether they are whole numbers in memory: no shard, and nothing that has a shape alone."""
+    plain = type(given) is Tensor and given.layout == torch.strided and given.device.type != "meta" and given.dim() > 0
+    return plain and given.numel() > 0 and given.dtype in (torch.int64, torch.int32)
+
+
+def _is_at_ends(flags: Tensor) -> Tensor:
+    """Whether flags are at the ends of rows alone: what is not flagged is one run."""
+    inside = ~flags
+    begins = inside[:, :1].sum(1) + (inside[:, 1:] & flags[:, :-1]).sum(1)
+    return (begins <= 1).all()
+
+
+class _Table(NamedTuple):
+    """An embedding in the run so far, of samples."""
+
+    module: ReferenceType[nn.Embedding]
+    counts: Tensor  # look-ups of each row
+    told: Tensor  # whether its ids are no positions
+    lookups: list[int]
+
+
+class Tables:
+    """Which rows of embeddings are looked up or get gradients in sampled steps of one process."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._tables: dict[str, _Table] = {}
+
+    def look_up(self, name: str, module: nn.Embedding, ids: Tensor) -> None:
+        """A table is called."""
+        table = self._tables.get(name)
+        if table is None or table.module() is not module or table.counts.device != ids.device:
+            if not module.weight.requires_grad or not 0 < module.num_embeddings <= _MOST_ROWS:
+                return
+            counts = torch.zeros(module.num_embeddings, dtype=torch.int32, device=ids.device)
+            table = self._tables[name] = _Table(ref(module), counts, counts.new_zeros((), dtype=torch.bool), [0])
+        flat = ids.reshape(-1)
+        table.counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        table.lookups[0] += ids.numel()
+        table.told.logical_or_(_are_no_places(ids, module.padding_idx))
+
+    def before_step(self) -> None:
+        """Gradients are there. Rows that are used elsewhere, as by an output that shares them, have one too."""
+        for name, (weak, counts, told, lookups) in self._tables.items() if is_alone() else ():  # others look up others
+            module = weak()
+            gradient = None if module is None else module.weight.grad
+            if module is None or type(gradient) is not Tensor or gradient.device != counts.device:
+                continue
+            if gradient.layout == torch.strided:
+                elsewhere = (gradient[:, :_COLUMNS] != 0).any(1) & (counts == 0)
+                counts.masked_fill_(elsewhere, _OFTEN)
+            if module.padding_idx is not None:
+                counts[module.padding_idx : module.padding_idx + 1] = _OFTEN
+            self._evidence.put(f"rows_unused/{name}", (counts == 0).sum() * told)
+            self._evidence.put(f"rows_rare/{name}", ((counts > 0) & (counts < _OFTEN)).sum())
+            self._evidence.put(f"rows/{name}", len(counts))
+            self._evidence.put(f"lookups/{name}", lookups[0])
+
+
+def _are_no_places(ids: Tensor, padding: int | None) -> Tensor:
+    """Whether neighbours differ by more than 1 anywhere, as positions and distances do not."""
+    far = (ids[..., 1:] - ids[..., :-1]).abs() > 1
+    return (far if padding is None else far & (ids[..., 1:] != padding) & (ids[..., :-1] != padding)).any()

@@ -64,8 +64,7 @@ class DiagnosisSource:
             evaluates = not module.training and _depends_on_mode(module)
             self._outputs.on_output(args, kwargs, output, evaluates)
             self._calls.returned(output)
-            if any(x.dtype is torch.float16 for x in tensors_in(output)):
-                self._gradients.uses_half()
+            self._gradients.returned(any(x.dtype is torch.float16 for x in tensors_in(output)))
             self._follow(passing)
 
     def _follow(self, passing: Pass) -> None:
@@ -79,7 +78,7 @@ class DiagnosisSource:
         """A pass without gradients, in training mode: whether it changes statistics, or drops units."""
         normal = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         moving = any(m.training and m.track_running_stats and m.momentum is not None for m in normal)
-        drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+        drops = any(m.training and _drops(m) for m in module.modules())
         if module.training:
             self._evidence.put("validates_in_training_mode", 2.0 * moving or float(drops))
             self._evidence.put("validations_in_a_row", self._validations)
@@ -101,6 +100,7 @@ class DiagnosisSource:
         if self._wants(due):
             with self._gate.boundary(), torch.no_grad(), no_torch_function():
                 self._gradients.before_step(optimizer, type(optimizer).__name__)
+                self._calls.tables.before_step()
                 self._look_at_model()
 
     def rows(self) -> Iterator[Piece]:
@@ -120,5 +120,11 @@ class DiagnosisSource:
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    return any(isinstance(m, kinds) for m in module.modules())
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or _drops(m) for m in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it is dropout, or has some inside."""
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return bool(module.dropout > 0) and getattr(module, "num_layers", 2) > 1  # it is between layers
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0

@@ -1,4 +1,4 @@
-"""Runs that learn nothing, and learning rates that let them."""
+"""Runs that learn nothing: labels and batches without information, rates far too high or low, weights that decay."""
 
 from __future__ import annotations
 
@@ -69,32 +69,57 @@ _TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", 
 
 
 @dataclass(frozen=True)
-class LearningRateZero(Diagnosis):
-    """The largest learning rate of all samples so far is 0, after so many steps."""
+class ClassNeverOccurs(Diagnosis):
+    """Classes of the output that no target is of, where 20 targets a class were seen, and 3 of each that occurs."""
 
-    steps: int = 20
+    targets: int = 20
 
-    name = "learning_rate_zero"
-    message = "the learning rate has been 0 since the run began: steps change nothing"
+    name = "class_never_occurs"
+    serious = False
+    fact = "classes_unseen"
+    message = "so many classes of the output were never a target: labels may be off by one, or the output too wide"
     advice = (
-        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
-        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+        "Compare the smallest and largest label with the width of the last layer; labels count from 0 (PyTorch, "
+        "torch.nn.CrossEntropyLoss)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Over all optimizers."""
-        rates = evidence(record, "rate").values()
-        if not rates:
+        """Once enough targets were seen."""
+        unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
+        enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
+        return self.said(record.step, {"": unseen} if enough and unseen else {})
+
+
+@dataclass(frozen=True)
+class UnshuffledBatches(Diagnosis):
+    """Batches are nearly of one class each, while the run has several: data sorted by label, and not shuffled."""
+
+    share: float = 0.9
+    batch: int = 8
+
+    name = "unshuffled_batches"
+    message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
+    advice = (
+        "Each step learns one class and forgets the others. Pass `shuffle=True` to the DataLoader, or permute the data "
+        "before they are split into batches (Bengio 2012, "
+        "arXiv 1206.5533, section 3.1.1)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Pairs of one batch are of one class, pairs of the run are not."""
+        now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
+        if math.isnan(now):
             return None
-        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
-        ill = largest == 0 and record.step >= self.steps
-        return [self.alert(record.step, None, 0.0, None, self.message)] if ill else []
+        kept["sorted"] = kept.get("sorted", 0) + 1 if now >= self.share and size >= self.batch else 0
+        ill = kept["sorted"] >= self.samples and run < 0.75
+        return [self.alert(record.step, None, now, self.share, self.message)] if ill else []
 
 
 @dataclass(frozen=True)
 class LearningRateTooHigh(Diagnosis):
-    """After step 1 `samples` samples moved most parameters by over `ratio` of their norm, and the last `steps` losses
-    are all above `rise` times the first. Left alone: large steps that the loss survives, a first loss of 0 or below.
+    """After step 1 `samples` steps moved parameters by over `ratio` of their norm: most of them in a sample, or all of
+    them between two, by how it has grown; and the last `steps` losses are all above `rise` times the first. Left alone:
+    large steps that the loss survives, a first loss of 0 or below.
     """
 
     samples: int = 2
@@ -112,21 +137,33 @@ class LearningRateTooHigh(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Each loss counts; steps are known of samples."""
+        """Each loss counts."""
         loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
         if loss is not None:
             first = kept.setdefault("first", loss[1])
             kept["above"] = kept.get("above", 0) + 1 if loss[1] > self.rise * first > 0 else 0
-        if ratio is None:
-            return None
-        kept["large"] = kept.get("large", 0) + (record.step > 1 and ratio > self.ratio)
+        large = (record.step > 1 and ratio is not None and ratio > self.ratio) or self._grown(record, kept)
+        kept["large"] = kept.get("large", 0) + large
         ill = kept["large"] >= self.samples and kept.get("above", 0) >= self.steps
-        return [self.alert(record.step, None, kept["large"], None, self.message)] if ill else []
+        if ill:
+            return [self.alert(record.step, None, kept["large"], None, self.message)]
+        return None if ratio is None else []
+
+    def _grown(self, record: Record, kept: dict[str, Any]) -> int:
+        """The steps since the last sample, if the norm has grown by more than `ratio` in each of them on average."""
+        norm = scalar(record, "overview/param_norm")
+        if norm is None:
+            return 0
+        (step, before), kept["norm"] = kept.get("norm", (record.step, norm)), (record.step, norm)
+        steps = record.step - step
+        return steps if steps and 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf else 0
 
 
 @dataclass(frozen=True)
 class LearningRateTooLow(Diagnosis):
-    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was."""
+    """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was. Those that do not
+    move at all are slow only where the rate itself is under `ratio`; else they get no gradient.
+    """
 
     steps: int = 100
     ratio: float = 1e-5
@@ -152,39 +189,9 @@ class LearningRateTooLow(Diagnosis):
             return []
         quarter = len(losses) // 4
         flat = np.mean(losses[-quarter:]) > 0.95 * np.mean(losses[:quarter]) > 0
-        ill = ratio < self.ratio and flat
+        slow = 0 < ratio < self.ratio or (ratio == 0 and largest < self.ratio)
+        ill = slow and flat
         return [self.alert(record.step, None, ratio, self.ratio, self.message)] if ill else []
-
-
-@dataclass(frozen=True)
-class LearningRateDecaysEarly(Diagnosis):
-    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
-
-    share: float = 1e-3
-    steps: int = 50
-
-    name = "learning_rate_decays_early"
-    message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
-    advice = (
-        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
-        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
-    )
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Since which sample it is that low, with a loss that is still worth learning."""
-        rates = evidence(record, "rate").values()
-        if not rates:
-            return None
-        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
-        low = max(rates) < self.share * largest
-        kept["since"] = kept.get("since") or record.step if low else None
-        loss = first_of(record, LOSS_TAGS)
-        if loss is not None:
-            kept.setdefault("first", loss[1])
-        learnt = loss is not None and loss[1] < 0.1 * kept.get("first", 0.0)
-        spent = record.step - kept["since"] if low else 0
-        ill = spent >= self.steps and spent > record.step / 4 and not learnt
-        return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []
 
 
 @dataclass(frozen=True)

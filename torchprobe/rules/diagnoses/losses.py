@@ -137,53 +137,6 @@ class LargeInitialLoss(Diagnosis):
 
 
 @dataclass(frozen=True)
-class ClassNeverOccurs(Diagnosis):
-    """Classes of the output that no target is of, where 20 targets a class were seen."""
-
-    targets: int = 20
-
-    name = "class_never_occurs"
-    serious = False
-    fact = "classes_unseen"
-    message = "so many classes of the output were never a target: labels may be off by one, or the output too wide"
-    advice = (
-        "Compare the smallest and largest label with the width of the last layer; labels count from 0 (PyTorch, "
-        "torch.nn.CrossEntropyLoss)."
-    )
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Once enough targets were seen."""
-        unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
-        enough = classes > 1 and seen >= self.targets * classes
-        return self.said(record.step, {"": unseen} if enough and unseen else {})
-
-
-@dataclass(frozen=True)
-class UnshuffledBatches(Diagnosis):
-    """Batches are nearly of one class each, while the run has several: data sorted by label, and not shuffled."""
-
-    share: float = 0.9
-    batch: int = 8
-
-    name = "unshuffled_batches"
-    message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
-    advice = (
-        "Each step learns one class and forgets the others. Pass `shuffle=True` to the DataLoader, or permute the data "
-        "before they are split into batches (Bengio 2012, "
-        "arXiv 1206.5533, section 3.1.1)."
-    )
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Pairs of one batch are of one class, pairs of the run are not."""
-        now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
-        if math.isnan(now):
-            return None
-        kept["sorted"] = kept.get("sorted", 0) + 1 if now >= self.share and size >= self.batch else 0
-        ill = kept["sorted"] >= self.samples and run < 0.75
-        return [self.alert(record.step, None, now, self.share, self.message)] if ill else []
-
-
-@dataclass(frozen=True)
 class TargetsAreInputs(Diagnosis):
     """Targets are the class numbers that the model was given at the same positions."""
 
@@ -215,7 +168,10 @@ class UnshiftedTargets(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every attention sees fewer keys than there are."""
-        equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
+        equal, seen = (
+            evidence(record, "targets_are_inputs").get(""),
+            _keys_seen(record),
+        )
         if equal is None or not seen:
             return None
         ill = equal > self.share and max(seen.values()) < 1 - _CLEARLY
@@ -243,19 +199,64 @@ class AttendsToFuture(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """In samples running."""
-        following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
+        following, seen = (
+            evidence(record, "targets_are_next").get(""),
+            _keys_seen(record),
+        )
         if following is None or not seen:
             return None
         ill = {name: share for name, share in seen.items() if following > self.share and abs(share - 1) < _EXACTLY}
         return self.said(record.step, lasting(kept, ill, self.samples))
 
 
+@dataclass(frozen=True)
+class AttendsToPadding(Diagnosis):
+    """In all attentions every query sees every token, and an embedding's `padding_idx` says that some are padding.
+
+    Where attention's entropy is d below that of equal attention, a share m of it that lies on a share s of the tokens
+    has m ln(m/s) + (1-m) ln((1-m)/(1-s)) <= d (data processing of relative entropy), in the mean over queries too. The
+    value is the smallest such m, over all queries and over those that are no padding.
+    """
+
+    name = "attends_to_padding"
+    limit = 0.01
+    message = "attention sees padding: no padding mask is there, and at least this share of attention lies on it"
+    advice = (
+        "What is said of a sequence then depends on how long others of its batch are. Pass `key_padding_mask` "
+        "(`src_key_padding_mask`, `attention_mask`) that is true where ids are padding (PyTorch, "
+        "torch.nn.MultiheadAttention)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """In samples running."""
+        share, met, tokens = (evidence(record, f).get("", 0.0) for f in ("padding", "padding_met", "padding_tokens"))
+        seen, ill = _keys_seen(record, "padding_tokens"), {}
+        if not seen:
+            return None
+        if 0 < share < 1 and all(abs(one - 1) < _EXACTLY for one in seen.values()):
+            for name, entropy in group(record, "attention_entropy"):
+                d = max(0.0, math.log(tokens) - entropy)
+                ill[name] = min(_least(share, d), _least(met, d / (1 - share)))
+        ill = {name: least for name, least in ill.items() if least > self.limit}
+        return self.said(record.step, lasting(kept, ill, self.samples))
+
+
+def _least(share: float, d: float) -> float:
+    """The smallest share of attention on a share of the tokens that is within a relative entropy of d nats."""
+    low, high = 0.0, share
+    for _ in range(30):
+        m = (low + high) / 2
+        away = m * math.log(m / share) + (1 - m) * math.log((1 - m) / (1 - share))
+        low, high = (m, high) if away > d else (low, m)
+    return high
+
+
 _CLEARLY, _EXACTLY = 0.02, 1e-4  # of the logarithm of the number of keys
 
 
-def _keys_seen(record: Record) -> dict[str, float]:
+def _keys_seen(record: Record, fact: str = "tokens") -> dict[str, float]:
     """By attention: the logarithm of the number of keys that a query sees, over that of the number of tokens."""
-    tokens = evidence(record, "tokens").get("", 0.0)
+    tokens = evidence(record, fact).get("", 0.0)
     entropies, normalised = (dict(group(record, f"attention_entropy{kind}")) for kind in ("", "_normalized"))
     if tokens < _FEWEST_TOKENS:
         return {}

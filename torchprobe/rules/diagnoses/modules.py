@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,31 @@ class ConstantInputs(Diagnosis):
 
 
 @dataclass(frozen=True)
+class RepeatedBatch(Diagnosis):
+    """Every sample of the run got the very same inputs, at steps whose distances have no common divisor but 1."""
+
+    name = "repeated_batch"
+    serious = False
+    fact = "input_sum"
+    message = "every sampled step got the very same batch: a full batch, a test of overfitting, or a loader begun anew"
+    advice = (
+        "A full batch, or one that is to be fitted as a test, is as it should be. `next(iter(loader))` begins anew "
+        "each time and gives the first batch again: loop over the loader (PyTorch, Datasets & DataLoaders)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """A loader of a few batches in a fixed order would give others between."""
+        now = evidence(record, self.fact).get("")
+        if now is None:
+            return None
+        kept["equal"] = now == kept.setdefault("first", now) and kept.get("equal", True)
+        kept["samples"] = kept.get("samples", 0) + 1
+        kept["apart"] = math.gcd(kept.get("apart", 0), record.step - kept.setdefault("step", record.step))
+        ill = kept["equal"] and kept["samples"] >= self.samples and kept["apart"] == 1
+        return [self.alert(record.step, None, kept["samples"], None, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
 class SaturatedUnits(Diagnosis):
     """More than half of what a hidden tanh or sigmoid gives lies beyond 0.97, from the first sample on."""
 
@@ -53,8 +79,8 @@ class SaturatedUnits(Diagnosis):
     message = "most outputs of this tanh or sigmoid are at its ends, where no gradient passes"
     advice = (
         "Units at their ends do not learn. Scale inputs and weights down (Glorot initialisation), put a normalisation "
-        "before it, or use a ReLU-like unit (Glorot & Bengio 2010, Understanding the "
-        "difficulty of training deep feedforward neural networks)."
+        "before it, or use a ReLU-like unit (Glorot & Bengio 2010, Understanding the difficulty of training deep "
+        "feedforward neural networks)."
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -171,7 +197,7 @@ class BatchNormFewValues(Diagnosis):
 class GraphKept(Diagnosis):
     """The graphs of many earlier steps are still alive: a loss is added up or listed without `item()` or `detach()`."""
 
-    graphs: int = 3
+    samples: int = 1
 
     name = "graph_kept"
     fact = "graphs_kept"
@@ -181,8 +207,6 @@ class GraphKept(Diagnosis):
         "Memory grows with every step. Keep `loss.item()` or `loss.detach()` in place of the loss (PyTorch, FAQ: "
         "My model reports cuda runtime error(2): out of memory)."
     )
-
-    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -195,8 +219,7 @@ class TrainedInEvalMode(Diagnosis):
     message = "the model trains in evaluation mode: dropout and batch statistics are off"
     advice = (
         "`eval()` stays on until it is taken back. If that is not meant to freeze normalisation, call `model.train()` "
-        "after each validation (PyTorch, "
-        "torch.nn.Module.eval)."
+        "after each validation (PyTorch, torch.nn.Module.eval)."
     )
 
 

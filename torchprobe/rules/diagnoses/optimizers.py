@@ -1,4 +1,4 @@
-"""Bugs between gradients and the optimizer: not held, not reached, zeroed too late or too early, never stepped."""
+"""Bugs of optimizers: parameters not held or not reached, gradients zeroed too late or too early, no step, no rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprobe.records import Record
-from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, lasting
 
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
 
@@ -27,10 +27,7 @@ class UnoptimizedParameters(Diagnosis):
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Held by nobody, and standing still."""
         values = evidence(record, self.fact)
-        still = kept.setdefault("still", {})
-        for name in list(still):
-            if name not in values:
-                del still[name]
+        kept["still"] = still = {name: one for name, one in kept.get("still", {}).items() if name in values}
         for name, mark in values.items():
             last, count = still.get(name, (None, 0))
             still[name] = mark, (count + 1 if last == mark else 1)
@@ -42,7 +39,9 @@ class UnoptimizedParameters(Diagnosis):
 
 @dataclass(frozen=True)
 class DetachedParameters(Diagnosis):
-    """Held parameters have no gradient because what their module gives is detached before the loss sees it."""
+    """Held parameters have no gradient because what their module gives is detached before the loss sees it; or none of
+    the model has had one in any sample, as where the loss is made of numbers.
+    """
 
     name = "detached_parameters"
     fact = "no_gradient"
@@ -53,6 +52,12 @@ class DetachedParameters(Diagnosis):
         "tensor, and take it out; if the cut is meant, leave the parameters out of the optimizer (PyTorch, Autograd "
         "mechanics)."
     )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Of some in samples running, or of all in all samples."""
+        cut = {name: why for name, why in evidence(record, self.fact).items() if why > self.limit}
+        never = _never(record, kept, 2.0, self.samples)
+        return self.said(record.step, lasting(kept.setdefault("cut", {}), cut, self.samples) | never)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,52 @@ class UnusedParameters(Diagnosis):
     )
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """All reasons but a cut graph."""
-        values = evidence(record, self.fact)
-        some = {name: why for name, why in values.items() if why <= _NO_GRAD}
-        return self.said(record.step, lasting(kept, some, self.samples))
+        """All reasons but a cut graph; or an optimizer that has found nothing in any sample, while others do."""
+        some = {name: why for name, why in evidence(record, self.fact).items() if why <= _NO_GRAD}
+        never = _never(record, kept, 1.0, self.samples)
+        return self.said(record.step, lasting(kept.setdefault("some", {}), some, self.samples) | never)
+
+
+def _never(record: Record, kept: dict[str, Any], kind: float, samples: int) -> dict[str, float]:
+    """The first parameter of each optimizer that, in so many samples and all it has had, found no gradient at all."""
+    counts = kept.setdefault("never", {})
+    for name, value in evidence(record, "empty_step").items():
+        counts[name] = counts.get(name, 0) + 1 if value == kind and counts.get(name, 0) >= 0 else -1
+    return {name: kind for name, count in counts.items() if count >= samples}
+
+
+@dataclass(frozen=True)
+class UnusedEmbeddingRows(Diagnosis):
+    """Of `lookups` look-ups a row in samples, none was of a quarter of the rows, nor had those a gradient; all others
+    had three and more and no new one came in the later half, so that no rare ones are to come (Chao 1984).
+    """
+
+    lookups: int = 20
+    share: float = 0.25
+    rows: int = 16
+
+    name = "unused_embedding_rows"
+    serious = False
+    fact = "rows_unused"
+    message = "so many rows of the embedding were never looked up: the vocabulary is larger than what the data use"
+    advice = (
+        "Unused rows cost memory, and are random numbers should they ever be looked up. Make `num_embeddings` the size "
+        "of the vocabulary that the data have; look whether ids are clipped or hashed to a part of it (PyTorch, "
+        "torch.nn.Embedding)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """By table; what is kept is since how many look-ups there were no new rows."""
+        values, ill = evidence(record, self.fact), {}
+        rare, sizes, counts = (evidence(record, fact) for fact in ("rows_rare", "rows", "lookups"))
+        for name, unused in values.items():
+            if kept.get(name, (0, None))[1] != unused:
+                kept[name] = counts[name], unused
+            many = unused >= max(self.rows, self.share * sizes[name])
+            settled = not rare[name] and counts[name] >= max(self.lookups * sizes[name], 2 * kept[name][0])
+            if many and settled:
+                ill[name] = unused
+        return self.said(record.step, ill) if values else None
 
 
 @dataclass(frozen=True)
@@ -120,3 +167,57 @@ class NoOptimizerStep(Diagnosis):
         seen = evidence(record, self.fact).get("", 0.0)
         ill = seen >= self.backwards and not evidence(record, "rate")
         return [self.alert(record.step, None, seen, self.backwards, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateZero(Diagnosis):
+    """The largest learning rate of all samples so far is 0, after so many steps."""
+
+    steps: int = 20
+
+    name = "learning_rate_zero"
+    message = "the learning rate has been 0 since the run began: steps change nothing"
+    advice = (
+        "Look at the optimizer's `lr`, and at what a scheduler multiplies it with. In a `LambdaLR` integer division or "
+        "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Over all optimizers."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        ill = largest == 0 and record.step >= self.steps
+        return [self.alert(record.step, None, 0.0, None, self.message)] if ill else []
+
+
+@dataclass(frozen=True)
+class LearningRateDecaysEarly(Diagnosis):
+    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
+
+    share: float = 1e-3
+    steps: int = 50
+
+    name = "learning_rate_decays_early"
+    message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
+    advice = (
+        "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
+        "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
+    )
+
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Since which sample it is that low, with a loss that is still worth learning."""
+        rates = evidence(record, "rate").values()
+        if not rates:
+            return None
+        kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))
+        low = max(rates) < self.share * largest
+        kept["since"] = kept.get("since") or record.step if low else None
+        loss = first_of(record, LOSS_TAGS)
+        if loss is not None:
+            kept.setdefault("first", loss[1])
+        learnt = loss is not None and loss[1] < 0.1 * kept.get("first", 0.0)
+        spent = record.step - kept["since"] if low else 0
+        ill = spent >= self.steps and spent > record.step / 4 and not learnt
+        return [self.alert(record.step, None, max(rates), self.share * largest, self.message)] if ill else []

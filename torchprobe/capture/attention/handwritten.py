@@ -56,7 +56,6 @@ class Handwritten:
         """Hold nothing of the pass."""
         self._latent.clear()
         self.tape.clear()
-        self.labels.forget()
         self._any = False
 
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
@@ -64,6 +63,7 @@ class Handwritten:
         nodes = self.tape.record(func, args, kwargs, result)
         if nodes and func in fn.WRITES:
             with self._observer.guard():
+                self.tape.not_again(nodes[0])
                 hold_places(nodes[0], args, kwargs)
         if nodes and (func in fn.PRODUCTS or func in _OF_SOFTMAX or self._flows(nodes[0])):
             with self._observer.guard():
@@ -108,8 +108,13 @@ class Handwritten:
         """Where the queries of a dot product stand among its keys."""
         if not (is_plain(query) and is_plain(key)):
             return Places(shape.queries != shape.keys, None)
-        of_query, of_key = (self.labels.of(self.tape.node(tensor)) for tensor in (query, key))
-        return of_dot_product(of_query, of_key, shape.queries, shape.keys)
+        asked, keys = self.tape.node(query), self.tape.node(key)
+        where = keys, shape.queries, shape.keys
+        if where not in asked.kept:
+            of_query, of_key = self.labels.of(asked), self.labels.of(keys)
+            asked.kept[where] = of_dot_product(of_query, of_key, shape.queries, shape.keys)
+        found: Places = asked.kept[where]
+        return found
 
     # ---- products
 
@@ -122,7 +127,10 @@ class Handwritten:
             if factor.flow is not None:
                 self._after_use(node, product, which, factor.flow, (args, kwargs), within)
         if not flows and len(product.factors) == 2 and may_be_scores(node, product):
-            node.called_by(within or self._observer.owners.caller())
+            caller = within or self._observer.owners.caller()
+            if node.label is not None and node.caller != caller:
+                self.tape.unlearn_from(node)
+            node.called_by(caller)
             if self._latent:
                 self._rule_out(product)
 

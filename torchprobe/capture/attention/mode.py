@@ -54,6 +54,7 @@ class AttentionMode(TorchFunctionMode):
         with self._observer.guard():
             self._handwritten.finish()
         self._handwritten.forget()
+        self._observer.padding.clear()
         self._within = self._steps = None
 
     def __torch_function__(

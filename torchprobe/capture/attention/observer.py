@@ -85,6 +85,7 @@ class Observer:
         """A pass begins; off: it is followed, for the sake of compiled graphs, and not recorded."""
         self.off = off
         self.owners.begin_pass()
+        self.padding.clear()
         self.sites.begin()
 
     @contextmanager

@@ -55,7 +55,9 @@ class Softmaxes:
     def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
         axis %= source.dims
         label = self._labels.of(source)
-        arranged = arrangement(label, source.shape, axis)
+        if axis not in source.kept:
+            source.kept[axis] = arrangement(label, source.shape, axis)
+        arranged: Arrangement | Refused | None = source.kept[axis]
         if arranged is None:
             return None
         call = self._call(label, arranged, axis - source.dims)

@@ -11,7 +11,7 @@ from torchprobe.capture.attention.arrange import Arrangement
 from torchprobe.capture.attention.labels import Root
 from torchprobe.capture.attention.observer import Call
 from torchprobe.capture.attention.sites import Reading
-from torchprobe.capture.attention.tape import Node, shares_memory
+from torchprobe.capture.attention.tape import Node
 
 Kind = Literal["weights", "logarithms", "exponentials", "total"]
 
@@ -74,7 +74,7 @@ def back(node: Node) -> Iterator[Node]:
 
 def keeps(node: Node, source: Node) -> bool:
     """Whether values are the same, wherever they are."""
-    return node.func in fn.SAME or node.func in fn.RESHAPES or (shares_memory(node, source) and not _is_in_place(node))
+    return node.func in fn.SAME or node.func in fn.RESHAPES or (source in node.sharing and not _is_in_place(node))
 
 
 def _is_in_place(node: Node) -> bool:

@@ -23,8 +23,17 @@ from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.softmaxes import Softmaxes, is_nearly_nothing
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
-from torchprobe.capture.attention.uses import MIXED, drops, hold_places, may_be_scores, tensor_of
-from torchprobe.capture.attention.weights import Flow, Pending, back, keeps
+from torchprobe.capture.attention.uses import (
+    MIXED,
+    Flow,
+    Pending,
+    back,
+    drops,
+    hold_places,
+    keeps,
+    may_be_scores,
+    tensor_of,
+)
 from torchprobe.statistics.attention.sources import Shape
 
 _OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN

@@ -53,8 +53,8 @@ class AttentionMode(TorchFunctionMode):
         """The pass is over: hold nothing of it."""
         with self._observer.guard():
             self._handwritten.finish()
+            self._observer.finish()
         self._handwritten.forget()
-        self._observer.padding.clear()
         self._within = self._steps = None
 
     def __torch_function__(

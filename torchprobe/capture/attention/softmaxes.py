@@ -16,7 +16,7 @@ from torchprobe.capture.attention.layout import blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.weights import Flow, Kind, Pending
+from torchprobe.capture.attention.uses import Flow, Kind, Pending
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
 

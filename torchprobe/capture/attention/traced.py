@@ -69,6 +69,7 @@ class Owner(Inert):
         with observer.guard():
             call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
             self._record(call, padding, added, place)
+            observer.finish()
 
     def _record(self, call: dict[str, Any], padding: Tensor | None, added: int, place: int) -> None:
         observer, caller = self._observer, Caller(self._name, (("compiled", "", place),), self._heads)

@@ -6,7 +6,7 @@ are computed from its input, so that no logits are kept; they count when a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from torchprobe.capture.attention.uses import (
 )
 from torchprobe.statistics.attention.sources import Shape
 
+_MATTERS = "matters"
 _OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
 
 
@@ -50,10 +51,10 @@ class Handwritten:
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
         self._any = False  # whether there are weights to follow
 
-    def begin(self, model: nn.Module) -> None:
-        """A pass begins."""
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A pass of a model of these modules begins."""
         self.forget()
-        self.tape.begin(model)
+        self.tape.begin(modules)
 
     def finish(self) -> None:
         """The pass has ended: what no later call has shown to be something else counts."""
@@ -70,13 +71,25 @@ class Handwritten:
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
         """Look at a call; within: the call that it is a part of, where that is known."""
         nodes = self.tape.record(func, args, kwargs, result)
-        if nodes and func in fn.WRITES:
+        if not nodes or not (self._any or self._latent or self._matters(nodes[0])):
+            return
+        if func in fn.WRITES:
             with self._observer.guard():
                 self.tape.not_again(nodes[0])
                 hold_places(nodes[0], args, kwargs)
-        if nodes and (func in fn.PRODUCTS or func in _OF_SOFTMAX or self._flows(nodes[0])):
+        if self._latent or self._matters(nodes[0]) or self._flows(nodes[0]):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
+
+    def _matters(self, node: Node) -> bool:
+        """Whether it is a softmax, or a product, but no layer, whatever its factors hold; or it writes."""
+        found: bool | None = node.kept.get(_MATTERS)
+        if found is None:
+            product = product_of(node)
+            layer = product is None or (len(product.factors) == 2 and not may_be_scores(node, product))
+            found = not layer or node.func in _OF_SOFTMAX or node.func in fn.WRITES
+            node.kept[_MATTERS] = found
+        return found
 
     def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
         node = nodes[0]
@@ -118,11 +131,12 @@ class Handwritten:
         if not (is_plain(query) and is_plain(key)):
             return Places(shape.queries != shape.keys, None)
         asked, keys = self.tape.node(query), self.tape.node(key)
-        where = keys, shape.queries, shape.keys
-        if where not in asked.kept:
+        later = asked if asked.order > keys.order else keys  # which does not outlive what it is kept with
+        where = asked, keys, shape.queries, shape.keys
+        if where not in later.kept:
             of_query, of_key = self.labels.of(asked), self.labels.of(keys)
-            asked.kept[where] = of_dot_product(of_query, of_key, shape.queries, shape.keys)
-        found: Places = asked.kept[where]
+            later.kept[where] = of_dot_product(of_query, of_key, shape.queries, shape.keys)
+        found: Places = later.kept[where]
         return found
 
     # ---- products

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -45,9 +45,9 @@ class AttentionMode(TorchFunctionMode):
             name = "a function outside of the model" if caller is None else caller.name
             observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
 
-    def begin(self, model: nn.Module) -> None:
-        """A pass begins."""
-        self._handwritten.begin(model)
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A pass of a model of these modules begins."""
+        self._handwritten.begin(modules)
 
     def forget(self) -> None:
         """The pass is over: hold nothing of it."""

@@ -34,27 +34,29 @@ _FEW = 2**18
 class Node:
     """A tensor as a call made it; the tensor itself is not held.
 
-    args, kwargs: of the call, with nodes for tensors. part: which of several results. const: made of parameters,
+    args, kwargs: of the call, with nodes for tensors, which are `before`. part: which of several results. const: made of parameters,
     buffers and numbers alone; learned: a parameter among them. sharing: which inputs have the same memory. label, kept:
-    what was worked out of it, which holds in all passes that have it. small: the tensor, where it is one that holds
+    what was worked out of it, which holds in all passes that have it. order: how many came before. small: the tensor, where it is one that holds
     less than the logits: a mask, or a number for each row.
     """
 
     __slots__ = (
-        *("args", "caller", "const", "flow", "func", "kept", "kwargs", "label", "learned"),
-        *("dtype", "memory", "part", "sharing", "small", "storage"),
+        *("args", "before", "caller", "const", "flow", "func", "holds", "kept", "kwargs", "label", "learned"),
+        *("dtype", "memory", "order", "part", "sharing", "small", "storage"),
     )
 
     def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> None:
         self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage, self.dtype = _storage(tensor), tensor.dtype
-        inputs = list(self.inputs)
-        self.const: bool = func is not None and all(node.const for node in inputs)
-        self.learned: bool = any(node.learned for node in inputs)
-        self.sharing = [node for node in inputs if self._shares(node)]
+        self.before = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
+        self.const: bool = func is not None and all(node.const for node in self.before)
+        self.learned: bool = any(node.learned for node in self.before)
+        self.sharing = [node for node in self.before if self._shares(node)]
+        self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
+        self.order = 0
         self.flow: Any = None
         self.caller: Any = None
         self.small: Tensor | None = None
@@ -72,9 +74,7 @@ class Node:
     @property
     def inputs(self) -> Iterator[Node]:
         """The tensors among the arguments of the call."""
-        yield from _nodes(self.args)
-        if self.kwargs:
-            yield from _nodes(self.kwargs.values())
+        return iter(self.before)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """One of the call."""
@@ -88,6 +88,11 @@ class Node:
     def take_flow(self, flow: Any) -> None:
         """It holds weights of an attention, or what becomes weights."""
         self.flow = flow
+
+    def take_place(self, order: int) -> Node:
+        """How many came before it in the pass."""
+        self.order = order
+        return self
 
     def called_by(self, caller: Any) -> None:
         """Whose call it was: known of products of activations."""
@@ -113,7 +118,7 @@ class Node:
         if self.args != args or self.kwargs != kwargs:
             return False
         self.storage = _storage(tensor)
-        return not self.args or self.sharing == [node for node in self.inputs if self._shares(node)]
+        return self.sharing == [node for node in self.before if self._shares(node)]
 
     def _shares(self, node: Node) -> bool:
         return self.storage == node.storage != 0 and self.dtype is node.dtype
@@ -151,10 +156,10 @@ class Tape:
         self._at = 0
         self._plain = True  # whether all arguments so far are such that a later pass can be compared
 
-    def begin(self, model: nn.Module) -> None:
-        """A pass of a model begins."""
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A pass of a model of these modules begins."""
         self.clear()
-        self._buffers = {id(buffer) for buffer in model.buffers()}
+        self._buffers = {id(buffer) for module in modules for buffer in module._buffers.values()}
 
     def clear(self) -> None:
         """Forget all tensors: the pass is over."""
@@ -247,12 +252,12 @@ class Tape:
         if self._plain and self._course is not None:
             del self._course[self._at :]
             self._course.append(node)
-            self._at += 1
-        return node
+        self._at += 1
+        return node.take_place(self._at)
 
     def _put(self, tensor: Tensor, node: Node) -> Node:
         self._nodes[id(tensor)] = (ref(tensor), node)
-        if len(node.shape) > 2 and 1 in node.shape[-2:] and tensor.numel() <= _FEW:
+        if node.holds:
             node.hold(tensor)
         return node
 

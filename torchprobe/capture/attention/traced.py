@@ -8,7 +8,7 @@ nothing of it into the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import ReferenceType
 
@@ -193,7 +193,7 @@ class TracedAttention:
             return
         with self._observer.gate.boundary():
             for name, module in named_modules(model):
-                if _may_own(module):
+                if _may_own(type(module)):
                     self._hook(name, module)
 
     def disarm(self) -> None:
@@ -224,14 +224,14 @@ class TracedAttention:
             self._handles.pop().remove()
 
 
-def _may_own(module: nn.Module) -> bool:
-    """Whether a module's own code may compute attention, by its names.
+@cache
+def _may_own(kind: type[nn.Module]) -> bool:
+    """Whether the own code of a class of modules may compute attention, by its names.
 
     Tracing under a mode is not what Dynamo does best, so that it is kept to where it is needed.
     """
-    kind = type(module)
     if kind.__module__.startswith("torch.nn."):
-        return isinstance(module, nn.MultiheadAttention)
+        return issubclass(kind, nn.MultiheadAttention)
     codes = [getattr(member, "__code__", None) for member in vars(kind).values()]
     names = [name for code in codes if code is not None for name in code.co_names]
     return "att" in kind.__name__.lower() or any(word in name for name in names for word in _SAYS)

@@ -21,7 +21,6 @@ from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
 
 _STEPS = 40  # calls between a softmax and the product behind it
-_NEARLY_NOTHING = 1e-6  # what is added to a sum so that nothing is divided by 0
 
 
 class Softmaxes:
@@ -197,8 +196,3 @@ def _mask(node: Node) -> tuple[Node, bool] | None:
         others = [one for one in node.inputs if one.label is None or not one.label.sides]
         return (others[0], True) if others else None
     return None
-
-
-def is_nearly_nothing(value: Any) -> bool:
-    """Whether it is a number that only keeps a division from being by 0."""
-    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

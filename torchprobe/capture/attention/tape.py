@@ -34,10 +34,10 @@ _FEW = 2**18
 class Node:
     """A tensor as a call made it; the tensor itself is not held.
 
-    args, kwargs: of the call, with nodes for tensors, which are `before`. part: which of several results. const: made of parameters,
-    buffers and numbers alone; learned: a parameter among them. sharing: which inputs have the same memory. label, kept:
-    what was worked out of it, which holds in all passes that have it. order: how many came before. small: the tensor, where it is one that holds
-    less than the logits: a mask, or a number for each row.
+    args, kwargs: of the call, with nodes for tensors, which are `before`. part: of several results. const: made of
+    parameters, buffers and numbers alone; learned: a parameter among them. sharing: which inputs have the same memory.
+    label, kept: what was worked out of it, which holds in all passes that have it. order: how many came before. small:
+    the tensor, where it is one that holds less than the logits: a mask, or a number for each row.
     """
 
     __slots__ = (

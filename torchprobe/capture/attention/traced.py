@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType
 
 import torch
@@ -193,7 +193,7 @@ class TracedAttention:
             return
         with self._observer.gate.boundary():
             for name, module in named_modules(model):
-                if _may_own(type(module)):
+                if _may_own(cast("Any", type(module))):
                     self._hook(name, module)
 
     def disarm(self) -> None:
@@ -225,7 +225,7 @@ class TracedAttention:
 
 
 @cache
-def _may_own(kind: type[nn.Module]) -> bool:
+def _may_own(kind: Any) -> bool:
     """Whether the own code of a class of modules may compute attention, by its names.
 
     Tracing under a mode is not what Dynamo does best, so that it is kept to where it is needed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ def _is_in_place(node: Node) -> bool:
 
 
 MIXED = "whose weights are mixed by parameters, so that some may be negative"
+_NEARLY_NOTHING = 1e-6  # what is added to a sum so that nothing is divided by 0
 _FEW = 8  # calls between random numbers and what they drop
 
 
@@ -133,3 +134,29 @@ def tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | No
     values = [*args, *kwargs.values()]
     values += [one for value in values if isinstance(value, tuple | list) for one in value]
     return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)
+
+
+def mixed(product: Product, which: int, flow: Flow) -> Flow:
+    """After weights were multiplied with something else than values, over another dimension than the keys."""
+    others = [factor for i, factor in enumerate(product.factors) if i != which]
+    learned = any(factor.learned or not factor.const for factor in others)
+    return flow.as_changed(MIXED if learned else None)
+
+
+def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
+    """Weights are changed, or multiplied with values that are summed later."""
+    if flow.kind == "total":
+        tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
+        small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
+        return flow if small else flow.as_changed(None)
+    grows = node.dims > source.dims or any(b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False))
+    if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
+        return replace(flow, multiplied=True)
+    if node.func in fn.DIFFERENCES:
+        return flow.as_changed("whose weights are subtracted")
+    return flow.as_changed(None)
+
+
+def is_nearly_nothing(value: Any) -> bool:
+    """Whether it is a number that only keeps a division from being by 0."""
+    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

@@ -16,7 +16,6 @@ from torchprobe.statistics.attention.keys import Distances, Sight, Visible, dist
 from torchprobe.statistics.attention.rows import Extent, Rows, Tile, budget, row_tiles, tiles
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 
-
 T = TypeVar("T")
 
 _KEPT = 2**20

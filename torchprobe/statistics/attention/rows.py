@@ -117,9 +117,7 @@ class Rows:
         queries = self.queries[tile.sequences, tile.rows]
         if len(queries) == 1:  # six times as fast as the general way
             return x.index_select(2, queries[0])
-        each = self.remembered(
-            ("each", len(queries)), lambda: torch.arange(len(queries), device=x.device)[:, None]
-        )
+        each = self.remembered(("each", len(queries)), lambda: torch.arange(len(queries), device=x.device)[:, None])
         return x.expand(len(queries), *x.shape[1:])[each, :, queries].transpose(1, 2)
 
 

@@ -34,11 +34,11 @@ _OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
 class Handwritten:
     """Follows the calls of a pass."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, labels: Labelling, softmaxes: Softmaxes) -> None:
         self._observer = observer
         self.tape = Tape()
-        self.labels = Labelling()
-        self._softmaxes = Softmaxes(observer, self.labels)
+        self.labels = labels
+        self._softmaxes = softmaxes
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
         self._any = False  # whether there are weights to follow
 

@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
+from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
+from torchprobe.capture.attention.softmaxes import Softmaxes
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled import operators
@@ -31,7 +33,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self.handwritten = self._handwritten = Handwritten(observer)
+        labels = Labelling()
+        self.handwritten = self._handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
         self._flex = False  # whether its operator was seen since
         self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running

@@ -63,14 +63,17 @@ class Softmaxes:
         if call is None:
             return None
         keys = frozenset(leaves([label.dims[axis]]))
-        reason = reason or ("torch.func transforms" if under_transform() else None if x is None else unusual(x))
+        reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
             return Flow(kind, (Pending(call, None, None, reason, keys),))
         if reason is not None:
             return Flow(kind, (Pending(call, None, arranged, reason, keys),), changed=x is None)
-        reading = None if x is None else self._read(plain(x), source, arranged, call)
+        reading = None if x is None else self._read(x, source, arranged, call)
         return Flow(kind, (Pending(call, reading, arranged, None, keys),), changed=x is None)
+
+    def _unusual(self, x: Tensor | None) -> str | None:
+        return None if x is None else unusual(x)
 
     def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
         caller = (label.between.caller if label.between else None) or self._observer.owners.caller()
@@ -81,17 +84,16 @@ class Softmaxes:
         return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
-        heads = call.caller.heads
-        steps = list(_steps(source))
-        for hidden in _masks(steps, source, arranged):
+        heads, before = call.caller.heads, list(steps(source))
+        for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        given, others = arranged.split(arranged.by_head(logits, heads))
-        shifts = [arranged.by_row(plain(shift), heads) for shift in _shifts(steps, source)]
+        given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         of = Logits(
             given,
             self._observer.padding.of(arranged.places, given.size(0), given.size(2)),
             arranged.places.on(given.device),
-            sum(shifts[1:], shifts[0]) if shifts else None,
+            sum(taken[1:], taken[0]) if taken else None,
             None if others is None else others.float().logsumexp(-1, keepdim=True),
         )
         return self._observer.read(call, of)
@@ -115,7 +117,7 @@ class Softmaxes:
 # ---- between a product and its softmax
 
 
-def _steps(node: Node) -> Iterator[Node]:
+def steps(node: Node) -> Iterator[Node]:
     """The calls behind logits, backwards, as far as these are changed element by element."""
     for _ in range(_STEPS):
         yield node
@@ -125,9 +127,9 @@ def _steps(node: Node) -> Iterator[Node]:
         node = before[0]
 
 
-def _shifts(steps: list[Node], source: Node) -> Iterator[Tensor]:
+def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
     """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum."""
-    for node in steps:
+    for node in before:
         if node.func in fn.DIFFERENCES:
             taken = node.args[1] if len(node.args) > 1 else None
             if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
@@ -163,9 +165,9 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
-def _masks(steps: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
+def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
     """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
-    for node in steps:
+    for node in before:
         mask = _mask(node)
         if mask is None or mask[0].small is None or mask[0].dims != node.dims or not arranged.is_plain_batch:
             continue

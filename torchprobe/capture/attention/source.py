@@ -59,7 +59,7 @@ class AttentionSource:
         self._mode = AttentionMode(self._observer)
         self.masks = MaskArguments(reporter, self._mode.handwritten)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
-        self._traced = TracedAttention(model, self._observer, running)
+        self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
         self._entered = False
 
     @property

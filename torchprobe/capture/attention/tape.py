@@ -289,7 +289,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return 0
+        return tensor.untyped_storage()._cdata if type(tensor).__name__ == "FakeTensor" else 0  # of a compiled graph
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a tensor without memory, of a transform

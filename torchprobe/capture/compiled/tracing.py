@@ -174,6 +174,14 @@ def leave_nesting() -> bool:
     return _nesting.move(-1) == 1
 
 
+def graph_of_trace() -> Any:
+    """The graph that Dynamo builds just now; None in a part of it that is a function of its own."""
+    translator = _translator()
+    if translator is None or getattr(translator, "export", False) or translator.output.current_tracer.parent is not None:
+        return None
+    return translator.output.current_tracer.graph
+
+
 def _translator() -> Any:
     """Dynamo's translator of the running frame; None when something else traces."""
     if "torch._dynamo.symbolic_convert" not in sys.modules:

@@ -1,0 +1,296 @@
+"""Attention that is written out inside a compiled graph: the same tracker, over the graph that Dynamo builds.
+
+While a module is traced, an operator is put beside each softmax, with a number; when the module's code has been traced,
+what the graph holds so far says of which numbers the inputs are logits of an attention, and how to read them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.handwritten import Handwritten
+from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.padding import Padding
+from torchprobe.capture.attention.sites import Caller, Reading
+from torchprobe.capture.attention.softmaxes import Softmaxes, shifts, steps
+from torchprobe.capture.attention.tape import Node
+from torchprobe.capture.attention.uses import Flow, Pending
+from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled.tracing import constant, graph_of_trace
+
+_ELSEWHERE = "whose softmax is in another module than its products, in a compiled graph"
+_SYMBOLS = "whose sizes are symbols, in a compiled graph"
+_CHANGED = "whose weights are changed, in a compiled graph"
+
+_log = logging.getLogger("torchprobe")
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to read the input of a softmax; refused: why not, where it is an attention and cannot be read."""
+
+    arranged: Arrangement | None
+    refused: str | None = None
+
+
+_plans: dict[int, Plan] = {}
+"""By number, as graphs hold them: these outlive sessions, and serve all modules of a class."""
+
+
+def plan_of(number: int) -> Plan | None:
+    """How the input of a softmax is read; None where it is no attention's."""
+    return _plans.get(number)
+
+
+@constant
+def new_number() -> int:
+    """Of the softmax that is traced."""
+    number = next(_numbers)
+    if graph_of_trace() is None:
+        _plans[number] = Plan(None, "whose softmax is inside an activation checkpoint of a compiled graph")
+    return number
+
+
+@constant
+def look() -> bool:
+    """The code of a module has been traced: find the attentions in what the graph holds so far."""
+    try:
+        graph = graph_of_trace()
+        if graph is not None:
+            _looking.at(graph)
+    except Exception:  # of which the user's compilation hears nothing
+        _log.exception("attention inside a compiled graph was not looked for; the model runs as ever")
+    return True
+
+
+class _Looking:
+    """The graph that is being built, and what of it was looked at."""
+
+    def __init__(self) -> None:
+        self._graph: Callable[[], Any] = lambda: None
+        self._tracker = _Tracker()
+
+    def at(self, graph: Any) -> None:
+        """Look at what is new in a graph."""
+        if self._graph() is not graph:
+            self._graph, self._tracker = ref(graph), _Tracker()
+        self._tracker.follow(graph)
+
+
+class _Tracker:
+    """Goes over the calls of a graph, whose tensors have shapes and no values."""
+
+    def __init__(self) -> None:
+        self._seen: set[Any] = set()
+        self._values: dict[Any, Any] = {}
+        self._numbers: dict[int, int] = {}
+        self._found = _Found()
+        observer, labels = cast("Observer", self._found), Labelling()
+        self._softmaxes = _Planning(observer, labels)
+        self._handwritten = Handwritten(observer, labels, self._softmaxes)
+        self._handwritten.begin(())
+        self._symbols = False
+
+    def follow(self, graph: Any) -> None:
+        """What is new."""
+        new = [node for node in graph.nodes if node not in self._seen]
+        for node in new:
+            if node.target is operators.logits:
+                value = node.args[1].meta.get("example_value")
+                source = node.args[1].args[0] if node.args[1].target == "detach" else node.args[1]
+                self._numbers[id(self._values.get(source, value))] = node.args[2]
+            self._seen.add(node)
+            self._follow(node)
+        self._conclude()
+
+    def _follow(self, node: Any) -> None:
+        value = node.meta.get("example_value")
+        if node.op in ("placeholder", "get_attr"):
+            if isinstance(value, Tensor) and _is_constant(node):
+                self._handwritten.tape.node(value).as_constant(learned=isinstance(value, torch.nn.Parameter))
+        elif node.op in ("call_function", "call_method"):
+            value = self._call(node, value)
+        self._values[node] = value
+
+    def _call(self, node: Any, value: Any) -> Any:
+        args = [self._value(one) for one in node.args]
+        kwargs = {name: self._value(one) for name, one in node.kwargs.items()}
+        if node.target is operator.getitem and not isinstance(args[0], Tensor):
+            return args[0][args[1]]  # one of several results
+        func, args = _function(node.target, args)
+        tensors = [one for one in _flat([value, *args]) if isinstance(one, Tensor)]
+        self._symbols = self._symbols or any(not _is_known(one) for one in tensors)
+        if func is None or not tensors or self._symbols or getattr(func, "namespace", "") == operators.NAMESPACE:
+            return value
+        if fn.is_in_place(func) and isinstance(args[0], Tensor):
+            value = args[0]
+        self._found.enter(node)
+        result = None if getattr(func, "__name__", "") == "__setitem__" else value
+        self._handwritten.after(func, tuple(args), kwargs, result, None)
+        return value
+
+    def _value(self, argument: Any) -> Any:
+        if isinstance(argument, torch.fx.Node):
+            return self._values.get(argument)
+        if isinstance(argument, tuple | list):
+            return type(argument)(self._value(one) for one in argument)
+        return argument
+
+    def _conclude(self) -> None:
+        """What was found so far, of which the operators are told by number."""
+        read = {id(logits): plan for logits, plan in self._found.plans}
+        used = {id(x): Plan(None, pending.reason or _CHANGED) for x, pending in self._softmaxes.met if pending.taken}
+        for logits, number in self._numbers.items():
+            plan = Plan(None, _SYMBOLS) if self._symbols else read.get(logits, used.get(logits))
+            if plan is not None:
+                _plans[number] = plan
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether its sizes are numbers."""
+    return all(type(size) is int for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a graph's input is a parameter or a buffer."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    argument = node.meta.get("grapharg")
+    name = getattr(getattr(argument, "source", None), "name", "")
+    return "_buffers[" in str(name() if callable(name) else name)
+
+
+def _function(target: Any, args: list[Any]) -> tuple[Any, list[Any]]:
+    """What a call of a graph is outside of graphs, and its arguments in that order."""
+    if isinstance(target, str):
+        return getattr(Tensor, target, None), args
+    if getattr(operator, getattr(target, "__name__", ""), None) is not target:
+        return target, args
+    name = target.__name__.strip("_")
+    if isinstance(args[0], Tensor):
+        return getattr(Tensor, f"__{name}__", None), args
+    return getattr(Tensor, f"__r{name}__", None), args[::-1]
+
+
+# ---- what the tracker is told, and tells
+
+
+class _Found:
+    """Stands where outside of graphs statistics are computed: keeps how they are to be."""
+
+    def __init__(self) -> None:
+        self.owners = self.uncovered = self
+        self.padding = Padding()
+        self._caller: Caller | None = None
+        self.plans: list[tuple[Tensor, Plan]] = []
+
+    def enter(self, node: Any) -> None:
+        """A call is looked at."""
+        self._caller = Caller(_path(node), (), None)
+
+    def caller(self) -> Caller | None:
+        """Whose it is."""
+        return self._caller
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Nothing of it is in a user's way."""
+        return nullcontext()
+
+    def add(self, reason: str) -> None:
+        """An attention cannot be read: which, is told by its softmax."""
+
+    def record(self, call: Call, reading: Reading, name: str) -> None:
+        """Weights are used with values."""
+        planned = cast("_Planned", reading)
+        refused = planned.plan.refused or (None if name == planned.owner else _ELSEWHERE)
+        self.plans.append((planned.logits, Plan(planned.plan.arranged, refused)))
+
+
+def _path(node: Any) -> str:
+    """The innermost module of the user's own whose code makes a call, by its way from the traced one."""
+    modules = [
+        path
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values()
+        if not str(getattr(kind, "__module__", "")).startswith("torch.nn.")
+    ]
+    return str(modules[-1]) if modules else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    plan: Plan
+    logits: Tensor
+    owner: str
+
+
+class _Planning(Softmaxes):
+    """Says how logits are to be read."""
+
+    def __init__(self, observer: Observer, labels: Labelling) -> None:
+        super().__init__(observer, labels)
+        self.met: list[tuple[Tensor, Pending]] = []
+
+    def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
+        caller = self._observer.owners.caller()
+        plan = Plan(arranged, _refused(source, arranged))
+        return cast("Reading", _Planned(plan, logits, caller.name if caller else ""))
+
+    def _unusual(self, x: Tensor | None) -> str | None:
+        return None
+
+    def of_call(self, node: Node, x: Tensor, out: bool) -> Flow | None:
+        """What it found is remembered: it may be used in a way that cannot be read."""
+        flow = super().of_call(node, x, out)
+        if flow is not None:
+            self.met.append((x, flow.first))
+        return flow
+
+    def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
+        """They are not there."""
+        return _CHANGED
+
+
+def _refused(source: Node, arranged: Arrangement) -> str | None:
+    before = list(steps(source))
+    if arranged.latent:
+        return "whose queries are parameters, in a compiled graph"
+    if isinstance(arranged.places.index, Tensor):
+        return "whose keys are written into a cache, in a compiled graph"
+    if any(True for _ in shifts(before, source)):
+        return "whose logits are shifted, in a compiled graph"
+    masks = [one for node in before for one in _beside(node)]
+    if any(one.dims == len(source.shape) and one.shape[0] > 1 and one.memory.strides[0] for one in masks):
+        return "in a compiled graph, whose mask differs between sequences: it does not tell which queries are padding"
+    return None
+
+
+def _beside(node: Node) -> list[Node]:
+    """What changes logits, or is added to a product of them."""
+    if node.func in fn.PRODUCTS:
+        return list(node.inputs)[: fn.PRODUCTS[node.func]]
+    return [one for one in node.inputs if one.label is None or not one.label.sides]
+
+
+_looking = _Looking()

@@ -1,7 +1,7 @@
 """Attention that is written out inside a compiled graph: the same tracker, over the graph that Dynamo builds.
 
-While a module is traced, an operator is put beside each softmax, with a number; when the module's code has been traced,
-what the graph holds so far says of which numbers the inputs are logits of an attention, and how to read them.
+While a module is traced, an operator is put beside each softmax, with a number; what the graph holds after each call
+says of which numbers the inputs are logits of an attention, and how to read them.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,11 +24,12 @@ from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.padding import Padding
 from torchprobe.capture.attention.sites import Caller, Reading
-from torchprobe.capture.attention.softmaxes import Softmaxes, shifts, steps
+from torchprobe.capture.attention.softmaxes import Softmaxes, unreadable
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import constant, graph_of_trace
+from torchprobe.naming import ROOT
 
 _ELSEWHERE = "whose softmax is in another module than its products, in a compiled graph"
 _SYMBOLS = "whose sizes are symbols, in a compiled graph"
@@ -52,7 +52,8 @@ _plans: dict[int, Plan] = {}
 
 
 def plan_of(number: int) -> Plan | None:
-    """How the input of a softmax is read; None where it is no attention's."""
+    """How the input of a softmax is read; None where it is no attention's. Its graph runs: nothing is held of it."""
+    _looking.forget()
     return _plans.get(number)
 
 
@@ -67,7 +68,7 @@ def new_number() -> int:
 
 @constant
 def look() -> bool:
-    """The code of a module has been traced: find the attentions in what the graph holds so far."""
+    """A call has been traced: find the attentions in what the graph holds so far."""
     try:
         graph = graph_of_trace()
         if graph is not None:
@@ -81,21 +82,23 @@ class _Looking:
     """The graph that is being built, and what of it was looked at."""
 
     def __init__(self) -> None:
-        self._graph: Callable[[], Any] = lambda: None
-        self._tracker = _Tracker()
+        self._of: tuple[Any, _Tracker] | None = None
+
+    def forget(self) -> None:
+        """Graphs are done."""
+        self._of = None
 
     def at(self, graph: Any) -> None:
         """Look at what is new in a graph."""
-        if self._graph() is not graph:
-            self._graph, self._tracker = ref(graph), _Tracker()
-        self._tracker.follow(graph)
+        if self._of is None or self._of[0] is not graph:
+            self._of = graph, _Tracker()
+        self._of[1].follow(graph)
 
 
 class _Tracker:
     """Goes over the calls of a graph, whose tensors have shapes and no values."""
 
     def __init__(self) -> None:
-        self._seen: set[Any] = set()
         self._values: dict[Any, Any] = {}
         self._numbers: dict[int, int] = {}
         self._found = _Found()
@@ -107,15 +110,18 @@ class _Tracker:
 
     def follow(self, graph: Any) -> None:
         """What is new."""
-        new = [node for node in graph.nodes if node not in self._seen]
-        for node in new:
+        for node in self._new(graph):
             if node.target is operators.logits:
                 value = node.args[1].meta.get("example_value")
                 source = node.args[1].args[0] if node.args[1].target == "detach" else node.args[1]
                 self._numbers[id(self._values.get(source, value))] = node.args[2]
-            self._seen.add(node)
             self._follow(node)
         self._conclude()
+
+    def _new(self, graph: Any) -> list[Any]:
+        """The calls since the last look; inputs come into the graph before all others, when a call needs them."""
+        calls = itertools.takewhile(lambda node: node not in self._values, reversed(graph.nodes))
+        return list(calls)[::-1]
 
     def _follow(self, node: Any) -> None:
         value = node.meta.get("example_value")
@@ -141,13 +147,27 @@ class _Tracker:
         self._found.enter(node)
         result = None if getattr(func, "__name__", "") == "__setitem__" else value
         self._handwritten.after(func, tuple(args), kwargs, result, None)
+        self._check(node, value)
         return value
+
+    def _check(self, node: Any, value: Any) -> None:
+        """What was made of inputs that the tracker does not see is no constant."""
+        known = self._handwritten.tape.known
+        inputs = {known(one) for one in _flat([self._values[one] for one in node.all_input_nodes])} - {None}
+        for made in filter(None, map(known, _flat([value]))):
+            if not inputs <= set(made.before):
+                made.is_made_of_others()
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
-            return self._values.get(argument)
+            if argument not in self._values:
+                self._follow(argument)
+            return self._values[argument]
+        if isinstance(argument, slice):
+            return slice(*map(self._value, (argument.start, argument.stop, argument.step)))
         if isinstance(argument, tuple | list):
-            return type(argument)(self._value(one) for one in argument)
+            values = [self._value(one) for one in argument]
+            return values if isinstance(argument, list) else tuple(values)
         return argument
 
     def _conclude(self) -> None:
@@ -186,9 +206,10 @@ def _function(target: Any, args: list[Any]) -> tuple[Any, list[Any]]:
     """What a call of a graph is outside of graphs, and its arguments in that order."""
     if isinstance(target, str):
         return getattr(Tensor, target, None), args
-    if getattr(operator, getattr(target, "__name__", ""), None) is not target:
+    name = str(getattr(target, "__name__", ""))
+    if getattr(operator, name, None) is not target:
         return target, args
-    name = target.__name__.strip("_")
+    name = name.strip("_")
     if isinstance(args[0], Tensor):
         return getattr(Tensor, f"__{name}__", None), args
     return getattr(Tensor, f"__r{name}__", None), args[::-1]
@@ -228,14 +249,15 @@ class _Found:
         self.plans.append((planned.logits, Plan(planned.plan.arranged, refused)))
 
 
+def is_torchs(kind: Any) -> bool:
+    """Whether a class of modules is PyTorch's own."""
+    return str(getattr(kind, "__module__", "")).startswith("torch.")
+
+
 def _path(node: Any) -> str:
     """The innermost module of the user's own whose code makes a call, by its way from the traced one."""
-    modules = [
-        path
-        for path, kind in (node.meta.get("nn_module_stack") or {}).values()
-        if not str(getattr(kind, "__module__", "")).startswith("torch.nn.")
-    ]
-    return str(modules[-1]) if modules else ""
+    modules = [path for path, kind in (node.meta.get("nn_module_stack") or {}).values() if not is_torchs(kind)]
+    return str(modules[-1]) if modules else ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +276,7 @@ class _Planning(Softmaxes):
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
         caller = self._observer.owners.caller()
-        plan = Plan(arranged, _refused(source, arranged))
+        plan = Plan(arranged, unreadable(source, arranged))
         return cast("Reading", _Planned(plan, logits, caller.name if caller else ""))
 
     def _unusual(self, x: Tensor | None) -> str | None:
@@ -270,27 +292,6 @@ class _Planning(Softmaxes):
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
         """They are not there."""
         return _CHANGED
-
-
-def _refused(source: Node, arranged: Arrangement) -> str | None:
-    before = list(steps(source))
-    if arranged.latent:
-        return "whose queries are parameters, in a compiled graph"
-    if isinstance(arranged.places.index, Tensor):
-        return "whose keys are written into a cache, in a compiled graph"
-    if any(True for _ in shifts(before, source)):
-        return "whose logits are shifted, in a compiled graph"
-    masks = [one for node in before for one in _beside(node)]
-    if any(one.dims == len(source.shape) and one.shape[0] > 1 and one.memory.strides[0] for one in masks):
-        return "in a compiled graph, whose mask differs between sequences: it does not tell which queries are padding"
-    return None
-
-
-def _beside(node: Node) -> list[Node]:
-    """What changes logits, or is added to a product of them."""
-    if node.func in fn.PRODUCTS:
-        return list(node.inputs)[: fn.PRODUCTS[node.func]]
-    return [one for one in node.inputs if one.label is None or not one.label.sides]
 
 
 _looking = _Looking()

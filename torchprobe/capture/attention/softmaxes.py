@@ -198,3 +198,52 @@ def _mask(node: Node) -> tuple[Node, bool] | None:
         others = [one for one in node.inputs if one.label is None or not one.label.sides]
         return (others[0], True) if others else None
     return None
+
+
+# ---- inside a compiled graph
+
+
+def unreadable(source: Node, arranged: Arrangement) -> str | None:
+    """Why logits cannot be read inside a compiled graph, by themselves alone; None where they can."""
+    before = list(steps(source))
+    if arranged.latent:
+        return "whose queries are parameters, in a compiled graph"
+    if isinstance(arranged.places.index, Tensor):
+        return "whose keys are written into a cache, in a compiled graph"
+    if any(True for _ in shifts(before, source)):
+        return "whose logits are shifted, in a compiled graph"
+    if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
+        return (
+            "in a compiled graph, whose mask may differ between sequences: it does not tell which queries are padding"
+        )
+    return None
+
+
+def _changes(logits: Node) -> Iterator[Node]:
+    """The calls between a product and its softmax, backwards, and the product."""
+    node: Node | None = logits
+    while node is not None:
+        yield node
+        ends = node.func is None or node.func in fn.PRODUCTS
+        node = None if ends else next((one for one in node.inputs if one.label is not None and one.label.sides), None)
+
+
+def _tells_sequences_apart(node: Node, logits: Node, arranged: Arrangement) -> bool:
+    """Whether what a call masks with, or adds, may be another one for each sequence of a batch."""
+    dims = [axis for axis, digits in enumerate(arranged.sizes) for _ in digits]
+    batch = {dims[place] for place in arranged.order[0]}
+    for one in _beside(node):
+        if one.const:
+            continue
+        before = len(logits.shape) - one.dims
+        varies = [n > 1 and step != 0 for n, step in zip(one.shape, one.memory.strides, strict=True)]
+        if node.shape != logits.shape or any(varies[axis - before] for axis in batch if axis >= before):
+            return True
+    return False
+
+
+def _beside(node: Node) -> list[Node]:
+    """What changes logits, or is added to a product of them."""
+    if node.func in fn.PRODUCTS:
+        return list(node.inputs)[: fn.PRODUCTS[node.func]]
+    return [one for one in node.inputs if one.label is None or not one.label.sides]

@@ -107,6 +107,10 @@ class Node:
         self.const, self.learned = True, learned
         return self
 
+    def is_made_of_others(self) -> None:
+        """Its call has inputs that are not among the nodes."""
+        self.const = False
+
     def is_again(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> bool:
         """Whether a tensor of the running pass is what this one was in an earlier pass; then it stands for it."""
         if self.func is not func and not (type(func) is MethodWrapperType and self.func == func):  # of `x.mT`

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.arrange import Arrangement
-from torchprobe.capture.attention.graph import look, new_number, plan_of
+from torchprobe.capture.attention.graph import is_torchs, look, new_number, plan_of
 from torchprobe.capture.attention.layout import plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.places import by_custom
@@ -142,9 +142,11 @@ class TracedMode(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is not _DOT_PRODUCT and func is not multi_head.FUNCTION:
-            if self.reads and _is_softmax(func):
-                return self._softmax(func, args, kwargs)
-            return stack.call(func, args, kwargs)
+            if not self.reads:
+                return stack.call(func, args, kwargs)
+            result = self._softmax(func, args, kwargs) if _is_softmax(func) else stack.call(func, args, kwargs)
+            look()
+            return result
         innermost = enter_nesting()
         result = func(*args, **kwargs)
         leave_nesting()
@@ -229,8 +231,6 @@ def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
     where = scope()
     if where != "elsewhere":
         run_in(where, stack.pop_mode)
-        if owner.mode.reads:
-            look()
 
 
 class TracedAttention:
@@ -253,7 +253,7 @@ class TracedAttention:
             return
         with self._observer.gate.boundary():
             for name, module in named_modules(model):
-                if _may_own(cast("Any", type(module))) or (self._reads and not _is_torchs(module)):
+                if _may_own(cast("Any", type(module))) or (self._reads and not is_torchs(type(module))):
                     self._hook(name, module)
 
     def disarm(self) -> None:
@@ -282,10 +282,6 @@ class TracedAttention:
     def _remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
 
 
 @cache

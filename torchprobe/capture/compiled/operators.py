@@ -41,7 +41,6 @@ class _Attention(Protocol):
     ) -> None:
         """An attention was computed."""
 
-
     def record_logits(self, logits: Tensor, number: int, place: int) -> None:
         """A softmax was computed."""
 

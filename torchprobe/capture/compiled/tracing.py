@@ -177,9 +177,10 @@ def leave_nesting() -> bool:
 def graph_of_trace() -> Any:
     """The graph that Dynamo builds just now; None in a part of it that is a function of its own."""
     translator = _translator()
-    if translator is None or getattr(translator, "export", False) or translator.output.current_tracer.parent is not None:
+    if translator is None or getattr(translator, "export", False):
         return None
-    return translator.output.current_tracer.graph
+    tracer = translator.output.current_tracer
+    return tracer.graph if tracer.parent is None else None
 
 
 def _translator() -> Any:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import torchprobe
 from tests.setups.compiled import COMPILERS_WARNINGS, assert_same_values
+from torchprobe.capture.attention import graph
 from torchprobe.testing import MemoryWriter
 
 pytestmark = COMPILERS_WARNINGS
@@ -80,6 +81,23 @@ class Padded(Layer):
     def weigh(self, scores, x):
         padded = (x[..., 0] > 0)[:, None, None]
         return scores.masked_fill(padded, -1e4).softmax(-1)
+
+
+class PaddedEarlier(Layer):
+    """Before batch and heads become one dimension."""
+
+    def weigh(self, scores, x):
+        scores = scores + (x[..., 0] > 0)[:, None, None] * -1e4
+        return scores.flatten(0, 1).softmax(-1).unflatten(0, (-1, HEADS))
+
+
+class PaddedByABuffer(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("padded", (torch.arange(LENGTH) >= torch.tensor([[6], [4], [2]]))[:, None, None])
+
+    def weigh(self, scores, x):
+        return scores.masked_fill(self.padded, -math.inf).softmax(-1)
 
 
 class SoftmaxElsewhere(nn.Module):
@@ -183,6 +201,8 @@ def test_however_it_is_written(layer, how):
         (Shifted, "shifted"),
         (Renormalised, "weights are changed"),
         (Padded, "which queries are padding"),
+        (PaddedEarlier, "which queries are padding"),
+        (PaddedByABuffer, "which queries are padding"),
         (InParts, "another module"),
         (Checkpointed, "activation checkpoint"),
     ],
@@ -238,6 +258,16 @@ def test_weights_are_those_of_the_bare_model():
         return [parameter.detach().clone() for parameter in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(trained(False), trained(True), strict=True))
+
+
+def test_an_error_of_ours_while_a_graph_is_traced_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(graph, "_looking", graph._Looking())
+    monkeypatch.setattr(graph._Tracker, "_call", lambda *args: 1 / 0)
+    found, said, graphs = passes(eager, Layer, 3)
+    assert not [tag for tag in found.tags() if tag.startswith("attention_")]
+    assert graphs == 2
+    assert len([record for record in caplog.records if "not looked for" in record.message]) == 1
+    assert "could not be looked into" in said
 
 
 def test_another_word_is_an_error_that_says_what_to_write():

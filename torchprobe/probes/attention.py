@@ -64,7 +64,13 @@ class Attention(Probe):
     sampled step; they show all heads as a heat map for each statistic, and attention itself, pooled, for the first
     sequence of the batch in the first `map_layers` attentions. eval: also in validation.
 
-    Cost: a matrix product of the chosen rows with all keys, on sampled steps.
+    compiled: what becomes of attention that is written out (product, softmax, product) inside a graph of
+    `torch.compile`. "say": it is not read, and graphs are those that they are without. "read": an operator in the graph
+    of sampled steps reads the input of each softmax of an attention; what cannot be read is named in the summary.
+
+    Cost: a matrix product of the chosen rows with all keys, on sampled steps; compiled="read": logits are put into
+    memory, with which Inductor does not fuse the attention, and weights may differ in their last bits.
+    Raises TypeError or ValueError for an argument of another kind.
     """
 
     source: ClassVar[str] = "attention"

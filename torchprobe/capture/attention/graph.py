@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,11 +28,11 @@ from torchprobe.capture.attention.softmaxes import Softmaxes, unreadable
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.tracing import constant, graph_of_trace
-from torchprobe.naming import ROOT
+from torchprobe.capture.compiled.tracing import constant, function_of, graph_of_trace, is_constant, module_of
 
 _ELSEWHERE = "whose softmax is in another module than its products, in a compiled graph"
 _SYMBOLS = "whose sizes are symbols, in a compiled graph"
+_UNSEEN = "if it is one, whose compiled graph could not be looked into"
 _CHANGED = "whose weights are changed, in a compiled graph"
 
 _log = logging.getLogger("torchprobe")
@@ -61,7 +61,9 @@ def plan_of(number: int) -> Plan | None:
 def new_number() -> int:
     """Of the softmax that is traced."""
     number = next(_numbers)
-    if graph_of_trace() is None:
+    if _looking.given_up:
+        _plans[number] = Plan(None, _UNSEEN)
+    elif graph_of_trace() is None:
         _plans[number] = Plan(None, "whose softmax is inside an activation checkpoint of a compiled graph")
     return number
 
@@ -74,7 +76,8 @@ def look() -> bool:
         if graph is not None:
             _looking.at(graph)
     except Exception:  # of which the user's compilation hears nothing
-        _log.exception("attention inside a compiled graph was not looked for; the model runs as ever")
+        _log.exception("attention inside compiled graphs is not looked for any more; the model runs as ever")
+        _looking.give_up()
     return True
 
 
@@ -83,6 +86,13 @@ class _Looking:
 
     def __init__(self) -> None:
         self._of: tuple[Any, _Tracker] | None = None
+        self.given_up = False
+
+    def give_up(self) -> None:
+        """Something went wrong: nothing is looked at any more, and softmaxes are said."""
+        self.given_up = True
+        for number in self._of[1].numbers() if self._of else ():
+            _plans[number] = Plan(None, _UNSEEN)
 
     def forget(self) -> None:
         """Graphs are done."""
@@ -90,6 +100,8 @@ class _Looking:
 
     def at(self, graph: Any) -> None:
         """Look at what is new in a graph."""
+        if self.given_up:
+            return
         if self._of is None or self._of[0] is not graph:
             self._of = graph, _Tracker()
         self._of[1].follow(graph)
@@ -107,6 +119,10 @@ class _Tracker:
         self._handwritten = Handwritten(observer, labels, self._softmaxes)
         self._handwritten.begin(())
         self._symbols = False
+
+    def numbers(self) -> Iterable[int]:
+        """Of the softmaxes so far."""
+        return self._numbers.values()
 
     def follow(self, graph: Any) -> None:
         """What is new."""
@@ -126,7 +142,7 @@ class _Tracker:
     def _follow(self, node: Any) -> None:
         value = node.meta.get("example_value")
         if node.op in ("placeholder", "get_attr"):
-            if isinstance(value, Tensor) and _is_constant(node):
+            if isinstance(value, Tensor) and is_constant(node):
                 self._handwritten.tape.node(value).as_constant(learned=isinstance(value, torch.nn.Parameter))
         elif node.op in ("call_function", "call_method"):
             value = self._call(node, value)
@@ -137,7 +153,7 @@ class _Tracker:
         kwargs = {name: self._value(one) for name, one in node.kwargs.items()}
         if node.target is operator.getitem and not isinstance(args[0], Tensor):
             return args[0][args[1]]  # one of several results
-        func, args = _function(node.target, args)
+        func, args = function_of(node.target, args)
         tensors = [one for one in _flat([value, *args]) if isinstance(one, Tensor)]
         self._symbols = self._symbols or any(not _is_known(one) for one in tensors)
         if func is None or not tensors or self._symbols or getattr(func, "namespace", "") == operators.NAMESPACE:
@@ -193,28 +209,6 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-def _is_constant(node: Any) -> bool:
-    """Whether a graph's input is a parameter or a buffer."""
-    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
-        return True
-    argument = node.meta.get("grapharg")
-    name = getattr(getattr(argument, "source", None), "name", "")
-    return "_buffers[" in str(name() if callable(name) else name)
-
-
-def _function(target: Any, args: list[Any]) -> tuple[Any, list[Any]]:
-    """What a call of a graph is outside of graphs, and its arguments in that order."""
-    if isinstance(target, str):
-        return getattr(Tensor, target, None), args
-    name = str(getattr(target, "__name__", ""))
-    if getattr(operator, name, None) is not target:
-        return target, args
-    name = name.strip("_")
-    if isinstance(args[0], Tensor):
-        return getattr(Tensor, f"__{name}__", None), args
-    return getattr(Tensor, f"__r{name}__", None), args[::-1]
-
-
 # ---- what the tracker is told, and tells
 
 
@@ -229,7 +223,7 @@ class _Found:
 
     def enter(self, node: Any) -> None:
         """A call is looked at."""
-        self._caller = Caller(_path(node), (), None)
+        self._caller = Caller(module_of(node), (), None)
 
     def caller(self) -> Caller | None:
         """Whose it is."""
@@ -247,17 +241,6 @@ class _Found:
         planned = cast("_Planned", reading)
         refused = planned.plan.refused or (None if name == planned.owner else _ELSEWHERE)
         self.plans.append((planned.logits, Plan(planned.plan.arranged, refused)))
-
-
-def is_torchs(kind: Any) -> bool:
-    """Whether a class of modules is PyTorch's own."""
-    return str(getattr(kind, "__module__", "")).startswith("torch.")
-
-
-def _path(node: Any) -> str:
-    """The innermost module of the user's own whose code makes a call, by its way from the traced one."""
-    modules = [path for path, kind in (node.meta.get("nn_module_stack") or {}).values() if not is_torchs(kind)]
-    return str(modules[-1]) if modules else ROOT
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,9 +213,7 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
     if any(True for _ in shifts(before, source)):
         return "whose logits are shifted, in a compiled graph"
     if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
-        return (
-            "in a compiled graph, whose mask may differ between sequences: it does not tell which queries are padding"
-        )
+        return "in a compiled graph, whose mask may differ between sequences: which queries are padding is not told"
     return None
 
 
@@ -233,11 +231,11 @@ def _tells_sequences_apart(node: Node, logits: Node, arranged: Arrangement) -> b
     dims = [axis for axis, digits in enumerate(arranged.sizes) for _ in digits]
     batch = {dims[place] for place in arranged.order[0]}
     for one in _beside(node):
-        if one.const:
-            continue
         before = len(logits.shape) - one.dims
         varies = [n > 1 and step != 0 for n, step in zip(one.shape, one.memory.strides, strict=True)]
-        if node.shape != logits.shape or any(varies[axis - before] for axis in batch if axis >= before):
+        if node.shape != logits.shape and (not one.const or any(varies[:-2])):  # which dimension is which, is not known
+            return True
+        if any(varies[axis - before] for axis in batch if axis >= before):
             return True
     return False
 

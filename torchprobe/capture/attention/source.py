@@ -20,6 +20,7 @@ from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
+from torchprobe.naming import all_modules
 from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.attention import Source, attention_map
@@ -103,7 +104,7 @@ class AttentionSource:
             return
         with gate.boundary():
             model = self._model()
-            modules = [] if model is None else list(model.modules())
+            modules = [] if model is None else [module for _, module in all_modules(model)]
             if model is None or not self._may_enter(modules):
                 return
             self._begin(due)

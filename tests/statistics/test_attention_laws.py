@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import fields
 from unittest import mock
 
 import pytest
@@ -49,7 +50,8 @@ def tensors(source: Source) -> list[torch.Tensor]:
 
 def like(source: Source, change) -> Source:
     """The same call with other tensors."""
-    return type(source)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in vars(source).items()})
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    return type(source)(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
 @pytest.mark.parametrize("block", [400, 2**18])

@@ -21,6 +21,7 @@ SINK_THRESHOLD = 0.3  # Gu et al. 2024: a head whose first key takes more than t
 
 COLLAPSE = 0.1  # nats: a head whose mean entropy is below this attends to one key
 
+_TO_READ = "to have attention that is written out read inside compiled graphs, too"
 _COLLAPSED = f"1 when the mean entropy of a head is below {COLLAPSE} nats, else 0."
 _UNITS = {"entropy": ", nats", "distance": ", tokens"}
 _EXACT = "exact: all query rows"
@@ -63,7 +64,13 @@ class Attention(Probe):
     sampled step; they show all heads as a heat map for each statistic, and attention itself, pooled, for the first
     sequence of the batch in the first `map_layers` attentions. eval: also in validation.
 
-    Cost: a matrix product of the chosen rows with all keys, on sampled steps.
+    compiled: what becomes of attention that is written out (product, softmax, product) inside a graph of
+    `torch.compile`. "say": it is not read, and graphs are those that they are without. "read": an operator in the graph
+    of sampled steps reads the input of each softmax of an attention; what cannot be read is named in the summary.
+
+    Cost: a matrix product of the chosen rows with all keys, on sampled steps; compiled="read": logits are put into
+    memory, with which Inductor does not fuse the attention, and weights may differ in their last bits.
+    Raises TypeError or ValueError for an argument of another kind.
     """
 
     source: ClassVar[str] = "attention"
@@ -80,8 +87,12 @@ class Attention(Probe):
         maps_every: int | Schedule | None = None,
         map_layers: int = 4,
         eval: bool = False,
+        compiled: Literal["say", "read"] = "say",
     ) -> None:
         super().__init__(every)
+        if compiled not in ("say", "read"):
+            raise ValueError(f'compiled={compiled!r}: takes "say" or "read": write compiled="read" {_TO_READ}')
+        self.compiled = compiled
         self.rows = rows if rows == "all" else check_count("rows", rows, of="rows")
         self.map_schedule = None if maps_every is None else as_schedule("maps_every", maps_every)
         self.map_layers = check_count("map_layers", map_layers)

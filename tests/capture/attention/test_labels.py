@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprobe.capture.attention.coordinates import coordinates
 from torchprobe.capture.attention.labels import Memory, fresh, in_order, viewed
+from torchprobe.capture.attention.places import coordinates
 
 SHAPE = (4, 6, 8)
 

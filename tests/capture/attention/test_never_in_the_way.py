@@ -67,7 +67,7 @@ def test_leaving_twice_and_without_entering_does_nothing():
 
 
 def test_an_error_in_the_statistic_ends_the_probe_and_not_the_training(monkeypatch, caplog):
-    monkeypatch.setattr(observer, "compute", lambda *args: 1 / 0)
+    monkeypatch.setattr(observer, "measure", lambda *args: 1 / 0)
     model = Lambda(sdpa)
     capture = capture_of(model)
     q, k, v = qkv()

@@ -10,10 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.coordinates import coordinates, of_factors, resolved
 from torchprobe.capture.attention.labels import Dim, Indices, Label, Root, roots_of, size_of
 from torchprobe.capture.attention.layout import by_head
-from torchprobe.capture.attention.places import Axis, Places, Roles, places, root_of, size_of_roles
+from torchprobe.capture.attention.places import (
+    Axis,
+    Places,
+    Roles,
+    coordinates,
+    of_factors,
+    places,
+    resolved,
+    root_of,
+    size_of_roles,
+)
 from torchprobe.statistics.dtypes import moved
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ class FastPaths:
         self._fused: dict[nn.Module, nn.Module] = {}  # what is hooked, and whose fused path it is for
         self._handles: list[RemovableHandle] = []
 
-    def begin_pass(self, model: nn.Module, module: nn.Module, grad_enabled: bool) -> None:
-        """A pass of a module begins, with the mode on the stack."""
+    def begin_pass(self, model: nn.Module, module: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """A pass of a module begins, with the mode on the stack. modules: the model's."""
         self.end_pass()
-        if not torch.backends.mha.get_fastpath_enabled():
+        if not torch.backends.mha.get_fastpath_enabled() or not any(isinstance(one, _FUSED) for one in modules):
             return
         self._fused = dict(_places(model))
         for hooked in self._fused:
@@ -44,8 +44,7 @@ class FastPaths:
                 hooked.register_forward_hook(self._after, always_call=True),
             ]
         if module in self._fused:
-            with torch.set_grad_enabled(grad_enabled):
-                self._before(module, ())
+            self._before(module, ())
 
     def end_pass(self) -> None:
         """The pass is over."""

@@ -6,7 +6,7 @@ are computed from its input, so that no logits are kept; they count when a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,37 +14,38 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Refused, columns_of
+from torchprobe.capture.attention import uses
+from torchprobe.capture.attention.arrange import Columns, Refused, columns_of
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Root, leaves, roots_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
-from torchprobe.capture.attention.softmaxes import Softmaxes, is_nearly_nothing
+from torchprobe.capture.attention.softmaxes import Softmaxes
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
-from torchprobe.capture.attention.uses import MIXED, drops, hold_places, may_be_scores, tensor_of
-from torchprobe.capture.attention.weights import Flow, Pending, back, keeps
+from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.statistics.attention.sources import Shape
 
+_MATTERS = "matters"
 _OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
 
 
 class Handwritten:
     """Follows the calls of a pass."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, labels: Labelling, softmaxes: Softmaxes) -> None:
         self._observer = observer
         self.tape = Tape()
-        self.labels = Labelling()
-        self._softmaxes = Softmaxes(observer, self.labels)
+        self.labels = labels
+        self._softmaxes = softmaxes
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
         self._any = False  # whether there are weights to follow
 
-    def begin(self, model: nn.Module) -> None:
-        """A pass begins."""
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A pass of a model of these modules begins."""
         self.forget()
-        self.tape.begin(model)
+        self.tape.begin(modules)
 
     def finish(self) -> None:
         """The pass has ended: what no later call has shown to be something else counts."""
@@ -56,18 +57,30 @@ class Handwritten:
         """Hold nothing of the pass."""
         self._latent.clear()
         self.tape.clear()
-        self.labels.forget()
         self._any = False
 
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
         """Look at a call; within: the call that it is a part of, where that is known."""
         nodes = self.tape.record(func, args, kwargs, result)
-        if nodes and func in fn.WRITES:
+        if not nodes or not (self._any or self._latent or self._matters(nodes[0])):
+            return
+        if func in fn.WRITES:
             with self._observer.guard():
-                hold_places(nodes[0], args, kwargs)
-        if nodes and (func in fn.PRODUCTS or func in _OF_SOFTMAX or self._flows(nodes[0])):
+                self.tape.not_again(nodes[0])
+                uses.hold_places(nodes[0], args, kwargs)
+        if self._latent or self._matters(nodes[0]) or self._flows(nodes[0]):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
+
+    def _matters(self, node: Node) -> bool:
+        """Whether it is a softmax, or a product, but no layer, whatever its factors hold; or it writes."""
+        found: bool | None = node.kept.get(_MATTERS)
+        if found is None:
+            product = product_of(node)
+            layer = product is None or (len(product.factors) == 2 and not uses.may_be_scores(node, product))
+            found = not layer or node.func in _OF_SOFTMAX or node.func in fn.WRITES
+            node.kept[_MATTERS] = found
+        return found
 
     def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
         node = nodes[0]
@@ -108,8 +121,14 @@ class Handwritten:
         """Where the queries of a dot product stand among its keys."""
         if not (is_plain(query) and is_plain(key)):
             return Places(shape.queries != shape.keys, None)
-        of_query, of_key = (self.labels.of(self.tape.node(tensor)) for tensor in (query, key))
-        return of_dot_product(of_query, of_key, shape.queries, shape.keys)
+        asked, keys = self.tape.node(query), self.tape.node(key)
+        later = asked if asked.order > keys.order else keys  # which does not outlive what it is kept with
+        where = asked, keys, shape.queries, shape.keys
+        if where not in later.kept:
+            of_query, of_key = self.labels.of(asked), self.labels.of(keys)
+            later.kept[where] = of_dot_product(of_query, of_key, shape.queries, shape.keys)
+        found: Places = later.kept[where]
+        return found
 
     # ---- products
 
@@ -121,8 +140,11 @@ class Handwritten:
         for which, factor in enumerate(product.factors):
             if factor.flow is not None:
                 self._after_use(node, product, which, factor.flow, (args, kwargs), within)
-        if not flows and len(product.factors) == 2 and may_be_scores(node, product):
-            node.called_by(within or self._observer.owners.caller())
+        if not flows and len(product.factors) == 2 and uses.may_be_scores(node, product):
+            caller = within or self._observer.owners.caller()
+            if node.label is not None and node.caller != caller:
+                self.tape.unlearn_from(node)
+            node.called_by(caller)
             if self._latent:
                 self._rule_out(product)
 
@@ -144,16 +166,11 @@ class Handwritten:
         if axis is None:
             return
         if product.names[which][axis] in product.result:
-            self._give([node], self._mixed(product, which, flow))
+            self._give([node], uses.mixed(product, which, flow))
         elif flow.kind == "weights":
-            self._use(factor, axis, flow, tensor_of(self.tape, factor, *call), within)
+            self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
         elif flow.kind == "exponentials" and not flow.changed:
             self._give([node], replace(flow, multiplied=True))
-
-    def _mixed(self, product: Product, which: int, flow: Flow) -> Flow:
-        others = [factor for i, factor in enumerate(product.factors) if i != which]
-        learned = any(factor.learned or not factor.const for factor in others)
-        return flow.as_changed(MIXED if learned else None)
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
@@ -188,7 +205,10 @@ class Handwritten:
         """Whether the keys that are summed over are those that were read."""
         if pending.arranged is None:
             return False
-        columns = columns_of(self.labels.of(node), axis, pending.arranged.side)
+        key = "columns", axis, pending.arranged.side
+        if key not in node.kept:
+            node.kept[key] = columns_of(self.labels.of(node), *key[1:])
+        columns: Columns | Refused = node.kept[key]
         if isinstance(columns, Refused) or (columns[2] < 0).any():
             return False
         return bool(np.array_equal(columns[1], pending.arranged.of_keys))
@@ -223,39 +243,24 @@ class Handwritten:
             self._give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
-        elif func in fn.DROPOUTS or drops(node, flow):
+        elif func in fn.DROPOUTS or uses.drops(node, flow):
             self._give(nodes, self._after_dropout(node, source, flow, args))
-        elif keeps(node, source) or func in fn.WITHOUT_NAN:
+        elif uses.keeps(node, source) or func in fn.WITHOUT_NAN:
             self._give(nodes, flow)
         elif func in fn.JOINS:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
             self._give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
-            self._give(nodes, self._after_pointwise(node, source, flow, flows))
+            self._give(nodes, uses.pointwise(node, source, flow, flows))
         elif self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
-            self._give(nodes, flow.as_changed(MIXED if learned else None))
-
-    def _after_pointwise(self, node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
-        """Weights are changed, or multiplied with values that are summed later."""
-        if flow.kind == "total":
-            tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
-            small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
-            return flow if small else flow.as_changed(None)
-        grows = node.dims > source.dims or any(
-            b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False)
-        )
-        if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
-            return replace(flow, multiplied=True)
-        if node.func in fn.DIFFERENCES:
-            return flow.as_changed("whose weights are subtracted")
-        return flow.as_changed(None)
+            self._give(nodes, flow.as_changed(uses.MIXED if learned else None))
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
         if not flow.changed or flow.dropped or flow.used is not None or flow.kind != "weights":
             return replace(flow, dropped=True)
         axis = self._key_axis(source, flow)
-        weights: Any = args[0] if node.func in fn.DROPOUTS and args else tensor_of(self.tape, source, args, {})
+        weights: Any = args[0] if node.func in fn.DROPOUTS and args else uses.tensor_of(self.tape, source, args, {})
         if axis is None or not isinstance(weights, Tensor) or flow.first.reason is not None:
             return replace(flow, dropped=True)
         used = self._read_as_used(source, axis, flow, weights)
@@ -268,7 +273,7 @@ class Handwritten:
                 self._give([node], flow.as_changed(None))
             return
         if flow.multiplied and flow.kind == "weights":
-            before = next((one for one in back(source) if one.flow is not None and not one.flow.multiplied), None)
+            before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)
             if before is not None:
                 inner = self._key_axis(before, flow)
                 if inner is not None:

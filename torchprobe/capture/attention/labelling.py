@@ -19,23 +19,16 @@ from torchprobe.capture.attention.labels import (
     viewed,
 )
 from torchprobe.capture.attention.products import Product, product_of
-from torchprobe.capture.attention.tape import Node, shares_memory
+from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.writes import copied, written
 
 
 class Labelling:
     """The labels of a pass's tensors."""
 
-    def __init__(self) -> None:
-        self._sides: dict[tuple[Root, int], Root] = {}
-
-    def forget(self) -> None:
-        """The pass is over."""
-        self._sides.clear()
-
     def of(self, node: Node) -> Label:
         """The label of a tensor, and first of those that it was made of: not by recursion, for models are deep."""
-        waiting = [node]
+        waiting = [] if node.label else [node]
         while waiting:
             top = waiting[-1]
             unknown = [] if top.label or top.const else [one for one in top.inputs if one.label is None]
@@ -105,17 +98,12 @@ class Labelling:
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
         plain = unsided(label)
-        other = {root: self._side(root, side, const) for root in {*plain.roots(), *plain.at}}
+        other = {root: root.on(side, const) for root in {*plain.roots(), *plain.at}}
         dims = tuple(
             tuple(f._replace(root=other.get(f.root, f.root)) for f in dim) if axis in own else dim  # type: ignore[arg-type]
             for axis, dim in enumerate(plain.dims)
         )
         return Label(dims, {**plain.at, **{other[root]: value for root, value in plain.at.items()}})
-
-    def _side(self, root: Root, side: int, const: bool) -> Root:
-        if (root, side) not in self._sides:
-            self._sides[root, side] = Root(root.learned or const, under=root, side=side, fixed=const)
-        return self._sides[root, side]
 
 
 def _lost(node: Node, labels: list[Label]) -> str | None:
@@ -262,7 +250,7 @@ def _convolved(node: Node, image: Node) -> Label | None:
 def _view(node: Node, inputs: list[Node]) -> Label | None:
     """What is the same memory, or the same elements in the same order."""
     for one in inputs:
-        if shares_memory(node, one):
+        if one in node.sharing:
             return viewed(_label(one), one.memory, node.memory)
     if node.func in fn.RESHAPES or node.func in fn.SAME:
         return viewed(_label(inputs[0]), in_order(inputs[0].shape), in_order(node.shape))

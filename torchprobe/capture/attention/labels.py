@@ -27,7 +27,7 @@ class Root:
     what the order was lost by. written: what was written into it, at places that only the device knows.
     """
 
-    __slots__ = ("fixed", "kept", "learned", "lost", "parts", "side", "tables", "under", "written")
+    __slots__ = ("fixed", "kept", "learned", "lost", "parts", "side", "sides", "tables", "under", "written")
 
     def __init__(
         self,
@@ -42,7 +42,14 @@ class Root:
         self.fixed, self.written = fixed, written
         self.tables: dict[Any, dict[Root, tuple[Indices, bool]]] = {}
         self.kept: set[Root] | None = None
+        self.sides: dict[int, Root] = {}
         self.learned, self.parts, self.under, self.side, self.lost = learned, parts, under, side, lost
+
+    def on(self, side: int, const: bool) -> Root:
+        """The same in the left or the right factor of products, which may be a parameter."""
+        if side not in self.sides:
+            self.sides[side] = Root(self.learned or const, under=self, side=side, fixed=const)
+        return self.sides[side]
 
     def inside(self) -> set[Root]:
         """What it was joined of: kept, for joins of joins are many in a deep model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
+from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
+from torchprobe.capture.attention.softmaxes import Softmaxes
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled import operators
@@ -31,7 +33,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self.handwritten = self._handwritten = Handwritten(observer)
+        labels = Labelling()
+        self.handwritten = self._handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
         self._flex = False  # whether its operator was seen since
         self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
@@ -45,14 +48,15 @@ class AttentionMode(TorchFunctionMode):
             name = "a function outside of the model" if caller is None else caller.name
             observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
 
-    def begin(self, model: nn.Module) -> None:
-        """A pass begins."""
-        self._handwritten.begin(model)
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A pass of a model of these modules begins."""
+        self._handwritten.begin(modules)
 
     def forget(self) -> None:
         """The pass is over: hold nothing of it."""
         with self._observer.guard():
             self._handwritten.finish()
+            self._observer.finish()
         self._handwritten.forget()
         self._within = self._steps = None
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import ReferenceType
 
 import torch
@@ -20,7 +20,7 @@ from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.statistics.attention import QueryKey, Source, compute, is_sampled
+from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure
 from torchprobe.statistics.attention.sources import Shape
 
 OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
@@ -74,6 +74,7 @@ class Observer:
         self.off = False
         self._rows = rows
         self._on_source = on_source
+        self._choices: dict[Any, Rows] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -85,6 +86,8 @@ class Observer:
         """A pass begins; off: it is followed, for the sake of compiled graphs, and not recorded."""
         self.off = off
         self.owners.begin_pass()
+        self.padding.clear()
+        self._choices.clear()
         self.sites.begin()
 
     @contextmanager
@@ -115,9 +118,16 @@ class Observer:
         device = source.device
         generator = self._generator(device)
         with no_autocast(device):
-            rows = compute(source, self._rows, generator)
+            found = measure(source, self._chosen(source, generator))
             kept = None if self._on_source is None else self._on_source(call.caller.name, source, generator)
-        return Reading(rows, is_sampled(source, self._rows), kept)
+        return Reading(found, is_sampled(source, self._rows), kept)
+
+    def _chosen(self, source: Source, generator: torch.Generator) -> Rows:
+        """The query rows to read: the same in all attentions of a pass that have as many."""
+        key = (source.shape.batch, source.shape.queries, source.device)
+        if key not in self._choices:
+            self._choices[key] = choose(source, self._rows, generator)
+        return self._choices[key]
 
     def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
@@ -131,8 +141,14 @@ class Observer:
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
-        rows = reading.rows
-        self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, rows.size(0), rows.device), reading)
+        found = reading.found
+        self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)
+
+    def finish(self) -> None:
+        """The pass has ended: what it measured is added up, all attentions together; nothing else of it is held."""
+        self.sites.finish()
+        self.padding.clear()
+        self._choices.clear()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.coordinates import coordinates, resolved
 from torchprobe.capture.attention.labels import Indices, Label, Root
-from torchprobe.capture.attention.places import Places, Tokens
+from torchprobe.capture.attention.places import Places, Tokens, coordinates, resolved
 from torchprobe.statistics.dtypes import moved
 
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
 from torchprobe.naming import ROOT, named_modules
-from torchprobe.statistics.attention import MAX_LOGIT, combine
+from torchprobe.statistics.attention import MAX_LOGIT, Measured, combine, finish
 
 Path = tuple[tuple[str, str, int], ...]
 
@@ -142,20 +142,25 @@ class Site(NamedTuple):
 class Reading(NamedTuple):
     """What calls of a site add up to.
 
-    rows: (heads, fields) of the statistic; sampled: whether a call's query rows were a sample, which makes its max
+    found: the statistic of each head; sampled: whether a call's query rows were a sample, which makes its max
     logit a lower bound; kept: what `on_source` returned for the first of the calls that it did for.
     """
 
-    rows: Tensor
+    found: Measured
     sampled: bool
     kept: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """(heads, fields) of the statistic."""
+        return self.found.rows
 
     def with_logits_of(self, other: Reading | None) -> Reading:
         """The same, whose largest logits are those of another one: of weights no logit is known."""
         rows = self.rows.clone()
         known = other is not None and len(other.rows) == len(rows)
         rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
-        return self._replace(rows=rows)
+        return self._replace(found=Measured(rows))
 
 
 Readings: TypeAlias = Mapping[Site, Reading]
@@ -173,7 +178,7 @@ def merged(a: Readings, b: Readings) -> Readings:
 def _joined(a: Reading | None, b: Reading) -> Reading:
     if a is None:
         return b
-    return Reading(combine(a.rows, b.rows), a.sampled or b.sampled, b.kept if a.kept is None else a.kept)
+    return Reading(Measured(combine(a.rows, b.rows)), a.sampled or b.sampled, b.kept if a.kept is None else a.kept)
 
 
 class Sites:
@@ -203,6 +208,10 @@ class Sites:
         """Merge one more call. A compiled graph may run where no pass was seen to begin."""
         self._thread = self._thread or threading.current_thread()
         self._readings[site] = _joined(self._readings.get(site), reading)
+
+    def finish(self) -> None:
+        """Add up what was measured, together."""
+        finish(reading.found for reading in self._readings.values())
 
     def take(self) -> Readings | None:
         """What this thread's pass has recorded, None when it is nothing; starts anew."""

@@ -16,12 +16,11 @@ from torchprobe.capture.attention.layout import blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.weights import Flow, Kind, Pending
+from torchprobe.capture.attention.uses import Flow, Kind, Pending
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
 
 _STEPS = 40  # calls between a softmax and the product behind it
-_NEARLY_NOTHING = 1e-6  # what is added to a sum so that nothing is divided by 0
 
 
 class Softmaxes:
@@ -55,21 +54,26 @@ class Softmaxes:
     def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
         axis %= source.dims
         label = self._labels.of(source)
-        arranged = arrangement(label, source.shape, axis)
+        if axis not in source.kept:
+            source.kept[axis] = arrangement(label, source.shape, axis)
+        arranged: Arrangement | Refused | None = source.kept[axis]
         if arranged is None:
             return None
         call = self._call(label, arranged, axis - source.dims)
         if call is None:
             return None
         keys = frozenset(leaves([label.dims[axis]]))
-        reason = reason or ("torch.func transforms" if under_transform() else None if x is None else unusual(x))
+        reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
             return Flow(kind, (Pending(call, None, None, reason, keys),))
         if reason is not None:
             return Flow(kind, (Pending(call, None, arranged, reason, keys),), changed=x is None)
-        reading = None if x is None else self._read(plain(x), source, arranged, call)
+        reading = None if x is None else self._read(x, source, arranged, call)
         return Flow(kind, (Pending(call, reading, arranged, None, keys),), changed=x is None)
+
+    def _unusual(self, x: Tensor | None) -> str | None:
+        return None if x is None else unusual(x)
 
     def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
         caller = (label.between.caller if label.between else None) or self._observer.owners.caller()
@@ -80,17 +84,16 @@ class Softmaxes:
         return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
-        heads = call.caller.heads
-        steps = list(_steps(source))
-        for hidden in _masks(steps, source, arranged):
+        heads, before = call.caller.heads, list(steps(source))
+        for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        given, others = arranged.split(arranged.by_head(logits, heads))
-        shifts = [arranged.by_row(plain(shift), heads) for shift in _shifts(steps, source)]
+        given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         of = Logits(
             given,
             self._observer.padding.of(arranged.places, given.size(0), given.size(2)),
             arranged.places.on(given.device),
-            sum(shifts[1:], shifts[0]) if shifts else None,
+            sum(taken[1:], taken[0]) if taken else None,
             None if others is None else others.float().logsumexp(-1, keepdim=True),
         )
         return self._observer.read(call, of)
@@ -114,7 +117,7 @@ class Softmaxes:
 # ---- between a product and its softmax
 
 
-def _steps(node: Node) -> Iterator[Node]:
+def steps(node: Node) -> Iterator[Node]:
     """The calls behind logits, backwards, as far as these are changed element by element."""
     for _ in range(_STEPS):
         yield node
@@ -124,9 +127,9 @@ def _steps(node: Node) -> Iterator[Node]:
         node = before[0]
 
 
-def _shifts(steps: list[Node], source: Node) -> Iterator[Tensor]:
+def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
     """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum."""
-    for node in steps:
+    for node in before:
         if node.func in fn.DIFFERENCES:
             taken = node.args[1] if len(node.args) > 1 else None
             if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
@@ -162,9 +165,9 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
-def _masks(steps: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
+def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
     """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
-    for node in steps:
+    for node in before:
         mask = _mask(node)
         if mask is None or mask[0].small is None or mask[0].dims != node.dims or not arranged.is_plain_batch:
             continue
@@ -197,6 +200,48 @@ def _mask(node: Node) -> tuple[Node, bool] | None:
     return None
 
 
-def is_nearly_nothing(value: Any) -> bool:
-    """Whether it is a number that only keeps a division from being by 0."""
-    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING
+# ---- inside a compiled graph
+
+
+def unreadable(source: Node, arranged: Arrangement) -> str | None:
+    """Why logits cannot be read inside a compiled graph, by themselves alone; None where they can."""
+    before = list(steps(source))
+    if arranged.latent:
+        return "whose queries are parameters, in a compiled graph"
+    if isinstance(arranged.places.index, Tensor):
+        return "whose keys are written into a cache, in a compiled graph"
+    if any(True for _ in shifts(before, source)):
+        return "whose logits are shifted, in a compiled graph"
+    if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
+        return "in a compiled graph, whose mask may differ between sequences: which queries are padding is not told"
+    return None
+
+
+def _changes(logits: Node) -> Iterator[Node]:
+    """The calls between a product and its softmax, backwards, and the product."""
+    node: Node | None = logits
+    while node is not None:
+        yield node
+        ends = node.func is None or node.func in fn.PRODUCTS
+        node = None if ends else next((one for one in node.inputs if one.label is not None and one.label.sides), None)
+
+
+def _tells_sequences_apart(node: Node, logits: Node, arranged: Arrangement) -> bool:
+    """Whether what a call masks with, or adds, may be another one for each sequence of a batch."""
+    dims = [axis for axis, digits in enumerate(arranged.sizes) for _ in digits]
+    batch = {dims[place] for place in arranged.order[0]}
+    for one in _beside(node):
+        before = len(logits.shape) - one.dims
+        varies = [n > 1 and step != 0 for n, step in zip(one.shape, one.memory.strides, strict=True)]
+        if node.shape != logits.shape and (not one.const or any(varies[:-2])):  # which dimension is which, is not known
+            return True
+        if any(varies[axis - before] for axis in batch if axis >= before):
+            return True
+    return False
+
+
+def _beside(node: Node) -> list[Node]:
+    """What changes logits, or is added to a product of them."""
+    if node.func in fn.PRODUCTS:
+        return list(node.inputs)[: fn.PRODUCTS[node.func]]
+    return [one for one in node.inputs if one.label is None or not one.label.sides]

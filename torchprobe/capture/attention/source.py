@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, cast
 from weakref import ReferenceType
 
@@ -20,6 +20,7 @@ from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
+from torchprobe.naming import all_modules
 from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.attention import Source, attention_map
@@ -59,7 +60,7 @@ class AttentionSource:
         self._mode = AttentionMode(self._observer)
         self.masks = MaskArguments(reporter, self._mode.handwritten)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
-        self._traced = TracedAttention(model, self._observer, running)
+        self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
         self._entered = False
 
     @property
@@ -103,15 +104,16 @@ class AttentionSource:
             return
         with gate.boundary():
             model = self._model()
-            if model is None or not self._may_enter(model):
+            modules = [] if model is None else [module for _, module in all_modules(model)]
+            if model is None or not self._may_enter(modules):
                 return
             self._begin(due)
             if running.compiled and has_any(model):  # hooks on its modules would have its graphs compiled anew
                 self._observer.uncovered.add("fused paths in evaluation, beside compiled graphs")
             elif not in_compiled_call():
-                self._mode.begin(model)
+                self._mode.begin(modules)
                 stack.push_mode(self._mode)
-                self._fast_paths.begin_pass(model, module, torch.is_grad_enabled())
+                self._fast_paths.begin_pass(model, module, modules)
 
     def leave(self) -> None:
         """The pass has ended, with or without an exception. Safe to call at any time; costs nothing after the first."""
@@ -131,7 +133,7 @@ class AttentionSource:
         readings = self._observer.sites.take()
         return None if readings is None else Taken(readings, self._maps.due)
 
-    def _may_enter(self, model: nn.Module) -> bool:
+    def _may_enter(self, modules: Iterable[nn.Module]) -> bool:
         uncovered, reason = self._observer.uncovered, None
         if stack.MISSING:
             reason = f"this version of torch, which has no {stack.MISSING}"
@@ -139,7 +141,7 @@ class AttentionSource:
             reason = SECOND_THREAD
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "passes that are captured into a CUDA graph"
-        elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        elif any(isinstance(module, torch.jit.ScriptModule) for module in modules):
             uncovered.add("parts of the model that torch.jit has compiled")  # the others are
         if reason is not None:
             uncovered.add(reason)

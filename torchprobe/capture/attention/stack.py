@@ -17,13 +17,15 @@ MISSING = compat.missing_for_modes()
 """What this version of torch does not have: then attention is not recorded, and nothing here is called."""
 
 
+_OPERATORS = (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator)
+
 FLEX = compat.flex_attention_operator()
 """The operator of `flex_attention`; something else where this torch has none."""
 
 
 def is_operator(func: Any) -> bool:
     """Whether a function is an operator of the dispatcher, or one of higher order."""
-    return isinstance(func, (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator))
+    return isinstance(func, _OPERATORS)
 
 
 def is_higher_order(func: Any, name: str) -> bool:

@@ -8,27 +8,32 @@ nothing of it into the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
+from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.graph import look, new_number, plan_of
+from torchprobe.capture.attention.layout import plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
-from torchprobe.capture.compiled.tracing import beside, enter_nesting, leave_nesting, place, run_in, scope
+from torchprobe.capture.compiled.tracing import beside, enter_nesting, is_torchs, leave_nesting, place, run_in, scope
 from torchprobe.capture.inert import Inert
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
+from torchprobe.statistics.attention import Logits
 
 OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there
 
@@ -39,10 +44,10 @@ _SAYS = ("scaled_dot_product", "sdpa", "attention_interface")  # names that a me
 class Owner(Inert):
     """A module that may compute attention, as the hooks find it."""
 
-    def __init__(self, name: str, module: nn.Module, running: Running, observer: Observer) -> None:
+    def __init__(self, name: str, module: nn.Module, running: Running, observer: Observer, reads: bool) -> None:
         self.running = running
         self.handle = operators.handle(self)
-        self.mode = TracedMode(self.handle)
+        self.mode = TracedMode(self.handle, reads)
         self._name = name
         self._heads = heads_of(module)
         self._observer = observer
@@ -69,6 +74,31 @@ class Owner(Inert):
         with observer.guard():
             call = {"query": query, "key": key, "attn_mask": mask, "is_causal": causal, "scale": scale}
             self._record(call, padding, added, place)
+            observer.finish()
+
+    def record_logits(self, logits: Tensor, number: int, place: int) -> None:
+        """A compiled graph has computed a softmax, of an attention or not."""
+        observer, plan = self._observer, plan_of(number)
+        if plan is None or observer.gate.failed or not observer.gate.train:
+            return
+        if observer.sites.are_elsewhere:
+            observer.uncovered.add(SECOND_THREAD)
+        elif plan.arranged is None or plan.refused is not None:
+            observer.uncovered.add(f"the attention of {self._name}, {plan.refused}")
+        else:
+            with observer.guard():
+                self._read(logits, plan.arranged, place)
+                observer.finish()
+
+    def _read(self, logits: Tensor, arranged: Arrangement, place: int) -> None:
+        caller = Caller(self._name, (("compiled", "softmax", place),), self._heads)
+        if self._observer.refuses(caller, logits):
+            return
+        given, others = arranged.split(arranged.by_head(plain(logits), self._heads))
+        sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
+        source = Logits(given, None, arranged.places.on(given.device), None, sinks)
+        call = Call(caller, arranged.places.cross)
+        self._observer.record(call, self._observer.read(call, source))
 
     def _record(self, call: dict[str, Any], padding: Tensor | None, added: int, place: int) -> None:
         observer, caller = self._observer, Caller(self._name, (("compiled", "", place),), self._heads)
@@ -100,8 +130,9 @@ class TracedMode(TorchFunctionMode):
     Modes of the modules around the owner see the same call: `nesting` tells the innermost.
     """
 
-    def __init__(self, handle: Tensor) -> None:
+    def __init__(self, handle: Tensor, reads: bool) -> None:
         self._handle = handle
+        self.reads = reads
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,7 +142,11 @@ class TracedMode(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is not _DOT_PRODUCT and func is not multi_head.FUNCTION:
-            return stack.call(func, args, kwargs)
+            if not self.reads:
+                return stack.call(func, args, kwargs)
+            result = self._softmax(func, args, kwargs) if _is_softmax(func) else stack.call(func, args, kwargs)
+            look()
+            return result
         innermost = enter_nesting()
         result = func(*args, **kwargs)
         leave_nesting()
@@ -120,6 +155,30 @@ class TracedMode(TorchFunctionMode):
         elif innermost:
             _record_multi_head(self._handle, *args, **kwargs)
         return result
+
+    def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        innermost = enter_nesting()
+        result = func(*args, **kwargs)
+        leave_nesting()
+        if innermost:
+            _record_softmax(self._handle, *args, **kwargs)
+        return result
+
+
+def _is_softmax(func: Any) -> bool:
+    return (
+        func is torch.softmax
+        or func is Tensor.softmax
+        or func is functional.softmax
+        or func is torch.log_softmax
+        or func is Tensor.log_softmax
+        or func is functional.log_softmax
+    )
+
+
+def _record_softmax(handle: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> None:
+    with torch.no_grad():
+        operators.logits(handle, input.detach(), new_number(), place())
 
 
 def _record(
@@ -177,8 +236,10 @@ def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
 class TracedAttention:
     """The hooks by which attention is found inside compiled graphs, on every module whose code may compute it."""
 
-    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running, reads: bool) -> None:
+        """reads: also what is written out."""
         self._model = model
+        self._reads = reads
         self._observer = observer
         self._running = running
         self._handles: list[RemovableHandle] = []
@@ -192,7 +253,7 @@ class TracedAttention:
             return
         with self._observer.gate.boundary():
             for name, module in named_modules(model):
-                if _may_own(module):
+                if _may_own(cast("Any", type(module))) or (self._reads and not is_torchs(type(module))):
                     self._hook(name, module)
 
     def disarm(self) -> None:
@@ -214,7 +275,7 @@ class TracedAttention:
 
     def _hook(self, name: str, module: nn.Module) -> None:
         if module not in self._owners:
-            self._owners[module] = Owner(name, module, self._running, self._observer)
+            self._owners[module] = Owner(name, module, self._running, self._observer, self._reads)
         module.__dict__[OWNER] = self._owners[module]
         self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 
@@ -223,14 +284,14 @@ class TracedAttention:
             self._handles.pop().remove()
 
 
-def _may_own(module: nn.Module) -> bool:
-    """Whether a module's own code may compute attention, by its names.
+@cache
+def _may_own(kind: Any) -> bool:
+    """Whether the own code of a class of modules may compute attention, by its names.
 
     Tracing under a mode is not what Dynamo does best, so that it is kept to where it is needed.
     """
-    kind = type(module)
     if kind.__module__.startswith("torch.nn."):
-        return isinstance(module, nn.MultiheadAttention)
+        return issubclass(kind, nn.MultiheadAttention)
     codes = [getattr(member, "__code__", None) for member in vars(kind).values()]
     names = [name for code in codes if code is not None for name in code.co_names]
     return "att" in kind.__name__.lower() or any(word in name for name in names for word in _SAYS)

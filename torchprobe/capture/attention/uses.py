@@ -1,16 +1,92 @@
-"""What single calls of an attention that is written out are: a product of scores, a dropout written by hand."""
+"""What is known of weights between a softmax and their use; and what single calls on the way are."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
+from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.labels import Root
+from torchprobe.capture.attention.observer import Call
 from torchprobe.capture.attention.products import Product
+from torchprobe.capture.attention.sites import Reading
 from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
-from torchprobe.capture.attention.weights import Flow
+
+Kind = Literal["weights", "logarithms", "exponentials", "total"]
+
+
+class Pending:
+    """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out.
+
+    arranged: its logits. keys: what its dimension counts.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        reading: Reading | None,
+        arranged: Arrangement | None,
+        reason: str | None,
+        keys: frozenset[Root] = frozenset(),
+    ) -> None:
+        self.call, self.reading, self.arranged, self.reason, self.keys = call, reading, arranged, reason, keys
+        self.taken = False
+
+    def take(self) -> bool:
+        """Its weights are used: whether for the first time."""
+        first, self.taken = not self.taken, True
+        return first
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What a tensor holds of one softmax or several.
+
+    changed: whether values are others than a softmax gives. refused: why they cannot be read, changed as they are.
+    multiplied: with values, before the sum. dropped: whether dropout has been there. used: a reading of it.
+    """
+
+    kind: Kind
+    pending: tuple[Pending, ...]
+    changed: bool = False
+    refused: str | None = None
+    multiplied: bool = False
+    dropped: bool = False
+    used: Reading | None = None
+
+    @property
+    def first(self) -> Pending:
+        """The softmax that was met first."""
+        return self.pending[0]
+
+    def as_changed(self, reason: str | None) -> Flow:
+        """The same with other values; reason: why these cannot be read."""
+        return replace(self, changed=True, refused=self.refused or reason)
+
+
+def back(node: Node) -> Iterator[Node]:
+    """A tensor that holds weights, and those that they came from."""
+    while node is not None:
+        yield node
+        node = next((one for one in node.inputs if one.flow is not None), None)  # type: ignore[assignment]
+
+
+def keeps(node: Node, source: Node) -> bool:
+    """Whether values are the same, wherever they are."""
+    return node.func in fn.SAME or node.func in fn.RESHAPES or (source in node.sharing and not _is_in_place(node))
+
+
+def _is_in_place(node: Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], Node) and fn.is_in_place(node.func)
+
 
 MIXED = "whose weights are mixed by parameters, so that some may be negative"
+_NEARLY_NOTHING = 1e-6  # what is added to a sum so that nothing is divided by 0
 _FEW = 8  # calls between random numbers and what they drop
 
 
@@ -58,3 +134,29 @@ def tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | No
     values = [*args, *kwargs.values()]
     values += [one for value in values if isinstance(value, tuple | list) for one in value]
     return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)
+
+
+def mixed(product: Product, which: int, flow: Flow) -> Flow:
+    """After weights were multiplied with something else than values, over another dimension than the keys."""
+    others = [factor for i, factor in enumerate(product.factors) if i != which]
+    learned = any(factor.learned or not factor.const for factor in others)
+    return flow.as_changed(MIXED if learned else None)
+
+
+def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
+    """Weights are changed, or multiplied with values that are summed later."""
+    if flow.kind == "total":
+        tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
+        small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
+        return flow if small else flow.as_changed(None)
+    grows = node.dims > source.dims or any(b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False))
+    if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
+        return replace(flow, multiplied=True)
+    if node.func in fn.DIFFERENCES:
+        return flow.as_changed("whose weights are subtracted")
+    return flow.as_changed(None)
+
+
+def is_nearly_nothing(value: Any) -> bool:
+    """Whether it is a number that only keeps a division from being by 0."""
+    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

@@ -22,7 +22,8 @@ from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_
 from torchprobe.capture.compiled.tracing import beside
 from torchprobe.capture.gate import no_graph
 
-_library = Library("torchprobe_graph", "FRAGMENT")
+NAMESPACE = "torchprobe_graph"
+_library = Library(NAMESPACE, "FRAGMENT")
 _numbers = itertools.count()
 
 
@@ -39,6 +40,9 @@ class _Attention(Protocol):
         place: int,
     ) -> None:
         """An attention was computed."""
+
+    def record_logits(self, logits: Tensor, number: int, place: int) -> None:
+        """A softmax was computed."""
 
 
 class _Unread(Protocol):
@@ -127,6 +131,12 @@ def _attention(handle: Tensor, *call: Any) -> None:
         target.record_call(*call)
 
 
+def _logits(handle: Tensor, logits: Tensor, number: int, place: int) -> None:
+    target = None if in_backward() else _target(handle)  # a recomputation
+    if target is not None:
+        target.record_logits(logits, number, place)
+
+
 def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
     target = _target(handle) if gradient or not in_backward() else None
     if target is not None:
@@ -163,6 +173,7 @@ def _define(name: str, arguments: str, body: Any) -> Any:
 
 _CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, float? scale, int added, int place"
 attention = _define("attention", _CALL, _attention)
+logits = _define("logits", "Tensor logits, int number, int place", _logits)
 tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
 unread = _define("unread", "", _unread)
 heard = _define("heard", "Tensor gradient", _heard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import sys
 import zlib
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from torchprobe.capture.compat import find, say_what_graphs_lose, skip_frames, under_transform
 from torchprobe.capture.compiled.graphs import attach_guards
+from torchprobe.naming import ROOT
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
 _P = ParamSpec("_P")
@@ -172,6 +175,48 @@ def enter_nesting() -> bool:
 def leave_nesting() -> bool:
     """A mode is done with a call."""
     return _nesting.move(-1) == 1
+
+
+def graph_of_trace() -> Any:
+    """The graph that Dynamo builds just now; None in a part of it that is a function of its own."""
+    translator = _translator()
+    if translator is None or getattr(translator, "export", False):
+        return None
+    tracer = translator.output.current_tracer
+    return tracer.graph if tracer.parent is None else None
+
+
+def is_constant(node: Any) -> bool:
+    """Whether a graph's input is a parameter or a buffer."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    argument = node.meta.get("grapharg")
+    name = getattr(getattr(argument, "source", None), "name", "")
+    return "_buffers[" in str(name() if callable(name) else name)
+
+
+def function_of(target: Any, args: list[Any]) -> tuple[Any, list[Any]]:
+    """What a call of a graph is outside of graphs, and its arguments in that order."""
+    if isinstance(target, str):
+        return getattr(Tensor, target, None), args
+    name = str(getattr(target, "__name__", ""))
+    if getattr(operator, name, None) is not target:
+        return target, args
+    name = name.strip("_")
+    if isinstance(args[0], Tensor):
+        return getattr(Tensor, f"__{name}__", None), args
+    return getattr(Tensor, f"__r{name}__", None), args[::-1]
+
+
+def is_torchs(kind: Any) -> bool:
+    """Whether a class of modules is PyTorch's own."""
+    return str(getattr(kind, "__module__", "")).startswith("torch.")
+
+
+def module_of(node: Any) -> str:
+    """The innermost module of the user's own whose code makes a call, by its way from the traced one."""
+    modules = [path for path, kind in (node.meta.get("nn_module_stack") or {}).values() if not is_torchs(kind)]
+    return str(modules[-1]) if modules else ROOT
 
 
 def _translator() -> Any:

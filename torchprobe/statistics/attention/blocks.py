@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from torchprobe.statistics.attention.keys import Distances, Sight, Visible, dist
 from torchprobe.statistics.attention.rows import Extent, Rows, Tile, budget, row_tiles, tiles
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 
+T = TypeVar("T")
+
+_KEPT = 2**20
+"""Where rows times keys are more, what only depends on positions is made anew for each attention: memory."""
+
 
 class Workspace:
     """A block's worth of logits and one of weights, and a head's keys, each overwritten by the next."""
@@ -22,7 +28,7 @@ class Workspace:
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """size: elements of a usual block; a larger one grows it."""
         self._buffers = [torch.empty(n, dtype=dtype, device=device) for n in (size, size, 0)]
-        self.zero = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+        self.unread = torch.empty(1, 1, 1, dtype=dtype, device=device)
 
     def logits(self, shape: tuple[int, ...]) -> Tensor:
         """Room for the logits of a block."""
@@ -34,7 +40,7 @@ class Workspace:
 
     def keys(self, key: Tensor) -> Tensor:
         """The keys of some heads, contiguous and in the type of the arithmetic: a copy, unless they are."""
-        if key.dtype == self.zero.dtype and key.is_contiguous():
+        if key.dtype == self.unread.dtype and key.is_contiguous():
             return key
         return self._room(2, tuple(key.shape)).copy_(key)
 
@@ -79,11 +85,11 @@ def blocks(source: Source, rows: Rows, workspace: Workspace) -> Iterator[Block]:
 
 def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
-    position = visibility.standing(source, rows.positions(first, source.device)[:, None].to(source.dtype))
+    position = visibility.standing(source, _position(source, rows, first))
+    remembered = _memory(source, rows, first)
 
-    @cache
     def far(start: int, stop: int) -> Distances:
-        return distances(source, rows, *_of_rows(first, start, stop, position), keys)
+        return remembered(start, stop, lambda: distances(source, rows, *_of_rows(first, start, stop, position), keys))
 
     for tile in same_rows:
         for some in row_tiles(tile, keys, size):
@@ -98,12 +104,12 @@ def _multiplied(
     source: QueryKey, rows: Rows, same_rows: list[Tile], size: int, workspace: Workspace
 ) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
-    position = rows.positions(first, source.device)[:, None].to(source.dtype)
+    position = _position(source, rows, first)
+    remembered = _memory(source, rows, first)
     per_head = source.mask is not None and source.mask.dim() > 2 and source.mask.size(-3) > 1
     shared = None if per_head else visibility.through_mask(source, rows, first)
     query = rows.take(source.query, first._replace(heads=slice(0, source.shape.heads))).to(source.dtype)
 
-    @cache
     def of_all_heads(start: int, stop: int) -> tuple[int, Distances, Sight]:
         tile, at = _of_rows(first, start, stop, position)
         reach = min(keys, rows.end(tile)) if source.causal else keys
@@ -118,11 +124,35 @@ def _multiplied(
         key = key.to(source.dtype) if len(several) == 1 else workspace.keys(key)
         across = key.flatten(0, 1).transpose(1, 2)
         for some in several:
-            reach, far, unmasked = of_all_heads(some.rows.start, some.rows.stop)
+            start, stop = some.rows.start, some.rows.stop
+            reach, far, unmasked = remembered(start, stop, partial(of_all_heads, start, stop))
             of_tile = slice(some.rows.start - tile.rows.start, some.rows.stop - tile.rows.start)
             logits = _product(query[:, tile.heads, of_tile], across[..., :reach], source.scale, workspace)
             sight = masked.narrowed(of_tile, reach) if masked else unmasked
             yield Block(some, logits, True, _to_softmax(source, rows, some, logits, sight), far)
+
+
+def _position(source: Source, rows: Rows, tile: Tile) -> Tensor:
+    """The query indices of a tile, floating: (sequences or 1, 1, rows)."""
+    key = ("position", source.dtype, *_bounds(tile))
+    return rows.remembered(key, lambda: rows.positions(tile, source.device)[:, None].to(source.dtype))
+
+
+def _bounds(tile: Tile) -> tuple[int, ...]:
+    return (tile.sequences.start, tile.sequences.stop, tile.rows.start, tile.rows.stop)
+
+
+def _memory(source: Source, rows: Rows, tile: Tile) -> Callable[[int, int, Callable[[], T]], T]:
+    """For what is the same for all heads of a tile, and where it is small for all attentions of this shape."""
+    keys = source.shape.keys
+    small = source.places is None and rows.count * rows.per_sequence * keys <= _KEPT
+    kind = (type(source), isinstance(source, QueryKey) and source.causal, keys, source.dtype, *_bounds(tile))
+    of_rows = rows if small else replace(rows, kept={})
+
+    def remembered(start: int, stop: int, make: Callable[[], T]) -> T:
+        return of_rows.remembered((*kind, start, stop), make)
+
+    return remembered
 
 
 def _of_rows(tile: Tile, start: int, stop: int, position: Tensor) -> tuple[Tile, Tensor]:
@@ -137,7 +167,7 @@ def _product(query: Tensor, across: Tensor, scale: float, workspace: Workspace) 
     folded = query.reshape(across.size(0), -1, query.size(3))
     logits = workspace.logits((*query.shape[:3], across.size(2)))
     room = logits.view(*folded.shape[:2], across.size(2))
-    torch.baddbmm(workspace.zero, folded, across, beta=0, alpha=scale, out=room)
+    torch.baddbmm(workspace.unread, folded, across, beta=0, alpha=scale, out=room)
     return logits
 
 

@@ -14,22 +14,8 @@ from torchprobe.statistics.attention.blocks import Block, Workspace, blocks, wor
 from torchprobe.statistics.attention.keys import by_position, totals
 from torchprobe.statistics.attention.rows import Rows, Tile, choose, strata, unpadded
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
+from torchprobe.statistics.attention.sums import FIELDS, MAX_LOGIT, ROWS, Columns, Measured
 from torchprobe.statistics.dtypes import row_dtype
-
-FIELDS = (
-    "entropy",
-    "normalized_entropy",
-    "max_probability",
-    "max_logit",
-    "sink",
-    "distance",
-    "rows",
-    "rows_with_choice",
-)
-"""Columns of a head's row: sums over its `rows` valid query rows, but max_logit, which is the maximum.
-normalized_entropy and sink are over the `rows_with_choice` that see at least two keys."""
-
-MAX_LOGIT, ROWS = FIELDS.index("max_logit"), FIELDS.index("rows")
 
 ROWS_PER_PIXEL = 4
 """Query rows that stand for a pixel row which pools more of them."""
@@ -63,10 +49,15 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
     generators alone. Call it with autocast off.
     Raises ValueError for a `rows` that is neither "all" nor a positive integer.
     """
-    chosen = choose(source, rows, generator)
+    return measure(source, choose(source, rows, generator)).rows
+
+
+@torch.no_grad()
+def measure(source: Source, chosen: Rows) -> Measured:
+    """The same for rows that are chosen, not added up yet: `finish` adds up several together."""
     shape = source.shape
     if 0 in shape:
-        return torch.zeros(shape.heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device)
+        return Measured(torch.zeros(shape.heads, len(FIELDS), dtype=row_dtype(source.device), device=source.device))
     table = torch.empty(6, chosen.count, shape.heads, chosen.per_sequence, dtype=source.dtype, device=source.device)
     workspace = workspace_for(source, chosen)
     for block in blocks(source, chosen, workspace):
@@ -77,8 +68,7 @@ def compute(source: Source, rows: int | Literal["all"], generator: torch.Generat
     table = table.transpose(1, 2)
     everything = Tile(slice(0, chosen.count), slice(0, chosen.per_sequence), *[slice(0, shape.heads)] * 2)
     as_weights = isinstance(source, Logits) and source.as_weights
-    values = _weights(table) if as_weights else _statistics(table, _sinks(source, chosen, everything))
-    return _sums(table.flatten(2), values.flatten(2), unpadded(source, chosen))
+    return Measured(Columns(table, _sinks(source, chosen, everything), unpadded(source, chosen), as_weights))
 
 
 @torch.no_grad()
@@ -171,24 +161,6 @@ def _of_first(weight: Tensor, first: Tensor) -> Tensor:
     return weight.gather(-1, index.expand(weight.shape[:-1])[..., None])[..., 0]
 
 
-def _sums(table: Tensor, statistics: Tensor, unpadded: Tensor | None) -> Tensor:
-    """The row of every head from the columns of its query rows, (6, heads, rows), and their statistics, (4, …)."""
-    largest, count = table[0], table[-1]
-    valid = (count > 0) & largest.isfinite()
-    if unpadded is not None:
-        valid &= unpadded.flatten()
-    choice = valid & (count > 1)
-    entropy, max_probability, sink, distance = statistics.unbind()
-    normalized = (entropy / count.clamp(min=2).log()).clamp(max=1)
-    values = torch.stack((entropy, normalized, max_probability, sink, distance))
-    sums = torch.where(torch.stack((valid, choice, valid, choice, valid)), values, 0)
-    sums = sums.sum(-1, dtype=row_dtype(table.device))
-    rows = torch.stack((valid, choice)).sum(-1)
-    highest = torch.where(valid, largest, -torch.inf).amax(-1)
-    highest = torch.where(rows[0] > 0, highest, 0)
-    return torch.cat((sums[:MAX_LOGIT], highest[None], sums[MAX_LOGIT:], rows)).T.contiguous()
-
-
 def _sinks(source: Source, rows: Rows, tile: Tile) -> Tensor | None:
     """The sink logits of a tile's rows: (sequences, heads, rows, 1), or sizes of 1 where they are the same."""
     if source.sinks is None:
@@ -197,31 +169,6 @@ def _sinks(source: Source, rows: Rows, tile: Tile) -> Tensor | None:
         return source.sinks[None, tile.heads, None, None].to(source.dtype)
     sinks = rows.take(source.sinks, tile).to(source.dtype)
     return sinks if source.shift is None else sinks + rows.take(source.shift, tile).to(source.dtype)
-
-
-def _weights(table: Tensor) -> Tensor:
-    """As `_statistics`, of weights p = exp(s) that are taken as they are."""
-    largest, total, below, first, distance, _ = table
-    entropy, scale = (-below - largest * total).clamp(min=0), largest.exp()
-    return torch.stack((entropy * scale, scale, first * scale, distance * scale))
-
-
-def _statistics(table: Tensor, sinks: Tensor | None) -> Tensor:
-    """Entropy, largest probability, sink and distance of every query row: (4, heads, sequences, rows).
-
-    table: (6, heads, sequences, rows); sinks: broadcastable to (sequences, heads, rows, 1). A sink logit above m is the
-    maximum that everything is relative to: the columns then shrink by exp(m - sink).
-    """
-    largest, total, below, first, distance, _ = table
-    if sinks is None:
-        entropy = (total.log() - below / total).clamp(min=0)
-        return torch.stack((entropy, 1 / total, first / total, distance / total))
-    sink = sinks[..., 0].transpose(0, 1)
-    excess = (sink - largest).clamp(min=0)
-    shrink = (-excess).exp()
-    whole = shrink * total + (sink - largest - excess).exp()
-    entropy = shrink * (total * (whole.log() + excess) - below) / whole
-    return torch.stack((entropy.clamp(min=0), shrink / whole, shrink * first / whole, shrink * distance / whole))
 
 
 def _pixel_rows(source: Source, tall: int, batch_index: int, generator: torch.Generator | None) -> tuple[Rows, Tensor]:

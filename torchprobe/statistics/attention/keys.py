@@ -72,8 +72,12 @@ def by_position(source: Source, rows: Rows) -> Tensor | None:
         return None
     keys = source.shape.keys
     everything = Tile(slice(0, rows.count), slice(0, rows.per_sequence), slice(0, 1), slice(0, 1))
-    position = rows.positions(everything, source.device)[:, None]
-    return (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
+
+    def count() -> Tensor:
+        position = rows.positions(everything, source.device)[:, None]
+        return (position + 1).clamp(max=keys) if source.causal else torch.full_like(position, keys)
+
+    return rows.remembered(("count", keys, source.causal), count)
 
 
 def standing(source: Source, position: Tensor) -> Tensor:

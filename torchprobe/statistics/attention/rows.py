@@ -6,15 +6,17 @@ And in which tiles: small enough for a cache, or for a fraction of a device's me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchprobe.statistics.attention.sources import Source
 from torchprobe.statistics.dtypes import moved, row_dtype
+
+T = TypeVar("T")
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -58,7 +60,7 @@ class Rows:
 
     sequences: (count,) their indices; None stands for all, in order. queries: (count, per_sequence), ascending;
     None stands for all, in order. Both int64, on the device of the source. together: so many rows may lie anywhere
-    after the first stratum of theirs.
+    after the first stratum of theirs. kept: what was made of them before.
     """
 
     count: int
@@ -67,6 +69,14 @@ class Rows:
     sequences: Tensor | None = None
     queries: Tensor | None = None
     together: int = 1
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def remembered(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` returns, once for all attentions that read these rows; never changed by them."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        found: T = self.kept[key]
+        return found
 
     def positions(self, tile: Tile, device: torch.device) -> Tensor:
         """The query indices of a tile: (sequences, rows), or (1, rows) where all sequences have the same."""
@@ -107,7 +117,7 @@ class Rows:
         queries = self.queries[tile.sequences, tile.rows]
         if len(queries) == 1:  # six times as fast as the general way
             return x.index_select(2, queries[0])
-        each = torch.arange(len(queries), device=x.device)[:, None]
+        each = self.remembered(("each", len(queries)), lambda: torch.arange(len(queries), device=x.device)[:, None])
         return x.expand(len(queries), *x.shape[1:])[each, :, queries].transpose(1, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -68,7 +69,7 @@ class QueryKey:
             _check(self.sinks.shape == (heads,), "sinks", self.sinks, f"({heads},), one logit a head")
         _check_queries(self.padding, self.places, batch, queries)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """The sizes of the attention matrix."""
         batch, heads, queries, _ = self.query.shape
@@ -79,7 +80,7 @@ class QueryKey:
         """Where the statistics are computed."""
         return self.query.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic: float32, or float64 where an input is."""
         return _arithmetic(self.query.dtype, self.key.dtype)
@@ -120,7 +121,7 @@ class Logits:
             if each is not None:
                 _check(each.shape == column, name, each, f"{column}: one for each row of the logits")
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """The sizes of the attention matrix."""
         return Shape(*self.logits.shape)
@@ -130,7 +131,7 @@ class Logits:
         """Where the statistics are computed."""
         return self.logits.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic: float32, or float64 where the logits are."""
         return _arithmetic(self.logits.dtype)

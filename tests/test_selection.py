@@ -9,6 +9,7 @@ from torch import nn
 import torchprobe
 from tests.models import FAMILIES, inputs
 from torchprobe.capture.selection import Selection
+from torchprobe.capture.sharding import Named
 from torchprobe.naming import ROOT, named_modules, named_parameters
 from torchprobe.testing import MemoryWriter
 
@@ -25,7 +26,7 @@ def modules(model, include=None, exclude=None, select=None):
 
 def parameters(model, include=None, exclude=None, select=None):
     selection, probe = Selection(model, include, exclude), torchprobe.Gradients(select=select)
-    return [name for name, p in named_parameters(model) if selection.wants_parameter(name, p, probe)]
+    return [one.name for one in selection.parameters([Named(n, p, p) for n, p in named_parameters(model)], probe)]
 
 
 def test_by_default_leaves_with_parameters_norms_and_attention_and_every_parameter(model):

@@ -12,7 +12,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, is_grad_enabled, nn
 
 from torchprobe.capture import compat
-from torchprobe.capture.compiled.operators import GradientHook
+from torchprobe.capture.compiled.operators import PassHook
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
@@ -114,7 +114,7 @@ class Passes:
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
-            hook = GradientHook(passing) if passing.due or self.gradients.compiled else passing
+            hook = PassHook(passing) if passing.due or self.gradients.compiled else passing
             compat.hear_gradient(output, hook)  # by far the most frequent, so without the call of `_hook`
             heard = True
         else:
@@ -156,8 +156,8 @@ class Passes:
                 heard += 1
         return heard > 0
 
-    def _hook(self, passing: Pass) -> Pass | GradientHook:
-        return GradientHook(passing) if passing.due or self.gradients.compiled else passing
+    def _hook(self, passing: Pass) -> Pass | PassHook:
+        return PassHook(passing) if passing.due or self.gradients.compiled else passing
 
     def _count(self, passing: Pass) -> None:
         """No optimizer is in sight: a pass is a step."""

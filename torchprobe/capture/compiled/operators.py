@@ -98,6 +98,14 @@ class GradientHook:
             heard(self.handle, gradient)
 
 
+class PassHook(GradientHook):
+    """One that tells of the backward pass itself: what follows, such as a step that begins, is no statistic."""
+
+    def hear(self, gradient: Tensor | None) -> None:
+        """A gradient is there."""
+        self.functions[0](gradient)
+
+
 skip_frames(GradientHook.__call__)
 
 

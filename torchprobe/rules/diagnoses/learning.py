@@ -156,7 +156,7 @@ class LearningRateTooHigh(Diagnosis):
             return 0
         (step, before), kept["norm"] = kept.get("norm", (record.step, norm)), (record.step, norm)
         steps = record.step - step
-        return steps if steps and 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf else 0
+        return int(steps > 0 and 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def test_nothing_grows_and_nothing_is_lost(tmp_path):
     sizes = assert_bytes_as_documented(tmp_path)
     print(STEPS, "steps;", sizes, *soak.marks, sep="\n")
     assert soak.growth("objects")[-1] < 200  # of some hundred thousand; before it windows of rules fill
-    assert soak.growth("traced")[-1] < 2**17  # another set of tags is kept with what is known of it: 60 kB, eight at most
+    assert soak.growth("traced")[-1] < 2**17  # of another set of tags: 60 kB, at most eight times
     assert soak.growth("resident")[-1] < 2**24
     written = soak.growth("written")
     assert written == pytest.approx([statistics.mean(written)] * len(written), rel=0.05)

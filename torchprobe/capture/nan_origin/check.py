@@ -44,7 +44,7 @@ class Signs:
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, float]]:
         """Each name is what a sign is of."""
-        for of, count in zip(names, rows[:, 0].tolist(), strict=True):
+        for of, count in zip(names, rows[:, 0].tolist(), strict=True):  # on the host by now
             if count > 0:
                 self._seen()
                 yield f"nonfinite/{of}", 1.0

@@ -117,9 +117,9 @@ class UnshuffledBatches(Diagnosis):
 
 @dataclass(frozen=True)
 class LearningRateTooHigh(Diagnosis):
-    """After step 1 `samples` steps moved parameters by over `ratio` of their norm: most of them in a sample, or all of
-    them between two, by how it has grown; and the last `steps` losses are all above `rise` times the first. Left alone:
-    large steps that the loss survives, a first loss of 0 or below.
+    """After step 1 `samples` steps moved parameters by over `ratio` of their norm: in samples, or, but for one of them,
+    between two samples by how the norm has grown; and the last `steps` losses are all above `rise` times the first.
+    Left alone: large steps that the loss survives, a first loss of 0 or below.
     """
 
     samples: int = 2
@@ -150,13 +150,13 @@ class LearningRateTooHigh(Diagnosis):
         return None if ratio is None else []
 
     def _grown(self, record: Record, kept: dict[str, Any]) -> int:
-        """The steps since the last sample, if the norm has grown by more than `ratio` in each of them on average."""
+        """The steps since the last sample but one, which may be a leap, if each has grown the norm by over `ratio`."""
         norm = scalar(record, "overview/param_norm")
         if norm is None:
             return 0
         (step, before), kept["norm"] = kept.get("norm", (record.step, norm)), (record.step, norm)
         steps = record.step - step
-        return int(steps > 0 and 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf)
+        return max(steps - 1, 0) if 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf else 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tests.statistics import reference
 from tests.statistics.strategies import tensors
@@ -71,6 +72,32 @@ def test_many_elements_stay_within_a_millionth(shape):
     assert m2 / count == pytest.approx(x.double().var(correction=0).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@given(power=st.integers(-37, 38), wide=st.booleans(), dead=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_the_largest_magnitude_is_exact_and_fourth_powers_right_at_every_size(kind, power, wide, dead, seed):
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(1500, generator=made, dtype=torch.float64) * 10.0**power
+    x = x * 10 ** (-20 * torch.rand(1500, generator=made)) if wide else x
+    x = (x.relu() if dead else x).to(kind)
+    row = dense.moments(x)
+    assume(row is not None)
+    elements = x.double()
+    largest = elements.abs().max()
+    assert row[3:5] == (largest, (x == 0).sum())
+    fourth = (elements / largest).pow(4).sum() if largest else torch.zeros(())
+    assert row[6] == pytest.approx(fourth.item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_fast_way(kind):
+    x = torch.randn(600, 1000).to(kind).T
+    assert dense.moments(x) is not None
+    assert dense.sums(x, absolute=True) == pytest.approx(
+        (x.double().square().sum().item(), 0.0, x.double().abs().sum().item()), rel=1e-6
+    )
+
+
 ORDINARY = {
     "after dropout": lambda: torch.randn(3_000_000) * (torch.rand(3_000_000) < 0.1),
     "after ReLU": lambda: torch.randn(3_000_000).relu(),
@@ -91,8 +118,8 @@ def test_rounding_does_not_add_up_over_elements_that_are_alike(make):
     assert dense.sums(x)[0] == pytest.approx(wide.square().sum().item(), rel=5e-7)
 
 
-def test_only_plain_float32_in_host_memory_is_looked_at():
+def test_only_plain_floats_in_host_memory_are_looked_at():
     assert dense.applies_to(torch.ones(3))
-    assert not dense.applies_to(torch.ones(3, dtype=torch.bfloat16))
+    assert not dense.applies_to(torch.ones(3, dtype=torch.float64))
     assert not dense.applies_to(torch.ones(0))
     assert not dense.applies_to(torch.ones(3, device="meta"))

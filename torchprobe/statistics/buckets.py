@@ -69,7 +69,7 @@ def tally(index: Tensor, buckets: int, *weights: Tensor) -> Tensor:
 
 def small_packs(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which of real tensors are counted together: their indices, `PACK` at a time."""
-    small = [i for i, x in enumerate(tensors) if dense.applies_to(x) and x.numel() < SMALL]
+    small = [i for i, x in enumerate(tensors) if x.numel() < SMALL and x.dtype == torch.float32 and dense.applies_to(x)]
     return [small[start : start + PACK] for start in range(0, len(small), PACK)]
 
 

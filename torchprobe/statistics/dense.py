@@ -1,4 +1,4 @@
-"""The common case, fast: float32 tensors in host memory whose elements are all finite and of ordinary size.
+"""The common case, fast: tensors in host memory whose elements are all finite and of ordinary size.
 
 Elsewhere every statistic masks what is not finite, which costs several passes over the data. In host memory a sum
 can be looked at for free (nothing waits: the CPU has just computed it), and shows whether there is anything to
@@ -11,16 +11,20 @@ dropout or ReLU), and `torch.linalg.vector_norm` of a whole tensor by 1e-3 at 20
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchprobe.statistics.dtypes import PLAIN, chunks, on_host
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 CHUNK = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
 _STREAM = 16  # so many chunks at a time where one pass is enough
 _ROW = 512  # elements whose squares are added up in float32, 32 to a lane
 _TINY = 1e-15  # squares of smaller deviations would lose digits in float32
+_SQUARES = 1e-12, 1e15  # between them fourth powers neither vanish beside the largest nor, 512 together, overflow
 _FLAT = 1e-12  # a smaller variance, as a part of the mean square, is of the rounding of the mean's own square
 
 
@@ -31,15 +35,16 @@ def is_plain(x: Tensor) -> bool:
 
 def applies_to(x: Tensor) -> bool:
     """Whether a tensor may be the common case."""
-    return x.dtype == torch.float32 and x.is_cpu and type(x) in PLAIN and x.numel() > 0
+    return x.dtype in TYPES and x.is_cpu and type(x) in PLAIN and x.numel() > 0
 
 
 def sums(x: Tensor, *, absolute: bool = False) -> tuple[float, ...] | None:
     """The sum of squares, 0 and, where wanted, the sum of magnitudes; None when not the common case after all."""
-    size = CHUNK if absolute or not x.is_contiguous() else _STREAM * CHUNK  # what is copied, a chunk at a time
+    copied = absolute or not x.is_contiguous() or x.dtype != torch.float32
+    size = CHUNK if copied else _STREAM * CHUNK  # what is copied, a chunk at a time
     scratch = _scratch(x) if absolute else x
     norms, magnitudes = [], 0.0
-    for chunk in chunks(x, size):
+    for chunk in _floats(x, size):
         norms += [_row_norms(chunk)]
         if absolute:
             magnitudes += on_host(torch.abs(chunk, out=_first(scratch, chunk.shape[0])).sum())
@@ -55,13 +60,12 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     """
     scratch = _scratch(x)
     norms, totals, fourths, max_abs, zeros = [], [], [], 0.0, 0.0
-    for chunk in chunks(x, CHUNK):
+    for chunk in _floats(x, CHUNK):
         norms.append(_row_norms(chunk))
         totals.append(on_host(chunk.sum()))
-        largest, without = _magnitudes(chunk, own := _first(scratch, chunk.shape[0]))
+        largest, without, fourth = _extremes(chunk, _first(scratch, chunk.shape[0]))
         max_abs, zeros = max(max_abs, largest), zeros + without
-        if 0 < largest < math.inf:
-            fourths.append((largest, _squares([_row_norms(torch.div(chunk, largest, out=own).square_())])))
+        fourths.append((largest, fourth))
     count, squares = x.numel(), _squares(norms)
     if not squares < math.inf:
         return None
@@ -73,24 +77,40 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
         if _varies(x):
             return None
         mean, m2 = on_host(x[(0,) * x.dim()]), 0.0
-    fourth = math.fsum((largest / max_abs) ** 4 * some for largest, some in fourths)
+    fourth = math.fsum((largest / max_abs) ** 4 * some for largest, some in fourths) if max_abs else 0.0
     return float(count), mean, m2, max_abs, zeros, 0.0, fourth
 
 
-def _magnitudes(x: Tensor, scratch: Tensor) -> tuple[float, float]:
-    """The largest magnitude and the number of zeros of a 1-D tensor."""
-    magnitude = torch.abs(x, out=scratch)
-    low, high = magnitude.view(torch.int32).aminmax()  # in the order of the floats, and compared faster
-    max_abs = on_host(high.view(torch.float32))
-    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(magnitude, 0.0, out=magnitude).sum())
-    return max_abs, zeros
+def _extremes(x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
+    """The largest magnitude of a 1-D tensor, its zeros, and the sum of fourth powers of its elements over the largest.
+
+    From the squares, the root of the largest of which is exact, where neither they nor their own leave the range.
+    """
+    squares = torch.square(x, out=scratch)
+    low, high = squares.view(torch.int32).aminmax()  # in the order of the floats, and compared faster
+    square = on_host(high.view(torch.float32))
+    if not _SQUARES[0] < square < _SQUARES[1]:
+        return _scaled_extremes(x, scratch)
+    fourth = _squares([_row_norms(squares)]) / square**2
+    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(x, 0.0, out=scratch).sum())
+    return on_host(high.view(torch.float32).sqrt()), zeros, fourth
+
+
+def _scaled_extremes(x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
+    """The same of elements of any size, divided by the largest before they are squared."""
+    low, high = torch.abs(x, out=scratch).view(torch.int32).aminmax()
+    largest = on_host(high.view(torch.float32))
+    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(x, 0.0, out=scratch).sum())
+    if not 0 < largest < math.inf:
+        return largest, zeros, 0.0
+    return largest, zeros, _squares([_row_norms(torch.div(x, largest, out=scratch).square_())])
 
 
 def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:
     """The mean, and the sum of squared deviations from it, taken one by one from a number near the mean."""
-    pivot = torch.tensor(near, dtype=x.dtype, device=x.device)
+    pivot = torch.tensor(near, dtype=scratch.dtype, device=x.device)
     norms, shifts = [], []
-    for chunk in chunks(x, CHUNK):
+    for chunk in _floats(x, CHUNK):
         deviations = torch.sub(chunk, pivot, out=_first(scratch, chunk.shape[0]))
         norms.append(_row_norms(deviations))
         shifts.append(on_host(deviations.sum()))
@@ -119,8 +139,15 @@ def _squares(norms: list[Tensor]) -> float:
     return on_host(torch.dot(wide, wide))
 
 
+def _floats(x: Tensor, size: int) -> Iterator[Tensor]:
+    """The elements of a tensor, a 1-D chunk at a time, as float32: exactly what they are."""
+    room = _scratch(x) if x.dtype != torch.float32 else None
+    for chunk in chunks(x, size):
+        yield chunk if room is None else room[: chunk.shape[0]].copy_(chunk)
+
+
 def _scratch(x: Tensor) -> Tensor:
-    return torch.empty(min(x.numel(), CHUNK), dtype=x.dtype, device=x.device)
+    return torch.empty(min(x.numel(), CHUNK), dtype=torch.float32, device=x.device)
 
 
 def _first(scratch: Tensor, size: int) -> Tensor:

@@ -198,7 +198,7 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
 def _finite_sums(tensors: Sequence[Tensor], *, absolute: bool) -> dict[int, tuple[float, ...]]:
     """The rows, by index, of those in host memory whose elements are all finite, where a look shows it.
 
-    Small ones take one operation for all, in float64, whose norms of a type that is narrower neither vanish nor overflow.
+    Small ones take one operation for all, in float64, in which norms of a narrower type neither vanish nor overflow.
     """
     usual = [i for i, x in enumerate(tensors) if dense.applies_to(x)]
     large = [i for i in usual if tensors[i].numel() >= _FEW]

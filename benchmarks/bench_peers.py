@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, stdev
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,11 @@ from benchmarks.recipes import RECIPES, Training, training
 from torchprobe.probes.choosing import default_probes
 
 LONG = os.environ.get("BENCHMARK") == "long"
-SECONDS = 12.0 if LONG else 2.0  # of bare steps, about, and of watched ones as many
+SECONDS = 6.0 if LONG else 2.0  # of bare steps, about, and of watched ones as many
 BLOCK_SECONDS = 0.1
 MOST_BLOCKS, FEWEST_BLOCKS = (200, 7) if LONG else (12, 4)
+
+pytestmark = pytest.mark.timeout(3600)
 
 Peer = Callable[[Training, Path], "Iterator[None]"]
 
@@ -134,6 +137,29 @@ def forward_hooks(run: Training, folder: Path) -> Iterator[None]:
     writer.close()
 
 
+def torchprobe_attention(run: Training, folder: Path) -> Iterator[None]:
+    """Attention alone: entropy, largest weight and logit, distance, sink of every head."""
+    with torchprobe.instrument(run.model, log_dir=folder, probes=[torchprobe.Attention(every=1)]):
+        yield
+
+
+def output_attentions(run: Training, folder: Path) -> Iterator[None]:
+    """`output_attentions=True`, which needs the eager implementation, and each layer's mean entropy by `add_scalar`."""
+    writer = SummaryWriter(str(folder))
+    run.model.set_attn_implementation("eager")
+    run.model.config.output_attentions = True
+
+    def look(module: nn.Module, args: object, output: Any) -> None:
+        for layer, weights in enumerate(output.attentions):
+            p = weights.detach()
+            writer.add_scalar(f"entropy/{layer}", -(p * p.clamp(min=1e-12).log()).sum(-1).mean(), run.steps)
+
+    handle = run.model.register_forward_hook(look)
+    yield
+    handle.remove()
+    writer.close()
+
+
 PEERS: dict[str, Peer] = {
     "torchprobe, nothing due": torchprobe_idle,
     "torchprobe, every default probe": torchprobe_all,
@@ -144,7 +170,10 @@ PEERS: dict[str, Peer] = {
     "gradient norms: Lightning": lightning_norms,
     "activations: torchprobe": torchprobe_activations,
     "activations: forward hooks, .item()": forward_hooks,
+    "attention: torchprobe": torchprobe_attention,
+    "attention: output_attentions": output_attentions,
 }
+TRANSFORMERS = "GPT-2 (transformers)"
 NEEDS = {"norms and histograms: wandb.watch": "wandb", "gradient norms: Lightning": "pytorch_lightning"}
 
 
@@ -153,6 +182,10 @@ NEEDS = {"norms and histograms: wandb.watch": "wandb", "gradient norms: Lightnin
 def test_a_step(benchmark, recipe, peer, tmp_path):
     if peer in NEEDS:
         pytest.importorskip(NEEDS[peer])
+    if recipe == TRANSFORMERS:
+        pytest.importorskip("transformers")
+    if (recipe == TRANSFORMERS) != peer.startswith("attention"):
+        pytest.skip("of this model attention alone is compared, which no peer reads in others")
     bare, watched = training(recipe), training(recipe)
     with contextmanager(PEERS[peer])(watched, tmp_path):
         pairs = benchmark.pedantic(lambda: measured(bare, watched), rounds=1)

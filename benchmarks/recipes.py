@@ -82,6 +82,17 @@ def gpt(batch: int = 4) -> tuple[nn.Module, Loss]:
     return model, lambda: F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
 
 
+def gpt2() -> tuple[nn.Module, Loss]:
+    """transformers' own, of the same shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    shape = {"n_embd": 384, "n_layer": 12, "n_head": 6, "n_positions": 256}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **shape, **off))
+    ids = torch.randint(0, VOCABULARY, (4, 256))
+    return model, lambda: model(ids, labels=ids).loss
+
+
 RECIPES: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
     "MLP, 3 layers": mlp,
     "policy network": policy,
@@ -89,6 +100,7 @@ RECIPES: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
     "LSTM, 2 layers": lstm,
     "GPT, 1,024 tokens": gpt,
     "GPT, 4,096 tokens": lambda: gpt(16),
+    "GPT-2 (transformers)": gpt2,
 }
 
 

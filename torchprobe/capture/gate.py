@@ -14,8 +14,9 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from torchprobe.buffer.transfer import may_record_graphs, records_graph
-from torchprobe.capture.compat import find, switch_gradients
+from torchprobe.capture.compat import switch_gradients
 from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
+from torchprobe.capture.private_names import find
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")

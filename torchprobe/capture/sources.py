@@ -19,8 +19,7 @@ from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
 from torchprobe.capture.nan_origin.check import NanCheck
-from torchprobe.capture.nan_origin.snapshots import StepSnapshots
-from torchprobe.capture.nan_origin.value_trace import ValueTrace
+from torchprobe.capture.nan_origin.value_trace import StepSnapshots, ValueTrace
 from torchprobe.capture.parameters import ParameterSource
 from torchprobe.capture.predictions.source import PredictionSource
 from torchprobe.capture.routers import Routers

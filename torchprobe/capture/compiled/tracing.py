@@ -14,8 +14,9 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from torchprobe.capture.compat import find, say_what_graphs_lose, skip_frames, under_transform
+from torchprobe.capture.compat import say_what_graphs_lose, skip_frames, under_transform
 from torchprobe.capture.compiled.graphs import attach_guards
+from torchprobe.capture.private_names import find
 from torchprobe.naming import ROOT
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -17,6 +18,8 @@ from torchprobe.capture.outputs import given_tensors, is_numeric, main_tensor, t
 from torchprobe.capture.source import Pass
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.probes.base import Reporter
+from torchprobe.random_state import random_state
+from torchprobe.records import StepSnapshot
 from torchprobe.statistics import dtypes
 from torchprobe.statistics.dtypes import real, row_dtype
 
@@ -167,6 +170,29 @@ class _Follower:
         if not gate.failed:
             with gate:
                 self._of.add(self.trace, self.seen, gradient)
+
+
+class StepSnapshots:
+    """What it takes to run the last sampled steps again: their random states, and the shapes of their batches.
+
+    Written by the training thread, read by any other.
+    """
+
+    def __init__(self, size: int = 20) -> None:
+        self._snapshots: deque[StepSnapshot] = deque(maxlen=size)
+
+    def open(self, step: int) -> None:
+        """A sampled step begins."""
+        self._snapshots.append(StepSnapshot(step, random_state()))
+
+    def saw(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """What its model was called with."""
+        if self._snapshots and shapes:
+            self._snapshots[-1] = replace(self._snapshots[-1], shapes=shapes)
+
+    def latest(self) -> list[StepSnapshot]:
+        """All that are kept, oldest first."""
+        return list(self._snapshots)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -135,7 +135,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         _trace(site, output)
     elif REPLICA not in module.__dict__:
-        with site.running.meter:
+        with site.running.meter, no_torch_function():  # no mode, the user's or ours, need see it
             beside(_observe, site, module.training, output)
 
 
@@ -151,7 +151,7 @@ def _observe(site: Site, training: bool, output: Any) -> None:
     if passing is None:
         return
     if not recomputing:
-        with no_torch_function(), no_graph():  # no mode, the user's or ours, need see it
+        with no_graph():
             for tap in site.outputs:
                 if tap.reporter in passing.due:
                     tap.add(passing, tensor)

@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.outputs import batch_sizes, tensors_in
 from torchprobe.naming import all_parameters
@@ -220,10 +221,9 @@ class Stopwatch:
             watch = ended[1] if ended is not None else _watch_of(model, self.meter)
             device = None if watch is None else watch.device
             cast("PerformanceReporter", reporter).watch(device)
-            timing = Timing(watch, self.meter.aside, clear)
             if ended is None or not (clear and (device is None or quiet)):
                 self._ended = None
-            self.timing = timing
+            self.timing = Timing(watch, self.meter.aside, clear)
 
     def enter(self) -> None:
         """A training pass begins: the first one ends the wait."""
@@ -238,7 +238,7 @@ class Stopwatch:
         """It has returned."""
         timing, model = self._live(), self._model()
         if timing is not None and model is not None:
-            with self._gate.boundary():
+            with self._gate.boundary(), no_torch_function():
                 timing.end("forward")
                 if self._by_time is None:
                     self._by_time = any(getattr(part, "batch_first", True) is False for part in model.modules())

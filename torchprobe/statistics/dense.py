@@ -11,7 +11,7 @@ dropout or ReLU), and `torch.linalg.vector_norm` of a whole tensor by 1e-3 at 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -139,11 +139,12 @@ def _squares(norms: list[Tensor]) -> float:
     return on_host(torch.dot(wide, wide))
 
 
-def _floats(x: Tensor, size: int) -> Iterator[Tensor]:
+def _floats(x: Tensor, size: int) -> Iterable[Tensor]:
     """The elements of a tensor, a 1-D chunk at a time, as float32: exactly what they are."""
-    room = _scratch(x) if x.dtype != torch.float32 else None
-    for chunk in chunks(x, size):
-        yield chunk if room is None else room[: chunk.shape[0]].copy_(chunk)
+    if x.dtype == torch.float32:
+        return chunks(x, size)
+    room = _scratch(x)
+    return (room[: chunk.shape[0]].copy_(chunk) for chunk in chunks(x, size))
 
 
 def _scratch(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics import dense, fused, moments
-from torchprobe.statistics.dtypes import Scratch, chunks, real, reals, row_dtype
+from torchprobe.statistics.dtypes import PLAIN, Scratch, chunks, real, reals, row_dtype
 
 FIELDS = ("sum_squares", "sum_abs", "nonfinite", "count")
 """Columns of `finite_sums`. The sums and the count are over the finite elements; rows merge by addition."""
@@ -200,10 +200,9 @@ def _finite_sums(tensors: Sequence[Tensor], *, absolute: bool) -> dict[int, tupl
 
     Small ones take one operation for all, in float64, in which norms of a narrower type neither vanish nor overflow.
     """
-    usual = [i for i, x in enumerate(tensors) if dense.applies_to(x)]
-    large = [i for i in usual if tensors[i].numel() >= _FEW]
-    found = {i: row for i in large if (row := dense.sums(tensors[i], absolute=absolute)) is not None}
-    small = [i for i in usual if tensors[i].numel() < _FEW]
+    usual = [(i, x, x.numel()) for i, x in enumerate(tensors) if x.dtype in dense.TYPES and type(x) in PLAIN]
+    found = {i: row for i, x, n in usual if n >= _FEW and (row := dense.sums(x, absolute=absolute)) is not None}
+    small = [i for i, _, n in usual if 0 < n < _FEW]
     if small:
         some = [tensors[i] for i in small]
         squares = torch.stack(torch._foreach_norm(some, 2, torch.float64)).square().tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -42,11 +43,6 @@ class Trace:
         self.calls: list[int] = []  # those that are running
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.events = 0
-
-    def room(self, events: int) -> int:
-        """How many of so many more events there is room for."""
-        self.events += events
-        return events if self.events <= _MOST_EVENTS else max(events - self.events + _MOST_EVENTS, 0)
 
     def merge(self, other: Trace) -> None:
         """The events of one more pass, if there is room for them, and its shapes."""
@@ -139,14 +135,15 @@ class ValueTrace:
         if (place := tensor.data_ptr()) != self._place:  # all hooks of one gradient see it in turn
             self._place = place
             self._tensor += 1
-        room = trace.room(len(seen))
-        ends = self._ends(tensor) if room else None
-        for call, kind, name in seen:
-            self._turn += 1
-            if ends is not None and room > 0:
-                room -= 1
-                event = f"{self._turn} {self._tensor} {call} {kind} {name}"
-                trace.rows[tensor.device, ends[0].dtype] += [(event, ends)]
+        room = _MOST_EVENTS - trace.events
+        trace.events += len(seen)
+        if room > 0:
+            ends = self._ends(tensor)
+            events = [
+                f"{i} {self._tensor} {call} {kind} {name}" for i, (call, kind, name) in enumerate(seen, self._turn)
+            ]
+            trace.rows[tensor.device, ends[0].dtype] += [(event, ends) for event in events[:room]]
+        self._turn += len(seen)
 
     def _ends(self, tensor: Tensor) -> Ends:
         """Of a tensor that did not change since it was looked at last: what was found then."""

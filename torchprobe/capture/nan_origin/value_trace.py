@@ -43,6 +43,11 @@ class Trace:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.events = 0
 
+    def room(self, events: int) -> int:
+        """So many more events come: how many there was room for before them."""
+        self.events += events
+        return _MOST_EVENTS - self.events + events
+
     def merge(self, other: Trace) -> None:
         """The events of one more pass, if there is room for them, and its shapes."""
         if self.events + other.events <= _MOST_EVENTS:
@@ -134,8 +139,7 @@ class ValueTrace:
         if (place := tensor.data_ptr()) != self._place:  # all hooks of one gradient see it in turn
             self._place = place
             self._tensor += 1
-        room = _MOST_EVENTS - trace.events
-        trace.events += len(seen)
+        room = trace.room(len(seen))
         if room > 0:
             ends = self._ends(tensor)
             events = [

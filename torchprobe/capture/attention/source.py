@@ -17,6 +17,7 @@ from torchprobe.capture.attention.mode import AttentionMode
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
+from torchprobe.capture.attention.unread import GraphLook
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
@@ -61,6 +62,7 @@ class AttentionSource:
         self.masks = MaskArguments(reporter, self._mode.handwritten)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
         self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
+        self._look = GraphLook(model, self._observer, running)
         self._entered = False
 
     @property
@@ -77,6 +79,7 @@ class AttentionSource:
 
         Graphs that are compiled from now on record, or do not.
         """
+        self._look.attach()
         if due and not stack.MISSING:
             self._traced.arm()
         else:
@@ -85,6 +88,7 @@ class AttentionSource:
     def detach(self) -> None:
         """Take everything off the model."""
         self.leave()
+        self._look.detach()
         self._traced.detach()
 
     # ---- a forward pass

@@ -295,6 +295,7 @@ def _storage(tensor: Tensor) -> int:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return tensor.untyped_storage()._cdata if type(tensor).__name__ == "FakeTensor" else 0  # of a compiled graph
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() or (storage._cdata if tensor.is_meta else 0)
     except (RuntimeError, NotImplementedError):  # a tensor without memory, of a transform
         return 0

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention import sites, stack
-from torchprobe.capture.attention.fast_paths import FastPaths, has_any
-from torchprobe.capture.attention.mask_arguments import MaskArguments
 from torchprobe.capture.attention.mode import AttentionMode
+from torchprobe.capture.attention.multi_head import FastPaths, has_any
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
+from torchprobe.capture.attention.padding import MaskArguments
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
 from torchprobe.capture.attention.unread import GraphLook
@@ -59,7 +59,7 @@ class AttentionSource:
         self._maps = _Maps(self.reporter, probe)
         self._observer = Observer(model, reporter.gate, probe.rows, self._maps.drawn)
         self._mode = AttentionMode(self._observer)
-        self.masks = MaskArguments(reporter, self._mode.handwritten)
+        self.masks = MaskArguments(reporter, self._mode.handwritten.say_padded)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
         self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
         self._look = GraphLook(model, self._observer, running)

@@ -6,7 +6,6 @@ Each graph that is made while a step is sampled is looked at once, as Dynamo han
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 from weakref import ReferenceType
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.followed import CHANGED, Followed, Planning, flat
+from torchprobe.capture.attention.graph import CHANGED, Followed, Planning, flat
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Shape, leaves
 from torchprobe.capture.attention.observer import Call, Observer
@@ -133,12 +132,13 @@ class _Graph(Followed):
         self._account, self._names = account, names
         self._buffers = buffers_of(account)
         self._stand_ins: dict[int, tuple[Any, Tensor]] = {}
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[Any, Tensor] = {}
         self._outer: list[str | None] = []
         self._queries: set[Any] = set()
         self._read_in: set[str | None] = set()
         self._calls: list[tuple[Any, str | None]] = []
         self._checkpointed: set[int] = set()
+        self._flex_is_heard = False
 
     def planning(self, observer: Observer, labels: Labelling) -> Planning:
         """Also softmaxes of what may be scores that another graph made."""
@@ -152,6 +152,8 @@ class _Graph(Followed):
             query = node.args[1]
             self._queries |= {query, query.args[0] if query.args else query}
             self._read_in.add(self.owner(node))
+        elif node.target is operators.unread:
+            self._flex_is_heard = True
         elif node.target in _CALLS or _is_kernel(node.target):
             self._calls.append((node, self.owner(node)))
         before = len(self.softmaxes.met)
@@ -166,8 +168,7 @@ class _Graph(Followed):
         if tuple(value.shape) in self._cut.weights:
             made = self.handwritten.tape.node(value)
             keys = frozenset(leaves([self.handwritten.labels.of(made).dims[-1]]))
-            name = self.owner(node)
-            self.found.caller_is(name)
+            self.found.caller_is(self.owner(node))
             caller = self.found.caller()
             if caller is not None and not made.const:
                 pending = Pending(Call(caller, False), None, None, _BROKEN, keys)
@@ -228,15 +229,15 @@ class _Graph(Followed):
     def unread(self) -> dict[str, None]:
         """Reasons, each with the name of a module, in order."""
         self.handwritten.finish()
-        found = {}
+        found: dict[str, None] = {}
         for x, pending, node in self.softmaxes.met:
-            name = self.found.plans[id(x)][1] if id(x) in self.found.plans else pending.call.caller.name
             if self._is_left(x, pending):
-                found[f"the attention of {name}, {self._why(x, pending, node)}{self._names.more(name)}"] = None
-        for node, name in self._calls:
-            read = name in self._read_in if node.target is multi_head.FUNCTION else node.args[0] in self._queries
-            if name is not None and not read:
-                what = "a call in code that is not looked into" if node.target in _CALLS else "a kernel"
+                whose = self.found.plans[id(x)][1] if id(x) in self.found.plans else pending.call.caller.name
+                found[f"the attention of {whose}, {self._why(x, pending, node)}{self._names.more(whose)}"] = None
+        for call, name in self._calls:
+            read = name in self._read_in if call.target is multi_head.FUNCTION else call.args[0] in self._queries
+            if name is not None and not read and not (call.target is stack.FLEX and self._flex_is_heard):
+                what = "a call in code that is not looked into" if call.target in _CALLS else "a kernel"
                 found[f"the attention of {name}, {what}, inside a compiled graph{self._names.more(name)}"] = None
         return found
 
@@ -254,10 +255,9 @@ class _Graph(Followed):
             refused = _BY_EXP
         elif id(x) in self._checkpointed:
             refused = _CHECKPOINTED
-        reads = (
-            'Attention(compiled="read") reads it' if refused is None else refused.removesuffix(", in a compiled graph")
-        )
-        return f"{_WRITTEN}: {reads}" if refused is None else f"{reads}, {_WRITTEN}"
+        if refused is None:
+            return f'{_WRITTEN}: Attention(compiled="read") reads it'
+        return f"{refused.removesuffix(', in a compiled graph')}, {_WRITTEN}"
 
     def leave(self, cut: _Cut, breaks: bool) -> None:
         """What another graph may go on with. breaks: because this one ends at a graph break."""
@@ -288,21 +288,10 @@ class _Resumed(Planning):
 
 def _is_input(node: Node | None) -> bool:
     """Whether something is an input of the graph, changed element by element."""
-    for before in _back(node):
-        if before.func is None:
-            return not before.const
-    return False
-
-
-def _back(node: Node | None) -> Iterator[Node]:
-    while node is not None:
-        yield node
-        same = node.func is not None and (fn.is_pointwise(node.func) or node.func in fn.SAME)
+    while node is not None and node.func is not None:
+        same = fn.is_pointwise(node.func) or node.func in fn.SAME
         node = next((one for one in node.inputs if one.shape == node.shape and not one.const), None) if same else None
-
-
-def _what(node: Any) -> str:
-    return "a call in code that is not looked into" if node.target in _CALLS else "a kernel"
+    return node is not None and not node.const
 
 
 def _is_kernel(target: Any) -> bool:

@@ -40,6 +40,7 @@ class Handwritten:
         self.labels = labels
         self._softmaxes = softmaxes
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
+        self._strayed: list[Pending] = []  # weights whose keys were lost before they met something else
         self._any = False  # whether there are weights to follow
 
     def begin(self, modules: Iterable[nn.Module]) -> None:
@@ -52,10 +53,14 @@ class Handwritten:
         waiting, self._latent = self._latent, []
         for _, count in waiting:
             count()
+        for reason in uses.strayed(self._strayed):
+            self._observer.uncovered.add(reason)
+        self._strayed.clear()
 
     def forget(self) -> None:
         """Hold nothing of the pass."""
         self._latent.clear()
+        self._strayed.clear()
         self.tape.clear()
         self._any = False
 
@@ -91,10 +96,8 @@ class Handwritten:
             x: Any = args[0] if args else kwargs.get("input")
             if isinstance(x, Tensor):
                 self.give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
-        elif self._any:
-            flows = self._flows(node)
-            if flows:
-                self._follow(nodes, flows, args, within)
+        elif flows := self._flows(node):
+            self._follow(nodes, flows, args, within)
 
     def give(self, nodes: list[Node], flow: Flow | None) -> None:
         """They hold weights, or what becomes weights."""
@@ -114,9 +117,8 @@ class Handwritten:
     def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
         """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
         if is_plain(tokens):
-            self._observer.padding.say(
-                self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded
-            )
+            batch = 0 if len(padded) > 1 else None
+            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), batch, 1, padded)
 
     def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
         """Where the queries of a dot product stand among its keys."""
@@ -165,6 +167,8 @@ class Handwritten:
         if not flow.first.keys:
             axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
+            if flow.kind == "weights" and not all(one.const for one in product.factors if one is not factor):
+                self._strayed.append(flow.first)
             return
         if product.names[which][axis] in product.result:
             self.give([node], uses.mixed(product, which, flow))
@@ -195,9 +199,7 @@ class Handwritten:
         if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
             for pending in flow.pending:
                 self._count(pending, pending.reading, within)
-            return
-        found = flow.used or self._read_as_used(node, axis, flow, weights)
-        if isinstance(found, str):
+        elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
             self._observer.uncovered.add(f"the attention of {flow.first.call.caller.name}, {found}")
         else:
             self._count(flow.first, found, within)
@@ -275,10 +277,9 @@ class Handwritten:
             return
         if flow.multiplied and flow.kind == "weights":
             before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)
-            if before is not None:
-                inner = self._key_axis(before, flow)
-                if inner is not None:
-                    self._use(before, inner, replace(flow, multiplied=False), None, within)
+            inner = None if before is None else self._key_axis(before, flow)
+            if before is not None and inner is not None:
+                self._use(before, inner, replace(flow, multiplied=False), None, within)
         elif node.func in fn.SUMS and not flow.multiplied:
             self.give([node], replace(flow, kind="total"))
 

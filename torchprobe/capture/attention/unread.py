@@ -53,7 +53,9 @@ class GraphLook(Hearing):
         self._observer = observer
         self._running = running
         self._cut = _Cut()
-        self._failed = self._said = False
+        self._failed = False
+        self.said = False
+        """Whether there is any."""
         super().__init__()
 
     def compiled(self, code: CodeType) -> None:
@@ -83,9 +85,9 @@ class GraphLook(Hearing):
     def _say(self, reasons: dict[str, None]) -> None:
         for reason in reasons:
             self._observer.uncovered[reason] += 1
-            if not self._said:
+            if not self.said:
                 _log.warning("not recorded: %s; session.summary() names them all, and the model runs as ever", reason)
-            self._said = True
+            self.said = True
 
 
 class _Names:
@@ -257,7 +259,7 @@ class _Graph(Followed):
             refused = _CHECKPOINTED
         if refused is None:
             return f'{_WRITTEN}: Attention(compiled="read") reads it'
-        return f"{refused.removesuffix(', in a compiled graph')}, {_WRITTEN}"
+        return f"{refused.removeprefix('in a compiled graph, ').removesuffix(', in a compiled graph')}, {_WRITTEN}"
 
     def leave(self, cut: _Cut, breaks: bool) -> None:
         """What another graph may go on with. breaks: because this one ends at a graph break."""

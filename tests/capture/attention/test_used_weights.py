@@ -187,3 +187,17 @@ def test_scores_of_two_products_in_one_softmax_are_said(few):
     seen = record(Two(None), X)
     assert seen.heads == {}
     assert len(seen.uncovered) == 1
+
+
+def test_one_product_may_be_an_attention_both_ways():
+    class Both(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            s = scores(q, k) - scores(q, k).max()
+            self.p = s.softmax(-1), s.transpose(-1, -2).softmax(-1)
+            return self.p[0] @ v + self.p[1] @ v
+
+    model = Both(None)
+    seen = record(model, X)
+    for name, weights in zip(("root", "root/2"), model.p, strict=True):
+        assert_close(seen.heads[name], of_weights(weights))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class Softmax:
 
     key: Key
     logits: Tensor
-    used: int = 0  # keys that a product sums over
+    used: int = 0  # keys that a product sums over, or several, each over a part
+    parts: int = 0
 
 
 @dataclass
@@ -96,9 +98,12 @@ class Recorder(TorchDispatchMode):
             )
         summed = pair[0].size(-1)
         of = left.of | right.of
-        for one in of:
-            if summed in (self.softmaxes[one].logits.size(-1), self.softmaxes[one].logits.size(-1) - 1):
-                self.softmaxes[one].used = summed
+        for softmax in (self.softmaxes[one] for one in of):
+            keys = softmax.logits.size(-1)
+            if summed < keys - 1:
+                softmax.parts += summed
+            if summed in (keys, keys - 1) or softmax.parts == keys:
+                softmax.used = max(summed, softmax.parts)
         return What(False, scores=not of)
 
     def _seen(self, logits: Tensor, dim: int) -> None:
@@ -108,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     def _key(self) -> Key:
         frame, path = sys._getframe(3), []
-        while frame is not None and frame.f_code.co_name != "_call_impl":
+        while frame is not None and not _is_users_call(frame):
             if "/torch/" not in frame.f_code.co_filename and frame.f_code.co_filename != __file__:
                 path.append((frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
@@ -139,6 +144,12 @@ class Recorder(TorchDispatchMode):
             if one.used:
                 by_site.setdefault(one.key, []).append(one)
         return {key: _together(calls) for key, calls in by_site.items()}
+
+
+def _is_users_call(frame: FrameType) -> bool:
+    """Whether a module of the user's own is called: a softmax may be a module of torch's."""
+    module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+    return module is not None and not type(module).__module__.startswith("torch.")
 
 
 def _together(calls: list[Softmax]) -> dict[str, float]:

@@ -62,7 +62,7 @@ NAMES: Mapping[str, str] = {
     EVAL_FRAME + "reset_code": _RETRACE,
     "torch._dynamo.convert_frame:input_codes": _RETRACE,
     "torch._dynamo.external_utils:wrap_inline": "a module of torch's own that was compiled before is not compiled anew",
-    "torch._dynamo.convert_frame:register_bytecode_hook": _GUARDS,
+    "torch._dynamo.convert_frame:register_bytecode_hook": f"{_GUARDS}; attention written out in one is not named",
     "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
     "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
     "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": "nothing is recorded inside compiled graphs",

@@ -70,7 +70,7 @@ class Sources:
         self._hooks = EagerHooks(model, watchers, running)
         self._own = [(make(model, mine), mine) for make, mine in registered(reporters)]
         self.nan_check = None if nan_gate is None else NanCheck(model, nan_gate)
-        self._late = Retrace(model, running)
+        self._late = Retrace(model, running, looks=bool(self._attention))
         self._meter, self._armed_for = meter, tuple[Any, ...]()  # when, and for what
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self.armed = True

@@ -65,8 +65,8 @@ class Attention(Probe):
     sequence of the batch in the first `map_layers` attentions. eval: also in validation.
 
     compiled: what becomes of attention that is written out (product, softmax, product) inside a graph of
-    `torch.compile`. "say": it is not read, and graphs are those that they are without. "read": an operator in the graph
-    of sampled steps reads the input of each softmax of an attention; what cannot be read is named in the summary.
+    `torch.compile`. "say": the summary names it; it is not read, and graphs are those that they are without. "read": an
+    operator in the graph of sampled steps reads the input of each attention's softmax; what cannot be read is named.
 
     Cost: a matrix product of the chosen rows with all keys, on sampled steps; compiled="read": logits are put into
     memory, with which Inductor does not fuse the attention, and weights may differ in their last bits.

@@ -143,6 +143,20 @@ def test_tokens_that_parameters_add_are_tokens(fused, tokens):
     assert_close(record(model, torch.randn(2, 3, 16, 16)).heads["root"], of_weights(model.p))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_before_those_that_a_convolution_makes_of_the_same_sequence(fused):
+    class Downsampled(Attends):
+        def forward(self, x):
+            few = self.few(x.transpose(1, 2)).transpose(1, 2)
+            x = torch.cat((x[:, :1], few[:, :-1]), 1)
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            self.p = scores(q, k).softmax(-1).detach()
+            return F.scaled_dot_product_attention(q, k, v) if fused else scores(q, k).softmax(-1) @ v
+
+    model = Downsampled(None, few=nn.Conv1d(16, 16, 4, 4))
+    assert_close(record(model, X).heads["root"], of_weights(model.p))
+
+
 @pytest.mark.parametrize("way", ["slices", "split", "sdpa"])
 def test_queries_in_parts(way):
     class Parts(Attends):

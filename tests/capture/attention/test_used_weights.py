@@ -153,3 +153,51 @@ def test_a_dropout_by_hand_is_one(drop, banded_before):
     seen = record(model, X)
     assert_close(seen.heads["root"], of_weights(model.before))
     assert_untouched(model, X)
+
+
+class Diagonalised(nn.Module):
+    """Weights of a window are sheared into a matrix, in which it is not known any more what their columns count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Attends(None)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.layer.qkv(x).chunk(3, -1))
+        w = scores(q, k).softmax(-1)
+        matrix = F.pad(w, (0, LENGTH)).flatten(2)[..., :-LENGTH].unflatten(2, (LENGTH, -1))
+        return matrix @ torch.cat((v, v), 2)[:, :, 1:]
+
+
+def test_weights_whose_keys_are_lost_on_the_way_are_said():
+    seen = record(Diagonalised(), X)
+    assert seen.heads == {}
+    assert list(seen.uncovered) == ["the attention of root, whose weights are rearranged"]
+
+
+@pytest.mark.parametrize("few", [3, LENGTH])
+def test_scores_of_two_products_in_one_softmax_are_said(few):
+    class Two(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            other = x[:, :few].relu().unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            w = torch.cat((scores(q, other), scores(q, k)), -1).softmax(-1)
+            return w[..., few:] @ v + w[..., :few] @ other
+
+    seen = record(Two(None), X)
+    assert seen.heads == {}
+    assert len(seen.uncovered) == 1
+
+
+def test_one_product_may_be_an_attention_both_ways():
+    class Both(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            s = scores(q, k) - scores(q, k).max()
+            self.p = s.softmax(-1), s.transpose(-1, -2).softmax(-1)
+            return self.p[0] @ v + self.p[1] @ v
+
+    model = Both(None)
+    seen = record(model, X)
+    for name, weights in zip(("root", "root/2"), model.p, strict=True):
+        assert_close(seen.heads[name], of_weights(weights))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.labels import Dim, Indices, Label, Root, roots_of, size_of
+from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
 from torchprobe.capture.attention.layout import by_head
 from torchprobe.capture.attention.places import (
     Axis,
@@ -179,8 +179,16 @@ def columns_of(label: Label, axis: int, side: int) -> Columns | Refused:
     found = index[keys]
     if not len(keys) or (len(found) > 1 and (np.diff(found) != 1).any()):
         return Refused("whose keys are picked or repeated")
+    if any(part.scores and (index[part.start : part.start + part.size] < 0).all() for part in _parts(label.dims[axis])):
+        return Refused("whose scores of one softmax are of several products")
     same = len(keys) == len(index) and np.array_equal(keys, np.arange(len(keys)))
     return None if same else keys, found, index
+
+
+def _parts(dim: Dim) -> Iterator[Part]:
+    """What it was joined of, where it counts that from its beginning to its end."""
+    if len(dim) == 1 and dim[0].root is not None and dim[0].stride == 1:
+        yield from dim[0].root.parts
 
 
 def _index_among(dims: tuple[Dim, ...], at: Mapping[Root, int], values: Mapping[Root, Indices], size: int) -> Indices:

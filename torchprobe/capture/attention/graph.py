@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,10 +30,10 @@ from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import constant, function_of, graph_of_trace, is_constant, module_of
 
+CHANGED = "whose weights are changed, in a compiled graph"
 _ELSEWHERE = "whose softmax is in another module than its products, in a compiled graph"
 _SYMBOLS = "whose sizes are symbols, in a compiled graph"
 _UNSEEN = "if it is one, whose compiled graph could not be looked into"
-_CHANGED = "whose weights are changed, in a compiled graph"
 
 _log = logging.getLogger("torchprobe")
 _numbers = itertools.count()
@@ -45,6 +45,183 @@ class Plan:
 
     arranged: Arrangement | None
     refused: str | None = None
+
+
+class Followed:
+    """Goes over the calls of a graph, whose tensors have shapes and no values."""
+
+    def __init__(self) -> None:
+        self.values: dict[Any, Any] = {}
+        self.numbers: dict[int, int] = {}
+        """Of the softmaxes that an operator stands beside, by the identity of their input."""
+        self.found = Found()
+        observer, labels = cast("Observer", self.found), Labelling()
+        self.softmaxes = self.planning(observer, labels)
+        self.handwritten = Handwritten(observer, labels, self.softmaxes)
+        self.handwritten.begin(())
+        self.has_symbols = False
+
+    def planning(self, observer: Observer, labels: Labelling) -> Planning:
+        """What looks at softmaxes."""
+        return Planning(observer, labels)
+
+    def follow(self, graph: Any) -> None:
+        """What is new; inputs come into a graph before all others, when a call needs them."""
+        calls = itertools.takewhile(lambda node: node not in self.values, reversed(graph.nodes))
+        for node in list(calls)[::-1]:
+            self.take(node)
+
+    def take(self, node: Any) -> None:
+        """The next of the graph."""
+        if node.target is operators.logits:
+            given = node.args[1]
+            source = given.args[0] if given.target == "detach" else given
+            self.numbers[id(self.values.get(source, given.meta.get("example_value")))] = node.args[2]
+        value = self.value_of(node)
+        if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor) and self.is_constant(node):
+            learned = isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+            self.handwritten.tape.node(value).as_constant(learned)
+        elif node.op in ("call_function", "call_method"):
+            value = self.call(node, value)
+        self.values[node] = value
+
+    def value_of(self, node: Any) -> Any:
+        """What a call gives."""
+        return node.meta.get("example_value")
+
+    def is_constant(self, node: Any) -> bool:
+        """Whether an input is a parameter or a buffer."""
+        return is_constant(node)
+
+    def call(self, node: Any, value: Any) -> Any:
+        """A call; its value, which is another tensor for what changes one in place."""
+        args = [self._argument(one) for one in node.args]
+        kwargs = {name: self._argument(one) for name, one in node.kwargs.items()}
+        if node.target is operator.getitem and not isinstance(args[0], Tensor):
+            return args[0][args[1]]  # one of several results
+        func, args = function_of(node.target, args)
+        tensors = [one for one in flat([value, *args]) if isinstance(one, Tensor)]
+        self.has_symbols = self.has_symbols or any(not _is_known(one) for one in tensors)
+        if func is None or not tensors or self.has_symbols or getattr(func, "namespace", "") == operators.NAMESPACE:
+            return value
+        if fn.is_in_place(func) and isinstance(args[0], Tensor):
+            value = args[0]
+        self.found.caller_is(self.owner(node))
+        result = None if getattr(func, "__name__", "") == "__setitem__" else value
+        self.handwritten.after(func, tuple(args), kwargs, result, None)
+        self._check(node, value)
+        return value
+
+    def owner(self, node: Any) -> str | None:
+        """Whose call it is; None: nobody's of the watched model."""
+        return module_of(node)
+
+    def _check(self, node: Any, value: Any) -> None:
+        """What was made of inputs that the tracker does not see is no constant."""
+        known = self.handwritten.tape.known
+        inputs = {known(one) for one in flat([self.values[one] for one in node.all_input_nodes])} - {None}
+        for made in filter(None, map(known, flat([value]))):
+            if not inputs <= set(made.before):
+                made.is_made_of_others()
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, torch.fx.Node):
+            if argument not in self.values:
+                self.take(argument)
+            return self.values[argument]
+        if isinstance(argument, slice):
+            return slice(*map(self._argument, (argument.start, argument.stop, argument.step)))
+        if isinstance(argument, tuple | list):
+            values = [self._argument(one) for one in argument]
+            return values if isinstance(argument, list) else tuple(values)
+        return argument
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether its sizes are numbers."""
+    return all(type(size) is int for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def flat(values: Any) -> Iterator[Any]:
+    """What is in lists in lists."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from flat(value)
+        else:
+            yield value
+
+
+# ---- what the tracker is told, and tells
+
+
+class Found:
+    """Stands where outside of graphs statistics are computed: keeps how they are to be."""
+
+    def __init__(self) -> None:
+        self.owners = self.uncovered = self
+        self.padding = Padding()
+        self._caller: Caller | None = None
+        self.plans: dict[int, tuple[Plan, str]] = {}
+        """Of attentions, by the identity of their logits; and whose."""
+
+    def caller_is(self, name: str | None) -> None:
+        """A call is looked at."""
+        self._caller = None if name is None else Caller(name, (), None)
+
+    def caller(self) -> Caller | None:
+        """Whose it is."""
+        return self._caller
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Nothing of it is in a user's way."""
+        return nullcontext()
+
+    def add(self, reason: str) -> None:
+        """An attention cannot be read: which, is told by its softmax."""
+
+    def record(self, call: Call, reading: Reading, name: str) -> None:
+        """Weights are used with values."""
+        planned = cast("_Planned", reading)
+        refused = planned.plan.refused or (None if name == planned.owner else _ELSEWHERE)
+        self.plans[id(planned.logits)] = Plan(planned.plan.arranged, refused), name
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    plan: Plan
+    logits: Tensor
+    owner: str
+
+
+class Planning(Softmaxes):
+    """Says how logits are to be read."""
+
+    def __init__(self, observer: Observer, labels: Labelling) -> None:
+        super().__init__(observer, labels)
+        self.met: list[tuple[Tensor, Pending, Node]] = []
+        """Softmaxes of attentions, as far as is known before they are used: input, and call."""
+
+    def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
+        caller = self._observer.owners.caller()
+        plan = Plan(arranged, unreadable(source, arranged))
+        return cast("Reading", _Planned(plan, logits, caller.name if caller else ""))
+
+    def _unusual(self, x: Tensor | None) -> str | None:
+        return None
+
+    def of_call(self, node: Node, x: Tensor, out: bool) -> Flow | None:
+        """What it found is remembered: it may be used in a way that cannot be read."""
+        flow = super().of_call(node, x, out)
+        if flow is not None:
+            self.met.append((x, flow.first, node))
+        return flow
+
+    def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
+        """They are not there."""
+        return CHANGED
+
+
+# ---- by number
 
 
 _plans: dict[int, Plan] = {}
@@ -73,7 +250,7 @@ def look() -> bool:
     """A call has been traced: find the attentions in what the graph holds so far."""
     try:
         graph = graph_of_trace()
-        if graph is not None:
+        if graph is not None and not _looking.given_up:
             _looking.at(graph)
     except Exception:  # of which the user's compilation hears nothing
         _log.exception("attention inside compiled graphs is not looked for any more; the model runs as ever")
@@ -91,7 +268,7 @@ class _Looking:
     def give_up(self) -> None:
         """Something went wrong: nothing is looked at any more, and softmaxes are said."""
         self.given_up = True
-        for number in self._of[1].numbers() if self._of else ():
+        for number in self._of[1].numbers.values() if self._of else ():
             _plans[number] = Plan(None, _UNSEEN)
 
     def forget(self) -> None:
@@ -100,181 +277,23 @@ class _Looking:
 
     def at(self, graph: Any) -> None:
         """Look at what is new in a graph."""
-        if self.given_up:
-            return
         if self._of is None or self._of[0] is not graph:
             self._of = graph, _Tracker()
         self._of[1].follow(graph)
+        self._of[1].conclude()
 
 
-class _Tracker:
-    """Goes over the calls of a graph, whose tensors have shapes and no values."""
+class _Tracker(Followed):
+    """Tells operators how to read, by number."""
 
-    def __init__(self) -> None:
-        self._values: dict[Any, Any] = {}
-        self._numbers: dict[int, int] = {}
-        self._found = _Found()
-        observer, labels = cast("Observer", self._found), Labelling()
-        self._softmaxes = _Planning(observer, labels)
-        self._handwritten = Handwritten(observer, labels, self._softmaxes)
-        self._handwritten.begin(())
-        self._symbols = False
-
-    def numbers(self) -> Iterable[int]:
-        """Of the softmaxes so far."""
-        return self._numbers.values()
-
-    def follow(self, graph: Any) -> None:
-        """What is new."""
-        for node in self._new(graph):
-            if node.target is operators.logits:
-                value = node.args[1].meta.get("example_value")
-                source = node.args[1].args[0] if node.args[1].target == "detach" else node.args[1]
-                self._numbers[id(self._values.get(source, value))] = node.args[2]
-            self._follow(node)
-        self._conclude()
-
-    def _new(self, graph: Any) -> list[Any]:
-        """The calls since the last look; inputs come into the graph before all others, when a call needs them."""
-        calls = itertools.takewhile(lambda node: node not in self._values, reversed(graph.nodes))
-        return list(calls)[::-1]
-
-    def _follow(self, node: Any) -> None:
-        value = node.meta.get("example_value")
-        if node.op in ("placeholder", "get_attr"):
-            if isinstance(value, Tensor) and is_constant(node):
-                self._handwritten.tape.node(value).as_constant(learned=isinstance(value, torch.nn.Parameter))
-        elif node.op in ("call_function", "call_method"):
-            value = self._call(node, value)
-        self._values[node] = value
-
-    def _call(self, node: Any, value: Any) -> Any:
-        args = [self._value(one) for one in node.args]
-        kwargs = {name: self._value(one) for name, one in node.kwargs.items()}
-        if node.target is operator.getitem and not isinstance(args[0], Tensor):
-            return args[0][args[1]]  # one of several results
-        func, args = function_of(node.target, args)
-        tensors = [one for one in _flat([value, *args]) if isinstance(one, Tensor)]
-        self._symbols = self._symbols or any(not _is_known(one) for one in tensors)
-        if func is None or not tensors or self._symbols or getattr(func, "namespace", "") == operators.NAMESPACE:
-            return value
-        if fn.is_in_place(func) and isinstance(args[0], Tensor):
-            value = args[0]
-        self._found.enter(node)
-        result = None if getattr(func, "__name__", "") == "__setitem__" else value
-        self._handwritten.after(func, tuple(args), kwargs, result, None)
-        self._check(node, value)
-        return value
-
-    def _check(self, node: Any, value: Any) -> None:
-        """What was made of inputs that the tracker does not see is no constant."""
-        known = self._handwritten.tape.known
-        inputs = {known(one) for one in _flat([self._values[one] for one in node.all_input_nodes])} - {None}
-        for made in filter(None, map(known, _flat([value]))):
-            if not inputs <= set(made.before):
-                made.is_made_of_others()
-
-    def _value(self, argument: Any) -> Any:
-        if isinstance(argument, torch.fx.Node):
-            if argument not in self._values:
-                self._follow(argument)
-            return self._values[argument]
-        if isinstance(argument, slice):
-            return slice(*map(self._value, (argument.start, argument.stop, argument.step)))
-        if isinstance(argument, tuple | list):
-            values = [self._value(one) for one in argument]
-            return values if isinstance(argument, list) else tuple(values)
-        return argument
-
-    def _conclude(self) -> None:
-        """What was found so far, of which the operators are told by number."""
-        read = {id(logits): plan for logits, plan in self._found.plans}
-        used = {id(x): Plan(None, pending.reason or _CHANGED) for x, pending in self._softmaxes.met if pending.taken}
-        for logits, number in self._numbers.items():
-            plan = Plan(None, _SYMBOLS) if self._symbols else read.get(logits, used.get(logits))
+    def conclude(self) -> None:
+        """What was found so far."""
+        used = {id(x): Plan(None, pending.reason or CHANGED) for x, pending, _ in self.softmaxes.met if pending.taken}
+        used |= {logits: plan for logits, (plan, _) in self.found.plans.items()}
+        for logits, number in self.numbers.items():
+            plan = Plan(None, _SYMBOLS) if self.has_symbols else used.get(logits)
             if plan is not None:
                 _plans[number] = plan
-
-
-def _is_known(tensor: Tensor) -> bool:
-    """Whether its sizes are numbers."""
-    return all(type(size) is int for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _flat(value)
-        else:
-            yield value
-
-
-# ---- what the tracker is told, and tells
-
-
-class _Found:
-    """Stands where outside of graphs statistics are computed: keeps how they are to be."""
-
-    def __init__(self) -> None:
-        self.owners = self.uncovered = self
-        self.padding = Padding()
-        self._caller: Caller | None = None
-        self.plans: list[tuple[Tensor, Plan]] = []
-
-    def enter(self, node: Any) -> None:
-        """A call is looked at."""
-        self._caller = Caller(module_of(node), (), None)
-
-    def caller(self) -> Caller | None:
-        """Whose it is."""
-        return self._caller
-
-    def guard(self) -> AbstractContextManager[None]:
-        """Nothing of it is in a user's way."""
-        return nullcontext()
-
-    def add(self, reason: str) -> None:
-        """An attention cannot be read: which, is told by its softmax."""
-
-    def record(self, call: Call, reading: Reading, name: str) -> None:
-        """Weights are used with values."""
-        planned = cast("_Planned", reading)
-        refused = planned.plan.refused or (None if name == planned.owner else _ELSEWHERE)
-        self.plans.append((planned.logits, Plan(planned.plan.arranged, refused)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    plan: Plan
-    logits: Tensor
-    owner: str
-
-
-class _Planning(Softmaxes):
-    """Says how logits are to be read."""
-
-    def __init__(self, observer: Observer, labels: Labelling) -> None:
-        super().__init__(observer, labels)
-        self.met: list[tuple[Tensor, Pending]] = []
-
-    def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
-        caller = self._observer.owners.caller()
-        plan = Plan(arranged, unreadable(source, arranged))
-        return cast("Reading", _Planned(plan, logits, caller.name if caller else ""))
-
-    def _unusual(self, x: Tensor | None) -> str | None:
-        return None
-
-    def of_call(self, node: Node, x: Tensor, out: bool) -> Flow | None:
-        """What it found is remembered: it may be used in a way that cannot be read."""
-        flow = super().of_call(node, x, out)
-        if flow is not None:
-            self.met.append((x, flow.first))
-        return flow
-
-    def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
-        """They are not there."""
-        return _CHANGED
 
 
 _looking = _Looking()

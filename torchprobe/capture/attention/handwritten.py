@@ -40,6 +40,7 @@ class Handwritten:
         self.labels = labels
         self._softmaxes = softmaxes
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
+        self._strayed: list[Pending] = []  # weights whose keys were lost before they met something else
         self._any = False  # whether there are weights to follow
 
     def begin(self, modules: Iterable[nn.Module]) -> None:
@@ -52,10 +53,14 @@ class Handwritten:
         waiting, self._latent = self._latent, []
         for _, count in waiting:
             count()
+        for reason in uses.strayed(self._strayed):
+            self._observer.uncovered.add(reason)
+        self._strayed.clear()
 
     def forget(self) -> None:
         """Hold nothing of the pass."""
         self._latent.clear()
+        self._strayed.clear()
         self.tape.clear()
         self._any = False
 
@@ -90,13 +95,12 @@ class Handwritten:
         elif func in _OF_SOFTMAX and not self._flows(node):
             x: Any = args[0] if args else kwargs.get("input")
             if isinstance(x, Tensor):
-                self._give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
-        elif self._any:
-            flows = self._flows(node)
-            if flows:
-                self._follow(nodes, flows, args, within)
+                self.give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
+        elif flows := self._flows(node):
+            self._follow(nodes, flows, args, within)
 
-    def _give(self, nodes: list[Node], flow: Flow | None) -> None:
+    def give(self, nodes: list[Node], flow: Flow | None) -> None:
+        """They hold weights, or what becomes weights."""
         if flow is not None:
             self._any = True
             for node in nodes:
@@ -113,9 +117,8 @@ class Handwritten:
     def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
         """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
         if is_plain(tokens):
-            self._observer.padding.say(
-                self.labels.of(self.tape.node(tokens)), 0 if len(padded) > 1 else None, 1, padded
-            )
+            batch = 0 if len(padded) > 1 else None
+            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), batch, 1, padded)
 
     def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
         """Where the queries of a dot product stand among its keys."""
@@ -164,13 +167,15 @@ class Handwritten:
         if not flow.first.keys:
             axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
+            if flow.kind == "weights" and not all(one.const for one in product.factors if one is not factor):
+                self._strayed.append(flow.first)
             return
         if product.names[which][axis] in product.result:
-            self._give([node], uses.mixed(product, which, flow))
+            self.give([node], uses.mixed(product, which, flow))
         elif flow.kind == "weights":
             self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
         elif flow.kind == "exponentials" and not flow.changed:
-            self._give([node], replace(flow, multiplied=True))
+            self.give([node], replace(flow, multiplied=True))
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
@@ -194,9 +199,7 @@ class Handwritten:
         if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
             for pending in flow.pending:
                 self._count(pending, pending.reading, within)
-            return
-        found = flow.used or self._read_as_used(node, axis, flow, weights)
-        if isinstance(found, str):
+        elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
             self._observer.uncovered.add(f"the attention of {flow.first.call.caller.name}, {found}")
         else:
             self._count(flow.first, found, within)
@@ -238,23 +241,23 @@ class Handwritten:
         if func in fn.DIVISIONS and len(flows) == 2 and self._after_division(node, flows, within):
             return
         if func in fn.EXPONENTIALS and flow.kind == "logarithms":
-            self._give(nodes, replace(flow, kind="weights"))
+            self.give(nodes, replace(flow, kind="weights"))
         elif func in _OF_SOFTMAX:
-            self._give(nodes, flow.as_changed("whose weights pass a second softmax"))
+            self.give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
         elif func in fn.DROPOUTS or uses.drops(node, flow):
-            self._give(nodes, self._after_dropout(node, source, flow, args))
+            self.give(nodes, self._after_dropout(node, source, flow, args))
         elif uses.keeps(node, source) or func in fn.WITHOUT_NAN:
-            self._give(nodes, flow)
+            self.give(nodes, flow)
         elif func in fn.JOINS:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
-            self._give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
+            self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
-            self._give(nodes, uses.pointwise(node, source, flow, flows))
+            self.give(nodes, uses.pointwise(node, source, flow, flows))
         elif self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
-            self._give(nodes, flow.as_changed(uses.MIXED if learned else None))
+            self.give(nodes, flow.as_changed(uses.MIXED if learned else None))
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
         if not flow.changed or flow.dropped or flow.used is not None or flow.kind != "weights":
@@ -270,16 +273,15 @@ class Handwritten:
         axis = self._key_axis(source, flow)
         if axis is None or self._key_axis(node, flow) is not None:
             if axis is not None:
-                self._give([node], flow.as_changed(None))
+                self.give([node], flow.as_changed(None))
             return
         if flow.multiplied and flow.kind == "weights":
             before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)
-            if before is not None:
-                inner = self._key_axis(before, flow)
-                if inner is not None:
-                    self._use(before, inner, replace(flow, multiplied=False), None, within)
+            inner = None if before is None else self._key_axis(before, flow)
+            if before is not None and inner is not None:
+                self._use(before, inner, replace(flow, multiplied=False), None, within)
         elif node.func in fn.SUMS and not flow.multiplied:
-            self._give([node], replace(flow, kind="total"))
+            self.give([node], replace(flow, kind="total"))
 
     def _after_division(self, node: Node, flows: list[tuple[Node, Flow]], within: Caller | None) -> bool:
         """A softmax that is written out: exponentials, divided by their sum before or after they multiply values."""
@@ -294,5 +296,5 @@ class Handwritten:
                 self._use(source, None, replace(flow, multiplied=False), None, within)
         else:
             changed = total.changed or flow.changed or flow.kind == "weights"
-            self._give([node], replace(flow, kind="weights", changed=changed))
+            self.give([node], replace(flow, kind="weights", changed=changed))
         return True

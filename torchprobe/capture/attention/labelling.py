@@ -260,7 +260,7 @@ def _view(node: Node, inputs: list[Node]) -> Label | None:
 def _pointwise(node: Node, inputs: list[Node]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
     ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
-    if not ranked:
+    if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements
         return fresh(node.shape)
     first = _label(ranked[0])
     dims: list[Dim] = [()] * node.dims

@@ -135,7 +135,7 @@ def among(
     cross = index is None and (known or size != length)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
     if cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
-        index = queries[of_queries]
+        index = queries[of_queries] if queries[of_queries][0] >= 0 else None
     if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(size)):
         index = None
     by_tokens = {Tokens(batch, root): keys[root] for root in _moving(keys)}
@@ -171,6 +171,8 @@ def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indice
     for query, key in zip(queries, keys, strict=True):
         most = max(query.max(initial=0), key.max(initial=0)) + 2
         mine, theirs = mine * most + query + 1, theirs * most + key + 1
+    if np.array_equal(mine, theirs) and len(np.unique(mine)) == length:
+        return np.arange(length)
     # Joined ones have nothing, -1, of what other parts count: what has none of all that varies is no token.
     vary = [key for key in keys if key.min(initial=0) < key.max(initial=0)] or keys
     known = np.flatnonzero(np.any([key >= 0 for key in vary], axis=0))

@@ -81,6 +81,8 @@ class Softmaxes:
             return None
         if axis != -1:  # not the site of the usual one
             caller = caller._replace(path=(*caller.path, ("", "softmax over dimension", axis)))
+        if isinstance(arranged, Arrangement) and arranged.side == 0:  # one product may be an attention both ways
+            caller = caller._replace(path=(*caller.path, ("", "keys are the first factor", 0)))
         return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:

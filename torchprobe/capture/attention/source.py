@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention import sites, stack
-from torchprobe.capture.attention.fast_paths import FastPaths, has_any
-from torchprobe.capture.attention.mask_arguments import MaskArguments
 from torchprobe.capture.attention.mode import AttentionMode
+from torchprobe.capture.attention.multi_head import FastPaths, has_any
 from torchprobe.capture.attention.observer import SECOND_THREAD, Observer
+from torchprobe.capture.attention.padding import MaskArguments
 from torchprobe.capture.attention.sites import Reading, Readings
 from torchprobe.capture.attention.traced import TracedAttention
+from torchprobe.capture.attention.unread import GraphLook
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
@@ -58,9 +59,10 @@ class AttentionSource:
         self._maps = _Maps(self.reporter, probe)
         self._observer = Observer(model, reporter.gate, probe.rows, self._maps.drawn)
         self._mode = AttentionMode(self._observer)
-        self.masks = MaskArguments(reporter, self._mode.handwritten)
+        self.masks = MaskArguments(reporter, self._mode.handwritten.say_padded)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
         self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
+        self._look = GraphLook(model, self._observer, running)
         self._entered = False
 
     @property
@@ -77,6 +79,7 @@ class AttentionSource:
 
         Graphs that are compiled from now on record, or do not.
         """
+        self._look.attach()
         if due and not stack.MISSING:
             self._traced.arm()
         else:
@@ -85,6 +88,7 @@ class AttentionSource:
     def detach(self) -> None:
         """Take everything off the model."""
         self.leave()
+        self._look.detach()
         self._traced.detach()
 
     # ---- a forward pass
@@ -175,7 +179,7 @@ class AttentionSource:
 
     def saw_nothing(self, training: bool) -> None:
         """A step that was to be sampled has no attention: where the model is compiled, that is why."""
-        if self._running.compiled:
+        if self._running.compiled and not (training and self._look.said):
             self._observer.uncovered.add("compiled graphs" if training else "evaluation in compiled graphs")
 
 

@@ -295,6 +295,6 @@ def _storage(tensor: Tensor) -> int:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return tensor.untyped_storage()._cdata if type(tensor).__name__ == "FakeTensor" else 0  # of a compiled graph
     try:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage()._cdata if tensor.is_meta else tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a tensor without memory, of a transform
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -134,6 +134,13 @@ def tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | No
     values = [*args, *kwargs.values()]
     values += [one for value in values if isinstance(value, tuple | list) for one in value]
     return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)
+
+
+def strayed(all_pending: Iterable[Pending]) -> Iterator[str]:
+    """Why weights are not read that met something else when it was not known any more what their keys are."""
+    for pending in all_pending:
+        if pending.take():
+            yield pending.reason or f"the attention of {pending.call.caller.name}, whose weights are rearranged"
 
 
 def mixed(product: Product, which: int, flow: Flow) -> Flow:

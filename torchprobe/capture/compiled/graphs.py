@@ -113,19 +113,48 @@ def _codes(model: nn.Module) -> Iterator[CodeType]:
 # ---- guards
 
 
-class GraphGuards:
-    """Adds the guards to graphs while they are compiled; at other times it costs nothing."""
+class Hearing:
+    """Hears of each frame that Dynamo compiles, from when it is loaded on; at other times it costs nothing."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        _waiting.add(self)
+        self.attach()
+
+    def compiled(self, code: CodeType) -> None:
+        """Dynamo has traced a frame of this code, and will now make its guards."""
+
+    def attach(self) -> bool:
+        """Have Dynamo tell of graphs, if it is loaded by now: whether it is just now."""
+        if self not in _waiting or "torch._dynamo" not in sys.modules:
+            return False
+        _waiting.discard(self)
+        register = find("torch._dynamo.convert_frame:register_bytecode_hook")
+        if register is not None:
+            compiled = WeakMethod(self.compiled)  # Dynamo's list of hooks keeps no session alive
+            self._handle = register(lambda code, new_code: _call(compiled, code))
+        return True
+
+    def detach(self) -> None:
+        """Later graphs are left as they are. Safe to call twice."""
+        _waiting.discard(self)
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class GraphGuards(Hearing):
+    """Adds the guards to graphs while they are compiled."""
 
     def __init__(self, model: ReferenceType[nn.Module], marks: Mapping[str, Callable[..., Any]]) -> None:
         """marks: keys in the `__dict__` of watched modules, each with the forward hook that goes with it."""
         self.unguarded: set[CodeType] = set()
         """The code of graphs that were compiled while hooks were off, and may serve any module."""
+        self.earlier: set[CodeType] = set()
+        """The code of graphs that were there before."""
         self._model = model
         self._marks = marks
         self._failed = False
-        self._handle: Any = None
-        _waiting.add(self)
-        self.attach()
+        super().__init__()
 
     @property
     def watching(self) -> bool:
@@ -140,25 +169,16 @@ class GraphGuards:
                 if mark in vars(module) and hook in module._forward_hooks.values():
                     yield module, mark
 
-    def attach(self) -> None:
-        """Have Dynamo tell of graphs, if it is loaded by now; those that it has have no guards of ours."""
-        if self not in _waiting or "torch._dynamo" not in sys.modules:
-            return
-        _waiting.discard(self)
-        self.unguarded |= all_compiled_codes()
-        register = find("torch._dynamo.convert_frame:register_bytecode_hook")
-        if register is not None:
-            compiled = WeakMethod(self._compiled)  # Dynamo's list of hooks keeps no session alive
-            self._handle = register(lambda code, new_code: _call(compiled, code))
+    def attach(self) -> bool:
+        """The same; graphs that there are by now have no guards of ours."""
+        new = super().attach()
+        if new:
+            self.earlier = all_compiled_codes()
+            self.unguarded |= self.earlier
+        return new
 
-    def detach(self) -> None:
-        """Later graphs are left as they are. Safe to call twice."""
-        _waiting.discard(self)
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _compiled(self, code: CodeType) -> None:
-        """Dynamo has traced a frame of this code, and will now make its guards."""
+    def compiled(self, code: CodeType) -> None:
+        """Its guards are about to be made."""
         guarded = False
         try:
             guarded = not self._failed and self._guard()
@@ -170,7 +190,7 @@ class GraphGuards:
 
     def _guard(self) -> bool:
         """Whether there is something to guard the graph that is made now against."""
-        watched, graph = {(type(module), mark) for module, mark in self.watched()}, _traced_graph()
+        watched, graph = {(type(module), mark) for module, mark in self.watched()}, account_of_trace()
         if not watched or graph is None:
             return False
         absent = find("torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT")
@@ -181,13 +201,13 @@ class GraphGuards:
         return True
 
 
-_waiting: WeakSet[GraphGuards] = WeakSet()  # those whose session began before Dynamo was loaded
+_waiting: WeakSet[Hearing] = WeakSet()  # those whose session began before Dynamo was loaded
 
 
 def attach_guards() -> None:
     """A graph is being traced, perhaps the first."""
-    for guards in list(_waiting):
-        guards.attach()
+    for hearing in list(_waiting):
+        hearing.attach()
 
 
 def _call(method: Callable[[], Callable[[CodeType], None] | None], code: CodeType) -> None:
@@ -196,8 +216,8 @@ def _call(method: Callable[[], Callable[[CodeType], None] | None], code: CodeTyp
         found(code)
 
 
-def _traced_graph() -> Any:
-    """Dynamo's account of the frame that it compiles, which it does not hand to its hooks."""
+def account_of_trace() -> Any:
+    """In a hook, Dynamo's account of the frame that it compiles, which it does not hand to its hooks."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" and "output" in frame.f_locals:

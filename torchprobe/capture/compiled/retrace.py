@@ -32,12 +32,14 @@ class Retrace:
     Other models of the same classes lose their graphs too, which costs them one more compilation.
     """
 
-    def __init__(self, model: ReferenceType[nn.Module], running: Running) -> None:
+    def __init__(self, model: ReferenceType[nn.Module], running: Running, looks: bool) -> None:
+        """looks: graphs are to be looked at even where no hook is in them."""
         self._model = model
         self._running = running
         self._guards = GraphGuards(model, {SITE: observe_output, OWNER: take_mode_off})
         self._others: set[CodeType] = set()  # of torch's own modules, which other models are
         self._said = self._gave_up = False
+        self._looks = looks
 
     def before_pass(self) -> None:
         """A step to sample begins, or a pass of it. Graphs that exist, while no hook was traced, do not have them.
@@ -83,10 +85,13 @@ class Retrace:
         return any(p.grad is not None for module, _ in self._guards.watched() for p in module.parameters())
 
     def _drop(self, codes: set[CodeType]) -> None:
-        if not codes or not self._guards.watching:
+        if not self._guards.watching:
+            codes = codes & self._guards.earlier if self._looks else set()
+        if not codes:
             return
         if not self._said:
             _log.warning("the model was compiled before torchprobe watched it; it is compiled once more, with probes")
         self._said = True
         self._guards.unguarded.difference_update(codes)
+        self._guards.earlier.difference_update(codes)
         drop(codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -27,6 +28,7 @@ _log = logging.getLogger("torchprobe")
 TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 DYNAMO_SWITCH = "torch._C:_dynamo.eval_frame.set_eval_frame"
+_WITH_BODY = ("tag_activation_checkpoint", "invoke_subgraph")
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint"
 _UNCHECKED = "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer"
 _PACKAGE = str(Path(__file__).parents[2])
@@ -214,10 +216,48 @@ def is_torchs(kind: Any) -> bool:
     return str(getattr(kind, "__module__", "")).startswith("torch.")
 
 
+def modules_around(node: Any) -> list[tuple[str, Any]]:
+    """The modules whose code makes a call, the innermost last: identity, and class."""
+    return [(str(key), kind) for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items()]
+
+
 def module_of(node: Any) -> str:
     """The innermost module of the user's own whose code makes a call, by its way from the traced one."""
     modules = [path for path, kind in (node.meta.get("nn_module_stack") or {}).values() if not is_torchs(kind)]
     return str(modules[-1]) if modules else ROOT
+
+
+# ---- graphs that are complete, by Dynamo's account of them
+
+
+def buffers_of(account: Any) -> set[str]:
+    """The buffers among the inputs of a graph, as `plainly_named` has them: sources are known of guards alone."""
+    return {plainly_named(guard.name) for guard in account.guards if "_buffers[" in guard.name}
+
+
+def plainly_named(source: str) -> str:
+    """What the name of a source and that of the input of a graph that it is have in common."""
+    return re.sub("[^a-zA-Z0-9]+", "_", source).strip("_")
+
+
+def ends_at_a_break(account: Any) -> bool:
+    """Whether the frame goes on in another graph."""
+    return bool(getattr(getattr(account, "compile_subgraph_reason", None), "graph_break", False))
+
+
+def body_of(node: Any) -> Any:
+    """The graph that an activation checkpoint in a graph is of; None for other calls."""
+    if getattr(node.target, "__name__", "") not in _WITH_BODY or not node.args or node.args[0].op != "get_attr":
+        return None
+    owner = node.graph.owning_module
+    return getattr(getattr(owner, str(node.args[0].target), None), "graph", None)
+
+
+def hint_of(size: Any) -> Any:
+    """The number that a symbol was traced with, which asks for no guard; None where there is none; else the same."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return size.node.hint if size.node.has_hint() else None
 
 
 def _translator() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import os
@@ -20,7 +21,11 @@ from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
 from torchprobe.capture.eager_hooks import MARKS
 from torchprobe.capture.marks import ROOT_KEY
+from torchprobe.capture.predictions.loss_modules import KINDS
 from torchprobe.capture.sites import SITE
+
+HELPERS = ("tests.setups.losses",)
+"""Modules with loss modules of their own, which test files import as modules."""
 
 # One thread a process, children included: workers side by side would wait for each other's at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,10 +38,16 @@ else:
 if not backend.MISSING:
     backend.set_up()  # before the first backward pass of the process, at which autograd counts the devices there are
 
-# Sessions look for loss modules among all objects, and the collector goes through them: not through the libraries'.
 importlib.import_module("torch._dynamo.utils")  # as every worker does in the end, since it collects tests that do
-gc.collect()
-gc.freeze()
+
+
+def pytest_collection_finish():
+    """Sessions look for optimizers and loss modules among all objects, as the collector does: not among these 650,000.
+
+    Nor does a session find one that a test file made as it was imported: `made_anew`, or make it in the test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +65,21 @@ def no_graphs_of_other_tests():
     compiler = sys.modules.get("torch._dynamo.convert_frame")
     if compiler is not None and compiler.input_codes.seen:
         torch._dynamo.reset()
+        if len(gc.get_objects()) > 50_000:  # of the compiler, which imports as it goes
+            pytest_collection_finish()
+
+
+@pytest.fixture(autouse=True)
+def made_anew(request, monkeypatch):
+    """What loss modules a test file has as globals, or in a table: those that it was imported with are frozen."""
+    names = vars(request.module)
+    tables = [table for table in names.values() if type(table) is dict]
+    helpers = [vars(helper) for helper in names.values() if getattr(helper, "__name__", None) in HELPERS]
+    copies = {}
+    for table in (names, *tables, *helpers):
+        for name, value in [*table.items()]:
+            if issubclass(type(value), KINDS):
+                monkeypatch.setitem(table, name, copies.setdefault(id(value), copy.deepcopy(value)))
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
+
+from tests import warm
 
 # In a process of its own: the client leaves its pipes and temporary directory to the garbage collector.
 _SHOW = """
@@ -67,7 +68,7 @@ def rust_series(run: Path) -> dict[str, list[Any]]:
 
 
 def _rust(run: Path) -> list[dict[str, list[Any]]]:
-    command = [sys.executable, "-W", "ignore", "-c", _SHOW, str(run.parent), run.name]
+    command = [*warm.python(), "-W", "ignore", "-c", _SHOW, str(run.parent), run.name]
     done = subprocess.run(command, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     found: list[dict[str, list[Any]]] = json.loads(done.stdout)

@@ -7,7 +7,6 @@ import gc
 import io
 import pickle
 import subprocess
-import sys
 import textwrap
 import weakref
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests import warm
 from tests.models import Transformer, inputs, mlp
 from torchprobe.testing import MemoryWriter
 
@@ -157,7 +157,7 @@ def test_state_dict_has_no_new_keys():
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
+        [*warm.python(), "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
     )
 
 

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests import warm
 from torchprobe.testing import MemoryWriter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -60,7 +60,7 @@ def test_every_example_is_listed():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TAGS if name != "bayesian_transformer.py"])  # has its own test
 def test_example(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name), "--steps", "40", "--log-dir", str(tmp_path / "run")]
+    command = [*warm.python(), str(EXAMPLES / name), "--steps", "40", "--log-dir", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,7 +76,7 @@ def test_example(name, tmp_path):
 def test_the_bayesian_transformer_keeps_its_best_and_prints_how_well_it_separates(tmp_path):
     unseen = ["--unseen", "ctypes"]  # which has few passages to look at
     options = ["--steps", "8", "--passes", "2", *unseen, "--log-dir", str(tmp_path)]
-    command = [sys.executable, str(EXAMPLES / "bayesian_transformer.py"), *options]
+    command = [*warm.python(), str(EXAMPLES / "bayesian_transformer.py"), *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests import warm
 from tests.loaders import has_rust_loader, python_points, rust_points
 from tests.models import inputs, mlp
 from torchprobe.testing import MemoryWriter
@@ -54,7 +54,7 @@ session.detach()
 
 
 def run(directory: Path, *arguments: int) -> int:
-    command = [sys.executable, "-c", TRAIN, str(directory), *map(str, arguments)]
+    command = [*warm.python(), "-c", TRAIN, str(directory), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, env=environment, timeout=120).returncode
 

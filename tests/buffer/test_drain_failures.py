@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import textwrap
 import threading
 
 import pytest
 
+from tests import warm
 from tests.buffer.draining import PATIENCE, put_all
 from torchprobe.buffer import backlog as backlog_module
 from torchprobe.buffer import drain as drain_module
@@ -106,7 +106,7 @@ def test_a_thread_that_hangs_does_not_keep_the_interpreter():
         print(drain.close(0.2))
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True
+        [*warm.python(), "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True
     )
     assert result.stdout == "False\n"
 

@@ -12,7 +12,7 @@ import pytest
 from torchprobe.capture import compat
 
 _SCRIPT = '''
-import json, logging, os, pkgutil, sys, warnings
+import gc, json, logging, os, pkgutil, sys, warnings
 import torch, torch._dynamo.utils
 from torch import nn
 
@@ -78,6 +78,7 @@ def watch():
         train()
     return lines, writer.tags()
 
+gc.freeze()
 for name in sys.argv[1:]:
     if os.fork() == 0:
         if name != "nothing":
@@ -93,7 +94,7 @@ def seen() -> dict[str, tuple[list[str], list[str]]]:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     command = [sys.executable, "-c", _SCRIPT, "nothing", *compat.NAMES]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # or each would compile torchprobe anew
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
     assert ran.returncode == 0, ran.stderr
     found = {name: (lines, tags) for name, lines, tags in map(json.loads, ran.stdout.splitlines())}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from tests.checkpoint.run import Run, names
 from torchprobe.checkpoint import files
 from torchprobe.checkpoint.files import write_file
@@ -72,7 +73,7 @@ print(interrupted, len(left), len(os.listdir(sys.argv[1])))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_twenty_kills_lose_nothing_that_was_saved(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path), "1", str(KILLS)]
+    command = [*warm.python(), "-W", "error", "-c", SCRIPT, str(tmp_path), "1", str(KILLS)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -86,11 +87,11 @@ def test_twenty_kills_lose_nothing_that_was_saved(tmp_path):
 
 HOST = socket.gethostname().replace(".", "-")
 WRITING = """
-import sys
+import os, sys
 from pathlib import Path
 from torchprobe.checkpoint.files import held, temporary
 with held(temporary(Path(sys.argv[1])), Path.touch if sys.argv[2] == "file" else Path.mkdir):
-    print("ready", flush=True)
+    print(os.getpid(), flush=True)
     sys.stdin.read()
 """
 
@@ -139,13 +140,13 @@ def test_threads_that_write_one_file_take_turns(manager):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_another_process_is_writing_stays_until_it_is_killed(manager, kind):
     target = manager.directory / "step_0000000007.pt"
-    command = [sys.executable, "-W", "ignore", "-c", WRITING, str(target), kind]
+    command = [*warm.python(), "-W", "ignore", "-c", WRITING, str(target), kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        left = manager.directory / f".step_0000000007.pt.{HOST}.{process.pid}.tmp"
+        writing = int(process.stdout.readline())
+        left = manager.directory / f".step_0000000007.pt.{HOST}.{writing}.tmp"
         manager.save_checkpoint(*Run().parts, 0, 8, {})
         assert left.exists()
-        process.kill()
+        os.kill(writing, signal.SIGKILL)
     manager.save_checkpoint(*Run().parts, 0, 9, {})
     assert not left.exists()
 

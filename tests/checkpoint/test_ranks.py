@@ -6,13 +6,13 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests import warm
 from tests.distributed.launch import need_sharding
 from torchprobe import CheckpointManager
 
@@ -156,7 +156,7 @@ def run_on_two_ranks(script: str, directory: Path) -> None:
         port = listener.getsockname()[1]
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script, str(directory)],
+            [*warm.python(), "-W", "ignore", "-c", script, str(directory)],
             env={
                 **os.environ,
                 "PYTHONPATH": str(Path(__file__).parents[2]),

@@ -47,24 +47,27 @@ class Memory:
         low, high = _range(inner)
         if low == high:
             return
+        storage = storage_of(inner)
         with self.lock:
             kept = []
-            for access in self._accesses.get(storage_of(inner), []):
+            for access in self._accesses.get(storage, ()):
                 start, end, other, at, wrote = access
-                apart = end <= low or high <= start
-                ordered = at <= max(stream.seen[other], self._host[other])
-                if writes and not (apart or wrote) and ordered:
-                    other.keep_source(at)
-                if not (apart or ordered) and (writes or wrote):
+                if end <= low or high <= start:
+                    kept.append(access)
+                    continue
+                if other is stream or at <= max(stream.seen[other], self._host[other]):  # ordered
+                    if writes and not wrote:
+                        other.keep_source(at)
+                elif writes or wrote:
                     verb = "writes" if writes else "reads"
                     before = "wrote" if wrote else "reads"
                     found.append(f"{what} {verb} what another stream {before}, and is not ordered after it")
                 covered = low <= start and end <= high
-                if apart or not (writes and covered):
+                again = other is stream and wrote == writes and start == low and end == high
+                if not again and not (writes and covered):
                     kept.append(access)
-            same = [a for a in kept if a[:3] == (low, high, stream) and a[4] == writes]
-            kept = [a for a in kept if a not in same]
-            self._accesses[storage_of(inner)] = [*kept, (low, high, stream, point, writes)]
+            kept.append((low, high, stream, point, writes))
+            self._accesses[storage] = kept
 
 
 def storage_of(inner: Tensor) -> int:

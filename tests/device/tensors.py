@@ -124,9 +124,10 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         inner_kwargs["device"] = "cpu"
     if streams.copies_out(function, inner_args, operands):
         return streams.copy_out(args[0], args[1].inner, args[1].device)
-    operations.order(function, inner_args, inner_kwargs, inside, device)
+    now = operations.order(function, inner_args, inner_kwargs, inside, device)
     out = function(*inner_args, **inner_kwargs)
-    operations.wrote(out, [t.inner for t in inside.values()], device)
+    if device is not None and now is not None:
+        operations.wrote(out, [t.inner for t in inside.values()], now)
     return _map(wrapped, out)
 
 
@@ -156,12 +157,13 @@ def _on_device(device: Any) -> bool:
 
 def _device(function: Any, operands: list[Tensor], kwargs: Any) -> torch.device | None:
     """Where the result is; None: on the CPU. Raises what a GPU raises for operands on two devices."""
-    name = function._schema.name.split("::")[1]
+    name = waits.short_name(function)
     if kwargs.get("device") is not None:
         target = torch.device(kwargs["device"])
         return _numbered(target) if target.type == NAME else None
-    places = {tensor.device for tensor in operands if tensor.dim() or tensor.device.type != "cpu"}
-    places = places or {tensor.device for tensor in operands}
+    places = {tensor.device for tensor in operands}
+    if len(places) > 1:  # numbers of no dimension may lie on the CPU
+        places = {tensor.device for tensor in operands if tensor.dim() or tensor.device.type != "cpu"} or places
     if len(places) > 1 and name not in _ANYWHERE:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} found {sorted(map(str, places))}"

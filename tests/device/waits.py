@@ -6,6 +6,7 @@ and is kept in `found`, since an exception in a probe ends that probe alone.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from pathlib import Path
@@ -32,6 +33,13 @@ _READS = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 
+@functools.cache
+def short_name(function: Any) -> str:
+    """Without its namespace."""
+    name: str = function._schema.name
+    return name.split("::")[1]
+
+
 class WaitError(RuntimeError):
     """Our code on the training thread would wait for the device."""
 
@@ -46,7 +54,7 @@ def host_reads(what: str) -> None:
 
 def look_at(function: Any, args: Any, kwargs: Any, operands: list[Tensor]) -> None:
     """The same for an operation that is about to run."""
-    name = function._schema.name.split("::")[1]
+    name = short_name(function)
     if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         host_reads(name)
     elif name in _INDEXING and any(_is_read(index) for index in args[1] if index is not None):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,14 +34,11 @@ def launch(module: str, ranks: int, out: Path, timeout: float = 150.0) -> list[A
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     code = f"from tests.distributed.launch import fork; fork({module!r}, {str(out)!r}, {ranks})"
     with (out / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen([*warm.python(), "-c", code], env=environment, stdout=log, stderr=log)
         try:
             codes = _wait(process, ranks, out, timeout)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # and with it all that it started, see there
             process.wait()
     for rank, code in enumerate(codes):
         assert code == 0 or (out / f"expected-{rank}").exists(), _words(out, rank)

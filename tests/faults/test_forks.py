@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests import warm
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -45,10 +48,10 @@ def work(model: nn.Module, log: Path, steps: int, trains: bool) -> None:
     run(model, steps, trains)
 
 
-def forked(model: nn.Module, folder: Path, workers: int, steps: int, trains: bool) -> list[str]:
+def forked(model: nn.Module, folder: str, workers: int, steps: int, trains: bool) -> list[str]:
     """What each worker's log says."""
     torch.optim.SGD(model.parameters(), lr=0.0)  # here, since a first one imports for seconds
-    logs = [folder / f"{i}.log" for i in range(workers)]
+    logs = [Path(folder) / f"{i}.log" for i in range(workers)]
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(model, log, steps, trains)) for log in logs]
     for process in processes:
@@ -61,13 +64,14 @@ def forked(model: nn.Module, folder: Path, workers: int, steps: int, trains: boo
 
 def alone(function: Callable[..., None], *args: Any) -> None:
     """Run in a process of its own, since torch forks none that has run a backward pass."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    script = f"import json, sys; from {__name__} import {function.__name__} as run; run(*json.loads(sys.argv[1]))"
+    ran = subprocess.run(
+        [*warm.python(), "-c", script, json.dumps(args)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
-def said_once(folder: Path, steps: int, trains: bool) -> None:
+def said_once(folder: str, steps: int, trains: bool) -> None:
     model, writer = net(), MemoryWriter()
     with torchprobe.instrument(model, writer=writer, every=1) as session:
         lines = forked(model, folder, 2, steps, trains)
@@ -78,7 +82,7 @@ def said_once(folder: Path, steps: int, trains: bool) -> None:
     assert [tag for tag in writer.tags() if tag.startswith(("grad_norm/", "activation_mean/"))] == []
 
 
-def own_steps(folder: Path) -> None:
+def own_steps(folder: str) -> None:
     model, writer = net(), MemoryWriter()
     with torchprobe.instrument(model, writer=writer, every=1) as session:
         before = model[0].weight.detach().clone()
@@ -94,8 +98,8 @@ def own_steps(folder: Path) -> None:
 @pytest.mark.parametrize("what", WORK)
 def test_each_worker_says_once_that_its_part_is_not_recorded(tmp_path, what):
     trains, steps = WORK[what]
-    alone(said_once, tmp_path, steps, trains)
+    alone(said_once, str(tmp_path), steps, trains)
 
 
 def test_the_process_that_records_shows_its_own_steps_and_the_weights_that_it_finds(tmp_path):
-    alone(own_steps, tmp_path)
+    alone(own_steps, str(tmp_path))

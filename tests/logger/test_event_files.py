@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import torchprobe
+from tests import warm
 from tests.logger.runs import evaluate, read, steps_of, train
 
 
@@ -99,18 +98,17 @@ def test_a_forked_child_writes_nothing(tmp_path):
                 os._exit(7 if logger.close() else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    subprocess.run([*warm.python(), "-c", textwrap.dedent(script)], check=True, timeout=120)
     assert read(tmp_path).Tags()["scalars"] == ["parent"]
 
 
-def _forgets_to_close(directory) -> None:
-    logger = torchprobe.TrainingLogger(directory)
-    logger.log_metrics({"loss": 1.0})
+FORGETS_TO_CLOSE = """
+import sys, torchprobe
+logger = torchprobe.TrainingLogger(sys.argv[1])
+logger.log_metrics({"loss": 1.0})
+"""
 
 
 def test_a_logger_that_is_never_closed_writes_at_exit(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=_forgets_to_close, args=(tmp_path,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    subprocess.run([*warm.python(), "-c", FORGETS_TO_CLOSE, str(tmp_path)], check=True, timeout=120)
     assert read(tmp_path).Scalars("loss")[0].value == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ def test_sequences(layout, kind):
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), F.cross_entropy], ids=["module", "functional"])
 def test_classes_in_the_second_dimension(loss):
-    model, writer = nn.Conv2d(1, 5, 3), MemoryWriter()
+    model, writer, loss = nn.Conv2d(1, 5, 3), MemoryWriter(), copy.deepcopy(loss)
     x, y = torch.randn(3, 1, 6, 6), torch.randint(0, 5, (3, 4, 4))
     with watch(model, writer) as session:
         out = model(x)

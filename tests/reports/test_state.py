@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Text
@@ -37,7 +37,7 @@ if __name__ == "__main__":
 def run(tmp_path: Path, end: str, detached: str = "") -> Path:
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    subprocess.run([sys.executable, str(script), str(folder), end, detached], capture_output=True, timeout=120)
+    subprocess.run([*warm.python(), str(script), str(folder), end, detached], capture_output=True, timeout=120)
     return folder
 
 

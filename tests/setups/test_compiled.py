@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     WAYS,
     Counting,
+    Trained,
     assert_same_values,
     assert_same_weights,
     bare,
     each_block,
+    forward,
     function,
     loss_of,
+    method,
     train,
     twin,
     wrapper,
@@ -40,48 +44,52 @@ def fresh_counters():
     counters.clear()
 
 
-@pytest.fixture(scope="module")
-def eager():
+def made(layers: int = 1) -> Transformer:
+    """A compiler takes seconds for each layer."""
     torch.manual_seed(0)
-    return train(bare)
+    return Transformer(dropout=0.0, layers=layers)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs(way, eager):
-    found = train(way)
-    assert_same_values(found.writer, eager.writer, output_inside=way is function)
+@functools.cache
+def eager(layers: int = 1) -> Trained:
+    return train(bare, model=made(layers))
+
+
+@pytest.mark.parametrize(("way", "layers"), [(way, 1 if way in (method, forward, function) else 2) for way in WAYS])
+def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs(way, layers):
+    found, expected = train(way, model=made(layers)), eager(layers)
+    assert_same_values(found.writer, expected.writer, output_inside=way is function)
     assert found.graphs == [1, 2, 2, 2, 2, 2, 2], "one graph for sampled steps (1, 3, 6), one for the others"
     assert not counters["graph_break"]
     assert "not seen" not in found.summary
-    assert_same_weights(found.model, eager.model)
+    assert_same_weights(found.model, expected.model)
 
 
-def test_instrument_may_come_after_compiling_and_take_its_result(eager):
-    found = train(wrapper, when="wrapped")
-    assert_same_values(found.writer, eager.writer)
+def test_instrument_may_come_after_compiling_and_take_its_result():
+    found = train(wrapper, model=made(), when="wrapped")
+    assert_same_values(found.writer, eager().writer)
     assert found.graphs[-1] == 2
 
 
-@pytest.mark.parametrize("way", [wrapper, each_block])
-def test_instrument_may_come_after_the_first_compiled_call_which_is_said_once(way, eager, caplog):
-    found = train(way, when="late")
-    assert_same_values(found.writer, eager.writer)
+@pytest.mark.parametrize(("way", "layers"), [(wrapper, 1), (each_block, 2)])
+def test_instrument_may_come_after_the_first_compiled_call_which_is_said_once(way, layers, caplog):
+    found = train(way, model=made(layers), when="late")
+    assert_same_values(found.writer, eager(layers).writer)
     assert found.graphs[-1] == 3
     said = [r.message for r in caplog.records if "compiled" in r.message]
     assert said == ["the model was compiled before torchprobe watched it; it is compiled once more, with probes"]
 
 
 def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(caplog):
-    found = train(function, when="late", every=1, steps=3)
+    found = train(function, model=made(), when="late", every=1, steps=3)
     assert [s for s, _ in found.writer.scalars("attention_entropy/blocks.0.attention")] == [2, 3]
     assert [s for s, _ in found.writer.scalars("activation_mean/head")] == [2, 3]
     assert "compiled before torchprobe watched it" in caplog.text
 
 
 def test_behind_aot_autograd_values_are_those_of_eager_and_weights_bitwise_those_of_the_bare_compiled_run():
-    found, plain = train(wrapper, backend="aot_eager"), train(wrapper, backend="aot_eager", probed=False)
-    torch.manual_seed(0)
-    assert_same_values(found.writer, twin(found, model=Transformer(dropout=0.0)).writer)
+    found, plain = (train(wrapper, model=made(), backend="aot_eager", probed=probed) for probed in (True, False))
+    assert_same_values(found.writer, twin(found, model=made()).writer)
     assert_same_weights(found.model, plain.model)
 
 

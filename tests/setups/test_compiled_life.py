@@ -38,6 +38,11 @@ def fresh_counters():
     counters.clear()
 
 
+def made() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(dropout=0.0, layers=1)
+
+
 @pytest.mark.parametrize("way", [wrapper, function])
 def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, caplog):
     class Largest(torchprobe.Probe):
@@ -53,11 +58,10 @@ def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, c
         def report(self, name, values):
             yield f"largest/{name}", values["largest"]
 
-    found = train(way, probes=[Largest()], include=["head"], steps=4)
-    expected = train(bare, probes=[Largest()], include=["head"], steps=4)
+    found, expected = (train(how, model=made(), probes=[Largest()], include=["head"], steps=4) for how in (way, bare))
     assert found.writer.scalars("largest/head") == expected.writer.scalars("largest/head") != []
     assert found.graphs[-1] == 2
-    failing = train(way, probes=[Largest()], steps=4)
+    failing = train(way, model=made(), probes=[Largest()], steps=4)
     assert "it cannot" in caplog.text
     assert_same_weights(failing.model, expected.model)
 
@@ -76,7 +80,7 @@ def test_after_detach_the_graphs_are_the_plain_ones(traces):
     assert after.code == plain.code
 
 
-@torch._dynamo.config.patch(recompile_limit=4)
+@torch._dynamo.config.patch(recompile_limit=3)
 def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
     model, counting, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), Counting(), torch.randn(5, 3)
     callee, optimizer = wrapper(model, backend=counting), torch.optim.SGD(model.parameters(), lr=0.1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
+from tests.setups import losses as shared  # noqa: F401 - whose loss modules are made anew
 from tests.setups.losses import CRITERION, TAG, WAYS, F, batch, losses, net, sgd
 from torchprobe.testing import MemoryWriter
 

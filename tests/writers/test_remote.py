@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 import torchprobe
+from tests import warm
 from tests.models import inputs, mlp
 from torchprobe.buffer import backlog
 from torchprobe.records import Record
@@ -239,7 +240,7 @@ def test_a_store_that_goes_down_and_comes_back_has_everything(s3, monkeypatch, c
         s3.up()
         train(model, 2)
         assert eventually(session.flush)
-    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
+    steps = subprocess.run([*warm.python(), "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
     assert steps.stdout.split() == [str(step) for step in range(1, 9)], steps.stderr
     [flight] = read_run("s3://bucket/runs/run").flights
     assert (flight["step"], flight["file"]) == (5, "s3://bucket/runs/run/flight/5.json")
@@ -281,8 +282,8 @@ for _ in range(3):
         "AWS_ENDPOINT_URL": s3.url.replace("127.0.0.1", "localhost"),
     }
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240
+        [*warm.python(), "-c", script], env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
-    steps = subprocess.run([sys.executable, "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
+    steps = subprocess.run([*warm.python(), "-W", "ignore", "-c", READ], capture_output=True, text=True, timeout=240)
     assert steps.stdout.split() == ["1", "2", "3"], result.stderr + steps.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.loaders import python_points
 from torchprobe.records import Record
 from torchprobe.writers.event_file import EventFileWriter
@@ -97,7 +97,7 @@ print(run.path)
 
 def test_of_several_processes_each_has_a_directory_of_its_own(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    command = [*warm.python(), "-c", PROCESS, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     for process in processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def run(
 @pytest.mark.parametrize("kind", SECOND)
 @pytest.mark.parametrize("second", [F.cross_entropy, OF_MODULE, lambda z, y: 0.3 * F.cross_entropy(z, y)])
 def test_each_head_is_judged_under_its_own_name(kind, second, caplog):
-    got = run(kind, caplog, second=second)
+    got = run(kind, caplog, second=copy.deepcopy(second))
     for prefix in ("", "val/"):
         got.are_of(got.parts[0], got.colours, "", "", prefix)
         got.are_of(got.parts[1], got.shapes, f"/{SECOND[kind]}", f".{SECOND[kind]}", prefix)

@@ -55,8 +55,9 @@ def missed(writer: MemoryWriter) -> list[str]:
 SQUARED_ERROR = nn.MSELoss()
 
 
-@pytest.mark.parametrize("judge", [nn.GaussianNLLLoss(), lambda mean, y, variance: SQUARED_ERROR(mean, y)])
-def test_a_loss_module_on_a_mean_and_a_variance_is_all_that_it_takes(judge):
+@pytest.mark.parametrize("make", [nn.GaussianNLLLoss, lambda: lambda mean, y, variance: SQUARED_ERROR(mean, y)])
+def test_a_loss_module_on_a_mean_and_a_variance_is_all_that_it_takes(make):
+    judge = make()
     writer = trained(Gaussian(), lambda out, y: judge(out["mean"], y, out["variance"]))
     assert len(writer.scalars("calibration/coverage_50")) == len(writer.scalars("calibration/coverage_90")) == 4
     assert missed(writer) == []

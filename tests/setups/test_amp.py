@@ -232,4 +232,5 @@ def test_large_and_small_bf16_activations_never_go_through_fp16():
         model(batch(0).bfloat16())
     for name, out in zip("01", outputs, strict=True):
         for key, value in moments(out).items():
-            assert writer.value(f"activation_{key}/{name}") == pytest.approx(value, rel=1e-9), key
+            near = pytest.approx(value, rel=2e-6, abs=1e-5 if key == "kurtosis" else 0)  # a difference from 3
+            assert writer.value(f"activation_{key}/{name}") == near, key

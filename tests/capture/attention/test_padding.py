@@ -128,3 +128,45 @@ def test_an_argument_of_a_module_around_the_call_names_padding(name, training):
     for tag, name in (("attention_entropy", "entropy"), ("attention_sink", "sink"), ("attention_distance", "distance")):
         assert writer.value(f"{prefix}{tag}/inner") == pytest.approx(sum(h[name] for h in heads) / HEADS, abs=1e-5)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Inverted(nn.Module):
+    """Calls what is true of padding `attention_mask`, as GroundingDINO's text enhancer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Attends(lambda m, q, k, hidden: filled(scores(q, k), hidden).softmax(-1))
+        self.second = Attends(lambda m, q, k: filled(scores(q, k), ~CAUSAL).softmax(-1))
+
+    def forward(self, x, attention_mask):
+        return self.first(x, attention_mask[:, None, None]), self.second(x)
+
+
+def assert_recorded(model, mask, **right):
+    """right: weights, counted queries and visible keys, by module."""
+    writer = MemoryWriter()
+    with instrument(model, writer=writer, probes=[Attention(every=1)]):
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        outputs = model(X, mask)
+        sum(one.nan_to_num().sum() for one in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        optimizer.step()
+    for name, (p, rows, seen) in right.items():
+        heads = of_weights(p(), rows, seen)
+        for tag in ("entropy", "sink", "distance"):
+            want = sum(head[tag] for head in heads) / HEADS
+            assert writer.value(f"attention_{tag}/{name}") == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("taken", [TAKEN, torch.ones_like(TAKEN)], ids=["of several lengths", "of one"])
+def test_an_argument_that_means_the_opposite_of_its_name_is_not_believed(taken):
+    model = Inverted()
+    first = (lambda: model.first.p, taken[:, None], taken[:, None, None])
+    assert_recorded(model, ~taken, first=first, second=(lambda: model.second.p, taken[:, None], CAUSAL))
+
+
+def test_a_sequence_of_nothing_but_padding_is_left_out():
+    taken = TAKEN.clone()
+    taken[1] = False
+    model = Outer("attention_mask")
+    inner = (lambda: model.inner.p.nan_to_num(), taken[:, None], taken[:, None, None] & CAUSAL)
+    assert_recorded(model, taken.long(), inner=inner)

@@ -62,12 +62,21 @@ class Padding:
         """Which queries are padded: bool (batch, queries); None where nothing says so."""
         if where.tokens is None or where.at is None:
             return None
-        padded = self._said.get(where.tokens, self._masks.get(where.tokens))
+        padded = self._padded(where.tokens)
         if padded is None or padded.size(0) not in (1, batch) or len(where.at) != queries:
             return None
         if where.at.min(initial=0) < 0 or where.at.max(initial=0) >= padded.size(1):
             return None
         return _picked(padded, where.at).expand(batch, -1)
+
+    def _padded(self, tokens: Tokens) -> Tensor | None:
+        """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""
+        said, masks = self._said.get(tokens), self._masks.get(tokens)
+        if said is None:
+            return masks
+        if masks is None or masks.shape != said.shape:
+            return said & ~said.all()
+        return torch.where((masks != said).all(), masks, said & ~said.all())
 
 
 def _picked(x: Tensor, index: Indices) -> Tensor:

@@ -30,7 +30,7 @@ from benchmarks.recipes import RECIPES, Training, training
 from torchprobe.probes.choosing import default_probes
 
 LONG = os.environ.get("BENCHMARK") == "long"
-SECONDS = 6.0 if LONG else 2.0  # of bare steps, about, and of watched ones as many
+SECONDS = 3.0 if LONG else 2.0  # of bare steps, about, and of watched ones as many
 BLOCK_SECONDS = 0.1
 MOST_BLOCKS, FEWEST_BLOCKS = (200, 7) if LONG else (12, 4)
 

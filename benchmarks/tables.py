@@ -75,7 +75,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     """Added time beside the bare step, a group of bars a recipe."""
     from PIL import Image, ImageDraw
 
+    recipes = [*dict.fromkeys(one["recipe"] for one in results["measurements"])]
     rows = [one for one in results["measurements"] if one["ratio"] > 1]
+    rows.sort(key=lambda one: recipes.index(one["recipe"]))
     height, left, width = 18, 420, 1000
     most = max(one["ratio"] - 1 for one in rows)
     picture = Image.new("RGB", (width, height * (len(rows) + 1)), "white")

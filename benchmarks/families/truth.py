@@ -156,7 +156,8 @@ def _together(calls: list[Softmax]) -> dict[str, float]:
     rows = [_rows(call) for call in calls]
     values = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
     means = {name: v.nanmean().item() for name, v in values.items() if name != "max_logit"}
-    return means | {name: v.max().item() for name, v in values.items() if name == "max_logit"}
+    largest = values.get("max_logit", torch.empty(0))
+    return means | ({"max_logit": largest.max().item()} if largest.numel() else {})
 
 
 def _rows(call: Softmax) -> dict[str, Tensor]:

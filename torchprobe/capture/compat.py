@@ -1,4 +1,4 @@
-"""The one door to what torch does not promise: its private names (see `private_names`), and its functions' frames.
+"""The one door to what torch does not promise: private names (see `compiled.private_names`), and frames of functions.
 
 Names of Dynamo are looked up only after something else loaded it, and of theirs only a model with compiled parts hears.
 """
@@ -18,8 +18,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.capture.private_names import EVAL_FRAME, NAMES, lost
-from torchprobe.capture.private_names import find as find
+from torchprobe.capture.compiled.private_names import EVAL_FRAME, NAMES, lost
+from torchprobe.capture.compiled.private_names import find as find
 
 REPLICA = "_is_replica"
 """Key in the `__dict__` of a copy of a model that DataParallel makes, with our hooks, and runs in another thread."""

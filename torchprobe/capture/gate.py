@@ -15,8 +15,8 @@ import torch
 
 from torchprobe.buffer.transfer import may_record_graphs, records_graph
 from torchprobe.capture.compat import switch_gradients
+from torchprobe.capture.compiled.private_names import find
 from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
-from torchprobe.capture.private_names import find
 
 _log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torchprobe.buffer.step import Stage
-from torchprobe.capture.private_names import find
+from torchprobe.capture.compiled.private_names import find
 from torchprobe.naming import ROOT, named_modules, named_parameters, unwrapped
 
 PIPELINING = "torch.distributed.pipelining"

@@ -18,7 +18,7 @@ from weakref import ReferenceType, WeakMethod, WeakSet
 
 from torch import nn
 
-from torchprobe.capture.private_names import find
+from torchprobe.capture.compiled.private_names import find
 from torchprobe.naming import all_modules
 
 _log = logging.getLogger("torchprobe")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchprobe.capture.compat import say_what_graphs_lose, skip_frames, under_transform
 from torchprobe.capture.compiled.graphs import attach_guards
-from torchprobe.capture.private_names import find
+from torchprobe.capture.compiled.private_names import find
 from torchprobe.naming import ROOT
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]

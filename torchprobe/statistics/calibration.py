@@ -283,7 +283,7 @@ def _header(row: Row) -> list[float]:
     values = np.asarray(row, dtype=np.float64)
     if values.shape != (len(FIELDS),):
         raise ValueError(f"row: got shape {values.shape}, takes ({len(FIELDS)},), as compute returns")
-    header: list[float] = values[: len(HEADER)].tolist()
+    header: list[float] = values[: len(HEADER)].tolist()  # on the host
     return header
 
 

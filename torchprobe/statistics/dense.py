@@ -92,18 +92,21 @@ def _extremes(x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
     if not _SQUARES[0] < square < _SQUARES[1]:
         return _scaled_extremes(x, scratch)
     fourth = _squares([_row_norms(squares)]) / square**2
-    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(x, 0.0, out=scratch).sum())
-    return on_host(high.view(torch.float32).sqrt()), zeros, fourth
+    return on_host(high.view(torch.float32).sqrt()), _zeros(x, low, scratch), fourth
 
 
 def _scaled_extremes(x: Tensor, scratch: Tensor) -> tuple[float, float, float]:
     """The same of elements of any size, divided by the largest before they are squared."""
     low, high = torch.abs(x, out=scratch).view(torch.int32).aminmax()
-    largest = on_host(high.view(torch.float32))
-    zeros = 0.0 if on_host(low) else x.shape[0] - on_host(torch.ne(x, 0.0, out=scratch).sum())
+    largest, zeros = on_host(high.view(torch.float32)), _zeros(x, low, scratch)
     if not 0 < largest < math.inf:
         return largest, zeros, 0.0
     return largest, zeros, _squares([_row_norms(torch.div(x, largest, out=scratch).square_())])
+
+
+def _zeros(x: Tensor, least: Tensor, scratch: Tensor) -> float:
+    """How many elements are 0, of which the least magnitude, or its square, tells whether there may be any."""
+    return 0.0 if on_host(least) else x.shape[0] - on_host(torch.ne(x, 0.0, out=scratch).sum())
 
 
 def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:

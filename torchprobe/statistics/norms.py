@@ -185,23 +185,22 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
         return _fused_sums(tensors, absolute=absolute)
     found = _finite_sums(tensors, absolute=absolute) if device.type == "cpu" else {}
     rest = [i for i in range(len(tensors)) if i not in found]
-    if found and not rest:
-        return torch.tensor([found[i] for i in range(len(tensors))], dtype=row_dtype(device), device=device)
-    rows = _careful_sums([tensors[i] for i in rest], device, absolute=absolute)
     if not found:
-        return rows
-    rows = torch.cat((rows, torch.tensor([*found.values()], dtype=rows.dtype, device=device)))
-    places = torch.tensor([*rest, *found], device=device)
-    return torch.empty_like(rows).index_copy_(0, places, rows)
+        return _careful_sums(tensors, device, absolute=absolute)
+    if rest:
+        rows = _careful_sums([tensors[i] for i in rest], device, absolute=absolute)
+        found.update(zip(rest, rows.tolist(), strict=True))  # in host memory, as the others
+    return torch.tensor([found[i] for i in range(len(tensors))], dtype=row_dtype(device), device=device)
 
 
-def _finite_sums(tensors: Sequence[Tensor], *, absolute: bool) -> dict[int, tuple[float, ...]]:
+def _finite_sums(tensors: Sequence[Tensor], *, absolute: bool) -> dict[int, Sequence[float]]:
     """The rows, by index, of those in host memory whose elements are all finite, where a look shows it.
 
     Small ones take one operation for all, in float64, in which norms of a narrower type neither vanish nor overflow.
     """
     usual = [(i, x, x.numel()) for i, x in enumerate(tensors) if x.dtype in dense.TYPES and type(x) in PLAIN]
-    found = {i: row for i, x, n in usual if n >= _FEW and (row := dense.sums(x, absolute=absolute)) is not None}
+    sums = {i: dense.sums(x, absolute=absolute) for i, x, n in usual if n >= _FEW}
+    found: dict[int, Sequence[float]] = {i: row for i, row in sums.items() if row is not None}
     small = [i for i, _, n in usual if 0 < n < _FEW]
     if small:
         some = [tensors[i] for i in small]

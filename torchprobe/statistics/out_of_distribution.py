@@ -51,7 +51,7 @@ def summarise(row: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
 
     auroc: the probability that a score from outside is above one from inside, ties by half; 0.5 is chance.
     """
-    values = dict(zip(FIELDS, np.asarray(row, dtype=np.float64).tolist(), strict=True))
+    values = dict(zip(FIELDS, np.asarray(row, dtype=np.float64).tolist(), strict=True))  # on the host
     counts = {f"count_{side}": values[f"count_{side}"] for side in SIDES}
     counts |= {f"nonfinite_{side}": values[f"{side}_nonfinite"] for side in SIDES}
     pairs = values["count_in"] * values["count_out"]
@@ -62,7 +62,7 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     """Edges and counts by side, "in" and "out"; a side without a score is left out."""
     sides = np.asarray(row, dtype=np.float64)[len(_HEADER) :].reshape(len(SIDES), _HISTOGRAM)
     found = {}
-    for side, (low, high, _, *counts) in zip(SIDES, sides.tolist(), strict=True):
+    for side, (low, high, _, *counts) in zip(SIDES, sides.tolist(), strict=True):  # on the host
         if any(counts):
             found[side] = (linear.edges(low, high, BUCKETS), np.asarray(counts, dtype=np.int64))
     return found

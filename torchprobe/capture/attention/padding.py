@@ -25,11 +25,13 @@ class Padding:
     def __init__(self) -> None:
         self._said: dict[Tokens, Tensor] = {}  # by arguments
         self._masks: dict[Tokens, Tensor] = {}  # by masks on the logits
+        self._believed: dict[Tokens, Tensor] = {}  # what arguments said, once it was held against masks
 
     def clear(self) -> None:
         """The pass is over."""
         self._said.clear()
         self._masks.clear()
+        self._believed.clear()
 
     def say(self, label: Label, batch: int | None, place: int, padded: Tensor) -> None:
         """An argument names the padded tokens. batch, place: dimensions of the labelled tensor, None for no batch."""
@@ -40,6 +42,7 @@ class Padding:
     def say_of(self, tokens: Tokens, padded: Tensor) -> None:
         """The same where it is known what batch and tokens count."""
         self._said[tokens] = padded
+        self._believed.pop(tokens, None)
 
     def note(self, where: Places, hidden: Tensor) -> None:
         """A mask on the logits that is one for all heads and queries hides keys: bool (batch, keys).
@@ -55,6 +58,8 @@ class Padding:
         order = keys[np.argsort(at[keys], kind="stable")]
         known = at[order]
         if len(known) <= hidden.size(1) and np.array_equal(known, np.arange(len(known))):
+            if tokens not in self._masks:
+                self._believed.pop(tokens, None)
             differs = (hidden != hidden[:1]).any()
             self._masks[tokens] = _picked(hidden, order) & differs
 
@@ -74,9 +79,12 @@ class Padding:
         said, masks = self._said.get(tokens), self._masks.get(tokens)
         if said is None:
             return masks
-        if masks is None or masks.shape != said.shape:
-            return said & ~said.all()
-        return torch.where((masks != said).all(), masks, said & ~said.all())
+        if tokens not in self._believed:
+            sensible = said & ~said.all()
+            if masks is not None and masks.shape == said.shape:
+                sensible = torch.where((masks != said).all(), masks, sensible)
+            self._believed[tokens] = sensible
+        return self._believed[tokens]
 
 
 def _picked(x: Tensor, index: Indices) -> Tensor:

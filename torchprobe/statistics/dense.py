@@ -19,7 +19,6 @@ from torch import Tensor
 from torchprobe.statistics.dtypes import PLAIN, chunks, on_host
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 CHUNK = 2**18  # elements worked on in several passes: with their scratch they fit two cores' L2
 _STREAM = 16  # so many chunks at a time where one pass is enough
 _ROW = 512  # elements whose squares are added up in float32, 32 to a lane

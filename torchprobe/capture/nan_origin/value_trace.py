@@ -142,10 +142,8 @@ class ValueTrace:
         room = trace.room(len(seen))
         if room > 0:
             ends = self._ends(tensor)
-            events = [
-                f"{i} {self._tensor} {call} {kind} {name}" for i, (call, kind, name) in enumerate(seen, self._turn)
-            ]
-            trace.rows[tensor.device, ends[0].dtype] += [(event, ends) for event in events[:room]]
+            rows = [f"{i} {self._tensor} {call} {kind} {name}" for i, (call, kind, name) in enumerate(seen, self._turn)]
+            trace.rows[tensor.device, ends[0].dtype] += [(row, ends) for row in rows[:room]]
         self._turn += len(seen)
 
     def _ends(self, tensor: Tensor) -> Ends:

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median, stdev
 from time import perf_counter
 
@@ -81,7 +82,9 @@ def loop(shape: str, batch: int, compiled: bool) -> Loop:
     return Loop(*SHAPES[shape], batch, compiled)
 
 
-def in_turn(benchmark, bare: Loop, other: Loop, blocks: int = BLOCKS) -> list[tuple[float, float]]:
+def in_turn(
+    benchmark, bare: Loop | Captured, other: Loop | Captured, blocks: int = BLOCKS
+) -> list[tuple[float, float]]:
     """Seconds a step of a bare block and of the other's beside it, each first in every second pair."""
     for _ in range(WARM_UP):
         bare.step(), other.step()
@@ -168,6 +171,41 @@ def test_torchprobe(benchmark, cadence, shape, batch, compiled, tmp_path):
     with torchprobe.instrument(other.model, log_dir=tmp_path, **CADENCES[cadence]()) as session:
         pairs = in_turn(benchmark, bare, other, BLOCKS if cadence in ("idle", "default") else 3)
         report(benchmark, pairs, **facts(bare, other))
+    assert "failed" not in session.summary()
+
+
+class Captured:
+    """The whole step of a loop as a CUDA graph of the user's: `step()` replays it, and tells the session, if any."""
+
+    seconds = Loop.seconds
+
+    def __init__(self, loop: Loop, session: torchprobe.Session | None = None) -> None:
+        self.loop, self.session = loop, session
+        loop.optimizer = torch.optim.AdamW(loop.model.parameters(), lr=1e-4, fused=True, capturable=True)
+        side, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                loop.step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            loop.step()
+        self.step()
+
+    def step(self) -> None:
+        self.graph.replay()
+        if self.session is not None:
+            self.session.next_step()
+
+
+@pytest.mark.parametrize("cadence", ["idle", "weights"])
+def test_captured(benchmark, cadence, tmp_path, monkeypatch):
+    """Nothing due, and what replays record at each of them: activations, their gradients, and gradients."""
+    monkeypatch.setattr(torch, "autocast", partial(torch.autocast, cache_enabled=False))  # a cast would not be replayed
+    bare, other = (loop("small", 4, False) for _ in range(2))
+    with torchprobe.instrument(other.model, log_dir=tmp_path, **CADENCES[cadence]()) as session:
+        pairs = in_turn(benchmark, Captured(bare), Captured(other, session))
+        report(benchmark, pairs)
     assert "failed" not in session.summary()
 
 

@@ -35,6 +35,7 @@ def launches(request):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("_PROGRAMS", "_BLOCK", "_MERGED"), request.param, strict=True):
             patch.setattr(fused, name, value)
+        patch.setattr(fused, "LINES", 3)
         yield
 
 
@@ -117,3 +118,18 @@ def test_without_triton_nothing_is_claimed(monkeypatch, caplog):
     assert [fused.usable("cpu") for _ in range(2)] == [False, False]
     assert [record.levelname for record in caplog.records if record.levelno >= 30] == ["WARNING"]
     fused.usable.cache_clear()
+
+
+@given(many=st.lists(tensors((torch.float32,)), min_size=1, max_size=4), flags=st.lists(st.booleans(), min_size=4))
+@settings(max_examples=12, deadline=None)
+def test_lines_in_place_hold_what_was_added_while_the_flag_was_set(many, flags, launches):
+    parts = [real(x).contiguous() for x in many]
+    lines = [fused.lines(torch.device("cpu")) for _ in range(2)]
+    on = [x for x, wanted in zip(parts, flags, strict=False) if wanted]
+    for x, wanted in zip(parts, flags, strict=False):
+        lines[1][-1, 0] = float(wanted)
+        fused.add(x, lines[1])
+    found, calls = fused.all_added(lines)
+    assert calls.tolist() == [0, sum(x.numel() > 0 for x in on)]
+    assert found[0].tolist() == [0.0] * fused.COLUMNS
+    assert_row(found[1], torch.cat([x.reshape(-1) for x in on]) if on else torch.zeros(0))

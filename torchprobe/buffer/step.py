@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +82,14 @@ class Piece:
     def heading(self) -> Heading:
         """All but the rows."""
         return Heading(self.reporter, self.names, self.prefix, self.counted, self.shares)
+
+    def unscaled(self, scale: float | Tensor) -> Piece:
+        """For the loss divided by what it was multiplied with; what is not of gradients of outputs, as it is."""
+        reporter: Any = self.reporter
+        if getattr(reporter, "source", "") != "output_gradients":
+            return self
+        scale = torch.as_tensor(scale, dtype=self.rows.dtype, device=self.rows.device)
+        return replace(self, rows=reporter.unscale(self.rows, scale))
 
 
 @dataclass(slots=True)

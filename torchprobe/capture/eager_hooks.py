@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.gate import no_graph
-from torchprobe.capture.inert import Inert
-from torchprobe.capture.marks import ROOT_KEY, mark, unmark
+from torchprobe.capture.marks import ROOT_KEY, Inert, mark, unmark
 from torchprobe.capture.source import Pass, Running
 from torchprobe.naming import all_modules
 from torchprobe.probes.base import Reporter

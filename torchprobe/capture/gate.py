@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -127,9 +127,14 @@ class Guard:
         self.stopped = False
         self._tell = tell
         self.captured: Counter[str] = Counter()
+        self._while_captured: Callable[[str, tuple[Any, ...]], None] = lambda method, args: None
         self.may_capture = may_record_graphs()
         self.dynamo_switch = find(DYNAMO_SWITCH)
         self._said_forked = False
+
+    def tell_while_captured(self, tell: Callable[[str, tuple[Any, ...]], None]) -> None:
+        """Have a function called with the methods that do nothing while a graph is captured, and their arguments."""
+        self._while_captured = tell
 
     def stop(self) -> None:
         """The run is over."""
@@ -141,7 +146,7 @@ class Guard:
         _log.exception("torchprobe failed and stops recording; training goes on")
         self._tell(f"{type(error).__name__}: {error}")
 
-    def records(self, method: str) -> bool:
+    def records(self, method: str, args: tuple[Any, ...] = ()) -> bool:
         """Whether a method is to record: a forked child, and a step that is captured as a graph, say once that not."""
         if self.stopped:
             return False
@@ -158,9 +163,15 @@ class Guard:
             return True
         if not self.captured:
             _log.warning(
-                "what is captured into a graph of the device is not recorded, nor are its replays, which run no Python"
+                "of a step that is captured into a graph of the device, replays record activations, their gradients "
+                "and the gradients that an optimizer in it uses, on CUDA with Triton; call session.next_step() after "
+                "each replay, unless the optimizer steps outside of the graph"
             )
         self.captured[method] += 1
+        try:
+            self._while_captured(method, args)
+        except Exception as error:
+            self.fail(error)
         return False
 
     @contextmanager
@@ -193,7 +204,7 @@ def protected(method: Callable[Concatenate[_G, _P], _R]) -> Callable[Concatenate
     def call(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         guard = self.guard
         off = guard.stopped or _process[0] != guard.pid or (guard.may_capture and records_graph())
-        if off and not guard.records(method.__name__):
+        if off and not guard.records(method.__name__, args):
             return None
         switch, starts = guard.dynamo_switch, guard.meter.starts
         dynamo = None if switch is None else switch(None)

@@ -24,6 +24,16 @@ _OF_HOOKS = (
 )
 
 
+class Inert:
+    """Means nothing to anybody else: copies and pickles become None."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(None), ())
+
+
 def mark(module: nn.Module, key: str, value: Any) -> None:
     """Put something of ours under a key that begins with `_torchprobe` into a module's `__dict__`."""
     attributes = module.__dict__

@@ -84,6 +84,12 @@ class OutputSource:
         """Whether a probe of outputs is among those due."""
         return not due.isdisjoint(self._reporters)
 
+    def watched(self) -> Iterator[tuple[Reporter, str]]:
+        """Whose outputs, and their gradients, are captured, by module."""
+        for site in self._sites.values():
+            for tap in (*site.outputs, *site.gradients):
+                yield tap.reporter, tap.name
+
     def arm(self, training: bool) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
         model = self._model()
@@ -181,6 +187,5 @@ def _piece(
     stacked = torch.stack(rows)
     counts = moved(torch.tensor(calls, dtype=stacked.dtype, device="cpu"), stacked.device)
     stacked = torch.cat((stacked, counts[:, None]), dim=1)
-    if scale is not None and reporter.source == "output_gradients":
-        stacked = reporter.unscale(stacked, torch.as_tensor(scale, dtype=stacked.dtype, device=stacked.device))
-    return Piece(reporter, names, stacked, prefix, counted=True)
+    piece = Piece(reporter, names, stacked, prefix, counted=True)
+    return piece if scale is None else piece.unscaled(scale)

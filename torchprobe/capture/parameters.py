@@ -79,6 +79,13 @@ class ParameterSource:
                 yield from self._changed(piece, used, loss_scale(optimizer), parts)
             yield from self._gone(reporters, [one for one in held if one.parameter.grad is None])
 
+    def of_captured(self, optimizer: Optimizer) -> Iterator[tuple[Reporter, list[Named]]]:
+        """The gradients that a step uses which becomes part of a graph of the device, for each of their probes."""
+        self._stepping = None
+        if not isinstance(getattr(optimizer, "grad_scale", None), Tensor):
+            named = self._gradients(self._held(optimizer))
+            yield from ((reporter, self._chosen(reporter, named)) for reporter in self._of["gradients"])
+
     def backward_begins(self, due: frozenset[Reporter], early: Collection[int] = ()) -> None:
         """A backward pass begins in a step that samples these. early: parameters that it has reached before."""
         self._look(due, self.left.begin, early)

@@ -26,8 +26,7 @@ from torchprobe.capture.compiled.graphs import hides_hooks
 from torchprobe.capture.compiled.tracing import scope
 from torchprobe.capture.eager_hooks import MARKS, before
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.inert import Inert
-from torchprobe.capture.marks import ROOT_KEY, mark, unmark
+from torchprobe.capture.marks import ROOT_KEY, Inert, mark, unmark
 from torchprobe.capture.pipelining import PIPELINING, learning_shapes
 from torchprobe.capture.source import Running, uncounted
 

@@ -10,12 +10,21 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.operators import GradientHook, listen
-from torchprobe.capture.compiled.tracing import beside, gradient_hooks_trace, run_in, scope
+from torchprobe.capture.compiled.tracing import (
+    becomes_device_graph,
+    beside,
+    constant,
+    gradient_hooks_trace,
+    keeps_address,
+    run_in,
+    scope,
+)
 from torchprobe.capture.gate import no_autocast, no_graph
-from torchprobe.capture.inert import Inert
+from torchprobe.capture.marks import Inert
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.source import Pass, Running
@@ -65,6 +74,7 @@ class Tap:
         self._running = running
         self.meter = running.meter
         self._memo = memo
+        self.lines: Tensor | None = None
 
     def add(self, passing: Pass, tensor: Tensor) -> None:
         """One more tensor, in eager code and no graph, unless the probe is off; an exception switches it off."""
@@ -89,6 +99,21 @@ class Tap:
         if passing is not None:
             with self.reporter.gate.boundary(), no_torch_function(), torch.no_grad():
                 self._keep(passing, _row(new).clone())  # the compiler writes something else into this memory
+
+    def add_in_place(self, tensor: Tensor) -> None:
+        """At each replay of the graph of the device that is captured now, on a sampled step."""
+        gate = self.reporter.gate
+        if not gate.failed:
+            with gate, no_graph(), no_autocast(tensor.device):
+                self._running.in_place.add(self.reporter, self.name, tensor)
+
+    @constant
+    def has_lines(self, kind: str, index: int | None) -> bool:
+        """Whether the probe's sums can be added up in place, on this device: then `lines` is where."""
+        self.lines = self._running.in_place.lines(
+            self.reporter, self.name, torch.device(kind if index is None else f"{kind}:{index}")
+        )
+        return self.lines is not None and keeps_address(self.lines)
 
     def merged(self, rows: Sequence[Row]) -> Row:
         """The row of all calls."""
@@ -141,6 +166,10 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 def _observe(site: Site, training: bool, output: Any) -> None:
     running = site.running
+    if records_graph():
+        if training and torch.is_grad_enabled() and not in_backward():
+            _capture(site, main_tensor(output))
+        return
     recomputing = in_backward()
     running.note_fired()
     tensor = None if under_transform() else main_tensor(output)
@@ -160,6 +189,17 @@ def _observe(site: Site, training: bool, output: Any) -> None:
         taps = [tap for tap in site.gradients if tap.reporter in passing.due]
         if taps:
             _follow_gradient(taps, passing, tensor)
+
+
+def _capture(site: Site, tensor: Tensor | None) -> None:
+    """The user captures a graph of the device, whose replays are to add up."""
+    if tensor is None or not measurable(tensor):
+        return
+    for tap in site.outputs:
+        tap.add_in_place(tensor)
+    if tensor.grad_fn is not None:
+        for tap in site.gradients:
+            listen(tensor, tap.add_in_place)
 
 
 def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None:
@@ -185,6 +225,9 @@ def _trace(site: Site, output: Any) -> None:
     run_in(where, note_compiled, site.running)
     training = site.running.training
     tensor = main_tensor(output)
+    lasting = tensor is not None and training and torch.is_grad_enabled() and becomes_device_graph()
+    if lasting and _trace_in_place(site, tensor):
+        return
     if tensor is None or not (site.running.sampled if training else site.running.sampled_val):
         return
     for tap in site.outputs:
@@ -192,6 +235,25 @@ def _trace(site: Site, output: Any) -> None:
     if training and tensor.requires_grad and gradient_hooks_trace():
         for tap in site.gradients:
             tensor.register_hook(functools.partial(_trace_tensor, tap, training, True))
+
+
+def _trace_in_place(site: Site, tensor: Any) -> bool:
+    """Whether one graph serves sampled steps and all others: a graph of the device, in which a flag of its tells."""
+    device = tensor.device
+    if not all([tap.has_lines(device.type, device.index) for tap in (*site.outputs, *site.gradients)]):  # noqa: C419
+        return False
+    for tap in site.outputs:
+        _trace_adding(tap, tensor)
+    if tensor.requires_grad and gradient_hooks_trace():
+        for tap in site.gradients:
+            tensor.register_hook(functools.partial(_trace_adding, tap))
+    return True
+
+
+def _trace_adding(tap: Tap, tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        operators.add_in_place(tap.lines, tensor.detach())
+    return tensor
 
 
 def _trace_tensor(tap: Tap, training: bool, gradient: bool, tensor: Tensor) -> Tensor:

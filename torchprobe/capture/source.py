@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compiled.tracing import unseen
 from torchprobe.capture.gate import Meter
+from torchprobe.capture.in_place import InPlace
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.checks import register
 
@@ -128,8 +129,9 @@ class Running:
     meter: of all that hooks take.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, in_place: InPlace) -> None:
         self.meter = meter
+        self.in_place = in_place
         self.passing: Pass | None = None
         self.compiled = False  # a hook was traced: hooks stay on, and only flags change
         self.fired = False  # a hook ran outside of graphs in this step

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
+from torchprobe.buffer.transfer import may_record_graphs
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import scaler_alive
 from torchprobe.capture.compiled.retrace import Retrace
 from torchprobe.capture.diagnosis.source import DiagnosisSource
 from torchprobe.capture.eager_hooks import EagerHooks, Watcher
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.in_place import InPlace
 from torchprobe.capture.micro_gradients import MicroGradientSource
 from torchprobe.capture.modules import OutputSource
 from torchprobe.capture.nan_origin.check import NanCheck
@@ -48,7 +50,9 @@ class Sources:
         nan_gate: Gate | None,
     ) -> None:
         self.model = model
-        self.running = running = Running(meter)
+        self.in_place = InPlace([reporter for reporter in reporters if reporter.source == "gradients"])
+        self.running = running = Running(meter, self.in_place)
+        self._may_capture = may_record_graphs()
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)
@@ -109,11 +113,22 @@ class Sources:
             self._arm(due, True, may_trace)
         if any(trace.reporter in due for trace in self._traces):
             self.snapshots.open(step)
+        if self._may_capture:
+            self.in_place.open(step, due, self.model() if due or may_trace else None, self._outputs.watched())
         if not any(reporter.source == "updates" for reporter in due):
             self.parameters.forget()
 
     def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
         return any(r.source in ("outputs", "output_gradients") or (attention and r.source == "attention") for r in due)
+
+    def captured(self, method: str, args: tuple[Any, ...]) -> None:
+        """The user captures a graph of the device, and this would have been called with these arguments."""
+        if method == "enter":  # the model is called
+            self.armed = True
+            self._outputs.arm(True)
+        elif method == "_before":  # an optimizer steps
+            for reporter, named in self.parameters.of_captured(args[0]):
+                self.in_place.add_gradients(reporter, named)
 
     def step_ended(self) -> None:
         """A sampled step is complete."""
@@ -129,6 +144,8 @@ class Sources:
     def enter(self, passing: Pass, module: nn.Module, may_trace: bool) -> None:
         """A forward pass begins. may_trace: see `open`."""
         training = passing.training
+        if self.in_place.used and training:
+            self.in_place.saw_pass()
         if passing.due or self.armed or (may_trace and training):
             self._arm(passing.due, training, may_trace and training)
             for attention in self._attention:
@@ -297,3 +314,4 @@ class Sources:
         self.predictions.detach()
         self._late.detach()
         self._hooks.disarm()
+        self.in_place.detach()

@@ -28,6 +28,7 @@ class Activations(Probe):
 
     source: ClassVar[str] = "outputs"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
+    columns: ClassVar[tuple[int, ...] | None] = tuple(range(len(moments.FIELDS)))
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_mean": "Mean of the module's output (exact, finite elements).",
@@ -70,6 +71,7 @@ class ActivationGradients(Probe):
 
     source: ClassVar[str] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = norms.SQUARES
+    columns: ClassVar[tuple[int, ...] | None] = (11, 12)
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",

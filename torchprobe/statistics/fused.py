@@ -28,6 +28,9 @@ MOMENTS, SUMS, ENDS, SQUARES = slice(0, 7), slice(7, 9), slice(9, 11), slice(11,
 """Columns of `rows`: those of `moments.FIELDS`; the sums of squares and of magnitudes; the smallest and the largest
 element, 0 where none is finite; those of `norms.SQUARES`."""
 
+LINES = 2**7
+"""Lines of sums that stay in place: the most programs of a launch that adds to them. Each costs time, flag or not."""
+
 _PROGRAMS, _BLOCK, _MERGED = 2**11, 2**10, 2**7  # programs that a launch aims at, elements at a time, rows at a time
 
 _log = logging.getLogger("torchprobe")
@@ -66,6 +69,51 @@ def rows(tensors: Sequence[Tensor]) -> Tensor:
     return _in_order(_rows, tensors)
 
 
+def lines(device: torch.device, tensors: int = 0) -> Tensor:
+    """Memory for `add`, or for `add_all` of so many tensors: zeros. The number in the last line is the flag."""
+    return torch.zeros(LINES + tensors + 1, COLUMNS, dtype=torch.float64, device=device)
+
+
+def add(x: Tensor, lines: Tensor) -> None:
+    """Add the elements of a tensor to lines that stay in place, unless their flag is 0 when that runs.
+
+    `applies_to` the tensor. One launch, nothing allocated and nothing copied: a graph of the device may hold it.
+    """
+    from torchprobe.statistics import kernels
+
+    launch = Launch([x], len(lines) - 1)
+    if launch.programs:
+        with _on(x.device):
+            kernels.sums[(launch.programs,)](x, x, lines, lines[-1], **launch.options, gated=1)
+
+
+def add_all(x: Tensor, lines: Tensor, places: Tensor, programs: int, span: int) -> None:
+    """The same of all tensors of the type of `x` that `places` names when it runs: see `Launch.table`."""
+    from torchprobe.statistics import kernels
+
+    options = {"elements": 0, "span": span, "ADDRESSED": True, "BLOCK": _BLOCK}
+    with _on(x.device):
+        kernels.sums[(programs,)](x, places, lines, lines[-1], **options, gated=1)
+
+
+def all_added(lines: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The row of what was added to each, as `rows` has them, and of how many tensors it is: (n, COLUMNS), (n,)."""
+    partial = torch.cat(list(lines))
+    each = len(lines[0])
+    partial[each - 1 :: each] = 0.0  # the flags
+    return added(partial, torch.arange(0, len(partial) + 1, each, device=partial.device))
+
+
+def added(lines: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of tensors whose lines end there."""
+    from torchprobe.statistics import kernels
+
+    out = torch.empty(len(ends) - 1, COLUMNS, dtype=torch.float64, device=lines.device)
+    with _on(lines.device):
+        kernels.merged[(len(out),)](lines, ends, out, 0, ADDRESSED=True, BLOCK=_MERGED)
+    return out, lines[:, 3].index_select(0, ends[:-1])
+
+
 def codes(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor how many elements have each exponent code of float32, and how many are not 0: (n, 257), int64."""
     return _in_order(_codes, tensors)
@@ -83,13 +131,14 @@ def counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
     from torchprobe.statistics import kernels
 
-    x, launch = tensors[0], _Launch(tensors)
+    x, launch = tensors[0], Launch(tensors, _PROGRAMS)
+    places, ends = launch.table() if launch.addressed else (x, x)
     out = torch.empty(len(tensors), COLUMNS, dtype=torch.float64, device=x.device)
     partial = torch.empty(max(launch.programs, 1), COLUMNS, dtype=torch.float64, device=x.device)
     with _on(x.device):
         if launch.programs:
-            kernels.sums[(launch.programs,)](x, launch.places, partial, **launch.options)
-        many = (partial, launch.ends, out, launch.programs)
+            kernels.sums[(launch.programs,)](x, places, partial, partial, **launch.options, gated=0)
+        many = (partial, ends, out, launch.programs)
         kernels.merged[(len(tensors),)](*many, ADDRESSED=launch.addressed, BLOCK=_MERGED)
     return out
 
@@ -97,45 +146,50 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
 def _codes(tensors: Sequence[Tensor]) -> Tensor:
     from torchprobe.statistics import kernels
 
-    x, launch = tensors[0], _Launch(tensors)
+    x, launch = tensors[0], Launch(tensors, _PROGRAMS)
+    places, _ = launch.table() if launch.addressed else (x, x)
     out = torch.zeros(len(tensors), CODES + 1, dtype=torch.int64, device=x.device)
     if launch.programs:
         with _on(x.device):
-            kernels.exponents[(launch.programs,)](x, launch.places, out, **launch.options)
+            kernels.exponents[(launch.programs,)](x, places, out, **launch.options)
     return out
 
 
 def _counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
     from torchprobe.statistics import kernels
 
-    x, launch = tensors[0], _Launch(tensors)
+    x, launch = tensors[0], Launch(tensors, _PROGRAMS)
+    places, _ = launch.table() if launch.addressed else (x, x)
     out = torch.zeros(len(tensors), buckets + 1, dtype=torch.int64, device=x.device)
     if launch.programs:
         with _on(x.device):
-            kernels.bins[(launch.programs,)](x, launch.places, grid, out, **launch.options, BINS=2 * buckets)
+            kernels.bins[(launch.programs,)](x, places, grid, out, **launch.options, BINS=2 * buckets)
     return out
 
 
-class _Launch:
+class Launch:
     """Which program reads what: a table on the device, or by its number where there is one tensor."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], programs: int, addressed: bool | None = None) -> None:
         x = tensors[0]
         sizes = [tensor.numel() for tensor in tensors]
-        span = -(-sum(sizes) // _PROGRAMS)
+        span = -(-sum(sizes) // programs)
         self.span = max(-(-span // _BLOCK), 1) * _BLOCK
-        self.addressed = len(tensors) > 1
+        self.addressed = len(tensors) > 1 if addressed is None else addressed
         self.elements = sizes[0]
         self.programs = sum([-(-size // self.span) for size in sizes])
-        self.places = self.ends = x
-        if self.addressed:
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            places, ends = _table(np.array(addresses), np.array(sizes), self.span, x.element_size())
-            table = moved(torch.from_numpy(np.concatenate((places.reshape(-1), ends))), x.device)
-            self.places, self.ends = table[: places.size], table[places.size :]
+        self._of = np.array([tensor.data_ptr() for tensor in tensors]), np.array(sizes), x.element_size(), x.device
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """On the device: what each program reads, (programs, 3), and where the programs of each tensor end."""
+        addresses, sizes, width, device = self._of
+        places, ends = _table(addresses, sizes, self.span, width)
+        table = moved(torch.from_numpy(np.concatenate((places.reshape(-1), ends))), device)
+        return table[: places.size].view(-1, 3), table[places.size :]
 
     @property
     def options(self) -> dict[str, Any]:
+        """What kernels are called with."""
         return {"elements": self.elements, "span": self.span, "ADDRESSED": self.addressed, "BLOCK": _BLOCK}
 
 

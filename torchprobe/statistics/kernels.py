@@ -30,16 +30,21 @@ def _place(x, places, elements, span, ADDRESSED: tl.constexpr):
         return x + program * span, tl.minimum(elements - program * span, span), program * 0
 
 
-@triton.jit(do_not_specialize=["elements", "span"])
-def sums(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of COLUMNS for each program. Deviations are from a finite element: see `moments._sums`."""
+@triton.jit(do_not_specialize=["elements", "span", "gated"])
+def sums(x, places, out, flag, elements, span, gated, ADDRESSED: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of COLUMNS for each program. Deviations are from a finite element: see `moments._sums`.
+
+    gated: programs read nothing while the number at `flag` is 0, and else add to their rows, where column 3 counts.
+    """
+    if tl.load(flag, mask=gated != 0, other=1.0) == 0.0:
+        return
     start, length, _ = _place(x, places, elements, span, ADDRESSED)
     lanes = tl.arange(0, BLOCK)
     zeros, nonfinite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     low, high = tl.full([BLOCK], _BOUND, tl.float32), tl.full([BLOCK], -_BOUND, tl.float32)
     shift, deviation = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     square, fourth, absolute = (tl.zeros([BLOCK], tl.float64),) * 3
-    pivot, seen = -_BOUND, 0
+    pivot, seen = tl.max(high, 0), 0
     for offset in range(0, length, BLOCK):
         at = offset + lanes
         inside = at < length
@@ -65,16 +70,25 @@ def sums(x, places, out, elements, span, ADDRESSED: tl.constexpr, BLOCK: tl.cons
     count = (length - missing).to(tl.float64)
     share = tl.sum(shift, 0) / tl.maximum(count, 1.0)
     row = out + tl.program_id(0).to(tl.int64) * COLUMNS
-    tl.store(row, count)
-    tl.store(row + 1, tl.where(count > 0, pivot.to(tl.float64) + share, 0.0))
-    tl.store(row + 2, tl.maximum(tl.sum(deviation, 0) - tl.sum(shift, 0) * share, 0.0))
-    tl.store(row + 4, tl.sum(zeros, 0).to(tl.float64))
-    tl.store(row + 5, missing.to(tl.float64))
-    tl.store(row + 6, tl.sum(fourth, 0))
-    tl.store(row + 7, tl.sum(square, 0))
-    tl.store(row + 8, tl.sum(absolute, 0))
-    tl.store(row + 9, tl.min(low, 0).to(tl.float64))
-    tl.store(row + 10, tl.max(high, 0).to(tl.float64))
+    adds = gated != 0
+    before = tl.load(row, mask=adds, other=0.0)
+    near = tl.load(row + 1, mask=adds, other=0.0)
+    weight = count / tl.maximum(before + count, 1.0)
+    apart = tl.where(count > 0, pivot.to(tl.float64) + share, near) - near
+    m2 = tl.maximum(tl.sum(deviation, 0) - tl.sum(shift, 0) * share, 0.0) + apart * apart * (before * weight)
+    least = tl.where(before > 0, tl.load(row + 9, mask=adds, other=0.0), _BOUND)
+    most = tl.where(before > 0, tl.load(row + 10, mask=adds, other=0.0), -_BOUND)
+    tl.store(row, before + count)
+    tl.store(row + 1, near + apart * weight)
+    tl.store(row + 2, tl.load(row + 2, mask=adds, other=0.0) + m2)
+    tl.store(row + 3, tl.load(row + 3, mask=adds, other=0.0) + 1.0)
+    tl.store(row + 4, tl.load(row + 4, mask=adds, other=0.0) + tl.sum(zeros, 0).to(tl.float64))
+    tl.store(row + 5, tl.load(row + 5, mask=adds, other=0.0) + missing.to(tl.float64))
+    tl.store(row + 6, tl.load(row + 6, mask=adds, other=0.0) + tl.sum(fourth, 0))
+    tl.store(row + 7, tl.load(row + 7, mask=adds, other=0.0) + tl.sum(square, 0))
+    tl.store(row + 8, tl.load(row + 8, mask=adds, other=0.0) + tl.sum(absolute, 0))
+    tl.store(row + 9, tl.minimum(tl.min(low, 0).to(tl.float64), least))
+    tl.store(row + 10, tl.maximum(tl.max(high, 0).to(tl.float64), most))
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -101,8 +115,8 @@ def merged(partial, ends, out, programs, ADDRESSED: tl.constexpr, BLOCK: tl.cons
         fourth += tl.load(row + 6, mask=inside, other=0.0)
         square += tl.load(row + 7, mask=inside, other=0.0)
         absolute += tl.load(row + 8, mask=inside, other=0.0)
-        low = tl.minimum(low, tl.load(row + 9, mask=inside, other=_BOUND))
-        high = tl.maximum(high, tl.load(row + 10, mask=inside, other=-_BOUND))
+        low = tl.minimum(low, tl.where(own > 0, tl.load(row + 9, mask=inside, other=_BOUND), _BOUND))
+        high = tl.maximum(high, tl.where(own > 0, tl.load(row + 10, mask=inside, other=-_BOUND), -_BOUND))
     total = tl.sum(count, 0)
     mean = tl.where(total > 0, near + tl.sum(shift, 0) / tl.maximum(total, 1.0), 0.0)
     m2 = tl.zeros([BLOCK], tl.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,6 +38,7 @@ class Recorder:
         self._passes = Passes(model, self.guard, self._steps, sources)
         self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
+        self.guard.tell_while_captured(self._captured)
         clock = self.clock
         watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)
 
@@ -129,6 +132,11 @@ class Recorder:
         scale = None if step.loss is None else loss_scale(optimizer)
         if scale is not None:
             step.scale_by(scale)
+
+    def _captured(self, method: str, args: tuple[Any, ...]) -> None:
+        """A call while the user captures a graph: what its replays are to add up must be known before they begin."""
+        self._steps.train_by_methods()
+        self._sources.captured(method, args)
 
     # ---- what the user asks for
 

@@ -194,6 +194,8 @@ class Steps:
             backward.forget()
         if kept:
             step.extend(self._sources.rows(kept, True, step.due, step.scale))
+        if self._sources.in_place.used:
+            step.extend(self._sources.in_place.take(step.number, step.forwards, step.scale, self._sources.scaled))
         step.extend(self._sources.settled())
 
     def settle_parameters(self) -> None:

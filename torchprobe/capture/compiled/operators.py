@@ -21,6 +21,7 @@ from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_torch_function, skip_frames
 from torchprobe.capture.compiled.tracing import beside
 from torchprobe.capture.gate import no_graph
+from torchprobe.statistics import fused
 
 NAMESPACE = "torchprobe_graph"
 _library = Library(NAMESPACE, "FRAGMENT")
@@ -186,3 +187,19 @@ tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tenso
 unread = _define("unread", "", _unread)
 heard = _define("heard", "Tensor gradient", _heard)
 row = _define("row", "Tensor row, bool training, bool gradient", _row)
+
+
+def _lasting(name: str, arguments: str, body: Any) -> Any:
+    """One that a graph of the device may hold."""
+    _library.define(f"{name}(Tensor(a!) lines, {arguments}) -> ()")
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    return getattr(torch.ops.torchprobe_graph, name).default
+
+
+add_in_place = _lasting("add_in_place", "Tensor tensor", lambda lines, tensor: fused.add(tensor, lines))
+add_all_in_place = _lasting(
+    "add_all_in_place",
+    "Tensor places, Tensor like, int programs, int span",
+    lambda lines, places, like, programs, span: fused.add_all(like, lines, places, programs, span),
+)

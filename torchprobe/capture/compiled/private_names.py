@@ -65,6 +65,7 @@ NAMES: Mapping[str, str] = {
     "torch._dynamo.convert_frame:register_bytecode_hook": f"{_GUARDS}; attention written out in one is not named",
     "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
     "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
+    "torch._dynamo:mark_static_address": "",  # then sampled steps have a graph of their own
     "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": "nothing is recorded inside compiled graphs",
     "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (
         "activation checkpoints inside compiled graphs are not recorded"

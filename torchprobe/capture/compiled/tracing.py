@@ -107,6 +107,20 @@ def run_in(where: Scope, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
+def keeps_address(tensor: Tensor) -> bool:
+    """Have graphs of the device write to a tensor where it is. Whether this torch can."""
+    mark = find("torch._dynamo:mark_static_address")
+    if mark is not None:
+        mark(tensor, guard=False)
+    return mark is not None
+
+
+@constant
+def becomes_device_graph() -> bool:
+    """Whether the frame that is being traced is to run as a graph of the device, which knows of no flag of Python's."""
+    return _wants_device_graphs(_translator())
+
+
 def _wants_device_graphs(translator: Any) -> bool:
     """Whether the graph that is being traced is to run as graphs of the device, as `mode="reduce-overhead"` asks."""
     return bool((getattr(translator.output.compiler_fn, "config", None) or {}).get("triton.cudagraphs"))

@@ -149,10 +149,19 @@ def _value(tensors: tuple[Any, ...], gradients: tuple[Any, ...]) -> Tensor | Non
     return total
 
 
-def scaler_alive() -> bool:
-    """Whether an enabled GradScaler exists. Looks at all objects: 50 ms."""
-    scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
-    return any(scaler.is_enabled() for scaler in scalers)
+class ScalerSearch:
+    """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms each."""
+
+    def __init__(self) -> None:
+        self._found, self._left = False, 3
+
+    def __call__(self) -> bool:
+        """Whether an enabled one exists."""
+        if not self._found and self._left:
+            self._left -= 1
+            scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+            self._found = any(scaler.is_enabled() for scaler in scalers)
+        return self._found
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:

@@ -182,8 +182,8 @@ class InPlace:
         device = parameters[0].device if parameters else torch.device("meta")
         self._prepared = True
         if device.type in GPUS and fused.usable(device.type):
-            self._outputs = {(r, name): Sums(r, fused.lines(device)) for r, name in outputs if _is_ours(r)}
-            many = [reporter for reporter in self._reporters if _is_ours(reporter)] * _OPTIMIZERS
+            self._outputs = {(r, name): Sums(r, fused.lines(device)) for r, name in outputs if _columns(r)}
+            many = [reporter for reporter in self._reporters if _columns(reporter)] * _OPTIMIZERS
             self._gradients = [GradientSums(reporter, len(parameters), device) for reporter in many]
 
     def _use(self, sums: Sums) -> None:
@@ -210,10 +210,10 @@ class InPlace:
 def _piece(
     reporter: Reporter, names: Sequence[str], rows: Tensor, calls: Tensor, shares: Sequence[Share] | None = None
 ) -> Piece:
-    columns = [rows[:, column] for column in reporter.probe.columns or ()]
+    columns = [rows[:, column] for column in _columns(reporter) or ()]
     return Piece(reporter, names, torch.stack((*columns, calls), dim=1), counted=True, shares=shares)
 
 
-def _is_ours(reporter: Reporter) -> bool:
-    """Whether the sums are all it takes: a subclass of the user's may compute what it likes."""
-    return type(reporter.probe).__dict__.get("columns") is not None
+def _columns(reporter: Reporter) -> tuple[int, ...] | None:
+    """Which of `fused.rows` are a probe's fields, if it says so itself: a subclass of it may compute what it likes."""
+    return type(reporter.probe).__dict__.get("columns")

@@ -23,8 +23,6 @@ from torchprobe.statistics import norms
 from torchprobe.statistics.dtypes import PLAIN, measurable
 
 _log = logging.getLogger("torchprobe")
-
-
 _STATES = ("momenta", "second_moments")
 _SOURCES = ("gradients", "parameters", "updates", *_STATES)
 
@@ -182,9 +180,10 @@ class ParameterSource:
         self.left.forget()
         self._stepping = None
 
-    def forget(self) -> None:
-        """Give back the memory of the copies: the coming step measures no update. Costs nothing."""
-        self._room, self._stepping = {}, None
+    def forget(self, due: frozenset[Reporter]) -> None:
+        """Give back the memory of the copies, where the coming step measures no update. Costs nothing."""
+        if not self._due("updates", due):
+            self._room, self._stepping = {}, None
 
     def _pieces(
         self, reporters: Sequence[Reporter], tensors: Sequence[Named], before: Mapping[str, Tensor] | None = None
@@ -231,7 +230,7 @@ class ParameterSource:
     def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or (type(gradient) in PLAIN and measurable(gradient)):
             return gradient
-        if not (is_unreduced(gradient) or _is_odd(gradient)):
+        if not (is_unreduced(gradient) or not (gradient.is_sparse or measurable(gradient))):
             return gradient
         why = "a sum that the optimizer has yet to form over ranks (DTensor Partial)"
         why = why if is_unreduced(gradient) else f"of {gradient.dtype} in layout {gradient.layout}"
@@ -244,10 +243,6 @@ class ParameterSource:
 def _changes_of(reporter: Reporter) -> list[Reporter]:
     """What reports beside a probe of gradients how they were changed before the step."""
     return [beside for beside in reporter.beside if beside.source == "changes"]
-
-
-def _is_odd(gradient: Tensor) -> bool:
-    return not gradient.is_sparse and not measurable(gradient)
 
 
 def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor]) -> Piece | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchprobe.buffer.step import Piece
 from torchprobe.buffer.transfer import may_record_graphs
 from torchprobe.capture.attention.source import AttentionSource
-from torchprobe.capture.backward import scaler_alive
+from torchprobe.capture.backward import ScalerSearch
 from torchprobe.capture.compiled.retrace import Retrace
 from torchprobe.capture.diagnosis.source import DiagnosisSource
 from torchprobe.capture.eager_hooks import EagerHooks, Watcher
@@ -29,7 +29,6 @@ from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.capture.units import Units
 from torchprobe.probes.base import Reporter
-from torchprobe.probes.learning_rates import LearningRatesReporter
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
 torch.compile returned"
@@ -52,7 +51,6 @@ class Sources:
         self.model = model
         self.in_place = InPlace([reporter for reporter in reporters if reporter.source == "gradients"])
         self.running = running = Running(meter, self.in_place)
-        self._may_capture = may_record_graphs()
         self.snapshots = StepSnapshots()
         self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)
@@ -60,14 +58,12 @@ class Sources:
         self._outputs = OutputSource(model, reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
-        self._units = [Units(r, selection.covers) for r in reporters if r.source == "units"]
-        self._rates = [cast("LearningRatesReporter", r) for r in reporters if r.source == "optimizers"]
+        self._rates: list[Any] = [r for r in reporters if r.source == "optimizers"]
         self.diagnosis = DiagnosisSource(model, next((r for r in reporters if r.source == "diagnosis"), None))
-        routers = [Routers(r, selection.covers) for r in reporters if r.source == "routers"]
         watchers: list[Watcher] = [
             *self._traces,
-            *self._units,
-            *routers,
+            *(Units(r, selection.covers) for r in reporters if r.source == "units"),
+            *(Routers(r, selection.covers) for r in reporters if r.source == "routers"),
             *self.diagnosis.watchers,
             *(attention.masks for attention in self._attention),
         ]
@@ -79,8 +75,7 @@ class Sources:
         self._opened = (False, frozenset[Reporter]())  # what was due in the step that was opened last
         self.armed = True
         """Whether hooks may be on that an idle pass does not want."""
-        self._scaled: bool | None = None
-        self._searches = 0
+        self.scaled = ScalerSearch()
 
     # ---- steps
 
@@ -113,10 +108,9 @@ class Sources:
             self._arm(due, True, may_trace)
         if any(trace.reporter in due for trace in self._traces):
             self.snapshots.open(step)
-        if self._may_capture:
+        if may_record_graphs():
             self.in_place.open(step, due, self.model() if due or may_trace else None, self._outputs.watched())
-        if not any(reporter.source == "updates" for reporter in due):
-            self.parameters.forget()
+        self.parameters.forget(due)
 
     def _of_passes(self, due: frozenset[Reporter], attention: bool = True) -> bool:
         return any(r.source in ("outputs", "output_gradients") or (attention and r.source == "attention") for r in due)
@@ -272,10 +266,6 @@ class Sources:
                 reporter.gate.fail(error)
             return default
 
-    def end_validation(self) -> list[Piece]:
-        """What a whole validation pass adds up to."""
-        return self.predictions.end_validation()
-
     # ---- optimizers, NaN, the end
 
     def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
@@ -293,13 +283,6 @@ class Sources:
         """A step used numbers that are not finite, or would have; for any thread."""
         if self.nan_check is not None:
             self.nan_check.seen()
-
-    def scaled(self) -> bool:
-        """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms."""
-        if not self._scaled and self._searches < 3:
-            self._searches += 1
-            self._scaled = scaler_alive()
-        return bool(self._scaled)
 
     def uncovered_attention(self) -> list[str]:
         """What attention was not recorded, and how often."""

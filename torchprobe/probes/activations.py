@@ -28,7 +28,7 @@ class Activations(Probe):
 
     source: ClassVar[str] = "outputs"
     fields: ClassVar[tuple[str, ...]] = moments.FIELDS
-    columns: ClassVar[tuple[int, ...] | None] = tuple(range(len(moments.FIELDS)))
+    columns: ClassVar[tuple[int, ...]] = tuple(range(len(moments.FIELDS)))
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_mean": "Mean of the module's output (exact, finite elements).",
@@ -71,7 +71,7 @@ class ActivationGradients(Probe):
 
     source: ClassVar[str] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = norms.SQUARES
-    columns: ClassVar[tuple[int, ...] | None] = (11, 12)
+    columns: ClassVar[tuple[int, ...]] = (11, 12)
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "activation_grad_norm": "L2 norm of the gradient with respect to the module's output (exact).",

@@ -79,7 +79,6 @@ class Probe(metaclass=_Frozen):
     """For ranks that hold parts of one module and see the same examples; equal rows count once."""
     combines_many: ClassVar[bool] = False
     """Whether `combine` takes rows of any shape (..., fields), and not one by one."""
-    columns: ClassVar[tuple[int, ...] | None] = None  # of `statistics.fused.rows`, where they are its fields
     found_everywhere: ClassVar[bool] = True
     """Whether any model in training has what the probe watches: seeing nothing is worth a warning, asked for or not."""
 

@@ -29,7 +29,7 @@ class Gradients(Probe):
 
     source: ClassVar[str] = "gradients"
     fields: ClassVar[tuple[str, ...]] = norms.FIELDS
-    columns: ClassVar[tuple[int, ...] | None] = (7, 8, 5, 0)
+    columns: ClassVar[tuple[int, ...]] = (7, 8, 5, 0)
     reduce = "sum"
     descriptions: Mapping[str, str] = {
         "grad_norm": "L2 norm of the gradient that the optimizer is about to use (exact, finite elements).",

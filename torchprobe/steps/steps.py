@@ -224,7 +224,7 @@ class Steps:
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
         if self.has_validated:
-            self.current.extend(self._sources.end_validation())
+            self.current.extend(self._sources.predictions.end_validation())
 
     def put_signs(self, backward: Backward) -> None:
         """The open step uses a backward pass whose numbers are not finite, or on a device may be so."""

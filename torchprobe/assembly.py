@@ -93,7 +93,7 @@ def state_lines(recorder: Recorder, outlet: Outlet, watch: Watch) -> Iterator[st
     yield f"  alerts            {watch.count}"
     yield from (f"  {fault}" for fault in (*outlet.faults, *watch.faults))
     if captured := recorder.guard.captured["_before"]:
-        yield f"  captured steps    {captured}, in a graph of the device: not recorded"
+        yield f"  captured steps    {captured}, in graphs of the device: for what replays record see docs/devices.md"
     yield from outlet.drain.ranks
     if outlet.decoder.missing:
         yield f"  nothing captured  {', '.join(outlet.decoder.missing)}"

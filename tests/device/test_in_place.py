@@ -5,8 +5,10 @@ Triton's interpreter for the kernels; on a GPU see `test_gpu.py`.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from contextlib import contextmanager
+from weakref import ref
 
 import pytest
 import torch
@@ -286,3 +288,18 @@ def test_a_batch_that_is_dropped_makes_the_rows_of_a_compiled_step_unknown(captu
     session.detach()
     steps = {at for at, _ in writer.scalars("activation_mean/first")}
     assert steps == {1, 3}
+
+
+def test_no_tensor_of_the_users_is_kept(capture):
+    model, x, _, optimizer, session = warmed_up(every=1)
+    with capture() as graph:
+        step(model, optimizer, x)
+    gradients = [ref(p.grad) for p in model.parameters()]
+    graph.calls.clear()
+    for p in model.parameters():
+        p.grad = None
+    session.next_step()
+    session.next_step()
+    gc.collect()
+    assert not [one for one in gradients if one() is not None]
+    session.detach()

@@ -8,6 +8,7 @@ what else the graph computes.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torchprobe.probes.base import Reporter
 from torchprobe.statistics import fused
 from torchprobe.statistics.dtypes import GPUS, reals
 
+_MOST = 4096  # outputs, and gradients of outputs: of 13 kB each
 _OPTIMIZERS = 4  # at most, whose steps are captured with a type of parameters each
 _kept: list[Tensor] = []  # sums of sessions that are over: graphs that read their flags may outlive them
 
@@ -52,13 +54,15 @@ class GradientSums(Sums):
     def __init__(self, reporter: Reporter, parameters: int, device: torch.device) -> None:
         super().__init__(reporter, fused.lines(device, parameters))
         self.places = torch.zeros(len(self.lines), 3, dtype=torch.int64, device=device)  # zeros: nothing is read
-        self.named: Sequence[Named] = ()
+        self.names: Sequence[str] = ()
+        self.shares: Sequence[Share] = ()
         self._launch: fused.Launch | None = None
         self._ends: Any = None
 
     def capture(self, named: Sequence[Named]) -> None:
         """The graph that is captured now will add them up, once it is known on the device where they are."""
-        self.named, tensors = named, [one.tensor for one in named]
+        self.names, self.shares = [one.name for one in named], [one.share for one in named]
+        tensors = [one.tensor for one in named]
         self._launch = fused.Launch(tensors, fused.LINES, addressed=True)
         add_all_in_place(self.lines, self.places, tensors[0], self._launch.programs, self._launch.span)
 
@@ -182,7 +186,8 @@ class InPlace:
         device = parameters[0].device if parameters else torch.device("meta")
         self._prepared = True
         if device.type in GPUS and fused.usable(device.type):
-            self._outputs = {(r, name): Sums(r, fused.lines(device)) for r, name in outputs if _columns(r)}
+            some = itertools.islice((one for one in outputs if _columns(one[0])), _MOST)
+            self._outputs = {(reporter, name): Sums(reporter, fused.lines(device)) for reporter, name in some}
             many = [reporter for reporter in self._reporters if _columns(reporter)] * _OPTIMIZERS
             self._gradients = [GradientSums(reporter, len(parameters), device) for reporter in many]
 
@@ -203,8 +208,7 @@ class InPlace:
         for one in self._gradients:
             if one.known and one.reporter in self._due and not one.reporter.gate.failed:
                 rows, calls = one.rows()
-                names, shares = [named.name for named in one.named], [named.share for named in one.named]
-                yield _piece(one.reporter, names, rows, calls * (calls == 1), shares)  # of two steps: of none
+                yield _piece(one.reporter, one.names, rows, calls * (calls == 1), one.shares)  # of two steps: of none
 
 
 def _piece(

@@ -225,8 +225,8 @@ def _trace(site: Site, output: Any) -> None:
     run_in(where, note_compiled, site.running)
     training = site.running.training
     tensor = main_tensor(output)
-    lasting = tensor is not None and training and torch.is_grad_enabled() and becomes_device_graph()
-    if lasting and _trace_in_place(site, tensor):
+    plain = where == "graph" and training and torch.is_grad_enabled()  # a checkpoint would add up twice
+    if tensor is not None and plain and becomes_device_graph() and _trace_in_place(site, tensor):
         return
     if tensor is None or not (site.running.sampled if training else site.running.sampled_val):
         return

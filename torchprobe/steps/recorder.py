@@ -135,8 +135,9 @@ class Recorder:
 
     def _captured(self, method: str, args: tuple[Any, ...]) -> None:
         """A call while the user captures a graph: what its replays are to add up must be known before they begin."""
-        self._steps.train_by_methods()
         self._sources.captured(method, args)
+        if self._sources.in_place.used:
+            self._steps.train_by_methods()
 
     # ---- what the user asks for
 

@@ -131,7 +131,7 @@ def _rows(folders: Sequence[Path | str], metric: str | None) -> list[dict[str, A
 def _follow(places: Sequence[Path | str], arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from torchprobe.reports.follow import follow
+    from torchprobe.reports.terminal import follow
 
     if len(places) > 1 or isinstance(places[0], str) or arguments.json or arguments.html is not None:
         raise CommandError("--follow: takes one local run, and neither --json nor --html")

@@ -48,6 +48,11 @@ class Series:
         return float(self.values[-1])
 
     @property
+    def finite(self) -> NDArray[np.float64]:
+        """The values that are neither NaN nor inf."""
+        return _finite(self.values)
+
+    @property
     def settled(self) -> float:
         """Median of the last tenth, which one outlier does not move; NaN when no value is finite."""
         finite = _finite(self.values[-max(1, len(self.values) // 10) :])
@@ -135,13 +140,10 @@ class Contents:
         if event.session_log.status == event.session_log.START:
             self._take_back(event.step)
         for value in event.summary.value:
-            self._take_safely(event, value)
-
-    def _take_safely(self, event: Any, value: Any) -> None:
-        try:
-            self._take(event, value)
-        except Exception:  # damaged, or of another program: it is named, and all else is read
-            self.unread[visible(f"a value of {value.tag}")] = None
+            try:
+                self._take(event, value)
+            except Exception:  # noqa: PERF203 - damaged, or of another program: it is named, and all else is read
+                self.unread[visible(f"a value of {value.tag}")] = None
 
     def _take_back(self, step: int) -> None:
         self._series.clear()

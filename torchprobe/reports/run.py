@@ -117,22 +117,16 @@ def run_of(files: EventFiles) -> Run:
     flights: list[dict[str, Any]] = []
     unread = list(files.unread)
     for file in regular((files.path / "flight").glob("*.json")):
-        found = _flight_or_none(file)
-        flights += [found] if found is not None else []
-        unread += [] if found is not None else [visible(f"flight/{file.name}")]
+        try:
+            flights.append(_flight(file))
+        except Exception:  # noqa: PERF203 - half written, or foreign: it costs itself alone
+            unread.append(visible(f"flight/{file.name}"))
     events = files.contents
     scalars = {tag: events.series(tag) for tag in events.scalars}
     return Run(
         files.path, scalars, dict(events.texts), flights, events.hparams, unread,
         tensors=dict(events.tensors), images=dict(events.images),
     )  # fmt: skip
-
-
-def _flight_or_none(file: Path) -> dict[str, Any] | None:
-    try:
-        return _flight(file)
-    except Exception:  # half written, or foreign: it costs itself alone
-        return None
 
 
 def _flight(file: Path) -> dict[str, Any]:

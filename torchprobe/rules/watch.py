@@ -23,8 +23,8 @@ _NO_WAY_OUT = "; no exit or interrupt reaches training from here: stop_on= ends 
 _log = logging.getLogger("torchprobe")
 
 
-class Follower(Protocol):
-    """Sees every record, and the alerts that it gave; in the drain thread."""
+class Follower:
+    """Sees every record, and the alerts that it gave; in the drain thread. Each method may be left out."""
 
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from time import time_ns
 from typing import Any, Protocol
 
 from torchprobe.arguments import check_count
 from torchprobe.probes.schedule import Schedule, as_schedule
-from torchprobe.records import Record
-from torchprobe.rules.alert import Alert
+from torchprobe.rules.watch import Follower
 from torchprobe.steps.cadence import Plan
 
 FILE = "control.json"
@@ -55,7 +53,7 @@ class SamplingCalls:
         self._plan.change(sample_next=check_count("steps", steps))
 
 
-class ControlFile:
+class ControlFile(Follower):
     """Does the same when `control.json` in the run's directory is written or touched: looked at in the drain thread.
 
     The file holds `{"every": 10}`, `{"sample_next": 20}`, or both. One from before the run says nothing. What it cannot
@@ -79,15 +77,6 @@ class ControlFile:
         self._seen = stamp
         if stamp[1] >= self._begun:
             self._obey()
-
-    def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
-        """Records are none of its business."""
-
-    def crashed(self, error: BaseException) -> None:
-        """Nor is how the run ends."""
-
-    def close(self) -> None:
-        """Nothing is left to do."""
 
     def _stamp(self) -> tuple[str, int, int] | None:
         place = self._run.path

@@ -19,6 +19,7 @@ import torch
 from torchprobe._version import __version__
 from torchprobe.records import Image, Record, StepSnapshot, Text
 from torchprobe.rules.alert import Alert, TrainingAlert
+from torchprobe.rules.watch import Follower
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
 from torchprobe.writers.json_lines import json_value
@@ -30,7 +31,7 @@ _LONGEST = 300  # characters of an exception
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
 
-class FlightRecorder:
+class FlightRecorder(Follower):
     """Keeps the last `size` sampled records; at an alert, or when the loop raised, writes `<step>.json` into `place`.
 
     The file holds `step`, `reason`, `alerts`, `exception`, `versions`, `steps` (random state at the beginning of each

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in, state_lines
+from torchprobe.assembly import checked_model, lanes_for, state_lines
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.pipelining import stages_of
 from torchprobe.capture.selection import Patterns, Selection
+from torchprobe.capture.sources import Sources
 from torchprobe.control import ControlFile, SamplingCalls
 from torchprobe.description import described
 from torchprobe.distributed import open_exchange
@@ -108,9 +111,10 @@ def instrument(
     ranks, place = world(), (writer, log_dir, run_name, type(root).__name__)
     run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
-    sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
+    origins = Gate("NonFinite", meter) if watch.traces_nan else None  # of NaN and inf
+    sources = Sources(weakref.ref(root), plan.reporters, selection, meter, origins)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, plan.over_ranks, decoder, stages_in(root))
+    exchange = open_exchange(ranks, plan.over_ranks, decoder, partial(stages_of, weakref.ref(root)))
     if exchange.stopping is not None and watch.may_stop:
         watch.stop_together(exchange.stopping)
         exchange.stopping.hold = watch.hold

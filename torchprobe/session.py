@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -116,7 +115,7 @@ def instrument(
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
     exchange = open_exchange(ranks, plan.over_ranks, decoder, partial(stages_of, weakref.ref(root)))
     if exchange.stopping is not None and watch.may_stop:
-        watch.stop_together(exchange.stopping)
+        watch.stop_together(exchange.stopping.propose, exchange.stopping.reached)
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
@@ -125,7 +124,7 @@ def instrument(
     if run is not None:
         watch.announce(described(root, known, ranks.size))
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
-        watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
+        watch.add_follower(ControlFile(lambda: run.path, plan, alone=ranks.size == 1))
         state.parts["run"] = run
     return Session(root, recorder, outlet, run, sink, watch, state, plan)
 
@@ -150,9 +149,8 @@ class Session(Logs, SamplingCalls, Shown):
         state: RunState,
         plan: Plan,
     ) -> None:
-        Logs.__init__(self, recorder, sink)
+        Logs.__init__(self, recorder, sink, run)
         SamplingCalls.__init__(self, plan)
-        self._run = run
         self._watch = watch
         self._outlet = outlet
         self._state = state
@@ -160,14 +158,6 @@ class Session(Logs, SamplingCalls, Shown):
         self._outcome = state_after(None)
         _sessions[root] = self
         self._finalizer = weakref.finalize(root, self._at_exit)  # when the model is collected, and at the end
-
-    @property
-    def log_dir(self) -> Path | str | None:
-        """The run's directory, a str if it is a URL; None for a writer that was handed over, and on ranks but 0.
-
-        Settled at the first write: before it what was asked for, from then on maybe `run_2` in it.
-        """
-        return None if self._run is None else self._run.path
 
     @property
     def step(self) -> int:

@@ -22,7 +22,7 @@ from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.watch import Follower
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
-from torchprobe.writers.json_lines import json_value
+from torchprobe.writers.json_lines import json_record
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
 STATE_TAG = "torchprobe/state"
@@ -91,7 +91,7 @@ class FlightRecorder(Follower):
             "exception": "".join(self._exception) or None,
             "versions": versions(),
             "steps": [dataclasses.asdict(note) for note in self._notes()],
-            "records": [_plain(record) for record in [*self._records, *latest]],
+            "records": [json_record(record, without=(Image,)) for record in [*self._records, *latest]],
         }
 
 
@@ -134,8 +134,3 @@ def versions() -> dict[str, str | None]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
     }
-
-
-def _plain(record: Record) -> dict[str, Any]:
-    values = {tag: json_value(value) for tag, value in record.values.items() if not isinstance(value, Image)}
-    return {"step": record.step, "wall_time": record.wall_time, "values": values}

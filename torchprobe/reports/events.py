@@ -169,7 +169,7 @@ class Contents:
             start, *names = [part.decode(errors="replace") for part in value.tensor.string_val]
             self._layers[int(start) :] = map(visible, names)
         elif plugin == _PLUGIN:
-            self._tensor(tag, event, _matrix(value))
+            self._tensor(tag, event, value)
         elif (plugin == "scalars" or value.HasField("simple_value")) and not tag.startswith(f"{FINAL}/"):
             point = event.step, _number(value), event.wall_time
             self.scalars.setdefault(tag, []).append(point)
@@ -181,7 +181,11 @@ class Contents:
         if lines:
             self.texts.setdefault(tag, []).append((step, "\n".join(lines)))
 
-    def _tensor(self, tag: str, event: Any, matrix: NDArray[np.float32]) -> None:
+    def _tensor(self, tag: str, event: Any, value: Any) -> None:
+        """Raises for what is no array of numbers."""
+        from tensorboard.util.tensor_util import make_ndarray
+
+        matrix = np.asarray(make_ndarray(value.tensor), np.float32)
         layers = unfolded(tag, self._layers, matrix)
         for scalar, number in layers:
             self.scalars.setdefault(scalar, []).append((event.step, number, event.wall_time))
@@ -219,13 +223,6 @@ def _number(value: Any) -> float:
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
-
-
-def _matrix(value: Any) -> NDArray[np.float32]:
-    """Raises for what is no array of numbers."""
-    from tensorboard.util.tensor_util import make_ndarray
-
-    return np.asarray(make_ndarray(value.tensor), np.float32)
 
 
 def _series(points: list[tuple[int, float, float]]) -> Series:

@@ -81,14 +81,6 @@ def runs_in(folder: Path) -> list[Path]:
     return list(dict.fromkeys(file.parent for file in files))[::-1]
 
 
-def newest_run(folder: Path) -> Path:
-    """The folder itself when it holds event files, else the one below it that was written last.
-
-    Raises NoRunError when there is none.
-    """
-    return folder if event_files(folder) else runs_in(folder)[-1]
-
-
 def read_run(where: Path | str) -> Run:
     """Read the event files of a run, all points of them; what is damaged is left out.
 
@@ -97,7 +89,7 @@ def read_run(where: Path | str) -> Run:
     """
     place = located(where)
     if isinstance(place, Path):
-        return _read(newest_run(place))
+        return _read(place if event_files(place) else runs_in(place)[-1])
     with copied(place) as (folder, url):
         if not event_files(folder):
             raise NoRunError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")

@@ -20,6 +20,7 @@ ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are
 _MOST = 5  # files that could not be read, named one by one
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
+_UNCERTAIN = re.compile("(val/)?uncertainty_")
 _SILENT = 600.0  # seconds without a new value, after which a run without an end was killed
 _STOPPED_AT = re.compile(r"^recording stopped( at step \d+)?[:,.]? *", re.IGNORECASE)
 
@@ -50,8 +51,8 @@ def _told(run: Run) -> dict[str, Any]:
         },
         "layers_to_look_at": ends,
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
-        "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
-        "uncertainty": _uncertainty(run),
+        "calibration": {part: _last(run.group(f"{part}calibration")) for part in ("", "val/")},
+        "uncertainty": _last({tag: run.scalars[tag] for tag in run.scalars if _UNCERTAIN.match(tag)}),
         "train_against_validation": both_parts(run),
         "final_and_best": final_and_best(run),
         "performance": performance(run),
@@ -142,13 +143,8 @@ def _unescaped(markdown: str) -> str:
     return markdown.replace("\\", "").replace("&lt;", "<")
 
 
-def _uncertainty(run: Run) -> dict[str, float | None]:
-    tags = sorted(tag for tag in run.scalars if tag.removeprefix("val/").startswith("uncertainty_"))
-    return {tag: number(run.scalars[tag].last) for tag in tags}
-
-
-def _latest(run: Run, group: str) -> dict[str, float | None]:
-    return {name: number(series.last) for name, series in sorted(run.group(group).items())}
+def _last(named: Mapping[str, Series]) -> dict[str, float | None]:
+    return {name: number(series.last) for name, series in sorted(named.items())}
 
 
 def _overhead(run: Run) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType, group
 from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
@@ -37,34 +37,9 @@ _OVER = ("finished", "crashed", "killed", "ended", "stopped recording")
 _NAMED = 5  # tags that one run alone has
 
 
-def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
+@group()
+def rendered(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Everything that is known, in the order in which a person asks: is it well, what goes on, where, what to try."""
-    return Group(*_parts(run, summary))
-
-
-def follow(folder: Path, console: Console, *, seconds: float = 2.0, sleep: Callable[[float], None] = wait) -> Run:
-    """Show the run's report, anew whenever there is more, until the run has ended. Returns the run as it was then.
-
-    Reads what has been added alone. KeyboardInterrupt goes through.
-    """
-    files = EventFiles(folder)
-    files.update()
-    with Live(console=console, screen=console.is_terminal, auto_refresh=False, vertical_overflow="crop") as live:
-        while True:
-            run = run_of(files)
-            summary = summarise(run)
-            shown = rendered(run, summary)
-            live.update(shown, refresh=True)
-            if summary["state"] in _OVER:
-                break
-            sleep(seconds)
-            files.update()
-    if console.is_terminal:
-        console.print(shown)  # the whole of it stays, where the screen showed what fits
-    return run
-
-
-def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
     yield from (Text(ending, style="red") for ending in endings(summary))
     yield from verdict_lines(summary["verdict"])
@@ -87,6 +62,28 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from times
     said = [thing["advice"] for thing in summary["verdict"]["look_at"]]
     yield from _next_steps([advice for advice in summary["next_steps"] if advice not in said])
+
+
+def follow(folder: Path, console: Console, *, seconds: float = 2.0, sleep: Callable[[float], None] = wait) -> Run:
+    """Show the run's report, anew whenever there is more, until the run has ended. Returns the run as it was then.
+
+    Reads what has been added alone. KeyboardInterrupt goes through.
+    """
+    files = EventFiles(folder)
+    files.update()
+    with Live(console=console, screen=console.is_terminal, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            run = run_of(files)
+            summary = summarise(run)
+            shown = rendered(run, summary)
+            live.update(shown, refresh=True)
+            if summary["state"] in _OVER:
+                break
+            sleep(seconds)
+            files.update()
+    if console.is_terminal:
+        console.print(shown)  # the whole of it stays, where the screen showed what fits
+    return run
 
 
 def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -236,14 +233,10 @@ def compare(a: Run, b: Run) -> Comparison:
     common = a.scalars.keys() & b.scalars.keys()
     found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
     found.sort(key=lambda difference: difference.rank, reverse=True)
-    return Comparison(
-        found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), _hparams(a.hparams, b.hparams)
-    )
-
-
-def _hparams(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    pairs = ((name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()))
-    return [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
+    names = sorted(a.hparams.keys() | b.hparams.keys())
+    pairs = ((name, a.hparams.get(name), b.hparams.get(name)) for name in names)
+    hparams = [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
+    return Comparison(found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), hparams)
 
 
 def _difference(tag: str, one: Series, other: Series) -> Difference:
@@ -260,12 +253,9 @@ def _difference(tag: str, one: Series, other: Series) -> Difference:
     return Difference(tag, a, b, size, times, step)
 
 
-def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> RenderableType:
+@group()
+def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> Iterator[RenderableType]:
     """Hyperparameters, numbers of the whole run, numbers of its layers; of the numbers those whose tag holds `only`."""
-    return Group(*_compared(a, b, compared, only, most))
-
-
-def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Iterator[RenderableType]:
     first, second = visible(str(a.path)), visible(str(b.path))
     yield Text(f"{first} (first, {a.steps} steps) against {second} (second, {b.steps} steps)", style="bold")
     hparams = [[name, *(None if v is None else plain(v) for v in values)] for name, *values in compared.hparams]

@@ -28,12 +28,12 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.probes.calibration import Calibration as Calibration
     from torchprobe.probes.diagnosis import Diagnosis as Diagnosis
     from torchprobe.probes.gradients import Gradients as Gradients
+    from torchprobe.probes.gradients import OptimizerState as OptimizerState
     from torchprobe.probes.gradients import Parameters as Parameters
     from torchprobe.probes.gradients import Updates as Updates
     from torchprobe.probes.histograms import Histograms as Histograms
     from torchprobe.probes.learning_rates import LearningRates as LearningRates
     from torchprobe.probes.loss import Loss as Loss
-    from torchprobe.probes.optimizer_state import OptimizerState as OptimizerState
     from torchprobe.probes.performance import Performance as Performance
     from torchprobe.probes.provenance import Provenance as Provenance
     from torchprobe.probes.routing import Routing as Routing
@@ -93,7 +93,7 @@ _HOMES = {
     "LossSpike": "rules.course",
     "NonFinite": "rules.non_finite",
     "NothingCaptured": "rules.course",
-    "OptimizerState": "probes.optimizer_state",
+    "OptimizerState": "probes.gradients",
     "Overconfidence": "rules.course",
     "Overfitting": "rules.progress",
     "Parameters": "probes.gradients",

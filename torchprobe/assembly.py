@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from functools import partial
+from collections.abc import Container, Iterator
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
 
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.buffer.step import Stage, TransferBuffers
+from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.fully_sharded import is_flat_sharded
-from torchprobe.capture.gate import Gate, Meter
-from torchprobe.capture.pipelining import stages_of
-from torchprobe.capture.selection import Selection
 from torchprobe.capture.sites import SITE
-from torchprobe.capture.sources import Sources
 from torchprobe.naming import named_modules, unwrapped
 from torchprobe.rules.watch import Watch
-from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
@@ -52,22 +45,6 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
 def lanes_for(root: nn.Module) -> TransferBuffers:
     """Slots for the statistics of a model of this size."""
     return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
-
-
-def sources_of(root: nn.Module, plan: Plan, selection: Selection, meter: Meter, *, traces_nan: bool) -> Sources:
-    """All that fetches values from the model. traces_nan: also what looks for the origin of NaN and inf."""
-    return Sources(
-        ref(root),
-        plan.reporters,
-        selection,
-        meter,
-        Gate("NonFinite", meter) if traces_nan else None,
-    )
-
-
-def stages_in(root: nn.Module) -> Callable[[], list[Stage]]:
-    """Looks for the stages of a pipeline that this process runs of a model. Keeps no hold on it."""
-    return partial(stages_of, ref(root))
 
 
 def _check_wrappers(model: nn.Module) -> None:

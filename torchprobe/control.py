@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from time import time_ns
-from typing import Any, Protocol
+from typing import Any
 
 from torchprobe.arguments import check_count
 from torchprobe.probes.schedule import Schedule, as_schedule
-from torchprobe.records import Record
-from torchprobe.rules.alert import Alert
+from torchprobe.rules.watch import Follower
 from torchprobe.steps.cadence import Plan
 
 FILE = "control.json"
@@ -22,14 +21,6 @@ _SLACK = 10**9  # nanoseconds by which a file system's clock may be behind
 _TAKES = 'takes an object such as {"every": 10} or {"sample_next": 20}; nothing was changed'
 
 _log = logging.getLogger("torchprobe")
-
-
-class Place(Protocol):
-    """A run's directory."""
-
-    @property
-    def path(self) -> Path | str:
-        """Where it is, as far as is known; a str for a URL."""
 
 
 class SamplingCalls:
@@ -55,18 +46,18 @@ class SamplingCalls:
         self._plan.change(sample_next=check_count("steps", steps))
 
 
-class ControlFile:
+class ControlFile(Follower):
     """Does the same when `control.json` in the run's directory is written or touched: looked at in the drain thread.
 
     The file holds `{"every": 10}`, `{"sample_next": 20}`, or both. One from before the run says nothing. What it cannot
     mean changes nothing and is said once. Costs a look at one file each time that the drain thread wakes up.
 
-    run: where it is, which is settled at its first write; a URL has no such file. alone: no other ranks, which would
-    have to sample the same steps.
+    place: where the run is, as far as is known, which is settled at its first write; a URL has no such file. alone: no
+    other ranks, which would have to sample the same steps.
     """
 
-    def __init__(self, run: Place, plan: Plan, alone: bool) -> None:
-        self._run, self._calls, self._alone = run, SamplingCalls(plan), alone
+    def __init__(self, place: Callable[[], Path | str], plan: Plan, alone: bool) -> None:
+        self._place, self._calls, self._alone = place, SamplingCalls(plan), alone
         self._begun = time_ns() - _SLACK
         self._seen = self._stamp()
         self._said: set[str] = set()
@@ -80,17 +71,8 @@ class ControlFile:
         if stamp[1] >= self._begun:
             self._obey()
 
-    def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
-        """Records are none of its business."""
-
-    def crashed(self, error: BaseException) -> None:
-        """Nor is how the run ends."""
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
     def _stamp(self) -> tuple[str, int, int] | None:
-        place = self._run.path
+        place = self._place()
         if isinstance(place, str):
             return None
         try:
@@ -104,7 +86,7 @@ class ControlFile:
             self._say("there are several ranks, which have to sample the same steps: call session.every on each")
             return
         try:
-            wanted = _read(Path(self._run.path) / FILE)
+            wanted = _read(Path(self._place()) / FILE)
         except (OSError, ValueError, TypeError) as error:
             self._say(str(error))
             return

@@ -46,7 +46,8 @@ def described(model: nn.Module, hparams: Mapping[str, Any] | None, ranks: int) -
         **_of_model(model),
         "ranks": ranks,
         "versions": {name: version for name, version in versions().items() if name in _KNOWN},
-        **_of_program(sys.argv),
+        "script": Path(sys.argv[0]).name if sys.argv else "",
+        "options": [*hidden_options(sys.argv[1:])],
         "hparams": {name: hidden_value(name, value) for name, value in (hparams or {}).items()},
     }
     code = _code()
@@ -113,13 +114,6 @@ def _of_module(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 # ---- the program
-
-
-def _of_program(arguments: Sequence[str]) -> dict[str, Any]:
-    return {
-        "script": Path(arguments[0]).name if arguments else "",
-        "options": [*hidden_options(arguments[1:])],
-    }
 
 
 def hidden_options(options: Sequence[str]) -> Iterator[str]:

@@ -19,9 +19,10 @@ import torch
 from torchprobe._version import __version__
 from torchprobe.records import Image, Record, StepSnapshot, Text
 from torchprobe.rules.alert import Alert, TrainingAlert
+from torchprobe.rules.watch import Follower
 from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
-from torchprobe.writers.json_lines import json_value
+from torchprobe.writers.json_lines import json_record
 
 MAX_FILES = 20  # of a run; the one of an exception is written in any case
 STATE_TAG = "torchprobe/state"
@@ -30,7 +31,7 @@ _LONGEST = 300  # characters of an exception
 _LAST_SECONDS = 10.0  # for what could not be written before the end, such as that of an exception
 
 
-class FlightRecorder:
+class FlightRecorder(Follower):
     """Keeps the last `size` sampled records; at an alert, or when the loop raised, writes `<step>.json` into `place`.
 
     The file holds `step`, `reason`, `alerts`, `exception`, `versions`, `steps` (random state at the beginning of each
@@ -90,7 +91,7 @@ class FlightRecorder:
             "exception": "".join(self._exception) or None,
             "versions": versions(),
             "steps": [dataclasses.asdict(note) for note in self._notes()],
-            "records": [_plain(record) for record in [*self._records, *latest]],
+            "records": [json_record(record, without=(Image,)) for record in [*self._records, *latest]],
         }
 
 
@@ -133,8 +134,3 @@ def versions() -> dict[str, str | None]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
     }
-
-
-def _plain(record: Record) -> dict[str, Any]:
-    values = {tag: json_value(value) for tag, value in record.values.items() if not isinstance(value, Image)}
-    return {"step": record.step, "wall_time": record.wall_time, "values": values}

@@ -6,7 +6,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +79,8 @@ class TrainingLogger(LogCalls):
             check_run_name(experiment_name, "experiment_name")
         self._gradients_due = as_schedule("log_gradients_every", log_gradients_every)
         self._histograms_due = as_schedule("log_histograms_every", log_histograms_every)
-        self._run, opened = open_writer(writer, log_dir, experiment_name, "experiment", overwrite=overwrite)
-        super().__init__(HParamsWriter(opened))
+        run, opened = open_writer(writer, log_dir, experiment_name, "experiment", overwrite=overwrite)
+        super().__init__(HParamsWriter(opened), run)
         decoder = Decoder(LearningRates.descriptions)
         self._drain = Drain(self._sink, decoder, _FLUSH_SECONDS)
         self._steps = _Steps(Outlet(TransferBuffers(_SLOTS), self._drain, decoder, _FLUSH_EVERY))
@@ -91,11 +90,6 @@ class TrainingLogger(LogCalls):
         self._calibration = Calibration().reporter()
         self._said: set[str] = set()
         self._finalizer = weakref.finalize(self, self._steps.close, _AT_EXIT_SECONDS)
-
-    @property
-    def log_dir(self) -> Path | str | None:
-        """The run's directory, settled at the first write; None when a writer was handed over."""
-        return None if self._run is None else self._run.path
 
     @property
     def global_step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchprobe.statistics import out_of_distribution
 from torchprobe.steps.recorder import Recorder
 from torchprobe.user_values import Metrics, Number, checked, checked_predictions, floats
 from torchprobe.writers.hparams import HParamsWriter
+from torchprobe.writers.run_directory import RunDirectory
 
 _log = logging.getLogger("torchprobe")
 
@@ -30,10 +32,19 @@ _SEPARATION = (
 class LogCalls(ABC):
     """The calls that log values, of a session as of a `TrainingLogger`; these say which step the values belong to."""
 
-    def __init__(self, sink: HParamsWriter) -> None:
+    def __init__(self, sink: HParamsWriter, run: RunDirectory | None) -> None:
         self._sink = sink
+        self._run = run
         self._metrics = Metrics()
         self._separation = Separation()
+
+    @property
+    def log_dir(self) -> Path | str | None:
+        """The run's directory, a str if it is a URL; None for a writer that was handed over, and on ranks but 0.
+
+        Settled at the first write: before it what was asked for, from then on maybe `run_2` in it.
+        """
+        return None if self._run is None else self._run.path
 
     def log_metrics(self, metrics: Mapping[str, Number], prefix: str = "") -> None:
         """Log numbers of this iteration under `<prefix>/<name>`, at every step, with the step's number.
@@ -87,8 +98,8 @@ class LogCalls(ABC):
 class Logs(LogCalls):
     """The calls of a session. Each belongs to the running step, or to the one that has just ended."""
 
-    def __init__(self, recorder: Recorder, sink: HParamsWriter) -> None:
-        super().__init__(sink)
+    def __init__(self, recorder: Recorder, sink: HParamsWriter, run: RunDirectory | None) -> None:
+        super().__init__(sink, run)
         self._recorder = recorder
 
     def log_predictions(self, probs: Any, targets: Any) -> None:

@@ -25,21 +25,14 @@ _NOTHING = (225, 225, 225)  # a cell without a value
 _STOPS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
-def heat_map(
-    matrix: NDArray[np.float64],
-    *,
-    rows: str,
-    columns: str,
-    title: str = "",
-    low: float | None = None,
-    high: float | None = None,
-) -> Image:
+def heat_map(matrix: NDArray[np.float64], *, rows: str, columns: str, title: str = "") -> Image:
     """A labelled picture of a matrix with a colour bar, at most `TILE` pixels wide.
 
-    matrix: shape (rows, columns); NaN cells are grey. rows, columns: what the axes are. low, high: the values at
-    the ends of the colour bar, by default the smallest and the largest there are.
+    matrix: shape (rows, columns); NaN cells are grey. rows, columns: what the axes are. At the ends of the colour bar
+    are the smallest and the largest value there are.
     """
-    low, high = _limits(matrix, low, high)
+    finite = matrix[np.isfinite(matrix)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     pixels = enlarged(coloured(matrix, low, high), TILE - _LEFT - _GAP - _BAR_ROOM)
     height, width = pixels.shape[:2]
     foot = _HEAD + max(height, 70)
@@ -95,12 +88,6 @@ def enlarged(pixels: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
         return pixels[::step, ::step]
     factor = max(1, width // max(rows, columns))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _limits(matrix: NDArray[np.float64], low: float | None, high: float | None) -> tuple[float, float]:
-    finite = matrix[np.isfinite(matrix)]
-    least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    return least if low is None else low, most if high is None else high
 
 
 def _blank(width: int, height: int, title: str = "") -> tuple[Picture, ImageDraw]:
@@ -215,14 +202,14 @@ class _Plot:
         return _image(self._canvas)
 
 
-def reliability_diagram(curve: Curve, title: str = "reliability") -> Image:
+def reliability_diagram(curve: Curve) -> Image:
     """Accuracy of each bin of confidence against its mean confidence, and below how many predictions each bin has.
 
     curve: lower, upper, confidence, accuracy, count of the non-empty bins. Above the blue is the gap between the two:
     red where confidence is the higher end, green where accuracy is.
     """
     strip = 34
-    plot = _Plot(title, "confidence", "accuracy (red: too confident, green: too modest)", below=strip + 12)
+    plot = _Plot("reliability", "confidence", "accuracy (red: too confident, green: too modest)", below=strip + 12)
     most = max(curve["count"].max(initial=0.0), 1.0)
     foot = plot.at(0, 0)[1] + 28 + strip
     columns = (curve[name].tolist() for name in ("lower", "upper", "confidence", "accuracy", "count"))
@@ -237,13 +224,14 @@ def reliability_diagram(curve: Curve, title: str = "reliability") -> Image:
     return plot.image()
 
 
-def precision_recall_curve(curve: Curve, title: str = "precision and recall") -> Image:
+def precision_recall_curve(curve: Curve) -> Image:
     """Precision over recall; dashed the share of positives, which is what chance gives."""
-    return _curve(title, "recall", curve["recall"], "precision", curve["precision"])
+    return _curve("precision and recall", "recall", curve["recall"], "precision", curve["precision"])
 
 
-def risk_coverage_curve(curve: Curve, title: str = "accuracy when the uncertain are refused") -> Image:
+def risk_coverage_curve(curve: Curve) -> Image:
     """Accuracy of the predictions that are kept over their share; dashed the accuracy of all."""
+    title = "accuracy when the uncertain are refused"
     return _curve(title, "share kept, most certain first", curve["coverage"], "accuracy", curve["accuracy"])
 
 

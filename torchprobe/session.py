@@ -7,19 +7,21 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, sources_of, stages_in, state_lines
+from torchprobe.assembly import checked_model, lanes_for, state_lines
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
-from torchprobe.capture.gate import Meter
+from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.pipelining import stages_of
 from torchprobe.capture.selection import Patterns, Selection
+from torchprobe.capture.sources import Sources
 from torchprobe.control import ControlFile, SamplingCalls
 from torchprobe.description import described
 from torchprobe.distributed import open_exchange
@@ -108,11 +110,12 @@ def instrument(
     ranks, place = world(), (writer, log_dir, run_name, type(root).__name__)
     run, opened = open_writer(*place, overwrite=overwrite) if ranks.writes else (None, NoWriter())
     sink = HParamsWriter(opened, known)
-    sources = sources_of(root, plan, selection, meter, traces_nan=watch.traces_nan)
+    origins = Gate("NonFinite", meter) if watch.traces_nan else None  # of NaN and inf
+    sources = Sources(weakref.ref(root), plan.reporters, selection, meter, origins)
     decoder = Decoder(plan.descriptions, asked_for=probes is not None)
-    exchange = open_exchange(ranks, plan.over_ranks, decoder, stages_in(root))
+    exchange = open_exchange(ranks, plan.over_ranks, decoder, partial(stages_of, weakref.ref(root)))
     if exchange.stopping is not None and watch.may_stop:
-        watch.stop_together(exchange.stopping)
+        watch.stop_together(exchange.stopping.propose, exchange.stopping.reached)
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
     outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
@@ -121,7 +124,7 @@ def instrument(
     if run is not None:
         watch.announce(described(root, known, ranks.size))
         watch.add_follower(FlightRecorder(run.folder("flight"), sources.snapshots.latest))
-        watch.add_follower(ControlFile(run, plan, alone=ranks.size == 1))
+        watch.add_follower(ControlFile(lambda: run.path, plan, alone=ranks.size == 1))
         state.parts["run"] = run
     return Session(root, recorder, outlet, run, sink, watch, state, plan)
 
@@ -146,9 +149,8 @@ class Session(Logs, SamplingCalls, Shown):
         state: RunState,
         plan: Plan,
     ) -> None:
-        Logs.__init__(self, recorder, sink)
+        Logs.__init__(self, recorder, sink, run)
         SamplingCalls.__init__(self, plan)
-        self._run = run
         self._watch = watch
         self._outlet = outlet
         self._state = state
@@ -156,14 +158,6 @@ class Session(Logs, SamplingCalls, Shown):
         self._outcome = state_after(None)
         _sessions[root] = self
         self._finalizer = weakref.finalize(root, self._at_exit)  # when the model is collected, and at the end
-
-    @property
-    def log_dir(self) -> Path | str | None:
-        """The run's directory, a str if it is a URL; None for a writer that was handed over, and on ranks but 0.
-
-        Settled at the first write: before it what was asked for, from then on maybe `run_2` in it.
-        """
-        return None if self._run is None else self._run.path
 
     @property
     def step(self) -> int:

@@ -8,9 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
 from torchprobe.records import EVIDENCE, OfTags, Record, Text, Value, is_tag, storable
 
@@ -111,22 +108,17 @@ class Decoder:
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
             return {}
+        tagged: dict[str, Value] = {}
         try:
             found = by_reporter(parts)
-            tagged = self._tagged(reporter, prefix, found) if found else {}
+            if found:
+                self._take(tagged, _reported(reporter, found), _name(reporter), prefix)
+                self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
         except BaseException as error:
             self._leave_out(reporter, error)
             return {}
         if tagged or (found and getattr(reporter, "rows_suffice", True)):
             self._seen.update(getattr(part, "speaks_for", part) for part in found)
-        return tagged
-
-    def _tagged(
-        self, reporter: Reporter, prefix: str, found: Mapping[Reporter, tuple[Sequence[str], NDArray[np.float64]]]
-    ) -> dict[str, Value]:
-        tagged: dict[str, Value] = {}
-        self._take(tagged, _reported(reporter, found), _name(reporter), prefix)
-        self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
         return tagged
 
     def _take(self, values: dict[str, Value], items: Iterable[Any], owner: str, prefix: str = "") -> None:

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import time
-from typing import Protocol
 
 from torchprobe.buffer.backlog import Backlog, Faults, Repeats, Stage
 from torchprobe.buffer.step import StepInFlight
@@ -20,24 +19,28 @@ MAX_WAITING = 10_000  # steps between the training thread and this one
 STOPPED_TAG = "torchprobe/stopped"
 
 
-class Exchange(Protocol):
-    """Steps between their arrival on the host and their record, which wait for other ranks or go to one."""
+class Exchange:
+    """Steps between arriving on the host and their record: a subclass has them wait for other ranks, or go to one."""
 
-    patience: float | None
+    patience: float | None = None
     """The longest that a caller of `flush` or `close` is kept waiting; None: as long as he likes."""
 
     @property
     def dropped(self) -> int:
         """What was lost on the way, in steps."""
+        return 0
 
     def summary(self) -> str:
         """How it went with the other ranks, in a few words; empty when there are none."""
+        return ""
 
     def pause(self) -> float | None:
         """Seconds until `release` is worth another call; None while nothing is under way."""
+        return None
 
     def release(self, urgent: bool) -> Iterable[Record]:
         """The records that are complete. urgent: all of them, after a wait that is bounded."""
+        return ()
 
     def close(self) -> None:
         """Say goodbye to the other ranks."""
@@ -63,7 +66,7 @@ class Drain:
     ) -> None:
         self._decode = decode
         self._stage = stage
-        self._exchange = exchange
+        self._exchange = exchange or Exchange()
         self._flush_seconds = flush_seconds
         self._steps: deque[StepInFlight] = deque()
         self._faults = Faults()
@@ -99,7 +102,7 @@ class Drain:
     @property
     def ranks(self) -> list[str]:
         """A line on the other ranks for a person, when there are any."""
-        words = "" if self._exchange is None else self._exchange.summary()
+        words = self._exchange.summary()
         return [f"  ranks             {words}"] if words else []
 
     def admit(self) -> bool:
@@ -183,8 +186,7 @@ class Drain:
 
     @property
     def _lost(self) -> int:
-        elsewhere = 0 if self._exchange is None else self._exchange.dropped
-        return self._turned_away + self._incomplete + self._unread + self._backlog.dropped + elsewhere
+        return self._turned_away + self._incomplete + self._unread + self._backlog.dropped + self._exchange.dropped
 
     def _tell(self) -> bool:
         """Whether a flush has losses to tell of: new ones, or those of the last flush while no step has come since."""
@@ -199,8 +201,7 @@ class Drain:
                 pass
         finally:
             self._unread += len(self._steps)
-            if self._exchange is not None:
-                self._attempt("taking leave of the other ranks", self._exchange.close)
+            self._attempt("taking leave of the other ranks", self._exchange.close)
             if self._stage is not None:
                 self._attempt("closing the alerts", self._stage.close)
             if self._turned_away:
@@ -226,9 +227,7 @@ class Drain:
         return closing
 
     def _wait(self) -> tuple[int, bool, bool]:
-        pauses = [self._backlog.pause()]
-        if self._exchange is not None:
-            pauses.append(self._attempt("asking for the other ranks", self._exchange.pause))
+        pauses = self._backlog.pause(), self._attempt("asking for the other ranks", self._exchange.pause)
         seconds = min([self._flush_seconds, *(pause for pause in pauses if pause is not None)])
         with self._wake:
             self._wake.wait_for(lambda: self._asked > self._served or self._closing, _waitable(seconds))
@@ -250,8 +249,6 @@ class Drain:
             self._faults.add("steps that could not be read", error, message, step.step)
 
     def _release(self, urgent: bool) -> None:
-        if self._exchange is None:
-            return
         try:
             for record in self._exchange.release(urgent):
                 self._pass_on(record)
@@ -290,8 +287,7 @@ class Drain:
 
     def _longest(self, timeout: float | None) -> float | None:
         """What a caller waits at most, in a form that the system knows."""
-        patience = None if self._exchange is None else self._exchange.patience
-        limits = [seconds for seconds in (timeout, patience) if seconds is not None]
+        limits = [seconds for seconds in (timeout, self._exchange.patience) if seconds is not None]
         return _waitable(min(limits, default=None))
 
 

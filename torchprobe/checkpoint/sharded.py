@@ -108,7 +108,10 @@ def read_directory(path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]
     from torch.distributed.checkpoint.state_dict_loader import load
 
     rest: dict[str, Any] = read_file(path / _REST, "cpu")
-    flat = _whole_tensors(path) if into is None else _split(into)[0]
+    if into is None:
+        flat = {at: torch.empty(one.size, dtype=one.properties.dtype) for at, one in _metadata(path).items()}
+    else:
+        flat = _split(into)[0]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # of one process alone: as is meant
@@ -166,7 +169,3 @@ def _metadata(path: Path) -> Mapping[str, Any]:
 
     entries: Mapping[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     return entries
-
-
-def _whole_tensors(path: Path) -> dict[str, Tensor]:
-    return {place: torch.empty(one.size, dtype=one.properties.dtype) for place, one in _metadata(path).items()}

@@ -113,9 +113,13 @@ def passages_of(text: str, lines: int) -> Iterator[str]:
 
 def read_text(path: Path) -> str:
     """The file's text, at most its first mebibyte; bytes that are not UTF-8 become the replacement character."""
+    return _start(path, MAX_FILE_BYTES).decode("utf-8", errors="replace")
+
+
+def _start(path: Path, most: int) -> bytes:
     try:
         with path.open("rb") as stream:
-            return stream.read(MAX_FILE_BYTES).decode("utf-8", errors="replace")
+            return stream.read(most)
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror}") from error
 
@@ -151,11 +155,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(1024)
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from error
+    start = _start(path, 1024)
     return b"\0" not in start and bool(start.strip())
 
 

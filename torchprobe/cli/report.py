@@ -68,6 +68,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or write the page. Returns the exit code."""
+    from torchprobe.reports.summary import summarise
+
     places = arguments.runs or [Path("runs")]
     if arguments.follow:
         return _follow(places, arguments)
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(places) > 1 or arguments.sort is not None:
         return _list(folders, arguments)
     found = _recorded(places[0])
-    summary = _summarised(found)
+    summary = summarise(found)
     if arguments.html is not None:
         _write_page(found, summary, arguments.html)
     if arguments.json:
@@ -122,16 +124,16 @@ def _list(folders: Sequence[Path | str], arguments: argparse.Namespace) -> int:
 
 
 def _rows(folders: Sequence[Path | str], metric: str | None) -> list[dict[str, Any]]:
+    from torchprobe.reports.summary import summarise
     from torchprobe.reports.table import row
 
-    found = (_recorded(folder) for folder in folders)
-    return [row(run, _summarised(run), metric) for run in found]
+    return [row(run, summarise(run), metric) for run in map(_recorded, folders)]
 
 
 def _follow(places: Sequence[Path | str], arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from torchprobe.reports.follow import follow
+    from torchprobe.reports.terminal import follow
 
     if len(places) > 1 or isinstance(places[0], str) or arguments.json or arguments.html is not None:
         raise CommandError("--follow: takes one local run, and neither --json nor --html")
@@ -148,12 +150,6 @@ def _write_page(found: Run, summary: Mapping[str, Any], file: Path) -> None:
         raise CommandError(f"--html: {error}") from error
     except OSError as error:
         raise CommandError(f"--html: cannot write '{file}': {error.strerror}") from error
-
-
-def _summarised(run: Run) -> dict[str, Any]:
-    from torchprobe.reports.summary import summarise
-
-    return summarise(run)
 
 
 def _runs(where: Path | str) -> list[Path | str]:

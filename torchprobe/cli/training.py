@@ -167,15 +167,11 @@ def summary_table(corpus: Corpus, validation: Validation, *, steps: int, seconds
     table.add_row("loss", f"{validation.loss:.3f} nats", f"{math.log(classes):.3f} nats by chance")
     table.add_row("epistemic, where right", _nats(validation.epistemic_right), "doubt about its own weights")
     table.add_row("epistemic, where wrong", _nats(validation.epistemic_wrong), _ratio(validation))
-    for measure, (name, accuracy) in _extreme_classes(corpus, validation):
+    by_accuracy = sorted(zip(corpus.classes, validation.class_accuracy, strict=True), key=lambda pair: pair[1])
+    for measure, (name, accuracy) in (("easiest class", by_accuracy[-1]), ("hardest class", by_accuracy[0])):
         table.add_row(measure, f"{accuracy:.1%}", name)
     table.add_row("training", f"{steps} steps", f"{seconds:.0f} s with validation and recording")
     return table
-
-
-def _extreme_classes(corpus: Corpus, validation: Validation) -> list[tuple[str, tuple[str, float]]]:
-    by_accuracy = sorted(zip(corpus.classes, validation.class_accuracy, strict=True), key=lambda pair: pair[1])
-    return [("easiest class", by_accuracy[-1]), ("hardest class", by_accuracy[0])]
 
 
 def _ratio(validation: Validation) -> str:

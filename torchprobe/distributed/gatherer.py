@@ -10,6 +10,7 @@ from time import monotonic, sleep, time
 from typing import NamedTuple
 
 from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Numbering, Part, Step, open_mailbox
 from torchprobe.distributed.merge import Combiner, same_data_groups
@@ -100,15 +101,13 @@ class Waiting(NamedTuple):
     since: float
 
 
-class Gatherer:
+class Gatherer(Exchange):
     """Combines the steps of rank 0 with what the others have sent of them, in order.
 
     A rank that lags by more than PATIENCE is left out, with one line in the log, until it is heard of again: its
     values are missing from means, and sharded parameters from the step. Ranks that never called `instrument` are
-    not waited for.
+    not waited for. It takes no leave: the others notice when they leave.
     """
-
-    patience: float | None = None
 
     def __init__(
         self, world: World, keys: Mapping[Reporter, str], decoder: Decoder, stages: FindStages = tuple
@@ -170,9 +169,6 @@ class Gatherer:
         while self._waiting and (urgent or self._is_ready(self._waiting[0])):
             yield from self._records(self._waiting.popleft())
         self.stopping.poll(self._mailbox)
-
-    def close(self) -> None:
-        """Nothing to say: the others notice when they leave."""
 
     def _connect(self) -> None:
         if self._mailbox is not None or not is_connected():

@@ -179,9 +179,8 @@ class Mailbox:
             return question()
         except Exception as error:
             self.failed = True
-            _log.warning(
-                "the store of torch.distributed is gone (%s): ranks are no longer combined", _first_line(error)
-            )
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.warning("the store of torch.distributed is gone (%s): ranks are no longer combined", reason)
             return otherwise
 
 
@@ -252,7 +251,3 @@ def _connection(store: Any) -> Any:
     if store.timeout != usual:  # one that lives in this process gives itself for its clone
         store.set_timeout(usual)
     return own
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

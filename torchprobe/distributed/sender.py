@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 
+from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.mailbox import (
     Frame,
@@ -33,17 +34,17 @@ MAX_WAITING = 1000  # steps, while there is no store yet
 HELD = "parameters"  # where rank 0 says which parameters it sees whole
 
 
-class Sender:
+class Sender(Exchange):
     """Sends the rows of probes to rank 0, names and all; what is logged by hand is rank 0's own affair.
 
     Rows of parameters that rank 0 sees whole are left out. While rank 0 does not fetch, and once the store is gone,
     steps are dropped and counted.
     """
 
-    patience: float | None = PATIENCE
+    patience = PATIENCE
 
     def __init__(self, world: World, keys: Mapping[Reporter, str], stages: FindStages = tuple) -> None:
-        self.dropped = 0
+        self._dropped = 0
         self._world = world
         self._rank = world.rank
         self._keys = keys
@@ -59,6 +60,11 @@ class Sender:
         self.stopping = Stopping(world)
         self._connect()
 
+    @property
+    def dropped(self) -> int:
+        """Steps that rank 0 does not get."""
+        return self._dropped
+
     def read(self, sealed: StepInFlight) -> Record | None:
         """Take over a step: it goes with the next frame. Raises what a device raised."""
         self._mark = self._numbering.next(sealed.step)
@@ -66,7 +72,7 @@ class Sender:
         if parts and len(self._steps) < MAX_WAITING:
             self._steps.append(Step(self._mark, parts, sealed.same_data))
         else:
-            self.dropped += bool(parts)
+            self._dropped += bool(parts)
         return None
 
     def summary(self) -> str:
@@ -108,7 +114,7 @@ class Sender:
 
     def _send(self, outbox: Outbox, frame: Frame) -> None:
         if outbox.is_full:
-            self.dropped += len(frame.steps)
+            self._dropped += len(frame.steps)
             frame = Frame(frame.mark)
         held = self._held()
         steps = [
@@ -116,7 +122,7 @@ class Sender:
         ]
         outbox.send(self._encode(Frame(frame.mark, [step for step in steps if step.parts])))
         if self._mailbox is not None and self._mailbox.failed:
-            self.dropped += len(frame.steps)
+            self._dropped += len(frame.steps)
 
     def _held(self) -> frozenset[str]:
         if self._held_by_first is None and self._mailbox is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from torchprobe.buffer.decode import Decoder
+from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import StepInFlight
 from torchprobe.records import Record
 
@@ -49,14 +50,12 @@ def is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-class SingleProcess:
+class SingleProcess(Exchange):
     """The exchange where there is no other rank, or none was known of when the session began.
 
     Makes records of one process's steps; warns once on a rank that turns out to be one of several.
     """
 
-    patience: float | None = None
-    dropped = 0
     stopping = None
 
     def __init__(self, decoder: Decoder) -> None:
@@ -66,14 +65,6 @@ class SingleProcess:
     def read(self, sealed: StepInFlight) -> Record | None:
         """The record of a step. Raises what a device raised."""
         return self._decoder(sealed)
-
-    def summary(self) -> str:
-        """Nothing to say of other ranks."""
-        return ""
-
-    def pause(self) -> float | None:
-        """Nothing to look for."""
-        return None
 
     def release(self, urgent: bool) -> Iterable[Record]:
         """No step was kept back."""
@@ -86,9 +77,6 @@ class SingleProcess:
                 world().rank,
             )
         return ()
-
-    def close(self) -> None:
-        """Nobody to take leave of."""
 
 
 class NoWriter:

@@ -76,6 +76,7 @@ class Attention(Probe):
     source: ClassVar[str] = "attention"
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*attention.FIELDS, "sampled")
+    combines_many: ClassVar[bool] = True
     over_shards: ClassVar[Way] = "append"  # tensor parallel ranks have some of the heads each
     descriptions: Mapping[str, str] = _descriptions(_EXACT)
 
@@ -111,10 +112,6 @@ class Attention(Probe):
         """A head's rows of two batches together."""
         both = attention.combine(a[..., :-1], b[..., :-1])
         return torch.cat((both, torch.maximum(a[..., -1:], b[..., -1:])), dim=-1)
-
-    def combine_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The same, all heads at once."""
-        return self.combine(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names repeat: a row for each head. Per layer, the heads of all layers, and the overview."""

@@ -65,12 +65,8 @@ class Calibration(Probe):
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*calibration.FIELDS, *EVIDENCE, *FLAGS)
     reduce = "sum"
+    in_validation: InValidation = "all"
     descriptions: Mapping[str, str] = _descriptions("")
-
-    @property
-    def in_validation(self) -> InValidation:
-        """All batches."""
-        return "all"
 
     def reporter(self) -> CalibrationReporter:
         """Keeps what has been learnt of the output."""

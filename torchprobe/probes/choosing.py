@@ -10,11 +10,10 @@ from torchprobe.probes.base import Probe
 from torchprobe.probes.calibration import Calibration
 from torchprobe.probes.checks import check_merging, check_probe_class, offered_sources
 from torchprobe.probes.diagnosis import Diagnosis
-from torchprobe.probes.gradients import Gradients, Parameters, Updates
+from torchprobe.probes.gradients import Gradients, OptimizerState, Parameters, Updates
 from torchprobe.probes.histograms import Histograms
 from torchprobe.probes.learning_rates import LearningRates
 from torchprobe.probes.loss import Loss
-from torchprobe.probes.optimizer_state import OptimizerState
 from torchprobe.probes.performance import Performance
 from torchprobe.probes.provenance import Provenance
 from torchprobe.probes.routing import Routing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -30,8 +29,6 @@ _APART_FROM = "a pipeline's schedule gives parameters their gradients after the 
 _TWICE = "all gradients were changed in more than one operation, which clipping alone does not do"
 _OTHER = "gradients were changed by something else than clipping after the backward pass"
 _FACTOR = "gradients were multiplied by a factor after the backward pass, and nothing shows that it was clipping"
-
-_log = logging.getLogger("torchprobe")
 
 
 class Changes(NamedTuple):
@@ -147,7 +144,6 @@ class ChangesReporter(Reporter):
     def __init__(self, probe: Probe) -> None:
         super().__init__(probe)
         self.source = "changes"
-        self.remarks: list[str] = []
         self._judge = Judge()
         self._judged = self._clipped = 0
 
@@ -168,17 +164,12 @@ class ChangesReporter(Reporter):
             return
         clipped, reason = self._judge(changes)
         if clipped is None:
-            self._say(reason)
+            if reason:
+                self.remark(f"overview/grad_norm_unclipped is left out where {reason}")
             return
         self._judged, self._clipped = self._judged + 1, self._clipped + clipped
         yield "overview/grad_norm_unclipped", total
         yield "overview/clipped_fraction", self._clipped / self._judged
-
-    def _say(self, reason: str) -> None:
-        line = f"overview/grad_norm_unclipped is left out where {reason}"
-        if reason and line not in self.remarks:
-            self.remarks.append(line)
-            _log.warning("%s", line)
 
 
 def is_short(number: float, width: float) -> bool:

@@ -24,11 +24,7 @@ class Diagnosis(Probe):
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = ("value",)
     reduce = "max"
-
-    @property
-    def in_validation(self) -> InValidation:
-        """All batches: how many there are in a row tells validation from other passes without gradients."""
-        return "all"
+    in_validation: InValidation = "all"  # how many there are in a row tells it from other passes without gradients
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A number for each name, for rules alone."""

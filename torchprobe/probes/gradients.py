@@ -1,10 +1,10 @@
-"""Gradients that the optimizer is about to use, how large parameters are, and how far its step moves them."""
+"""Gradients that an optimizer uses, what it keeps of past ones, how large parameters are, how far a step moves them."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,11 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.naming import owner_of
-from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.base import Probe, Report, Reporter
 from torchprobe.probes.clipping import ChangesReporter
-from torchprobe.probes.optimizer_state import DESCRIPTION
 from torchprobe.records import Value
 from torchprobe.statistics import norms
+
+_OPTIMIZER = (
+    "momentum_norm: L2 norm of the optimizer's momentum of the module's own parameters (exp_avg, momentum_buffer). "
+    "second_moment_rms: root mean square of its second moment (exp_avg_sq, square_avg). step_rms: root mean square of "
+    "the step just taken. Exact, over finite elements."
+)
+
+_OF_STATE: Mapping[str, tuple[str, Callable[[float, float], float]]] = {
+    "momenta": ("momentum_norm", lambda squares, count: math.sqrt(squares)),
+    "second_moments": ("second_moment_rms", lambda squares, count: math.sqrt(squares / count)),
+}
 
 
 class Gradients(Probe):
@@ -73,12 +83,21 @@ class GradientsReporter(Reporter):
         self.beside, self.remarks = (self._changes,), self._changes.remarks
 
 
-class Parameters(Probe):
+class _Norms(Probe):
+    """Rows of L2 norms."""
+
+    combines_many: ClassVar[bool] = True
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The norms of two parts together; one of which nothing is finite, whose norm is NaN, counts for nothing."""
+        return torch.where(a.isnan(), b, torch.where(b.isnan(), a, torch.hypot(a, b)))
+
+
+class Parameters(_Norms):
     """L2 norm of every parameter after the step, and of all together. Exact, over finite elements."""
 
     source: ClassVar[str] = "parameters"
     fields: ClassVar[tuple[str, ...]] = ("norm",)
-    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "param_norm": "L2 norm of the parameter after the step (exact, finite elements)."
     }
@@ -86,10 +105,6 @@ class Parameters(Probe):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One norm each."""
         return norms.l2_norms(tensors).unsqueeze(1)
-
-    def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """The norm of two parts together."""
-        return _together(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, and the total."""
@@ -100,7 +115,7 @@ class Parameters(Probe):
         yield "overview/param_norm", math.hypot(*known) if known else math.nan
 
 
-class Updates(Probe):
+class Updates(_Norms):
     """Update ratio: L2 norm of the step just taken over that of the parameter before it.
 
     Healthy is about 1e-3 (Karpathy's rule of thumb). A parameter that was all zeros has no ratio. Also
@@ -111,19 +126,14 @@ class Updates(Probe):
 
     source: ClassVar[str] = "updates"
     fields: ClassVar[tuple[str, ...]] = ("update", "before", "root_count")
-    combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
         "update_ratio": "Norm of the step just taken over the parameter's norm before it; healthy: 1e-3.",
-        "optimizer": DESCRIPTION,
+        "optimizer": _OPTIMIZER,
     }
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """Norms of (after - before) and of before, and the root of the number of elements."""
         return norms.distances(tensors, before)
-
-    def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """The norms of two parts together."""
-        return _together(a, b)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, the median, and by module."""
@@ -142,6 +152,33 @@ class Updates(Probe):
             yield f"optimizer/step_rms/{layer}", update / root if root else math.nan
 
 
-def _together(a: Tensor, b: Tensor) -> Tensor:
-    """The norms of two parts together; one of which nothing is finite, whose norm is NaN, counts for nothing."""
-    return torch.where(a.isnan(), b, torch.where(b.isnan(), a, torch.hypot(a, b)))
+class OptimizerState(Probe):
+    """`optimizer/momentum_norm/` and `optimizer/second_moment_rms/<module>`: the state kept for its own parameters.
+
+    The momentum is `exp_avg` (Adam and its kin) or `momentum_buffer` (SGD, RMSprop, Muon); the second moment is
+    `exp_avg_sq` (not its maximum, which `amsgrad` keeps beside it) or `square_avg` (RMSprop, Adadelta), as they are
+    after the step, without bias correction. What other optimizers keep under other names is left out, and said once:
+    `session.summary()` has it. Of sharded parameters it is the state of all shards. `Updates` writes
+    `optimizer/step_rms/<module>`. Costs about as much as two norms of all parameters.
+    """
+
+    source: ClassVar[tuple[str, ...]] = ("momenta", "second_moments")
+    fields: ClassVar[tuple[str, ...]] = norms.SUMS
+    reduce = "sum"
+    found_everywhere: ClassVar[bool] = False
+    descriptions: Mapping[str, str] = {"optimizer": _OPTIMIZER}
+
+    def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
+        """The squares of each tensor's finite elements, and how many there are."""
+        return norms.sums_of_squares(tensors)
+
+    def report_sources(self, values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Report:
+        """By module, of its own parameters."""
+        sums: defaultdict[tuple[str, str], NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
+        for name, by_source in values.items():
+            for source, row in by_source.items():
+                sums[source, owner_of(name)] += np.array([*row.values()])
+        for (source, module), (squares, count, elements) in sums.items():
+            tag, of = _OF_STATE[source]
+            if elements:
+                yield f"optimizer/{tag}/{module}", of(squares, count) if count else math.nan

@@ -94,10 +94,8 @@ def _in_forward(events: Sequence[Event]) -> tuple[str, str] | None:
         if event.kind == "in" and event.name == ROOT and not event.sound:
             return NO_MODULE, f"the model's input holds {event.made}"
         if event.kind == "out" and not event.sound and all(given.finite for given in inputs[event.call]):
-            return (
-                event.name,
-                f"{event.name} produced {event.made} from {_range(inputs[event.call])} in the forward pass",
-            )
+            given = _range(inputs[event.call])
+            return event.name, f"{event.name} produced {event.made} from {given} in the forward pass"
     bad = next((e for e in events if e.kind == "out" and not e.sound), None)
     if bad is None:
         return None

@@ -27,6 +27,7 @@ class Routing(Probe):
     source: ClassVar[str] = "routers"
     fields: ClassVar[tuple[str, ...]] = routing.FIELDS
     reduce = "sum"
+    in_validation: InValidation = "first"  # as of outputs
     found_everywhere: ClassVar[bool] = False
     descriptions: Mapping[str, str] = {
         "router_load": "Share of the tokens that each expert takes (exact); k in sum with k experts a token.",
@@ -34,11 +35,6 @@ class Routing(Probe):
         "logarithm of the number of experts. Softmax, or sigmoid over its sum, of the router's logits.",
         "router_dropped": "Share of the tokens that no expert takes (exact).",
     }
-
-    @property
-    def in_validation(self) -> InValidation:
-        """The first batch, as of outputs."""
-        return "first"
 
     def reporter(self) -> Reporter:
         """Which says what did not recompute."""

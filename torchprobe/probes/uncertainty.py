@@ -64,6 +64,7 @@ class Uncertainty(Probe):
     found_everywhere: ClassVar[bool] = False
     fields: ClassVar[tuple[str, ...]] = (*uncertainty.FIELDS, *EVIDENCE)
     reduce = "sum"
+    in_validation: InValidation = "all"
     descriptions: Mapping[str, str] = _descriptions("exact", "")
 
     def __init__(
@@ -82,11 +83,6 @@ class Uncertainty(Probe):
         self.sample_dim = sample_dim
         self.modules = checked_patterns("modules", modules, "heads.*")
         self.task: Task | None = task
-
-    @property
-    def in_validation(self) -> InValidation:
-        """All batches."""
-        return "all"
 
     def reporter(self) -> UncertaintyReporter:
         """Learns what the model's output is."""

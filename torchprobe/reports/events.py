@@ -48,6 +48,11 @@ class Series:
         return float(self.values[-1])
 
     @property
+    def finite(self) -> NDArray[np.float64]:
+        """The values that are neither NaN nor inf."""
+        return _finite(self.values)
+
+    @property
     def settled(self) -> float:
         """Median of the last tenth, which one outlier does not move; NaN when no value is finite."""
         finite = _finite(self.values[-max(1, len(self.values) // 10) :])
@@ -135,13 +140,10 @@ class Contents:
         if event.session_log.status == event.session_log.START:
             self._take_back(event.step)
         for value in event.summary.value:
-            self._take_safely(event, value)
-
-    def _take_safely(self, event: Any, value: Any) -> None:
-        try:
-            self._take(event, value)
-        except Exception:  # damaged, or of another program: it is named, and all else is read
-            self.unread[visible(f"a value of {value.tag}")] = None
+            try:
+                self._take(event, value)
+            except Exception:  # noqa: PERF203 - damaged, or of another program: it is named, and all else is read
+                self.unread[visible(f"a value of {value.tag}")] = None
 
     def _take_back(self, step: int) -> None:
         self._series.clear()
@@ -167,7 +169,7 @@ class Contents:
             start, *names = [part.decode(errors="replace") for part in value.tensor.string_val]
             self._layers[int(start) :] = map(visible, names)
         elif plugin == _PLUGIN:
-            self._tensor(tag, event, _matrix(value))
+            self._tensor(tag, event, value)
         elif (plugin == "scalars" or value.HasField("simple_value")) and not tag.startswith(f"{FINAL}/"):
             point = event.step, _number(value), event.wall_time
             self.scalars.setdefault(tag, []).append(point)
@@ -179,7 +181,11 @@ class Contents:
         if lines:
             self.texts.setdefault(tag, []).append((step, "\n".join(lines)))
 
-    def _tensor(self, tag: str, event: Any, matrix: NDArray[np.float32]) -> None:
+    def _tensor(self, tag: str, event: Any, value: Any) -> None:
+        """Raises for what is no array of numbers."""
+        from tensorboard.util.tensor_util import make_ndarray
+
+        matrix = np.asarray(make_ndarray(value.tensor), np.float32)
         layers = unfolded(tag, self._layers, matrix)
         for scalar, number in layers:
             self.scalars.setdefault(scalar, []).append((event.step, number, event.wall_time))
@@ -217,13 +223,6 @@ def _number(value: Any) -> float:
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
-
-
-def _matrix(value: Any) -> NDArray[np.float32]:
-    """Raises for what is no array of numbers."""
-    from tensorboard.util.tensor_util import make_ndarray
-
-    return np.asarray(make_ndarray(value.tensor), np.float32)
 
 
 def _series(points: list[tuple[int, float, float]]) -> Series:

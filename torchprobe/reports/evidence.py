@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,18 +15,7 @@ from torchprobe.reports.run import Run
 _WORST = 5  # layers of each kind
 _LOWER_IS_BETTER = ("loss", "nll", "error", "perplexity", "ppl", "ece", "brier", "mse", "mae", "rmse", "wer")
 _HIGHER_IS_BETTER = (
-    "accuracy",
-    "acc",
-    "top1",
-    "top5",
-    "f1",
-    "auc",
-    "auroc",
-    "precision",
-    "recall",
-    "bleu",
-    "iou",
-    "dice",
+    *("accuracy", "acc", "top1", "top5", "f1", "auc", "auroc", "precision", "recall", "bleu", "iou", "dice"),
 )
 _EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
     "largest gradients": ("grad_norm_layer", max),
@@ -81,10 +70,9 @@ def _pairs(run: Run, train: str, val: str = "val/") -> dict[str, tuple[str, str]
 
 def _at_one_step(train: Series, val: Series) -> dict[str, Any]:
     step = int(val.steps[-1])
-    place = max(int(np.searchsorted(train.steps, step, side="right")) - 1, 0)
-    pair = number(train.values[place]), number(val.last)
-    gap = None if None in pair else number(float(val.last) - float(train.values[place]))
-    return {"step": step, "train": pair[0], "validation": pair[1], "gap": gap}
+    trained, last = train.until(step).last, val.last
+    gap = number(last - trained) if math.isfinite(trained) and math.isfinite(last) else None
+    return {"step": step, "train": number(trained), "validation": number(last), "gap": gap}
 
 
 def final_and_best(run: Run) -> dict[str, dict[str, Any]]:
@@ -109,18 +97,50 @@ def final_and_best(run: Run) -> dict[str, dict[str, Any]]:
 
 def _is_metric(tag: str) -> bool:
     """Of the whole model, and not of another kind that is named so."""
-    rest = tag.removeprefix("val/")
-    return "/" not in rest or rest.partition("/")[0] in ("train", "overview", "calibration", "test", "eval")
+    return is_of(("train", "overview", "calibration", "test", "eval"), tag)
+
+
+def is_of(groups: Collection[str], tag: str) -> bool:
+    """Whether a tag is of the whole run, rather than of one layer: without a group, or in one of these."""
+    group, slash, _ = tag.removeprefix("val/").partition("/")
+    return not slash or group in groups
 
 
 def performance(run: Run) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of the times, rates and bytes of a step."""
     found = {}
     for name, series in sorted(run.group("performance").items()):
-        finite = series.values[np.isfinite(series.values)]
-        if finite.size:
-            found[name] = {"median": float(np.median(finite)), "p95": float(np.percentile(finite, 95))}
+        if series.finite.size:
+            found[name] = {"median": float(np.median(series.finite)), "p95": float(np.percentile(series.finite, 95))}
     return found
+
+
+class Table(NamedTuple):
+    """Columns' names, and rows of texts and numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[Any]]
+
+
+def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
+    """What a verdict stands on, by layers, metrics and times."""
+    rows = [
+        [title, row["where"], row["value"], row["step"], f"{row['zeros']} of {row['points']}" if row["zeros"] else ""]
+        for title, found in summary["layers_to_look_at"].items()
+        for row in found[:3]
+    ]
+    yield Table("Layers to look at", ("what", "where", "value", "step", "exactly 0"), rows)
+    best = _columns(summary["final_and_best"], "final", "best", "best_step", "better")
+    yield Table("Final and best", ("tag", "final", "best", "at step", "better is"), best)
+    both = _columns(summary["train_against_validation"], "train", "validation", "gap", "step")
+    yield Table("Training against validation", ("what", "training", "validation", "gap", "step"), both)
+    times = _columns(summary["performance"], "median", "p95")
+    yield Table("Performance", ("what", "median", "95th percentile"), times)
+
+
+def _columns(found: Mapping[str, Mapping[str, Any]], *keys: str) -> list[list[Any]]:
+    return [[name, *(row[key] for key in keys)] for name, row in found.items()]
 
 
 def number(value: float) -> float | None:

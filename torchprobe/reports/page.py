@@ -30,21 +30,17 @@ def plotly_file() -> Path:
 
 
 def page(run: Run, summary: Mapping[str, Any]) -> str:
-    """The whole document. Raises MissingChartsError."""
-    return document(summary["run"], views_of(run, summary))
-
-
-def document(title: str, views: Mapping[str, Any]) -> str:
-    """Views as a document by themselves. Raises MissingChartsError.
+    """The whole document, views by themselves. Raises MissingChartsError.
 
     Names in them are put on the page as text by the script, and cannot end its element here.
     """
+    views = views_of(run, summary)
     data = json.dumps(views, allow_nan=False).replace("<", "\\u003c")
     ours = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>torchprobe: {escape(title)}</title>"
+        f"<title>torchprobe: {escape(views['name'])}</title>"
         f"<style>{(WEB / 'views.css').read_text(encoding='utf-8')}</style></head>\n"
         f"<body><main id='views'></main><noscript><p>{escape(views['headline'])}</p></noscript>\n"
         f"<script>{plotly_file().read_text(encoding='utf-8')}</script>\n"

@@ -81,14 +81,6 @@ def runs_in(folder: Path) -> list[Path]:
     return list(dict.fromkeys(file.parent for file in files))[::-1]
 
 
-def newest_run(folder: Path) -> Path:
-    """The folder itself when it holds event files, else the one below it that was written last.
-
-    Raises NoRunError when there is none.
-    """
-    return folder if event_files(folder) else runs_in(folder)[-1]
-
-
 def read_run(where: Path | str) -> Run:
     """Read the event files of a run, all points of them; what is damaged is left out.
 
@@ -97,7 +89,7 @@ def read_run(where: Path | str) -> Run:
     """
     place = located(where)
     if isinstance(place, Path):
-        return _read(newest_run(place))
+        return _read(place if event_files(place) else runs_in(place)[-1])
     with copied(place) as (folder, url):
         if not event_files(folder):
             raise NoRunError(f"no run is recorded in '{url}' (it holds no TensorBoard event file)")
@@ -117,22 +109,16 @@ def run_of(files: EventFiles) -> Run:
     flights: list[dict[str, Any]] = []
     unread = list(files.unread)
     for file in regular((files.path / "flight").glob("*.json")):
-        found = _flight_or_none(file)
-        flights += [found] if found is not None else []
-        unread += [] if found is not None else [visible(f"flight/{file.name}")]
+        try:
+            flights.append(_flight(file))
+        except Exception:  # noqa: PERF203 - half written, or foreign: it costs itself alone
+            unread.append(visible(f"flight/{file.name}"))
     events = files.contents
     scalars = {tag: events.series(tag) for tag in events.scalars}
     return Run(
         files.path, scalars, dict(events.texts), flights, events.hparams, unread,
         tensors=dict(events.tensors), images=dict(events.images),
     )  # fmt: skip
-
-
-def _flight_or_none(file: Path) -> dict[str, Any] | None:
-    try:
-        return _flight(file)
-    except Exception:  # half written, or foreign: it costs itself alone
-        return None
 
 
 def _flight(file: Path) -> dict[str, Any]:

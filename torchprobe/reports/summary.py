@@ -20,10 +20,7 @@ ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are
 _MOST = 5  # files that could not be read, named one by one
 _CURVES = ("overview", "train", "val", "best", "ood")
 _COUNTS = ("overview/alerts", "overview/skipped_steps", "overview/dropped_records")
-_ALERT_TEXTS = ("alerts", "alerts/text_summary")  # in our own files, and in those of a SummaryWriter
-_RUN_TEXTS = ("torchprobe/run", "torchprobe/run/text_summary")
-_STATE_TEXTS = ("torchprobe/state", "torchprobe/state/text_summary")
-_STOPPED_TEXTS = ("torchprobe/stopped", "torchprobe/stopped/text_summary")
+_UNCERTAIN = re.compile("(val/)?uncertainty_")
 _SILENT = 600.0  # seconds without a new value, after which a run without an end was killed
 _STOPPED_AT = re.compile(r"^recording stopped( at step \d+)?[:,.]? *", re.IGNORECASE)
 
@@ -54,20 +51,25 @@ def _told(run: Run) -> dict[str, Any]:
         },
         "layers_to_look_at": ends,
         "attention_entropy": {name: _curve(series) for name, series in run.group("attention_entropy").items()},
-        "calibration": {part: _latest(run, f"{part}calibration") for part in ("", "val/")},
-        "uncertainty": _uncertainty(run),
+        "calibration": {part: _last(run.group(f"{part}calibration")) for part in ("", "val/")},
+        "uncertainty": _last({tag: run.scalars[tag] for tag in run.scalars if _UNCERTAIN.match(tag)}),
         "train_against_validation": both_parts(run),
         "final_and_best": final_and_best(run),
         "performance": performance(run),
         "unread": run.unread,
-        "flight_recordings": [_recording(flight) for flight in run.flights],
+        "flight_recordings": run.flights,
     }
+
+
+def _texts(run: Run, tag: str) -> list[tuple[int, str]]:
+    """In our own files, and in those of a SummaryWriter."""
+    return [*run.texts.get(tag, ()), *run.texts.get(f"{tag}/text_summary", ())]
 
 
 def _facts(run: Run) -> dict[str, Any] | None:
     """What the run was: model, versions, script and so on, as `torchprobe.description` has them."""
-    pages = [page for tag in _RUN_TEXTS for _, page in run.texts.get(tag, ())]
-    block = pages[-1].rpartition("```json\n")[2].partition("\n```")[0] if pages else ""
+    pages = _texts(run, "torchprobe/run")
+    block = pages[-1][1].rpartition("```json\n")[2].partition("\n```")[0] if pages else ""
     try:
         facts = json.loads(block)
     except ValueError:
@@ -77,8 +79,8 @@ def _facts(run: Run) -> dict[str, Any] | None:
 
 def _state(run: Run) -> dict[str, str | None]:
     """What has become of the run, as its last word has it; None where it has none, as with a writer of one's own."""
-    words = [text for tag in _STATE_TEXTS for _, text in run.texts.get(tag, ())]
-    state, _, error = words[-1].partition(": ") if words else ("", "", "")
+    words = _texts(run, "torchprobe/state")
+    state, _, error = words[-1][1].partition(": ") if words else ("", "", "")
     if state == "running" and run.scalars and time() - run.times[1] > _SILENT:
         state = "killed"
     if state != "crashed" and _stopped(run) is not None:
@@ -88,7 +90,7 @@ def _state(run: Run) -> dict[str, str | None]:
 
 def _stopped(run: Run) -> dict[str, Any] | None:
     """Where recording ended before the run did, and why: what the session wrote of it last."""
-    said = [entry for tag in _STOPPED_TEXTS for entry in run.texts.get(tag, ())]
+    said = _texts(run, "torchprobe/stopped")
     if not said:
         return None
     step, text = said[-1]
@@ -105,7 +107,7 @@ def _is_curve(tag: str) -> bool:
 
 
 def _curve(series: Series) -> dict[str, Any]:
-    finite = series.values[np.isfinite(series.values)]
+    finite = series.finite
     return {
         "first": number(series.values[0]),
         "last": number(series.last),
@@ -118,7 +120,7 @@ def _curve(series: Series) -> dict[str, Any]:
 
 def _alerts(run: Run) -> list[dict[str, Any]]:
     """Per rule, in the order in which they first fired: the steps at which it did, and what it said last."""
-    lines = [entry for tag in _ALERT_TEXTS for _, text in run.texts.get(tag, ()) for entry in _plain(text)]
+    lines = [entry for _, text in _texts(run, "alerts") for entry in _plain(text)]
     found = []
     for rule, series in sorted(run.group("alerts").items(), key=lambda item: (item[1].steps[0], item[0])):
         said = [(line, advice) for line, advice in lines if line.startswith(rule)]
@@ -141,17 +143,8 @@ def _unescaped(markdown: str) -> str:
     return markdown.replace("\\", "").replace("&lt;", "<")
 
 
-def _uncertainty(run: Run) -> dict[str, float | None]:
-    tags = sorted(tag for tag in run.scalars if tag.removeprefix("val/").startswith("uncertainty_"))
-    return {tag: number(run.scalars[tag].last) for tag in tags}
-
-
-def _latest(run: Run, group: str) -> dict[str, float | None]:
-    return {name: number(series.last) for name, series in sorted(run.group(group).items())}
-
-
-def _recording(flight: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: flight[key] for key in ("file", "step", "reason", "alert", "alerts", "exception") if key in flight}
+def _last(named: Mapping[str, Series]) -> dict[str, float | None]:
+    return {name: number(series.last) for name, series in sorted(named.items())}
 
 
 def _overhead(run: Run) -> float | None:

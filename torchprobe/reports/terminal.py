@@ -1,23 +1,28 @@
-"""A run, and the differences of two, as tables for the terminal."""
+"""A run, also while it trains, and the differences of two, as tables for the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from time import sleep as wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType, group
+from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from torchprobe.reports.events import Series, visible
-from torchprobe.reports.run import Run
-from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason
+from torchprobe.reports import evidence
+from torchprobe.reports.events import EventFiles, Series, visible
+from torchprobe.reports.evidence import is_of, tables
+from torchprobe.reports.run import Run, run_of
+from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason, summarise
 
 BARS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "!"
@@ -27,15 +32,14 @@ _TIMES = 10  # apart: from there on so many times says more than a percentage
 _WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
 _STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
 _INDENTED, _INDENTED_TWICE = (0, 0, 0, 1), (0, 0, 0, 4)
+_TEXTS = ("what", "where", "tag", "better is")  # columns of what a verdict stands on
+_OVER = ("finished", "crashed", "killed", "ended", "stopped recording")
 _NAMED = 5  # tags that one run alone has
 
 
-def rendered(run: Run, summary: Mapping[str, Any]) -> RenderableType:
+@group()
+def rendered(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Everything that is known, in the order in which a person asks: is it well, what goes on, where, what to try."""
-    return Group(*_parts(run, summary))
-
-
-def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"{summary['run']}: {headline(summary)}", style="bold")
     yield from (Text(ending, style="red") for ending in endings(summary))
     yield from verdict_lines(summary["verdict"])
@@ -45,18 +49,41 @@ def _parts(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     for flight in summary["flight_recordings"]:
         about = f"Flight recording of step {flight.get('step', '?')}{reason(flight)}"
         yield Text(f"{about}: {visible(flight['file'])}", style="yellow")
-    yield from _final_and_best(summary["final_and_best"])
-    yield from _both_parts(summary["train_against_validation"])
+    layers, best, both, times = (_of(table) for table in tables(summary))
+    yield from (*best, *both)
     yield from _curves("course of the run", run, summary["curves"])
-    yield from _layers(summary["layers_to_look_at"])
+    yield from layers
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
     yield from _curves("attention entropy by layer, nats", run, entropies)
-    yield from _numbers("uncertainty", summary["uncertainty"])
+    yield from _filled("uncertainty", ("what", ">last value"), summary["uncertainty"].items())
     for part, values in summary["calibration"].items():
-        yield from _numbers(f"calibration, {'validation' if part else 'training'}", values)
-    yield from _performance(summary["performance"])
+        title = f"calibration, {'validation' if part else 'training'}"
+        yield from _filled(title, ("what", ">last value"), values.items())
+    yield from times
     said = [thing["advice"] for thing in summary["verdict"]["look_at"]]
     yield from _next_steps([advice for advice in summary["next_steps"] if advice not in said])
+
+
+def follow(folder: Path, console: Console, *, seconds: float = 2.0, sleep: Callable[[float], None] = wait) -> Run:
+    """Show the run's report, anew whenever there is more, until the run has ended. Returns the run as it was then.
+
+    Reads what has been added alone. KeyboardInterrupt goes through.
+    """
+    files = EventFiles(folder)
+    files.update()
+    with Live(console=console, screen=console.is_terminal, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            run = run_of(files)
+            summary = summarise(run)
+            shown = rendered(run, summary)
+            live.update(shown, refresh=True)
+            if summary["state"] in _OVER:
+                break
+            sleep(seconds)
+            files.update()
+    if console.is_terminal:
+        console.print(shown)  # the whole of it stays, where the screen showed what fits
+    return run
 
 
 def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -85,59 +112,38 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    if curves:
-        table = plain_table(title, "tag", ">first", ">last", ">lowest", ">highest", "course")
-        for tag, curve in curves.items():
-            numbers = [short(curve[key]) for key in ("first", "last", "lowest", "highest")]
-            table.add_row(
-                escape(tag.removeprefix("attention_entropy/")), *numbers, sparkline(run.scalars[tag].values, _WIDTH)
-            )
+    rows = [
+        [
+            tag.removeprefix("attention_entropy/"),
+            *(curve[key] for key in ("first", "last", "lowest", "highest")),
+            sparkline(run.scalars[tag].values, _WIDTH),
+        ]
+        for tag, curve in curves.items()
+    ]
+    yield from _filled(title, ("tag", ">first", ">last", ">lowest", ">highest", "course"), rows)
+
+
+def _of(table: evidence.Table) -> Iterator[Table]:
+    """Texts at the left, numbers at the right; what the line above says already in its first column is left out."""
+    columns = [name if name in _TEXTS else f">{name}" for name in table.columns]
+    before = [None, *(row[0] for row in table.rows)]
+    rows = [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(table.rows, before, strict=False)]
+    yield from _filled(table.title.lower(), columns, rows)
+
+
+def _filled(title: str, columns: Sequence[str], rows: Collection[Sequence[Any]]) -> Iterator[Table]:
+    """A table, if it has any row."""
+    if rows:
+        table = plain_table(title, *columns)
+        for row in rows:
+            table.add_row(*map(_cell, row))
         yield table
 
 
-def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
-    if any(layers.values()):
-        table = plain_table("layers to look at", "what", "where", ">value", ">step", ">exactly 0")
-        for title, rows in layers.items():
-            for i, row in enumerate(rows[:3]):
-                zeros = f"{row['zeros']} of {row['points']}" if row["zeros"] else ""
-                first = "" if i else title
-                table.add_row(first, escape(row["where"]), short(row["value"]), str(row["step"]), zeros)
-        yield table
-
-
-def _final_and_best(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    if metrics:
-        table = plain_table("final and best", "tag", ">final", ">best", ">at step", "better is")
-        for tag, found in metrics.items():
-            numbers = short(found["final"]), short(found["best"]), str(found["best_step"])
-            table.add_row(escape(tag), *numbers, found["better"])
-        yield table
-
-
-def _both_parts(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    if parts:
-        table = plain_table("training against validation", "what", ">training", ">validation", ">gap", ">step")
-        for name, found in parts.items():
-            numbers = (short(found[key]) for key in ("train", "validation", "gap"))
-            table.add_row(escape(name), *numbers, str(found["step"]))
-        yield table
-
-
-def _performance(found: Mapping[str, Mapping[str, float]]) -> Iterator[Table]:
-    if found:
-        table = plain_table("performance", "what", ">median", ">95th percentile")
-        for name, numbers in found.items():
-            table.add_row(escape(name), short(numbers["median"]), short(numbers["p95"]))
-        yield table
-
-
-def _numbers(title: str, values: Mapping[str, float | None]) -> Iterator[Table]:
-    if values:
-        table = plain_table(title, "what", ">last value")
-        for name, value in values.items():
-            table.add_row(escape(name), short(value))
-        yield table
+def _cell(value: str | float | None) -> str:
+    if isinstance(value, str):
+        return escape(value)
+    return str(value) if isinstance(value, int) else short(value)
 
 
 def short(value: float | None) -> str:
@@ -227,14 +233,10 @@ def compare(a: Run, b: Run) -> Comparison:
     common = a.scalars.keys() & b.scalars.keys()
     found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
     found.sort(key=lambda difference: difference.rank, reverse=True)
-    return Comparison(
-        found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), _hparams(a.hparams, b.hparams)
-    )
-
-
-def _hparams(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    pairs = ((name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()))
-    return [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
+    names = sorted(a.hparams.keys() | b.hparams.keys())
+    pairs = ((name, a.hparams.get(name), b.hparams.get(name)) for name in names)
+    hparams = [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
+    return Comparison(found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), hparams)
 
 
 def _difference(tag: str, one: Series, other: Series) -> Difference:
@@ -251,24 +253,18 @@ def _difference(tag: str, one: Series, other: Series) -> Difference:
     return Difference(tag, a, b, size, times, step)
 
 
-def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> RenderableType:
+@group()
+def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> Iterator[RenderableType]:
     """Hyperparameters, numbers of the whole run, numbers of its layers; of the numbers those whose tag holds `only`."""
-    return Group(*_compared(a, b, compared, only, most))
-
-
-def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Iterator[RenderableType]:
     first, second = visible(str(a.path)), visible(str(b.path))
     yield Text(f"{first} (first, {a.steps} steps) against {second} (second, {b.steps} steps)", style="bold")
-    if compared.hparams:
-        table = plain_table("hyperparameters that differ", "name", ">first", ">second")
-        for name, one, other in compared.hparams:
-            table.add_row(escape(name), *("-" if value is None else escape(plain(value)) for value in (one, other)))
-        yield table
+    hparams = [[name, *(None if v is None else plain(v) for v in values)] for name, *values in compared.hparams]
+    yield from _filled("hyperparameters that differ", ("name", ">first", ">second"), hparams)
     shown = [found for found in compared.differences if only in found.tag and found.size > 0]
     if not shown:
         yield Text("\nNo number that both runs have differs.")
-    yield from _of_both("the whole run", [found for found in shown if _of_whole_run(found.tag)], most)
-    yield from _of_both("inside the model", [found for found in shown if not _of_whole_run(found.tag)], most)
+    yield from _of_both("the whole run", [found for found in shown if is_of(_WHOLE_RUN, found.tag)], most)
+    yield from _of_both("inside the model", [found for found in shown if not is_of(_WHOLE_RUN, found.tag)], most)
     for name, tags in (("first", compared.only_a), ("second", compared.only_b)):
         if tags:
             rest = ", …" if len(tags) > _NAMED else ""
@@ -276,18 +272,9 @@ def _compared(a: Run, b: Run, compared: Comparison, only: str, most: int) -> Ite
 
 
 def _of_both(title: str, found: Sequence[Difference], most: int) -> Iterator[RenderableType]:
-    if found:
-        table = plain_table(title, "tag", ">first", ">second", ">ratio", ">difference", ">step")
-        for one in found[:most]:
-            table.add_row(escape(one.tag), short(one.a), short(one.b), one.ratio, str(one), str(one.step))
-        yield table
+    columns = ("tag", ">first", ">second", ">ratio", ">difference", ">step")
+    yield from _filled(title, columns, [[one.tag, one.a, one.b, one.ratio, str(one), one.step] for one in found[:most]])
     if len(found) > most:
         rest = len(found) - most
         are = "smaller difference is" if rest == 1 else "smaller differences are"
         yield Text(f" {rest} {are} not shown; --most shows more.", style="dim")
-
-
-def _of_whole_run(tag: str) -> bool:
-    """Rather than of one layer."""
-    rest = tag.removeprefix("val/")
-    return "/" not in rest or rest.partition("/")[0] in _WHOLE_RUN

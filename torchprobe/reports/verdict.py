@@ -180,7 +180,8 @@ def _gravity(alert: Mapping[str, Any]) -> int:
 def _unsaid(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What the numbers say where no rule was on that would."""
     rules = {alert["rule"] for alert in summary["alerts"]}
-    losses = [tag for tag in ("overview/loss", "train/loss") if _ends_not_finite(summary["curves"].get(tag))]
+    curves = summary["curves"]
+    losses = [tag for tag in ("overview/loss", "train/loss") if tag in curves and curves[tag]["last"] is None]
     if losses and "non_finite" not in rules:
         what = f"{losses[0]} ends as NaN or inf"
         yield _thing(what, summary["steps"], "Go back to a checkpoint before it, and let the rule non_finite watch.")
@@ -191,7 +192,3 @@ def _unsaid(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield _thing(
             f"The gradient is exactly 0 at {where}{others} since step {dead[0]['step']}", dead[0]["step"], None, where
         )
-
-
-def _ends_not_finite(curve: Mapping[str, Any] | None) -> bool:
-    return curve is not None and curve["last"] is None

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.reports.events import Series
+from torchprobe.reports.evidence import tables
 from torchprobe.reports.run import Run
 from torchprobe.reports.summary import endings, headline, listed
 from torchprobe.reports.verdict import named
@@ -21,6 +22,10 @@ _MOST_POINTS = 1500  # of a curve
 _MOST_STEPS = 500  # of a heat map
 _MOST_PICTURES = 12  # of a tag
 _MOST_ELEMENTS = 2_000_000  # of all heads of all statistics and steps
+_OURS = (  # what groups by layer begin with
+    *("grad", "activation", "attention", "update_ratio", "param", "dead_units", "layers", "uncertainty", "momentum"),
+    *("weight_decay", "gradients", "optimizer", "router", "nonfinite"),
+)
 _HEADS = "attention_heads/"
 _WHOLE_RUN = ("overview", "train", "val", "best", "ood", "calibration", "lr", "performance", "router_entropy")
 _LEADING = ("loss", "grad_norm", "grad_norm_unclipped", "update_ratio")  # of their group
@@ -59,7 +64,7 @@ def views_of(run: Run, summary: Mapping[str, Any], *, all_heads: bool = True) ->
         "layers": list(_heat_maps(run)),
         "heads": list(_heads(run, all_heads)),
         "pictures": list(_pictures(run)),
-        "tables": list(_tables(summary)),
+        "tables": [table._asdict() for table in tables(summary)],
     }
 
 
@@ -96,18 +101,7 @@ def _place(tag: str) -> int:
 
 def _is_users_own(group: str, tags: Sequence[str]) -> bool:
     """A prefix of `log_metrics`, rather than one of ours by layer."""
-    ours = (
-        "grad",
-        "activation",
-        "attention",
-        "update_ratio",
-        "param",
-        "dead_units",
-        "layers",
-        "uncertainty",
-        "momentum",
-    )
-    return not group.startswith((*ours, "weight_decay", "gradients", "optimizer", "router", "nonfinite")) and bool(tags)
+    return not group.startswith(_OURS) and bool(tags)
 
 
 def _curve(tag: str, series: Series) -> dict[str, Any]:
@@ -211,25 +205,6 @@ def _pictures(run: Run) -> Iterator[dict[str, Any]]:
                 keep = np.unique(np.linspace(0, len(points) - 1, _MOST_PICTURES).round().astype(np.int64))
                 shown = [{"step": points[i][0], "png": b64encode(points[i][1]).decode()} for i in keep.tolist()]
                 yield {"title": title, "tag": tag, "points": shown}
-
-
-def _tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each with its columns' names, and rows of texts and numbers."""
-    rows = [
-        [title, row["where"], row["value"], row["step"], f"{row['zeros']} of {row['points']}" if row["zeros"] else ""]
-        for title, found in summary["layers_to_look_at"].items()
-        for row in found[:3]
-    ]
-    yield {"title": "Layers to look at", "columns": ["what", "where", "value", "step", "exactly 0"], "rows": rows}
-    keys = ("final", "best", "best_step", "better")
-    best = [[tag, *(found[key] for key in keys)] for tag, found in summary["final_and_best"].items()]
-    yield {"title": "Final and best", "columns": ["tag", "final", "best", "at step", "better is"], "rows": best}
-    keys = ("train", "validation", "gap", "step")
-    both = [[name, *(found[key] for key in keys)] for name, found in summary["train_against_validation"].items()]
-    columns = ["what", "training", "validation", "gap", "step"]
-    yield {"title": "Training against validation", "columns": columns, "rows": both}
-    times = [[name, found["median"], found["p95"]] for name, found in summary["performance"].items()]
-    yield {"title": "Performance", "columns": ["what", "median", "95th percentile"], "rows": times}
 
 
 def _packed(array: NDArray[Any]) -> str:

@@ -75,7 +75,19 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Diagnosis(BuiltIn):
+class Remembering(BuiltIn):
+    """A rule that keeps something from record to record."""
+
+    def watcher(self) -> Memory:
+        """With nothing kept yet."""
+        return Memory(self._look)
+
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Diagnosis(Remembering):
     """A rule about `Record.evidence`, which names one bug.
 
     fact: the evidence that `limit` is for, of the whole run or of each module or parameter; it holds above the limit in
@@ -91,11 +103,8 @@ class Diagnosis(BuiltIn):
     message: ClassVar[str] = ""
     follows: ClassVar[tuple[str, ...]] = ()
 
-    def watcher(self) -> Memory:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps in how many samples running it held, and where."""
-        return Memory(self._examine)
-
-    def _examine(self, record: Record, kept: dict[str, Any]) -> Found:
         concerned = record.evidence or any(tag in record.values for tag in self.follows)
         return self.judge(record, kept) if concerned else None
 

@@ -7,13 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.course import (
-    ExplodingGradient,
-    GradNormSpike,
-    LossSpike,
-    NothingCaptured,
-    Overconfidence,
-)
+from torchprobe.rules.course import ExplodingGradient, GradNormSpike, LossSpike, NothingCaptured, Overconfidence
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.rules.layers import AttentionCollapse, AttentionLogitGrowth, DeadUnits, UpdateRatio, VanishingGradient
 from torchprobe.rules.non_finite import NonFinite

@@ -12,7 +12,7 @@ import numpy as np
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Memory, first_of, group, scalar, texts
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, scalar, texts
 
 _NORMS = ("overview/grad_norm_unclipped", "overview/grad_norm")  # a clipped norm says nothing: the first there is
 _ROUNDING = 1e-6  # of the mean: what float32 losses of one and the same model differ by
@@ -24,7 +24,7 @@ _LARGE = 0.2  # if it is above this share of the largest value seen
 
 
 @dataclass(frozen=True)
-class _Spike(BuiltIn):
+class _Spike(Remembering):
     """Against the last `window` values of the same set of optimizers. Costs a sort of them where the mean is high."""
 
     deviations: float = 3.0
@@ -34,19 +34,16 @@ class _Spike(BuiltIn):
     tags: ClassVar[tuple[str, ...]]
     what: ClassVar[str]
 
-    def watcher(self) -> Memory:
-        """With empty windows, one for each tag and set of optimizers; a GAN's two losses are two series."""
-        return Memory(self._look)
-
-    def _look(self, record: Record, windows: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Keeps windows, one for each tag and set of optimizers; a GAN's two losses are two series."""
         found = first_of(record, self.tags)
         if found is None:
             return None
         tag, value = found
         names = {name.partition("/")[0] for name, _ in group(record, "lr")}
-        kept = windows.setdefault("+".join([tag, *sorted(names)]), {})
-        largest = kept["largest"] = max(kept.get("largest", 0.0), abs(value) if math.isfinite(value) else 0.0)
-        past = _past(kept, value, self.window + _RUNNING - 1)
+        own = kept.setdefault("+".join([tag, *sorted(names)]), {})
+        largest = own["largest"] = max(own.get("largest", 0.0), abs(value) if math.isfinite(value) else 0.0)
+        past = _past(own, value, self.window + _RUNNING - 1)
         return self._sudden(record, value, past[-self.window :], largest) or self._lasting(
             record, [*past, value], largest
         )
@@ -115,7 +112,7 @@ class GradNormSpike(_Spike):
 
 
 @dataclass(frozen=True)
-class ExplodingGradient(BuiltIn):
+class ExplodingGradient(Remembering):
     """The total norm is more than `factor` times the largest of the last `window` sampled values.
 
     Source: `is_unexpectedly_large` of Megatron-LM. Silent for the first `least` values, since gradients of a model that
@@ -133,10 +130,6 @@ class ExplodingGradient(BuiltIn):
         "1211.5063)."
     )
 
-    def watcher(self) -> Memory:
-        """With an empty window."""
-        return Memory(self._look)
-
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         found = first_of(record, _NORMS)
         if found is None:
@@ -151,7 +144,7 @@ class ExplodingGradient(BuiltIn):
 
 
 @dataclass(frozen=True)
-class Overconfidence(BuiltIn):
+class Overconfidence(Remembering):
     """Confidence gap above `gap` and ECE above `ece`, over the last samples that hold at least `predictions`.
 
     Reads `calibration/confidence_gap`, `calibration/ece` and `calibration/count`, and averages them by count: for the
@@ -171,11 +164,8 @@ class Overconfidence(BuiltIn):
         "2017, arXiv 1706.04599)."
     )
 
-    def watcher(self) -> Memory:
-        """Keeps the last samples, of training and of validation."""
-        return Memory(self._look)
-
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Keeps the last samples, of training and of validation."""
         trains = kept["trains"] = kept.get("trains", False) or bool(record.group("lr"))
         judged = [self._judge(record, kept, *part) for part in (("", None), ("val/", "val"))]
         if trains and record.step < self.untrained:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torchprobe.naming import owner_of
 from torchprobe.records import Record
-from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Memory, first_of, group, not_finite, scalar
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, not_finite, scalar
 
 _CONVERGED = 1e-3  # of the largest loss
 _NEGLIGIBLE = 1e-2  # of the norm of all parameters
@@ -20,7 +20,7 @@ _AT_REST = 100.0  # times the threshold: no layer of a converged model has more
 
 
 @dataclass(frozen=True)
-class VanishingGradient(BuiltIn):
+class VanishingGradient(Remembering):
     """The mean absolute gradient of layers is below `threshold`. Source: SageMaker Debugger.
 
     Healthy, and left alone: layers below it when the loss has fallen below a thousandth of its largest and the
@@ -38,11 +38,8 @@ class VanishingGradient(BuiltIn):
         "2010; He et al. 2015, arXiv 1512.03385)."
     )
 
-    def watcher(self) -> Memory:
-        """Keeps the largest loss, by which a converged model is known, and whether anything has moved."""
-        return Memory(self._look)
-
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Keeps the largest loss, by which a converged model is known, and whether anything has moved."""
         converged, begins = _has_converged(record, kept), _begins(record, kept)
         layers = dict(group(record, "grad_mean_abs"))
         if not layers or not_finite(record):
@@ -55,7 +52,7 @@ class VanishingGradient(BuiltIn):
 
 
 @dataclass(frozen=True)
-class UpdateRatio(BuiltIn):
+class UpdateRatio(Remembering):
     """A step's norm over the parameter's is above `high` or below `low`. Source: SageMaker Debugger.
 
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
@@ -75,11 +72,8 @@ class UpdateRatio(BuiltIn):
         "gradient is clipped, scaled or detached (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
     )
 
-    def watcher(self) -> Memory:
-        """Keeps the largest learning rate, beside which a small one explains a small step, and what has moved."""
-        return Memory(self._look)
-
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Keeps the largest learning rate, beside which a small one explains a small step, and what has moved."""
         pace, begins = _pace(record, kept), _begins(record, kept)
         ratios = dict(group(record, "update_ratio"))
         if not ratios or not_finite(record):
@@ -174,7 +168,7 @@ class AttentionLogitGrowth(_Threshold):
 
 
 @dataclass(frozen=True)
-class DeadUnits(BuiltIn):
+class DeadUnits(Remembering):
     """More than `threshold` of the units behind a ReLU are active on under 1 % of inputs, `samples` samples running.
 
     It ends below four fifths of the threshold. Source: SageMaker Debugger. Reads `dead_units/<module>` of the
@@ -191,11 +185,8 @@ class DeadUnits(BuiltIn):
         "LeakyReLU or GELU (Lu et al. 2019, arXiv 1903.06733)."
     )
 
-    def watcher(self) -> Memory:
-        """Keeps in how many samples running each layer was dead."""
-        return Memory(self._look)
-
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
+        """Keeps in how many samples running each layer was dead."""
         shares = dict(group(record, "dead_units"))
         for module, share in shares.items():
             held = kept.get(module, 0)

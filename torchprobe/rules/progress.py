@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Memory, first_of, scalar
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, scalar
 
 _WAIT, _STEP = "performance/input_wait_seconds", "performance/step_seconds"
 
 
 @dataclass(frozen=True)
-class Overfitting(BuiltIn):
+class Overfitting(Remembering):
     """The validation loss is more than `rise` of itself above its smallest while the training loss has fallen since, in
     `validations` running.
 
@@ -35,10 +35,6 @@ class Overfitting(BuiltIn):
         "validation loss, and try more data or augmentation, weight decay or dropout, or a smaller model (Prechelt "
         "1998, Early Stopping - But When?)."
     )
-
-    def watcher(self) -> Memory:
-        """That has seen no validation."""
-        return Memory(self._look)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         found: Found = None
@@ -66,7 +62,7 @@ class Overfitting(BuiltIn):
 
 
 @dataclass(frozen=True)
-class InputBound(BuiltIn):
+class InputBound(Remembering):
     """From the end of a step to the next pass it takes over `share` of the median step, over the last sampled steps.
 
     Source: the input wait of TraceML. Three quarters of the last `samples` sampled waits have to be above it, each less
@@ -86,10 +82,6 @@ class InputBound(BuiltIn):
         "loader workers that stay (num_workers, persistent_workers, pin_memory), prepare data once instead of at every "
         "step, and move logging and evaluation out of the loop's way (PyTorch, Performance Tuning Guide)."
     )
-
-    def watcher(self) -> Memory:
-        """That has seen no step."""
-        return Memory(self._look)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         step, wait = scalar(record, _STEP), scalar(record, _WAIT)

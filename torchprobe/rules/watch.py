@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from time import time
-from typing import Any, Protocol
+from typing import Any
 
 from torchprobe.records import OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
@@ -23,8 +23,8 @@ _NO_WAY_OUT = "; no exit or interrupt reaches training from here: stop_on= ends 
 _log = logging.getLogger("torchprobe")
 
 
-class Follower(Protocol):
-    """Sees every record, and the alerts that it gave; in the drain thread."""
+class Follower:
+    """Sees every record, and the alerts that it gave; in the drain thread. Each method may be left out."""
 
     def follow(self, record: Record, alerts: Sequence[Alert]) -> None:
         """After the rules, before the writer."""
@@ -37,16 +37,6 @@ class Follower(Protocol):
 
     def close(self) -> None:
         """The run has ended."""
-
-
-class Together(Protocol):
-    """Other ranks, which are to stop at the same step."""
-
-    def propose(self, alert: Alert, completed: int) -> None:
-        """A rule ends the run; the training thread is held already, after so many steps."""
-
-    def reached(self, completed: int) -> bool:
-        """Whether to stop after so many steps. May wait, in the training thread."""
 
 
 class Watch:
@@ -74,7 +64,8 @@ class Watch:
         self._faults: dict[str, str] = {}  # what failed -> why
         self._progress: Callable[[], Hashable] = lambda: None
         self._completed: Callable[[], int] = lambda: 0
-        self._together: Together | None = None
+        self._propose: Callable[[Alert, int], None] = _nothing
+        self._reached: Callable[[int], bool] = lambda completed: True
         self._display = Display()
         self._announced: Callable[[], Mapping[str, Value]] | None = None
         self.stop: Alert | None = None
@@ -94,9 +85,13 @@ class Watch:
         """Show it every record from now on, with its alerts."""
         self._followers[_free(type(follower).__name__, self._followers)] = follower
 
-    def stop_together(self, ranks: Together) -> None:
-        """Stop at the step at which the other ranks do."""
-        self._together = ranks
+    def stop_together(self, propose: Callable[[Alert, int], None], reached: Callable[[int], bool]) -> None:
+        """Stop at the step at which the other ranks do.
+
+        propose: a rule ends the run; the training thread is held already, after so many steps. reached: whether to stop
+        after so many; it may wait, in the training thread.
+        """
+        self._propose, self._reached = propose, reached
 
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
@@ -137,7 +132,7 @@ class Watch:
 
     def check(self) -> None:
         """Raise the TrainingAlert that `stop_on=` asked for, once."""
-        if self.stop is not None and (self._together is None or self._together.reached(self._completed())):
+        if self.stop is not None and self._reached(self._completed()):
             stop, self.stop, self._stops = self.stop, None, frozenset()
             raise TrainingAlert(stop)
 
@@ -198,9 +193,7 @@ class Watch:
         log(alerts)
         for alert in alerts:
             if alert.rule in self._stops and not alert.ended and self.stop is None:
-                completed = self.hold(alert)
-                if self._together is not None:
-                    self._together.propose(alert, completed)
+                self._propose(alert, self.hold(alert))
             if self._on_alert is not None:
                 self._safely("on_alert", self._on_alert, alert, ends=False)
         return dict(self._display.values(alerts))

@@ -11,6 +11,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -132,22 +133,11 @@ class WebhookNotifier:
 
 def payload(alert: Alert) -> dict[str, Any]:
     """What is posted: `text` for people, and the alert's fields; numbers that JSON lacks are strings."""
-    return {
-        "text": f"torchprobe: {alert}" + (f"\n{alert.advice}" if alert.advice else ""),
-        "rule": alert.rule,
-        "step": alert.step,
-        "where": alert.where,
-        "value": _number(alert.value),
-        "threshold": None if alert.threshold is None else _number(alert.threshold),
-        "message": alert.message,
-        "ended": alert.ended,
-        **({"members": list(alert.members)} if alert.members else {}),
-        **({"advice": alert.advice} if alert.advice else {}),
-    }
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+    text = f"torchprobe: {alert}" + (f"\n{alert.advice}" if alert.advice else "")
+    found = {**asdict(alert), "members": list(alert.members)}
+    odd = {name: str(found[name]) for name in ("value", "threshold") if not math.isfinite(found[name] or 0.0)}
+    kept = {name: one for name, one in found.items() if one or name not in ("members", "advice")}
+    return {"text": text, **kept, **odd}
 
 
 class _NotMoved(urllib.request.HTTPRedirectHandler):

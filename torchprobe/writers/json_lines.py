@@ -74,9 +74,13 @@ def _torn(path: Path) -> bool:
 
 
 def _line(record: Record) -> str:
-    values = {tag: json_value(value) for tag, value in record.values.items()}
-    fields = {"step": record.step, "wall_time": record.wall_time, "values": values}
-    return json.dumps(fields, allow_nan=False, separators=(",", ":"))
+    return json.dumps(json_record(record), allow_nan=False, separators=(",", ":"))
+
+
+def json_record(record: Record, without: tuple[type, ...] = ()) -> dict[str, Any]:
+    """A record as JSON has it, without values of some kinds: see `JsonLinesWriter`."""
+    values = {tag: json_value(value) for tag, value in record.values.items() if not isinstance(value, without)}
+    return {"step": record.step, "wall_time": record.wall_time, "values": values}
 
 
 def json_value(value: Value) -> Any:

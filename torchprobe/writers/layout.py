@@ -21,15 +21,9 @@ GROUP = "layers"
 DESCRIPTION = "A statistic over all layers of the model: the smallest, the median and the largest finite value."
 BANDED = frozenset(
     {
-        "activation_grad_norm",
-        "activation_rms",
-        "activation_zero_fraction",
-        "attention_entropy",
-        "attention_max_logit",
-        "attention_sink",
-        "grad_mean_abs",
-        "grad_norm_layer",
-        "update_ratio",
+        *("activation_grad_norm", "activation_rms", "activation_zero_fraction"),
+        *("attention_entropy", "attention_max_logit", "attention_sink"),
+        *("grad_mean_abs", "grad_norm_layer", "update_ratio"),
     }
 )
 _MAX_SERIES = 40  # of one chart: more colours nobody tells apart

@@ -42,7 +42,8 @@ class MemoryWriter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: list[Record] = []
-        self._closed = False
+        self.closed = False
+        """Whether `close` was called."""
 
     def write(self, records: Sequence[Record]) -> None:
         """Keep a batch."""
@@ -51,12 +52,7 @@ class MemoryWriter:
 
     def close(self) -> None:
         """Remember that nothing more will come; what was written stays readable."""
-        self._closed = True
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        self.closed = True
 
     @property
     def records(self) -> list[Record]:

@@ -45,20 +45,15 @@ class ProbePlugin(TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> Mapping[str, App]:
         """The routes, below `data/plugin/torchprobe`."""
+        runs = self._runs
         files = {f"/{name}": _route(partial(_file, name)) for name in _FILES}
         return {
             **files,
             "/plotly.js": _route(lambda _: (plotly_file().read_bytes(), _SCRIPT), seconds=86400),
-            "/runs": _route(self._list),
-            "/views": _route(lambda asked: (self._runs.views(asked["run"]), _JSON)),
-            "/heads": _route(lambda asked: (self._heads(asked), _TEXT)),
+            "/runs": _route(lambda _: (json.dumps({"runs": runs.listed(), "remote": runs.remote}).encode(), _JSON)),
+            "/views": _route(lambda asked: (runs.views(asked["run"]), _JSON)),
+            "/heads": _route(lambda asked: (runs.heads(asked["run"], asked["statistic"], int(asked["step"])), _TEXT)),
         }
-
-    def _list(self, asked: Mapping[str, str]) -> tuple[bytes, str]:
-        return json.dumps({"runs": self._runs.listed(), "remote": self._runs.remote}).encode(), _JSON
-
-    def _heads(self, asked: Mapping[str, str]) -> bytes:
-        return self._runs.heads(asked["run"], asked["statistic"], int(asked["step"]))
 
 
 def _file(name: str, asked: Mapping[str, str]) -> tuple[bytes, str]:

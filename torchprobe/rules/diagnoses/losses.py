@@ -168,10 +168,7 @@ class UnshiftedTargets(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every attention sees fewer keys than there are."""
-        equal, seen = (
-            evidence(record, "targets_are_inputs").get(""),
-            _keys_seen(record),
-        )
+        equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
         if equal is None or not seen:
             return None
         ill = equal > self.share and max(seen.values()) < 1 - _CLEARLY
@@ -199,10 +196,7 @@ class AttendsToFuture(Diagnosis):
 
     def judge(self, record: Record, kept: dict[str, Any]) -> Found:
         """In samples running."""
-        following, seen = (
-            evidence(record, "targets_are_next").get(""),
-            _keys_seen(record),
-        )
+        following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
         if following is None or not seen:
             return None
         ill = {name: share for name, share in seen.items() if following > self.share and abs(share - 1) < _EXACTLY}

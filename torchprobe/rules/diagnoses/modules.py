@@ -120,7 +120,14 @@ class SymmetricInitialisation(Diagnosis):
 
 
 @dataclass(frozen=True)
-class UnregisteredModules(Diagnosis):
+class _AtOnce(Diagnosis):
+    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+        """In the first sample that has evidence."""
+        return self.said(record.step, evidence(record, self.fact))
+
+
+@dataclass(frozen=True)
+class UnregisteredModules(_AtOnce):
     """Modules in a plain list or dictionary get gradients, and are in no `parameters()`."""
 
     name = "unregistered_modules"
@@ -131,13 +138,9 @@ class UnregisteredModules(Diagnosis):
         "`state_dict()` know of them (PyTorch, torch.nn.ModuleList)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """At once."""
-        return self.said(record.step, evidence(record, self.fact))
-
 
 @dataclass(frozen=True)
-class RepeatedLayer(Diagnosis):
+class RepeatedLayer(_AtOnce):
     """A list of layers has one and the same module in all places, as `[layer] * n` makes."""
 
     name = "repeated_layer"
@@ -148,13 +151,9 @@ class RepeatedLayer(Diagnosis):
         "layer n times says so (PyTorch, torch.nn.ModuleList)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """At once."""
-        return self.said(record.step, evidence(record, self.fact))
-
 
 @dataclass(frozen=True)
-class DropoutTooHigh(Diagnosis):
+class DropoutTooHigh(_AtOnce):
     """A dropout layer drops more than 80 %."""
 
     name = "dropout_too_high"
@@ -165,10 +164,6 @@ class DropoutTooHigh(Diagnosis):
         "In PyTorch p is the probability of an element to be zeroed. Try p between 0.1 and 0.5 (Srivastava et al. "
         "2014, JMLR 15, section A.4)."
     )
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """At once."""
-        return self.said(record.step, evidence(record, self.fact))
 
 
 @dataclass(frozen=True)

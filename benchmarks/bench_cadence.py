@@ -44,6 +44,8 @@ RUNS = {
     "MLP, 20 ms": lambda: mlp(448),
     "LSTM, 2 layers": lambda: training("LSTM, 2 layers"),
 }
+SAID = {"default": {}, "every=1000": {"every": 1000}, "overhead_budget=0.01": {"overhead_budget": 0.01}}
+"""What is said to `instrument`; all but the first of the shortest steps alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +56,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_default_cadence(benchmark, run, tmp_path):
+CASES = [*((run, "default") for run in RUNS), *(("MLP, 5 ms", said) for said in SAID if said != "default")]
+
+
+@pytest.mark.parametrize(("run", "said"), CASES)
+def test_default_cadence(benchmark, run, said, tmp_path):
     bare, watched = RUNS[run](), RUNS[run]()
     steps: list[float] = []
     blocks: list[tuple[tuple[float, float], tuple[float, float]]] = []
@@ -69,7 +74,7 @@ def test_default_cadence(benchmark, run, tmp_path):
                 steps.append(thread_time() - start)
         return process_time() - before[0], thread_time() - before[1]
 
-    with torchprobe.instrument(watched.model, log_dir=tmp_path) as session:
+    with torchprobe.instrument(watched.model, log_dir=tmp_path, **SAID[said]) as session:
         for _ in range(BEFORE if benchmark.enabled else 1):
             bare.step(), watched.step()
         assert session.flush()

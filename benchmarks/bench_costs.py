@@ -3,25 +3,32 @@
     pytest benchmarks/bench_costs.py --benchmark-enable -n0 -p no:randomly -s
 
 CPU time, as in `bench_idle.py`. The import is that beyond torch's own; attach and detach are of 1,000 modules that no
-step has used yet; the drain thread's work is that of 1,000 tags at each of 10,000 steps, in event files.
+step has used yet; the drain thread's work is that of 1,000 tags at each of 10,000 steps, in event files. Statistics are
+told as the ratio to `torch.sum` of the same tensor, in turn with it, on one thread: a sum is one read of its bytes.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from time import process_time, thread_time
+from statistics import median, stdev
+from time import perf_counter, process_time, thread_time
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.statistics import exponents, linear, moments, norms
 
 MODULES = 1000
 TAGS = 1000
 STEPS = 10_000
+ROUNDS = 41  # of a statistic
 ROOT = Path(torchprobe.__file__).parents[1]
 
 pytestmark = pytest.mark.timeout(1800)
@@ -86,3 +93,38 @@ def test_drain(benchmark, tmp_path):
 
     benchmark.pedantic(once, rounds=1)
     show(benchmark, drain=taken)
+
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "moments": moments.compute,
+    "sum of squares": lambda x: norms.sums_of_squares([x]),
+    "histogram of magnitudes": exponents.log_histogram,
+    "histogram of values": linear.linear_histogram,
+}
+"""What is read of activations, of gradients, and into histograms of gradients and of parameters."""
+
+
+@pytest.mark.parametrize("elements", [2**18, 2**24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_statistic_beside_one_read(benchmark, statistic, dtype, elements):
+    compute, x = STATISTICS[statistic], torch.randn(elements, dtype=dtype)
+    repeats = max(1, 2**20 // elements)
+
+    def seconds(function: Callable[[Tensor], Tensor]) -> float:
+        start = perf_counter()
+        for _ in range(repeats):
+            function(x)
+        return (perf_counter() - start) / repeats
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pairs: list[tuple[float, float]] = []
+    benchmark.pedantic(lambda: pairs.append((seconds(torch.sum), seconds(compute))), rounds=ROUNDS, warmup_rounds=3)
+    torch.set_num_threads(threads)
+    ratios = [ours / read for read, ours in pairs[3:]]
+    error = 1.25 * stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0  # of a median of normal values
+    read, ours = (1e9 * median(times) / elements for times in zip(*pairs, strict=True))
+    found = {"ratio": median(ratios or [ours / read]), "error": error, "ns": ours, "ns_of_sum": read}
+    benchmark.extra_info.update(found)
+    print(f"\n{benchmark.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), end="")

@@ -93,14 +93,33 @@ def gpt2() -> tuple[nn.Module, Loss]:
     return model, lambda: model(ids, labels=ids).loss
 
 
-RECIPES: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
+Recipe = Callable[[], tuple[nn.Module, Loss]]
+
+
+def compiled(recipe: Recipe) -> Recipe:
+    """The same model, by `torch.compile`."""
+
+    def made() -> tuple[nn.Module, Loss]:
+        model, loss = recipe()
+        model.compile()
+        return model, loss
+
+    return made
+
+
+RECIPES: dict[str, Recipe] = {
     "MLP, 3 layers": mlp,
     "policy network": policy,
     "CNN, 3 blocks": cnn,
-    "LSTM, 2 layers": lstm,
+    "LSTM, 2 layers": lstm,  # which torch does not compile: it breaks the graph at nn.LSTM
     "GPT, 1,024 tokens": gpt,
     "GPT, 4,096 tokens": lambda: gpt(16),
     "GPT-2 (transformers)": gpt2,
+    "MLP, compiled": compiled(mlp),
+    "policy network, compiled": compiled(policy),
+    "CNN, compiled": compiled(cnn),
+    "GPT, 1,024 tokens, compiled": compiled(gpt),
+    "GPT, 4,096 tokens, compiled": compiled(lambda: gpt(16)),
 }
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.tables peers.json     # as `--benchmark-json=peers.json` left it; several files may be given
 
 Writes `benchmarks/results/peers.json` (the machine, and a line a measurement: later ones replace those of the same
-recipe and peer), `benchmarks/results/peers.png`, and the table between the marks in README.md.
+recipe and peer), `benchmarks/results/peers.png`, and the tables between the marks in README.md and, of compiled models,
+in docs/cost.md.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
-README = ROOT / "README.md"
+PAGES = {ROOT / "README.md": False, ROOT / "docs" / "cost.md": True}
+"""Whether the table of a page is that of compiled models."""
+
 BEGIN, END = "<!-- made by benchmarks/tables.py -->", "<!-- end -->"
-KEPT = ("recipe", "peer", "ratio", "error", "bare_ms", "added_ms", "blocks")
+KEPT = ("recipe", "peer", "ratio", "error", "bare_ms", "added_ms", "blocks", "clock")
 
 
 def kept(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,15 +42,21 @@ def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
     return {**after, "measurements": list(both.values())}
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any], compiled: bool = False) -> str:
     """A row a peer, a column a recipe: the ratio and its standard error."""
-    measured = {(one["peer"], one["recipe"]): one for one in results["measurements"]}
-    recipes = list(dict.fromkeys(one["recipe"] for one in results["measurements"]))
-    bare = {one["recipe"]: one["bare_ms"] for one in results["measurements"]}
-    head = ["at every step", *(f"{recipe} ({_milliseconds(bare[recipe])} ms)" for recipe in recipes)]
-    peers = dict.fromkeys(one["peer"] for one in results["measurements"])
+    wanted = [one for one in results["measurements"] if one["recipe"].endswith("compiled") == compiled]
+    measured = {(one["peer"], one["recipe"]): one for one in wanted}
+    columns = {one["recipe"]: one for one in wanted}
+    recipes = list(columns)
+    head = ["at every step", *map(_heading, columns.values())]
+    peers = dict.fromkeys(one["peer"] for one in wanted)
     rows = [[peer, *(_cell(measured.get((peer, recipe))) for recipe in recipes)] for peer in peers]
     return "\n".join(_row(cells) for cells in (head, ["---"] * len(head), *rows))
+
+
+def _heading(one: Mapping[str, Any]) -> str:
+    clock = " of CPU time" if one.get("clock") == "cpu" else ""
+    return f"{one['recipe']} ({_milliseconds(one['bare_ms'])} ms{clock})"
 
 
 def _cell(one: Mapping[str, Any] | None) -> str:
@@ -62,13 +71,12 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def put(text: str, results: Mapping[str, Any]) -> str:
+def put(text: str, results: Mapping[str, Any], compiled: bool = False) -> str:
     """A page with the table between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return (
-        f"{before}{BEGIN}\n\n{table(results)}\n\nMeasured on {results['machine']}, {results['date']}.\n\n{END}{after}"
-    )
+    measured = f"{table(results, compiled)}\n\nMeasured on {results['machine']}, {results['date']}."
+    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -100,7 +108,8 @@ def main(files: Sequence[str]) -> None:
         results = merged(results, kept(json.loads(Path(file).read_text())))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, RESULTS.with_suffix(".png"))
-    README.write_text(put(README.read_text(), results))
+    for page, compiled in PAGES.items():
+        page.write_text(put(page.read_text(), results, compiled))
 
 
 if __name__ == "__main__":

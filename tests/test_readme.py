@@ -115,9 +115,10 @@ def trained(probes, micro_batches=(4,)):
         return model, list(writer.records)
 
 
-def test_the_table_of_peers_is_made_of_what_was_measured():
-    readme, results = (ROOT / "README.md").read_text(), json.loads(tables.RESULTS.read_text())
-    assert tables.put(readme, results) == readme
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
+def test_the_table_of_peers_is_made_of_what_was_measured(page):
+    text, results = page.read_text(), json.loads(tables.RESULTS.read_text())
+    assert tables.put(text, results, tables.PAGES[page]) == text
     assert {one["ratio"] > 0 and one["blocks"] > 1 for one in results["measurements"]} == {True}
 
 
@@ -127,3 +128,13 @@ def test_a_later_measurement_replaces_an_earlier_one_of_the_same():
     both = tables.merged(before, {"machine": "m", "date": "d", "measurements": [{**one, "ratio": 3.0}]})
     assert [(m["peer"], m["ratio"]) for m in both["measurements"]] == [("p", 3.0), ("q", 1.25)]
     assert tables.table(both).splitlines()[2] == "| p | 3.00 ± 0.50 |"
+
+
+def test_compiled_models_have_a_table_of_their_own():
+    one = {"recipe": "r", "peer": "p", "ratio": 1.25, "error": 0.5, "bare_ms": 2.0, "clock": "cpu"}
+    both = {"measurements": [one, {**one, "recipe": "r, compiled", "ratio": 1.5, "clock": "wall"}]}
+    assert tables.table(both).splitlines()[0] == "| at every step | r (2.0 ms of CPU time) |"
+    assert tables.table(both, compiled=True).splitlines()[::2] == [
+        "| at every step | r, compiled (2.0 ms) |",
+        "| p | 1.50 ± 0.50 |",
+    ]

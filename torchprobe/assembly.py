@@ -12,7 +12,7 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.fully_sharded import is_flat_sharded
 from torchprobe.capture.sites import SITE
-from torchprobe.naming import named_modules, unwrapped
+from torchprobe.naming import all_modules, all_parameters, named_modules, unwrapped
 from torchprobe.rules.watch import Watch
 from torchprobe.steps.recorder import Recorder
 
@@ -44,12 +44,12 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
 
 def lanes_for(root: nn.Module) -> TransferBuffers:
     """Slots for the statistics of a model of this size."""
-    return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * sum(1 for _ in root.parameters())))
+    return TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * len(all_parameters(root))))
 
 
 def _check_wrappers(model: nn.Module) -> None:
     """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
-    for module in model.modules():
+    for _, module in all_modules(model):
         if isinstance(module, nn.DataParallel):
             raise TypeError(
                 "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "

@@ -108,8 +108,8 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _of_module(name: str, module: nn.Module) -> dict[str, Any]:
-    own = module.named_parameters(recurse=False)
-    shapes = {name: None if is_lazy(p) else list(p.shape) for name, p in own}
+    own = module._parameters.items()
+    shapes = {name: None if is_lazy(p) else list(p.shape) for name, p in own if p is not None}
     return {"name": name, "class": type(module).__name__, "shapes": shapes}
 
 

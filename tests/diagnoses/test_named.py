@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import torchprobe
 from tests.diagnoses.sick import REMARKS, SICK
@@ -59,3 +62,29 @@ def test_every_diagnosis_has_its_page_and_its_place_in_the_readme():
 def test_every_diagnosis_has_a_planted_bug():
     named = {rule for rule, _ in (*SICK.values(), *REMARKS.values())}
     assert {diagnosis.name for diagnosis in DIAGNOSES} <= named
+
+
+class Branches(nn.Module):
+    """All of one input, which has no graph."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 4) for _ in range(number))
+
+    def forward(self, x):
+        return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+def calls_of_a_step(branches):
+    model = Branches(branches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), probes=[torchprobe.Diagnosis(every=1)], rules=[]):
+        with cProfile.Profile() as profile:
+            model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    return pstats.Stats(profile).total_calls
+
+
+def test_an_input_of_many_modules_is_looked_for_among_new_outputs_alone():
+    few, some, many = (calls_of_a_step(number) for number in (20, 40, 80))
+    assert many - some <= 2.2 * (some - few)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import logging
+import pstats
 import re
 from pathlib import Path
 
@@ -169,3 +171,21 @@ def test_the_count_stands_beside_the_other_counts_of_the_overview():
 def test_a_wrong_argument_is_named(options, error, words):
     with pytest.raises(error, match=words):
         open_watch(*options)
+
+
+MOST_CALLS = 550
+"""Of Python and of C, that all rules make of the record of a step that nothing samples."""
+
+
+def test_rules_cost_little_where_nothing_was_sampled():
+    watch = open_watch(None, None, None)
+    records = [
+        Record(step, 0.0, {"overview/loss": 1 / step, "lr/SGD/group_0": 0.1, "performance/step_seconds": 0.1})
+        for step in range(1, 101)
+    ]
+    for record in records[:50]:
+        watch(record)
+    with cProfile.Profile() as profile:
+        for record in records[50:]:
+            watch(record)
+    assert pstats.Stats(profile).total_calls / 50 <= MOST_CALLS

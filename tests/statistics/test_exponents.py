@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
@@ -80,3 +82,26 @@ def test_subnormal_float16_is_in_its_own_bucket():
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"takes a floating or complex one"):
         exponents.log_histogram(torch.arange(3))
+
+
+class Operations(TorchDispatchMode):
+    """How often each is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-40, 1.0])
+def test_zeros_are_looked_for_only_where_an_exponent_allows_them(value):
+    x = torch.ones(5000)
+    x[17] = value
+    with Operations() as operations:
+        counts = exponents.log_histogram(x)
+    assert counts[0] == (value == 0)
+    assert counts.sum() == 5000
+    assert operations.names[torch.ops.aten.count_nonzero] == (value != 1.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
@@ -142,3 +143,25 @@ def test_no_bucket_is_refused():
 def test_edges_in_the_wrong_order_are_refused():
     with pytest.raises(ValueError, match=r"low, high: got 2.0 and 1.0, takes low <= high"):
         linear.edges(2.0, 1.0).tolist()
+
+
+class Conversions(TorchDispatchMode):
+    """To which types tensors are converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.kinds.add(kwargs.get("dtype"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("buckets", "kind"), [(64, torch.int8), (127, torch.int8), (128, torch.int32)])
+def test_codes_are_converted_fast(buckets, kind):
+    """To uint8 torch converts floats one by one."""
+    with Conversions() as conversions:
+        row = linear.linear_histogram(torch.linspace(-1, 1, 5000), buckets)
+    assert row[3:].sum() == 5000
+    assert conversions.kinds & {torch.uint8, torch.int8, torch.int32} == {kind}

@@ -54,7 +54,7 @@ def flat_shares(model: nn.Module) -> Mapping[int, Share]:
 
     The model itself does not know of the wrapper around it: then all objects are looked at, for 50 ms.
     """
-    flattened = {id(p) for p in model.parameters() if is_flattened(p)}
+    flattened = {id(p) for p in all_parameters(model) if is_flattened(p)}
     if not flattened:
         return {}
     found = _shares_in(filter(is_flat_sharded, model.modules()))

@@ -16,6 +16,7 @@ from torch import nn
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 _STATE = "__getstate__"
 _PREFIX = "_torchprobe"
+_OF_ALL = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_HOOKS = (
     "_forward_hooks_with_kwargs",
@@ -44,10 +45,10 @@ def mark(module: nn.Module, key: str, value: Any) -> None:
 
 def unmark(module: nn.Module, key: str) -> None:
     """Take it off."""
-    attributes = module.__dict__
-    attributes.pop(key, None)
-    if isinstance(attributes.get(_STATE), CleanState) and not any(name.startswith(_PREFIX) for name in attributes):
-        del attributes[_STATE]
+    own = module.__dict__
+    own.pop(key, None)
+    if isinstance(own.get(_STATE), CleanState) and not any(k.startswith(_PREFIX) for k in own.keys() - _OF_ALL):
+        del own[_STATE]
 
 
 class CleanState:

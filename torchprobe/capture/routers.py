@@ -109,7 +109,7 @@ def _joined(name: str, child: str) -> str:
 def _experts(parts: dict[str, nn.Module]) -> Iterator[tuple[str, int]]:
     """Those that look like experts, beside another part that may be their router; and how many they are."""
     for name, part in parts.items():
-        stacked = {p.shape[0] for p in part.parameters(recurse=False) if not is_lazy(p) and p.dim() == 3}
+        stacked = {p.shape[0] for p in part._parameters.values() if p is not None and not is_lazy(p) and p.dim() == 3}
         listed = len(part) if isinstance(part, nn.ModuleList | nn.ModuleDict) else 0
         count = listed or (stacked.pop() if len(stacked) == 1 else 0)
         if count > 1 and len(parts) > 1 and "expert" in (name.rpartition(".")[2] + type(part).__name__).lower():

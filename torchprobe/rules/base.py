@@ -55,10 +55,10 @@ class BuiltIn:
 
 
 class Memory:
-    """A watcher that a resumed run goes on with: looks at each record, and keeps plain values in a dict."""
+    """A watcher that a resumed run goes on with: sees each record, or those `of_evidence`, and keeps plain values."""
 
-    def __init__(self, look: Callable[[Record, dict[str, Any]], Found]) -> None:
-        self._look = look
+    def __init__(self, look: Callable[[Record, dict[str, Any]], Found], of_evidence: bool = False) -> None:
+        self._look, self.of_evidence = look, of_evidence
         self._kept: dict[str, Any] = {}
 
     def __call__(self, record: Record) -> Found:
@@ -102,6 +102,10 @@ class Diagnosis(Remembering):
     limit: ClassVar[float] = 0.0
     message: ClassVar[str] = ""
     follows: ClassVar[tuple[str, ...]] = ()
+
+    def watcher(self) -> Memory:
+        """Asked about other records than sampled ones where it follows something."""
+        return Memory(self._look, of_evidence=not self.follows)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps in how many samples running it held, and where."""
@@ -210,7 +214,7 @@ def _plain(alert: Any) -> Alert:
 def scalar(record: Record, tag: str) -> float | None:
     """The number under a tag, NaN and inf included; None when there is none."""
     value = record.values.get(tag)
-    return value if type(value) is float else float(value) if isinstance(value, Real) else None
+    return value if value is None or type(value) is float else float(value) if isinstance(value, Real) else None
 
 
 def group(record: Record, name: str) -> list[tuple[str, float]]:

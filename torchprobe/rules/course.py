@@ -57,7 +57,7 @@ class _Spike(Remembering):
 
     def _lasting(self, record: Record, values: list[float], largest: float) -> list[Alert]:
         window, last = values[:-_RUNNING], values[-_RUNNING:]
-        if not self._suffices(window):
+        if not self._suffices(window) or sum(last) <= sum(window[-_RUNNING:]):  # cheaper than what is asked of a rise
             return []
         mean = float(np.mean(window))
         limit = max(mean + self.deviations * max(float(np.std(window)), _ROUNDING * abs(mean)), _SMALL * largest)

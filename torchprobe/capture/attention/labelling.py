@@ -7,17 +7,7 @@ from collections.abc import Iterable
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
-from torchprobe.capture.attention.labels import (
-    Between,
-    Dim,
-    Label,
-    Root,
-    counted,
-    fresh,
-    in_order,
-    roots_of,
-    viewed,
-)
+from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.writes import copied, written
@@ -41,7 +31,7 @@ class Labelling:
         return node.label
 
     def _made(self, node: Node) -> Label:
-        inputs = [] if node.const else list(node.inputs)
+        inputs = () if node.const else node.inputs
         if node.func is None or not inputs:
             return fresh(node.shape)
         found = self._by_table(node, inputs)
@@ -49,7 +39,7 @@ class Labelling:
             return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
         return _settled(found)
 
-    def _by_table(self, node: Node, inputs: list[Node]) -> Label | None:
+    def _by_table(self, node: Node, inputs: tuple[Node, ...]) -> Label | None:
         func, first = node.func, inputs[0]
         assert func is not None
         product = product_of(node)
@@ -138,17 +128,10 @@ def unsided(label: Label) -> Label:
     """The same where it does not matter any more which factor of a product a dimension comes from."""
     if not label.sides and label.between is None:
         return label
-    dims = tuple(tuple(f._replace(root=_under(f.root)) for f in dim) for dim in label.dims)
+    dims = tuple(tuple(f._replace(root=f.root and f.root.lowest) for f in dim) for dim in label.dims)
     kept = set(roots_of(dims))
     at = {root: value for root, value in label.at.items() if root.side is None}
-    at |= {_under(root): value for root, value in label.at.items() if _under(root) in kept}  # type: ignore[misc]
-    return Label(dims, at)
-
-
-def _under(root: Root | None) -> Root | None:
-    while root is not None and root.under is not None:
-        root = root.under
-    return root
+    return Label(dims, at | {root.lowest: value for root, value in label.at.items() if root.lowest in kept})
 
 
 def _settled(label: Label) -> Label:
@@ -247,7 +230,7 @@ def _convolved(node: Node, image: Node) -> Label | None:
     return Label(tuple(dims), at, label.between)
 
 
-def _view(node: Node, inputs: list[Node]) -> Label | None:
+def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """What is the same memory, or the same elements in the same order."""
     for one in inputs:
         if one in node.sharing:
@@ -257,7 +240,7 @@ def _view(node: Node, inputs: list[Node]) -> Label | None:
     return None
 
 
-def _pointwise(node: Node, inputs: list[Node]) -> Label | None:
+def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
     ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements

@@ -24,7 +24,6 @@ class Axis(NamedTuple):
 
 Roles = tuple[list[Axis], list[Axis], list[Axis], list[Axis]]
 
-
 _NOWHERE = Root()
 
 
@@ -72,8 +71,10 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     flat = tuple(factor for dim in label.between.of(side) for factor in dim)
     counted = coordinates(flat, label.between.at)
     keys = {root: np.where(columns < 0, -1, value[columns]) for root, value in counted.items()}
-    mine = resolved(_pinned(label.at, 1 - side, size) | queries)
-    theirs = resolved(_pinned(label.between.at, side, len(columns)) | keys)
+    of_queries = {root: value for root, value in label.at.items() if root.side == 1 - side}
+    of_keys = {root: value for root, value in label.between.at.items() if root.side == side}
+    mine = resolved(_numbers(of_queries, size) | queries)
+    theirs = resolved(_numbers(of_keys, len(columns)) | keys)
     batch = _whole(roles[0])
     return among(mine, theirs, size, len(columns), label.between.projected, batch)
 
@@ -106,10 +107,6 @@ def _tokens(label: Label) -> dict[Root, Indices]:
     size = size_of(dim)
     pinned = _numbers({root: value for root, value in label.at.items() if root not in others}, size)
     return resolved(pinned | coordinates(dim, label.at))
-
-
-def _pinned(at: Mapping[Root, int], side: int, size: int) -> dict[Root, Indices]:
-    return {root: np.full(size, value) for root, value in at.items() if root.side == side and not root.learned}
 
 
 def _whole(batch: list[Axis]) -> Root | None:
@@ -207,18 +204,12 @@ def coordinates(dim: Dim, at: Mapping[Root, int]) -> dict[Root, Indices]:
 
 def resolved(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
     """The same in roots that were neither joined nor factors of a product; -1 where an index has none of it."""
-    return _opened({_under(root): value for root, value in values.items()}, resolved)
+    return _opened({root.lowest: value for root, value in values.items()}, resolved)
 
 
 def of_factors(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
     """The same in roots that were not joined since they met in a product; -1 where an index has none of it."""
     return _opened(values, of_factors)
-
-
-def _under(root: Root) -> Root:
-    while root.under is not None:
-        root = root.under
-    return root
 
 
 Further = Callable[[Mapping[Root, Indices]], "dict[Root, Indices]"]
@@ -253,7 +244,7 @@ def _table(root: Root, further: Further) -> Table:
 def _counted_in(root: Root, further: Further) -> set[Root]:
     found: set[Root] = set()
     for inner in roots_of(part.dim for part in root.parts if part.dim is not None):
-        below = _under(inner) if further is resolved else inner
+        below = inner.lowest if further is resolved else inner
         found |= {r for r, (_, counted) in _table(below, further).items() if counted} if below.parts else {below}
     return found
 
@@ -264,7 +255,6 @@ def _in_parts(root: Root, further: Further) -> dict[Root, Indices]:
     for part in root.parts:
         if part.dim is None:
             continue
-        pinned = {r: np.full(part.size, v) for r, v in part.at.items() if not r.learned}
-        for inner, each in further(pinned | coordinates(part.dim, part.at)).items():
+        for inner, each in further(_numbers(part.at, part.size) | coordinates(part.dim, part.at)).items():
             found.setdefault(inner, np.full(size, -1))[part.start : part.start + part.size] = each
     return found

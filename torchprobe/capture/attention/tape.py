@@ -34,14 +34,14 @@ _FEW = 2**18
 class Node:
     """A tensor as a call made it; the tensor itself is not held.
 
-    args, kwargs: of the call, with nodes for tensors, which are `before`. part: of several results. const: made of
+    args, kwargs: of the call, with nodes for tensors, which are `inputs`. part: of several results. const: made of
     parameters, buffers and numbers alone; learned: a parameter among them. sharing: which inputs have the same memory.
     label, kept: what was worked out of it, which holds in all passes that have it. order: how many came before. small:
     the tensor, where it is one that holds less than the logits: a mask, or a number for each row.
     """
 
     __slots__ = (
-        *("args", "before", "caller", "const", "flow", "func", "holds", "kept", "kwargs", "label", "learned"),
+        *("args", "caller", "const", "flow", "func", "holds", "inputs", "kept", "kwargs", "label", "learned"),
         *("dtype", "memory", "order", "part", "sharing", "small", "storage"),
     )
 
@@ -49,10 +49,10 @@ class Node:
         self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage, self.dtype = _storage(tensor), tensor.dtype
-        self.before = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
-        self.const: bool = func is not None and all(node.const for node in self.before)
-        self.learned: bool = any(node.learned for node in self.before)
-        self.sharing = [node for node in self.before if self._shares(node)]
+        self.inputs = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
+        self.const: bool = func is not None and all(node.const for node in self.inputs)
+        self.learned: bool = any(node.learned for node in self.inputs)
+        self.sharing = [node for node in self.inputs if self._shares(node)]
         self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
@@ -72,9 +72,9 @@ class Node:
         return len(self.memory.shape)
 
     @property
-    def inputs(self) -> Iterator[Node]:
-        """The tensors among the arguments of the call."""
-        return iter(self.before)
+    def is_logits(self) -> bool:
+        """Whether both factors of a product of activations are still told apart in it, as far as is worked out."""
+        return self.label is not None and bool(self.label.sides)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """One of the call."""
@@ -122,7 +122,7 @@ class Node:
         if self.args != args or self.kwargs != kwargs:
             return False
         self.storage = _storage(tensor)
-        return self.sharing == [node for node in self.before if self._shares(node)]
+        return self.sharing == [node for node in self.inputs if self._shares(node)]
 
     def _shares(self, node: Node) -> bool:
         return self.storage == node.storage != 0 and self.dtype is node.dtype
@@ -281,9 +281,7 @@ def _is_torchs(func: Function) -> bool:
 
 
 def _is_plain_slice(value: Any) -> bool:
-    return type(value) is slice and all(
-        one is None or type(one) is int for one in (value.start, value.stop, value.step)
-    )
+    return type(value) is slice and {type(value.start), type(value.stop), type(value.step)} <= {int, type(None)}
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
@@ -18,12 +18,12 @@ from torchprobe.capture.attention.places import (
     Roles,
     coordinates,
     of_factors,
+    picked,
     places,
     resolved,
     root_of,
     size_of_roles,
 )
-from torchprobe.statistics.dtypes import moved
 
 
 class Refused(NamedTuple):
@@ -72,28 +72,18 @@ class Arrangement:
     def _ordered(self, x: Tensor, all_sizes: Sequence[tuple[int, ...]], heads: int | None) -> Tensor:
         parts = x.reshape([size for sizes in all_sizes for size in sizes])
         parts = parts.permute([axis for group in self.order for axis in group])
-        lengths = [len(group) for group in self.order]
-        batch, of_heads, queries, _ = lengths
-        shape = parts.shape
-        tail = (
-            shape[batch + of_heads : batch + of_heads + queries].numel(),
-            shape[batch + of_heads + queries :].numel(),
-        )
+        ends = accumulate(map(len, self.order), initial=0)
+        batch, of_heads, *others = (parts.shape[start:end] for start, end in pairwise(ends))
+        tail = [sizes.numel() for sizes in others]
         if self.named:
-            return parts.reshape(shape[:batch].numel(), shape[batch : batch + of_heads].numel(), *tail)
-        return by_head(parts.reshape(*shape[:batch], *tail), heads)
+            return parts.reshape(batch.numel(), of_heads.numel(), *tail)
+        return by_head(parts.reshape(*batch, *tail), heads)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The keys of (batch, heads, queries, columns), and the other columns."""
         if self.keys is None:
             return logits, None
-        return _columns(logits, self.keys), None if self.sinks is None else _columns(logits, self.sinks)
-
-
-def _columns(x: Tensor, index: Indices) -> Tensor:
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return x[..., int(index[0]) : int(index[0]) + len(index)]
-    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
+        return picked(logits, self.keys), None if self.sinks is None else picked(logits, self.sinks)
 
 
 def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool = False) -> Arrangement | Refused | None:
@@ -147,10 +137,8 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
     assert label.between is not None
     keys, of_keys, _ = columns
     sizes = tuple(tuple(f.size for f in dim) if dim else (n,) for dim, n in zip(label.dims, shape, strict=True))
-    place: dict[tuple[int, int], int] = {}
-    for i, each in enumerate(sizes):
-        for j in range(len(each)):
-            place[i, j] = len(place)
+    axes = [(i, j) for i, each in enumerate(sizes) for j in range(len(each))]
+    place = {axis: at for at, axis in enumerate(axes)}
     order = [tuple(place[a.dim, a.digit] for a in role) for role in roles]
     used = {axis for group in order for axis in group}
     order[0] = tuple(sorted((*order[0], *(axis for axis in place.values() if axis not in used))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         labels = Labelling()
-        self.handwritten = self._handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
+        self.handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
         self._flex = False  # whether its operator was seen since
         self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
@@ -48,16 +48,12 @@ class AttentionMode(TorchFunctionMode):
             name = "a function outside of the model" if caller is None else caller.name
             observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
 
-    def begin(self, modules: Iterable[nn.Module]) -> None:
-        """A pass of a model of these modules begins."""
-        self._handwritten.begin(modules)
-
     def forget(self) -> None:
         """The pass is over: hold nothing of it."""
         with self._observer.guard():
-            self._handwritten.finish()
+            self.handwritten.finish()
             self._observer.finish()
-        self._handwritten.forget()
+        self.handwritten.forget()
         self._within = self._steps = None
 
     def __torch_function__(
@@ -88,7 +84,7 @@ class AttentionMode(TorchFunctionMode):
         if not isinstance(result, Tensor | tuple | list | None):
             return
         with self._observer.gate.boundary(), no_torch_function():
-            self._handwritten.after(func, args, kwargs, result, self._within)
+            self.handwritten.after(func, args, kwargs, result, self._within)
         if func in _DOT_PRODUCTS:
             with self._observer.guard():
                 call = dot_product.arguments(args, kwargs)
@@ -117,7 +113,7 @@ class AttentionMode(TorchFunctionMode):
             return
         source = self._observer.source(caller, source_of)
         if source is not None:
-            where = self._handwritten.places(tensors[0], tensors[1], source.shape)
+            where = self.handwritten.places(tensors[0], tensors[1], source.shape)
             self._observer.record_source(Call(caller, where.cross, where), source)
 
     # ---- nn.MultiheadAttention
@@ -146,7 +142,7 @@ class AttentionMode(TorchFunctionMode):
             return None
         padded = call.get("key_padding_mask")
         if padded is not None and is_plain(call["key"]):
-            self._handwritten.note_padding(call["key"], multi_head.is_padding(padded))
+            self.handwritten.note_padding(call["key"], multi_head.is_padding(padded))
         return caller._replace(heads=int(call["num_heads"]))
 
     def _step_through(self, within: Caller, args: Args, kwargs: Kwargs) -> Any:

@@ -32,6 +32,13 @@ def root_of(axis: Axis) -> Root:
     return axis.factor.root or _NOWHERE
 
 
+def picked(x: Tensor, index: Indices) -> Tensor:
+    """Some indices of the last dimension."""
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return x[..., int(index[0]) : int(index[0]) + len(index)]
+    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
+
+
 def size_of_roles(axes: Iterable[Axis]) -> int:
     """How many indices digits have together."""
     return size_of(tuple(axis.factor for axis in axes))

@@ -150,7 +150,7 @@ def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch
     if precision in TOLERANCE and len(g) == 1:  # a few rows are rounded too far, and are rows of that loss all the same
         targets = torch.where(alive & ~fine & ~faint & trusted, found.likely[0], targets)
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
-    evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
+    evidence = found.evidence * torch.stack((g.new_ones(()), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
     return Claim(torch.where(broken, 0, targets), evidence)
 
 
@@ -282,7 +282,7 @@ def confirm_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_sourc
         targets, found = targets_of(mean, variance, both[0], both[1], number.spread)
         if number.key:
             phase.settle_form(number.key, True, found)
-            phase.support(number.key, _evidence(mean, 1.0, 0.0) * ~found)
+            phase.settle_form(number.key, False, ~found)
         phase.coverage.add(SURE, intervals.compute(mean, variance, targets.where(found, torch.nan)) * found)
 
 
@@ -290,7 +290,3 @@ def _evidence(like: Tensor, checked: float, passed: float) -> Tensor:
     return torch.tensor([checked, passed, 0.0], dtype=row_dtype(like.device), device="cpu").to(
         like.device, non_blocking=True
     )
-
-
-def _one(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=like.dtype, device=like.device)

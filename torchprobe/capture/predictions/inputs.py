@@ -46,7 +46,9 @@ class InputKey:
         self._draws = draws
         tensors = given_tensors(args, kwargs)
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
-        self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
+        self._others = [
+            _remembered(part) for part in (*args, *kwargs.items()) if not any(True for _ in tensors_in(part))
+        ]
         modules = [] if model is None else all_modules(model)
         parameters = [] if model is None else [p for p in all_parameters(model, modules) if _is_plain(p)]
         self._weights = [(p.data_ptr(), version_of(p)) for p in parameters]
@@ -187,10 +189,6 @@ def _same(x: object, y: object) -> bool:
     if isinstance(x, ReferenceType) and isinstance(y, ReferenceType):
         return x() is not None and x() is y()
     return _is_simple(x) and _is_simple(y) and x == y
-
-
-def _has_tensor(part: Any) -> bool:
-    return next(tensors_in(part), None) is not None
 
 
 def _is_simple(value: Any) -> bool:

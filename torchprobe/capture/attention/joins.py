@@ -26,34 +26,28 @@ from torchprobe.capture.attention.tape import Node
 Rule = Callable[[Node, Label], Label | None]
 
 
-def _tensors(node: Node) -> list[Node]:
+def _tensors(node: Node) -> tuple[list[Node], list[Label]]:
     listed = node.argument(0, "tensors")
-    return [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
-
-
-def _labels(nodes: list[Node]) -> list[Label]:
-    return [node.label or fresh(node.shape) for node in nodes]
+    nodes = [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
+    return nodes, [one.label or fresh(one.shape) for one in nodes]
 
 
 def concatenated(node: Node, first: Label) -> Label | None:
     """Along a dimension that all have."""
-    nodes = _tensors(node)
-    axis = node.argument(1, "dim", 0)
+    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
     if not nodes or not isinstance(axis, int) or any(one.dims != node.dims for one in nodes):
         return None
     axis %= node.dims
-    labels = _labels(nodes)
     dim, at = along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
     return spliced(_foremost(nodes, labels), axis, axis + 1, dim, at)
 
 
 def stacked(node: Node, first: Label) -> Label | None:
     """Along a new dimension."""
-    nodes, axis = _tensors(node), node.argument(1, "dim", 0)
+    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
     if not nodes or not isinstance(axis, int):
         return None
     axis %= node.dims
-    labels = _labels(nodes)
     dim, at = along(labels, [()] * len(labels), [1] * len(labels))
     return spliced(_foremost(nodes, labels), axis, axis, dim, at)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
@@ -45,22 +46,9 @@ class Labelling:
         product = product_of(node)
         if product is not None:
             return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
-        rule = joins.RULES.get(func)
+        rule = joins.reduced if func in fn.EXTREMES and _is_reduction(node) else _RULES.get(func)
         if rule is not None:
             return rule(node, _label(first))
-        if func in fn.EXTREMES and _is_reduction(node):
-            return joins.reduced(node, _label(first))
-        if func in fn.WRITES:
-            return written(node, _label(first))
-        if func in fn.COPIES:
-            return copied(node, _label(first))
-        if func in fn.CONVOLUTIONS:
-            return _convolved(node, first)
-        if func in fn.EMBEDDINGS:
-            ids = node.args[0]
-            return _extended(ids, _label(ids), node.shape[-1]) if isinstance(ids, Node) else None
-        if func in FUNCTIONS:
-            return _attended(node)
         if func in fn.ALONG:
             return _label(first) if first.shape == node.shape else None
         if fn.is_pointwise(func):
@@ -118,10 +106,7 @@ def _of_several(node: Node, product: Product) -> Label:
 
 
 def _label(node: Node) -> Label:
-    if node.label is None:
-        node.take_label(fresh(node.shape))
-    assert node.label is not None
-    return node.label
+    return node.label or node.take_label(fresh(node.shape))
 
 
 def unsided(label: Label) -> Label:
@@ -201,12 +186,15 @@ def _is_reduction(node: Node) -> bool:
     return second is not None and not isinstance(second, Node)
 
 
-def _extended(node: Node, label: Label, width: int) -> Label:
-    root = Root(learned=True)
-    return Label((*label.dims, counted(root, width)), {**label.at, root: 0})
+def _embedded(node: Node, first: Label) -> Label | None:
+    ids, root = node.args[0], Root(learned=True)
+    if not isinstance(ids, Node):
+        return None
+    label = _label(ids)
+    return Label((*label.dims, counted(root, node.shape[-1])), {**label.at, root: 0})
 
 
-def _attended(node: Node) -> Label | None:
+def _attended(node: Node, first: Label) -> Label | None:
     query, value = node.argument(0, "query"), node.argument(2, "value")
     if not (isinstance(query, Node) and isinstance(value, Node)):
         return None
@@ -214,8 +202,8 @@ def _attended(node: Node) -> Label | None:
     return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
 
 
-def _convolved(node: Node, image: Node) -> Label | None:
-    weight, label = node.argument(1, "weight"), _label(image)
+def _convolved(node: Node, label: Label) -> Label | None:
+    image, weight = node.inputs[0], node.argument(1, "weight")
     if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
         return None
     each = weight.shape[1] == 1 and node.shape[1] == image.shape[1] > 1
@@ -228,6 +216,16 @@ def _convolved(node: Node, image: Node) -> Label | None:
         dims.append(label.dims[axis] if same else counted(place, node.shape[axis]))
         at[place] = 0
     return Label(tuple(dims), at, label.between)
+
+
+_RULES: Mapping[Any, joins.Rule] = {
+    **joins.RULES,
+    **dict.fromkeys(fn.WRITES, written),
+    **dict.fromkeys(fn.COPIES, copied),
+    **dict.fromkeys(fn.CONVOLUTIONS, _convolved),
+    **dict.fromkeys(fn.EMBEDDINGS, _embedded),
+    **dict.fromkeys(FUNCTIONS, _attended),
+}
 
 
 def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:

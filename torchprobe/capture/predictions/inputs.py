@@ -143,9 +143,7 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in parameters:
         dense = p.is_contiguous()
-        middle = (
-            p.numel() // 2 if dense else sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-        )
+        middle = p.numel() // 2 if dense else sum(n // 2 * step for n, step in zip(p.shape, p.stride(), strict=True))
         one = p.detach().as_strided((1,), (1,), p.storage_offset() + middle)
         groups.setdefault((p.device, p.dtype), []).append(one)
     return [torch.cat(ones) for ones in groups.values()]

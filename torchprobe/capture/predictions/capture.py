@@ -281,7 +281,7 @@ class PredictionCapture:
             pool = phase.pool(where, key)
             if pool is not None:
                 return phase, pool
-            if (last := phase.pools.get(where)) is not None and last.repeats(key):
+            if (last := phase.pools.get(where)) is not None:
                 self._now.say("passes", last.why_apart(key))
         return self._now, self._now.begin(Pool(where, key, self._generators))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,13 +52,6 @@ from torchprobe.statistics.dtypes import row_dtype
 _ENOUGH = 0.9  # of the rows
 _MOST_RECOMPUTED = 2**24
 _AGAINST = 1e12  # rows, which outweigh all others
-
-
-class Claim(NamedTuple):
-    """Targets of rows, (n,), IGNORED where the loss left one out; evidence: (3,), see `probes.evidence`."""
-
-    targets: Tensor
-    evidence: Tensor
 
 
 # ---- by the gradient at an output
@@ -115,24 +107,27 @@ def _from_gradient(
     Of the mean of their logits it has the same form, at that mean. Of the mean of their probabilities it has it at each
     pass, times the pass's share of what all of them give the target.
     """
-    claim = _claimed(found, predicted, g, precision, judge)
+    targets, evidence = _claimed(found, predicted, g, precision, judge)
     favourite = found.favourite[0] if len(g) == 1 else None
-    evidence = claim.evidence
-    row = calibration.compute(predicted.mean, claim.targets, ignore_index=IGNORED, favourite=favourite)
+    row = calibration.compute(predicted.mean, targets, ignore_index=IGNORED, favourite=favourite)
     members = waiting.pool.members(form)
     if members is None or members.of_mean_logits is None or form.kind != "softmax":
         return evidence, row
     last = float(waiting.number == waiting.pool.passes)
     for reading, at, judged, weight in of_passes(found, predicted, g, form, precision, members, last):
-        claim = _claimed(reading, at, g, precision, judge)
-        better = claim.evidence[1] > evidence[1]
-        other = calibration.compute(judged, claim.targets, ignore_index=IGNORED) * weight
-        evidence, row = torch.where(better, claim.evidence, evidence), torch.where(better, other, row)
+        targets, claimed = _claimed(reading, at, g, precision, judge)
+        better = claimed[1] > evidence[1]
+        other = calibration.compute(judged, targets, ignore_index=IGNORED) * weight
+        evidence, row = torch.where(better, claimed, evidence), torch.where(better, other, row)
     return evidence, row
 
 
-def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:
-    """What may be claimed of all rows together: a row alone fits every loss that chooses a class, a policy's too."""
+def _claimed(
+    found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge
+) -> tuple[Tensor, Tensor]:
+    """What may be claimed of all rows together, as a row alone fits every loss that chooses a class, a policy's too:
+    their targets, (n,), IGNORED where the loss left one out; and evidence, (3,), see `probes.evidence`.
+    """
     passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
     targets = found.targets.amax(0)
     agree = ((found.targets == targets) | ~passed).all(0)  # members of one prediction have one target
@@ -151,7 +146,7 @@ def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch
         targets = torch.where(alive & ~fine & ~faint & trusted, found.likely[0], targets)
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
     evidence = found.evidence * torch.stack((g.new_ones(()), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
-    return Claim(torch.where(broken, 0, targets), evidence)
+    return torch.where(broken, 0, targets), evidence
 
 
 # ---- by the calls of loss modules, which the gradient confirms

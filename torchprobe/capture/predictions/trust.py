@@ -196,17 +196,14 @@ def of_passes(
     """
     assert members.of_mean_logits is not None
     passes = members.count / len(g)
-    yield _times(found, passes), predicted, predicted.mean, 1.0  # the mean of each pass's own loss
+    # Each row's factor as before a mean over so many passes: of each pass's own loss, or of one at the mean.
+    yield found._replace(factor=found.factor * passes), predicted, predicted.mean, 1.0
     each = members.of_mean_logits[None].expand(len(g), -1, -1)
     at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
-    yield _times(recover(at_mean, g, form, precision), passes), at_mean, members.mean, last
+    again = recover(at_mean, g, form, precision)
+    yield again._replace(factor=again.factor * passes), at_mean, members.mean, last
     if len(g) == 1:
         yield _without_share(found, predicted.mean, members), predicted, members.mean, last
-
-
-def _times(found: Recovered, count: float) -> Recovered:
-    """The same with each row's factor multiplied, as before a mean over so many passes."""
-    return found._replace(factor=found.factor * count)
 
 
 def _without_share(found: Recovered, p: Tensor, members: ClassMembers) -> Recovered:

@@ -12,18 +12,7 @@ from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
 from torchprobe.capture.attention.layout import by_head
-from torchprobe.capture.attention.places import (
-    Axis,
-    Places,
-    Roles,
-    coordinates,
-    of_factors,
-    picked,
-    places,
-    resolved,
-    root_of,
-    size_of_roles,
-)
+from torchprobe.capture.attention.places import Axis, Places, Roles, coordinates, of_factors, picked, places, resolved
 
 
 class Refused(NamedTuple):
@@ -119,23 +108,23 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     last = next((dim for dim in reversed(label.between.of(side)) if dim), ())
     asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
-    queries = [d for d in others if root_of(d) in asked and not root_of(d).learned]
-    queries = queries or [d for d in others if root_of(d) in asked]
+    queries = [d for d in others if d.root in asked and not d.root.learned]
+    queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
-    heads = [d for d in others if root_of(d).learned and d not in queries]
+    heads = [d for d in others if d.root.learned and d not in queries]
     of_heads = {d.dim for d in heads}
     heads += [d for d in others if d.factor.root is None and d.dim in of_heads]
     heads.sort(key=lambda d: (d.dim, d.digit))
     queries += [d for d in others if d.factor.root is None and d.dim in dims - of_heads]
     order = {root: i for i, root in reversed(list(enumerate(mine)))}
-    queries.sort(key=lambda d: (order.get(root_of(d), len(mine)), -d.factor.stride))
+    queries.sort(key=lambda d: (order.get(d.root, len(mine)), -d.factor.stride))
     batch = [d for d in others if d not in heads and d not in queries]
     return batch, heads, queries, [d for d in digits if d.dim == keys]
 
 
 def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Columns, side: int) -> Arrangement | Refused:
     assert label.between is not None
-    keys, of_keys, _ = columns
+    keys, of_keys, index = columns
     sizes = tuple(tuple(f.size for f in dim) if dim else (n,) for dim, n in zip(label.dims, shape, strict=True))
     axes = [(i, j) for i, each in enumerate(sizes) for j in range(len(each))]
     place = {axis: at for at, axis in enumerate(axes)}
@@ -145,11 +134,11 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
     named = bool(roles[1]) or label.between.projected
     if named and not (roles[3] or shape):
         return Refused("over no keys")
-    sinks = None if keys is None else np.setdiff1d(np.arange(size_of_roles(roles[3])), keys)
+    sinks = None if keys is None else np.setdiff1d(np.arange(len(index)), keys)
     where = places(label, roles, side, of_keys)
     sinks = sinks if sinks is not None and len(sinks) else None
     axis = roles[3][0].dim if roles[3] else len(shape) - 1
-    mine = frozenset(root.under for role in roles[2] if (root := root_of(role)).fixed and root.under is not None)
+    mine = frozenset(root.under for role in roles[2] if (root := role.root).fixed and root.under is not None)
     return Arrangement(sizes, tuple(order), keys, sinks, named, where, side, of_keys, axis, mine)
 
 

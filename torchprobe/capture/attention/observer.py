@@ -61,11 +61,7 @@ class Observer:
     """
 
     def __init__(
-        self,
-        model: ReferenceType[nn.Module],
-        gate: Gate,
-        rows: int | Literal["all"] = "all",
-        on_source: OnSource | None = None,
+        self, model: ReferenceType[nn.Module], gate: Gate, rows: int | Literal["all"], on_source: OnSource
     ) -> None:
         self.gate = gate
         self.owners = Owners(model)
@@ -120,7 +116,7 @@ class Observer:
         generator = self._generators.of(device)
         with no_autocast(device):
             found = measure(source, self._chosen(source, generator))
-            kept = None if self._on_source is None else self._on_source(call.caller.name, source, generator)
+            kept = self._on_source(call.caller.name, source, generator)
         return Reading(found, is_sampled(source, self._rows), kept)
 
     def _chosen(self, source: Source, generator: torch.Generator) -> Rows:

@@ -45,8 +45,8 @@ class Node:
         *("dtype", "memory", "order", "part", "sharing", "small", "storage"),
     )
 
-    def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> None:
-        self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
+    def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor, at: int) -> None:
+        self.func, self.args, self.kwargs, self.part, self.order = func, args, kwargs, part, at
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage, self.dtype = _storage(tensor), tensor.dtype
         self.inputs = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
@@ -56,7 +56,6 @@ class Node:
         self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
-        self.order = 0
         self.flow: Any = None
         self.caller: Any = None
         self.small: Tensor | None = None
@@ -88,11 +87,6 @@ class Node:
     def take_flow(self, flow: Any) -> None:
         """It holds weights of an attention, or what becomes weights."""
         self.flow = flow
-
-    def take_place(self, order: int) -> Node:
-        """How many came before it in the pass."""
-        self.order = order
-        return self
 
     def called_by(self, caller: Any) -> None:
         """Whose call it was: known of products of activations."""
@@ -194,7 +188,7 @@ class Tape:
         if again is not None and again.const == const and again.learned == learned:
             self._at += 1
             return self._put(tensor, again)
-        node = Node(None, (), {}, 0, tensor)
+        node = Node(None, (), {}, 0, tensor, self._at)
         return self._put(tensor, self._new(node.as_constant(learned) if const else node))
 
     def record(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> list[Node]:
@@ -230,7 +224,7 @@ class Tape:
         node = self._again(func, args, kwargs, part, tensor)
         if node is None:
             self._plain = self._plain and _is_torchs(func)
-            node = self._new(Node(func, args, kwargs, part, tensor))
+            node = self._new(Node(func, args, kwargs, part, tensor, self._at))
         else:
             self._at += 1
         return self._put(tensor, node)
@@ -257,7 +251,7 @@ class Tape:
             del self._course[self._at :]
             self._course.append(node)
         self._at += 1
-        return node.take_place(self._at)
+        return node
 
     def _put(self, tensor: Tensor, node: Node) -> Node:
         self._nodes[id(tensor)] = (ref(tensor), node)

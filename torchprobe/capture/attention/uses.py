@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -148,15 +148,11 @@ def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow
     """Weights are changed, or multiplied with values that are summed later."""
     if flow.kind == "total":
         tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
-        small = len(node.inputs) == 1 and tiny and all(map(_is_nearly_nothing, tiny))
-        return flow if small else flow.as_changed(None)
+        small = tiny and all(isinstance(x, int | float) and abs(x) <= _NEARLY_NOTHING for x in tiny)
+        return flow if small and len(node.inputs) == 1 else flow.as_changed(None)
     grows = node.dims > source.dims or any(b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False))
     if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
         return replace(flow, multiplied=True)
     if node.func in fn.DIFFERENCES:
         return flow.as_changed("whose weights are subtracted")
     return flow.as_changed(None)
-
-
-def _is_nearly_nothing(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

@@ -25,6 +25,15 @@ _COARSE = 256  # of the smallest numbers of a type: below it a gradient has few 
 TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
 
 
+class Given(NamedTuple):
+    """What was predicted, the gradients at its rows, the form of both, and their type: what `recover` takes."""
+
+    predicted: Predicted
+    g: Tensor
+    form: Form
+    precision: torch.dtype
+
+
 class Recovered(NamedTuple):
     """targets: int64, IGNORED where the gradient is not that of a cross-entropy. favourite: the likeliest class."""
 

@@ -15,6 +15,7 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.layout import by_name
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.softmaxes import Softmaxes
@@ -87,7 +88,7 @@ class AttentionMode(TorchFunctionMode):
             self.handwritten.after(func, args, kwargs, result, self._within)
         if func in _DOT_PRODUCTS:
             with self._observer.guard():
-                call = dot_product.arguments(args, kwargs)
+                call = by_name(dot_product.PARAMETERS, args, kwargs)
                 source_of = partial(dot_product.query_key, call)
                 self._record((call["query"], call["key"], call.get("attn_mask")), source_of)
         elif stack.is_operator(func):
@@ -123,14 +124,14 @@ class AttentionMode(TorchFunctionMode):
         if not self._observer.idle:
             with self._observer.guard():
                 self._steps = self._steps or multi_head.transparent()
-                within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
+                within = self._multi_head_call(types, by_name(multi_head.PARAMETERS, args, kwargs))
         if within is None:
             return multi_head.FUNCTION(*args, **kwargs)
         if not stack.is_shared():
             return self._step_through(within, args, kwargs)
         result = multi_head.FUNCTION(*args, **kwargs)  # the user's own mode wants to see one call, not its steps
         with self._observer.gate.boundary(), stack.emptied(), torch.no_grad():
-            self._step_through(within, (), multi_head.arguments(args, kwargs) | {"training": False})
+            self._step_through(within, (), by_name(multi_head.PARAMETERS, args, kwargs) | {"training": False})
         return result
 
     def _multi_head_call(self, types: Any, call: Kwargs) -> Caller | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention.labels import Indices, Label, Root
+from torchprobe.capture.attention.layout import by_name
 from torchprobe.capture.attention.places import Places, Tokens, coordinates, picked, resolved
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
@@ -126,7 +127,7 @@ class MaskArguments:
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """One of them is called."""
-        call = dict(zip(_parameters(cast("Any", type(module))), args, strict=False)) | kwargs
+        call = by_name(_parameters(cast("Any", type(module))), args, kwargs)
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}
         for each, mask in masks.items():
             padded = mask == 0 if each.endswith(_KEEPS) else mask

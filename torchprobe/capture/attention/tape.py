@@ -193,10 +193,9 @@ class Tape:
 
     def record(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> list[Node]:
         """A call has returned: the nodes of its results."""
+        if result is None and args and isinstance(args[0], Tensor):  # an assignment
+            result = args[0]
         results = (result,) if isinstance(result, Tensor) else result
-        changed = args[0] if result is None and args and isinstance(args[0], Tensor) else None  # an assignment
-        if changed is not None:
-            results = (changed,)
         if not isinstance(results, tuple | list) or not any(isinstance(one, Tensor) for one in results):
             return []
         nodes = tuple(map(self._kept, args))

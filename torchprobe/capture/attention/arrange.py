@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
 from torchprobe.capture.attention.layout import by_head
-from torchprobe.capture.attention.places import (
-    Axis,
-    Places,
-    Roles,
-    coordinates,
-    of_factors,
-    places,
-    resolved,
-    root_of,
-    size_of_roles,
-)
-from torchprobe.statistics.dtypes import moved
+from torchprobe.capture.attention.places import Axis, Places, Roles, coordinates, of_factors, picked, places, resolved
 
 
 class Refused(NamedTuple):
@@ -72,28 +61,18 @@ class Arrangement:
     def _ordered(self, x: Tensor, all_sizes: Sequence[tuple[int, ...]], heads: int | None) -> Tensor:
         parts = x.reshape([size for sizes in all_sizes for size in sizes])
         parts = parts.permute([axis for group in self.order for axis in group])
-        lengths = [len(group) for group in self.order]
-        batch, of_heads, queries, _ = lengths
-        shape = parts.shape
-        tail = (
-            shape[batch + of_heads : batch + of_heads + queries].numel(),
-            shape[batch + of_heads + queries :].numel(),
-        )
+        ends = accumulate(map(len, self.order), initial=0)
+        batch, of_heads, *others = (parts.shape[start:end] for start, end in pairwise(ends))
+        tail = [sizes.numel() for sizes in others]
         if self.named:
-            return parts.reshape(shape[:batch].numel(), shape[batch : batch + of_heads].numel(), *tail)
-        return by_head(parts.reshape(*shape[:batch], *tail), heads)
+            return parts.reshape(batch.numel(), of_heads.numel(), *tail)
+        return by_head(parts.reshape(*batch, *tail), heads)
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The keys of (batch, heads, queries, columns), and the other columns."""
         if self.keys is None:
             return logits, None
-        return _columns(logits, self.keys), None if self.sinks is None else _columns(logits, self.sinks)
-
-
-def _columns(x: Tensor, index: Indices) -> Tensor:
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return x[..., int(index[0]) : int(index[0]) + len(index)]
-    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
+        return picked(logits, self.keys), None if self.sinks is None else picked(logits, self.sinks)
 
 
 def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool = False) -> Arrangement | Refused | None:
@@ -129,39 +108,37 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     last = next((dim for dim in reversed(label.between.of(side)) if dim), ())
     asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
-    queries = [d for d in others if root_of(d) in asked and not root_of(d).learned]
-    queries = queries or [d for d in others if root_of(d) in asked]
+    queries = [d for d in others if d.root in asked and not d.root.learned]
+    queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
-    heads = [d for d in others if root_of(d).learned and d not in queries]
+    heads = [d for d in others if d.root.learned and d not in queries]
     of_heads = {d.dim for d in heads}
     heads += [d for d in others if d.factor.root is None and d.dim in of_heads]
     heads.sort(key=lambda d: (d.dim, d.digit))
     queries += [d for d in others if d.factor.root is None and d.dim in dims - of_heads]
     order = {root: i for i, root in reversed(list(enumerate(mine)))}
-    queries.sort(key=lambda d: (order.get(root_of(d), len(mine)), -d.factor.stride))
+    queries.sort(key=lambda d: (order.get(d.root, len(mine)), -d.factor.stride))
     batch = [d for d in others if d not in heads and d not in queries]
     return batch, heads, queries, [d for d in digits if d.dim == keys]
 
 
 def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Columns, side: int) -> Arrangement | Refused:
     assert label.between is not None
-    keys, of_keys, _ = columns
+    keys, of_keys, index = columns
     sizes = tuple(tuple(f.size for f in dim) if dim else (n,) for dim, n in zip(label.dims, shape, strict=True))
-    place: dict[tuple[int, int], int] = {}
-    for i, each in enumerate(sizes):
-        for j in range(len(each)):
-            place[i, j] = len(place)
+    axes = [(i, j) for i, each in enumerate(sizes) for j in range(len(each))]
+    place = {axis: at for at, axis in enumerate(axes)}
     order = [tuple(place[a.dim, a.digit] for a in role) for role in roles]
     used = {axis for group in order for axis in group}
     order[0] = tuple(sorted((*order[0], *(axis for axis in place.values() if axis not in used))))
     named = bool(roles[1]) or label.between.projected
     if named and not (roles[3] or shape):
         return Refused("over no keys")
-    sinks = None if keys is None else np.setdiff1d(np.arange(size_of_roles(roles[3])), keys)
+    sinks = None if keys is None else np.setdiff1d(np.arange(len(index)), keys)
     where = places(label, roles, side, of_keys)
     sinks = sinks if sinks is not None and len(sinks) else None
     axis = roles[3][0].dim if roles[3] else len(shape) - 1
-    mine = frozenset(root.under for role in roles[2] if (root := root_of(role)).fixed and root.under is not None)
+    mine = frozenset(root.under for role in roles[2] if (root := role.root).fixed and root.under is not None)
     return Arrangement(sizes, tuple(order), keys, sinks, named, where, side, of_keys, axis, mine)
 
 

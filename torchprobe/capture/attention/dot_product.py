@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.layout import by_head, mask_by_head, plain
+from torchprobe.capture.attention.layout import by_head, by_name, mask_by_head, plain
 from torchprobe.statistics.attention import QueryKey
 
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -27,7 +27,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 
@@ -67,11 +67,6 @@ _OF_FLEX = (
     *("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options"),
     *("score_mod_other_buffers", "mask_mod_other_buffers"),
 )
-
-
-def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return dict(zip(_PARAMETERS, args, strict=False)) | dict(kwargs)
 
 
 def query_key(call: Mapping[str, Any], heads: int | None) -> QueryKey:
@@ -138,11 +133,11 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kern
     """A call of one of the operators; None for any other function."""
     if stack.is_higher_order(func, "flex_attention"):
         unread = None if stack.can_index_by_scalars() else "flex_attention in this version of torch"
-        return KernelCall(dict(zip(_OF_FLEX, args, strict=False)) | dict(kwargs), True, unread)
+        return KernelCall(by_name(_OF_FLEX, args, kwargs), True, unread)
     schema = stack.schema(func)
     if schema is None or schema.name not in OPERATORS:
         return None
-    call = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
+    call = by_name((argument.name for argument in schema.arguments), args, kwargs)
     used = sorted(name for name in _UNREAD if isinstance(call.get(name), Tensor) or call.get(name))
     return KernelCall(call, False, f"fused kernels with {', '.join(used)}" if used else None)
 

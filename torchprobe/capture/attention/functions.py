@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,48 +15,34 @@ Function = Callable[..., Any]
 _NAMESPACES = (torch, Tensor, functional, torch.special, torch.linalg)
 
 
-def _named(*names: str) -> Iterator[Function]:
+def _named(*names: str) -> frozenset[Function]:
     """Every function and method of these names, and what works in place under them."""
-    for name in names:
-        for namespace in _NAMESPACES:
-            for spelled in (name, f"{name}_", f"__{name}__", f"__i{name}__"):
-                found = getattr(namespace, spelled, None)
-                if callable(found):
-                    yield found
+    spelled = [way for name in names for way in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
+    found = (getattr(namespace, way, None) for way in spelled for namespace in _NAMESPACES)
+    return frozenset(one for one in found if callable(one))
 
 
-SOFTMAXES = frozenset(_named("softmax"))
+SOFTMAXES = _named("softmax")
+LOG_SOFTMAXES = _named("log_softmax")
 
-LOG_SOFTMAXES = frozenset(_named("log_softmax"))
-
-DRAWN = frozenset(_named("gumbel_softmax"))
+DRAWN = _named("gumbel_softmax")
 """Those whose inside is not seen, and whose result are weights."""
 
-EXPONENTIALS = frozenset(_named("exp"))
+EXPONENTIALS = _named("exp")
+SUMS = _named("sum")
+LOG_SUMS = _named("logsumexp")
+DIVISIONS = _named("div", "divide", "true_divide", "truediv")
+DIFFERENCES = _named("sub", "subtract")
+ADDITIONS = _named("add")
+FILLS = _named("masked_fill")
+CHOICES = _named("where")
+DROPOUTS = _named("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d")
+CASTS = _named("to", "float", "half", "bfloat16", "double", "type", "type_as")
 
-SUMS = frozenset(_named("sum"))
-
-LOG_SUMS = frozenset(_named("logsumexp"))
-
-DIVISIONS = frozenset(_named("div", "divide", "true_divide", "truediv"))
-
-DIFFERENCES = frozenset(_named("sub", "subtract"))
-
-ADDITIONS = frozenset(_named("add"))
-
-FILLS = frozenset(_named("masked_fill"))
-
-CHOICES = frozenset(_named("where"))
-
-DROPOUTS = frozenset(_named("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"))
-
-CASTS = frozenset(_named("to", "float", "half", "bfloat16", "double", "type", "type_as"))
-
-SAME = CASTS | frozenset(_named("detach", "clone", "contiguous", "requires_grad", "cpu", "cuda"))
+SAME = CASTS | _named("detach", "clone", "contiguous", "requires_grad", "cpu", "cuda")
 """What keeps values where they are."""
 
-RESHAPES = frozenset(_named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel"))
-
+RESHAPES = _named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
 _POINTWISE = frozenset(("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6"))
 
 
@@ -76,61 +62,41 @@ ALONG = (
     | LOG_SOFTMAXES
     | DROPOUTS
     | DRAWN
-    | frozenset(
-        (
-            *_named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize"),
-            *_named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "fill"),
-            *_named("masked_scatter", "index_fill", "bernoulli", "zero"),
-        )
-    )
+    | _named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize")
+    | _named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "fill")
+    | _named("masked_scatter", "index_fill", "bernoulli", "zero")
 )
 """What keeps the order of everything, though an element may depend on others."""
 
 REDUCTIONS = (
     SUMS
     | LOG_SUMS
-    | frozenset(
-        _named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum")
-    )
+    | _named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum")
 )
 
-EXTREMES = frozenset(_named("max", "min"))
+EXTREMES = _named("max", "min")
 """Reductions where they get a dimension, pointwise where they get another tensor."""
 
-CONCATENATIONS = frozenset(_named("cat", "concat", "concatenate"))
-
-STACKS = frozenset(_named("stack"))
-
-PADS = frozenset(_named("pad"))
-
-ROLLS = frozenset(_named("roll"))
-
-FLIPS = frozenset(_named("flip"))
-
-REPEATS = frozenset(_named("repeat", "tile"))
-
-INTERLEAVES = frozenset(_named("repeat_interleave"))
-
+CONCATENATIONS = _named("cat", "concat", "concatenate")
+STACKS = _named("stack")
+PADS = _named("pad")
+ROLLS = _named("roll")
+FLIPS = _named("flip")
+REPEATS = _named("repeat", "tile")
+INTERLEAVES = _named("repeat_interleave")
 ITERATIONS = frozenset((Tensor.__iter__,))
+RANKINGS = _named("topk", "sort")
+SCATTERS = _named("scatter")
+INDEX_COPIES = _named("index_copy")
 
-RANKINGS = frozenset(_named("topk", "sort"))
-
-SCATTERS = frozenset(_named("scatter"))
-
-INDEX_COPIES = frozenset(_named("index_copy"))
-
-WRITES = INDEX_COPIES | frozenset(_named("setitem"))
+WRITES = INDEX_COPIES | _named("setitem")
 """What writes one tensor into another."""
 
 COPIES = frozenset((Tensor.copy_,))
-
-EMBEDDINGS = frozenset(_named("embedding"))
-
-CONVOLUTIONS = frozenset(_named("conv1d", "conv2d", "conv3d"))
-
-EINSUMS = frozenset(_named("einsum"))
-
-TENSORDOTS = frozenset(_named("tensordot"))
+EMBEDDINGS = _named("embedding")
+CONVOLUTIONS = _named("conv1d", "conv2d", "conv3d")
+EINSUMS = _named("einsum")
+TENSORDOTS = _named("tensordot")
 
 PRODUCTS = {
     **dict.fromkeys(_named("matmul", "mm", "bmm"), 0),
@@ -140,34 +106,27 @@ PRODUCTS = {
 }
 """What multiplies, and where the two factors begin among its tensors."""
 
-LAST_WITH_LAST = frozenset(_named("linear", "inner", "cdist"))
+LAST_WITH_LAST = _named("linear", "inner", "cdist")
 """Those that go along the last dimension of both."""
 
-SWAPPED = frozenset(_named("rmatmul"))
+SWAPPED = _named("rmatmul")
 """Those that multiply their second argument with their first."""
 
-DISTANCES = frozenset(_named("cdist"))
+DISTANCES = _named("cdist")
 
-POOLS = frozenset(
-    _named(
-        *(f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
-        "interpolate",
-    )
+POOLS = _named(
+    *(f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
+    "interpolate",
 )
 """What keeps all but the last dimensions of an image."""
 
-NORMS = frozenset(_named("norm"))
+NORMS = _named("norm")
 """Reductions whose dimension comes after the order."""
 
-TOPS = frozenset(_named("topk"))
-
-LARGEST = frozenset(_named("amax"))
-
-UNSQUEEZES = frozenset(_named("unsqueeze", "getitem"))
-
-CLAMPS = frozenset(_named("clamp", "clip", "clamp_min", "maximum"))
-
-MULTIPLICATIONS = frozenset(_named("mul", "multiply"))
+TOPS = _named("topk")
+LARGEST = _named("amax")
+UNSQUEEZES = _named("unsqueeze", "getitem")
+MULTIPLICATIONS = _named("mul", "multiply")
 
 JOINS = CONCATENATIONS | STACKS | PADS | ROLLS | FLIPS
 """What puts values elsewhere, and leaves them as they are."""
@@ -180,11 +139,9 @@ def is_in_place(func: Function | None) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-RANDOM_LIKE = frozenset(_named("rand_like", "randn_like"))
+RANDOM_LIKE = _named("rand_like", "randn_like")
+RANDOM = RANDOM_LIKE | _named("rand", "randn", "bernoulli", "uniform")
+LIKE = _named("empty_like", "ones_like", "full_like", "zeros_like", "new_empty", "new_full", "new_ones")
 
-RANDOM = RANDOM_LIKE | frozenset(_named("rand", "randn", "bernoulli", "uniform"))
-
-LIKE = frozenset(_named("empty_like", "ones_like", "full_like", "zeros_like", "new_empty", "new_full", "new_ones"))
-
-WITHOUT_NAN = frozenset(_named("nan_to_num"))
+WITHOUT_NAN = _named("nan_to_num")
 """What changes no row that counts: one with NaN does not."""

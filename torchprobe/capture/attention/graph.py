@@ -121,7 +121,7 @@ class Followed:
         known = self.handwritten.tape.known
         inputs = {known(one) for one in flat([self.values[one] for one in node.all_input_nodes])} - {None}
         for made in filter(None, map(known, flat([value]))):
-            if not inputs <= set(made.before):
+            if not inputs <= set(made.inputs):
                 made.is_made_of_others()
 
     def _argument(self, argument: Any) -> Any:

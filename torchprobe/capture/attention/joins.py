@@ -26,40 +26,36 @@ from torchprobe.capture.attention.tape import Node
 Rule = Callable[[Node, Label], Label | None]
 
 
-def _tensors(node: Node) -> list[Node]:
+def _tensors(node: Node) -> tuple[list[Node], list[Label]]:
     listed = node.argument(0, "tensors")
-    return [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
-
-
-def _labels(nodes: list[Node]) -> list[Label]:
-    return [node.label or fresh(node.shape) for node in nodes]
+    nodes = [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
+    return nodes, [one.label or fresh(one.shape) for one in nodes]
 
 
 def concatenated(node: Node, first: Label) -> Label | None:
     """Along a dimension that all have."""
-    nodes = _tensors(node)
-    axis = node.argument(1, "dim", 0)
+    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
     if not nodes or not isinstance(axis, int) or any(one.dims != node.dims for one in nodes):
         return None
     axis %= node.dims
-    labels = _labels(nodes)
     dim, at = along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
-    base = _foremost(nodes, labels)
-    others = base.dims[:axis], base.dims[axis + 1 :]
-    kept = without(base.at, dim, (*others[0], *others[1]))
-    return Label((*others[0], dim, *others[1]), {**kept, **at}, base.between)
+    return spliced(_foremost(nodes, labels), axis, axis + 1, dim, at)
 
 
 def stacked(node: Node, first: Label) -> Label | None:
     """Along a new dimension."""
-    nodes, axis = _tensors(node), node.argument(1, "dim", 0)
+    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
     if not nodes or not isinstance(axis, int):
         return None
     axis %= node.dims
-    labels = _labels(nodes)
     dim, at = along(labels, [()] * len(labels), [1] * len(labels))
-    base = _foremost(nodes, labels)
-    return Label((*base.dims[:axis], dim, *base.dims[axis:]), {**without(base.at, dim, base.dims), **at}, base.between)
+    return spliced(_foremost(nodes, labels), axis, axis, dim, at)
+
+
+def spliced(base: Label, start: int, stop: int, joined: Dim, at: Mapping[Root, int]) -> Label:
+    """With a joined dimension in place of some; at: where it begins."""
+    before, after = base.dims[:start], base.dims[stop:]
+    return Label((*before, joined, *after), {**without(base.at, joined, (*before, *after)), **at}, base.between)
 
 
 def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
@@ -103,10 +99,9 @@ def beside(label: Label, dim: Dim) -> Mapping[Root, int]:
 
 
 def _root_of(parts: Sequence[Part]) -> Root:
-    roots = [root for part in parts if part.scores and part.dim is not None for root in roots_of([part.dim])]
-    sides = {root.side for root in roots}
-    inside = [root for part in parts if part.dim is not None for root in roots_of([part.dim])]
-    learned = bool(inside) and all(root.learned for root in inside)
+    inside = [(part, root) for part in parts if part.dim is not None for root in roots_of([part.dim])]
+    sides = {root.side for part, root in inside if part.scores}
+    learned = bool(inside) and all(root.learned for _, root in inside)
     return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None)
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
-from torchprobe.capture.attention.labels import (
-    Between,
-    Dim,
-    Label,
-    Root,
-    counted,
-    fresh,
-    in_order,
-    roots_of,
-    viewed,
-)
+from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
 from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.writes import copied, written
@@ -41,7 +32,7 @@ class Labelling:
         return node.label
 
     def _made(self, node: Node) -> Label:
-        inputs = [] if node.const else list(node.inputs)
+        inputs = () if node.const else node.inputs
         if node.func is None or not inputs:
             return fresh(node.shape)
         found = self._by_table(node, inputs)
@@ -49,28 +40,15 @@ class Labelling:
             return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
         return _settled(found)
 
-    def _by_table(self, node: Node, inputs: list[Node]) -> Label | None:
+    def _by_table(self, node: Node, inputs: tuple[Node, ...]) -> Label | None:
         func, first = node.func, inputs[0]
         assert func is not None
         product = product_of(node)
         if product is not None:
             return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
-        rule = joins.RULES.get(func)
+        rule = joins.reduced if func in fn.EXTREMES and _is_reduction(node) else _RULES.get(func)
         if rule is not None:
             return rule(node, _label(first))
-        if func in fn.EXTREMES and _is_reduction(node):
-            return joins.reduced(node, _label(first))
-        if func in fn.WRITES:
-            return written(node, _label(first))
-        if func in fn.COPIES:
-            return copied(node, _label(first))
-        if func in fn.CONVOLUTIONS:
-            return _convolved(node, first)
-        if func in fn.EMBEDDINGS:
-            ids = node.args[0]
-            return _extended(ids, _label(ids), node.shape[-1]) if isinstance(ids, Node) else None
-        if func in FUNCTIONS:
-            return _attended(node)
         if func in fn.ALONG:
             return _label(first) if first.shape == node.shape else None
         if fn.is_pointwise(func):
@@ -128,27 +106,17 @@ def _of_several(node: Node, product: Product) -> Label:
 
 
 def _label(node: Node) -> Label:
-    if node.label is None:
-        node.take_label(fresh(node.shape))
-    assert node.label is not None
-    return node.label
+    return node.label or node.take_label(fresh(node.shape))
 
 
 def unsided(label: Label) -> Label:
     """The same where it does not matter any more which factor of a product a dimension comes from."""
     if not label.sides and label.between is None:
         return label
-    dims = tuple(tuple(f._replace(root=_under(f.root)) for f in dim) for dim in label.dims)
+    dims = tuple(tuple(f._replace(root=f.root and f.root.lowest) for f in dim) for dim in label.dims)
     kept = set(roots_of(dims))
     at = {root: value for root, value in label.at.items() if root.side is None}
-    at |= {_under(root): value for root, value in label.at.items() if _under(root) in kept}  # type: ignore[misc]
-    return Label(dims, at)
-
-
-def _under(root: Root | None) -> Root | None:
-    while root is not None and root.under is not None:
-        root = root.under
-    return root
+    return Label(dims, at | {root.lowest: value for root, value in label.at.items() if root.lowest in kept})
 
 
 def _settled(label: Label) -> Label:
@@ -218,12 +186,15 @@ def _is_reduction(node: Node) -> bool:
     return second is not None and not isinstance(second, Node)
 
 
-def _extended(node: Node, label: Label, width: int) -> Label:
-    root = Root(learned=True)
-    return Label((*label.dims, counted(root, width)), {**label.at, root: 0})
+def _embedded(node: Node, first: Label) -> Label | None:
+    ids, root = node.args[0], Root(learned=True)
+    if not isinstance(ids, Node):
+        return None
+    label = _label(ids)
+    return Label((*label.dims, counted(root, node.shape[-1])), {**label.at, root: 0})
 
 
-def _attended(node: Node) -> Label | None:
+def _attended(node: Node, first: Label) -> Label | None:
     query, value = node.argument(0, "query"), node.argument(2, "value")
     if not (isinstance(query, Node) and isinstance(value, Node)):
         return None
@@ -231,8 +202,8 @@ def _attended(node: Node) -> Label | None:
     return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
 
 
-def _convolved(node: Node, image: Node) -> Label | None:
-    weight, label = node.argument(1, "weight"), _label(image)
+def _convolved(node: Node, label: Label) -> Label | None:
+    image, weight = node.inputs[0], node.argument(1, "weight")
     if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
         return None
     each = weight.shape[1] == 1 and node.shape[1] == image.shape[1] > 1
@@ -247,7 +218,17 @@ def _convolved(node: Node, image: Node) -> Label | None:
     return Label(tuple(dims), at, label.between)
 
 
-def _view(node: Node, inputs: list[Node]) -> Label | None:
+_RULES: Mapping[Any, joins.Rule] = {
+    **joins.RULES,
+    **dict.fromkeys(fn.WRITES, written),
+    **dict.fromkeys(fn.COPIES, copied),
+    **dict.fromkeys(fn.CONVOLUTIONS, _convolved),
+    **dict.fromkeys(fn.EMBEDDINGS, _embedded),
+    **dict.fromkeys(FUNCTIONS, _attended),
+}
+
+
+def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """What is the same memory, or the same elements in the same order."""
     for one in inputs:
         if one in node.sharing:
@@ -257,7 +238,7 @@ def _view(node: Node, inputs: list[Node]) -> Label | None:
     return None
 
 
-def _pointwise(node: Node, inputs: list[Node]) -> Label | None:
+def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
     ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ Indices = NDArray[np.int64]
 Shape = tuple[int, ...]
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Root:
     """Something that is counted.
 
@@ -27,23 +29,21 @@ class Root:
     what the order was lost by. written: what was written into it, at places that only the device knows.
     """
 
-    __slots__ = ("fixed", "kept", "learned", "lost", "parts", "side", "sides", "tables", "under", "written")
+    learned: bool = False
+    parts: tuple[Part, ...] = ()
+    under: Root | None = None
+    side: int | None = None
+    lost: str | None = None
+    fixed: bool = False
+    written: Written | None = None
+    tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
+    kept: set[Root] | None = None
+    sides: dict[int, Root] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        learned: bool = False,
-        parts: tuple[Part, ...] = (),
-        under: Root | None = None,
-        side: int | None = None,
-        lost: str | None = None,
-        fixed: bool = False,
-        written: Written | None = None,
-    ) -> None:
-        self.fixed, self.written = fixed, written
-        self.tables: dict[Any, dict[Root, tuple[Indices, bool]]] = {}
-        self.kept: set[Root] | None = None
-        self.sides: dict[int, Root] = {}
-        self.learned, self.parts, self.under, self.side, self.lost = learned, parts, under, side, lost
+    @property
+    def lowest(self) -> Root:
+        """What it is outside of all products."""
+        return self if self.under is None else self.under.lowest
 
     def on(self, side: int, const: bool) -> Root:
         """The same in the left or the right factor of products, which may be a parameter."""
@@ -146,17 +146,14 @@ def fresh(shape: Shape, **what: Any) -> Label:
     return Label(tuple(counted(root, size) for root, size in zip(roots, shape, strict=True)), dict.fromkeys(roots, 0))
 
 
-def counted(root: Root | None, size: int, stride: int = 1) -> Dim:
+def counted(root: Root, size: int) -> Dim:
     """A dimension that counts one root."""
-    return (Factor(root, stride, size),) if size > 1 else ()
+    return (Factor(root, 1, size),) if size > 1 else ()
 
 
 def size_of(dim: Dim) -> int:
     """How many indices it has."""
-    size = 1
-    for factor in dim:
-        size *= factor.size
-    return size
+    return prod(factor.size for factor in dim)
 
 
 def merged(dim: Iterable[Factor]) -> Dim:

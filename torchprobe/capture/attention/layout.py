@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchprobe.statistics import dtypes
 from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
+
+
+def by_name(parameters: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments."""
+    return dict(zip(parameters, args, strict=False)) | dict(kwargs)
 
 
 def plain(tensor: Tensor) -> Tensor:

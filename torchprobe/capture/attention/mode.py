@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.layout import by_name
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.softmaxes import Softmaxes
@@ -34,7 +35,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         labels = Labelling()
-        self.handwritten = self._handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
+        self.handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
         self._flex = False  # whether its operator was seen since
         self._handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
@@ -48,16 +49,12 @@ class AttentionMode(TorchFunctionMode):
             name = "a function outside of the model" if caller is None else caller.name
             observer.uncovered.add(f"the attention of {name}, a flex_attention that is compiled by itself")
 
-    def begin(self, modules: Iterable[nn.Module]) -> None:
-        """A pass of a model of these modules begins."""
-        self._handwritten.begin(modules)
-
     def forget(self) -> None:
         """The pass is over: hold nothing of it."""
         with self._observer.guard():
-            self._handwritten.finish()
+            self.handwritten.finish()
             self._observer.finish()
-        self._handwritten.forget()
+        self.handwritten.forget()
         self._within = self._steps = None
 
     def __torch_function__(
@@ -88,10 +85,10 @@ class AttentionMode(TorchFunctionMode):
         if not isinstance(result, Tensor | tuple | list | None):
             return
         with self._observer.gate.boundary(), no_torch_function():
-            self._handwritten.after(func, args, kwargs, result, self._within)
+            self.handwritten.after(func, args, kwargs, result, self._within)
         if func in _DOT_PRODUCTS:
             with self._observer.guard():
-                call = dot_product.arguments(args, kwargs)
+                call = by_name(dot_product.PARAMETERS, args, kwargs)
                 source_of = partial(dot_product.query_key, call)
                 self._record((call["query"], call["key"], call.get("attn_mask")), source_of)
         elif stack.is_operator(func):
@@ -117,7 +114,7 @@ class AttentionMode(TorchFunctionMode):
             return
         source = self._observer.source(caller, source_of)
         if source is not None:
-            where = self._handwritten.places(tensors[0], tensors[1], source.shape)
+            where = self.handwritten.places(tensors[0], tensors[1], source.shape)
             self._observer.record_source(Call(caller, where.cross, where), source)
 
     # ---- nn.MultiheadAttention
@@ -127,14 +124,14 @@ class AttentionMode(TorchFunctionMode):
         if not self._observer.idle:
             with self._observer.guard():
                 self._steps = self._steps or multi_head.transparent()
-                within = self._multi_head_call(types, multi_head.arguments(args, kwargs))
+                within = self._multi_head_call(types, by_name(multi_head.PARAMETERS, args, kwargs))
         if within is None:
             return multi_head.FUNCTION(*args, **kwargs)
         if not stack.is_shared():
             return self._step_through(within, args, kwargs)
         result = multi_head.FUNCTION(*args, **kwargs)  # the user's own mode wants to see one call, not its steps
         with self._observer.gate.boundary(), stack.emptied(), torch.no_grad():
-            self._step_through(within, (), multi_head.arguments(args, kwargs) | {"training": False})
+            self._step_through(within, (), by_name(multi_head.PARAMETERS, args, kwargs) | {"training": False})
         return result
 
     def _multi_head_call(self, types: Any, call: Kwargs) -> Caller | None:
@@ -146,7 +143,7 @@ class AttentionMode(TorchFunctionMode):
             return None
         padded = call.get("key_padding_mask")
         if padded is not None and is_plain(call["key"]):
-            self._handwritten.note_padding(call["key"], multi_head.is_padding(padded))
+            self.handwritten.note_padding(call["key"], multi_head.is_padding(padded))
         return caller._replace(heads=int(call["num_heads"]))
 
     def _step_through(self, within: Caller, args: Args, kwargs: Kwargs) -> Any:

@@ -4,7 +4,7 @@ of it and the transformer modules around it, which end as soon as there is a fun
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -20,12 +20,7 @@ from torchprobe.capture.attention.observer import Uncovered
 from torchprobe.capture.compat import is_one_width
 
 FUNCTION = multi_head_attention_forward
-_PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
-
-
-def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return dict(zip(_PARAMETERS, args, strict=False)) | dict(kwargs)
+PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
 
 
 def transparent() -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
+from torchprobe.capture.predictions.forms import Generators
 from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure
 from torchprobe.statistics.attention.sources import Shape
 
@@ -60,11 +61,7 @@ class Observer:
     """
 
     def __init__(
-        self,
-        model: ReferenceType[nn.Module],
-        gate: Gate,
-        rows: int | Literal["all"] = "all",
-        on_source: OnSource | None = None,
+        self, model: ReferenceType[nn.Module], gate: Gate, rows: int | Literal["all"], on_source: OnSource
     ) -> None:
         self.gate = gate
         self.owners = Owners(model)
@@ -75,7 +72,7 @@ class Observer:
         self._rows = rows
         self._on_source = on_source
         self._choices: dict[Any, Rows] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generators = Generators()
 
     @property
     def idle(self) -> bool:
@@ -116,10 +113,10 @@ class Observer:
     def read(self, call: Call, source: Source) -> Reading:
         """The statistic of a call, not recorded yet."""
         device = source.device
-        generator = self._generator(device)
+        generator = self._generators.of(device)
         with no_autocast(device):
             found = measure(source, self._chosen(source, generator))
-            kept = None if self._on_source is None else self._on_source(call.caller.name, source, generator)
+            kept = self._on_source(call.caller.name, source, generator)
         return Reading(found, is_sampled(source, self._rows), kept)
 
     def _chosen(self, source: Source, generator: torch.Generator) -> Rows:
@@ -149,15 +146,6 @@ class Observer:
         self.sites.finish()
         self.padding.clear()
         self._choices.clear()
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            try:
-                generator = torch.Generator(device)
-            except RuntimeError:  # not every backend has generators of its own
-                generator = torch.Generator()
-            self._generators[device] = generator.manual_seed(0)  # so that a run can be repeated
-        return self._generators[device]
 
 
 def _hidden(mask: Tensor, shape: Shape) -> Tensor | None:

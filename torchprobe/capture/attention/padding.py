@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention.labels import Indices, Label, Root
-from torchprobe.capture.attention.places import Places, Tokens, coordinates, resolved
+from torchprobe.capture.attention.layout import by_name
+from torchprobe.capture.attention.places import Places, Tokens, coordinates, picked, resolved
 from torchprobe.capture.source import Pass
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
-from torchprobe.statistics.dtypes import moved
 
 
 class Padding:
@@ -61,7 +61,7 @@ class Padding:
             if tokens not in self._masks:
                 self._believed.pop(tokens, None)
             differs = (hidden != hidden[:1]).any()
-            self._masks[tokens] = _picked(hidden, order) & differs
+            self._masks[tokens] = picked(hidden, order) & differs
 
     def of(self, where: Places, batch: int, queries: int) -> Tensor | None:
         """Which queries are padded: bool (batch, queries); None where nothing says so."""
@@ -72,7 +72,7 @@ class Padding:
             return None
         if where.at.min(initial=0) < 0 or where.at.max(initial=0) >= padded.size(1):
             return None
-        return _picked(padded, where.at).expand(batch, -1)
+        return picked(padded, where.at).expand(batch, -1)
 
     def _padded(self, tokens: Tokens) -> Tensor | None:
         """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""
@@ -85,12 +85,6 @@ class Padding:
                 sensible = torch.where((masks != said).all(), masks, sensible)
             self._believed[tokens] = sensible
         return self._believed[tokens]
-
-
-def _picked(x: Tensor, index: Indices) -> Tensor:
-    if np.array_equal(index, np.arange(len(index))):
-        return x[:, : len(index)]
-    return x.index_select(1, moved(torch.from_numpy(index), x.device))
 
 
 def _whole(label: Label, axis: int) -> Root | None:
@@ -133,7 +127,7 @@ class MaskArguments:
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """One of them is called."""
-        call = dict(zip(_parameters(cast("Any", type(module))), args, strict=False)) | kwargs
+        call = by_name(_parameters(cast("Any", type(module))), args, kwargs)
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}
         for each, mask in masks.items():
             padded = mask == 0 if each.endswith(_KEEPS) else mask

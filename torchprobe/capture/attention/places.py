@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,21 +21,24 @@ class Axis(NamedTuple):
     digit: int
     factor: Factor
 
+    @property
+    def root(self) -> Root:
+        """What it counts."""
+        return self.factor.root or _NOWHERE
+
 
 Roles = tuple[list[Axis], list[Axis], list[Axis], list[Axis]]
-
+Values = Mapping[Root, Indices]
+"""Of each root, the values that some indices have."""
 
 _NOWHERE = Root()
 
 
-def root_of(axis: Axis) -> Root:
-    """What it counts."""
-    return axis.factor.root or _NOWHERE
-
-
-def size_of_roles(axes: Iterable[Axis]) -> int:
-    """How many indices digits have together."""
-    return size_of(tuple(axis.factor for axis in axes))
+def picked(x: Tensor, index: Indices) -> Tensor:
+    """Some indices of the last dimension."""
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return x[..., int(index[0]) : int(index[0]) + len(index)]
+    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
 
 
 class Tokens(NamedTuple):
@@ -67,25 +70,27 @@ class Places:
 def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     """Where the queries of logits stand among their keys."""
     assert label.between is not None
-    queries = coordinates(tuple(axis.factor for axis in roles[2]), label.at)
-    size = size_of_roles(roles[2])
+    asked = tuple(axis.factor for axis in roles[2])
+    queries, size = coordinates(asked, label.at), size_of(asked)
     flat = tuple(factor for dim in label.between.of(side) for factor in dim)
     counted = coordinates(flat, label.between.at)
     keys = {root: np.where(columns < 0, -1, value[columns]) for root, value in counted.items()}
-    mine = resolved(_pinned(label.at, 1 - side, size) | queries)
-    theirs = resolved(_pinned(label.between.at, side, len(columns)) | keys)
+    of_queries = {root: value for root, value in label.at.items() if root.side == 1 - side}
+    of_keys = {root: value for root, value in label.between.at.items() if root.side == side}
+    mine = resolved(_numbers(of_queries, size) | queries)
+    theirs = resolved(_numbers(of_keys, len(columns)) | keys)
     batch = _whole(roles[0])
     return among(mine, theirs, size, len(columns), label.between.projected, batch)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     """The same of queries and keys (batch, …, tokens, width) that a call names."""
-    known = all(_is_learned(label.dims[-1]) for label in (query, key))
+    known = all(dim and all(root.learned for root in roots_of([dim])) for dim in (query.dims[-1], key.dims[-1]))
     mine, theirs = (_tokens(label) for label in (query, key))
     batch = [Axis(0, i, factor) for i, factor in enumerate(query.dims[0])] if len(query.dims) > 2 else []
     if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
         return Places(queries != keys, None)
-    return among(mine, theirs, queries, keys, known, _whole([one for one in batch if not root_of(one).learned]))
+    return among(mine, theirs, queries, keys, known, _whole([one for one in batch if not one.root.learned]))
 
 
 def by_custom(queries: int, keys: int) -> Places:
@@ -96,20 +101,12 @@ def by_custom(queries: int, keys: int) -> Places:
     return Places(False, None, tokens, at, {tokens: at})
 
 
-def _is_learned(dim: Dim) -> bool:
-    return bool(dim) and all(root.learned for root in roots_of([dim]))
-
-
 def _tokens(label: Label) -> dict[Root, Indices]:
     dim = label.dims[-2]
     others = set(roots_of(d for i, d in enumerate(label.dims) if i != len(label.dims) - 2))
     size = size_of(dim)
     pinned = _numbers({root: value for root, value in label.at.items() if root not in others}, size)
     return resolved(pinned | coordinates(dim, label.at))
-
-
-def _pinned(at: Mapping[Root, int], side: int, size: int) -> dict[Root, Indices]:
-    return {root: np.full(size, value) for root, value in at.items() if root.side == side and not root.learned}
 
 
 def _whole(batch: list[Axis]) -> Root | None:
@@ -120,14 +117,7 @@ def _whole(batch: list[Axis]) -> Root | None:
     return next(iter(resolved({roots[0].root: np.zeros(1, dtype=np.int64)})), None)  # type: ignore[dict-item]
 
 
-def among(
-    queries: Mapping[Root, Indices],
-    keys: Mapping[Root, Indices],
-    size: int,
-    length: int,
-    known: bool,
-    batch: Root | None,
-) -> Places:
+def among(queries: Values, keys: Values, size: int, length: int, known: bool, batch: Root | None) -> Places:
     """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
     common = [root for root in queries if root in keys and not root.learned]
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
@@ -144,7 +134,7 @@ def among(
     return Places(cross, index, Tokens(batch, of_queries), queries[of_queries], by_tokens)
 
 
-def _where_written(queries: Mapping[Root, Indices], keys: Mapping[Root, Indices]) -> Tensor | None:
+def _where_written(queries: Values, keys: Values) -> Tensor | None:
     """The places of queries whose own keys were written into a cache, where only the device knows these."""
     for root, at in keys.items():
         if root.written is None or not np.array_equal(at, np.arange(len(at))):
@@ -184,7 +174,7 @@ def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indice
     return known[at] if np.array_equal(ordered[at], mine) else None
 
 
-def _moving(values: Mapping[Root, Indices]) -> list[Root]:
+def _moving(values: Values) -> list[Root]:
     """What is counted, but for what stays the same."""
     return [root for root, v in values.items() if not root.learned and len(v) and v.min() < v.max()]
 
@@ -205,26 +195,20 @@ def coordinates(dim: Dim, at: Mapping[Root, int]) -> dict[Root, Indices]:
     return found
 
 
-def resolved(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
+def resolved(values: Values) -> dict[Root, Indices]:
     """The same in roots that were neither joined nor factors of a product; -1 where an index has none of it."""
-    return _opened({_under(root): value for root, value in values.items()}, resolved)
+    return _opened({root.lowest: value for root, value in values.items()}, resolved)
 
 
-def of_factors(values: Mapping[Root, Indices]) -> dict[Root, Indices]:
+def of_factors(values: Values) -> dict[Root, Indices]:
     """The same in roots that were not joined since they met in a product; -1 where an index has none of it."""
     return _opened(values, of_factors)
 
 
-def _under(root: Root) -> Root:
-    while root.under is not None:
-        root = root.under
-    return root
+Further = Callable[[Values], "dict[Root, Indices]"]
 
 
-Further = Callable[[Mapping[Root, Indices]], "dict[Root, Indices]"]
-
-
-def _opened(values: Mapping[Root, Indices], further: Further) -> dict[Root, Indices]:
+def _opened(values: Values, further: Further) -> dict[Root, Indices]:
     """Joined roots as what they were joined of. What several count, as rows and columns of an image, adds up."""
     found = {root: value for root, value in values.items() if not root.parts}
     begin = dict(found)
@@ -253,7 +237,7 @@ def _table(root: Root, further: Further) -> Table:
 def _counted_in(root: Root, further: Further) -> set[Root]:
     found: set[Root] = set()
     for inner in roots_of(part.dim for part in root.parts if part.dim is not None):
-        below = _under(inner) if further is resolved else inner
+        below = inner.lowest if further is resolved else inner
         found |= {r for r, (_, counted) in _table(below, further).items() if counted} if below.parts else {below}
     return found
 
@@ -264,7 +248,6 @@ def _in_parts(root: Root, further: Further) -> dict[Root, Indices]:
     for part in root.parts:
         if part.dim is None:
             continue
-        pinned = {r: np.full(part.size, v) for r, v in part.at.items() if not r.learned}
-        for inner, each in further(pinned | coordinates(part.dim, part.at)).items():
+        for inner, each in further(_numbers(part.at, part.size) | coordinates(part.dim, part.at)).items():
             found.setdefault(inner, np.full(size, -1))[part.start : part.start + part.size] = each
     return found

@@ -34,7 +34,8 @@ def product_of(node: Node) -> Product | None:
         return None
     if func in fn.EINSUMS:
         return _einsum(node)
-    tensors = [value for value in (*node.args, *_but_out(node)) if isinstance(value, Node)][fn.PRODUCTS[func] :]
+    values = (*node.args, *(value for name, value in node.kwargs.items() if name != "out"))
+    tensors = [value for value in values if isinstance(value, Node)][fn.PRODUCTS[func] :]
     if len(tensors) < 2:
         return None
     left, right = (tensors[1], tensors[0]) if func in fn.SWAPPED else tensors[:2]
@@ -43,10 +44,6 @@ def product_of(node: Node) -> Product | None:
     if func in fn.LAST_WITH_LAST:
         return _last_with_last(func, left, right)
     return _matmul(left, right)
-
-
-def _but_out(node: Node) -> list[Any]:
-    return [value for name, value in node.kwargs.items() if name != "out"]
 
 
 def _matmul(left: Node, right: Node) -> Product:

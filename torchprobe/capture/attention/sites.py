@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Mapping
+from itertools import takewhile
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ReferenceType
@@ -87,14 +88,8 @@ class Owners:
 
 def common_owner(one: str, other: str) -> str:
     """The innermost module that contains both: `blocks.0.attn` for `blocks.0.attn.qk` and `blocks.0.attn`."""
-    if ROOT in (one, other):
-        return ROOT
-    shared = []
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared) or ROOT
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) or ROOT
 
 
 def _is_graph(frame: FrameType) -> bool:
@@ -169,10 +164,7 @@ Readings: TypeAlias = Mapping[Site, Reading]
 
 def merged(a: Readings, b: Readings) -> Readings:
     """What two passes recorded, as one."""
-    together = dict(a)
-    for site, reading in b.items():
-        together[site] = _joined(together.get(site), reading)
-    return together
+    return {**a, **{site: _joined(a.get(site), reading) for site, reading in b.items()}}
 
 
 def _joined(a: Reading | None, b: Reading) -> Reading:

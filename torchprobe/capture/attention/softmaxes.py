@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.arrange import Arrangement, Refused, arrangement
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Label, leaves
+from torchprobe.capture.attention.labels import Label, Shape, leaves
 from torchprobe.capture.attention.layout import blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
@@ -67,10 +68,8 @@ class Softmaxes:
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
             return Flow(kind, (Pending(call, None, None, reason, keys),))
-        if reason is not None:
-            return Flow(kind, (Pending(call, None, arranged, reason, keys),), changed=x is None)
-        reading = None if x is None else self._read(x, source, arranged, call)
-        return Flow(kind, (Pending(call, reading, arranged, None, keys),), changed=x is None)
+        reading = None if x is None or reason is not None else self._read(x, source, arranged, call)
+        return Flow(kind, (Pending(call, reading, arranged, reason, keys),), changed=x is None)
 
     def _unusual(self, x: Tensor | None) -> str | None:
         return None if x is None else unusual(x)
@@ -86,7 +85,7 @@ class Softmaxes:
         return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
-        heads, before = call.caller.heads, list(steps(source))
+        heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
         given, others = arranged.split(arranged.by_head(plain(logits), heads))
@@ -119,14 +118,18 @@ class Softmaxes:
 # ---- between a product and its softmax
 
 
-def steps(node: Node) -> Iterator[Node]:
-    """The calls behind logits, backwards, as far as these are changed element by element."""
-    for _ in range(_STEPS):
+def _changes(logits: Node, shape: Shape | None = None) -> Iterator[Node]:
+    """The calls between a product and its softmax, backwards, and the product; shape: only while it is this one."""
+    node: Node | None = logits
+    while node is not None:
         yield node
-        before = [one for one in node.inputs if one.label is not None and one.label.sides and one.shape == node.shape]
-        if not before or node.func is None or node.func in fn.PRODUCTS:
-            return
-        node = before[0]
+        before = () if node.func is None or node.func in fn.PRODUCTS else node.inputs
+        node = next((one for one in before if one.is_logits and shape in (None, one.shape)), None)
+
+
+def _steps(logits: Node) -> list[Node]:
+    """The last of them, as far as logits are changed element by element."""
+    return list(islice(_changes(logits, logits.shape), _STEPS))
 
 
 def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
@@ -146,10 +149,9 @@ def _is_of_row(taken: Node, source: Node) -> bool:
     for _ in range(4):
         if taken.func in fn.EXTREMES | fn.LOG_SUMS | fn.LARGEST:
             return True
-        before = next(taken.inputs, None)
-        if before is None:
+        if not taken.inputs:
             return False
-        taken = before
+        taken = taken.inputs[0]
     return False
 
 
@@ -170,21 +172,13 @@ def _log_sum(source: Node) -> int | None:
 def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
     """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
     for node in before:
-        mask = _mask(node)
-        if mask is None or mask[0].small is None or mask[0].dims != node.dims or not arranged.is_plain_batch:
+        operand, hides = _mask(node) or (None, True)
+        if operand is None or operand.small is None or operand.dims != node.dims or not arranged.is_plain_batch:
             continue
-        operand, hides = mask
-        small, shape = operand.small, operand.shape
-        if (
-            small is None
-            or shape[-1] != source.shape[-1]
-            or shape[0] != source.shape[0]
-            or any(n > 1 for n in shape[1:-1])
-        ):
-            continue
-        hidden = small if small.dtype is torch.bool else blocked(small)
-        hidden = plain(hidden if hides else ~hidden).reshape(shape[0], shape[-1])
-        yield arranged.split(hidden)[0]
+        small, shape, ends = operand.small, operand.shape, (operand.shape[0], operand.shape[-1])
+        if ends == (source.shape[0], source.shape[-1]) and not any(n > 1 for n in shape[1:-1]):
+            hidden = small if small.dtype is torch.bool else blocked(small)
+            yield arranged.split(plain(hidden if hides else ~hidden).reshape(ends))[0]
 
 
 def _mask(node: Node) -> tuple[Node, bool] | None:
@@ -194,11 +188,9 @@ def _mask(node: Node) -> tuple[Node, bool] | None:
         mask: Any = node.argument(1, "mask")
         return (mask, True) if isinstance(mask, Node) else None
     if node.func in fn.CHOICES and len(args) == 3 and isinstance(args[0], Node):
-        chosen = isinstance(args[1], Node) and args[1].label is not None and bool(args[1].label.sides)
-        return args[0], not chosen
+        return args[0], not (isinstance(args[1], Node) and args[1].is_logits)
     if node.func in fn.ADDITIONS:
-        others = [one for one in node.inputs if one.label is None or not one.label.sides]
-        return (others[0], True) if others else None
+        return next(((one, True) for one in node.inputs if not one.is_logits), None)
     return None
 
 
@@ -207,25 +199,15 @@ def _mask(node: Node) -> tuple[Node, bool] | None:
 
 def unreadable(source: Node, arranged: Arrangement) -> str | None:
     """Why logits cannot be read inside a compiled graph, by themselves alone; None where they can."""
-    before = list(steps(source))
     if arranged.latent:
         return "whose queries are parameters, in a compiled graph"
     if isinstance(arranged.places.index, Tensor):
         return "whose keys are written into a cache, in a compiled graph"
-    if any(True for _ in shifts(before, source)):
+    if any(True for _ in shifts(_steps(source), source)):
         return "whose logits are shifted, in a compiled graph"
     if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
         return "in a compiled graph, whose mask may differ between sequences: which queries are padding is not told"
     return None
-
-
-def _changes(logits: Node) -> Iterator[Node]:
-    """The calls between a product and its softmax, backwards, and the product."""
-    node: Node | None = logits
-    while node is not None:
-        yield node
-        ends = node.func is None or node.func in fn.PRODUCTS
-        node = None if ends else next((one for one in node.inputs if one.label is not None and one.label.sides), None)
 
 
 def _tells_sequences_apart(node: Node, logits: Node, arranged: Arrangement) -> bool:
@@ -245,5 +227,5 @@ def _tells_sequences_apart(node: Node, logits: Node, arranged: Arrangement) -> b
 def _beside(node: Node) -> list[Node]:
     """What changes logits, or is added to a product of them."""
     if node.func in fn.PRODUCTS:
-        return list(node.inputs)[: fn.PRODUCTS[node.func]]
-    return [one for one in node.inputs if one.label is None or not one.label.sides]
+        return list(node.inputs[: fn.PRODUCTS[node.func]])
+    return [one for one in node.inputs if not one.is_logits]

@@ -115,7 +115,7 @@ class AttentionSource:
             if running.compiled and has_any(model):  # hooks on its modules would have its graphs compiled anew
                 self._observer.uncovered.add("fused paths in evaluation, beside compiled graphs")
             elif not in_compiled_call():
-                self._mode.begin(modules)
+                self._mode.handwritten.begin(modules)
                 stack.push_mode(self._mode)
                 self._fast_paths.begin_pass(model, module, modules)
 
@@ -159,9 +159,7 @@ class AttentionSource:
 
     # ---- what passes make of a step
 
-    def merge(self, a: Taken, b: Taken) -> Taken:
-        """Two passes as one, a before b."""
-        return merged(a, b)
+    merge = staticmethod(merged)
 
     def rows(self, taken: Taken, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """The rows of passes, a row for each head of each attention; and its maps, when they are due."""

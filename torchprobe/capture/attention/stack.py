@@ -16,7 +16,6 @@ from torchprobe.capture.compat import push_mode as push_mode
 MISSING = compat.missing_for_modes()
 """What this version of torch does not have: then attention is not recorded, and nothing here is called."""
 
-
 _OPERATORS = (compat.OpOverload, compat.OpOverloadPacket, compat.HigherOrderOperator)
 
 FLEX = compat.flex_attention_operator()
@@ -60,16 +59,11 @@ def unseen() -> Iterator[None]:
 
 def remove(mode: TorchFunctionMode) -> bool:
     """Take a mode out of the stack, wherever it is, and leave the others in order. False when it is not there."""
-    above = []
-    found = False
-    while compat.count_function_modes() and not found:
-        top = pop_mode()
-        found = top is mode
-        if not found:
-            above.append(top)
-    for other in reversed(above):
-        push_mode(other)
-    return found
+    with emptied() as modes:
+        at = next((i for i, one in enumerate(modes) if one is mode), None)
+        if at is not None:
+            del modes[at]
+    return at is not None
 
 
 def is_shared() -> bool:

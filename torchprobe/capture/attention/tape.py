@@ -34,29 +34,28 @@ _FEW = 2**18
 class Node:
     """A tensor as a call made it; the tensor itself is not held.
 
-    args, kwargs: of the call, with nodes for tensors, which are `before`. part: of several results. const: made of
+    args, kwargs: of the call, with nodes for tensors, which are `inputs`. part: of several results. const: made of
     parameters, buffers and numbers alone; learned: a parameter among them. sharing: which inputs have the same memory.
     label, kept: what was worked out of it, which holds in all passes that have it. order: how many came before. small:
     the tensor, where it is one that holds less than the logits: a mask, or a number for each row.
     """
 
     __slots__ = (
-        *("args", "before", "caller", "const", "flow", "func", "holds", "kept", "kwargs", "label", "learned"),
+        *("args", "caller", "const", "flow", "func", "holds", "inputs", "kept", "kwargs", "label", "learned"),
         *("dtype", "memory", "order", "part", "sharing", "small", "storage"),
     )
 
-    def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor) -> None:
-        self.func, self.args, self.kwargs, self.part = func, args, kwargs, part
+    def __init__(self, func: Function | None, args: Args, kwargs: Kwargs, part: int, tensor: Tensor, at: int) -> None:
+        self.func, self.args, self.kwargs, self.part, self.order = func, args, kwargs, part, at
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage, self.dtype = _storage(tensor), tensor.dtype
-        self.before = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
-        self.const: bool = func is not None and all(node.const for node in self.before)
-        self.learned: bool = any(node.learned for node in self.before)
-        self.sharing = [node for node in self.before if self._shares(node)]
+        self.inputs = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
+        self.const: bool = func is not None and all(node.const for node in self.inputs)
+        self.learned: bool = any(node.learned for node in self.inputs)
+        self.sharing = [node for node in self.inputs if self._shares(node)]
         self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
-        self.order = 0
         self.flow: Any = None
         self.caller: Any = None
         self.small: Tensor | None = None
@@ -72,9 +71,9 @@ class Node:
         return len(self.memory.shape)
 
     @property
-    def inputs(self) -> Iterator[Node]:
-        """The tensors among the arguments of the call."""
-        return iter(self.before)
+    def is_logits(self) -> bool:
+        """Whether both factors of a product of activations are still told apart in it, as far as is worked out."""
+        return self.label is not None and bool(self.label.sides)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """One of the call."""
@@ -88,11 +87,6 @@ class Node:
     def take_flow(self, flow: Any) -> None:
         """It holds weights of an attention, or what becomes weights."""
         self.flow = flow
-
-    def take_place(self, order: int) -> Node:
-        """How many came before it in the pass."""
-        self.order = order
-        return self
 
     def called_by(self, caller: Any) -> None:
         """Whose call it was: known of products of activations."""
@@ -122,7 +116,7 @@ class Node:
         if self.args != args or self.kwargs != kwargs:
             return False
         self.storage = _storage(tensor)
-        return self.sharing == [node for node in self.before if self._shares(node)]
+        return self.sharing == [node for node in self.inputs if self._shares(node)]
 
     def _shares(self, node: Node) -> bool:
         return self.storage == node.storage != 0 and self.dtype is node.dtype
@@ -194,15 +188,14 @@ class Tape:
         if again is not None and again.const == const and again.learned == learned:
             self._at += 1
             return self._put(tensor, again)
-        node = Node(None, (), {}, 0, tensor)
+        node = Node(None, (), {}, 0, tensor, self._at)
         return self._put(tensor, self._new(node.as_constant(learned) if const else node))
 
     def record(self, func: Function, args: Args, kwargs: Kwargs, result: Any) -> list[Node]:
         """A call has returned: the nodes of its results."""
+        if result is None and args and isinstance(args[0], Tensor):  # an assignment
+            result = args[0]
         results = (result,) if isinstance(result, Tensor) else result
-        changed = args[0] if result is None and args and isinstance(args[0], Tensor) else None  # an assignment
-        if changed is not None:
-            results = (changed,)
         if not isinstance(results, tuple | list) or not any(isinstance(one, Tensor) for one in results):
             return []
         nodes = tuple(map(self._kept, args))
@@ -230,7 +223,7 @@ class Tape:
         node = self._again(func, args, kwargs, part, tensor)
         if node is None:
             self._plain = self._plain and _is_torchs(func)
-            node = self._new(Node(func, args, kwargs, part, tensor))
+            node = self._new(Node(func, args, kwargs, part, tensor, self._at))
         else:
             self._at += 1
         return self._put(tensor, node)
@@ -257,7 +250,7 @@ class Tape:
             del self._course[self._at :]
             self._course.append(node)
         self._at += 1
-        return node.take_place(self._at)
+        return node
 
     def _put(self, tensor: Tensor, node: Node) -> Node:
         self._nodes[id(tensor)] = (ref(tensor), node)
@@ -281,9 +274,7 @@ def _is_torchs(func: Function) -> bool:
 
 
 def _is_plain_slice(value: Any) -> bool:
-    return type(value) is slice and all(
-        one is None or type(one) is int for one in (value.start, value.stop, value.step)
-    )
+    return type(value) is slice and {type(value.start), type(value.stop), type(value.step)} <= {int, type(None)}
 
 
 def is_plain(tensor: Tensor) -> bool:

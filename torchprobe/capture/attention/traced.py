@@ -141,27 +141,23 @@ class TracedMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func is not _DOT_PRODUCT and func is not multi_head.FUNCTION:
-            if not self.reads:
-                return stack.call(func, args, kwargs)
-            result = self._softmax(func, args, kwargs) if _is_softmax(func) else stack.call(func, args, kwargs)
-            look()
-            return result
-        innermost = enter_nesting()
-        result = func(*args, **kwargs)
-        leave_nesting()
-        if innermost and func is _DOT_PRODUCT:
-            _record(self._handle, *args, **kwargs)
-        elif innermost:
-            _record_multi_head(self._handle, *args, **kwargs)
+        if func is _DOT_PRODUCT:
+            return self._recorded(_record, func, args, kwargs)
+        if func is multi_head.FUNCTION:
+            return self._recorded(_record_multi_head, func, args, kwargs)
+        if not self.reads:
+            return stack.call(func, args, kwargs)
+        known = _is_softmax(func)
+        result = self._recorded(_record_softmax, func, args, kwargs) if known else stack.call(func, args, kwargs)
+        look()
         return result
 
-    def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recorded(self, record: Callable[..., None], func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         innermost = enter_nesting()
         result = func(*args, **kwargs)
         leave_nesting()
         if innermost:
-            _record_softmax(self._handle, *args, **kwargs)
+            record(self._handle, *args, **kwargs)
         return result
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
@@ -52,7 +52,7 @@ class GraphLook(Hearing):
         self._model = model
         self._observer = observer
         self._running = running
-        self._cut = _Cut()
+        self._cut = _Cut(set(), set())
         self._failed = False
         self.said = False
         """Whether there is any."""
@@ -117,12 +117,11 @@ class _Names:
         return f" (a graph that {self._peers[0]}{name.removeprefix(self._around)} and its like may share)"
 
 
-class _Cut:
-    """What left graphs at their breaks, by shape: scores, and weights."""
+class _Cut(NamedTuple):
+    """What left graphs at their breaks, by shape."""
 
-    def __init__(self) -> None:
-        self.scores: set[Shape] = set()
-        self.weights: set[Shape] = set()
+    scores: set[Shape]
+    weights: set[Shape]
 
 
 class _Graph(Followed):

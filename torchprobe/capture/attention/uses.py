@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,22 +20,19 @@ from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
 Kind = Literal["weights", "logarithms", "exponentials", "total"]
 
 
+@dataclass(eq=False, slots=True)
 class Pending:
     """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out.
 
     arranged: its logits. keys: what its dimension counts.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        reading: Reading | None,
-        arranged: Arrangement | None,
-        reason: str | None,
-        keys: frozenset[Root] = frozenset(),
-    ) -> None:
-        self.call, self.reading, self.arranged, self.reason, self.keys = call, reading, arranged, reason, keys
-        self.taken = False
+    call: Call
+    reading: Reading | None
+    arranged: Arrangement | None
+    reason: str | None
+    keys: frozenset[Root]
+    taken: bool = False
 
     def take(self) -> bool:
         """Its weights are used: whether for the first time."""
@@ -78,11 +75,8 @@ def back(node: Node) -> Iterator[Node]:
 
 def keeps(node: Node, source: Node) -> bool:
     """Whether values are the same, wherever they are."""
-    return node.func in fn.SAME or node.func in fn.RESHAPES or (source in node.sharing and not _is_in_place(node))
-
-
-def _is_in_place(node: Node) -> bool:
-    return bool(node.args) and isinstance(node.args[0], Node) and fn.is_in_place(node.func)
+    changes = bool(node.args) and isinstance(node.args[0], Node) and fn.is_in_place(node.func)
+    return node.func in fn.SAME or node.func in fn.RESHAPES or (source in node.sharing and not changes)
 
 
 MIXED = "whose weights are mixed by parameters, so that some may be negative"
@@ -96,16 +90,16 @@ def drops(node: Node, flow: Flow) -> bool:
         return False
     others = [one for one in node.inputs if one.flow is None]
     if not others:
-        return flow.dropped and len(list(node.inputs)) == 1
+        return flow.dropped and len(node.inputs) == 1
     return all(map(_is_drawn, others))
 
 
 def _is_drawn(node: Node) -> bool:
     """Whether it is made of random numbers, whose chances depend on nothing."""
     for _ in range(_FEW):
-        before = list(node.inputs)
+        before = node.inputs
         if node.func in fn.RANDOM:
-            return node.func in fn.RANDOM_LIKE or not before or not list(before[0].inputs) or before[0].func in fn.LIKE
+            return node.func in fn.RANDOM_LIKE or not before or not before[0].inputs or before[0].func in fn.LIKE
         if len(before) != 1:
             return False
         node = before[0]
@@ -154,16 +148,11 @@ def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow
     """Weights are changed, or multiplied with values that are summed later."""
     if flow.kind == "total":
         tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]
-        small = len(list(node.inputs)) == 1 and tiny and all(map(is_nearly_nothing, tiny))
-        return flow if small else flow.as_changed(None)
+        small = tiny and all(isinstance(x, int | float) and abs(x) <= _NEARLY_NOTHING for x in tiny)
+        return flow if small and len(node.inputs) == 1 else flow.as_changed(None)
     grows = node.dims > source.dims or any(b > a for a, b in zip(source.shape[::-1], node.shape[::-1], strict=False))
     if grows and node.func in fn.MULTIPLICATIONS and flow.kind == "weights":
         return replace(flow, multiplied=True)
     if node.func in fn.DIFFERENCES:
         return flow.as_changed("whose weights are subtracted")
     return flow.as_changed(None)
-
-
-def is_nearly_nothing(value: Any) -> bool:
-    """Whether it is a number that only keeps a division from being by 0."""
-    return isinstance(value, int | float) and abs(value) <= _NEARLY_NOTHING

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.joins import along, beside, sliced, without
+from torchprobe.capture.attention.joins import along, beside, sliced, spliced
 from torchprobe.capture.attention.labels import Factor, Label, Root, Written
 from torchprobe.capture.attention.tape import Node
 
@@ -57,10 +57,7 @@ def _between(node: Node, first: Label, source: Node, axis: int, start: int) -> L
     labels = [one for one in (old[0], label, old[1]) if one is not None]
     sizes = [n for n in (ends[0][1], length, ends[1][1]) if n]
     dim, at = along(labels, [one.dims[axis] for one in labels], sizes)
-    base = first if first.sides and not label.sides else label
-    others = base.dims[:axis], base.dims[axis + 1 :]
-    kept = without(base.at, dim, (*others[0], *others[1]))
-    return Label((*others[0], dim, *others[1]), {**kept, **at}, base.between)
+    return spliced(first if first.sides and not label.sides else label, axis, axis + 1, dim, at)
 
 
 Found = tuple["Node | None", int, Any]

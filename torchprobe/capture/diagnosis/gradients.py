@@ -29,13 +29,11 @@ _LARGE = 2**22  # elements of a gradient whose zeros are not counted
 _NAMED = 200  # parameters that are named in evidence
 _SAMPLE = 1024  # elements that tell whether a parameter has changed
 
-_State = tuple[int, int]
-
 
 class _Seen(NamedTuple):
     """Gradients at one moment: identity and version of each that is there, norms of the small ones."""
 
-    states: dict[int, _State]
+    states: dict[int, tuple[int, int]]
     norms: dict[int, Tensor]
 
 
@@ -187,9 +185,7 @@ def held_by_living() -> set[int]:
 
 def _changed(pair: tuple[_Seen, _Seen], parameter: int) -> bool:
     before, after = pair[0].states, pair[1].states
-    if parameter not in after:
-        return False
-    return parameter not in before or before[parameter] != after[parameter]
+    return parameter in after and before.get(parameter) != after[parameter]
 
 
 def _norms(parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:

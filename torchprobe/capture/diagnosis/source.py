@@ -61,7 +61,8 @@ class DiagnosisSource:
                 self._validated(module)
                 return
             self._validations = 0
-            evaluates = not module.training and _depends_on_mode(module)
+            by_mode = (isinstance(m, nn.modules.batchnorm._BatchNorm) or _drops(m) for m in module.modules())
+            evaluates = not module.training and any(by_mode)
             self._outputs.on_output(args, kwargs, output, evaluates)
             self._calls.returned(output)
             self._gradients.returned(any(x.dtype is torch.float16 for x in tensors_in(output)))
@@ -117,10 +118,6 @@ class DiagnosisSource:
 
     def _wants(self, due: frozenset[Reporter]) -> bool:
         return self._reporter in due and not self._gate.failed
-
-
-def _depends_on_mode(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or _drops(m) for m in module.modules())
 
 
 def _drops(module: nn.Module) -> bool:

@@ -56,7 +56,7 @@ def of_gradients(named: _Named) -> Finding | None:
     bad = [module for module, finite in states if not finite]
     if not bad:
         return None
-    if bad[-1] == states[-1][0] and len(bad) == len(states):
+    if len(bad) == len(states):
         text = (
             f"gradients of all parameters are NaN or inf though the model's output is finite: they come from the loss, "
             f"or from the backward pass of {bad[-1]}"

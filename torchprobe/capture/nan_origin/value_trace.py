@@ -25,10 +25,8 @@ from torchprobe.statistics.dtypes import real, row_dtype
 
 _MOST_EVENTS = 20_000  # in a pass
 
-
 Ends: TypeAlias = tuple[Tensor, Tensor]
 """The smallest and the largest element, 0-dim: NaN where there is one."""
-
 
 _Seen: TypeAlias = tuple[int, str, str]
 """A call of a module, as what it saw a tensor, and the module's or parameter's name."""

@@ -70,10 +70,7 @@ class PredictionCapture:
     def enter(self, training: bool, moment: Moment) -> None:
         """A sampled pass begins."""
         self._training = training
-        if training:
-            self._phase = Phase(True, moment)
-        else:
-            self._phase = self._validation.enter(moment)
+        self._phase = Phase(True, moment) if training else self._validation.enter(moment)
         with self._gate.boundary():
             self._parts.arm(training)
             drawn = self._draws.begin(self._model())
@@ -152,7 +149,6 @@ class PredictionCapture:
         inputs = given_tensors(args, kwargs)
         if not phase.training:
             self._validation.saw(inputs)
-        phase.describe_as(reading.note)
         phase.describe(pool, reading, self._sample_dim)
         for probe, line in lines_of(reading):
             phase.say(probe, line)
@@ -167,7 +163,7 @@ class PredictionCapture:
         if phase.training:
             self._heads = set(reading.heads)
         heads = {name: x for name, x in reading.heads.items() if self._heads is None or name in self._heads}
-        phase.have_outputs(heads)
+        phase.describe_as(reading.note, heads)
         for name, tensor in list(heads.items())[:_MAX_HEADS]:
             if tensor is not reading.plain and is_usable(tensor) and tensor.numel() <= MAX_ELEMENTS:
                 self._follow_head(phase.head(name), pool.beside(name), tensor, inputs, output)
@@ -285,7 +281,7 @@ class PredictionCapture:
             pool = phase.pool(where, key)
             if pool is not None:
                 return phase, pool
-            if (last := phase.pools.get(where)) is not None and last.repeats(key):
+            if (last := phase.pools.get(where)) is not None:
                 self._now.say("passes", last.why_apart(key))
         return self._now, self._now.begin(Pool(where, key, self._generators))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from torchprobe.capture.predictions.forms import (
     SECOND,
     Form,
     Generators,
-    Predicted,
     class_count,
     pick,
     probabilities_of,
@@ -30,7 +28,7 @@ from torchprobe.capture.predictions.forms import (
     rows_of,
     stacked,
 )
-from torchprobe.capture.predictions.gradient import TOLERANCE, Recovered, recover
+from torchprobe.capture.predictions.gradient import TOLERANCE, Given, Recovered, recover
 from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
@@ -55,13 +53,6 @@ _MOST_RECOMPUTED = 2**24
 _AGAINST = 1e12  # rows, which outweigh all others
 
 
-class Claim(NamedTuple):
-    """Targets of rows, (n,), IGNORED where the loss left one out; evidence: (3,), see `probes.evidence`."""
-
-    targets: Tensor
-    evidence: Tensor
-
-
 # ---- by the gradient at an output
 
 
@@ -77,9 +68,10 @@ def confirm_gradient(
         if judge.judges not in ("", form.kind):
             phase.support(form.key, _evidence(g, 1.0, 0.0))
             continue
-        found = recover(predicted, g, form, gradients[0].dtype)
-        evidence, row = _from_gradient(waiting, predicted, g, form, gradients[0].dtype, judge, found)
-        for confirmed, better in _from_calls(waiting, predicted, g, form, gradients[0].dtype):
+        given = Given(predicted, g, form, gradients[0].dtype)
+        found = recover(*given)
+        evidence, row = _from_gradient(waiting, given, judge, found)
+        for confirmed, better in _from_calls(waiting, given):
             evidence = torch.where(confirmed, _evidence(g, 1.0, 1.0), evidence)
             row = torch.where(confirmed, better, row)
         phase.support(form.key, evidence)
@@ -101,38 +93,32 @@ def _refuse(phase: Phase, form: Form, against: Tensor, flag: Tensor) -> None:
     phase.calibration.support(form.key, against * flag)
 
 
-def _from_gradient(
-    waiting: Waiting,
-    predicted: Predicted,
-    g: Tensor,
-    form: Form,
-    precision: torch.dtype,
-    judge: Judge,
-    found: Recovered,
-) -> tuple[Tensor, Tensor]:
+def _from_gradient(waiting: Waiting, given: Given, judge: Judge, found: Recovered) -> tuple[Tensor, Tensor]:
     """Evidence and a row, from the gradient alone: at each pass's own prediction, or at that of all passes together.
 
     Of the mean of their logits it has the same form, at that mean. Of the mean of their probabilities it has it at each
     pass, times the pass's share of what all of them give the target.
     """
-    claim = _claimed(found, predicted, g, precision, judge)
-    favourite = found.favourite[0] if len(g) == 1 else None
-    evidence = claim.evidence
-    row = calibration.compute(predicted.mean, claim.targets, ignore_index=IGNORED, favourite=favourite)
-    members = waiting.pool.members(form)
-    if members is None or members.of_mean_logits is None or form.kind != "softmax":
+    targets, evidence = _claimed(found, given, judge)
+    favourite = found.favourite[0] if len(given.g) == 1 else None
+    row = calibration.compute(given.predicted.mean, targets, ignore_index=IGNORED, favourite=favourite)
+    members = waiting.pool.members(given.form)
+    if members is None or members.of_mean_logits is None or given.form.kind != "softmax":
         return evidence, row
     last = float(waiting.number == waiting.pool.passes)
-    for reading, at, judged, weight in of_passes(found, predicted, g, form, precision, members, last):
-        claim = _claimed(reading, at, g, precision, judge)
-        better = claim.evidence[1] > evidence[1]
-        other = calibration.compute(judged, claim.targets, ignore_index=IGNORED) * weight
-        evidence, row = torch.where(better, claim.evidence, evidence), torch.where(better, other, row)
+    for reading, at, judged, weight in of_passes(found, given, members, last):
+        targets, claimed = _claimed(reading, at, judge)
+        better = claimed[1] > evidence[1]
+        other = calibration.compute(judged, targets, ignore_index=IGNORED) * weight
+        evidence, row = torch.where(better, claimed, evidence), torch.where(better, other, row)
     return evidence, row
 
 
-def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch.dtype, judge: Judge) -> Claim:
-    """What may be claimed of all rows together: a row alone fits every loss that chooses a class, a policy's too."""
+def _claimed(found: Recovered, given: Given, judge: Judge) -> tuple[Tensor, Tensor]:
+    """What may be claimed of all rows together, as a row alone fits every loss that chooses a class, a policy's too:
+    their targets, (n,), IGNORED where the loss left one out; and evidence, (3,), see `probes.evidence`.
+    """
+    predicted, g, _, precision = given
     passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
     targets = found.targets.amax(0)
     agree = ((found.targets == targets) | ~passed).all(0)  # members of one prediction have one target
@@ -150,17 +136,16 @@ def _claimed(found: Recovered, predicted: Predicted, g: Tensor, precision: torch
     if precision in TOLERANCE and len(g) == 1:  # a few rows are rounded too far, and are rows of that loss all the same
         targets = torch.where(alive & ~fine & ~faint & trusted, found.likely[0], targets)
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
-    evidence = found.evidence * torch.stack((_one(g), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
-    return Claim(torch.where(broken, 0, targets), evidence)
+    evidence = found.evidence * torch.stack((g.new_ones(()), trusted.to(g.dtype), ~count.is_known & (count.zeros > 0)))
+    return torch.where(broken, 0, targets), evidence
 
 
 # ---- by the calls of loss modules, which the gradient confirms
 
 
-def _from_calls(
-    waiting: Waiting, predicted: Predicted, g: Tensor, form: Form, precision: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
+def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
     """A flag and a row, where the gradient is that of the calls that were heard: of one, or of a mixture of two."""
+    predicted, g, form, precision = given
     calls = [one for one in waiting.candidates if one.form == form]
     if not calls or len(calls) > 2 or len(g) > 1:
         return []
@@ -282,7 +267,7 @@ def confirm_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_sourc
         targets, found = targets_of(mean, variance, both[0], both[1], number.spread)
         if number.key:
             phase.settle_form(number.key, True, found)
-            phase.support(number.key, _evidence(mean, 1.0, 0.0) * ~found)
+            phase.settle_form(number.key, False, ~found)
         phase.coverage.add(SURE, intervals.compute(mean, variance, targets.where(found, torch.nan)) * found)
 
 
@@ -290,7 +275,3 @@ def _evidence(like: Tensor, checked: float, passed: float) -> Tensor:
     return torch.tensor([checked, passed, 0.0], dtype=row_dtype(like.device), device="cpu").to(
         like.device, non_blocking=True
     )
-
-
-def _one(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=like.dtype, device=like.device)

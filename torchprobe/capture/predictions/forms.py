@@ -166,7 +166,11 @@ class Generators:
     def of(self, device: torch.device) -> torch.Generator:
         """The generator for a device."""
         if device not in self._of:
-            self._of[device] = torch.Generator(device).manual_seed(0)
+            try:
+                generator = torch.Generator(device)
+            except RuntimeError:  # not every backend has generators of its own
+                generator = torch.Generator()
+            self._of[device] = generator.manual_seed(0)  # so that a run can be repeated
         return self._of[device]
 
 

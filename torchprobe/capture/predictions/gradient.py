@@ -25,6 +25,15 @@ _COARSE = 256  # of the smallest numbers of a type: below it a gradient has few 
 TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # log-probabilities are rounded to the type before exp
 
 
+class Given(NamedTuple):
+    """What was predicted, the gradients at its rows, the form of both, and their type: what `recover` takes."""
+
+    predicted: Predicted
+    g: Tensor
+    form: Form
+    precision: torch.dtype
+
+
 class Recovered(NamedTuple):
     """targets: int64, IGNORED where the gradient is not that of a cross-entropy. favourite: the likeliest class."""
 
@@ -95,7 +104,7 @@ class _Rows(NamedTuple):
     most: Tensor
     total: Tensor
     tolerance: float
-    rounding: float
+    rounding: float  # of a log-probability, to which exp is as sensitive as it is large
     tiny: float  # an entry smaller than this is rounded to 0
 
     def cleared(self) -> _Rows:
@@ -105,7 +114,7 @@ class _Rows(NamedTuple):
 
 def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> _Found:
     few = rows.p.shape[-1] <= FEW_CLASSES
-    target, passed, factor = _of_few(rows.cleared(), rows.p, rows.lowest) if few else _of_many(rows, top, favourite)
+    target, passed, factor = _of_few(rows.cleared()) if few else _of_many(rows, top, favourite)
     if not known(passed | ~rows.alive):
         alone = _of_log_probabilities(rows, top)
         at_target = rows.q.gather(-1, rows.lowest[:, None])[:, 0].where(rows.already, 1.0)  # d log p = dp / p
@@ -116,7 +125,7 @@ def _classes(rows: _Rows, top: Tensor, favourite: Tensor) -> _Found:
 
 def _of_many(rows: _Rows, top: Tensor, favourite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether rows pass, and their s."""
-    some = _Some.of(rows, rows.p, favourite[:, None])
+    some = _Some.of(rows, favourite[:, None])
     beside = some.beside(rows.lowest)
     passed, factor = some.fit(beside)
     if known(passed | ~rows.alive):  # nothing was smoothed
@@ -148,6 +157,7 @@ class _Some(NamedTuple):
     The favourite is among them: where smoothing pushes it down, any other class beside those would pass for the target.
     """
 
+    rows: _Rows
     columns: Tensor
     g: Tensor  # the gradient over its largest element
     p: Tensor
@@ -155,14 +165,11 @@ class _Some(NamedTuple):
     scale: Tensor
     total: Tensor
     tiny: Tensor
-    classes: int
-    tolerance: float
-    rounding: float  # of a log-probability, to which exp is as sensitive as it is large
 
     @classmethod
-    def of(cls, rows: _Rows, p: Tensor, favourite: Tensor) -> _Some:
+    def of(cls, rows: _Rows, favourite: Tensor) -> _Some:
         """At least `_ENOUGH_CLASSES` of a row; of few rows more."""
-        n, classes = p.shape
+        p, (n, classes) = rows.p, rows.p.shape
         stride = max(1, classes // max(_ENOUGH_CLASSES, _ENOUGH_ELEMENTS // n))
         scale = torch.maximum(-rows.least, rows.most).clamp(min=torch.finfo(p.dtype).tiny)
         columns = torch.arange(0, classes, stride, device=p.device).expand(n, -1)
@@ -172,8 +179,7 @@ class _Some(NamedTuple):
             g, p_some = (torch.cat((few, x.gather(-1, favourite)), -1) for few, x in ((g, rows.g), (p_some, p)))
         total, tiny = (rows.total / scale).abs(), rows.tiny / scale
         outweighs = (rows.least < 0) & (-rows.least >= 0.8 * rows.most)
-        said = g / scale[:, None], p_some, outweighs, scale, total, tiny, classes, rows.tolerance, rows.rounding
-        return cls(columns, *said)
+        return cls(rows, columns, g / scale[:, None], p_some, outweighs, scale, total, tiny)
 
     def fit(self, beside: _Others) -> tuple[Tensor, Tensor]:
         """Whether a row adds up to 0, and its entries beside the target, the lowest, are a p; and a."""
@@ -186,14 +192,14 @@ class _Some(NamedTuple):
         factor: Tensor = torch.linalg.vecdot(dp, dg) / torch.linalg.vecdot(dp, dp)
         base = beside.mean_g - factor * beside.mean_p
         below = factor * p + base - g / self.scale >= _MOST_SMOOTHING * factor
-        fits: Tensor = self._near(beside, factor, base) & below & _smoothing_is_sane(factor, base, self.classes)
-        return fits, factor * self.scale
+        sane = _smoothing_is_sane(factor, base, self.rows.p.shape[-1])
+        return self._near(beside, factor, base) & below & sane, factor * self.scale
 
     def beside(self, target: Tensor) -> _Others:
         """All but the target."""
         mask = (self.columns != target[:, None]).to(self.p.dtype)
         n, g, p = mask.sum(-1), self.g * mask, self.p * mask
-        rounded = self.tolerance - self.rounding * self.p.clamp(min=_EPSILON).log()
+        rounded = self.rows.tolerance - self.rows.rounding * self.p.clamp(min=_EPSILON).log()
         allowed = (rounded * g.abs()).sum(-1) + (self.tiny + _EPSILON) * n
         return _Others(mask, n, g, p, g.sum(-1) / n, p.sum(-1) / n, allowed)
 
@@ -201,16 +207,17 @@ class _Some(NamedTuple):
         away = beside.g - factor[:, None] * beside.p
         away = away if base is None else away - base[:, None] * beside.mask
         # p - 1 is rounded where p is near 1
-        balanced = self.total <= 0.1 + self.tiny * self.classes + 4 * _EPSILON * factor
-        fits = away.abs().sum(-1) <= beside.allowed
-        return fits & balanced & (factor > 0) & (self.tiny * self.classes < 0.1)
+        lost = self.tiny * self.rows.p.shape[-1]
+        balanced = self.total <= 0.1 + lost + 4 * _EPSILON * factor
+        return (away.abs().sum(-1) <= beside.allowed) & balanced & (factor > 0) & (lost < 0.1)
 
 
-def _of_few(rows: _Rows, p: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_few(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, whether rows pass, and their s. With two or three classes a row alone can be anything: all rows of a
     class have to agree on the factor, or all rows on factor and smoothing. Weights with smoothing are not known.
     """
-    classes, size = p.shape[-1], rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
+    p, target, classes = rows.p, rows.lowest, rows.p.shape[-1]
+    size = rows.g.abs().amax().clamp(min=torch.finfo(p.dtype).tiny)
     g = rows.g / size
     others = (~torch.nn.functional.one_hot(target, classes).bool() & rows.alive[:, None]).to(p.dtype)
     enough = rows.alive.sum() >= FEW_ROWS

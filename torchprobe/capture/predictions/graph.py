@@ -71,12 +71,9 @@ def place_of(tensor: Tensor) -> Place | None:
 
 def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     """Which loss between an output and what backward is called on judges it. Costs about 1 µs a node."""
-    above = _above(roots, place)
-    if not above or place is None:
+    above, node = _above(roots, place)
+    if node is None or place is None:
         return BLIND
-    node = next(
-        (node for node, number in above if number == place.result and sequence_number(node) == place.sequence), 0
-    )
     judges = [_judge_at(user, above) for user in above.get((node, place.result), [])]
     known = [judge for judge in judges if judge.node is not None]
     if len(known) != 1:
@@ -109,12 +106,10 @@ class Link(NamedTuple):
 
 def way_to_loss(roots: Sequence[Tensor], place: Place | None) -> list[Link]:
     """The operations between an output and what backward is called on, as long as each result is used once."""
-    above = _above(roots, place)
-    if not above or place is None:
-        return []
-    at = next(((n, i) for n, i in above if i == place.result and sequence_number(n) == place.sequence), None)
+    above, start = _above(roots, place)
+    at = start, 0 if place is None else place.result
     links: list[Link] = []
-    while at is not None and len(users := above.get(at, [])) == 1 and len(links) < _LONGEST_WAY:
+    while len(users := above.get(at, [])) == 1 and len(links) < _LONGEST_WAY:
         node = users[0]
         alone = sum(used is not None for used, _ in node.next_functions) == 1
         links.append(Link(_name(node), node, alone, shape_of_result(node)))
@@ -137,7 +132,7 @@ def is_shape(name: str) -> bool:
 
 def reaches(roots: Sequence[Tensor], place: Place | None, names: Collection[str], operands: int = 1) -> bool:
     """Whether an operation of one of these names, of as many operands with a graph, lies between roots and a place."""
-    users = [user for some in _above(roots, place).values() for user in some]
+    users = [user for some in _above(roots, place)[0].values() for user in some]
     return any(
         _name(user) in names and sum(f is not None for f, _ in user.next_functions) >= operands for user in users
     )
@@ -194,14 +189,13 @@ def _users(node: Any, above: Above, past_views: bool = False) -> list[Any]:
     return [x for user in users for x in (_users(user, above, True) if _IS_VIEW.fullmatch(_name(user)) else [user])]
 
 
-def _above(roots: Sequence[Tensor], place: Place | None) -> Above:
-    """By node and number of its result what uses it, between roots and a place: later nodes have higher numbers.
-
-    Empty where that is not to be seen.
+def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
+    """By node and number of its result what uses it, between roots and a place: later nodes have higher numbers; and
+    the node of the place. Empty, and None, where that is not to be seen.
     """
     above: defaultdict[tuple[Any, int], list[Any]] = defaultdict(list)
     todo: list[Any] = [root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None]
-    seen, least, found = set(todo), 0 if place is None else place.sequence, False
+    seen, least, found = set(todo), 0 if place is None else place.sequence, None
     while todo and place is not None:
         node = todo.pop()
         for used, number in node.next_functions:
@@ -209,13 +203,13 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> Above:
             if at is None or at < least:
                 continue
             above[used, number].append(node)
-            found |= at == least
+            found = used if at == least else found
             if used not in seen:
                 seen.add(used)
                 todo += [used] if at > least else []
         if len(seen) > _MOST_NODES:
-            return {}
-    return above if found else {}
+            return {}, None
+    return ({}, None) if found is None else (above, found)
 
 
 def _name(node: Any) -> str:

@@ -46,7 +46,9 @@ class InputKey:
         self._draws = draws
         tensors = given_tensors(args, kwargs)
         self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
-        self._others = [_remembered(part) for part in (*args, *kwargs.items()) if not _has_tensor(part)]
+        self._others = [
+            _remembered(part) for part in (*args, *kwargs.items()) if not any(True for _ in tensors_in(part))
+        ]
         modules = [] if model is None else all_modules(model)
         parameters = [] if model is None else [p for p in all_parameters(model, modules) if _is_plain(p)]
         self._weights = [(p.data_ptr(), version_of(p)) for p in parameters]
@@ -141,9 +143,7 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in parameters:
         dense = p.is_contiguous()
-        middle = (
-            p.numel() // 2 if dense else sum((n // 2) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-        )
+        middle = p.numel() // 2 if dense else sum(n // 2 * step for n, step in zip(p.shape, p.stride(), strict=True))
         one = p.detach().as_strided((1,), (1,), p.storage_offset() + middle)
         groups.setdefault((p.device, p.dtype), []).append(one)
     return [torch.cat(ones) for ones in groups.values()]
@@ -187,10 +187,6 @@ def _same(x: object, y: object) -> bool:
     if isinstance(x, ReferenceType) and isinstance(y, ReferenceType):
         return x() is not None and x() is y()
     return _is_simple(x) and _is_simple(y) and x == y
-
-
-def _has_tensor(part: Any) -> bool:
-    return next(tensors_in(part), None) is not None
 
 
 def _is_simple(value: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TypeAlias
 
 from torch import Tensor
@@ -22,75 +23,31 @@ _MERGED = (
 )
 
 
-class Loops:
-    """The places that the model was called from in one validation, in their order: each is a loop of its own unless one
-    comes again after another, as two calls a batch do.
+class Validation:
+    """What the passes of a validation give, by loop.
 
-    Of loops that nothing tells apart, such as one function that is called for each data set, a full batch after a
-    smaller one tells that there are several, or that random numbers were drawn between some batches.
+    The places that the model is called from, in their order, are a loop each unless one comes again after another, as
+    two calls a batch do. Of loops that nothing tells apart, such as one function that is called for each data set, a
+    full batch after a smaller one tells that there are several, or that random numbers were drawn between some batches.
     """
 
     def __init__(self) -> None:
+        self._phases: list[Phase] = []
         self._places: list[Place] = []
-        self.mixed = False
-        self.line = ""
-        """What is to be said of them."""
+        self._mixed = False
+        self._line = ""  # what is to be said of the loops
         self._sizes: list[int] = []
         self._drawn: set[bool | None] = set()  # between passes
 
-    def enter(self) -> int:
-        """A pass begins: the number of its loop, from 0."""
-        place = calling_lines()
-        if not self.mixed and place not in self._places:
-            self._places.append(place)
-            self._sizes, self._drawn = [], set()
-        self.mixed |= place != self._places[-1]
-        return 0 if self.mixed else len(self._places) - 1
-
-    def drew(self, drawn: bool | None) -> None:
-        """Whether random numbers were drawn before a pass, as they are where a `DataLoader` begins."""
-        if self._sizes:
-            self._drawn.add(drawn)
-        if not self.line and {True, False} <= self._drawn:
-            self.line = _MERGED.format(
-                "random numbers were drawn before some of its batches alone, as where a DataLoader begins"
-            )
-
-    def mix(self) -> None:
-        """They are one after all."""
-        self.mixed = True
-
-    def saw(self, size: int) -> None:
-        """The number of examples of a pass."""
-        if not self.line and self._sizes and size == self._sizes[0] > self._sizes[-1]:
-            self.line = _MERGED.format(
-                f"a batch of {size} came after one of {self._sizes[-1]}, as where one data set follows another"
-            )
-        self._sizes = [*self._sizes[:1], size]
-
-    def end(self) -> None:
-        """All passes have come."""
-        if len(self._places) > 1 and not self.mixed:
-            names = ", ".join(f"loop_{i} {where}" for i, where in enumerate(_differences(self._places), 1))
-            self.line = (
-                f"validation: the model was called from several places, one after the other ({names}): what each gave "
-                "is written apart under these names, and without a name what all of them gave together"
-            )
-
-
-class Validation:
-    """What the passes of a validation give, by loop."""
-
-    def __init__(self) -> None:
-        self._phases: list[Phase] = []
-        self._loops = Loops()
-
     def enter(self, moment: Moment) -> Phase:
         """A pass begins: the phase that it belongs to."""
-        number = self._loops.enter()
-        if self._loops.mixed:
+        place = calling_lines()
+        if not self._mixed and place not in self._places:
+            self._places.append(place)
+            self._sizes, self._drawn = [], set()
+        if self._mixed or place != self._places[-1]:
             self._mix()
-        elif number == len(self._phases):
+        elif len(self._places) > len(self._phases):
             self._phases.append(Phase(False, moment))
         return self._phases[-1]
 
@@ -110,21 +67,39 @@ class Validation:
         self._mix()
 
     def drew(self, drawn: bool | None) -> None:
-        """A pass is about to run: whether random numbers were drawn since the one before."""
-        self._loops.drew(drawn)
+        """A pass is about to run: whether random numbers were drawn since the one before, as where a `DataLoader`
+        begins.
+        """
+        if self._sizes:
+            self._drawn.add(drawn)
+        if not self._line and {True, False} <= self._drawn:
+            self._line = _MERGED.format(
+                "random numbers were drawn before some of its batches alone, as where a DataLoader begins"
+            )
 
     def saw(self, inputs: Sequence[Tensor]) -> None:
-        """A pass has returned, with these tensors for an input."""
-        if inputs and inputs[0].dim():
-            self._loops.saw(len(inputs[0]))
+        """A pass has returned, with these tensors for an input: how many examples it had."""
+        if not inputs or not inputs[0].dim():
+            return
+        size = len(inputs[0])
+        if not self._line and self._sizes and size == self._sizes[0] > self._sizes[-1]:
+            self._line = _MERGED.format(
+                f"a batch of {size} came after one of {self._sizes[-1]}, as where one data set follows another"
+            )
+        self._sizes = [*self._sizes[:1], size]
 
     def end(self) -> tuple[list[Phase], str]:
         """All passes have come: their phases, by loop, and what is to be said."""
-        self._loops.end()
-        return self._phases, self._loops.line
+        if len(self._places) > 1 and not self._mixed:
+            names = ", ".join(f"loop_{i} {where}" for i, where in enumerate(_differences(self._places), 1))
+            self._line = (
+                f"validation: the model was called from several places, one after the other ({names}): what each gave "
+                "is written apart under these names, and without a name what all of them gave together"
+            )
+        return self._phases, self._line
 
     def _mix(self) -> None:
-        self._loops.mix()
+        self._mixed = True
         *others, last = self._phases
         for phase in others:
             last.absorb(phase)
@@ -133,12 +108,8 @@ class Validation:
 
 def calling_lines() -> Place:
     """Where the program is. Costs about 5 µs."""
-    frame: FrameType | None = sys._getframe(1)
-    lines: list[tuple[str, int]] = []
-    while frame is not None and len(lines) < _MOST_FRAMES:
-        lines.append((frame.f_code.co_filename, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(lines)
+    frames = islice(traceback.walk_stack(sys._getframe(1)), _MOST_FRAMES)
+    return tuple((frame.f_code.co_filename, line) for frame, line in frames)
 
 
 def _differences(places: Sequence[Place]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -18,14 +18,7 @@ from torchprobe.capture.predictions.targets import KINDS
 OnCall = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]
 
 _FIRST_WAIT = 100  # steps
-
-
 _KEY = "_torchprobe_loss"  # in the `__dict__` of a loss module that has our hook
-
-
-class _Hooked(NamedTuple):
-    module: ReferenceType[nn.Module]
-    handle: RemovableHandle
 
 
 class LossModules:
@@ -43,7 +36,7 @@ class LossModules:
         self._listening = False
         self._on_call = on_call
         self._hook = _Hook(self)
-        self._hooked: dict[int, _Hooked] = {}
+        self._hooked: dict[int, tuple[ReferenceType[nn.Module], RemovableHandle]] = {}
         self._looked_in: set[bool] = set()  # training or not
         self._wait = _FIRST_WAIT
         self._next_look = 0
@@ -76,19 +69,17 @@ class LossModules:
 
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""
-        for hooked in self._hooked.values():
-            hooked.handle.remove()
-            module = hooked.module()
-            if module is not None:
+        for weak, handle in self._hooked.values():
+            handle.remove()
+            if (module := weak()) is not None:
                 unmark(module, _KEY)
         self._hooked = {}
 
     def _put_on(self, module: nn.Module) -> None:
-        known = self._hooked.get(id(module))
-        if known is None or known.module() is not module:
+        if id(module) not in self._hooked or self._hooked[id(module)][0]() is not module:
             # A class of the user's may have a method of this name.
             handle = nn.Module.register_forward_hook(module, self._hook, with_kwargs=True)
-            self._hooked[id(module)] = _Hooked(ref(module), handle)
+            self._hooked[id(module)] = ref(module), handle
             mark(module, _KEY, None)
 
 

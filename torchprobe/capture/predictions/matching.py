@@ -67,7 +67,10 @@ def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
         if call.form is None:
             _judge_numbers(phase, one, call, match.certain)
         elif training and one.in_graph:
-            _suggest(one, call, match)
+            assert match.form is not None
+            one.candidates.append(
+                Candidate(match.form, _targets(call, match), call.weight, call.smoothing, call.reduced)
+            )
         else:
             _judge_classes(phase, one, call, match)
         return
@@ -141,13 +144,6 @@ def _by_values(form: Form | None, rows: Tensor | None, flags: Sequence[Tensor | 
     return _Match(form, rows, None if is_equal else equal)
 
 
-def _suggest(waiting: Waiting, call: Call, match: _Match) -> None:
-    assert call.form is not None
-    assert match.form is not None
-    targets = _targets(call, match)
-    waiting.candidates.append(Candidate(match.form, targets, call.weight, call.smoothing, call.reduced))
-
-
 def _targets(call: Call, match: _Match) -> Tensor:
     """Row by row of what was predicted; those of rows that were not judged are left out."""
     assert call.form is not None
@@ -158,7 +154,6 @@ def _targets(call: Call, match: _Match) -> Tensor:
 
 
 def _judge_classes(phase: Phase, waiting: Waiting, call: Call, match: _Match) -> None:
-    assert call.form is not None
     for form in (LAST, SECOND, BINARY, YES):
         phase.settle_form(form.key, form == match.form, match.certain)
     phase.settle_form(NUMBERS, False, match.certain)

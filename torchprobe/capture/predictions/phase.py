@@ -117,18 +117,14 @@ class Phase:
         """What another output gave than the first."""
         return self.heads.setdefault(name, Phase(self.training, self.moment))
 
-    def have_outputs(self, names: Iterable[str]) -> None:
-        """The last output consisted of several."""
-        self.outputs = tuple(names)
-
     def say(self, probe: str, line: str) -> None:
         """Why there is nothing to record of an output, and what would settle it."""
         if line:
             self.lines[probe] = line
 
-    def describe_as(self, note: str) -> None:
-        """What else is known of the last output."""
-        self.note = note
+    def describe_as(self, note: str, outputs: Iterable[str]) -> None:
+        """What else is known of the last output, and of which ones it consisted."""
+        self.note, self.outputs = note, tuple(outputs)
 
     def wait_for(self, waiting: Waiting) -> None:
         """Targets may follow. In validation nothing tells when they no longer can but the next pass."""

@@ -132,20 +132,20 @@ Refuse: TypeAlias = Callable[[Tensor], None]
 class Pool:
     """Predictions of one place in the model for one input, by every way to read them."""
 
-    def __init__(
-        self, where: str, key: InputKey | None, generators: Generators, further: list[list[Tensor]] | None = None
-    ) -> None:
+    def __init__(self, where: str, key: InputKey | None, generators: Generators, first: Pool | None = None) -> None:
+        """first: that of the first output of the same passes, where this one is of another."""
         self.where = where
         self._key = key
         self._generators = generators
-        self._further = [] if further is None else further  # passes: flags of values that are what they were
+        # Further passes: flags of values that are what they were.
+        self._further: list[list[Tensor]] = [] if first is None else first._further
         self._beside: dict[str, Pool] = {}
         self._index: dict[Form, Tensor | None] = {}
         self._classes: dict[tuple[str, Form], ClassMembers] = {}
         self._numbers: dict[str, ValueMembers] = {}
         self.by_place = False
         self._first: dict[Form, Seen] = {}
-        self._outputs: dict[tuple[str, Form], tuple[Seen, Refuse]] = {}
+        self._outputs: dict[tuple[str, Form], tuple[Seen, Refuse]] = {} if first is None else first._outputs
         self._apart: list[Tensor] = []
 
     @property
@@ -160,24 +160,15 @@ class Pool:
         self._further.append(list(key.unchanged_since(self._key)))
         return True
 
-    def repeats(self, key: InputKey) -> bool:
-        """Whether a pass has this pool's input, though it may not belong here."""
-        return self._key is not None and self._key.has_input_of(key)
-
     def why_apart(self, key: InputKey) -> str:
-        """Why it does not."""
-        return "" if self._key is None else self._key.why_apart(key)
+        """Why a pass with this pool's input does not belong here; empty for one with another."""
+        return "" if self._key is None or not self._key.has_input_of(key) else self._key.why_apart(key)
 
     def beside(self, name: str) -> Pool:
         """That of another output of the same passes."""
         if name not in self._beside:
-            self._beside[name] = Pool(f"{self.where}.{name}", None, self._generators, self._further)
-            self._beside[name].share(self._outputs)
+            self._beside[name] = Pool(f"{self.where}.{name}", None, self._generators, self)
         return self._beside[name]
-
-    def share(self, outputs: dict[tuple[str, Form], tuple[Seen, Refuse]]) -> None:
-        """What gradients told of other outputs is kept here."""
-        self._outputs = outputs
 
     def has_places(self, whether: bool) -> None:
         """Whether its rows are those of the input's places."""

@@ -137,8 +137,7 @@ class PredictionSource:
         self._given = []
 
     def _moment(self, training: bool, due: Sequence[Reporter]) -> Moment:
-        pictures = self._pictures_due or not training
-        return Moment(self._step, tuple(due), pictures)
+        return Moment(self._step, tuple(due), self._pictures_due or not training)
 
     def _pieces(self, reporter: Reporter, phase: Phase, loop: str) -> Iterator[Piece]:
         prefix, reporting = _prefix(phase.training), self._reporting

@@ -9,14 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.predictions.forms import (
-    BINARY,
-    IGNORED,
-    LAST,
-    SECOND,
-    Form,
-    rows_of,
-)
+from torchprobe.capture.predictions.forms import BINARY, IGNORED, LAST, SECOND, Form, rows_of
 from torchprobe.naming import unwrapped
 
 _NAMES = ("labels", "targets", "label", "target")

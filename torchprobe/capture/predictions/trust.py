@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.predictions.forms import IGNORED, Form, Predicted, row_count
-from torchprobe.capture.predictions.gradient import Recovered, recover
+from torchprobe.capture.predictions.gradient import Given, Recovered, recover
 from torchprobe.capture.predictions.graph import Judge
 from torchprobe.capture.predictions.phase import Waiting
 from torchprobe.capture.predictions.pool import ClassMembers, Refuse, Seen
@@ -182,31 +182,23 @@ def _are_best_of_each(seen: Seen, each: int) -> Tensor:
 
 
 def of_passes(
-    found: Recovered,
-    predicted: Predicted,
-    g: Tensor,
-    form: Form,
-    precision: torch.dtype,
-    members: ClassMembers,
-    last: float,
-) -> Iterator[tuple[Recovered, Predicted, Tensor, float]]:
+    found: Recovered, given: Given, members: ClassMembers, last: float
+) -> Iterator[tuple[Recovered, Given, Tensor, float]]:
     """What the gradient is when several passes share a loss, the prediction that is judged then, and how often.
 
     last: 1.0 at the last pass, when all have a gradient: one prediction of all passes counts once.
     """
     assert members.of_mean_logits is not None
-    passes = members.count / len(g)
-    yield _times(found, passes), predicted, predicted.mean, 1.0  # the mean of each pass's own loss
-    each = members.of_mean_logits[None].expand(len(g), -1, -1)
-    at_mean = Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already))
-    yield _times(recover(at_mean, g, form, precision), passes), at_mean, members.mean, last
-    if len(g) == 1:
-        yield _without_share(found, predicted.mean, members), predicted, members.mean, last
-
-
-def _times(found: Recovered, count: float) -> Recovered:
-    """The same with each row's factor multiplied, as before a mean over so many passes."""
-    return found._replace(factor=found.factor * count)
+    predicted, samples = given.predicted, len(given.g)
+    passes = members.count / samples
+    # Each row's factor as before a mean over so many passes: of each pass's own loss, or of one at the mean.
+    yield found._replace(factor=found.factor * passes), given, predicted.mean, 1.0
+    each = members.of_mean_logits[None].expand(samples, -1, -1)
+    at_mean = given._replace(predicted=Predicted(each, each, predicted.largest, torch.zeros_like(predicted.already)))
+    again = recover(*at_mean)
+    yield again._replace(factor=again.factor * passes), at_mean, members.mean, last
+    if samples == 1:
+        yield _without_share(found, predicted.mean, members), given, members.mean, last
 
 
 def _without_share(found: Recovered, p: Tensor, members: ClassMembers) -> Recovered:

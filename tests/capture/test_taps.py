@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.in_place import InPlace
 from torchprobe.capture.sites import Memo, Tap
 from torchprobe.capture.source import TRAINING, VALIDATION, Dropped, Pass, Running
 from torchprobe.probes.activations import Activations
@@ -18,7 +19,7 @@ KEEPER = "outputs"
 def tap() -> Tap:
     reporter = Activations().reporter()
     reporter.begin(Gate("Activations", Meter()), every(1))
-    return Tap("layer", reporter, KEEPER, Running(Meter()), Memo())
+    return Tap("layer", reporter, KEEPER, Running(Meter(), InPlace([])), Memo())
 
 
 def passing(site: Tap, kind: str = TRAINING) -> Pass:
@@ -52,7 +53,7 @@ def test_passes_are_apart():
 
 
 def test_what_a_compiled_graph_has_computed_is_added():
-    running = Running(Meter())
+    running = Running(Meter(), InPlace([]))
     reporter = Activations().reporter()
     reporter.begin(Gate("Activations", Meter()), every(1))
     site = Tap("layer", reporter, KEEPER, running, Memo())

@@ -17,6 +17,7 @@ import torchprobe
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention.source import AttentionSource, Taken, merged
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.in_place import InPlace
 from torchprobe.capture.source import TRAINING, VALIDATION, Dropped, Pass, Running
 from torchprobe.probes.schedule import every
 from torchprobe.statistics.attention import summarise
@@ -59,7 +60,7 @@ def source_of(model: nn.Module, rows: Any = "all", maps: bool = False) -> Source
     reporter = torchprobe.Attention(rows=rows, maps_every=1 if maps else 2).reporter()
     reporter.begin(gate, every(1))
     gate.train = gate.val = True
-    source = Source(ref(model), reporter, Running(Meter()))
+    source = Source(ref(model), reporter, Running(Meter(), InPlace([])))
     source.open(3, frozenset([reporter]))
     return source
 

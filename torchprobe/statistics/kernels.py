@@ -36,7 +36,7 @@ def sums(x, places, out, flag, elements, span, gated, ADDRESSED: tl.constexpr, B
 
     gated: programs read nothing while the number at `flag` is 0, and else add to their rows, where column 3 counts.
     """
-    if tl.load(flag, mask=gated != 0, other=1.0) == 0.0:
+    if (gated != 0) & (tl.load(flag) == 0.0):
         return
     start, length, _ = _place(x, places, elements, span, ADDRESSED)
     lanes = tl.arange(0, BLOCK)
@@ -71,22 +71,22 @@ def sums(x, places, out, flag, elements, span, gated, ADDRESSED: tl.constexpr, B
     share = tl.sum(shift, 0) / tl.maximum(count, 1.0)
     row = out + tl.program_id(0).to(tl.int64) * COLUMNS
     adds = gated != 0
-    before = tl.load(row, mask=adds, other=0.0)
-    near = tl.load(row + 1, mask=adds, other=0.0)
+    before = tl.where(adds, tl.load(row), 0.0)
+    near = tl.where(adds, tl.load(row + 1), 0.0)
     weight = count / tl.maximum(before + count, 1.0)
     apart = tl.where(count > 0, pivot.to(tl.float64) + share, near) - near
     m2 = tl.maximum(tl.sum(deviation, 0) - tl.sum(shift, 0) * share, 0.0) + apart * apart * (before * weight)
-    least = tl.where(before > 0, tl.load(row + 9, mask=adds, other=0.0), _BOUND)
-    most = tl.where(before > 0, tl.load(row + 10, mask=adds, other=0.0), -_BOUND)
+    least = tl.where(before > 0, tl.where(adds, tl.load(row + 9), 0.0), _BOUND)
+    most = tl.where(before > 0, tl.where(adds, tl.load(row + 10), 0.0), -_BOUND)
     tl.store(row, before + count)
     tl.store(row + 1, near + apart * weight)
-    tl.store(row + 2, tl.load(row + 2, mask=adds, other=0.0) + m2)
-    tl.store(row + 3, tl.load(row + 3, mask=adds, other=0.0) + 1.0)
-    tl.store(row + 4, tl.load(row + 4, mask=adds, other=0.0) + tl.sum(zeros, 0).to(tl.float64))
-    tl.store(row + 5, tl.load(row + 5, mask=adds, other=0.0) + missing.to(tl.float64))
-    tl.store(row + 6, tl.load(row + 6, mask=adds, other=0.0) + tl.sum(fourth, 0))
-    tl.store(row + 7, tl.load(row + 7, mask=adds, other=0.0) + tl.sum(square, 0))
-    tl.store(row + 8, tl.load(row + 8, mask=adds, other=0.0) + tl.sum(absolute, 0))
+    tl.store(row + 2, tl.where(adds, tl.load(row + 2), 0.0) + m2)
+    tl.store(row + 3, tl.where(adds, tl.load(row + 3), 0.0) + 1.0)
+    tl.store(row + 4, tl.where(adds, tl.load(row + 4), 0.0) + tl.sum(zeros, 0).to(tl.float64))
+    tl.store(row + 5, tl.where(adds, tl.load(row + 5), 0.0) + missing.to(tl.float64))
+    tl.store(row + 6, tl.where(adds, tl.load(row + 6), 0.0) + tl.sum(fourth, 0))
+    tl.store(row + 7, tl.where(adds, tl.load(row + 7), 0.0) + tl.sum(square, 0))
+    tl.store(row + 8, tl.where(adds, tl.load(row + 8), 0.0) + tl.sum(absolute, 0))
     tl.store(row + 9, tl.minimum(tl.min(low, 0).to(tl.float64), least))
     tl.store(row + 10, tl.maximum(tl.max(high, 0).to(tl.float64), most))
 

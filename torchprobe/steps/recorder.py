@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torchprobe.steps.cadence import Plan
 from torchprobe.steps.passes import Passes
 from torchprobe.steps.steps import Steps
 
+_log = logging.getLogger("torchprobe")
+
 
 class Recorder:
     """Follows the optimizers' steps, and puts what the user logs where it belongs."""
@@ -38,6 +41,7 @@ class Recorder:
         self._passes = Passes(model, self.guard, self._steps, sources)
         self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
+        self._said_unheard = False
         self.guard.tell_while_captured(self._captured)
         clock = self.clock
         watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)
@@ -55,6 +59,8 @@ class Recorder:
             self._steps.forget_passes()
         if clock.stepped and clock.begin(optimizer, has_closure):
             self._passes.begin_step()
+            if not (self._sources.running.thread or self._said_unheard):
+                self._say_unheard()
         watch = self._steps.watch
         if watch.timing is not None:
             watch.optimizer_begins(has_closure)
@@ -100,6 +106,15 @@ class Recorder:
         self._steps.optimizer_stepped(optimizer)
         if self._watch.stop is not None:
             self._watch.check()
+
+    def _say_unheard(self) -> None:
+        """An optimizer steps, and no forward pass was heard of: some classes call themselves without hooks."""
+        kind: Any = type(self._sources.model())
+        if not self._sources.running.compiled and kind.__call__ is not nn.Module.__call__:
+            self._said_unheard = True
+            why = f"{kind.__name__}.__call__ runs no hooks of torch's, so that forward passes are not seen"
+            self._sources.predictions.explain(f"{why}: call session.log_predictions(probs, targets)")
+            _log.warning("%s: no activations, attention, uncertainty or calibration of them is recorded", why)
 
     def _skipped(self, optimizer: Optimizer) -> bool:
         """A fused optimizer decides by itself to skip: whether it did, as far as host memory tells."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -75,15 +76,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Remembering(BuiltIn):
+class Remembering(BuiltIn, ABC):
     """A rule that keeps something from record to record."""
 
     def watcher(self) -> Memory:
         """With nothing kept yet."""
         return Memory(self._look)
 
+    @abstractmethod
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        raise NotImplementedError
+        """What holds in this record. kept: plain values, which a checkpoint takes along."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
+from benchmarks.bench_budget import one_thread  # noqa: F401 - a fixture
 from benchmarks.gpt import Training
 from benchmarks.recipes import training
 
@@ -46,14 +47,6 @@ RUNS = {
 }
 SAID = {"default": {}, "every=1000": {"every": 1000}, "overhead_budget=0.01": {"overhead_budget": 0.01}}
 """What is said to `instrument`; all but the first of the shortest steps alone."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 CASES = [*((run, "default") for run in RUNS), *(("MLP, 5 ms", said) for said in SAID if said != "default")]

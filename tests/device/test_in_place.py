@@ -1,6 +1,5 @@
 """What replays of a graph of the device add up in place: here of a graph that a dispatch mode records on the CPU, with
-Triton's interpreter for the kernels; on a GPU see `test_gpu.py`.
-"""
+Triton's interpreter for the kernels; on a GPU see `test_gpu_graphs.py`."""
 
 from __future__ import annotations
 
@@ -60,7 +59,6 @@ def capture(monkeypatch):
     for name, value in {"LINES": 3, "_PROGRAMS": 3, "_BLOCK": 16, "_MERGED": 4}.items():
         monkeypatch.setattr(fused, name, value)
     fused.usable.cache_clear()
-    in_place._kept.clear()
 
     @contextmanager
     def captured():
@@ -101,11 +99,12 @@ def truth(model, optimizer, x):
     return found
 
 
-def warmed_up(every):
+def warmed_up(every=1, probes=None):
     torch.manual_seed(0)
     model, x, writer = Net(), torch.randn(4, 5), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    session = torchprobe.instrument(model, writer=writer, probes=[kind(every=every) for kind in PROBES])
+    probes = probes or [kind(every=every) for kind in PROBES]
+    session = torchprobe.instrument(model, writer=writer, probes=probes)
     step(model, optimizer, x)
     return model, x, writer, optimizer, session
 
@@ -201,8 +200,8 @@ def test_weights_are_bitwise_those_of_the_bare_graph(capture):
         torch.manual_seed(0)
         model, x = Net(), torch.randn(4, 5)
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
-        probes = [kind(every=1) for kind in PROBES]
-        session = torchprobe.instrument(model, writer=MemoryWriter(), probes=probes) if watch else None
+        probes = {"probes": [kind(every=1) for kind in PROBES]}
+        session = torchprobe.instrument(model, writer=MemoryWriter(), **probes) if watch else None
         step(model, optimizer, x)
         with capture() as graph:
             step(model, optimizer, x)
@@ -216,16 +215,12 @@ def test_weights_are_bitwise_those_of_the_bare_graph(capture):
     assert all(map(torch.equal, *finals))
 
 
-def test_a_probe_of_the_users_own_is_said_not_to_be_read(capture):
+def test_a_probe_of_the_users_own_is_left_out(capture):
     class Mine(torchprobe.Activations):
         def compute(self, tensor):
             return super().compute(tensor * 2)
 
-    torch.manual_seed(0)
-    model, x, writer = Net(), torch.randn(4, 5), MemoryWriter()
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    session = torchprobe.instrument(model, writer=writer, probes=[Mine(every=1, gradients=False)])
-    step(model, optimizer, x)
+    model, x, writer, optimizer, session = warmed_up(probes=[Mine(every=1, gradients=False)])
     with capture() as graph:
         step(model, optimizer, x)
     session.next_step()

@@ -29,10 +29,10 @@ _kept: list[Tensor] = []  # sums of sessions that are over: graphs that read the
 
 
 class Sums:
-    """Of one tensor of the program. used: a graph adds to them."""
+    """Of one tensor of the program."""
 
     def __init__(self, reporter: Reporter, lines: Tensor) -> None:
-        self.reporter, self.lines, self.used = reporter, lines, False
+        self.reporter, self.lines = reporter, lines
 
     def begin(self) -> None:
         """Start anew, with the flag set."""
@@ -42,10 +42,6 @@ class Sums:
     def end(self) -> None:
         """Nothing is added up any more."""
         self.lines[-1, 0].zero_()
-
-    def use(self) -> None:
-        """A graph will add to them."""
-        self.used = True
 
 
 class GradientSums(Sums):
@@ -95,8 +91,10 @@ class InPlace:
         self._number = 0  # of the step that is added up
         self._due: frozenset[Reporter] = frozenset()
         self._ready: dict[int, tuple[int, list[Piece]]] = {}  # of steps that are over: the passes, and rows
-        self.used = False
-        """Whether a graph adds something up."""
+        self.ready = False
+        """Whether there is memory for it."""
+        self.used: set[Sums] = set()
+        """Those that a graph adds to."""
         self._passes = 0
 
     def lines(self, reporter: Reporter, name: str, device: torch.device) -> Tensor | None:
@@ -104,9 +102,9 @@ class InPlace:
         sums = self._outputs.get((reporter, name))
         if sums is None or sums.lines.device != device or reporter.gate.failed:
             return None
-        if not sums.used and reporter in self._due:
+        if sums not in self.used and reporter in self._due:
             sums.begin()
-        self._use(sums)
+        self.used.add(sums)
         return sums.lines
 
     def add(self, reporter: Reporter, name: str, tensor: Tensor) -> None:
@@ -116,7 +114,7 @@ class InPlace:
             tensor = reals([tensor.detach()])[0]
             if fused.applies_to(tensor):
                 add_in_place(sums.lines, tensor)
-                self._use(sums)
+                self.used.add(sums)
 
     def add_gradients(self, reporter: Reporter, named: Sequence[Named]) -> None:
         """Have the graph that is captured now add up the gradients that an optimizer uses."""
@@ -125,10 +123,10 @@ class InPlace:
             if fused.applies_to(one.tensor):
                 groups[one.tensor.dtype].append(one)
         for group in groups.values():
-            sums = next((one for one in self._gradients if one.reporter is reporter and not one.used), None)
+            sums = next((one for one in self._gradients if one.reporter is reporter and one not in self.used), None)
             if sums is not None and {one.tensor.device for one in group} == {sums.lines.device}:
                 sums.capture(group)
-                self._use(sums)
+                self.used.add(sums)
 
     def saw_pass(self) -> None:
         """A training pass runs in Python: where more run than count, the rows are of others' too."""
@@ -175,33 +173,29 @@ class InPlace:
 
     def detach(self) -> None:
         """Graphs that live on add nothing up any more."""
-        used = [sums for sums in (*self._outputs.values(), *self._gradients) if sums.used]
-        for sums in used:
+        for sums in self.used:
             sums.end()
-        _kept.extend(sums.lines for sums in used)
-        self._outputs, self._gradients, self.used = {}, [], False
+            _kept.append(sums.lines)
+        self._outputs, self._gradients, self.used, self.ready = {}, [], set(), False
 
     def _prepare(self, parameters: Sequence[Tensor], outputs: Iterable[tuple[Reporter, str]]) -> None:
         """Make the memory, once, on the model's device."""
         device = parameters[0].device if parameters else torch.device("meta")
         self._prepared = True
-        if device.type in GPUS and fused.usable(device.type):
+        self.ready = device.type in GPUS and fused.usable(device.type)
+        if self.ready:
             some = itertools.islice((one for one in outputs if _columns(one[0])), _MOST)
             self._outputs = {(reporter, name): Sums(reporter, fused.lines(device)) for reporter, name in some}
             many = [reporter for reporter in self._reporters if _columns(reporter)] * _OPTIMIZERS
             self._gradients = [GradientSums(reporter, len(parameters), device) for reporter in many]
 
-    def _use(self, sums: Sums) -> None:
-        sums.use()
-        self.used = True
-
     def _all(self, due: frozenset[Reporter]) -> list[Sums]:
-        return [one for one in (*self._outputs.values(), *self._gradients) if one.used and one.reporter in due]
+        return [one for one in self.used if one.reporter in due]
 
     def _finish(self) -> Iterator[Piece]:
         groups: defaultdict[Reporter, dict[str, Tensor]] = defaultdict(dict)
         for (reporter, name), sums in self._outputs.items():
-            if sums.used and reporter in self._due and not reporter.gate.failed:
+            if sums in self.used and reporter in self._due and not reporter.gate.failed:
                 groups[reporter][name] = sums.lines
         for reporter, lines in groups.items():
             yield _piece(reporter, list(lines), *fused.all_added(list(lines.values())))

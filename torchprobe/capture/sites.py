@@ -166,7 +166,7 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
 
 def _observe(site: Site, training: bool, output: Any) -> None:
     running = site.running
-    if records_graph():
+    if running.in_place.ready and records_graph():
         if training and torch.is_grad_enabled() and not in_backward():
             _capture(site, main_tensor(output))
         return

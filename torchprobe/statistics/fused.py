@@ -178,12 +178,13 @@ class Launch:
         self.addressed = len(tensors) > 1 if addressed is None else addressed
         self.elements = sizes[0]
         self.programs = sum([-(-size // self.span) for size in sizes])
-        self._of = np.array([tensor.data_ptr() for tensor in tensors]), np.array(sizes), x.element_size(), x.device
+        self._of = sizes, x.element_size(), x.device
+        self._addresses = [tensor.data_ptr() for tensor in tensors] if self.addressed else []
 
     def table(self) -> tuple[Tensor, Tensor]:
         """On the device: what each program reads, (programs, 3), and where the programs of each tensor end."""
-        addresses, sizes, width, device = self._of
-        places, ends = _table(addresses, sizes, self.span, width)
+        sizes, width, device = self._of
+        places, ends = _table(np.array(self._addresses), np.array(sizes), self.span, width)
         table = moved(torch.from_numpy(np.concatenate((places.reshape(-1), ends))), device)
         return table[: places.size].view(-1, 3), table[places.size :]
 

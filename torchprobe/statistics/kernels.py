@@ -30,6 +30,12 @@ def _place(x, places, elements, span, ADDRESSED: tl.constexpr):
         return x + program * span, tl.minimum(elements - program * span, span), program * 0
 
 
+@triton.jit
+def _held(place, adds):
+    """What is added to: 0 for a row that is new."""
+    return tl.where(adds, tl.load(place), 0.0)
+
+
 @triton.jit(do_not_specialize=["elements", "span", "gated"])
 def sums(x, places, out, flag, elements, span, gated, ADDRESSED: tl.constexpr, BLOCK: tl.constexpr):
     """A row of COLUMNS for each program. Deviations are from a finite element: see `moments._sums`.
@@ -71,22 +77,22 @@ def sums(x, places, out, flag, elements, span, gated, ADDRESSED: tl.constexpr, B
     share = tl.sum(shift, 0) / tl.maximum(count, 1.0)
     row = out + tl.program_id(0).to(tl.int64) * COLUMNS
     adds = gated != 0
-    before = tl.where(adds, tl.load(row), 0.0)
-    near = tl.where(adds, tl.load(row + 1), 0.0)
+    before = _held(row, adds)
+    near = _held(row + 1, adds)
     weight = count / tl.maximum(before + count, 1.0)
     apart = tl.where(count > 0, pivot.to(tl.float64) + share, near) - near
     m2 = tl.maximum(tl.sum(deviation, 0) - tl.sum(shift, 0) * share, 0.0) + apart * apart * (before * weight)
-    least = tl.where(before > 0, tl.where(adds, tl.load(row + 9), 0.0), _BOUND)
-    most = tl.where(before > 0, tl.where(adds, tl.load(row + 10), 0.0), -_BOUND)
+    least = tl.where(before > 0, _held(row + 9, adds), _BOUND)
+    most = tl.where(before > 0, _held(row + 10, adds), -_BOUND)
     tl.store(row, before + count)
     tl.store(row + 1, near + apart * weight)
-    tl.store(row + 2, tl.where(adds, tl.load(row + 2), 0.0) + m2)
-    tl.store(row + 3, tl.where(adds, tl.load(row + 3), 0.0) + 1.0)
-    tl.store(row + 4, tl.where(adds, tl.load(row + 4), 0.0) + tl.sum(zeros, 0).to(tl.float64))
-    tl.store(row + 5, tl.where(adds, tl.load(row + 5), 0.0) + missing.to(tl.float64))
-    tl.store(row + 6, tl.where(adds, tl.load(row + 6), 0.0) + tl.sum(fourth, 0))
-    tl.store(row + 7, tl.where(adds, tl.load(row + 7), 0.0) + tl.sum(square, 0))
-    tl.store(row + 8, tl.where(adds, tl.load(row + 8), 0.0) + tl.sum(absolute, 0))
+    tl.store(row + 2, _held(row + 2, adds) + m2)
+    tl.store(row + 3, _held(row + 3, adds) + 1.0)
+    tl.store(row + 4, _held(row + 4, adds) + tl.sum(zeros, 0).to(tl.float64))
+    tl.store(row + 5, _held(row + 5, adds) + missing.to(tl.float64))
+    tl.store(row + 6, _held(row + 6, adds) + tl.sum(fourth, 0))
+    tl.store(row + 7, _held(row + 7, adds) + tl.sum(square, 0))
+    tl.store(row + 8, _held(row + 8, adds) + tl.sum(absolute, 0))
     tl.store(row + 9, tl.minimum(tl.min(low, 0).to(tl.float64), least))
     tl.store(row + 10, tl.maximum(tl.max(high, 0).to(tl.float64), most))
 

@@ -58,14 +58,38 @@ def test_one_that_is_made_for_validation_is_found_there():
     assert_calibration(writer, 1, out.softmax(-1), y, "val/")
 
 
-def test_looks_are_few_where_the_loss_is_a_function(monkeypatch):
-    looks, classes = [], loss_modules._classes
-    monkeypatch.setattr(loss_modules, "_classes", lambda: looks.append(1) or classes())
+def focal(out, y):
+    return (F.cross_entropy(out, y, reduction="none") * 0.3 + out.logsumexp(-1).square()).mean()
+
+
+@pytest.mark.parametrize(("loss", "looks"), [(F.cross_entropy, 1), (focal, 2)], ids=["plain", "with_more"])
+def test_looks_are_few_where_the_loss_is_a_function(monkeypatch, loss, looks):
+    """One, and none later where the gradient tells what a call would."""
+    seen, classes = [], loss_modules._classes
+    monkeypatch.setattr(loss_modules, "_classes", lambda: seen.append(1) or classes())
     model = net()
     with watch(model, MemoryWriter()):
         for seed in range(120):
+            step(model, loss, seed)
+    assert len(seen) == looks
+
+
+def test_one_made_after_the_first_validation_is_found_in_a_later_one():
+    """Where training calls no loss module, and its gradients need none."""
+    model, writer = net(), MemoryWriter()
+    criteria = [nn.CrossEntropyLoss()]
+    with watch(model, writer):
+        for seed in range(102):
             step(model, F.cross_entropy, seed)
-    assert len(looks) == 2
+            if seed in (0, 101):
+                criteria.append(Mine())
+                with torch.no_grad():
+                    x, y = batch(200)
+                    out = model.eval()(x)
+                    criteria[-1](out, y)
+                model.train()
+                criteria.pop(0)
+    assert_calibration(writer, 102, out.softmax(-1), y, "val/")
 
 
 def test_a_later_look_finds_what_was_made_in_between():

@@ -232,11 +232,15 @@ class PredictionCapture:
         if gradient is not None and self._still_waits(phase, waiting):
             with self._protected(gradient):
                 judge = judge_of(roots().tensors, waiting.place)
+                if not waiting.candidates:
+                    self._loss_modules.missed(needed=judge.kind != "whole")
                 confirm_gradient(phase, waiting, self._plain.members(gradient.detach()), judge, self._draws.since())
 
     def _on_gradients(self, phase: Phase, waiting: Waiting, of_mean: Tensor, of_source: Tensor) -> None:
         if self._still_waits(phase, waiting):
             with self._protected(of_mean):
+                if not waiting.candidates:
+                    self._loss_modules.missed(needed=True)
                 confirm_likelihood(phase, waiting, of_mean, of_source)
 
     def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
@@ -248,8 +252,6 @@ class PredictionCapture:
         """Whether targets are wanted, now that the gradient has arrived: the last that can tell them."""
         if waiting.judged or self._gate.failed:
             return False
-        if not waiting.candidates:
-            self._loss_modules.missed()
         phase.has_judged(waiting)
         return True
 

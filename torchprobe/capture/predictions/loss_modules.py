@@ -27,9 +27,10 @@ class LossModules:
     A hook stays on its module until `detach`: a compiled function around it is compiled with it, once. It does nothing
     unless told to `listen`. No module is kept alive. on_call: hears of a call with its arguments.
 
-    A look through all objects costs 23 to 48 ms, so there is one at the first sampled training pass, one at the first
-    sampled validation pass if training has called none so far, and others only while gradients arrive without a call,
-    after 100 steps, 1,000 more, 10,000 more: a loss may be made late, but mostly it is a function.
+    A look through all objects costs 23 to 80 ms, so there is one at the first sampled training pass, one at the first
+    sampled validation pass if training has called none so far, and others only after 100 steps, 1,000 more, 10,000
+    more: in validation while training calls none, in training while its gradients do not tell what such a call would.
+    A loss may be made late, but mostly it is a function.
     """
 
     def __init__(self, on_call: OnCall) -> None:
@@ -40,16 +41,16 @@ class LossModules:
         self._looked_in: set[bool] = set()  # training or not
         self._wait = _FIRST_WAIT
         self._next_look = 0
-        self._missed = False
+        self._missed = self._needed = False
 
     def look_if_due(self, model: nn.Module | None, step: int, training: bool) -> None:
         """An output's targets are sought: put hooks on what there is, if it is time to look."""
         first = training not in self._looked_in and (training or self._missed or not self._hooked)
-        if first or (training and self._missed and step >= self._next_look):
+        if first or (step >= self._next_look and (self._needed if training else self._missed)):
             if not first:
                 self._wait *= 10
             self._looked_in.add(training)
-            self._missed, self._next_look = False, step + self._wait
+            self._missed, self._needed, self._next_look = False, False, step + self._wait
             for module in _loss_modules(model):
                 self._put_on(module)
 
@@ -60,12 +61,12 @@ class LossModules:
     def called(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A loss module has returned."""
         if self._listening and not under_transform():
-            self._missed = False
+            self._missed = self._needed = False
             self._on_call(module, args, kwargs)
 
-    def missed(self) -> None:
-        """A gradient has arrived, and no loss module was called."""
-        self._missed = True
+    def missed(self, needed: bool) -> None:
+        """A gradient has arrived, and no loss module was called. needed: the gradient has not told the targets."""
+        self._missed, self._needed = True, needed
 
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""

@@ -47,7 +47,6 @@ class Plan:
         self.descriptions = {group: text for r in self.reporters for group, text in r.descriptions.items()}
         self.rates = [cast("LearningRatesReporter", r) for r in self.reporters if r.source == "optimizers"]
         self.losses = [r for r in self.reporters if r.source == "loss"]
-        self.loss_gate: Gate = self.losses[0].gate if self.losses else Gate("Loss", meter)
         self.due: frozenset[Reporter] = frozenset()
         self.due_in_validation: frozenset[Reporter] = frozenset()
         self._samplers = _by_schedule(self.reporters)

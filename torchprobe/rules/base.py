@@ -11,17 +11,28 @@ from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torchprobe.arguments import check_count
-from torchprobe.records import Record, Text
+from torchprobe.records import EVIDENCE, Record, Text
 from torchprobe.rules.alert import Alert
 
 Found: TypeAlias = "list[Alert] | None"
 """What a watcher returns: the conditions that hold in this record; None when the record does not say."""
 
 LOSS_TAGS = ("train/loss", "loss", "overview/loss")  # the first that a record has is the training loss
+OF_SAMPLES: tuple[str, ...] = (EVIDENCE,)
+
+
+class Reader:
+    """A watcher that says which records it is asked about.
+
+    reads: tags (`train/loss`), groups (`lr/`) and `EVIDENCE`, of which a record has one. Of any other it knows that it
+    would return None and keep nothing; a diagnosis is of these steps alone. None: it is asked about each.
+    """
+
+    reads: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
-class BuiltIn:
+class BuiltIn(Reader):
     """Configuration of a rule: thresholds and counts above 0. Raises TypeError or ValueError for others.
 
     advice: what an alert of it means, what to try, and where that is from. patience: so many evaluated steps in a row
@@ -55,11 +66,11 @@ class BuiltIn:
         return [Alert(self.name, step, where, value, threshold, message, members=tuple(ill), advice=self.advice)]
 
 
-class Memory:
-    """A watcher that a resumed run goes on with: sees each record, or those `of_evidence`, and keeps plain values."""
+class Memory(Reader):
+    """A watcher that a resumed run goes on with: keeps plain values."""
 
-    def __init__(self, look: Callable[[Record, dict[str, Any]], Found], of_evidence: bool = False) -> None:
-        self._look, self.of_evidence = look, of_evidence
+    def __init__(self, look: Callable[[Record, dict[str, Any]], Found], reads: tuple[str, ...] | None) -> None:
+        self._look, self.reads = look, reads
         self._kept: dict[str, Any] = {}
 
     def __call__(self, record: Record) -> Found:
@@ -81,7 +92,7 @@ class Remembering(BuiltIn, ABC):
 
     def watcher(self) -> Memory:
         """With nothing kept yet."""
-        return Memory(self._look)
+        return Memory(self._look, self.reads)
 
     @abstractmethod
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -94,7 +105,7 @@ class Diagnosis(Remembering):
 
     fact: the evidence that `limit` is for, of the whole run or of each module or parameter; it holds above the limit in
     `samples` sampled steps running. serious: whether it is an alert; else a remark, which the log (as information) and
-    `session.summary()` show, for what may be meant as it is. follows: values that are looked at in other steps, too.
+    `session.summary()` show, for what may be meant as it is.
     """
 
     samples: int = 3
@@ -103,19 +114,10 @@ class Diagnosis(Remembering):
     fact: ClassVar[str] = ""
     limit: ClassVar[float] = 0.0
     message: ClassVar[str] = ""
-    follows: ClassVar[tuple[str, ...]] = ()
-
-    def watcher(self) -> Memory:
-        """Asked about other records than sampled ones where it follows something."""
-        return Memory(self._look, of_evidence=not self.follows)
+    reads = OF_SAMPLES
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps in how many samples running it held, and where."""
-        concerned = record.evidence or any(tag in record.values for tag in self.follows)
-        return self.judge(record, kept) if concerned else None
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """What holds, of a sampled step."""
         values = evidence(record, self.fact)
         ill = lasting(kept, {name: value for name, value in values.items() if value > self.limit}, self.samples)
         return self.said(record.step, ill) if values or kept else None
@@ -221,8 +223,8 @@ def scalar(record: Record, tag: str) -> float | None:
 
 def group(record: Record, name: str) -> list[tuple[str, float]]:
     """(module or parameter, number) of each tag `<name>/<module or parameter>`, without validation."""
-    found = [(where, record.values[tag]) for where, tag in record.group(name)]
-    return [(where, float(value)) for where, value in found if type(value) is float or isinstance(value, Real)]
+    found, plain = record.group(name), record.values
+    return [(where, float(v)) for where, tag in found if type(v := plain[tag]) is float or isinstance(v, Real)]
 
 
 def texts(record: Record, name: str) -> list[tuple[str, str]]:
@@ -233,8 +235,10 @@ def texts(record: Record, name: str) -> list[tuple[str, str]]:
 
 def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
     """The first of the tags that the record has, with its number, or None."""
-    found = ((tag, scalar(record, tag)) for tag in tags)
-    return next(((tag, value) for tag, value in found if value is not None), None)
+    for tag in tags:
+        if tag in record.values and (value := scalar(record, tag)) is not None:
+            return tag, value
+    return None
 
 
 def not_finite(record: Record) -> bool:

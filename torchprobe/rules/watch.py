@@ -8,13 +8,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from time import time
-from typing import Any
+from typing import Any, TypeAlias
 
-from torchprobe.records import OfTags, Record, Value, groups_of
+from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
-from torchprobe.rules.base import BuiltIn, Conditions
+from torchprobe.rules.base import BuiltIn, Conditions, Reader
 from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
+
+_Rules: TypeAlias = "Mapping[str, tuple[Callable[..., Any], Conditions]]"  # whom to ask, by name
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
 _LONGEST_REASON = 300  # characters of an exception in one line
@@ -58,7 +60,8 @@ class Watch:
         for rule in rules:
             patience = getattr(rule, "patience", BuiltIn.patience)
             self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
-        self._always = {name: one for name, one in self._rules.items() if not getattr(one[0], "of_evidence", False)}
+        self._resting = {name: (w.at_rest, held) for name, (w, held) in self._rules.items() if hasattr(w, "at_rest")}
+        self._concerned = OfTags(self._concerned_by)
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}
@@ -72,7 +75,6 @@ class Watch:
         self.stop: Alert | None = None
         """What ends the run at the next call of `check`."""
         self._step = 0
-        self._groups = OfTags(groups_of)
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
@@ -97,9 +99,8 @@ class Watch:
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
-        known = replace(record, groups=self._groups(record.values)) if self._rules else record
-        asked = self._rules if record.evidence else self._always  # most steps are not sampled, and most rules diagnoses
-        alerts = self._without_remarks(self._ask(asked, lambda w, c: c.turn(record.step, w(known))))
+        groups, rules = self._concerned((EVIDENCE if record.evidence else "", *record.values))
+        alerts = self._without_remarks(self._ask(rules, record.step, replace(record, groups=groups))) if rules else []
         announced, self._announced = self._announced, None
         shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record
@@ -110,7 +111,7 @@ class Watch:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
         self._tell(lambda follower: follower.at_rest())
         step, progress = self._step, self._progress()
-        alerts = self._ask(self._always, lambda w, c: c.turn(step, getattr(w, "at_rest", _nothing)(step, progress)))
+        alerts = self._ask(self._resting, step, step, progress)
         if not alerts:
             return None
         record = Record(step, time(), self._act(alerts))
@@ -175,9 +176,20 @@ class Watch:
         self._tell(lambda follower: follower.close())
         self._safely("on_alert.close", lambda: getattr(self._on_alert, "close", _nothing)())
 
-    def _ask(self, rules: Mapping[str, Any], question: Callable[..., list[Alert]]) -> list[Alert]:
-        found = [self._safely(f"rule {name}", question, *rule) for name, rule in rules.items()]
-        return [alert for alerts in found for alert in alerts or ()]
+    def _concerned_by(self, tags: tuple[str, ...]) -> tuple[Groups, _Rules]:
+        """The groups of tags, and who reads any of these; the first is `EVIDENCE` where there is some."""
+        evidence, *values = tags
+        groups = groups_of(values)
+        there = {*values, *(f"{group}/" for group in groups)} - {EVIDENCE} | {evidence}
+        return groups, {name: one for name, one in self._rules.items() if _is_concerned(one[0], there)}
+
+    def _ask(self, rules: _Rules, step: int, *question: Any) -> list[Alert]:
+        alerts: list[Alert] = []
+        for name, (watcher, conditions) in rules.items():
+            found = self._safely(f"rule {name}", watcher, *question)
+            if found is not None:
+                alerts += self._safely(f"rule {name}", conditions.turn, step, found) or ()
+        return alerts
 
     def _without_remarks(self, found: Sequence[Alert]) -> list[Alert]:
         """The alerts; what is only to be mentioned is, once, where it begins."""
@@ -233,6 +245,12 @@ def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
 
 def _nothing(*arguments: Any) -> None:
     """In place of a method that an object need not have."""
+
+
+def _is_concerned(watcher: Watcher, there: set[str]) -> bool:
+    """By a record in which these are."""
+    reads = watcher.reads if isinstance(watcher, Reader) else None
+    return reads is None or not there.isdisjoint(reads)
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:

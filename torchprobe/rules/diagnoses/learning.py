@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import Record
-from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
+from torchprobe.rules.base import LOSS_TAGS, OF_SAMPLES, Diagnosis, Found, evidence, first_of, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy
@@ -29,7 +29,7 @@ class AtChance(Diagnosis):
     targets: int = 10
 
     name = "at_chance"
-    follows = ("overview/loss",)
+    reads = (*OF_SAMPLES, "overview/loss")
     message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
@@ -37,7 +37,7 @@ class AtChance(Diagnosis):
         "neural networks: overfit one batch)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every tenth loss is judged, by the targets of the last sample."""
         loss = scalar(record, "overview/loss")
         self._learn(record, kept, loss)
@@ -55,8 +55,7 @@ class AtChance(Diagnosis):
 
     def _learn(self, record: Record, kept: dict[str, Any], loss: float | None) -> None:
         """plain: all samples so far had the plain cross-entropy for their loss, and targets enough."""
-        found = {fact: evidence(record, fact).get("") for fact in _TARGETS}
-        entropy, nll, counted, seen, classes, unseen = (math.nan if x is None else x for x in found.values())
+        entropy, nll, counted, seen, classes, unseen = (record.evidence.get(fact, math.nan) for fact in _TARGETS)
         if math.isnan(nll):
             return
         equal = loss is not None and min(abs(loss - nll), abs(loss - counted * nll)) <= _EQUAL * abs(nll) + 1e-3
@@ -83,7 +82,7 @@ class ClassNeverOccurs(Diagnosis):
         "torch.nn.CrossEntropyLoss)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Once enough targets were seen."""
         unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
         enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
@@ -105,7 +104,7 @@ class UnshuffledBatches(Diagnosis):
         "arXiv 1206.5533, section 3.1.1)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Pairs of one batch are of one class, pairs of the run are not."""
         now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
         if math.isnan(now):
@@ -128,7 +127,7 @@ class LearningRateTooHigh(Diagnosis):
     steps: int = 10
 
     name = "learning_rate_too_high"
-    follows = LOSS_TAGS
+    reads = (*OF_SAMPLES, *LOSS_TAGS)
     message = "steps move parameters by much of their norm, and the loss has leapt up and stays there"
     advice = (
         "The learning rate is too high: a healthy step moves a parameter by about a thousandth of its norm. Lower it "
@@ -136,7 +135,7 @@ class LearningRateTooHigh(Diagnosis):
         "to updates)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Each loss counts."""
         loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
         if loss is not None:
@@ -169,14 +168,14 @@ class LearningRateTooLow(Diagnosis):
     ratio: float = 1e-5
 
     name = "learning_rate_too_low"
-    follows = LOSS_TAGS
+    reads = (*OF_SAMPLES, *LOSS_TAGS)
     message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
     advice = (
         "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
         "until the loss moves (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """At samples."""
         found = first_of(record, LOSS_TAGS)
         losses = _keep(kept, record.step, found[1]) if found else kept.get("losses", [])
@@ -207,7 +206,7 @@ class WeightDecayTooLarge(Diagnosis):
         "0.01 to 0.1 with AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Beside the first sample."""
         norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
         decay = max(evidence(record, "decay").values(), default=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -29,6 +29,10 @@ class Reader:
     """
 
     reads: tuple[str, ...] | None = None
+
+    def is_concerned(self, there: Set[str]) -> bool:
+        """By a record in which these are."""
+        return self.reads is None or not there.isdisjoint(self.reads)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ class Conditions:
         if found is None:
             return []
         said = [_plain(alert) for alert in ([found] if isinstance(found, Alert) else found)]
+        if not said and not self._holding:
+            return []
         now = {_key(alert): alert for alert in reversed(said) if not alert.ended}
         over = {_key(alert) for alert in said if alert.ended} - now.keys()
         begun = [alert for key, alert in reversed(now.items()) if key not in self._holding]

@@ -59,6 +59,9 @@ class _Spike(Remembering):
         window, last = values[:-_RUNNING], values[-_RUNNING:]
         if not self._suffices(window) or sum(last) <= sum(window[-_RUNNING:]):  # cheaper than what is asked of a rise
             return []
+        low, most = min(last), len(window) * (100 - _HIGH) / 100 + 1
+        if len([past for past in window if past >= low]) > most:  # the percentile is no lower: cheaper than it, too
+            return []
         mean = float(np.mean(window))
         limit = max(mean + self.deviations * max(float(np.std(window)), _ROUNDING * abs(mean)), _SMALL * largest)
         jump, spread = float(np.mean(last)) - float(np.mean(window[-_RUNNING:])), float(np.std(window))

@@ -181,7 +181,8 @@ class Watch:
         evidence, *values = tags
         groups = groups_of(values)
         there = {*values, *(f"{group}/" for group in groups)} - {EVIDENCE} | {evidence}
-        return groups, {name: one for name, one in self._rules.items() if _is_concerned(one[0], there)}
+        asked = (rule for rule in self._rules.items() if not isinstance(r := rule[1][0], Reader) or r.is_concerned(there))
+        return groups, dict(asked)
 
     def _ask(self, rules: _Rules, step: int, *question: Any) -> list[Alert]:
         alerts: list[Alert] = []
@@ -245,12 +246,6 @@ def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
 
 def _nothing(*arguments: Any) -> None:
     """In place of a method that an object need not have."""
-
-
-def _is_concerned(watcher: Watcher, there: set[str]) -> bool:
-    """By a record in which these are."""
-    reads = watcher.reads if isinstance(watcher, Reader) else None
-    return reads is None or not there.isdisjoint(reads)
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:

@@ -40,7 +40,8 @@ class AtChance(Diagnosis):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every tenth loss is judged, by the targets of the last sample."""
         loss = scalar(record, "overview/loss")
-        self._learn(record, kept, loss)
+        if record.evidence:
+            self._learn(record, kept, loss)
         if loss is None or not math.isfinite(loss):
             return None
         losses = _keep(kept, record.step, loss)
@@ -179,7 +180,7 @@ class LearningRateTooLow(Diagnosis):
         """At samples."""
         found = first_of(record, LOSS_TAGS)
         losses = _keep(kept, record.step, found[1]) if found else kept.get("losses", [])
-        ratio, rates = scalar(record, "overview/update_ratio"), evidence(record, "rate").values()
+        ratio, rates = scalar(record, "overview/update_ratio"), record.evidence and evidence(record, "rate").values()
         if ratio is None or not rates:
             return None
         kept["rate"] = largest = max(*rates, kept.get("rate", 0.0))

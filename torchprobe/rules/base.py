@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -18,34 +18,22 @@ Found: TypeAlias = "list[Alert] | None"
 """What a watcher returns: the conditions that hold in this record; None when the record does not say."""
 
 LOSS_TAGS = ("train/loss", "loss", "overview/loss")  # the first that a record has is the training loss
-OF_SAMPLES: tuple[str, ...] = (EVIDENCE,)
-
-
-class Reader:
-    """A watcher that says which records it is asked about.
-
-    reads: tags (`train/loss`), groups (`lr/`) and `EVIDENCE`, of which a record has one. Of any other it knows that it
-    would return None and keep nothing; a diagnosis is of these steps alone. None: it is asked about each.
-    """
-
-    reads: tuple[str, ...] | None = None
-
-    def is_concerned(self, there: Set[str]) -> bool:
-        """By a record in which these are."""
-        return self.reads is None or not there.isdisjoint(self.reads)
 
 
 @dataclass(frozen=True)
-class BuiltIn(Reader):
+class BuiltIn:
     """Configuration of a rule: thresholds and counts above 0. Raises TypeError or ValueError for others.
 
     advice: what an alert of it means, what to try, and where that is from. patience: so many evaluated steps in a row
-    without its condition end it.
+    without its condition end it. reads: tags (`train/loss`), groups (`lr/`) and `EVIDENCE`: about a record with none of
+    them it is not asked, since it would return None and keep nothing, or, as a diagnosis, is of other steps. None: of
+    any record.
     """
 
     name: ClassVar[str]
     advice: ClassVar[str]
     patience: ClassVar[int] = 4
+    reads: ClassVar[tuple[str, ...] | None] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,7 +58,7 @@ class BuiltIn(Reader):
         return [Alert(self.name, step, where, value, threshold, message, members=tuple(ill), advice=self.advice)]
 
 
-class Memory(Reader):
+class Memory:
     """A watcher that a resumed run goes on with: keeps plain values."""
 
     def __init__(self, look: Callable[[Record, dict[str, Any]], Found], reads: tuple[str, ...] | None) -> None:
@@ -118,7 +106,7 @@ class Diagnosis(Remembering):
     fact: ClassVar[str] = ""
     limit: ClassVar[float] = 0.0
     message: ClassVar[str] = ""
-    reads = OF_SAMPLES
+    reads: ClassVar[tuple[str, ...] | None] = (EVIDENCE,)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps in how many samples running it held, and where."""
@@ -181,14 +169,12 @@ class Conditions:
         self._patience = patience
         self._holding: dict[_Key, _Held] = {}
 
-    def turn(self, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:
+    def turn(self, step: int, found: Iterable[Alert] | Alert) -> list[Alert]:
         """Alerts of what has begun, and of what has ended.
 
-        An alert that says `ended` by itself ends its condition at once; None leaves all as it is. Raises TypeError or
-        ValueError for what is no alert, or one whose numbers are none.
+        An alert that says `ended` by itself ends its condition at once. Raises TypeError or ValueError for what is no
+        alert, or one whose numbers are none.
         """
-        if found is None:
-            return []
         said = [_plain(alert) for alert in ([found] if isinstance(found, Alert) else found)]
         if not said and not self._holding:
             return []

@@ -47,9 +47,8 @@ class _Spike(Remembering):
         )
 
     def _sudden(self, record: Record, value: float, window: list[float], largest: float) -> list[Alert]:
-        if not self._suffices(window) or value <= _TIMES * abs(window[-1]):  # most values are, and need no maximum
-            return []
-        limit = max(_TIMES * max(map(abs, window)), _LARGE * largest)
+        far = self._suffices(window) and value > _TIMES * abs(window[-1])  # few are, and the maximum costs more
+        limit = max(_TIMES * max(map(abs, window)), _LARGE * largest) if far else math.inf
         if not value > limit:
             return []
         message = f"{self.what} is over {_TIMES:g} times the largest of its last {len(window)} values"

@@ -109,16 +109,15 @@ class UpdateRatio(Remembering):
 
 @dataclass(frozen=True)
 class _Threshold(BuiltIn):
-    """One alert for all modules whose number under `<values>/<module>` is above the threshold."""
+    """One alert for all modules whose number under what it reads, `<group>/<module>`, is above the threshold."""
 
     threshold: float
 
-    values: ClassVar[str]
     message: ClassVar[str]
 
     def __call__(self, record: Record) -> Found:
         """What holds in this record."""
-        values = dict(group(record, self.values))
+        values = {where: value for name in self.reads or () for where, value in group(record, name)}
         if not values:
             return None
         ill = {module: value for module, value in values.items() if self._holds(record, module, value)}
@@ -139,7 +138,6 @@ class AttentionCollapse(_Threshold):
     threshold: float = 0.1
 
     name = "attention_collapse"
-    values = "attention_entropy_min"
     reads = ("attention_entropy_min/",)
     message = "a head attends to hardly more than one key: its mean entropy in nats is below the threshold"
     advice = (
@@ -159,7 +157,6 @@ class AttentionLogitGrowth(_Threshold):
     threshold: float = 100.0
 
     name = "attention_logit_growth"
-    values = "attention_max_logit"
     reads = ("attention_max_logit/",)
     message = "the largest attention logit is above the threshold: the softmax saturates"
     advice = (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torchprobe.records import OfTags, Record, groups_of
 from torchprobe.rules.alert import Alert
@@ -35,9 +35,6 @@ class _Evidence(NamedTuple):
     elements: float
     message: str
     origin: bool = False
-
-
-_Source: TypeAlias = "Callable[[Record], Iterator[_Evidence]]"
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,9 @@ class _NonFiniteWatcher:
         self._holding[evidence.where] = self._rule.alert(step, evidence.where, evidence.elements, None, message)
 
 
-def _sources(tags: Iterable[str]) -> list[_Source]:
+def _sources(tags: Iterable[str]) -> list[Callable[[Record], Iterator[_Evidence]]]:
     """What of these tags may say that numbers are not finite, the most telling first."""
-    sources: dict[str, _Source] = {ORIGIN: _origins}
+    sources: dict[str, Any] = {ORIGIN: _origins}
     sources |= {name: partial(_counts, name) for name in ("activation_nonfinite", *_BACKWARD)}
     sources |= {"nonfinite": _signs, "parameters_nonfinite": partial(_counts, "parameters_nonfinite")}
     sources |= {"": partial(_losses, [tag for tag in tags if tag.endswith("loss")])}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Reader, Remembering, first_of, scalar
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, scalar
 
 _WAIT, _STEP = "performance/input_wait_seconds", "performance/step_seconds"
 
@@ -129,10 +129,8 @@ class Stalled(BuiltIn):
         return _StalledWatcher(self)
 
 
-class _StalledWatcher(Reader):
+class _StalledWatcher:
     """Remembers since when the progress has been the same."""
-
-    reads = ()
 
     def __init__(self, rule: Stalled) -> None:
         self._rule = rule

@@ -8,15 +8,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from time import time
-from typing import Any, TypeAlias
+from typing import Any
 
 from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
-from torchprobe.rules.base import BuiltIn, Conditions, Reader
+from torchprobe.rules.base import BuiltIn, Conditions, Memory
 from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
-
-_Rules: TypeAlias = "Mapping[str, tuple[Callable[..., Any], Conditions]]"  # whom to ask, by name
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
 _LONGEST_REASON = 300  # characters of an exception in one line
@@ -176,19 +174,19 @@ class Watch:
         self._tell(lambda follower: follower.close())
         self._safely("on_alert.close", lambda: getattr(self._on_alert, "close", _nothing)())
 
-    def _concerned_by(self, tags: tuple[str, ...]) -> tuple[Groups, _Rules]:
+    def _concerned_by(self, tags: tuple[str, ...]) -> tuple[Groups, Mapping[str, Any]]:
         """The groups of tags, and who reads any of these; the first is `EVIDENCE` where there is some."""
         evidence, *values = tags
         groups = groups_of(values)
         there = {*values, *(f"{group}/" for group in groups)} - {EVIDENCE} | {evidence}
-        asked = (rule for rule in self._rules.items() if not isinstance(r := rule[1][0], Reader) or r.is_concerned(there))
-        return groups, dict(asked)
+        reads = {name: one[0].reads for name, one in self._rules.items() if isinstance(one[0], BuiltIn | Memory)}
+        return groups, {n: one for n, one in self._rules.items() if (r := reads.get(n)) is None or there.intersection(r)}
 
-    def _ask(self, rules: _Rules, step: int, *question: Any) -> list[Alert]:
+    def _ask(self, rules: Mapping[str, Any], step: int, *question: Any) -> list[Alert]:
         alerts: list[Alert] = []
         for name, (watcher, conditions) in rules.items():
             found = self._safely(f"rule {name}", watcher, *question)
-            if found is not None:
+            if found is not None:  # else the record does not say
                 alerts += self._safely(f"rule {name}", conditions.turn, step, found) or ()
         return alerts
 

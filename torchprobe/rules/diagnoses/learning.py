@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.records import Record
-from torchprobe.rules.base import LOSS_TAGS, OF_SAMPLES, Diagnosis, Found, evidence, first_of, scalar
+from torchprobe.records import EVIDENCE, Record
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy
@@ -29,7 +29,7 @@ class AtChance(Diagnosis):
     targets: int = 10
 
     name = "at_chance"
-    reads = (*OF_SAMPLES, "overview/loss")
+    reads = (EVIDENCE, "overview/loss")
     message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
@@ -56,16 +56,14 @@ class AtChance(Diagnosis):
 
     def _learn(self, record: Record, kept: dict[str, Any], loss: float | None) -> None:
         """plain: all samples so far had the plain cross-entropy for their loss, and targets enough."""
-        entropy, nll, counted, seen, classes, unseen = (record.evidence.get(fact, math.nan) for fact in _TARGETS)
+        facts = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
+        entropy, nll, counted, seen, classes, unseen = (record.evidence.get(fact, math.nan) for fact in facts)
         if math.isnan(nll):
             return
         equal = loss is not None and min(abs(loss - nll), abs(loss - counted * nll)) <= _EQUAL * abs(nll) + 1e-3
         kept["equal"] = kept.get("equal", True) and equal
         kept["plain"] = kept["equal"] and seen >= self.targets * max(1.0, classes - unseen)
         kept["entropy"] = entropy
-
-
-_TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ class ClassNeverOccurs(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Once enough targets were seen."""
         unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
         enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
         return self.said(record.step, {"": unseen} if enough and unseen else {})
@@ -106,7 +103,6 @@ class UnshuffledBatches(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Pairs of one batch are of one class, pairs of the run are not."""
         now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
         if math.isnan(now):
             return None
@@ -128,7 +124,7 @@ class LearningRateTooHigh(Diagnosis):
     steps: int = 10
 
     name = "learning_rate_too_high"
-    reads = (*OF_SAMPLES, *LOSS_TAGS)
+    reads = (EVIDENCE, *LOSS_TAGS)
     message = "steps move parameters by much of their norm, and the loss has leapt up and stays there"
     advice = (
         "The learning rate is too high: a healthy step moves a parameter by about a thousandth of its norm. Lower it "
@@ -137,7 +133,6 @@ class LearningRateTooHigh(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Each loss counts."""
         loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
         if loss is not None:
             first = kept.setdefault("first", loss[1])
@@ -169,7 +164,7 @@ class LearningRateTooLow(Diagnosis):
     ratio: float = 1e-5
 
     name = "learning_rate_too_low"
-    reads = (*OF_SAMPLES, *LOSS_TAGS)
+    reads = (EVIDENCE, *LOSS_TAGS)
     message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
     advice = (
         "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
@@ -177,7 +172,6 @@ class LearningRateTooLow(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """At samples."""
         found = first_of(record, LOSS_TAGS)
         losses = _keep(kept, record.step, found[1]) if found else kept.get("losses", [])
         ratio, rates = scalar(record, "overview/update_ratio"), record.evidence and evidence(record, "rate").values()
@@ -208,7 +202,6 @@ class WeightDecayTooLarge(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Beside the first sample."""
         norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
         decay = max(evidence(record, "decay").values(), default=0.0)
         if norm is None or loss is None:

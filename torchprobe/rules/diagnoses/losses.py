@@ -123,7 +123,6 @@ class LargeInitialLoss(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of the first sample alone."""
         if kept.get("begun"):
             return []
         loss, classes = (evidence(record, fact).get("", math.nan) for fact in ("cross_entropy", "classes"))
@@ -167,7 +166,6 @@ class UnshiftedTargets(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Every attention sees fewer keys than there are."""
         equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
         if equal is None or not seen:
             return None
@@ -195,7 +193,6 @@ class AttendsToFuture(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In samples running."""
         following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
         if following is None or not seen:
             return None
@@ -222,7 +219,6 @@ class AttendsToPadding(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In samples running."""
         share, met, tokens = (evidence(record, f).get("", 0.0) for f in ("padding", "padding_met", "padding_tokens"))
         seen, ill = _keys_seen(record, "padding_tokens"), {}
         if not seen:

@@ -38,7 +38,6 @@ class ConstantInputs(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Exactly equal, in samples running."""
         values = evidence(record, self.fact)
         same = {name: value for name, value in values.items() if value == 0}
         return self.said(record.step, lasting(kept, same, self.samples)) if values else None
@@ -109,7 +108,6 @@ class SymmetricInitialisation(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of the first sample."""
         symmetric, constant = (
             {name: value for name, value in evidence(record, fact).items() if value}
             for fact in ("symmetric", "constant")
@@ -122,7 +120,6 @@ class SymmetricInitialisation(Diagnosis):
 @dataclass(frozen=True)
 class _AtOnce(Diagnosis):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In the first sample that has evidence."""
         return self.said(record.step, evidence(record, self.fact))
 
 

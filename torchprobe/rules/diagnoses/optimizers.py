@@ -25,7 +25,6 @@ class UnoptimizedParameters(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Held by nobody, and standing still."""
         values = evidence(record, self.fact)
         kept["still"] = still = {name: one for name, one in kept.get("still", {}).items() if name in values}
         for name, mark in values.items():
@@ -54,7 +53,6 @@ class DetachedParameters(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of some in samples running, or of all in all samples."""
         cut = {name: why for name, why in evidence(record, self.fact).items() if why > self.limit}
         never = _never(record, kept, 2.0, self.samples)
         return self.said(record.step, lasting(kept.setdefault("cut", {}), cut, self.samples) | never)
@@ -163,7 +161,6 @@ class NoOptimizerStep(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """As many as that in one step."""
         seen = evidence(record, self.fact).get("", 0.0)
         ill = seen >= self.backwards and not evidence(record, "rate")
         return [self.alert(record.step, None, seen, self.backwards, self.message)] if ill else []
@@ -183,7 +180,6 @@ class LearningRateZero(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Over all optimizers."""
         rates = evidence(record, "rate").values()
         if not rates:
             return None

@@ -180,7 +180,7 @@ class Watch:
         groups = groups_of(values)
         there = {*values, *(f"{group}/" for group in groups)} - {EVIDENCE} | {evidence}
         reads = {name: one[0].reads for name, one in self._rules.items() if isinstance(one[0], BuiltIn | Memory)}
-        return groups, {n: one for n, one in self._rules.items() if (r := reads.get(n)) is None or there.intersection(r)}
+        return groups, {n: one for n, one in self._rules.items() if (r := reads.get(n)) is None or there & {*r}}
 
     def _ask(self, rules: Mapping[str, Any], step: int, *question: Any) -> list[Alert]:
         alerts: list[Alert] = []

@@ -166,7 +166,7 @@ class OfTags(Generic[_T]):
         self._find = find
         self._known: dict[tuple[str, ...], _T] = {}
 
-    def __call__(self, values: Mapping[str, Any]) -> _T:
+    def __call__(self, values: Iterable[str]) -> _T:
         """Of these values' tags, in their order."""
         tags = tuple(values)
         if tags not in self._known:

@@ -173,7 +173,7 @@ def test_a_wrong_argument_is_named(options, error, words):
         open_watch(*options)
 
 
-MOST_CALLS = 550
+MOST_CALLS = 210
 """Of Python and of C, that all rules make of the record of a step that nothing samples."""
 
 

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torchprobe.arguments import check_count
-from torchprobe.records import Record, Text
+from torchprobe.records import EVIDENCE, Record, Text
 from torchprobe.rules.alert import Alert
 
 Found: TypeAlias = "list[Alert] | None"
@@ -25,12 +25,15 @@ class BuiltIn:
     """Configuration of a rule: thresholds and counts above 0. Raises TypeError or ValueError for others.
 
     advice: what an alert of it means, what to try, and where that is from. patience: so many evaluated steps in a row
-    without its condition end it.
+    without its condition end it. reads: tags (`train/loss`), groups (`lr/`) and `EVIDENCE`: about a record with none of
+    them it is not asked, since it would return None and keep nothing, or, as a diagnosis, is of other steps. None: of
+    any record.
     """
 
     name: ClassVar[str]
     advice: ClassVar[str]
     patience: ClassVar[int] = 4
+    reads: ClassVar[tuple[str, ...] | None] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,10 +59,10 @@ class BuiltIn:
 
 
 class Memory:
-    """A watcher that a resumed run goes on with: sees each record, or those `of_evidence`, and keeps plain values."""
+    """A watcher that a resumed run goes on with: keeps plain values."""
 
-    def __init__(self, look: Callable[[Record, dict[str, Any]], Found], of_evidence: bool = False) -> None:
-        self._look, self.of_evidence = look, of_evidence
+    def __init__(self, look: Callable[[Record, dict[str, Any]], Found], reads: tuple[str, ...] | None) -> None:
+        self._look, self.reads = look, reads
         self._kept: dict[str, Any] = {}
 
     def __call__(self, record: Record) -> Found:
@@ -81,7 +84,7 @@ class Remembering(BuiltIn, ABC):
 
     def watcher(self) -> Memory:
         """With nothing kept yet."""
-        return Memory(self._look)
+        return Memory(self._look, self.reads)
 
     @abstractmethod
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
@@ -94,7 +97,7 @@ class Diagnosis(Remembering):
 
     fact: the evidence that `limit` is for, of the whole run or of each module or parameter; it holds above the limit in
     `samples` sampled steps running. serious: whether it is an alert; else a remark, which the log (as information) and
-    `session.summary()` show, for what may be meant as it is. follows: values that are looked at in other steps, too.
+    `session.summary()` show, for what may be meant as it is.
     """
 
     samples: int = 3
@@ -103,19 +106,10 @@ class Diagnosis(Remembering):
     fact: ClassVar[str] = ""
     limit: ClassVar[float] = 0.0
     message: ClassVar[str] = ""
-    follows: ClassVar[tuple[str, ...]] = ()
-
-    def watcher(self) -> Memory:
-        """Asked about other records than sampled ones where it follows something."""
-        return Memory(self._look, of_evidence=not self.follows)
+    reads: ClassVar[tuple[str, ...] | None] = (EVIDENCE,)
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps in how many samples running it held, and where."""
-        concerned = record.evidence or any(tag in record.values for tag in self.follows)
-        return self.judge(record, kept) if concerned else None
-
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """What holds, of a sampled step."""
         values = evidence(record, self.fact)
         ill = lasting(kept, {name: value for name, value in values.items() if value > self.limit}, self.samples)
         return self.said(record.step, ill) if values or kept else None
@@ -175,15 +169,15 @@ class Conditions:
         self._patience = patience
         self._holding: dict[_Key, _Held] = {}
 
-    def turn(self, step: int, found: Iterable[Alert] | Alert | None) -> list[Alert]:
+    def turn(self, step: int, found: Iterable[Alert] | Alert) -> list[Alert]:
         """Alerts of what has begun, and of what has ended.
 
-        An alert that says `ended` by itself ends its condition at once; None leaves all as it is. Raises TypeError or
-        ValueError for what is no alert, or one whose numbers are none.
+        An alert that says `ended` by itself ends its condition at once. Raises TypeError or ValueError for what is no
+        alert, or one whose numbers are none.
         """
-        if found is None:
-            return []
         said = [_plain(alert) for alert in ([found] if isinstance(found, Alert) else found)]
+        if not said and not self._holding:
+            return []
         now = {_key(alert): alert for alert in reversed(said) if not alert.ended}
         over = {_key(alert) for alert in said if alert.ended} - now.keys()
         begun = [alert for key, alert in reversed(now.items()) if key not in self._holding]
@@ -221,8 +215,8 @@ def scalar(record: Record, tag: str) -> float | None:
 
 def group(record: Record, name: str) -> list[tuple[str, float]]:
     """(module or parameter, number) of each tag `<name>/<module or parameter>`, without validation."""
-    found = [(where, record.values[tag]) for where, tag in record.group(name)]
-    return [(where, float(value)) for where, value in found if type(value) is float or isinstance(value, Real)]
+    found, plain = record.group(name), record.values
+    return [(where, float(v)) for where, tag in found if type(v := plain[tag]) is float or isinstance(v, Real)]
 
 
 def texts(record: Record, name: str) -> list[tuple[str, str]]:
@@ -233,8 +227,10 @@ def texts(record: Record, name: str) -> list[tuple[str, str]]:
 
 def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
     """The first of the tags that the record has, with its number, or None."""
-    found = ((tag, scalar(record, tag)) for tag in tags)
-    return next(((tag, value) for tag, value in found if value is not None), None)
+    for tag in tags:
+        if tag in record.values and (value := scalar(record, tag)) is not None:
+            return tag, value
+    return None
 
 
 def not_finite(record: Record) -> bool:

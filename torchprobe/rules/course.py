@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,12 +30,11 @@ class _Spike(Remembering):
     window: int = 128
     least: int = 16
 
-    tags: ClassVar[tuple[str, ...]]
     what: ClassVar[str]
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps windows, one for each tag and set of optimizers; a GAN's two losses are two series."""
-        found = first_of(record, self.tags)
+        found = first_of(record, self.reads or ())
         if found is None:
             return None
         tag, value = found
@@ -49,7 +47,8 @@ class _Spike(Remembering):
         )
 
     def _sudden(self, record: Record, value: float, window: list[float], largest: float) -> list[Alert]:
-        limit = max(_TIMES * max(map(abs, window)), _LARGE * largest) if self._suffices(window) else math.inf
+        far = self._suffices(window) and value > _TIMES * abs(window[-1])  # few are, and the maximum costs more
+        limit = max(_TIMES * max(map(abs, window)), _LARGE * largest) if far else math.inf
         if not value > limit:
             return []
         message = f"{self.what} is over {_TIMES:g} times the largest of its last {len(window)} values"
@@ -58,6 +57,9 @@ class _Spike(Remembering):
     def _lasting(self, record: Record, values: list[float], largest: float) -> list[Alert]:
         window, last = values[:-_RUNNING], values[-_RUNNING:]
         if not self._suffices(window) or sum(last) <= sum(window[-_RUNNING:]):  # cheaper than what is asked of a rise
+            return []
+        low, most = min(last), len(window) * (100 - _HIGH) / 100 + 1
+        if len([past for past in window if past >= low]) > most:  # the percentile is no lower: cheaper than it, too
             return []
         mean = float(np.mean(window))
         limit = max(mean + self.deviations * max(float(np.std(window)), _ROUNDING * abs(mean)), _SMALL * largest)
@@ -88,7 +90,7 @@ class LossSpike(_Spike):
     """
 
     name = "loss_spike"
-    tags = LOSS_TAGS
+    reads = LOSS_TAGS
     what = "the loss"
     advice = (
         "One batch or a step that was too large has thrown the model back; many runs recover, some never do. If it "
@@ -102,7 +104,7 @@ class GradNormSpike(_Spike):
     """The total gradient norm, before clipping, is far above its last 128 sampled values; as `LossSpike`."""
 
     name = "grad_norm_spike"
-    tags = _NORMS
+    reads = _NORMS
     what = "the total gradient norm"
     advice = (
         "A few batches pull far harder than all others, which often comes just before the loss jumps. Clip the "
@@ -124,6 +126,7 @@ class ExplodingGradient(Remembering):
     least: int = 8
 
     name = "exploding_gradient"
+    reads = _NORMS
     advice = (
         "Gradients grow from step to step until updates destroy the weights. Clip the gradient norm, lower the "
         "learning rate, and look for layers whose activations grow with depth or time (Pascanu et al. 2013, arXiv "
@@ -166,12 +169,12 @@ class Overconfidence(Remembering):
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps the last samples, of training and of validation."""
-        trains = kept["trains"] = kept.get("trains", False) or bool(record.group("lr"))
-        judged = [self._judge(record, kept, *part) for part in (("", None), ("val/", "val"))]
-        if trains and record.step < self.untrained:
+        kept["trains"] = kept.get("trains") or bool(record.group("lr"))
+        if kept["trains"] and record.step < self.untrained:
             kept.update({"": [], "val/": []})
             return None
-        said = [alerts for alerts in judged if alerts is not None]
+        parts = [part for part in (("", None), ("val/", "val")) if f"{part[0]}calibration/count" in record.values]
+        said = [alerts for part in parts if (alerts := self._judge(record, kept, *part)) is not None]
         return [alert for alerts in said for alert in alerts] if said else None
 
     def _judge(self, record: Record, kept: dict[str, Any], prefix: str, where: str | None) -> Found:
@@ -197,19 +200,18 @@ class NothingCaptured(BuiltIn):
     """
 
     name = "nothing_captured"
+    patience = sys.maxsize  # it does not end
+    reads = ("nothing_captured/",)
     advice = (
         "What the probe looks for does not happen in this model in a form that it sees, so its tags stay empty. Leave"
         " the probe out, or bring the model into a form that is seen (torchprobe, docs/setups.md and "
         "docs/attention.md)."
     )
 
-    def watcher(self) -> Callable[[Record], Found]:
-        """Keeps what it has found: these alerts do not end."""
-        return partial(self._look, [])
-
-    def _look(self, found: list[Alert], record: Record) -> Found:
-        found += [self.alert(record.step, probe, 0.0, None, why) for probe, why in texts(record, "nothing_captured")]
-        return found or None
+    def __call__(self, record: Record) -> Found:
+        """What holds in this record."""
+        found = texts(record, "nothing_captured")
+        return [self.alert(record.step, probe, 0.0, None, why) for probe, why in found] or None
 
 
 def _past(kept: dict[str, Any], value: float, size: int) -> list[float]:

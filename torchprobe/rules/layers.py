@@ -109,16 +109,15 @@ class UpdateRatio(Remembering):
 
 @dataclass(frozen=True)
 class _Threshold(BuiltIn):
-    """One alert for all modules whose number under `<values>/<module>` is above the threshold."""
+    """One alert for all modules whose number under what it reads, `<group>/<module>`, is above the threshold."""
 
     threshold: float
 
-    values: ClassVar[str]
     message: ClassVar[str]
 
     def __call__(self, record: Record) -> Found:
         """What holds in this record."""
-        values = dict(group(record, self.values))
+        values = {where: value for name in self.reads or () for where, value in group(record, name)}
         if not values:
             return None
         ill = {module: value for module, value in values.items() if self._holds(record, module, value)}
@@ -139,7 +138,7 @@ class AttentionCollapse(_Threshold):
     threshold: float = 0.1
 
     name = "attention_collapse"
-    values = "attention_entropy_min"
+    reads = ("attention_entropy_min/",)
     message = "a head attends to hardly more than one key: its mean entropy in nats is below the threshold"
     advice = (
         "A head that looks at one key passes hardly any gradient to queries and keys, and training often turns "
@@ -158,7 +157,7 @@ class AttentionLogitGrowth(_Threshold):
     threshold: float = 100.0
 
     name = "attention_logit_growth"
-    values = "attention_max_logit"
+    reads = ("attention_max_logit/",)
     message = "the largest attention logit is above the threshold: the softmax saturates"
     advice = (
         "Logits of this size make the softmax one-hot, and in half precision they soon overflow. Try normalised "
@@ -179,6 +178,7 @@ class DeadUnits(Remembering):
     samples: int = 3
 
     name = "dead_units"
+    reads = ("dead_units/",)
     advice = (
         "A unit that is never active has no gradient and does not come back by itself, so the layer is narrower than "
         "it looks. Try a lower learning rate, He initialisation with small positive biases, or a leaky unit such as "
@@ -225,9 +225,10 @@ def _begins(record: Record, kept: dict[str, Any]) -> bool:
     the last sample had a gradient there or has one now: a weight of zero hides what stands before it.
     """
     begins = record.step == 1 or not kept.get("moved", True) or bool(kept.get("zero"))
-    rates = [rate for _, rate in group(record, "lr")]
-    if rates or record.step > 1:
-        kept["moved"] = kept.get("moved", record.step > 1) or not rates or max(rates) > 0
+    if not kept.get("moved"):
+        rates = [rate for _, rate in group(record, "lr")]
+        if rates or record.step > 1:
+            kept["moved"] = kept.get("moved", record.step > 1) or not rates or max(rates) > 0
     norms = dict(group(record, "param_norm"))
     if norms:
         gradients = dict(group(record, "grad_norm"))

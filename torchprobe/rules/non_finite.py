@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from torchprobe.records import OfTags, Record
+from torchprobe.records import OfTags, Record, groups_of
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.base import BuiltIn, Found, group, scalar, texts
 
@@ -66,11 +67,11 @@ class _NonFiniteWatcher:
         self._explained = False
         self._last_bad = self._last_clean = 0
         self._clean = 0  # steps running
-        self._losses = OfTags(lambda tags: [tag for tag in tags if tag.endswith("loss")])
+        self._sources = OfTags(_sources)
 
     def __call__(self, record: Record) -> Found:
         """One alert for all of it."""
-        evidence = next(_evidence(record, self._losses(record.values)), None)
+        evidence = next((one for source in self._sources(record.values) for one in source(record)), None)
         if evidence is not None:
             self._hold(record.step, evidence)
         elif record.step == self._last_bad:  # a second record of that step: of what was logged after it
@@ -96,15 +97,15 @@ class _NonFiniteWatcher:
         self._holding[evidence.where] = self._rule.alert(step, evidence.where, evidence.elements, None, message)
 
 
-def _evidence(record: Record, losses: Iterable[str]) -> Iterator[_Evidence]:
-    """What says that numbers are not finite, the most telling first."""
-    yield from _origins(record)
-    for name in ("activation_nonfinite", *_BACKWARD):
-        yield from _counts(record, name)
-    yield from _signs(record)
-    yield from _counts(record, "parameters_nonfinite")
-    yield from _losses(record, losses)
-    yield from _counts(record, "val/activation_nonfinite")
+def _sources(tags: Iterable[str]) -> list[Callable[[Record], Iterator[_Evidence]]]:
+    """What of these tags may say that numbers are not finite, the most telling first."""
+    sources: dict[str, Any] = {ORIGIN: _origins}
+    sources |= {name: partial(_counts, name) for name in ("activation_nonfinite", *_BACKWARD)}
+    sources |= {"nonfinite": _signs, "parameters_nonfinite": partial(_counts, "parameters_nonfinite")}
+    sources |= {"": partial(_losses, [tag for tag in tags if tag.endswith("loss")])}
+    sources |= {"val": partial(_counts, "val/activation_nonfinite")}
+    there = groups_of(tags).keys() | {""}
+    return [source for group, source in sources.items() if group in there]
 
 
 def _origins(record: Record) -> Iterator[_Evidence]:
@@ -113,7 +114,7 @@ def _origins(record: Record) -> Iterator[_Evidence]:
         yield _Evidence(None if where == NO_MODULE else where, count, text, origin=True)
 
 
-def _counts(record: Record, name: str) -> Iterator[_Evidence]:
+def _counts(name: str, record: Record) -> Iterator[_Evidence]:
     validation = "in validation " if name.startswith("val/") else ""
     group_name = name.removeprefix("val/")
     found = [(where, count) for where, count in group(record, name) if count]
@@ -127,7 +128,7 @@ def _signs(record: Record) -> Iterator[_Evidence]:
             yield _Evidence(None, 1.0, message)
 
 
-def _losses(record: Record, tags: Iterable[str]) -> Iterator[_Evidence]:
+def _losses(tags: Iterable[str], record: Record) -> Iterator[_Evidence]:
     for tag in tags:
         number = scalar(record, tag)
         if number is not None and not math.isfinite(number):

@@ -29,6 +29,7 @@ class Overfitting(Remembering):
     validations: int = 3
 
     name = "overfitting"
+    reads = (*LOSS_TAGS, "calibration/nll", "val/loss", "val/calibration/nll")
     patience = 1  # a validation is a judgement by itself
     advice = (
         "What the model still learns holds for its training data alone. Go back to the checkpoint of the smallest "
@@ -39,8 +40,10 @@ class Overfitting(Remembering):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         found: Found = None
         for tag, training in (("val/loss", LOSS_TAGS), ("val/calibration/nll", ("calibration/nll",))):
-            own = kept.setdefault(tag, {"sum": 0.0, "count": 0, "run": 0})
             trained, loss = first_of(record, training), scalar(record, tag)
+            if trained is None and loss is None:
+                continue
+            own = kept.setdefault(tag, {"sum": 0.0, "count": 0, "run": 0})
             if trained is not None:
                 own["sum"], own["count"] = own["sum"] + trained[1], own["count"] + 1
             if loss is not None and own["count"] and found is None:
@@ -77,6 +80,7 @@ class InputBound(Remembering):
     window: int = 128
 
     name = "input_bound"
+    reads = (_STEP,)
     advice: ClassVar[str] = (
         "Training stands still while the next batch is made, or whatever else runs between two steps. Give the data "
         "loader workers that stay (num_workers, persistent_workers, pin_memory), prepare data once instead of at every "

@@ -10,9 +10,9 @@ from itertools import count
 from time import time
 from typing import Any
 
-from torchprobe.records import OfTags, Record, Value, groups_of
+from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
-from torchprobe.rules.base import BuiltIn, Conditions
+from torchprobe.rules.base import BuiltIn, Conditions, Memory
 from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 
@@ -58,7 +58,8 @@ class Watch:
         for rule in rules:
             patience = getattr(rule, "patience", BuiltIn.patience)
             self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
-        self._always = {name: one for name, one in self._rules.items() if not getattr(one[0], "of_evidence", False)}
+        self._resting = {name: (w.at_rest, held) for name, (w, held) in self._rules.items() if hasattr(w, "at_rest")}
+        self._concerned = OfTags(self._concerned_by)
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}
@@ -72,7 +73,6 @@ class Watch:
         self.stop: Alert | None = None
         """What ends the run at the next call of `check`."""
         self._step = 0
-        self._groups = OfTags(groups_of)
 
     def follow_clock(self, progress: Callable[[], Hashable], completed: Callable[[], int]) -> None:
         """Take the time from there. progress: changes while the run goes on. completed: the steps that have ended."""
@@ -97,9 +97,8 @@ class Watch:
     def __call__(self, record: Record) -> Record:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
-        known = replace(record, groups=self._groups(record.values)) if self._rules else record
-        asked = self._rules if record.evidence else self._always  # most steps are not sampled, and most rules diagnoses
-        alerts = self._without_remarks(self._ask(asked, lambda w, c: c.turn(record.step, w(known))))
+        groups, rules = self._concerned((EVIDENCE if record.evidence else "", *record.values))
+        alerts = self._without_remarks(self._ask(rules, record.step, replace(record, groups=groups))) if rules else []
         announced, self._announced = self._announced, None
         shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record
@@ -110,7 +109,7 @@ class Watch:
         """Each time that the drain has caught up: a record of alerts about what does not happen, or None."""
         self._tell(lambda follower: follower.at_rest())
         step, progress = self._step, self._progress()
-        alerts = self._ask(self._always, lambda w, c: c.turn(step, getattr(w, "at_rest", _nothing)(step, progress)))
+        alerts = self._ask(self._resting, step, step, progress)
         if not alerts:
             return None
         record = Record(step, time(), self._act(alerts))
@@ -175,9 +174,21 @@ class Watch:
         self._tell(lambda follower: follower.close())
         self._safely("on_alert.close", lambda: getattr(self._on_alert, "close", _nothing)())
 
-    def _ask(self, rules: Mapping[str, Any], question: Callable[..., list[Alert]]) -> list[Alert]:
-        found = [self._safely(f"rule {name}", question, *rule) for name, rule in rules.items()]
-        return [alert for alerts in found for alert in alerts or ()]
+    def _concerned_by(self, tags: tuple[str, ...]) -> tuple[Groups, Mapping[str, Any]]:
+        """The groups of tags, and who reads any of these; the first is `EVIDENCE` where there is some."""
+        evidence, *values = tags
+        groups = groups_of(values)
+        there = {*values, *(f"{group}/" for group in groups)} - {EVIDENCE} | {evidence}
+        reads = {name: one[0].reads for name, one in self._rules.items() if isinstance(one[0], BuiltIn | Memory)}
+        return groups, {n: one for n, one in self._rules.items() if (r := reads.get(n)) is None or there & {*r}}
+
+    def _ask(self, rules: Mapping[str, Any], step: int, *question: Any) -> list[Alert]:
+        alerts: list[Alert] = []
+        for name, (watcher, conditions) in rules.items():
+            found = self._safely(f"rule {name}", watcher, *question)
+            if found is not None:  # else the record does not say
+                alerts += self._safely(f"rule {name}", conditions.turn, step, found) or ()
+        return alerts
 
     def _without_remarks(self, found: Sequence[Alert]) -> list[Alert]:
         """The alerts; what is only to be mentioned is, once, where it begins."""

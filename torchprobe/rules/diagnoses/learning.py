@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.records import Record
+from torchprobe.records import EVIDENCE, Record
 from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
@@ -29,7 +29,7 @@ class AtChance(Diagnosis):
     targets: int = 10
 
     name = "at_chance"
-    follows = ("overview/loss",)
+    reads = (EVIDENCE, "overview/loss")
     message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
@@ -37,10 +37,11 @@ class AtChance(Diagnosis):
         "neural networks: overfit one batch)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Every tenth loss is judged, by the targets of the last sample."""
         loss = scalar(record, "overview/loss")
-        self._learn(record, kept, loss)
+        if record.evidence:
+            self._learn(record, kept, loss)
         if loss is None or not math.isfinite(loss):
             return None
         losses = _keep(kept, record.step, loss)
@@ -55,17 +56,14 @@ class AtChance(Diagnosis):
 
     def _learn(self, record: Record, kept: dict[str, Any], loss: float | None) -> None:
         """plain: all samples so far had the plain cross-entropy for their loss, and targets enough."""
-        found = {fact: evidence(record, fact).get("") for fact in _TARGETS}
-        entropy, nll, counted, seen, classes, unseen = (math.nan if x is None else x for x in found.values())
+        facts = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
+        entropy, nll, counted, seen, classes, unseen = (record.evidence.get(fact, math.nan) for fact in facts)
         if math.isnan(nll):
             return
         equal = loss is not None and min(abs(loss - nll), abs(loss - counted * nll)) <= _EQUAL * abs(nll) + 1e-3
         kept["equal"] = kept.get("equal", True) and equal
         kept["plain"] = kept["equal"] and seen >= self.targets * max(1.0, classes - unseen)
         kept["entropy"] = entropy
-
-
-_TARGETS = ("target_entropy", "cross_entropy", "counted", "targets", "classes", "classes_unseen")
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class ClassNeverOccurs(Diagnosis):
         "torch.nn.CrossEntropyLoss)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Once enough targets were seen."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
         enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
         return self.said(record.step, {"": unseen} if enough and unseen else {})
@@ -105,8 +102,7 @@ class UnshuffledBatches(Diagnosis):
         "arXiv 1206.5533, section 3.1.1)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Pairs of one batch are of one class, pairs of the run are not."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         now, run, size = (evidence(record, f).get("", math.nan) for f in ("same_class", "same_class_in_all", "batch"))
         if math.isnan(now):
             return None
@@ -128,7 +124,7 @@ class LearningRateTooHigh(Diagnosis):
     steps: int = 10
 
     name = "learning_rate_too_high"
-    follows = LOSS_TAGS
+    reads = (EVIDENCE, *LOSS_TAGS)
     message = "steps move parameters by much of their norm, and the loss has leapt up and stays there"
     advice = (
         "The learning rate is too high: a healthy step moves a parameter by about a thousandth of its norm. Lower it "
@@ -136,8 +132,7 @@ class LearningRateTooHigh(Diagnosis):
         "to updates)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Each loss counts."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         loss, ratio = first_of(record, LOSS_TAGS), scalar(record, "overview/update_ratio")
         if loss is not None:
             first = kept.setdefault("first", loss[1])
@@ -169,18 +164,17 @@ class LearningRateTooLow(Diagnosis):
     ratio: float = 1e-5
 
     name = "learning_rate_too_low"
-    follows = LOSS_TAGS
+    reads = (EVIDENCE, *LOSS_TAGS)
     message = "steps move parameters by next to nothing, and the loss hardly falls: the learning rate is too low"
     advice = (
         "A healthy step moves a parameter by about a thousandth of its norm. Raise the learning rate by factors of 10 "
         "until the loss moves (Stanford CS231n, Neural Networks 3: ratio of weights to updates)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """At samples."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         found = first_of(record, LOSS_TAGS)
         losses = _keep(kept, record.step, found[1]) if found else kept.get("losses", [])
-        ratio, rates = scalar(record, "overview/update_ratio"), evidence(record, "rate").values()
+        ratio, rates = scalar(record, "overview/update_ratio"), record.evidence and evidence(record, "rate").values()
         if ratio is None or not rates:
             return None
         kept["rate"] = largest = max(*rates, kept.get("rate", 0.0))
@@ -207,8 +201,7 @@ class WeightDecayTooLarge(Diagnosis):
         "0.01 to 0.1 with AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Beside the first sample."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
         decay = max(evidence(record, "decay").values(), default=0.0)
         if norm is None or loss is None:

@@ -24,7 +24,7 @@ class SoftmaxBeforeCrossEntropy(Diagnosis):
         f"loss cannot fall below ln(1 + (K - 1)/e) and gradients are small ({_DOCS}.CrossEntropyLoss)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """By the graph at once; by the values alone, where the graph is hidden, in samples running."""
         values = evidence(record, self.fact)
         if not values:
@@ -122,8 +122,7 @@ class LargeInitialLoss(Diagnosis):
         "(Karpathy 2019, A recipe for training neural networks: verify loss at init)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of the first sample alone."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         if kept.get("begun"):
             return []
         loss, classes = (evidence(record, fact).get("", math.nan) for fact in ("cross_entropy", "classes"))
@@ -166,8 +165,7 @@ class UnshiftedTargets(Diagnosis):
         "2018, Improving language understanding by generative pre-training)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Every attention sees fewer keys than there are."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         equal, seen = evidence(record, "targets_are_inputs").get(""), _keys_seen(record)
         if equal is None or not seen:
             return None
@@ -194,8 +192,7 @@ class AttendsToFuture(Diagnosis):
         "positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In samples running."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         following, seen = evidence(record, "targets_are_next").get(""), _keys_seen(record)
         if following is None or not seen:
             return None
@@ -221,8 +218,7 @@ class AttendsToPadding(Diagnosis):
         "torch.nn.MultiheadAttention)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In samples running."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         share, met, tokens = (evidence(record, f).get("", 0.0) for f in ("padding", "padding_met", "padding_tokens"))
         seen, ill = _keys_seen(record, "padding_tokens"), {}
         if not seen:

@@ -37,8 +37,7 @@ class ConstantInputs(Diagnosis):
         "net)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Exactly equal, in samples running."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         values = evidence(record, self.fact)
         same = {name: value for name, value in values.items() if value == 0}
         return self.said(record.step, lasting(kept, same, self.samples)) if values else None
@@ -57,7 +56,7 @@ class RepeatedBatch(Diagnosis):
         "each time and gives the first batch again: loop over the loader (PyTorch, Datasets & DataLoaders)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """A loader of a few batches in a fixed order would give others between."""
         now = evidence(record, self.fact).get("")
         if now is None:
@@ -83,7 +82,7 @@ class SaturatedUnits(Diagnosis):
         "feedforward neural networks)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Layers that were so in each sample of the run; later on a gate may be."""
         values = evidence(record, self.fact)
         if not values:
@@ -108,8 +107,7 @@ class SymmetricInitialisation(Diagnosis):
         "(Goodfellow et al. 2016, Deep Learning, section 8.4)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of the first sample."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         symmetric, constant = (
             {name: value for name, value in evidence(record, fact).items() if value}
             for fact in ("symmetric", "constant")
@@ -121,8 +119,7 @@ class SymmetricInitialisation(Diagnosis):
 
 @dataclass(frozen=True)
 class _AtOnce(Diagnosis):
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """In the first sample that has evidence."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         return self.said(record.step, evidence(record, self.fact))
 
 
@@ -179,7 +176,7 @@ class BatchNormFewValues(Diagnosis):
         "arXiv 1803.08494)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """In samples running; the last batch of an epoch may be small."""
         values = evidence(record, "norm_values")
         few = {name: count for name, count in values.items() if count <= self.values}
@@ -234,7 +231,7 @@ class ValidatedInTrainingMode(Diagnosis):
         "(PyTorch, torch.nn.Module.eval)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """A validation of several passes, or after fewer than half of the samples."""
         value = evidence(record, self.fact).get("", 0.0)
         row = evidence(record, "validations_in_a_row").get("", 0.0)
@@ -258,7 +255,7 @@ class DropoutInValidation(Diagnosis):
         "them (PyTorch, torch.nn.Dropout)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Where nothing but dropout depends on the mode."""
         values = evidence(record, self.fact)
         return self.said(record.step, values if values.get("") == 1.0 else {}) if values else None

@@ -24,8 +24,7 @@ class UnoptimizedParameters(Diagnosis):
         "torch.optim: constructing an optimizer)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Held by nobody, and standing still."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         values = evidence(record, self.fact)
         kept["still"] = still = {name: one for name, one in kept.get("still", {}).items() if name in values}
         for name, mark in values.items():
@@ -53,8 +52,7 @@ class DetachedParameters(Diagnosis):
         "mechanics)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Of some in samples running, or of all in all samples."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         cut = {name: why for name, why in evidence(record, self.fact).items() if why > self.limit}
         never = _never(record, kept, 2.0, self.samples)
         return self.said(record.step, lasting(kept.setdefault("cut", {}), cut, self.samples) | never)
@@ -73,7 +71,7 @@ class UnusedParameters(Diagnosis):
         "not meant, look there (PyTorch, Autograd mechanics)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """All reasons but a cut graph; or an optimizer that has found nothing in any sample, while others do."""
         some = {name: why for name, why in evidence(record, self.fact).items() if why <= _NO_GRAD}
         never = _never(record, kept, 1.0, self.samples)
@@ -108,7 +106,7 @@ class UnusedEmbeddingRows(Diagnosis):
         "torch.nn.Embedding)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """By table; what is kept is since how many look-ups there were no new rows."""
         values, ill = evidence(record, self.fact), {}
         rare, sizes, counts = (evidence(record, fact) for fact in ("rows_rare", "rows", "lookups"))
@@ -162,8 +160,7 @@ class NoOptimizerStep(Diagnosis):
         "model parameters)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """As many as that in one step."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         seen = evidence(record, self.fact).get("", 0.0)
         ill = seen >= self.backwards and not evidence(record, "rate")
         return [self.alert(record.step, None, seen, self.backwards, self.message)] if ill else []
@@ -182,8 +179,7 @@ class LearningRateZero(Diagnosis):
         "a warm-up that is counted in epochs gives 0 (PyTorch, torch.optim.lr_scheduler)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
-        """Over all optimizers."""
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         rates = evidence(record, "rate").values()
         if not rates:
             return None
@@ -206,7 +202,7 @@ class LearningRateDecaysEarly(Diagnosis):
         "it the number of batches (PyTorch, torch.optim: how to adjust learning rate)."
     )
 
-    def judge(self, record: Record, kept: dict[str, Any]) -> Found:
+    def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Since which sample it is that low, with a loss that is still worth learning."""
         rates = evidence(record, "rate").values()
         if not rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def heat_map(matrix: NDArray[np.float64], *, rows: str, columns: str, title: str
     _numbers_down(draw, (_LEFT, _HEAD), height, matrix.shape[0])
     _numbers_across(draw, (_LEFT, _HEAD + height), width, matrix.shape[1])
     _colour_bar(canvas, draw, (TILE - _BAR_ROOM, _HEAD), foot - _HEAD, low, high)
-    return _image(canvas)
+    return Image(np.asarray(canvas, dtype=np.uint8))
 
 
 def grid(
@@ -69,7 +70,7 @@ def grid(
         if left == _LEFT:
             _numbers_down(draw, (left, top), height, tiles[i].shape[0])
     _colour_bar(canvas, draw, (right, down), max(height, 70), 0.0, high)
-    return _image(canvas)
+    return Image(np.asarray(canvas, dtype=np.uint8))
 
 
 def coloured(matrix: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
@@ -100,10 +101,6 @@ def _blank(width: int, height: int, title: str = "") -> tuple[Picture, ImageDraw
     return canvas, draw
 
 
-def _image(canvas: Picture) -> Image:
-    return Image(np.asarray(canvas, dtype=np.uint8))
-
-
 def _put(canvas: Picture, pixels: NDArray[np.uint8], at: tuple[int, int]) -> None:
     from PIL import Image as Pillow
 
@@ -111,9 +108,14 @@ def _put(canvas: Picture, pixels: NDArray[np.uint8], at: tuple[int, int]) -> Non
 
 
 def _write(draw: ImageDraw, at: tuple[float, float], text: str, *, anchor: str = "la", size: int = 11) -> None:
+    draw.text(at, text, fill="black", font=_font(size), anchor=anchor)
+
+
+@cache  # decoding it takes as long as a line of text, and it keeps the glyphs that it has drawn
+def _font(size: int) -> Any:
     from PIL import ImageFont
 
-    draw.text(at, text, fill="black", font=ImageFont.load_default(size), anchor=anchor)
+    return ImageFont.load_default(size)
 
 
 def _numbers_down(draw: ImageDraw, at: tuple[int, int], height: int, count: int) -> None:
@@ -199,7 +201,7 @@ class _Plot:
 
     def image(self) -> Image:
         """What was drawn."""
-        return _image(self._canvas)
+        return Image(np.asarray(self._canvas, dtype=np.uint8))
 
 
 def reliability_diagram(curve: Curve) -> Image:

@@ -6,6 +6,7 @@ import functools
 import math
 from bisect import bisect_left
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +49,17 @@ def test_buckets_are_as_narrow_as_a_power_of_two_can_be():
     row = linear.linear_histogram(torch.arange(11.0), 10)
     assert row.tolist() == [0, 10, 0, 2, 2, 2, 2, 2, 1, 0, 0, 0, 0]
     assert linear.edges(0.0, 10.0, 10).tolist() == list(range(0, 22, 2))
+
+
+def test_edges_of_the_narrowest_buckets_are_where_elements_were_counted():
+    x = 2.0**-100 * torch.tensor([0.9, 30, 64.5], dtype=torch.float64)  # 64 buckets of 2**-100 just miss the last one
+    assert_between_edges(x, linear.linear_histogram(x).tolist(), 64)
+
+
+def test_edges_of_many_histograms_are_those_of_each():
+    low, high = np.array([-1.0, 3.0, 0.0, -1.7e308]), np.array([2.9, 3.0, 0.0, 1.7e308])
+    each = [linear.edges(*ends, 7).tolist() for ends in zip(low, high, strict=True)]
+    assert linear.edges(low, high, 7).tolist() == each
 
 
 def test_edges_are_multiples_of_the_width_so_zero_is_one_of_them():

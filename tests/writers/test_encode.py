@@ -100,7 +100,7 @@ def test_text_is_one_markdown_string_even_with_bytes_that_utf8_lacks():
 
 
 def test_an_image_is_width_height_and_png():
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)[:, ::-1]  # not one after another
     tensor = encode_one(Image(pixels)).tensor
     width, height, data = tensor.string_val
     assert (width, height, tensor.tensor_shape.dim[0].size) == (b"6", b"4", 3)

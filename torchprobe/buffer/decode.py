@@ -130,18 +130,14 @@ class Decoder:
             tag, value = item
             if type(value) is float and type(tag) is str and tag and tag.isascii():
                 values[prefix + tag] = value
+                continue
+            tag, stored = prefix + tag if isinstance(tag, str) else tag, storable(value)
+            if stored is None:
+                self._say_odd(owner, tag, f"takes a number, text, histogram, image or array, not {reprlib.repr(value)}")
+            elif is_tag(tag):
+                values[str(tag)] = stored
             else:
-                self._put(values, prefix + tag if isinstance(tag, str) else tag, value, owner)
-
-    def _put(self, values: dict[str, Value], tag: object, value: object, owner: str) -> None:
-        """Take a value in, or say once that it cannot be stored."""
-        stored = value if type(value) is float else storable(value)
-        if stored is not None and is_tag(tag):
-            values[str(tag)] = stored
-        elif stored is None:
-            self._say_odd(owner, tag, f"takes a number, text, histogram, image or array, not {reprlib.repr(value)}")
-        else:
-            self._say_odd(owner, tag, "takes a tag that is text")
+                self._say_odd(owner, tag, "takes a tag that is text")
 
     def _say_odd(self, owner: str, tag: object, problem: str) -> None:
         key = (owner, tag if isinstance(tag, str) else type(tag).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import add
 from typing import ClassVar
 
 import numpy as np
@@ -59,18 +60,19 @@ class Gradients(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Per parameter, per owning module, and the total."""
-        latest = dict(zip(names, rows, strict=True))  # a parameter that was stepped twice counts once
-        layers: defaultdict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
+        latest = dict(zip(names, rows.tolist(), strict=True))  # a parameter that was stepped twice counts once
+        layers: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * len(self.fields))
         for name, row in latest.items():
-            yield f"grad_norm/{name}", norms.l2_norm(row.tolist())
-            layers[owner_of(name)] += row
+            yield f"grad_norm/{name}", norms.l2_norm(row)
+            owner = owner_of(name)
+            layers[owner] = [*map(add, layers[owner], row)]
         for layer, row in layers.items():
             _, magnitude, nonfinite, count = row
-            yield f"grad_norm_layer/{layer}", norms.l2_norm(row.tolist())
+            yield f"grad_norm_layer/{layer}", norms.l2_norm(row)
             if count:
                 yield f"grad_mean_abs/{layer}", magnitude / count
             if nonfinite:
-                yield f"grad_nonfinite/{layer}", float(nonfinite)
+                yield f"grad_nonfinite/{layer}", nonfinite
         yield "overview/grad_norm", norms.l2_norm(np.sum(list(latest.values()), axis=0).tolist())
 
 
@@ -174,10 +176,11 @@ class OptimizerState(Probe):
 
     def report_sources(self, values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Report:
         """By module, of its own parameters."""
-        sums: defaultdict[tuple[str, str], NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(self.fields)))
+        sums: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(self.fields))
         for name, by_source in values.items():
+            owner = owner_of(name)
             for source, row in by_source.items():
-                sums[source, owner_of(name)] += np.array([*row.values()])
+                sums[source, owner] = [*map(add, sums[source, owner], row.values())]
         for (source, module), (squares, count, elements) in sums.items():
             tag, of = _OF_STATE[source]
             if elements:

@@ -39,12 +39,12 @@ class GradientHistograms(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, the zeros, and the non-finite count when there is one."""
-        edges = np.asarray(exponents.edges())
-        for name, row in zip(names, rows, strict=True):
-            yield f"gradients/{name}", Histogram(edges, row[2:].astype(np.int64))
-            yield f"gradients_zeros/{name}", float(row[0])
-            if row[1]:
-                yield f"gradients_nonfinite/{name}", float(row[1])
+        edges, counts = np.asarray(exponents.edges()), rows[:, 2:].astype(np.int64)
+        for name, (zeros, nonfinite), row in zip(names, rows[:, :2].tolist(), counts, strict=True):
+            yield f"gradients/{name}", Histogram(edges, row)
+            yield f"gradients_zeros/{name}", zeros
+            if nonfinite:
+                yield f"gradients_nonfinite/{name}", nonfinite
 
 
 class ParameterHistograms(Probe):
@@ -69,10 +69,9 @@ class ParameterHistograms(Probe):
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, and the non-finite count when there is one."""
-        header = len(linear.HEADER)
-        counts = rows[:, header:].astype(np.int64)
-        for name, (low, high, nonfinite), row in zip(names, rows[:, :header].tolist(), counts, strict=True):
-            yield f"parameters/{name}", Histogram(linear.edges(low, high, _BUCKETS), row)
+        edges, counts = linear.edges(rows[:, 0], rows[:, 1], _BUCKETS), rows[:, len(linear.HEADER) :].astype(np.int64)
+        for name, nonfinite, *histogram in zip(names, rows[:, 2].tolist(), edges, counts, strict=True):
+            yield f"parameters/{name}", Histogram(*histogram)
             if nonfinite:
                 yield f"parameters_nonfinite/{name}", nonfinite
 

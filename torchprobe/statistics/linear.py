@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from torchprobe.statistics import buckets as counting
@@ -129,22 +130,21 @@ def _row(low: Tensor, high: Tensor, counted: Tensor) -> Tensor:
     return torch.cat((torch.stack((low, high), dim=-1), nonfinite.to(low), inner.to(low)), dim=-1)
 
 
-def edges(low: float, high: float, buckets: int = 64) -> NDArray[np.float64]:
-    """The buckets + 1 edges of a histogram whose row begins with low and high, on the host.
+def edges(low: ArrayLike, high: ArrayLike, buckets: int = 64) -> NDArray[np.float64]:
+    """The buckets + 1 edges of histograms whose rows begin with low and high, on the host: (..., buckets + 1).
 
     Where they are equal the edges lie around them. Raises ValueError for low > high and for fewer than four buckets.
     """
     _check(buckets)
-    if not low <= high:
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if not (low <= high).all():
         raise ValueError(f"low, high: got {low} and {high}, takes low <= high, as linear_histogram returns them")
-    numbers = np.arange(buckets + 1, dtype=np.int64)
-    with np.errstate(over="ignore"):  # edges beyond the largest number are that
-        if low == high:
-            found = low + max(0.5, math.ldexp(abs(low), -10)) * (2 * numbers / buckets - 1)
-        else:
-            width = _width(low, high, buckets)
-            found = (math.floor(low / width) + numbers) * np.float64(width)
-        return np.clip(found, -sys.float_info.max, sys.float_info.max)
+    numbers, low, high = np.arange(buckets + 1), low[..., None], high[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # edges beyond the largest number are that
+        width = _width(low, high, buckets)
+        around = low + np.maximum(0.5, abs(low) * 2.0**-10) * (2 * numbers / buckets - 1)
+        grid = (np.floor(low / width).astype(np.int64) + numbers) * width
+        return np.where(low == high, around, grid).clip(-sys.float_info.max, sys.float_info.max)
 
 
 def combine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,18 +172,16 @@ def _buckets_in(row: NDArray[np.float64], low: float, high: float) -> NDArray[np
     else:
         own = _width(row[0], row[1], buckets)
         starts = (np.floor(row[0] / own) + np.arange(buckets)) * own  # exact where there are elements
-    places: NDArray[np.int64] = np.clip(np.floor(starts / width) - math.floor(low / width), 0, buckets - 1).astype(int)
+    places: NDArray[np.int64] = np.clip(np.floor(starts / width) - np.floor(low / width), 0, buckets - 1).astype(int)
     return places
 
 
-def _width(low: float, high: float, buckets: int) -> float:
+def _width(low: Any, high: Any, buckets: int) -> NDArray[np.float64]:
     """The smallest power of two that holds low < high in so many buckets; the same as `_grid` on the device."""
-    share = (high / 2 - low / 2) / (buckets / 2)  # high - low could overflow
-    if share < _FINEST:
-        return _FINEST
-    mantissa, exponent = math.frexp(share)
-    width = math.ldexp(1.0, exponent - (mantissa == 0.5))
-    return width if math.floor(high / width) - math.floor(low / width) < buckets else 2 * width
+    share = np.maximum((high / 2 - low / 2) / (buckets / 2), _FINEST)  # high - low could overflow
+    mantissa, exponent = np.frexp(share)
+    width: NDArray[np.float64] = np.ldexp(1.0, exponent - (mantissa == 0.5))
+    return width * np.where(np.floor(high / width) - np.floor(low / width) < buckets, 1, 2)
 
 
 def _grid(low: Tensor, high: Tensor, buckets: int) -> tuple[Tensor, Tensor]:

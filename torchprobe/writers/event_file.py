@@ -20,8 +20,6 @@ from tensorboard.compat.proto.summary_pb2 import (
     Summary,
     SummaryMetadata,
 )
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_plugin
@@ -201,9 +199,7 @@ class Scalars:
 def trim(histogram: Histogram) -> Histogram:
     """The histogram without its empty outer buckets; with no bucket at all when all are empty."""
     (filled,) = histogram.counts.nonzero()
-    if not filled.size:
-        return Histogram(edges=histogram.edges[:1], counts=histogram.counts[:0])
-    first, end = filled[0], filled[-1] + 1
+    first, end = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
     return Histogram(edges=histogram.edges[first : end + 1], counts=histogram.counts[first:end])
 
 
@@ -218,7 +214,7 @@ def serialized(layout: Layout) -> bytes:
 def _stored(tag: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Histogram):
         left = trim(value)
-        return _tensor(np.stack([left.edges[:-1], left.edges[1:], left.counts], axis=1), DT_DOUBLE)
+        return _tensor(np.array((left.edges[:-1], left.edges[1:], left.counts), np.float64).T, DT_DOUBLE)
     if isinstance(value, Text):
         return _tensor([value.markdown.encode(errors="replace")], DT_STRING, ())
     if isinstance(value, Image):
@@ -243,8 +239,8 @@ def _tensor(values: NDArray[Any] | Sequence[bytes], dtype: int, shape: tuple[int
     content: dict[str, Any] = {"string_val": values}
     if isinstance(values, np.ndarray):
         shape, content = values.shape, {"tensor_content": values.tobytes()}
-    dims = [TensorShapeProto.Dim(size=size) for size in shape]
-    return {"tensor": TensorProto(dtype=dtype, tensor_shape=TensorShapeProto(dim=dims), **content)}
+    dims = [{"size": size} for size in shape]  # a dict takes a third of the time of a message, which is copied
+    return {"tensor": {"dtype": dtype, "tensor_shape": {"dim": dims}, **content}}
 
 
 def _chart(chart: Any) -> Any:

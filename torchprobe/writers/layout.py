@@ -8,9 +8,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
+from statistics import median
 from typing import NamedTuple, TypeAlias
-
-import numpy as np
 
 from torchprobe.records import Layout, Lines, Margin, OfTags, Record, Value
 from torchprobe.writers.hparams import FINAL
@@ -86,10 +85,9 @@ class LayoutWriter:
     def _completed(self, record: Record) -> Record:
         shown = self._shown
         added = shown.added if record.step == shown.step else frozenset()
-        extra: dict[str, Value] = {
-            tag: value for tag, value in bands(record, self._banded(record.values)) if tag not in added
-        }
-        shown = _with_tags(shown, {**record.values, **extra})
+        found = bands(record, self._banded(record.values))
+        extra: dict[str, Value] = {tag: value for tag, value in found if tag not in added}
+        shown = _with_tags(_with_tags(shown, record.values), extra)
         if shown.wanted != shown.written and LAYOUT_TAG not in added:
             extra[LAYOUT_TAG] = shown.wanted
             shown = shown._replace(written=shown.wanted)
@@ -126,7 +124,7 @@ def bands(record: Record, banded: Banded) -> Iterator[tuple[str, float]]:
         numbers = [record.values[tag] for tag in tags]
         values = [float(x) for x in numbers if (type(x) is float or isinstance(x, Real)) and math.isfinite(x)]
         if len(values) > 1:
-            yield from zip(band, (float(np.median(values)), min(values), max(values)), strict=True)
+            yield from zip(band, (median(values), min(values), max(values)), strict=True)
 
 
 def banded_in(tags: Iterable[str]) -> Banded:

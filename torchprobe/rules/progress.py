@@ -98,7 +98,7 @@ class InputBound(Remembering):
 
     def _judge(self, step: int, waits: list[Any], usual: float) -> Found:
         wait = sorted(waited - max(0.0, took - usual) for waited, took in waits)[len(waits) // 4]
-        if len(waits) < self.samples or not wait > max(self.share * usual, self.least):
+        if len(waits) < self.samples or not usual or not wait > max(self.share * usual, self.least):
             return []
         seen = median(waited for waited, _ in waits)  # what is judged leaves out stalls, and says too little
         message = f"{seen:.3g} s of a step of {usual:.3g} s pass before its forward pass begins"

@@ -57,3 +57,7 @@ def test_what_is_done_in_sampled_steps_alone_makes_no_run_wait():
     """A checkpoint at every tenth step, just before it: the steps in between show that it is not the data."""
     assert not fired_of([(1.1, 1.01) if step % 10 == 9 else (0.1,) for step in range(100)])
     assert fired_of([(1.1, 1.01) if step % 10 == 9 else (1.1,) for step in range(100)])
+
+
+def test_steps_that_a_coarse_clock_cannot_tell_are_no_measure():
+    assert not fired_of(of_steps(dict.fromkeys(range(2, 111), 0.04), seconds=0.0))

@@ -16,7 +16,7 @@ from torchprobe.capture.compat import in_backward
 from torchprobe.capture.compiled.operators import joinable, listen
 from torchprobe.capture.outputs import given_tensors, is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
-from torchprobe.naming import ROOT, named_modules
+from torchprobe.naming import ROOT, Modules
 from torchprobe.probes.base import Reporter
 from torchprobe.random_state import random_state
 from torchprobe.records import StepSnapshot
@@ -65,9 +65,9 @@ class ValueTrace:
         self._turn = self._tensor = self._call = self._place = 0  # they only grow, so that passes keep their order
         self._last: tuple[ReferenceType[Tensor], int, Ends] | None = None
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Every module."""
-        return named_modules(model)
+        return modules
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

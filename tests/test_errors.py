@@ -64,6 +64,15 @@ def test_a_script_module_is_refused_with_the_reason():
         torchprobe.instrument(torch.jit.trace(nn.Linear(4, 3), inputs("mlp")), writer=MemoryWriter())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_inside_a_model_is_watched_as_others_are(traces):
+    model, writer = nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 3), torch.zeros(2, 4))), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        model(torch.randn(8, 4)).sum().backward()
+    assert {"activation_std/0", "activation_std/1"} <= {*writer.tags()}
+    assert not traces(model)
+
+
 def test_a_log_directory_that_is_a_file_is_refused(tmp_path):
     file = tmp_path / "taken"
     file.write_text("x")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
 
 
-def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
+def checked_model(model: Any, sessions: Iterable[nn.Module]) -> nn.Module:
     """The model itself, without its wrappers. sessions: the models that have one.
 
     Raises TypeError for what is no module that can be watched, ValueError for one that is watched already.
@@ -30,14 +30,14 @@ def checked_model(model: Any, sessions: Container[nn.Module]) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
     _check_wrappers(model)
-    root = unwrapped(model)
-    if root in sessions:
+    root, watched = unwrapped(model), {id(other) for other in sessions}
+    if id(root) in watched:
         raise ValueError(
             "model is already instrumented: torchprobe.session_of(model) returns its session; "
             "call session.detach() before instrumenting it again"
         )
     for name, module in named_modules(root):
-        if module.__dict__.get(SITE) is not None or (sessions and module in sessions):
+        if id(module) in watched or module.__dict__.get(SITE) is not None:
             raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
     return root
 

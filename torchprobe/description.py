@@ -96,13 +96,13 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
     parameters = [p for _, p in named_parameters(model) if not is_lazy(p)]
     for p in parameters:
         sizes[p.requires_grad] += shares[id(p)].whole if id(p) in shares else p.numel()
-    modules = [*map(_of_module, *zip(*named_modules(model), strict=True))]
+    modules = named_modules(model)
     return {
         "model": type(model).__name__,
         "parameters": {"trained": sizes[True], "frozen": sizes[False]},
-        "devices": sorted({str(p.device) for p in parameters}),
-        "precision": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        "modules": modules[:_MOST_MODULES],
+        "devices": sorted(map(str, {p.device for p in parameters})),
+        "precision": sorted(str(dtype).removeprefix("torch.") for dtype in {p.dtype for p in parameters}),
+        "modules": [_of_module(name, module) for name, module in modules[:_MOST_MODULES]],
         "modules_left_out": max(len(modules) - _MOST_MODULES, 0),
     }
 

@@ -9,6 +9,7 @@ from torch import nn
 
 _Inside: TypeAlias = Callable[[nn.Module], nn.Module] | None
 _Parts: TypeAlias = Mapping[str, nn.Module | None]
+Modules: TypeAlias = Sequence[tuple[str, nn.Module]]
 
 ROOT = "root"  # what the model itself is called, whose name in `named_modules()` is empty
 
@@ -54,18 +55,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def without_ranks(model: nn.Module) -> nn.Module:
     """The module inside DDP, FSDP, DeepSpeed and Fabric: what runs in every pass, also in one round the wrapper."""
-    for name, child in model.named_children():
-        if _is_wrapper(model, name) and not _AROUND_EAGER.isdisjoint(_classes(model)):
+    for name, child in () if _AROUND_EAGER.isdisjoint(_classes(model)) else model.named_children():
+        if _is_wrapper(model, name):
             return without_ranks(child)
     return model
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module | None) -> list[tuple[str, nn.Module]]:
     """`model.named_modules()` with wrapper prefixes removed; the wrappers themselves are left out.
 
-    The model itself is called `ROOT`. A shared module appears once, under its first name.
+    The model itself is called `ROOT`. A shared module appears once, under its first name. Of None: none.
     """
-    return ((name or ROOT, module) for name, module in all_modules(unwrapped(model), unwrapped))
+    modules = [] if model is None else all_modules(unwrapped(model), unwrapped)
+    return [(name or ROOT, module) for name, module in modules]
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -79,7 +81,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return iter(found.values())
 
 
-def all_parameters(model: nn.Module, modules: Sequence[tuple[str, nn.Module]] | None = None) -> list[nn.Parameter]:
+def all_parameters(model: nn.Module, modules: Modules | None = None) -> list[nn.Parameter]:
     """`model.parameters()` at a third of its cost. modules: those of the model, where they are known."""
     modules = all_modules(model) if modules is None else modules
     given = [p for _, module in modules if module._parameters for p in module._parameters.values()]

@@ -157,10 +157,10 @@ def under_function_transform() -> bool:
     return peek is not None and peek() is not None
 
 
-def no_torch_function() -> AbstractContextManager[Any]:
-    """Within, no function mode and no tensor subclass of anybody's sees a call."""
-    made = find("torch._C:DisableTorchFunction") or find("torch._C:DisableTorchFunctionSubclass") or nullcontext
-    return made()
+no_torch_function: Callable[[], AbstractContextManager[Any]] = (
+    find("torch._C:DisableTorchFunction") or find("torch._C:DisableTorchFunctionSubclass") or nullcontext
+)
+"""Within, no function mode and no tensor subclass of anybody's sees a call."""
 
 
 def no_dispatch_modes() -> AbstractContextManager[Any]:

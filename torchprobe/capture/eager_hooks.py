@@ -8,14 +8,13 @@ from weakref import ReferenceType
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import REPLICA, no_torch_function, plain_state
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
 from torchprobe.capture.gate import no_graph
-from torchprobe.capture.marks import ROOT_KEY, Inert, mark, unmark
+from torchprobe.capture.marks import Inert, SharedHook, mark, unmark
 from torchprobe.capture.source import Pass, Running
-from torchprobe.naming import all_modules
+from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
 
 MARKS = "_torchprobe_watchers"  # key in a module's __dict__; the copy of a model finds None there
@@ -29,8 +28,8 @@ class Watcher(Protocol):
     reporter: Reporter
     in_validation: bool
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-        """Which modules, by name."""
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
+        """Which of the model's modules."""
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -59,36 +58,36 @@ class EagerHooks:
         self._model = model
         self._watchers = watchers
         self._running = running
-        self._handles: list[RemovableHandle] = []
         self._marked: list[ReferenceType[nn.Module]] = []
         self._armed: list[Watcher] = []
         self._size: list[tuple[str, int]] = []
         self._compiled = False
 
-    def arm(self, due: frozenset[Reporter], training: bool) -> None:
-        """Put hooks on for the watchers that sample the coming pass, and off for others."""
+    def arm(self, due: frozenset[Reporter], training: bool, modules: Modules) -> None:
+        """Put hooks on for the watchers that sample the coming pass, and off for others. modules: of the model."""
         wanted = [w for w in self._watchers if w.reporter in due and (training or w.in_validation)]
         model = self._model()
         if model is not None and wanted and self._is_compiled(model):
             for watcher in wanted:
                 watcher.unseen(_COMPILED)
             wanted = []
-        if model is None or (wanted == self._armed and (not wanted or _size(model) == self._size)):
+        size = [(name, id(module)) for name, module in modules]
+        if model is None or (wanted == self._armed and (not wanted or size == self._size)):
             return
         if self._running.compiled and self._armed:  # they were traced, and taking them off would compile again
             return
         self.disarm()
         for watcher in wanted:
-            for name, module in watcher.chosen(model):
+            for name, module in watcher.chosen(modules):
                 self._put_on(module, watcher, name)
-        self._armed, self._size = wanted, _size(model)
+        self._armed, self._size = wanted, size
 
     def disarm(self) -> None:
         """Take hooks and marks off. Safe to call twice."""
-        while self._handles:
-            self._handles.pop().remove()
         for weak in self._marked:
             if (module := weak()) is not None:
+                _BEFORE.take_off(module)
+                _AFTER.take_off(module)
                 unmark(module, MARKS)
         self._marked.clear()
         self._armed = []
@@ -102,16 +101,9 @@ class EagerHooks:
         if module.__dict__.get(MARKS) is None:
             self._marked.append(ReferenceType(module))
             mark(module, MARKS, Marks(self._running))
-            is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
-            self._handles += [
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(_after, prepend=is_root),
-            ]
+            _BEFORE.put_before(module)
+            _AFTER.put_after(module)
         module.__dict__[MARKS].watchers.append((watcher, name))
-
-
-def _size(model: nn.Module) -> list[tuple[str, int]]:
-    return [(name, id(module)) for name, module in all_modules(model)]
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -129,6 +121,9 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
     if marks is not None and not torch.compiler.is_compiling():
         with marks.running.meter:
             _tell(marks, "after", output)
+
+
+_BEFORE, _AFTER = SharedHook(before), SharedHook(_after)
 
 
 def _tell(marks: Marks, what: str, *arguments: Any) -> None:

@@ -41,7 +41,7 @@ def data_mesh(module: nn.Module) -> Any:
 
 def is_flat_sharded(module: nn.Module) -> bool:
     """Whether it is a FullyShardedDataParallel wrapper."""
-    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+    return "FullyShardedDataParallel" in [cls.__name__ for cls in type(module).__mro__]
 
 
 def is_flattened(parameter: nn.Parameter) -> bool:

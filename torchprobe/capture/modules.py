@@ -4,44 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
-from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
-from torchprobe.capture.marks import ROOT_KEY, mark, unmark
+from torchprobe.capture.marks import SharedHook, mark, unmark
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
-from torchprobe.naming import all_modules, named_modules
+from torchprobe.naming import Modules
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics.dtypes import moved
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
 _FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_HOOK = SharedHook(observe_output)
 
 
-class Chosen(NamedTuple):
-    """A module to capture. in_eval is False where a hook would change what the model computes."""
-
-    name: str
-    module: nn.Module
-    in_eval: bool
-
-
-def chosen_modules(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> Iterator[Chosen]:
-    """The modules that `wanted` picks, in the order of `named_modules()`."""
+def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The same; and whether in evaluation a hook, too, leaves what the model computes as it is."""
     fast: set[nn.Module] = set()
-    for name, module in named_modules(model):
+    for name, module in modules:
         if module in fast or isinstance(module, _FAST_IN_EVAL):
             fast.update(module.modules())
-        if wanted(name, module):
-            yield Chosen(name, module, module not in fast)
+        yield name, module, module not in fast
 
 
 def interesting(module: nn.Module) -> bool:
@@ -49,8 +37,9 @@ def interesting(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    leaf = all([name == PARAMETRIZATIONS for name, child in module._modules.items() if child is not None])  # noqa: C419
-    return leaf and any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
+    if not module._parameters or all([parameter is None for parameter in module._parameters.values()]):  # noqa: C419
+        return False
+    return all([name == PARAMETRIZATIONS for name, child in module._modules.items() if child is not None])  # noqa: C419
 
 
 class OutputSource:
@@ -64,18 +53,15 @@ class OutputSource:
 
     def __init__(
         self,
-        model: ReferenceType[nn.Module],
         reporters: Sequence[Reporter],
-        wanted: Callable[[str, nn.Module, Probe], bool],
+        wanted: Callable[[str, nn.Module, Probe | None], bool],
         running: Running,
     ) -> None:
-        self._model = model
         self._reporters = [reporter for reporter in reporters if reporter.source in self.names]
         self._wanted = wanted
         self._running = running
-        self._sites: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._handles: list[RemovableHandle] = []
-        self._hooked: list[ReferenceType[nn.Module]] = []
+        self._sites: dict[int, Site] = {}  # by identity of the module: some define ==
+        self._hooked: list[Site] = []
         self._armed: tuple[bool, list[tuple[str, int, int]]] | None = None
         self._memo = Memo()
         skip_frames(observe_output)
@@ -90,20 +76,25 @@ class OutputSource:
             for tap in (*site.outputs, *site.gradients):
                 yield tap.reporter, tap.name
 
-    def arm(self, training: bool) -> None:
+    def arm(self, training: bool, modules: Modules) -> None:
         """Put hooks on the modules of the coming pass: all of them, or those that evaluation allows."""
-        model = self._model()
-        if model is None or not self._reporters:
+        if not modules or not self._reporters or self._armed == (training, _hooks_on(modules)):
             return
-        if self._armed == (training, _hooks_on(model)):
-            return
-        if self._running.compiled and self._handles:
+        if self._running.compiled and self._hooked:
             return
         self._remove()
-        for name, module, in_eval in chosen_modules(model, self._is_wanted):
-            if training or in_eval:
-                self._hook(name, module)
-        self._armed = training, _hooks_on(model)
+        known, self._sites = self._sites, {}
+        for name, module, in_eval in hookable(modules):
+            site = known.get(id(module))
+            if site is None or site.name != name or site.module() is not module:  # it may have been put elsewhere
+                site = self._site(name, module)
+            if site is not None:
+                self._sites[id(module)] = site
+                if training or in_eval:
+                    mark(module, SITE, site)
+                    _HOOK.put_after(module)
+                    self._hooked.append(site)
+        self._armed = training, _hooks_on(modules)
 
     def disarm(self) -> None:
         """Take the hooks off, unless a compiled graph holds them."""
@@ -134,50 +125,32 @@ class OutputSource:
         prefix = "" if training else "val/"
         return [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
 
-    def _hook(self, name: str, module: nn.Module) -> None:
-        mark(module, SITE, self._sites[module])
-        is_root = ROOT_KEY in module.__dict__  # whose pass is over, for us, when the hook that is there has run
-        self._handles.append(module.register_forward_hook(observe_output, prepend=is_root))
-        self._hooked.append(ReferenceType(module))
-
-    def _is_wanted(self, name: str, module: nn.Module) -> bool:
-        known = self._sites.get(module)
-        if known is not None and known.name == name:  # a module that was put elsewhere has another name
-            return True
-        mine = [reporter for reporter in self._reporters if self._wants(reporter, name, module)]
-        if mine:
-            self._sites[module] = self._site(name, mine)
-        return bool(mine)
-
-    def _wants(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
-        """Whether a probe watches a module; a predicate of the user's that raises switches it off."""
-        gate = reporter.gate
-        if gate.failed:
-            return False
-        with gate.boundary():
+    def _selects(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
+        """Whether a probe with a choice of its own watches a module; a predicate that raises switches it off."""
+        with reporter.gate.boundary():
             return self._wanted(name, module, reporter.probe)
         return False  # the boundary took an exception
 
-    def _site(self, name: str, mine: Sequence[Reporter]) -> Site:
-        outputs, gradients = (
-            tuple([Tap(name, r, self, self._running, self._memo) for r in mine if r.source == source])
-            for source in self.names
-        )
-        return Site(name, self._running, outputs, gradients)
+    def _site(self, name: str, module: nn.Module) -> Site | None:
+        usual, mine = self._wanted(name, module, None), [r for r in self._reporters if not r.gate.failed]
+        mine = [r for r in mine if (usual if r.probe.select is None else self._selects(r, name, module))]
+        if not mine:
+            return None
+        taps = [tuple(Tap(name, r, self, self._running, self._memo) for r in mine if r.source == s) for s in self.names]
+        return Site(name, module, self._running, *taps)
 
     def _remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
         while self._hooked:
-            module = self._hooked.pop()()
+            module = self._hooked.pop().module()
             if module is not None:
+                _HOOK.take_off(module)
                 unmark(module, SITE)
         self._armed = None
 
 
-def _hooks_on(model: nn.Module) -> list[tuple[str, int, int]]:
+def _hooks_on(modules: Modules) -> list[tuple[str, int, int]]:
     """Changes when a model grows, or gets a hook after ours that may change the output, as tensor parallelism adds."""
-    return [(name, id(module), len(module._forward_hooks)) for name, module in all_modules(model)]
+    return [(name, id(module), len(module._forward_hooks)) for name, module in modules]
 
 
 def _piece(

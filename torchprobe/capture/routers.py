@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import in_backward
 from torchprobe.capture.source import Pass
-from torchprobe.naming import ROOT, named_modules
+from torchprobe.naming import ROOT, Modules
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics import routing
 
@@ -40,11 +40,11 @@ class Routers:
         self._routed: dict[str, _Routed] = {}  # by the layer
         self._open: set[str] = set()  # layers that run, whose routing is yet to be seen
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Layers with experts, and their parts, as far as include=, exclude= and select= leave these."""
         found: dict[str, nn.Module] = {}
         self._experts = {}
-        for name, layer in [(name, layer) for name, layer in named_modules(model) if layer._modules]:
+        for name, layer in [(name, layer) for name, layer in modules if layer._modules]:
             parts = {_joined(name, child): part for child, part in layer.named_children()}
             experts = {part: count for part, count in _experts(parts) if self._wanted(name)}
             if experts:
@@ -108,12 +108,14 @@ def _joined(name: str, child: str) -> str:
 
 def _experts(parts: dict[str, nn.Module]) -> Iterator[tuple[str, int]]:
     """Those that look like experts, beside another part that may be their router; and how many they are."""
-    for name, part in parts.items():
-        stacked = {p.shape[0] for p in part._parameters.values() if p is not None and not is_lazy(p) and p.dim() == 3}
-        listed = len(part) if isinstance(part, nn.ModuleList | nn.ModuleDict) else 0
-        count = listed or (stacked.pop() if len(stacked) == 1 else 0)
-        if count > 1 and len(parts) > 1 and "expert" in (name.rpartition(".")[2] + type(part).__name__).lower():
-            yield name, count
+    for name, part in parts.items() if len(parts) > 1 else ():
+        if "expert" in (name.rpartition(".")[2] + type(part).__name__).lower():
+            given = [p for p in part._parameters.values() if p is not None and not is_lazy(p)]
+            stacked = {p.shape[0] for p in given if p.dim() == 3}
+            listed = len(part) if isinstance(part, nn.ModuleList | nn.ModuleDict) else 0
+            count = listed or (stacked.pop() if len(stacked) == 1 else 0)
+            if count > 1:
+                yield name, count
 
 
 def _routed(output: Any) -> tuple[Tensor, frozenset[int]] | None:

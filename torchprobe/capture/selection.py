@@ -30,8 +30,8 @@ class Selection:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude)
         self._parameters: dict[str, bool] = {}
-        names = [name for name, _ in named_modules(model)]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
+            names = [name for name, _ in named_modules(model)] if patterns else []
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(
@@ -39,11 +39,11 @@ class Selection:
                         f"{', '.join(map(repr, names[1:4])) or repr(names[0])}, where * stands for anything"
                     )
 
-    def wants_module(self, name: str, module: nn.Module, probe: Probe) -> bool:
-        """Whether a module's outputs are captured for a probe. Raises what a predicate in its `select=` raises."""
+    def wants_module(self, name: str, module: nn.Module, probe: Probe | None) -> bool:
+        """Whether a probe captures a module's outputs; None: one without `select=`. Raises what a predicate raises."""
         if self._excluded(name):
             return False
-        if probe.select is not None:
+        if probe is not None and probe.select is not None:
             return self.covers(name) and probe.selects(name, module)
         if self._include:
             return self._included(name)
@@ -60,13 +60,10 @@ class Selection:
 
     def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
         """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""
-        selecting = [probe for probe in probes if isinstance(probe.select, tuple)]
-        modules = [name for name, _ in named_modules(model) if selecting and self.covers(name)]
-        parameters = [name for name, _ in named_parameters(model) if selecting and self.covers(owner_of(name))]
-        for probe in selecting:
-            sources = set(probe.sources)
-            names = [] if sources <= {*OF_PARAMETERS} else modules
-            below = [] if sources <= {*OF_MODULES} else parameters
+        for probe in [probe for probe in probes if isinstance(probe.select, tuple)]:
+            sources, modules, parameters = {*probe.sources}, named_modules(model), named_parameters(model)
+            names = [] if sources <= {*OF_PARAMETERS} else [n for n, _ in modules if self.covers(n)]
+            below = [] if sources <= {*OF_MODULES} else [n for n, _ in parameters if self.covers(owner_of(n))]
             fitted = {*names, *(part for name in below for part in with_parents(name))}
             for pattern in probe.select if isinstance(probe.select, tuple) else ():
                 if not any(fnmatchcase(name, pattern) for name in fitted):

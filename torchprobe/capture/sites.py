@@ -145,11 +145,11 @@ def _row(fields: Tensor) -> Tensor:
 class Site(Inert):
     """What the hook finds on a module."""
 
-    def __init__(self, name: str, running: Running, outputs: tuple[Tap, ...], gradients: tuple[Tap, ...]) -> None:
+    def __init__(self, name: str, module: nn.Module, running: Running, *taps: tuple[Tap, ...]) -> None:
         self.name = name
+        self.module = ref(module)
         self.running = running
-        self.outputs = outputs
-        self.gradients = gradients
+        self.outputs, self.gradients = taps
 
 
 def observe_output(module: nn.Module, args: Any, output: Any) -> None:

@@ -28,6 +28,7 @@ from torchprobe.capture.routers import Routers
 from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.capture.units import Units
+from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
 
 _COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
@@ -55,7 +56,7 @@ class Sources:
         self.parameters = ParameterSource(model, reporters, selection.parameters)
         self.predictions = PredictionSource(model, reporters, meter)
         self._micro = MicroGradientSource(model, reporters, selection.parameters)
-        self._outputs = OutputSource(model, reporters, selection.wants_module, running)
+        self._outputs = OutputSource(reporters, selection.wants_module, running)
         self._attention = [AttentionSource(model, r, running) for r in reporters if r.source == "attention"]
         self._traces = [ValueTrace(r) for r in reporters if r.source == "flow"]
         self._rates: list[Any] = [r for r in reporters if r.source == "optimizers"]
@@ -104,8 +105,7 @@ class Sources:
             attention.open(step, due)
         self.diagnosis.open(step, due)
         self._tell_own("open", step)
-        if due or may_trace or self.armed:
-            self._arm(due, True, may_trace)
+        self.arm(due, may_trace)
         if any(trace.reporter in due for trace in self._traces):
             self.snapshots.open(step)
         if may_record_graphs():
@@ -119,7 +119,7 @@ class Sources:
         """The user captures a graph of the device, and this would have been called with these arguments."""
         if method == "enter":  # the model is called
             self.armed = True
-            self._outputs.arm(True)
+            self._outputs.arm(True, named_modules(self.model()))
         elif method == "_before":  # an optimizer steps
             for reporter, named in self.parameters.of_captured(args[0]):
                 self.in_place.add_gradients(reporter, named)
@@ -157,14 +157,15 @@ class Sources:
         if self._meter.starts and before == self._armed_for:
             return  # by what has led here, with nothing of the user's in between
         self.armed = bool(due) or may_trace
-        self._hooks.arm(due, training)
+        modules = named_modules(self.model() if self.armed else None)
+        self._hooks.arm(due, training, modules)
         if may_trace or self._outputs.wants(due):
-            self._outputs.arm(training)
+            self._outputs.arm(training, modules)
         else:
             self._outputs.disarm()
         for attention in self._attention:  # a hook inside nn.MultiheadAttention ends its fast path in evaluation
-            attention.arm(training and (bool(due) or may_trace))
-        if training and (due or may_trace):
+            attention.arm(training and self.armed, modules)
+        if training and self.armed:
             self._late.before_pass()
 
     def leave(self, passing: Pass, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -172,10 +173,8 @@ class Sources:
         self._exit(passing)
         self.predictions.on_output(module, args, kwargs, output)
         self.diagnosis.leave(passing, module, args, kwargs, output)
-        if passing.training:
-            phase = self.predictions.take()
-            if phase is not None:
-                passing.keep(self.predictions, [phase])
+        if passing.training and (phase := self.predictions.take()) is not None:
+            passing.keep(self.predictions, [phase])
         self._tell_own("leave", passing, module, args, kwargs, output)
 
     def exit(self, passing: Pass) -> None:

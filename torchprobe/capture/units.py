@@ -13,7 +13,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import in_backward
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.source import Pass
-from torchprobe.naming import named_modules
+from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.moments import active_units, inactive_share
 
@@ -41,9 +41,9 @@ class Units:
         self._wanted = wanted
         self._few: Counts = {}
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Modules of the ReLU family that include= and exclude= leave."""
-        found = [(n, m) for n, m in named_modules(model) if isinstance(m, _KINDS) and self._wanted(n)]
+        found = [(n, m) for n, m in modules if isinstance(m, _KINDS) and self._wanted(n)]
         with self.reporter.gate.boundary():
             return [(name, module) for name, module in found if self.reporter.probe.selects(name, module)]
         return []  # the boundary took an exception

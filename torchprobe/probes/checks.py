@@ -81,7 +81,7 @@ def check_probe_class(cls: type[Any], offered: Iterable[str]) -> None:
         known = ", ".join(map(repr, offered))
         raise TypeError(f"{cls.__name__}.source is {source!r}; takes one of {known}, or a tuple of these")
     fields = getattr(cls, "fields", None)
-    if not isinstance(fields, tuple) or not fields or not all(isinstance(f, str) for f in fields):
+    if not isinstance(fields, tuple) or not fields or not all([isinstance(f, str) for f in fields]):  # noqa: C419
         raise TypeError(f"{cls.__name__}.fields is {fields!r}; takes a tuple of names, one per value of compute()")
     if cls.reduce not in (None, *REDUCTIONS):
         raise ValueError(f"{cls.__name__}.reduce is {cls.reduce!r}; takes one of {', '.join(map(repr, REDUCTIONS))}")

@@ -17,6 +17,7 @@ from tests.models import Transformer
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.source import AttentionSource, Taken, merged
+from torchprobe.naming import named_modules
 from torchprobe.statistics.attention import summarise
 
 
@@ -167,7 +168,7 @@ def test_a_second_thread_has_its_own_passes_when_the_first_ones_are_over():
 def test_what_a_compiled_graph_records_belongs_to_the_pass_that_runs_it(model):
     source = source_of(model)
     source._running.follow(sampled=True, sampled_val=False)
-    source.arm(True)
+    source.arm(True, named_modules(model))
     compiled = torch.compile(model, backend="eager")
     try:
         first, batch = (compiled(ids(3)), source.take())[1], ids(2)
@@ -223,7 +224,7 @@ class Odd(nn.Module):
 def test_odd_modules_and_outputs(training):
     model = Odd().train(training)
     source = source_of(model)
-    source.arm(True)
+    source.arm(True, named_modules(model))
     taken = taken_from(model, source, torch.randn(2, 5, 8), training=training)
     source.detach()
     assert not source.gate.failed
@@ -256,7 +257,7 @@ def test_a_callable_that_has_no_hash_runs_as_ever():
 def test_without_a_private_name_of_torch_attention_is_not_recorded_and_one_line_says_so(model, monkeypatch, caplog):
     monkeypatch.setattr(stack, "MISSING", "torch.overrides._push_mode")
     source = source_of(model)
-    source.arm(True)
+    source.arm(True, named_modules(model))
     assert not any(module._forward_hooks for module in model.modules())
     assert [taken_from(model, source, ids(2)) for _ in range(3)] == [None] * 3
     source.detach()

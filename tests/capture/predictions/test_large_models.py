@@ -23,8 +23,8 @@ class Stack(nn.Module):
 
 
 def test_the_modules_are_walked_once_however_many_batches_validation_has(monkeypatch):
-    walks, chosen_modules = [], parts.chosen_modules
-    monkeypatch.setattr(parts, "chosen_modules", lambda *args: walks.append(1) or chosen_modules(*args))
+    walks, hookable = [], parts.hookable
+    monkeypatch.setattr(parts, "hookable", lambda *args: walks.append(1) or hookable(*args))
     model, writer = Stack(), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     judge = nn.CrossEntropyLoss()

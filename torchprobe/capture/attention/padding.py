@@ -15,7 +15,7 @@ from torchprobe.capture.attention.labels import Indices, Label, Root
 from torchprobe.capture.attention.layout import by_name
 from torchprobe.capture.attention.places import Places, Tokens, coordinates, picked, resolved
 from torchprobe.capture.source import Pass
-from torchprobe.naming import named_modules
+from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
 
 
@@ -116,9 +116,9 @@ class MaskArguments:
         self.reporter = reporter
         self._say = say
 
-    def chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterator[tuple[str, nn.Module]]:
         """The modules whose code takes such an argument; PyTorch's own hand theirs on."""
-        for name, module in named_modules(model):
+        for name, module in modules:
             kind: Any = type(module)
             if not kind.__module__.startswith("torch.") and any(_beginning(p) is not None for p in _parameters(kind)):
                 yield name, module

@@ -21,7 +21,7 @@ from torchprobe.capture.attention.unread import GraphLook
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.source import Pass, Running
-from torchprobe.naming import all_modules
+from torchprobe.naming import Modules, all_modules
 from torchprobe.probes.attention import Attention, AttentionMap, AttentionReporter
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.attention import Source, attention_map
@@ -61,7 +61,7 @@ class AttentionSource:
         self._mode = AttentionMode(self._observer)
         self.masks = MaskArguments(reporter, self._mode.handwritten.say_padded)
         self._fast_paths = FastPaths(self._mode, self._observer.uncovered)
-        self._traced = TracedAttention(model, self._observer, running, probe.compiled == "read")
+        self._traced = TracedAttention(self._observer, running, probe.compiled == "read")
         self._look = GraphLook(model, self._observer, running)
         self._entered = False
 
@@ -74,14 +74,14 @@ class AttentionSource:
         """A step is about to begin: whether it gives maps."""
         self._maps.open(step, self.reporter in due)
 
-    def arm(self, due: bool) -> None:
+    def arm(self, due: bool, modules: Modules) -> None:
         """A step begins; due: whether any probe samples it, for a compiled graph is for all of them.
 
         Graphs that are compiled from now on record, or do not.
         """
         self._look.attach()
         if due and not stack.MISSING:
-            self._traced.arm()
+            self._traced.arm(modules)
         else:
             self._traced.disarm()
 

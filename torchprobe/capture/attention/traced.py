@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, cast
-from weakref import ReferenceType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +28,10 @@ from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import beside, enter_nesting, is_torchs, leave_nesting, place, run_in, scope
-from torchprobe.capture.marks import Inert
+from torchprobe.capture.marks import Inert, mark, unmark
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
-from torchprobe.naming import named_modules
+from torchprobe.naming import Modules
 from torchprobe.statistics.attention import Logits
 
 OWNER = "_torchprobe_attention"  # key in a module's __dict__; the copy of a model finds None there
@@ -232,9 +231,8 @@ def take_mode_off(module: nn.Module, args: Any, output: Any) -> None:
 class TracedAttention:
     """The hooks by which attention is found inside compiled graphs, on every module whose code may compute it."""
 
-    def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running, reads: bool) -> None:
+    def __init__(self, observer: Observer, running: Running, reads: bool) -> None:
         """reads: also what is written out."""
-        self._model = model
         self._reads = reads
         self._observer = observer
         self._running = running
@@ -242,14 +240,14 @@ class TracedAttention:
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
         skip_frames(put_mode_on, take_mode_off)
 
-    def arm(self) -> None:
+    def arm(self, modules: Modules) -> None:
         """A step to sample begins."""
-        model = self._model()
-        if model is None or self._handles:
+        if self._handles:
             return
         with self._observer.gate.boundary():
-            for name, module in named_modules(model):
-                if _may_own(cast("Any", type(module))) or (self._reads and not is_torchs(type(module))):
+            for name, module in modules:
+                kind: Any = type(module)
+                if _may_own(kind) or (self._reads and not is_torchs(kind)):
                     self._hook(name, module)
 
     def disarm(self) -> None:
@@ -261,7 +259,7 @@ class TracedAttention:
         """Take everything off."""
         self._remove()
         for module in list(self._owners):
-            module.__dict__.pop(OWNER, None)
+            unmark(module, OWNER)
         self._owners.clear()
 
     def interrupted(self) -> None:
@@ -270,9 +268,10 @@ class TracedAttention:
             stack.remove(owner.mode)
 
     def _hook(self, name: str, module: nn.Module) -> None:
-        if module not in self._owners:
-            self._owners[module] = Owner(name, module, self._running, self._observer, self._reads)
-        module.__dict__[OWNER] = self._owners[module]
+        owner = self._owners.get(module)
+        if owner is None:
+            owner = self._owners[module] = Owner(name, module, self._running, self._observer, self._reads)
+        mark(module, OWNER, owner)
         self._handles += [module.register_forward_pre_hook(put_mode_on), module.register_forward_hook(take_mode_off)]
 
     def _remove(self) -> None:

@@ -7,6 +7,7 @@ for one that changes nothing would be left out, and one that has no order could 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -65,7 +66,7 @@ def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
     One of no dimension would be moved to the GPU by Inductor, under CUDA graphs, where a graph only hands it on.
     """
     number = next(_numbers)
-    _objects[number] = ReferenceType(target, lambda _: _objects.pop(number, None))
+    _objects[number] = ReferenceType(target, functools.partial(_objects.pop, number))  # by default the reference
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return torch.from_numpy(np.array([number]))

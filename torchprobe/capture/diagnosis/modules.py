@@ -14,7 +14,7 @@ from torchprobe.capture.compat import in_backward
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
-from torchprobe.naming import named_modules
+from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.dtypes import measurable
 
@@ -60,12 +60,13 @@ class ModuleCalls:
         self._kinds: dict[str, type[nn.Module]] = {}
         self.tables = Tables(evidence)
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Modules that own parameters, and those that squash."""
         found = [
             (name, module)
-            for name, module in named_modules(model)
-            if isinstance(module, _SQUASHING) or any([p is not None for p in module._parameters.values()])  # noqa: C419
+            for name, module in modules
+            if isinstance(module, _SQUASHING)
+            or (module._parameters and any([p is not None for p in module._parameters.values()]))  # noqa: C419
         ]
         self._kinds = {name: type(module) for name, module in found}
         return found

@@ -16,7 +16,7 @@ from torchprobe.capture.compat import in_backward
 from torchprobe.capture.compiled.operators import joinable, listen
 from torchprobe.capture.outputs import given_tensors, is_numeric, main_tensor, tensors_in
 from torchprobe.capture.source import Pass
-from torchprobe.naming import ROOT, named_modules
+from torchprobe.naming import ROOT, Modules
 from torchprobe.probes.base import Reporter
 from torchprobe.random_state import random_state
 from torchprobe.records import StepSnapshot
@@ -65,15 +65,15 @@ class ValueTrace:
         self._turn = self._tensor = self._call = self._place = 0  # they only grow, so that passes keep their order
         self._last: tuple[ReferenceType[Tensor], int, Ends] | None = None
 
-    def chosen(self, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Every module."""
-        return named_modules(model)
+        return modules
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Its parameters and inputs."""
-        trace = passing.kept.setdefault(self, Trace())
+        trace = passing.kept.get(self) or passing.kept.setdefault(self, Trace())
         self._call += 1
         trace.calls.append(self._call)
         given = [tensor for tensor in given_tensors(args, kwargs) if is_numeric(tensor)]
@@ -91,7 +91,7 @@ class ValueTrace:
 
     def after(self, passing: Pass, name: str, output: Any) -> None:
         """Its output."""
-        trace = passing.kept.setdefault(self, Trace())
+        trace = passing.kept.get(self) or passing.kept.setdefault(self, Trace())
         call = trace.calls.pop() if trace.calls else 0
         tensor = main_tensor(output)
         if tensor is not None and call:
@@ -140,8 +140,9 @@ class ValueTrace:
         room = trace.room(len(seen))
         if room > 0:
             ends = self._ends(tensor)
-            rows = [f"{i} {self._tensor} {call} {kind} {name}" for i, (call, kind, name) in enumerate(seen, self._turn)]
-            trace.rows[tensor.device, ends[0].dtype] += [(row, ends) for row in rows[:room]]
+            rows = trace.rows[tensor.device, ends[0].dtype]
+            for i, (call, kind, name) in enumerate(seen[:room], self._turn):
+                rows.append((f"{i} {self._tensor} {call} {kind} {name}", ends))
         self._turn += len(seen)
 
     def _ends(self, tensor: Tensor) -> Ends:

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
-from torchprobe.capture.modules import chosen_modules
+from torchprobe.capture.modules import hookable
 from torchprobe.capture.predictions.inputs import InputKey
-from torchprobe.naming import ROOT, all_modules
+from torchprobe.naming import ROOT, all_modules, named_modules
 
 OnOutput = Callable[[str, nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
 Protect = Callable[[Any], AbstractContextManager[None]]
@@ -74,9 +74,9 @@ class Parts:
             return
         if has_compiled_part(model):
             return
-        chosen = list(chosen_modules(model, lambda name, module: True))
-        may = {module for _, module, in_eval in chosen if training or in_eval}
-        for name, module, _ in chosen:
+        modules = list(hookable(named_modules(model)))
+        may = {module for _, module, in_eval in modules if training or in_eval}
+        for name, module, _ in modules:
             if module in may and name != ROOT and any(fnmatchcase(name, pattern) for pattern in self._modules):
                 yield Site(ref(module), name, None)
             if _may_be_ensemble(module) and may.issuperset(module.children()):

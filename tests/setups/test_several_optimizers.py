@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
 import torchprobe
 from tests.setups.loops import TOTAL, TwoParts, batch, loss_of, net, sgd, steps, train_step, values
@@ -156,3 +157,72 @@ def test_validation_after_training_is_over_still_belongs_to_the_last_step():
                 model(batch(k))
         assert session.step == 2
     assert steps(writer, "val/activation_mean/0") == [2]
+
+
+class Heads(nn.Module):
+    """A trunk, and a head for each task."""
+
+    def __init__(self, tasks: int = 5) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 3)
+        self.heads = nn.ModuleList(nn.Linear(3, 2) for _ in range(tasks))
+
+    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        return self.heads[task](self.trunk(x).tanh())
+
+
+def test_an_optimizer_that_joins_has_all_micro_batches_of_its_step():
+    model, writer = TwoParts(), MemoryWriter()
+    first, second = sgd(model.generator), sgd(model.critic)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        train_step_of(model.generator, first, width=3)
+        outputs, losses = [], []
+        for k in range(3):  # the first of these came while no optimizer of theirs was known
+            outputs.append(model.critic(batch(k)))
+            losses.append(outputs[-1].square().mean())
+            losses[-1].backward()
+        second.step()
+    mean = torch.cat(outputs).double().mean().item()
+    assert writer.value("overview/loss", 2) == pytest.approx(sum(loss.item() for loss in losses))
+    assert writer.value("activation_mean/critic", 2) == pytest.approx(mean)
+
+
+def train_step_of(part: nn.Module, optimizer: torch.optim.Optimizer, width: int) -> None:
+    part(batch(width=width)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_an_optimizer_that_steps_every_third_time_has_the_losses_since_it_was_zeroed():
+    model, writer, losses = net(), MemoryWriter(), []
+    often, seldom = sgd(model[0]), sgd(model[2])
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(6):
+            loss = loss_of(model, k)
+            loss.backward()
+            losses.append(loss.item())
+            often.step()
+            often.zero_grad()
+            if k % 3 == 2:
+                seldom.step()
+                seldom.zero_grad()
+    expected = [sum(losses[k - 2 : k + 1]) if k % 3 == 2 else losses[k] for k in range(6)]
+    assert values(writer, "overview/loss") == pytest.approx(expected)
+
+
+def test_heads_that_take_turns_under_an_optimizer_of_their_own():
+    model, writer, expected = Heads(), MemoryWriter(), []
+    trunk, heads = sgd(model.trunk), sgd(model.heads)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(10):
+            model.zero_grad()
+            output = model(batch(k), (2 * k) % 5)
+            loss = output.square().mean()
+            loss.backward()
+            heads.step()
+            if k < 2:
+                trunk.step()
+            expected.append((loss.item(), output.double().mean().item()))
+    assert writer.scalars("overview/loss") == [(k, pytest.approx(loss)) for k, (loss, _) in enumerate(expected, 1)]
+    for k, (_, mean) in enumerate(expected):
+        assert writer.value(f"activation_mean/heads.{(2 * k) % 5}", k + 1) == pytest.approx(mean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import torchprobe
 from tests.setups.loops import TOTAL, batch, net, sgd, steps, train_step, values
@@ -83,3 +84,24 @@ def test_inference_is_sampled_at_the_cadence():
         for k in range(7):
             model(batch(k))
     assert steps(writer, "val/activation_mean/0") == [1, 3, 6]
+
+
+def test_passes_with_other_weights_do_not_hide_the_optimizer():
+    """MAML: the weights of an inner loop are no optimizer's, and each of its passes was taken for a step."""
+    model, writer, losses = net(), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            fast, optimizer_losses = dict(model.named_parameters()), []
+            for task in range(2):
+                inner = functional_call(model, fast, (batch(k),)).square().mean()
+                gradients = torch.autograd.grad(inner, [*fast.values()], create_graph=True)
+                fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), gradients, strict=True)}
+                outer = functional_call(model, fast, (batch(10 + task),)).square().mean()
+                outer.backward(retain_graph=True)
+                optimizer_losses.append(outer.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(sum(optimizer_losses))
+    assert writer.scalars("overview/loss") == [(k, pytest.approx(loss)) for k, loss in enumerate(losses, 1)]
+    assert steps(writer, TOTAL) == [1, 2, 3]

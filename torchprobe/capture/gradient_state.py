@@ -110,7 +110,8 @@ class GradientState:
                 if gradient.is_cpu:
                     return True
                 grew = True
-        return grew
+        # Of gradients that others of them had before, these would be looked at: they are of the last backward pass.
+        return grew or self.choose()
 
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
@@ -132,15 +133,16 @@ class GradientState:
             self._look_at(_ends(late))
             self._left = [_state(weak) for weak in self._few]
 
-    def choose(self) -> None:
-        """Look at parameters that have gradients, when those that were looked at have none. At most once a step."""
+    def choose(self) -> bool:
+        """Look at parameters that have gradients, when those that were looked at have none. Whether there are some."""
         for weak in self._few:
             if (p := weak()) is not None and p.grad is not None:
-                return
-        if self._few:
-            having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
-            if having:
-                self._look_at(_ends(having))
+                return False
+        having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
+        if having and self._few:
+            self._look_at(_ends(having))
+            self._left = [_state(weak) for weak in self._few]
+        return bool(having and self._few)
 
 
 def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:

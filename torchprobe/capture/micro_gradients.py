@@ -75,12 +75,7 @@ class MicroGradientSource:
         if not shares:  # the model is gone
             return []
         return [
-            Piece(
-                reporter,
-                list(rows),
-                torch.stack(list(rows.values())),
-                shares=[shares[name] for name in rows],
-            )
+            Piece(reporter, list(rows), torch.stack(list(rows.values())), shares=[shares[name] for name in rows])
             for (reporter, _), rows in kept.items()
         ]
 

@@ -31,11 +31,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """The parser of a command, to add options to; `run` carries the command out and returns the exit code."""
     parser = commands.add_parser(
-        name,
-        help=about,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=about, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run=run)
     return parser

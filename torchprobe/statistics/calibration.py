@@ -169,11 +169,7 @@ def roc(row: Row) -> Curve:
     threshold, found, false = _by_threshold(row)
     if not found.size or not found[-1] or not false[-1]:
         return {}
-    return {
-        "threshold": threshold,
-        "false_positive_rate": false / false[-1],
-        "true_positive_rate": found / found[-1],
-    }
+    return {"threshold": threshold, "false_positive_rate": false / false[-1], "true_positive_rate": found / found[-1]}
 
 
 def risk_coverage(row: Row) -> Curve:

@@ -21,23 +21,13 @@ class Backward:
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
     (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
     where a later stage of a pipeline runs. reached: the gradients
-    that it added to, None while that is not known. kept: what sources kept of its forward passes, by source.
+    that it added to, None while that is not known; beyond: whether to those of parameters, too, that no known optimizer
+    holds. kept: what sources kept of its forward passes, by source.
     """
 
     __slots__ = (
-        "counted",
-        "elsewhere",
-        "flags",
-        "forwards",
-        "inner",
-        "kept",
-        "loss",
-        "passes",
-        "reached",
-        "sign",
-        "stray",
-        "task",
-        "used",
+        *("beyond", "counted", "elsewhere", "flags", "forwards", "inner", "kept", "loss"),
+        *("passes", "reached", "sign", "stray", "task", "used"),
     )
 
     def __init__(
@@ -54,6 +44,7 @@ class Backward:
         self.stray = stray
         self.inner = inner
         self.reached: set[GradientState] | None = None
+        self.beyond = False
         self.passes: tuple[Pass, ...] = ()
         self.forwards = 0  # passes so far, of those of the same fate too
         self.kept: dict[Any, Any] = {}
@@ -120,9 +111,9 @@ class Backward:
         """A step uses its gradients."""
         self.used, self.counted = True, step
 
-    def see_reach(self, states: Iterable[GradientState]) -> None:
+    def see_reach(self, states: Iterable[GradientState], others: GradientState | None = None) -> None:
         """Which gradients it has added to so far."""
-        reached = self.reached
+        self.beyond, reached = others is not None and others.grew(), self.reached
         for state in states:
             if state.grew():
                 if reached is None:
@@ -136,14 +127,20 @@ class Backward:
         else:
             self.reached.add(state)
 
-    def join(self, state: GradientState) -> None:
-        """An optimizer has become known, whose gradients it may have added to."""
-        if not self.elsewhere and (self.reached is None or not self.used):
+    def join(self, state: GradientState, others_hold: bool) -> None:
+        """An optimizer has become known, whose gradients it may have added to. others_hold: see `beyond`, of now."""
+        self.beyond |= self.reached is None and others_hold
+        if not self.elsewhere and (self.reached is None or self.beyond or not self.used):
             self.reach(state)
+        self.beyond &= others_hold and not self.used
+
+    def see_beyond(self, holds: bool) -> None:
+        """Whether parameters that no known optimizer holds still have the gradients that it gave them."""
+        self.beyond = holds
 
     def like(self, other: Backward) -> bool:
         """Whether the gradients of both have the same fate."""
-        same = self.used == other.used and self.elsewhere == other.elsewhere
+        same = (self.used, self.elsewhere, self.beyond) == (other.used, other.elsewhere, other.beyond)
         return same and self.reached == other.reached
 
     def absorb(self, other: Backward, merge: Merge) -> None:

@@ -50,6 +50,7 @@ class Gradients:
         self._waiting: list[Backward] = []  # oldest first
         self._states: list[GradientState] = []  # of each optimizer that has stepped
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
+        self._others: GradientState | None = None  # of those that no known optimizer holds
         self._early = EarlyGradients()
         self._said = False
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
@@ -77,7 +78,7 @@ class Gradients:
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self.running, states, waiting = backward, self._states, self._waiting
-        plain = len(states) == len(waiting) == 1 and waiting[0].used and not self._early.learns
+        plain = len(states) == len(waiting) == 1 and waiting[0].used and self._others is None and not self._early.learns
         if plain and states[0].of() is not None and not states[0].look():
             self._waiting = []
         else:
@@ -140,19 +141,19 @@ class Gradients:
         states = self._living()
         if self._waiting:
             self._drop_zeroed(states)
-        for state in states:
+        for state in states if self._others is None else [*states, self._others]:
             state.look()
 
     def _await(self, backward: Backward) -> None:
         if self._early.learns and self._early.end():
-            for state in self._living():
+            for state in [*self._living(), *filter(None, [self._others])]:
                 state.learn(self._early)
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
                 break
         if not backward.elsewhere:
-            backward.see_reach(self._states)
+            backward.see_reach(self._states, self._others)
         if backward.stray and not backward.reached:
             return
         last = self._waiting[-1] if self._waiting else None
@@ -209,17 +210,20 @@ class Gradients:
         zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
         if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
             zeroed.update(states)
+        held = self._others is not None and not self._others.zeroed(thorough)
+        for backward in waiting if self._others is not None else ():
+            backward.see_beyond(held and backward.beyond)
         if not zeroed:
             return
         self._waiting = []
-        if len(zeroed) == len(states) and not thorough:  # the plain loop
+        if len(zeroed) == len(states) and not (thorough or held):  # the plain loop
             return
         for backward in waiting:
             if backward.reached is not None:
                 backward.reached.difference_update(zeroed)
             unseen = backward.reached is None
             gone = len(zeroed) == len(states) and not self._hides() if unseen else not backward.reached
-            if not gone or backward.elsewhere:
+            if not gone or backward.beyond or backward.elsewhere:
                 self._waiting.append(backward)
             elif not backward.used:
                 self._drop(backward)
@@ -235,15 +239,29 @@ class Gradients:
         self._states.append(state)
         self._early.more()
         state.choose()
+        self._tell_others()
+        held = self._others is not None and not self._others.zeroed(thorough=True)
         for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
-            backward.join(state)  # it came before the optimizer was known, and may be for it too
+            backward.join(state, held)  # it came before the optimizer was known, and may be for it too
         return state
+
+    def _tell_others(self) -> None:
+        """Which parameters no known optimizer holds."""
+        held = {id(p) for state in self._states if (one := state.of()) is not None for p in trained(one)}
+        others = [p for p in self._trained() if id(p) not in held]
+        self._others = GradientState(others) if others else None
+        if self._others is not None:
+            self._others.learn(self._early)
+            self._others.choose()
 
     def _living(self) -> list[GradientState]:
         """The states of the optimizers that exist; while none is known, that of all parameters."""
-        self._states = [state for state in self._states if state.of() is not None]
-        if self._states:
-            return self._states
+        states = [state for state in self._states if state.of() is not None]
+        gone, self._states = len(states) < len(self._states), states
+        if gone:
+            self._tell_others()
+        if states:
+            return states
         if self._unknown is None:
             self._unknown = GradientState(self._trained())
             self._unknown.learn(self._early)

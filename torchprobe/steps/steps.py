@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,13 +33,7 @@ class Steps:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        sources: Sources,
-        outlet: Outlet,
-        overview: Overview,
-        meter: Meter,
-        ranks: int,
+        self, plan: Plan, sources: Sources, outlet: Outlet, overview: Overview, meter: Meter, ranks: int
     ) -> None:
         self.clock = StepMachine()
         self.current = OpenStep(0)
@@ -54,6 +49,8 @@ class Steps:
         self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
+        model = sources.model()
+        self._given = [] if model is None else [ref(p) for p in model.parameters()]  # not those of a `functional_call`
         self.has_validated = False
         """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last
@@ -261,7 +258,8 @@ class Steps:
     def optimizer_alive(self) -> bool:
         """Whether an optimizer holds a parameter of the model."""
         model = self._sources.model()
-        return model is not None and any_alive(parameter_ids(model))
+        given = {id(p) for weak in self._given if (p := weak()) is not None}
+        return model is not None and any_alive(parameter_ids(model) | given)
 
     def forget_passes(self) -> None:
         """Passes that were counted as steps came before training."""

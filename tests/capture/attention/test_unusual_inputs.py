@@ -191,3 +191,12 @@ def test_attention_in_a_thread_of_the_forward_pass_runs_as_ever():
     seen = record(Lambda(run), x)
     assert torch.equal(seen.output, sdpa(x, x, x))
     assert seen.heads == {}
+
+
+def test_lazy_parameters_do_not_end_the_probe():
+    """The first pass gives them their shapes, by calls with what has none yet."""
+    model = nn.Sequential(nn.LazyLinear(4), Lambda(lambda x: sdpa(x, x, x)))
+    x = torch.randn(2, 3, 5, 4)
+    first, second = record(model, x), record(model, x)
+    assert first.heads.keys() == second.heads.keys() == {"1"}
+    torch.testing.assert_close(first.heads["1"], second.heads["1"])

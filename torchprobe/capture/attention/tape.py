@@ -9,6 +9,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchprobe.capture.attention.labels import Label, Memory
 
@@ -278,8 +279,8 @@ def _is_plain_slice(value: Any) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it says where its elements are."""
-    return tensor.layout is torch.strided and not tensor.is_nested
+    """Whether it says where its elements are: a lazy parameter has none yet."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not is_lazy(tensor)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from torchprobe.capture.nan_origin.check import Sign, Signs
 from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.capture.times import Stopwatch
+from torchprobe.naming import all_parameters
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
@@ -50,7 +51,7 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         model = sources.model()
-        self._given = [] if model is None else [ref(p) for p in model.parameters()]  # not those of a `functional_call`
+        self._given = [] if model is None else [ref(p) for p in all_parameters(model)]  # not of a `functional_call`
         self.has_validated = False
         """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last

@@ -66,7 +66,7 @@ def test_no_more_is_claimed_than_lies_on_padding(sharpness):
     values = {"attention_entropy/a": entropy, "attention_entropy_normalized/a": entropy / math.log(tokens)}
     on_padding = (p * hidden[:, None]).sum(-1)
     rule = AttendsToPadding(samples=1)
-    for alert in rule.judge(Record(1, 0.0, values, evidence=evidence), {}):
+    for alert in rule.watcher()(Record(1, 0.0, values, evidence=evidence)):
         assert alert.value <= min(on_padding.mean(), on_padding[real].mean())
     assert _least(0.0 + evidence["padding"], 0.0) == pytest.approx(evidence["padding"])
 

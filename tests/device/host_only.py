@@ -54,6 +54,7 @@ REASONS = {
     "test_a_target_is_right_or_none_is_given": _SPEED,
     "test_looks_are_few_where_the_loss_is_a_function": _SPEED,
     "test_a_later_look_finds_what_was_made_in_between": _SPEED,
+    "test_one_made_after_the_first_validation_is_found_in_a_later_one": _SPEED,
     "judged_each[fgpu-7]": _SPEED,  # two and three passes do
     **dict.fromkeys(  # the others of these tables do
         (

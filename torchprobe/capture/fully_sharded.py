@@ -31,7 +31,7 @@ def lasting_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     managed = list(_managed(model))
     yield from (held.sharded_param for held in managed)
     known = {id(p) for held in managed for p in (held.sharded_param, getattr(held, "_unsharded_param", None))}
-    yield from (p for p in model.parameters() if id(p) not in known)
+    yield from (p for p in all_parameters(model) if id(p) not in known)
 
 
 def data_mesh(module: nn.Module) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,10 +11,9 @@ from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import SKIPPED_BEFORE
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.nan_origin.check import Sign, Signs
-from torchprobe.capture.optimizers import any_alive, parameter_ids
+from torchprobe.capture.optimizers import any_alive, parameter_ids, weak_parameters
 from torchprobe.capture.sources import Sources
 from torchprobe.capture.times import Stopwatch
-from torchprobe.naming import all_parameters
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
@@ -50,8 +48,7 @@ class Steps:
         self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
-        model = sources.model()
-        self._given = [] if model is None else [ref(p) for p in all_parameters(model)]  # not of a `functional_call`
+        self._given = weak_parameters(sources.model())  # not of a `functional_call`
         self.has_validated = False
         """Whether validation passes ran in the open step."""
         self._decided = 0  # the step that was decided on last

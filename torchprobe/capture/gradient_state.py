@@ -138,11 +138,11 @@ class GradientState:
         for weak in self._few:
             if (p := weak()) is not None and p.grad is not None:
                 return False
-        having = [weak for weak in self._parameters if (p := weak()) is not None and p.grad is not None]
-        if having and self._few:
+        having = [w for w in (self._parameters if self._few else ()) if (p := w()) is not None and p.grad is not None]
+        if having:
             self._look_at(_ends(having))
             self._left = [_state(weak) for weak in self._few]
-        return bool(having and self._few)
+        return bool(having)
 
 
 def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:

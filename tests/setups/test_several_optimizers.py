@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import torch
@@ -226,3 +227,51 @@ def test_heads_that_take_turns_under_an_optimizer_of_their_own():
     assert writer.scalars("overview/loss") == [(k, pytest.approx(loss)) for k, (loss, _) in enumerate(expected, 1)]
     for k, (_, mean) in enumerate(expected):
         assert writer.value(f"activation_mean/heads.{(2 * k) % 5}", k + 1) == pytest.approx(mean)
+
+
+class Parts(nn.Module):
+    def __init__(self, parts: int, shared: bool) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 4) if shared else nn.Identity()
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)) for _ in range(parts))
+
+    def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        return self.parts[part](self.trunk(x))
+
+
+def a_round(model: Parts, draw: random.Random) -> list[tuple[int, torch.Tensor]]:
+    """Backward passes through some of the parts: their numbers and losses."""
+    some = [part for part in range(len(model.parts)) if draw.random() < 0.8] or [0]
+    draw.shuffle(some)
+    losses = [
+        (part, model(torch.randn(3, 4), part).square().mean()) for part in some for _ in range(draw.choice((1, 2)))
+    ]
+    for _, loss in losses:
+        loss.backward()
+    return losses
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "over one trunk"])
+@pytest.mark.parametrize("seed", range(8))
+def test_parts_that_train_and_step_in_any_order(seed, shared):
+    """The loss is of what an optimizer's gradients are of, from the first step on, when no optimizer is known yet."""
+    torch.manual_seed(seed)
+    draw, writer, expected = random.Random(seed), MemoryWriter(), []
+    model = Parts(draw.choice((2, 3)), shared)
+    groups = [*model.parts, *([model.trunk] if shared else [])]
+    optimizers, unzeroed = [sgd(group) for group in groups], [{} for _ in groups]
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(6):
+            fresh = a_round(model, draw)
+            reached = [{part, len(groups) - 1} if shared else {part} for part, _ in fresh]
+            for i in range(len(groups)):
+                unzeroed[i] |= {(k, n): fresh[n][1].item() for n, parts in enumerate(reached) if i in parts}
+            steps = [i for i in range(len(groups)) if any(i in parts for parts in reached) and draw.random() < 0.6]
+            for i in steps:
+                optimizers[i].step()
+            if steps:
+                expected.append(sum({key: loss for i in steps for key, loss in unzeroed[i].items()}.values()))
+            for i in steps if draw.random() < 0.5 else range(len(groups)):
+                optimizers[i].zero_grad()
+                unzeroed[i] = {}
+    assert values(writer, "overview/loss") == pytest.approx(expected)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 _FEW = 1024  # elements of a gradient that are looked at
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
 _LEARNT = 2  # backward passes that tell in what order gradients come
+_MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
 
 State = tuple[int, int]
 
@@ -20,25 +21,31 @@ class EarlyGradients:
     """Parameters whose gradients are there before a backward pass is heard of, at an output of the model.
 
     They are what a loss uses beside that output: weights of its terms, a temperature. What they hold when the pass is
-    heard of tells nothing of what it found. Known of the first few backward passes, in each of which all gradients are
-    looked at: 0.3 µs a parameter.
+    heard of tells nothing of what it found. Known of the first few backward passes, and of more while a parameter
+    has no known optimizer, in each of which all gradients are looked at: 0.3 µs a parameter.
 
-    ids: of those parameters. late: of those that are given theirs while it runs. learns: whether there are backward
-    passes left that are looked at.
+    ids: of those parameters. late: of those that are given theirs while it runs. grown: of those that the last pass
+    looked at gave theirs. learns: whether there are backward passes left that are looked at.
     """
 
     def __init__(self) -> None:
         self.ids: set[int] = set()
         self.late: set[int] = set()
+        self.grown: frozenset[int] = frozenset()
         self._before: dict[int, tuple[ReferenceType[nn.Parameter], State | None]] = {}
         self._old: set[int] = set()  # parameters that hold what an earlier backward pass gave them
         self._last: dict[int, tuple[ReferenceType[Tensor], int]] | None = {}  # what the last one left; None if unseen
         self._left = _LEARNT
+        self._unowned = _MOST_UNOWNED
         self.learns = True
 
     def more(self) -> None:
         """An optimizer has become known: its backward passes are to be looked at too."""
         self._left, self.learns, self._last = max(self._left, 1), True, None
+
+    def own_all(self) -> None:
+        """Every parameter has a known optimizer."""
+        self._unowned = 0
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""
@@ -53,17 +60,18 @@ class EarlyGradients:
         """It has ended. Whether more is known than before."""
         before, self._before, known = self._before, {}, len(self.ids) + len(self.late)
         there = {key: (then, _state(weak)) for key, (weak, then) in before.items()}
-        grown = {key for key, (then, now) in there.items() if now is not None and now != then}
+        grown = self.grown = frozenset(key for key, (then, now) in there.items() if now is not None and now != then)
+        self._unowned -= 1
         if grown:
             self.late |= grown
-            if self._last is not None:  # else nobody knows what was there before
+            if self._last is not None and self._left > 0:  # else nobody knows what was there before
                 same = {key for key, (then, now) in there.items() if now is not None and now == then}
                 self._left -= 1
-                self.learns = self._left > 0
                 self.ids |= same - self._old
             self.ids -= self.late
             held = [(weak(), key) for key, (weak, _) in before.items()]
             self._last = {k: (ref(p.grad), p.grad._version) for p, k in held if p is not None and p.grad is not None}
+        self.learns = self._left > 0 or self._unowned > 0
         return len(self.ids) + len(self.late) > known
 
 
@@ -85,7 +93,7 @@ class GradientState:
     def _look_at(self, few: list[ReferenceType[nn.Parameter]]) -> None:
         self._few, self._none = few, [None] * len(few)
         self._seen: Sequence[State | None] = self._none  # when a backward pass began
-        self._left: list[State | None] = [None] * len(few)  # when it had ended
+        self._left = [_state(weak) for weak in few]  # when it had ended
 
     def look(self) -> bool:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
@@ -124,6 +132,10 @@ class GradientState:
                 return False
         return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
 
+    def is_among(self, grown: frozenset[int]) -> bool:
+        """Whether one of these parameters is."""
+        return any(id(weak()) in grown for weak in self._parameters)
+
     def learn(self, known: EarlyGradients) -> None:
         """Look at parameters that tell something from now on."""
         self._parameters = [weak for weak in self._parameters if id(weak()) not in known.ids]
@@ -131,7 +143,6 @@ class GradientState:
         late = [weak for weak in self._parameters if id(weak()) in known.late]
         if self.blind or (late and not all(id(weak()) in known.late for weak in self._few)):
             self._look_at(_ends(late))
-            self._left = [_state(weak) for weak in self._few]
 
     def choose(self) -> bool:
         """Look at parameters that have gradients, when those that were looked at have none. Whether there are some."""
@@ -141,7 +152,6 @@ class GradientState:
         having = [w for w in (self._parameters if self._few else ()) if (p := w()) is not None and p.grad is not None]
         if having:
             self._look_at(_ends(having))
-            self._left = [_state(weak) for weak in self._few]
         return bool(having)
 
 

@@ -20,13 +20,13 @@ class Backward:
 
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
     (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
-    where a later stage of a pipeline runs. reached: the gradients
-    that it added to, None while that is not known; beyond: whether to those of parameters, too, that no known optimizer
-    holds. kept: what sources kept of its forward passes, by source.
+    where a later stage of a pipeline runs. reached: the gradients that it added to, None while that is not known;
+    grown: ids of their parameters, where all were looked at; beyond: whether to those of parameters, too, that no known
+    optimizer holds. kept: what sources kept of its forward passes, by source.
     """
 
     __slots__ = (
-        *("beyond", "counted", "elsewhere", "flags", "forwards", "inner", "kept", "loss"),
+        *("beyond", "counted", "elsewhere", "flags", "forwards", "grown", "inner", "kept", "loss"),
         *("passes", "reached", "sign", "stray", "task", "used"),
     )
 
@@ -44,6 +44,7 @@ class Backward:
         self.stray = stray
         self.inner = inner
         self.reached: set[GradientState] | None = None
+        self.grown: frozenset[int] | None = None
         self.beyond = False
         self.passes: tuple[Pass, ...] = ()
         self.forwards = 0  # passes so far, of those of the same fate too
@@ -113,26 +114,21 @@ class Backward:
 
     def see_reach(self, states: Iterable[GradientState], others: GradientState | None = None) -> None:
         """Which gradients it has added to so far."""
-        self.beyond, reached = others is not None and others.grew(), self.reached
-        for state in states:
-            if state.grew():
-                if reached is None:
-                    reached = self.reached = set()
-                reached.add(state)
+        grown, grew = self.grown, {state for state in states if state.grew()}
+        self.beyond = others is not None and (others.grew() or (grown is not None and others.is_among(grown)))
+        if grew or grown is not None:
+            self.reached = grew if self.reached is None else self.reached | grew
 
-    def reach(self, state: GradientState) -> None:
-        """It added to these gradients."""
-        if self.reached is None:
-            self.reached = {state}
-        else:
-            self.reached.add(state)
-
-    def join(self, state: GradientState, others_hold: bool) -> None:
-        """An optimizer has become known, whose gradients it may have added to. others_hold: see `beyond`, of now."""
-        self.beyond |= self.reached is None and others_hold
-        if not self.elsewhere and (self.reached is None or self.beyond or not self.used):
-            self.reach(state)
-        self.beyond &= others_hold and not self.used
+    def join(self, state: GradientState, others: GradientState | None) -> None:
+        """An optimizer has become known, whose gradients it may have added to. others: `beyond`'s, if they hold any."""
+        grown = self.grown
+        held = others is not None and (grown is None or others.is_among(grown))
+        self.beyond |= (self.reached is None or grown is not None) and held
+        if grown is not None and not (state.blind or state.is_among(grown)):
+            self.reached = self.reached or set()
+        elif not self.elsewhere and (self.reached is None or self.beyond or not self.used):
+            self.reached = (self.reached or set()) | {state}
+        self.beyond &= held and (grown is not None or not self.used)
 
     def see_beyond(self, holds: bool) -> None:
         """Whether parameters that no known optimizer holds still have the gradients that it gave them."""
@@ -141,7 +137,7 @@ class Backward:
     def like(self, other: Backward) -> bool:
         """Whether the gradients of both have the same fate."""
         same = (self.used, self.elsewhere, self.beyond) == (other.used, other.elsewhere, other.beyond)
-        return same and self.reached == other.reached
+        return same and self.reached == other.reached and self.grown == other.grown
 
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""

@@ -145,9 +145,8 @@ class Gradients:
             state.look()
 
     def _await(self, backward: Backward) -> None:
-        if self._early.learns and self._early.end():
-            for state in [*self._living(), *filter(None, [self._others])]:
-                state.learn(self._early)
+        if self._early.learns:
+            self._learn(backward)
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
@@ -161,6 +160,13 @@ class Gradients:
             last.absorb(backward, self._merge)
         else:
             self._waiting.append(backward)
+
+    def _learn(self, backward: Backward) -> None:
+        if self._early.end():
+            for state in [*self._living(), *filter(None, [self._others])]:
+                state.learn(self._early)
+        if self._early.grown and not (self.compiled or backward.elsewhere or self._hides()):
+            backward.grown = self._early.grown
 
     def used_by(self, optimizer: Optimizer) -> list[Backward]:
         """The backward passes whose gradients an optimizer is about to use."""
@@ -240,9 +246,10 @@ class Gradients:
         self._early.more()
         state.choose()
         self._tell_others()
-        held = self._others is not None and not self._others.zeroed(thorough=True)
+        others = self._others
+        others = None if others is None or others.zeroed(thorough=True) else others
         for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
-            backward.join(state, held)  # it came before the optimizer was known, and may be for it too
+            backward.join(state, others)  # it came before the optimizer was known, and may be for it too
         return state
 
     def _tell_others(self) -> None:
@@ -250,7 +257,9 @@ class Gradients:
         held = {id(p) for state in self._states if (one := state.of()) is not None for p in trained(one)}
         others = [p for p in self._trained() if id(p) not in held]
         self._others = GradientState(others) if others else None
-        if self._others is not None:
+        if self._others is None:
+            self._early.own_all()
+        else:
             self._others.learn(self._early)
             self._others.choose()
 

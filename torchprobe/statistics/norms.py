@@ -25,6 +25,7 @@ SQUARES = FIELDS[0], FIELDS[2]
 number."""
 
 _ROW, _CACHED = 2**12, 2**16
+_NARROW = (torch.bfloat16, torch.float16)
 
 SUMS = "sum_squares", "count", "elements"
 """Columns of `sums_of_squares`: the first two over the finite elements; rows merge by addition."""
@@ -88,10 +89,15 @@ def distances(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     Takes, promises and raises what `l2_norms` does, of pairs of equal shapes; overwrites `others` with the differences,
     so that no room for them is needed.
     """
-    size = l2_norms(others)
-    if others:
-        torch._foreach_sub_(list(others), list(tensors))
-    sums = sums_of_squares(others)
+    size, narrow = l2_norms(others), {i for i, x in enumerate(tensors) if x.dtype in _NARROW}
+    wide = [i for i in range(len(tensors)) if i not in narrow]
+    if wide:
+        torch._foreach_sub_([others[i] for i in wide], [tensors[i] for i in wide])
+    sums = sums_of_squares([others[i] for i in wide])
+    if narrow:
+        rows = dict(zip(wide, sums, strict=True))
+        rows.update((i, sums_of_squares([others[i].float().sub_(tensors[i])])[0]) for i in narrow)
+        sums = torch.stack([rows[i] for i in range(len(tensors))])
     return torch.stack((_roots(sums), size, sums[:, 1].sqrt()), dim=1)
 
 

@@ -114,8 +114,12 @@ class Backward:
 
     def see_reach(self, states: Iterable[GradientState], others: GradientState | None = None) -> None:
         """Which gradients it has added to so far."""
-        grown, grew = self.grown, {state for state in states if state.grew()}
-        self.beyond = others is not None and (others.grew() or (grown is not None and others.is_among(grown)))
+        grown = self.grown
+        if grown is None:
+            grew, self.beyond = {state for state in states if state.grew()}, others is not None and others.grew()
+        else:
+            grew = {state for state in states if state.grew() | state.is_among(grown)}
+            self.beyond = others is not None and (others.grew() | others.is_among(grown))
         if grew or grown is not None:
             self.reached = grew if self.reached is None else self.reached | grew
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchprobe.cli import main
+from torchprobe.cli import main, training
 from torchprobe.cli.corpus import standard_library
 from torchprobe.cli.training import Progress
 
@@ -179,7 +179,10 @@ def test_a_real_ctrl_c_leaves_a_readable_run(texts: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # half a minute of work, on a machine that may be busy
-def test_on_the_standard_library_it_is_far_above_chance_after_a_quarter_of_its_steps(tmp_path: Path):
+def test_on_the_standard_library_it_is_far_above_chance_after_a_quarter_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "MIN_STEPS_BETWEEN_VALIDATIONS", 80)  # of eight, which take as long as the training
     options = ["--steps", "80", "--passes", "2", "--device", "cpu"]
     assert main(["demo", "--log-dir", str(tmp_path), *options]) == 0
     [run] = tmp_path.iterdir()

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchprobe
 from tests.clocks import TIMED, reproducible
-from tests.models import Transformer, inputs
+from tests.models import Attention, Transformer, inputs
 from tests.setups.reference import Weights, following
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
@@ -71,6 +71,23 @@ def function(model: nn.Module, **how: Any) -> Callee:
 
 
 WAYS = [wrapper, method, each_block, each_block_wrapped, attentions, forward, function]
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(x)
+
+
+class Slim(Transformer):
+    """Half a Transformer's modules, for tests that hold for any model: a compiler takes its time for each module."""
+
+    def __init__(self, layers: int = 1, width: int = 16) -> None:
+        super().__init__(width, layers=0)
+        self.blocks = nn.ModuleList(AttentionBlock(width) for _ in range(layers))
 
 
 class Counting:

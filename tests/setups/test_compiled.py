@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     WAYS,
     Counting,
+    Slim,
     Trained,
     assert_same_values,
     assert_same_weights,
@@ -50,14 +52,19 @@ def made(layers: int = 1) -> Transformer:
     return Transformer(dropout=0.0, layers=layers)
 
 
+def slim(layers: int = 1) -> Slim:
+    torch.manual_seed(0)
+    return Slim(layers)
+
+
 @functools.cache
-def eager(layers: int = 1) -> Trained:
-    return train(bare, model=made(layers))
+def eager(make: Callable[[int], Transformer], layers: int = 1) -> Trained:
+    return train(bare, model=make(layers))
 
 
 @pytest.mark.parametrize(("way", "layers"), [(way, 1 if way in (method, forward, function) else 2) for way in WAYS])
 def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs(way, layers):
-    found, expected = train(way, model=made(layers)), eager(layers)
+    found, expected = train(way, model=made(layers)), eager(made, layers)
     assert_same_values(found.writer, expected.writer, output_inside=way is function)
     assert found.graphs == [1, 2, 2, 2, 2, 2, 2], "one graph for sampled steps (1, 3, 6), one for the others"
     assert not counters["graph_break"]
@@ -66,22 +73,22 @@ def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs
 
 
 def test_instrument_may_come_after_compiling_and_take_its_result():
-    found = train(wrapper, model=made(), when="wrapped")
-    assert_same_values(found.writer, eager().writer)
+    found = train(wrapper, model=slim(), when="wrapped")
+    assert_same_values(found.writer, eager(slim).writer)
     assert found.graphs[-1] == 2
 
 
 @pytest.mark.parametrize(("way", "layers"), [(wrapper, 1), (each_block, 2)])
 def test_instrument_may_come_after_the_first_compiled_call_which_is_said_once(way, layers, caplog):
-    found = train(way, model=made(layers), when="late")
-    assert_same_values(found.writer, eager(layers).writer)
+    found = train(way, model=slim(layers), when="late")
+    assert_same_values(found.writer, eager(slim, layers).writer)
     assert found.graphs[-1] == 3
     said = [r.message for r in caplog.records if "compiled" in r.message]
     assert said == ["the model was compiled before torchprobe watched it; it is compiled once more, with probes"]
 
 
 def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(caplog):
-    found = train(function, model=made(), when="late", every=1, steps=3)
+    found = train(function, model=slim(), when="late", every=1, steps=3)
     assert [s for s, _ in found.writer.scalars("attention_entropy/blocks.0.attention")] == [2, 3]
     assert [s for s, _ in found.writer.scalars("activation_mean/head")] == [2, 3]
     assert "compiled before torchprobe watched it" in caplog.text
@@ -99,19 +106,15 @@ def test_inductor_gives_the_values_of_eager_in_its_other_modes(mode):
     def way(model, **how):
         return torch.compile(model, mode=mode, **how)
 
-    def shallow() -> Transformer:
-        torch.manual_seed(4)
-        return Transformer(dropout=0.0, layers=1)
-
-    found = train(way, model=shallow(), steps=4, backend="inductor")
+    found = train(way, model=slim(), steps=4, backend="inductor")
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
-    assert_same_values(found.writer, twin(found, model=shallow()).writer)
+    assert_same_values(found.writer, twin(found, model=slim()).writer)
 
 
 @pytest.mark.parametrize("probe", [torchprobe.Attention, torchprobe.Activations])
 def test_a_single_probe_needs_no_more_graphs_and_may_come_late(probe, caplog):
-    options = {"model": Transformer(dropout=0.0, layers=1), "probes": [probe()], "every": 2, "steps": 4}
+    options = {"model": Slim(), "probes": [probe()], "every": 2, "steps": 4}
     expected = train(bare, **copy.deepcopy(options))
     found = train(wrapper, **copy.deepcopy(options))
     assert found.graphs == [1, 1, 2, 2]
@@ -121,9 +124,9 @@ def test_a_single_probe_needs_no_more_graphs_and_may_come_late(probe, caplog):
 
 
 def test_a_dozen_compiled_blocks_share_two_graphs_and_keep_their_own_values():
-    def deep() -> Transformer:
+    def deep() -> Slim:
         torch.manual_seed(4)
-        return Transformer(dropout=0.0, layers=12, width=8)
+        return Slim(layers=12, width=8)
 
     expected, found = train(bare, model=deep(), steps=4), train(each_block, model=deep(), steps=4)
     assert_same_values(found.writer, expected.writer)
@@ -133,7 +136,7 @@ def test_a_dozen_compiled_blocks_share_two_graphs_and_keep_their_own_values():
 
 
 def test_probes_with_cadences_of_their_own_and_validation_need_no_further_graph():
-    counting, model = Counting(), Transformer(dropout=0.0, layers=1)
+    counting, model = Counting(), Slim()
     callee, optimizer = wrapper(model, backend=counting, fullgraph=True), torch.optim.SGD(model.parameters(), lr=0.1)
     writer = MemoryWriter()
     probes = [torchprobe.Activations(every=2), torchprobe.Attention(every=3), torchprobe.Gradients(every=5)]
@@ -153,7 +156,7 @@ def test_probes_with_cadences_of_their_own_and_validation_need_no_further_graph(
 
 
 def test_dynamic_shapes():
-    model, counting = Transformer(dropout=0.0, layers=1), Counting()
+    model, counting = Slim(), Counting()
     twin, writers = copy.deepcopy(model), (MemoryWriter(), MemoryWriter())
     callee = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
     for callee_of, watched, writer in ((callee, model, writers[0]), (twin, twin, writers[1])):
@@ -169,7 +172,7 @@ def test_dynamic_shapes():
 
 
 def test_a_compiled_step_of_the_optimizer_is_compiled_once_and_counted():
-    model, counting, writer = Transformer(dropout=0.0, layers=1), Counting(), MemoryWriter()
+    model, counting, writer = Slim(), Counting(), MemoryWriter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step = torch.compile(optimizer.step, backend=counting)
     with torchprobe.instrument(model, writer=writer, every=2) as session:
@@ -185,7 +188,7 @@ def test_a_compiled_step_of_the_optimizer_is_compiled_once_and_counted():
 
 
 def test_lbfgs_over_a_compiled_model():
-    counting, writer, model = Counting(), MemoryWriter(), Transformer(dropout=0.0, layers=1)
+    counting, writer, model = Counting(), MemoryWriter(), Slim()
     callee, optimizer = wrapper(model, backend=counting), torch.optim.LBFGS(model.parameters(), max_iter=3)
 
     def closure():

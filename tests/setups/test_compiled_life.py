@@ -11,10 +11,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import torchprobe
-from tests.models import Transformer, inputs
+from tests.models import inputs
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     Counting,
+    Slim,
     assert_same_weights,
     bare,
     function,
@@ -38,9 +39,9 @@ def fresh_counters():
     counters.clear()
 
 
-def made() -> Transformer:
+def made() -> Slim:
     torch.manual_seed(0)
-    return Transformer(dropout=0.0, layers=1)
+    return Slim()
 
 
 @pytest.mark.parametrize("way", [wrapper, function])
@@ -67,7 +68,7 @@ def test_a_probe_of_the_users_that_cannot_be_traced_or_fails_does_no_harm(way, c
 
 
 def test_after_detach_the_graphs_are_the_plain_ones(traces):
-    model, counting = Transformer(dropout=0.0, layers=1), Counting()
+    model, counting = Slim(), Counting()
     callee = wrapper(model, backend=counting)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
         for n in range(2):
@@ -98,7 +99,7 @@ def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
 
 
 def test_a_compiled_model_hears_of_no_process_wide_hook(recwarn):
-    model, criterion = Transformer(dropout=0.0, layers=1), nn.CrossEntropyLoss()
+    model, criterion = Slim(), nn.CrossEntropyLoss()
     callee, optimizer = wrapper(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.1)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
         for ids in (inputs("transformer", seed=1), inputs("transformer", seed=2)):
@@ -112,7 +113,7 @@ def test_a_compiled_model_hears_of_no_process_wide_hook(recwarn):
 
 
 def test_a_copy_of_a_compiled_and_instrumented_model_is_neither(traces):
-    model = Transformer(dropout=0.0, layers=1)
+    model = Slim()
     callee, writer = method(model, backend="eager"), MemoryWriter()
     with torchprobe.instrument(model, writer=writer, every=1):
         loss_of(callee, 1).backward()
@@ -125,7 +126,7 @@ def test_an_exception_in_a_compiled_pass_reaches_the_user_and_leaves_nothing_ent
     class Breaks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = Transformer(dropout=0.0, layers=1)
+            self.inner = Slim()
 
         def forward(self, ids, width):
             return self.inner(ids) @ torch.ones(width, 1)
@@ -144,7 +145,7 @@ def test_an_exception_in_a_compiled_pass_reaches_the_user_and_leaves_nothing_ent
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_an_instrumented_model_gives_the_plain_program(strict):
-    model, ids = Transformer(dropout=0.0, layers=1), inputs("transformer")
+    model, ids = Slim(), inputs("transformer")
     plain = torch.export.export(model, (ids,), strict=strict)
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
         watched = torch.export.export(model, (ids,), strict=strict)
@@ -153,7 +154,7 @@ def test_export_of_an_instrumented_model_gives_the_plain_program(strict):
 
 
 def test_functional_call_and_inference_mode_with_a_compiled_model():
-    model = Transformer(dropout=0.0, layers=1)
+    model = Slim()
     callee, ids = wrapper(model, backend="eager", fullgraph=True), inputs("transformer")
     expected, halves = model(ids).detach(), {name: p.detach() / 2 for name, p in model.named_parameters()}
     expected_half = torch.func.functional_call(model, halves, (ids,)).detach()

@@ -21,6 +21,7 @@ from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     Callee,
     Counting,
+    Slim,
     assert_same_values,
     assert_same_weights,
     bare,
@@ -51,9 +52,9 @@ class Pair:
     """How many there were after each step."""
 
 
-def train_in_turn(way, *, order=(0, 1), watched=(0,), detach_after=None, steps=4, layers=1, **options) -> Pair:
+def train_in_turn(way, *, make=Slim, order=(0, 1), watched=(0,), detach_after=None, steps=4, **options) -> Pair:
     torch.manual_seed(0)
-    model, counting = Transformer(dropout=0.0, layers=layers), Counting()
+    model, counting = make(), Counting()
     pair = Pair([model, copy.deepcopy(model)], [MemoryWriter(), MemoryWriter()], counting)
     callees = [way(model, backend=counting, fullgraph=True) for model in pair.models]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in pair.models]
@@ -119,7 +120,7 @@ def test_one_session_ends_and_the_models_train_on(watched):
 def test_a_teacher_and_its_student(watched):
     def distil(way) -> tuple[MemoryWriter, Transformer]:
         torch.manual_seed(0)
-        teacher, writer, counting = Transformer(dropout=0.0, layers=1), MemoryWriter(), Counting()
+        teacher, writer, counting = Slim(), MemoryWriter(), Counting()
         student = copy.deepcopy(teacher)
         callees: list[Callee] = [way(model, backend=counting, fullgraph=True) for model in (teacher, student)]
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -139,8 +140,12 @@ def test_a_teacher_and_its_student(watched):
         assert_same_values(found, expected)
 
 
+def deep() -> Transformer:
+    return Transformer(dropout=0.0, layers=2)
+
+
 def test_blocks_that_are_not_to_be_watched_do_not_lend_their_graph_to_one_that_is():
-    options = {"include": ["blocks.1*"], "watched": (0,), "order": (0,), "layers": 2}
+    options = {"make": deep, "include": ["blocks.1*"], "watched": (0,), "order": (0,)}
     found = train_in_turn(each_block, **options)
     assert_same(found, train_in_turn(bare, **options))
     assert [s for s, _ in found.writers[0].scalars("activation_mean/blocks.1.mlp.0")] == [1, 3]
@@ -148,7 +153,7 @@ def test_blocks_that_are_not_to_be_watched_do_not_lend_their_graph_to_one_that_i
 
 def test_graphs_of_other_classes_get_no_guard_and_detach_takes_the_compilers_hook_off():
     before = len(_bytecode_hooks)
-    model, other = Transformer(dropout=0.0, layers=1), Named()
+    model, other = Slim(), Named()
     with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
         torch.compile(other, backend="eager")(torch.ones(2))
         torch.compile(copy.deepcopy(model), backend="eager")(inputs("transformer"))
@@ -177,9 +182,9 @@ def test_a_guard_that_cannot_be_made_is_said_once_and_stops_no_compiler(monkeypa
         raise RuntimeError("another Dynamo")
 
     monkeypatch.setattr(GraphGuards, "_guard", fail)
-    model = Transformer(layers=1)
+    model = Slim()
     compiled = torch.compile(model, backend="eager")
-    with torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1, probes=[torchprobe.Activations()]):
         for seed in range(2):
             loss_of(compiled, seed).backward()
             compiled(inputs("transformer", seed=seed)[:, :3])  # another shape, another graph

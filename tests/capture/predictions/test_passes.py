@@ -68,8 +68,8 @@ def run(loss_of, passes: int) -> tuple[MemoryWriter, list[Tensor], Tensor]:
     model = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Dropout(0.4), nn.Linear(32, CLASSES))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
-    writer, logits = MemoryWriter(), []
-    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+    writer, logits, probes = MemoryWriter(), [], [torchprobe.Calibration(), torchprobe.Uncertainty()]
+    with torchprobe.instrument(model, writer=writer, probes=probes, every=1, rules=[]):
         for _ in range(STEPS):
             z = torch.stack([model(x) for _ in range(passes)])
             logits.append(z.detach().clone())

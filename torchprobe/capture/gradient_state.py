@@ -39,13 +39,10 @@ class EarlyGradients:
         self._unowned = _MOST_UNOWNED
         self.learns = True
 
-    def more(self) -> None:
-        """An optimizer has become known: its backward passes are to be looked at too."""
+    def more(self, unowned: bool) -> None:
+        """An optimizer has become known: its backward passes are to be looked at too. unowned: some have none yet."""
         self._left, self.learns, self._last = max(self._left, 1), True, None
-
-    def own_all(self) -> None:
-        """Every parameter has a known optimizer."""
-        self._unowned = 0
+        self._unowned = self._unowned if unowned else 0
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""

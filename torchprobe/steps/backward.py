@@ -114,14 +114,12 @@ class Backward:
 
     def see_reach(self, states: Iterable[GradientState], others: GradientState | None = None) -> None:
         """Which gradients it has added to so far."""
-        grown = self.grown
-        if grown is None:
-            grew, self.beyond = {state for state in states if state.grew()}, others is not None and others.grew()
-        else:
-            grew = {state for state in states if state.grew() | state.is_among(grown)}
-            self.beyond = others is not None and (others.grew() | others.is_among(grown))
-        if grew or grown is not None:
-            self.reached = grew if self.reached is None else self.reached | grew
+        grown, reached = self.grown, self.reached
+        for state in states:
+            if state.grew() | (grown is not None and state.is_among(grown)):
+                reached = {state} if reached is None else reached | {state}
+        self.reached = set() if reached is None and grown is not None else reached
+        self.beyond = others is not None and (others.grew() | (grown is not None and others.is_among(grown)))
 
     def join(self, state: GradientState, others: GradientState | None) -> None:
         """An optimizer has become known, whose gradients it may have added to. others: `beyond`'s, if they hold any."""

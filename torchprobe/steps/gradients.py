@@ -243,10 +243,10 @@ class Gradients:
         state = GradientState(trained(optimizer), optimizer)
         state.learn(self._early)
         self._states.append(state)
-        self._early.more()
         state.choose()
         self._tell_others()
         others = self._others
+        self._early.more(others is not None)
         others = None if others is None or others.zeroed(thorough=True) else others
         for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
             backward.join(state, others)  # it came before the optimizer was known, and may be for it too
@@ -257,9 +257,7 @@ class Gradients:
         held = {id(p) for state in self._states if (one := state.of()) is not None for p in trained(one)}
         others = [p for p in self._trained() if id(p) not in held]
         self._others = GradientState(others) if others else None
-        if self._others is None:
-            self._early.own_all()
-        else:
+        if self._others is not None:
             self._others.learn(self._early)
             self._others.choose()
 

@@ -185,6 +185,13 @@ def frozen(table):
     return table
 
 
+class Positions(nn.Embedding):
+    """What it is called with are no rows of it, as of BART's and Whisper's tables of positions."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]).expand(ids.shape))
+
+
 ROWS = {
     "all are used": lambda watch: look_up(watch, nn.Embedding(100, 4), some_of(100)),
     "all but padding": lambda watch: look_up(watch, nn.Embedding(20, 4, padding_idx=19), some_of(19)),
@@ -192,6 +199,7 @@ ROWS = {
     "new ones come": lambda watch: look_up(watch, nn.Embedding(100, 4), of_a_growing_part),
     "tied": lambda watch: look_up(watch, None, some_of(30), out=Tied()),
     "positions": lambda watch: look_up(watch, nn.Embedding(100, 4), positions),
+    "positions, called with tokens": lambda watch: look_up(watch, Positions(100, 4), some_of(30)),
     "distances": lambda watch: look_up(watch, nn.Embedding(100, 4), distances),
     "one kind of segment": lambda watch: look_up(watch, nn.Embedding(2, 4), some_of(1)),
     "frozen": lambda watch: look_up(watch, frozen(nn.Embedding(100, 4)), some_of(30)),
@@ -201,6 +209,11 @@ ROWS = {
 @pytest.mark.parametrize("recipe", ROWS.values(), ids=ROWS)
 def test_rows_that_are_used_or_not_yet_known_are_not_named(recipe):
     assert "unused_embedding_rows" not in names(recipe)
+
+
+def test_a_table_that_is_called_with_other_numbers_than_its_rows_switches_nothing_off(caplog):
+    said(lambda watch: look_up(watch, Positions(8, 4), some_of(30), steps=1))
+    assert "failed" not in caplog.text
 
 
 def test_gradients_of_a_sparse_table_are_looked_at_no_closer():

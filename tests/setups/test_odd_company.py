@@ -258,3 +258,23 @@ def test_modules_that_define_equality_by_element_are_told_apart_by_identity():
     train(bare)
     assert_same(bare, model)
     assert steps(writer, "activation_mean/0.inner") == [1, 2, 3]
+
+
+def test_another_default_dtype_while_the_model_runs_changes_no_value(caplog):
+    found = []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        model, writer, x = net(), MemoryWriter(), batch()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=writer, every=1):
+            torch.set_default_dtype(default)
+            try:
+                model(x).square().mean().backward()
+                optimizer.step()
+                model.eval()
+                with torch.no_grad():
+                    model(x)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        found.append({tag: writer.scalars(tag) for tag in writer.tags() if not tag.startswith(("perf", "overview/pr"))})
+    assert found[0] == found[1] == found[2]
+    assert "failed" not in caplog.text

@@ -128,3 +128,20 @@ def test_the_counts_of_a_run_shorter_than_a_flush_come_out_at_its_end():
         for k in range(3):
             train_step(model, optimizer, k)
     assert writer.scalars("overview/skipped_steps") == writer.scalars("overview/dropped_records") == [(3, 0.0)]
+
+
+def test_validation_between_micro_batches_belongs_to_the_step_before_and_never_mixes_with_that_of_the_next():
+    model, writer = net(), MemoryWriter()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        between, after = [], []
+        for k in range(3):
+            loss_of(model, k).backward()
+            between.append(validate(model, seed=50 + k))
+            loss_of(model, 10 + k).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after += [validate(model, seed=60 + k)] if k == 1 else []
+    expected = {0: between[0], 1: between[1], 2: after[0]}  # step 2 has had its own when the next micro-batches come
+    assert dict(writer.scalars("val/activation_mean/2")) == pytest.approx(expected)
+    assert len(writer.scalars("val/activation_mean/2")) == len(expected)

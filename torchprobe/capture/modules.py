@@ -52,10 +52,7 @@ class OutputSource:
     names = ("outputs", "output_gradients")
 
     def __init__(
-        self,
-        reporters: Sequence[Reporter],
-        wanted: Callable[[str, nn.Module, Probe | None], bool],
-        running: Running,
+        self, reporters: Sequence[Reporter], wanted: Callable[[str, nn.Module, Probe | None], bool], running: Running
     ) -> None:
         self._reporters = [reporter for reporter in reporters if reporter.source in self.names]
         self._wanted = wanted

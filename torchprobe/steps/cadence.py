@@ -57,10 +57,8 @@ class Plan:
         self._step = 0
         self._changes: deque[tuple[Schedule | None, int]] = deque()  # asked for, by other threads too
         self._all_until = 0  # step up to which each is sampled
-        self.by_forward = False
-        """Whether forward passes were the clock when the gates were set last."""
-        self.quiet = range(0)
-        """Steps in which the gates stay as they are, unless an optimizer joins."""
+        self.by_forward = False  # whether forward passes were the clock when the gates were set last
+        self.quiet = range(0)  # steps in which the gates stay as they are, unless an optimizer joins
         self._open_validation()
 
     @property
@@ -69,10 +67,7 @@ class Plan:
         return [one for reporter in self.reporters for one in (reporter, *reporter.beside)]
 
     def open_for(self, step: int, by_forward: bool = False) -> None:
-        """Set the gates for a training step that begins. Costs a microsecond where nothing is to change.
-
-        by_forward: forward passes are the clock, so that each is a step of its own, validation too.
-        """
+        """Set the gates for a step that begins; by_forward: each pass is one, validation too. Mostly a microsecond."""
         self._step = step
         if step not in self.quiet or by_forward is not self.by_forward:
             self._open(step, by_forward)

@@ -36,6 +36,7 @@ class Steps:
     ) -> None:
         self.clock = StepMachine()
         self.current = OpenStep(0)
+        self._early = OpenStep(0)  # validation between micro-batches of the open step
         self._plan = plan
         self._sources = sources
         self._outlet = outlet
@@ -49,8 +50,7 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
         self._given = weak_parameters(sources.model())  # not of a `functional_call`
-        self.has_validated = False
-        """Whether validation passes ran in the open step."""
+        self.has_validated = False  # in the open step
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._doubts = sources.nan_check
@@ -76,6 +76,10 @@ class Steps:
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """It has a say in what the next step samples, which compiled graphs must know now."""
         current = self.current
+        if self.has_validated and not current.trained:
+            self.end_validation()
+            self._plan.validation_ended()
+            self.has_validated = False
         if current.due and not current.trained:
             self._plan.await_validation(current.due)
         meter = self.watch.meter
@@ -103,8 +107,7 @@ class Steps:
         self.watch.mark_end(self.current.number)
 
     def _decide(self, number: int) -> None:
-        self._decided, plan = number, self._plan
-        clock = self.clock
+        self._decided, plan, clock = number, self._plan, self.clock
         plan.open_for(number, clock.by_forward)
         self._due = self._sources.open(number, plan.due, plan.due_in_validation, clock.completed == clock.origin)
         self._resting = None if self._due else plan.due_in_validation
@@ -122,7 +125,6 @@ class Steps:
                 self._ended = times.end_step(ended, before, self.clock.manual)
             elif before is not None and self._ended is not None:
                 ended.values[STEP_SECONDS] = self._ended - before
-        clear = not self.has_validated
         quiet = ended.number > 1 and ended.number % self._outlet.flush_every  # the drain thread need not wake up
         plain = quiet and self._always_light and self._host_loss and (times is None or not times.holds)
         values = ended.take_values() if plain else None
@@ -131,7 +133,6 @@ class Steps:
         else:
             self._outlet.drain.put_values(ended.number, values)
         if self.has_validated:
-            self.has_validated = False
             self._plan.validation_ended()
         if self.clock.manual:
             self._plan.await_validation(ended.due)
@@ -145,18 +146,20 @@ class Steps:
                 self._decide(number)
         self.current = OpenStep(number, self._due, self._light)
         if times is not None and times.gate.train:
-            self.watch.open(number, clear, quiet=not ended.due)
+            self.watch.open(number, not self.has_validated, quiet=not ended.due)
+        self.has_validated = False
         if self._for_first:
             self.current.put_all(self._for_first)
             self._for_first = []
 
     def _hand_over(self, ended: OpenStep) -> None:
         self._complete(ended)
-        (self._times if self._times is not None and self._times.holds else self._outlet).hand_over(
-            ended.number, ended.take()
-        )
+        self._send(ended.number, ended)
         if ended.due and ended.trained:
             self._sources.step_ended()
+
+    def _send(self, number: int, step: OpenStep) -> None:
+        (self._times if self._times is not None and self._times.holds else self._outlet).hand_over(number, step.take())
 
     def write(self) -> None:
         """Hand over what the open step has so far."""
@@ -207,11 +210,11 @@ class Steps:
             self.current.put(tag, value)
 
     def validated(self, kept: dict[Any, Any]) -> None:
-        """What a pass kept that was validation: it belongs to the open step."""
+        """What a pass kept that was validation: it belongs to the step whose weights it has."""
         self.has_validated = True
         if kept:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
-                self.current.add(piece)
+                self._validates().add(piece)
         self._plan.validated()
         if self._by_methods or self.clock.fresh:
             self._sources.arm(self.due_in(self.clock.following), self.clock.fresh)
@@ -219,7 +222,12 @@ class Steps:
     def end_validation(self) -> None:
         """A whole validation pass is over, or is to be written as far as it goes."""
         if self.has_validated:
-            self.current.extend(self._sources.predictions.end_validation())
+            self._validates().extend(self._sources.predictions.end_validation())
+            if self._early.pieces:
+                self._send(self.clock.completed, self._early)
+
+    def _validates(self) -> OpenStep:
+        return self._early if self.current.number > self.clock.completed and not self.clock.manual else self.current
 
     def put_signs(self, backward: Backward) -> None:
         """The open step uses a backward pass whose numbers are not finite, or on a device may be so."""

@@ -194,7 +194,7 @@ def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> 
 def _sum(x: Tensor) -> Tensor:
     """Of all elements, each with a weight of its own: the same for the same batch in the same order."""
     rows = x.reshape(len(x), -1)
-    across, down = (torch.linspace(1, 2, n, device=x.device) for n in reversed(rows.shape))
+    across, down = (torch.linspace(1, 2, n, dtype=x.dtype, device=x.device) for n in reversed(rows.shape))
     return down @ (rows @ across)
 
 

@@ -86,7 +86,7 @@ class ModuleCalls:
                 self._cut(tensor)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._normalised(name, module, args)
-        if isinstance(module, nn.Embedding) and args and _are_ids(args[0]):
+        if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and _are_ids(*args[:1]):
             self.tables.look_up(name, module, args[0])
             if module.padding_idx is not None and args[0].dim() == 2:
                 calls.padding.append(args[0] == module.padding_idx)
@@ -183,7 +183,7 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-def _are_ids(given: Any) -> bool:
+def _are_ids(given: Any = None) -> bool:
     """Whether they are whole numbers in memory: no shard, and nothing that has a shape alone."""
     plain = type(given) is Tensor and given.layout == torch.strided and given.device.type != "meta" and given.dim() > 0
     return plain and given.numel() > 0 and given.dtype in (torch.int64, torch.int32)

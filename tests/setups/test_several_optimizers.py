@@ -275,3 +275,23 @@ def test_parts_that_train_and_step_in_any_order(seed, shared):
                 optimizers[i].zero_grad()
                 unzeroed[i] = {}
     assert values(writer, "overview/loss") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_optimizers_with_closures_without_passes_are_steps_of_one_loss_unless_it_is_zeroed(zeroed):
+    """As Lightning has them, optimised by hand: each step counts, with a closure that does nothing."""
+    model, writer, expected = net(), MemoryWriter(), []
+    first, second = sgd(model[0]), sgd(model[2])
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            losses = [loss_of(model, 2 * k + n) for n in range(2)]
+            for loss in losses:
+                loss.backward()
+            total = sum(loss.item() for loss in losses)
+            first.step(lambda: None)
+            if zeroed:
+                second.zero_grad()
+            second.step(lambda: None)
+            model.zero_grad()
+            expected += [(2 * k + 1, total)] if zeroed else [(2 * k + 1, total), (2 * k + 2, total)]
+    assert writer.scalars("overview/loss") == [(step, pytest.approx(loss)) for step, loss in expected]

@@ -109,12 +109,14 @@ class Backward:
         self.kept, self.sign, self.flags = {}, None, {}
 
     def take_for(self, step: int) -> None:
-        """A step uses its gradients."""
-        self.used, self.counted = True, step
+        """A step uses its gradients; 0: none does after all."""
+        self.used, self.counted = step > 0, step
 
-    def see_reach(self, states: Iterable[GradientState], others: GradientState | None = None) -> None:
+    def see_reach(
+        self, states: Iterable[GradientState], others: GradientState | None = None, grown: frozenset[int] | None = None
+    ) -> None:
         """Which gradients it has added to so far."""
-        grown, reached = self.grown, self.reached
+        self.grown, reached = grown, self.reached
         for state in states:
             if state.grew() | (grown is not None and state.is_among(grown)):
                 reached = {state} if reached is None else reached | {state}

@@ -19,6 +19,7 @@ from torchprobe.capture.optimizers import trained
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.steps.backward import Backward
+from torchprobe.steps.open_step import OpenStep
 from torchprobe.steps.steps import Steps
 
 _log = logging.getLogger("torchprobe")
@@ -145,14 +146,13 @@ class Gradients:
             state.look()
 
     def _await(self, backward: Backward) -> None:
-        if self._early.learns:
-            self._learn(backward)
+        grown = self._learn() if self._early.learns else None
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
                 break
         if not backward.elsewhere:
-            backward.see_reach(self._states, self._others)
+            backward.see_reach(self._states, self._others, grown)
         if backward.stray and not backward.reached:
             return
         last = self._waiting[-1] if self._waiting else None
@@ -161,12 +161,11 @@ class Gradients:
         else:
             self._waiting.append(backward)
 
-    def _learn(self, backward: Backward) -> None:
+    def _learn(self) -> frozenset[int] | None:
         if self._early.end():
             for state in [*self._living(), *filter(None, [self._others])]:
                 state.learn(self._early)
-        if self._early.grown and not (self.compiled or backward.elsewhere or self._hides()):
-            backward.grown = self._early.grown
+        return None if self.compiled or self._hides() else self._early.grown or None
 
     def used_by(self, optimizer: Optimizer) -> list[Backward]:
         """The backward passes whose gradients an optimizer is about to use."""
@@ -188,6 +187,17 @@ class Gradients:
         if not fresh:
             state.choose()
         return found
+
+    def left(self, optimizer: Optimizer) -> bool:
+        """Whether its gradients are not zeroed."""
+        return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self._states)
+
+    def take_back(self, step: OpenStep) -> None:
+        """An optimizer has not used what it was to use in a step."""
+        step.give_back()
+        for backward in self._waiting:
+            if backward.counted == step.number:
+                backward.take_for(0)
 
     def waiting(self) -> list[Backward]:
         """The backward passes that were not dropped yet."""

@@ -27,6 +27,7 @@ class StepMachine:
         self.passes_seen = False  # a training pass ran in the open step
         self.stepped = True  # an optimizer has stepped in the open step, or it is step 0
         self._by: list[ReferenceType[Optimizer]] = []  # those that have, in the open step
+        self._by_before: list[ReferenceType[Optimizer]] = []  # in the step before it
 
     @property
     def fresh(self) -> bool:
@@ -48,13 +49,17 @@ class StepMachine:
         """The number of the step that a training pass belongs to."""
         return self.number + 1 if self.ended else self.number
 
+    def shares_passes(self, optimizer: Optimizer) -> bool:
+        """Whether the open step has no passes, and this optimizer none of its own since those of the step before it."""
+        return not self.passes_seen and all(one() is not optimizer for one in self._by_before)
+
     def training_pass(self) -> bool:
         """A training pass begins."""
         begins = self.stepped and not (self.manual and self.number)
         if begins:  # as `_begin`, without its call
             self.number += 1
             self.stepped = False
-            self._by.clear()
+            self._by_before, self._by = self._by, []
         self.passes_seen = True
         return begins
 
@@ -125,4 +130,4 @@ class StepMachine:
     def _begin(self) -> None:
         self.number += 1
         self.passes_seen = self.stepped = False
-        self._by.clear()
+        self._by_before, self._by = self._by, []

@@ -104,6 +104,11 @@ class OpenStep:
                 self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)
 
+    def give_back(self) -> None:
+        """What its optimizer was to use counts for nothing; validation does."""
+        self.loss, self.unknown, self.used, self.forwards = None, False, [], 0
+        self.pieces = [piece for piece in self.pieces if piece.prefix]
+
     def keep(self, backward: Backward) -> None:
         """Passes count whose backward pass nobody has heard of."""
         self.used.append(backward)

@@ -43,7 +43,7 @@ class Passes:
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread = 0  # that trains
-        self._said: set[str] = set()
+        self._said = False
         self._observer = ref(self.gradients)
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
         self._hooks = PassHooks(model, self, self._running)
@@ -65,6 +65,8 @@ class Passes:
                 self._look_at_clock()
             if not clock.by_forward and clock.training_pass():
                 self.begin_step()
+            elif self._steps.current.forwards and not (clock.by_forward or clock.manual):  # its optimizer's step raised
+                self.gradients.take_back(self._steps.current)
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:
@@ -285,14 +287,11 @@ class Passes:
     def _is_foreign(self) -> bool:
         """Whether the thread that trains, which is another one, is alive."""
         if any(living.ident == self._thread for living in living_threads()):
-            self._say("passes of the model in another thread than the one that trains are left alone (activations, …)")
+            if not self._said:
+                self._said = True
+                _log.warning("passes of the model in another thread than the one that trains are left alone")
             return True
         return False
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            _log.warning("%s", text)
 
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""

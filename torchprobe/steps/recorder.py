@@ -136,7 +136,7 @@ class Recorder:
             if not backward.used or backward.counted == step.number:
                 break
         else:  # gradients came that were not heard of, and those before may have been zeroed
-            found = []
+            found = found if self.clock.shares_passes(optimizer) and self._passes.gradients.left(optimizer) else []
         for backward in found:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import math
 import multiprocessing
 
 import pytest
@@ -279,35 +278,3 @@ def test_another_default_dtype_while_the_model_runs_changes_no_value(caplog):
         found.append({tag: writer.scalars(tag) for tag in writer.tags() if not tag.startswith(("perf", "overview/pr"))})
     assert found[0] == found[1] == found[2]
     assert "failed" not in caplog.text
-
-
-@pytest.mark.parametrize("retry", [False, True])
-def test_a_step_that_raises_leaves_nothing_behind_where_the_loop_goes_on(retry):
-    """Out of memory in `optimizer.step()`: the batch is dropped, or one more is added to it."""
-    model, writer, losses, norms = net(), MemoryWriter(), [], []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError
-
-    with torchprobe.instrument(model, writer=writer, every=1):
-        for k in range(6):
-            loss = model(batch(seed=k)).square().mean()
-            loss.backward()
-            losses.append(loss.item())
-            if k % 3 == 1:
-                handle = optimizer.register_step_pre_hook(out_of_memory)
-                with pytest.raises(torch.OutOfMemoryError):
-                    optimizer.step()
-                handle.remove()
-                if not retry:
-                    optimizer.zero_grad()
-                continue
-            norms.append(math.hypot(*(p.grad.norm().item() for p in model.parameters())))
-            optimizer.step()
-            optimizer.zero_grad()
-    kept = (losses[1] + losses[2], losses[4] + losses[5]) if retry else (losses[2], losses[5])
-    assert writer.scalars("overview/loss") == [
-        (k, pytest.approx(loss)) for k, loss in enumerate((losses[0], kept[0], losses[3], kept[1]), 1)
-    ]
-    assert writer.scalars("overview/grad_norm") == [(k, pytest.approx(norm)) for k, norm in enumerate(norms, 1)]

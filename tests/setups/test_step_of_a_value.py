@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -145,3 +147,35 @@ def test_validation_between_micro_batches_belongs_to_the_step_before_and_never_m
     expected = {0: between[0], 1: between[1], 2: after[0]}  # step 2 has had its own when the next micro-batches come
     assert dict(writer.scalars("val/activation_mean/2")) == pytest.approx(expected)
     assert len(writer.scalars("val/activation_mean/2")) == len(expected)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_step_that_raises_leaves_nothing_behind_where_the_loop_goes_on(retry):
+    """Out of memory in `optimizer.step()`: the batch is dropped, or one more is added to it."""
+    model, writer, losses, norms = net(), MemoryWriter(), [], []
+    optimizer = sgd(model)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(6):
+            loss = loss_of(model, k)
+            loss.backward()
+            losses.append(loss.item())
+            if k % 3 == 1:
+                handle = optimizer.register_step_pre_hook(out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+                handle.remove()
+                if not retry:
+                    optimizer.zero_grad()
+                continue
+            norms.append(math.hypot(*(p.grad.norm().item() for p in model.parameters())))
+            optimizer.step()
+            optimizer.zero_grad()
+    kept = (losses[1] + losses[2], losses[4] + losses[5]) if retry else (losses[2], losses[5])
+    assert writer.scalars("overview/loss") == [
+        (k, pytest.approx(loss)) for k, loss in enumerate((losses[0], kept[0], losses[3], kept[1]), 1)
+    ]
+    assert writer.scalars("overview/grad_norm") == [(k, pytest.approx(norm)) for k, norm in enumerate(norms, 1)]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
 import torchprobe
 from tests.setups.loops import batch, net, one_step
@@ -46,6 +47,28 @@ def test_norms_layers_means_and_totals_against_float64():
     assert writer.value("overview/param_norm") == pytest.approx(l2(*after.values()))
     ratios = sorted(moved.values())
     assert writer.value("overview/update_ratio") == pytest.approx((ratios[1] + ratios[2]) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "inside a wrapper"])
+@pytest.mark.parametrize("at_the_end", [False, True], ids=["and trained on", "at the end"])
+def test_weights_that_are_loaded_after_a_step_are_not_that_steps(wrapped, at_the_end):
+    """As a search for the learning rate does, or the best weights at the end."""
+    model, writer = net(), MemoryWriter()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    watched = swa_utils.AveragedModel(model) if wrapped else model
+    if wrapped:
+        watched.module = model
+    after = []
+    with torchprobe.instrument(watched, writer=writer, every=1):
+        for k in range(2 if at_the_end else 3):
+            one_step(model, optimizer, watched(batch(k)).square().mean())
+            after.append(parameters(model))
+            if k == 1:
+                model.load_state_dict(start)
+    for step, weights in enumerate(after, 1):
+        assert writer.value("overview/param_norm", step) == pytest.approx(l2(*weights.values()), rel=1e-5)
+    assert l2(*after[1].values()) != pytest.approx(l2(*start.values()), rel=1e-3)
 
 
 def test_the_parameter_norm_is_the_one_after_the_step():

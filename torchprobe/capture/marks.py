@@ -17,7 +17,7 @@ from torch import nn
 ROOT_KEY = "_torchprobe_root"  # key in the model's __dict__; the copy of a model finds None there
 _STATE = "__getstate__"
 _PREFIX = "_torchprobe"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
 _OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _keys: set[str] = set()  # of all marks that were ever made
 _numbers = itertools.count(-1, -1)  # those of torch's handles are positive

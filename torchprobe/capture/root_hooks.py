@@ -1,12 +1,13 @@
-"""Forward passes of the whole model: two hooks at its root, the only ones on an idle step."""
+"""Forward passes of the whole model: two hooks at its root, alone on an idle step; and weights loaded into it."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,10 @@ from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.marks import ROOT_KEY, Inert, mark, unmark
 from torchprobe.capture.pipelining import PIPELINING, learning_shapes
 from torchprobe.capture.source import Running, uncounted
+from torchprobe.naming import unwrapped
 
 _log = logging.getLogger("torchprobe")
+_LOADS = "_torchprobe_loads"
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 
 
@@ -135,16 +138,44 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         root.leave(module, args, kwargs, output)
 
 
-class PassHooks:
-    """The root hooks: on the model, or on its parts when only these are ever called."""
+class Loads(Inert):
+    """What is found on the model before other weights are loaded into it."""
 
-    def __init__(self, model: nn.Module, observer: PassObserver, running: Running) -> None:
+    def __init__(self, guard: Guard, settle: Callable[[], None]) -> None:
+        self.guard = guard
+        self._settle = settle
+
+    @protected
+    def begin(self) -> None:
+        """They are the last step's until now."""
+        self._settle()
+
+
+def _load(module: nn.Module, *_: Any) -> None:
+    loads = module.__dict__.get(_LOADS)
+    if loads is not None:
+        loads.begin()
+
+
+class PassHooks:
+    """The root hooks: on the model, or on its parts when only these are ever called.
+
+    before_load: called before a state is loaded into the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, observer: PassObserver, running: Running, before_load: Callable[[], None]
+    ) -> None:
         self._observer = observer
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
         skip_frames(_enter, _leave)
         self._put_on(list(_roots(model)))
+        own = unwrapped(model)  # which any of its wrappers loads, too
+        mark(own, _LOADS, Loads(observer.guard, before_load))
+        self._loads = ref(own)
+        self._handles.append(own.register_load_state_dict_pre_hook(_load))
 
     def remove(self) -> None:
         """Take hooks and state off. Safe to call twice."""
@@ -153,6 +184,8 @@ class PassHooks:
         for module in list(self._modules):
             unmark(module, ROOT_KEY)
         self._modules.clear()
+        if (own := self._loads()) is not None:
+            unmark(own, _LOADS)
 
     def _put_on(self, modules: list[nn.Module]) -> None:
         for module in modules:

@@ -46,7 +46,7 @@ class Passes:
         self._said = False
         self._observer = ref(self.gradients)
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
-        self._hooks = PassHooks(model, self, self._running)
+        self._hooks = PassHooks(model, self, self._running, steps.settle_parameters)
 
     # ---- forward passes
 

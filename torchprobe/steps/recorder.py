@@ -65,7 +65,7 @@ class Recorder:
         if watch.timing is not None:
             watch.optimizer_begins(has_closure)
         due = self._steps.current.due
-        if due and self._steps.current.trained:
+        if due:
             self._steps.settle_parameters()
         if "found_inf" in optimizer.__dict__ and _skips(optimizer):
             return False

@@ -197,8 +197,8 @@ class Steps:
         step.extend(self._sources.settled())
 
     def settle_parameters(self) -> None:
-        """An optimizer is about to step again in the open step."""
-        self.current.extend(self._sources.settled())
+        """An optimizer is about to step again in the open step, or other weights come."""
+        self.current.extend(self._sources.settled() if self.current.due and self.current.trained else ())
 
     # ---- where values go
 

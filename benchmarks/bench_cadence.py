@@ -44,6 +44,9 @@ RUNS = {
     "MLP, 5 ms": lambda: mlp(64),
     "MLP, 20 ms": lambda: mlp(448),
     "LSTM, 2 layers": lambda: training("LSTM, 2 layers"),
+    "policy network": lambda: training("policy network"),
+    "CNN, 3 blocks": lambda: training("CNN, 3 blocks"),
+    "GPT, 1,024 tokens": lambda: training("GPT, 1,024 tokens"),
 }
 SAID = {"default": {}, "every=1000": {"every": 1000}, "overhead_budget=0.01": {"overhead_budget": 0.01}}
 """What is said to `instrument`; all but the first of the shortest steps alone."""

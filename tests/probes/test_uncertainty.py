@@ -177,3 +177,12 @@ def test_a_dirichlet_distribution_and_one_without_a_variance():
         distributions.Uniform(torch.zeros(5), torch.ones(5)), distributions.SigmoidTransform()
     )
     assert found(one_step(Gives(lambda h: uniform), torch.randn(5, 4))) == {}
+
+
+def test_a_distribution_without_a_variance_is_said_to_be_one():
+    law = distributions.TransformedDistribution(distributions.Normal(0.0, 1.0), [distributions.SigmoidTransform()])
+    model = Gives(lambda h: law)
+    with watch(model, MemoryWriter()) as session:
+        for _ in range(4):
+            model(torch.randn(5, 4))
+    assert "of which torch knows no variance" in session.summary()

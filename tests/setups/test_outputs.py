@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 
 import torchprobe
 from tests.models import Transformer, inputs
@@ -54,6 +54,37 @@ RETURNS = {
     "model output with a loss": lambda h: ModelOutput(loss=h.square().mean(), logits=h),
 }
 
+
+class Boxes:
+    """A plain object, as detectors return one for each image."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.fields = {"scores": scores}
+
+
+def normal(h: Tensor) -> distributions.Normal:
+    return distributions.Normal(h, 1.0)
+
+
+# What else a backward pass may run through: how it is returned, and a loss of it.
+HELD = {
+    "independent": (
+        lambda h: distributions.Independent(normal(h), 1),
+        lambda out: -out.log_prob(batch(9)[:, :3]).sum(),
+    ),
+    "one-hot": (
+        lambda h: distributions.OneHotCategorical(logits=h),
+        lambda out: -out.log_prob(torch.eye(3).repeat(2, 1)).sum(),
+    ),
+    "transformed": (
+        lambda h: distributions.TransformedDistribution(normal(h), [distributions.SigmoidTransform()]),
+        lambda out: -out.log_prob(torch.full((6, 3), 0.4)).sum(),
+    ),
+    "a law by name": (lambda h: {"law": normal(h)}, lambda out: -out["law"].log_prob(batch(9)[:, :3]).sum()),
+    "a law beside a value": (lambda h: (normal(h.sin()), h.cos()), lambda out: out[0].mean.square().sum()),
+    "objects": (lambda h: [Boxes(h), Boxes(h.sin())], lambda out: out[0].fields["scores"].square().sum()),
+    "an object beside a mask": (lambda h: (Boxes(h), torch.ones(6)), lambda out: out[0].fields["scores"].sum()),
+}
 
 NOTHING = {"None": None, "int": 7, "string": "done", "integer tensor": torch.arange(3), "empty tuple": ()}
 
@@ -107,6 +138,21 @@ def test_a_model_may_return_any_of_these_itself(shape):
             optimizer.step()
         assert session.step == 2
     assert writer.scalars("activation_grad_norm/root") == [(k + 1, pytest.approx(norm)) for k, norm in enumerate(norms)]
+
+
+@pytest.mark.parametrize("shape", HELD)
+def test_a_backward_pass_is_heard_of_whatever_holds_its_tensors(shape):
+    returns, loss_of = HELD[shape]
+    model, writer, losses = Returns(returns), MemoryWriter(), []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(2):
+            optimizer.zero_grad()
+            loss = loss_of(model(batch(k)))
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+    assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
 
 
 @pytest.mark.parametrize("value", NOTHING)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 _NO_TENSORS = (type(None), bool, int, float, str)  # nor what may hold some
 _MAX_DEPTH = 4  # deeper nesting than this is no output but a data structure
@@ -60,17 +61,23 @@ def _parts(output: Any) -> Iterable[Any]:
     return ()
 
 
-def hearable_tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor through which a backward pass may run: those of a plain object too, as it holds them."""
+def hearable_tensors(output: Any) -> list[Tensor]:
+    """Every tensor through which a backward pass may run: those of distributions, and, where there is no other, of
+    plain objects too, as they hold them.
+    """
+    return [*_in_graph(output, Distribution)] or [*_in_graph(output, object)]
+
+
+def _in_graph(output: Any, opened: type, depth: int = 0) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        yield output
-        return
-    found = False
-    for tensor in tensors_in(output):
-        found = True
-        yield tensor
-    if not found and hasattr(output, "__dict__") and not isinstance(output, type | nn.Module):
-        yield from tensors_in(list(vars(output).values()))  # never a property, which runs the user's code
+        if output.grad_fn is not None:
+            yield output
+    elif depth < _MAX_DEPTH and type(output) not in _NO_TENSORS:
+        parts = _parts(output)
+        if parts == () and isinstance(output, opened) and not isinstance(output, type | nn.Module):
+            parts = list(getattr(output, "__dict__", {}).values())  # never a property, which runs the user's code
+        for part in parts:
+            yield from _in_graph(part, opened, depth + 1)
 
 
 def heads_beside(output: Any) -> dict[str, Tensor]:

@@ -151,12 +151,10 @@ class Passes:
 
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
-        heard = 0
-        for tensor in hearable_tensors(output):
-            if tensor.grad_fn is not None and heard < _MOST_OUTPUTS:
-                tensor.register_hook(self._hook(passing))
-                heard += 1
-        return heard > 0
+        heard = hearable_tensors(output)[:_MOST_OUTPUTS]
+        for tensor in heard:
+            tensor.register_hook(self._hook(passing))
+        return bool(heard)
 
     def _hook(self, passing: Pass) -> Pass | PassHook:
         return PassHook(passing) if passing.due or self.gradients.compiled else passing

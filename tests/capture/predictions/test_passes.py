@@ -151,6 +151,21 @@ def test_members_of_one_prediction_draw_random_numbers(noise, members):
         assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)
 
 
+def test_a_view_made_anew_for_each_pass_is_the_same_input():
+    torch.manual_seed(3)
+    model, writer = nn.Sequential(nn.Linear(5, 32), nn.Dropout(0.4), nn.Linear(32, CLASSES)), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y, parts = torch.randn(2 * ROWS, 5), torch.randint(CLASSES, (ROWS,)), {}
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for _ in range(2):
+            parts = {start: [model(x[start : start + ROWS]) for _ in range(3)] for start in (0, ROWS)}
+            sum(F.cross_entropy(z, y) for logits in parts.values() for z in logits).backward()
+            optimizer.step()
+    p = torch.stack([torch.stack(logits) for logits in parts.values()]).detach().double().softmax(-1)
+    epistemic = torch.special.entr(p.mean(1)).sum(-1).mean() - torch.special.entr(p).sum(-1).mean()
+    assert writer.value("uncertainty_epistemic/root") == pytest.approx(epistemic.item(), rel=1e-3)
+
+
 def test_what_a_batch_norm_keeps_is_no_state_of_the_members():
     torch.manual_seed(3)
     body = nn.Sequential(nn.Linear(5, 32), nn.BatchNorm1d(32), nn.Dropout(0.4), nn.Linear(32, CLASSES))

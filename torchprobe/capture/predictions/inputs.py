@@ -45,7 +45,7 @@ class InputKey:
     ) -> None:
         self._draws = draws
         tensors = given_tensors(args, kwargs)
-        self._tensors = [(ref(tensor), version_of(tensor)) for tensor in tensors]
+        self._tensors = [_identity(tensor) for tensor in tensors]
         self._others = [
             _remembered(part) for part in (*args, *kwargs.items()) if not any(True for _ in tensors_in(part))
         ]
@@ -73,7 +73,7 @@ class InputKey:
         if not self._tensors or len(self._tensors) != len(other._tensors) or self._weights != other._weights:
             return False
         pairs = zip(self._tensors, other._tensors, strict=True)
-        same = all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
+        same = all(a() is not None and a() is b() and n == m for (a, *n), (b, *m) in pairs)
         return same and len(self._others) == len(other._others) and all(map(_same, self._others, other._others))
 
     def unchanged_since(self, other: InputKey) -> Iterator[Tensor]:
@@ -131,6 +131,13 @@ def _is_plain(tensor: Tensor) -> bool:
     special = tensor.is_sparse or tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided
     whole = type(tensor) in PLAIN or not hasattr(tensor, "full_tensor")
     return not special and whole and tensor.numel() > 0
+
+
+def _identity(tensor: Tensor) -> tuple[ReferenceType[Tensor], int, object]:
+    """Of a view the tensor that it shows, and which part: one that is made anew for each pass is the same input."""
+    base = tensor._base if _is_plain(tensor) else None
+    place = None if base is None else (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+    return ref(tensor if base is None else base), version_of(tensor), place
 
 
 def _some_values(tensor: Tensor) -> Tensor:

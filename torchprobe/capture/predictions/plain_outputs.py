@@ -140,6 +140,8 @@ class Settled:
 
 def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
     """What of an output is looked at and waits for a loss to confirm it, by probe."""
+    if reading.note and reading.plain is None and not reading.says_something:
+        yield "uncertainty", "the model returns a distribution of which torch knows no variance"
     if reading.guesses:
         names = ", ".join(reading.guesses)
         yield (

@@ -120,6 +120,43 @@ def test_a_skipped_step_is_no_step_and_is_counted(fused, zero_grad):
     assert not [tag for tag in writer.tags() if "nonfinite" in tag]
 
 
+@pytest.mark.parametrize("rules", [None, []], ids=["all rules", "no rules"])
+def test_a_step_is_skipped_whichever_gradient_is_not_finite(rules):
+    """Those of the first layer stay finite, as where a sum over rows is too large for float16."""
+    model, writer, grad_scaler = net(), MemoryWriter(), scaler()
+    optimizer = adamw(model, fused=False)
+    skipped = 0
+    with torchprobe.instrument(model, writer=writer, every=1, rules=rules):
+        for k in range(9):
+            optimizer.zero_grad()
+            hook = model[2].weight.register_hook(lambda gradient: gradient * torch.inf) if k in (0, 1, 4, 6) else None
+            before = grad_scaler.get_scale()
+            grad_scaler.scale(loss_of(model, k)).backward()
+            if hook is not None:
+                hook.remove()
+            if k == 7:  # the user leaves out a batch whose gradients are finite
+                continue
+            grad_scaler.step(optimizer)
+            grad_scaler.update()
+            skipped += grad_scaler.get_scale() < before
+    assert skipped == 4
+    assert writer.value("overview/skipped_steps") == 4
+    assert [step for step, _ in writer.scalars("overview/loss")] == [1, 2, 3, 4]
+
+
+def test_growth_of_the_scale_hides_no_skipped_step():
+    model, writer = net(), MemoryWriter()
+    grad_scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1)
+    optimizer = adamw(model, fused=False)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for bad in (False, True, False, True, False):
+            optimizer.zero_grad()
+            grad_scaler.scale(loss_of(model, 0, bad)).backward()
+            grad_scaler.step(optimizer)
+            grad_scaler.update()
+    assert writer.value("overview/skipped_steps") == 2
+
+
 @pytest.mark.parametrize("zero_grad", ["before forward", "after step"])
 def test_what_a_skipped_iteration_captured_mixes_with_no_step(fused, zero_grad):
     model, writer, outputs, losses = net(), MemoryWriter(), {}, {}

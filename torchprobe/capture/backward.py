@@ -10,6 +10,7 @@ from itertools import groupby
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 import torch.utils.checkpoint
@@ -153,15 +154,28 @@ class ScalerSearch:
     """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms each."""
 
     def __init__(self) -> None:
-        self._found, self._left = False, 3
+        self.found: ReferenceType[torch.amp.GradScaler] | None = None
+        self._left = 3
 
     def __call__(self) -> bool:
         """Whether an enabled one exists."""
-        if not self._found and self._left:
+        if self.found is None and self._left:
             self._left -= 1
             scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
-            self._found = any(scaler.is_enabled() for scaler in scalers)
-        return self._found
+            self.found = next((ref(scaler) for scaler in scalers if scaler.is_enabled()), None)
+        return self.found is not None
+
+    def scale(self) -> Tensor | None:
+        """A copy of its scale, where one was found and has one: this often makes a kernel."""
+        scale = None if self.found is None else getattr(self.found(), "_scale", None)
+        return scale.detach().clone() if isinstance(scale, Tensor) else None
+
+    def backed_off(self, before: Tensor | None) -> Tensor | None:
+        """Whether its scale has fallen, as after a skipped step; None without one. before: None is its first."""
+        now = self.scale() if self() else None
+        if now is None or self.found is None:
+            return None
+        return now < (getattr(self.found(), "_init_scale", 0.0) if before is None else before)
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:

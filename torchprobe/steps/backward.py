@@ -22,12 +22,12 @@ class Backward:
     (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
     where a later stage of a pipeline runs. reached: the gradients that it added to, None while that is not known;
     grown: ids of their parameters, where all were looked at; beyond: whether to those of parameters, too, that no known
-    optimizer holds. kept: what sources kept of its forward passes, by source.
+    optimizer holds. kept: what sources kept of its forward passes, by source. scale: a GradScaler's when it ended.
     """
 
     __slots__ = (
         *("beyond", "counted", "elsewhere", "flags", "forwards", "grown", "inner", "kept", "loss"),
-        *("passes", "reached", "sign", "stray", "task", "used"),
+        *("passes", "reached", "scale", "sign", "stray", "task", "used"),
     )
 
     def __init__(
@@ -51,6 +51,7 @@ class Backward:
         self.kept: dict[Any, Any] = {}
         self.sign: Sign | None = None  # of NaN or inf in its passes or gradients
         self.flags: dict[str, Tensor] = {}  # the same on a device, by what it is of
+        self.scale: Tensor | None = None
         self.counted = 0  # the step in whose loss it is
         self.used = False
 
@@ -68,6 +69,10 @@ class Backward:
         self.forwards += 1
         if passing.sign is not None:
             self.note(passing.sign)
+
+    def scaled_by(self, scale: Tensor | None) -> None:
+        """It has ended, with this scale of a GradScaler's."""
+        self.scale = scale
 
     def keep(self, kept: dict[Any, Any], merge: Merge) -> None:
         """What sources kept of the backward pass itself."""

@@ -18,6 +18,7 @@ from torchprobe.capture.gradient_state import EarlyGradients, GradientState
 from torchprobe.capture.optimizers import trained
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
+from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.backward import Backward
 from torchprobe.steps.open_step import OpenStep
 from torchprobe.steps.steps import Steps
@@ -121,6 +122,8 @@ class Gradients:
         if due or timed:
             compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
+        if self._sources.scaled.found is not None:
+            backward.scaled_by(self._sources.scaled.scale())
         self._await(backward)
         if self._steps.clock.by_forward and not backward.stray:
             self._steps.current.use(backward)
@@ -245,9 +248,12 @@ class Gradients:
                 self._drop(backward)
 
     def _drop(self, backward: Backward) -> None:
-        """Nobody used its gradients. Where they were finite that is no skipped step."""
-        if backward.sign is not None or backward.flags:
-            self._steps.skip(backward.sign, backward.flag)
+        """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
+        sign, flag, scaled = backward.sign, backward.flag, self._sources.scaled
+        fell = scaled.backed_off(backward.scale) if sign is None else None
+        if fell is not None and not fell.is_cpu:
+            flag, fell = fell if flag is None else fell | flag.to(fell.device), None
+        self._steps.skip(sign, flag, fell is not None and on_host(fell) > 0)
 
     def _know(self, optimizer: Optimizer) -> GradientState:
         state = GradientState(trained(optimizer), optimizer)

@@ -239,13 +239,13 @@ class Steps:
         self.current.put_sign(sign)
         self._sources.nan_seen()
 
-    def skip(self, sign: Sign | None, flag: Tensor | None) -> None:
+    def skip(self, sign: Sign | None, flag: Tensor | None, backed_off: bool = False) -> None:
         """Numbers that are not finite were not used: a step was skipped, by a GradScaler or by the user."""
         if flag is not None:
             self.current.put_flags(SKIPPED_BEFORE, {"skipped": flag})
-        if sign is not None:
+        if sign is not None or backed_off:
             self.clock.skip()
-            if not self._sources.scaled():
+            if sign is not None and not self._sources.scaled():
                 self._put_sign(sign)
 
     def put_overview(self) -> None:

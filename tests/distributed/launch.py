@@ -47,13 +47,10 @@ def launch(module: str, ranks: int, out: Path, timeout: float = 150.0) -> list[A
 
 def fork(module: str, out: str, ranks: int) -> None:
     """The process that imports, once, what all ranks need, and then becomes them: a child each, as of torchrun."""
-    import gc
     import importlib
 
     for needed in ("torch._dynamo", module):  # the former as the first optimizer does
         importlib.import_module(needed)
-    gc.collect()
-    gc.freeze()  # sessions look among all objects: not among those of the imports, in every rank anew
     children = {}
     for rank in range(ranks):
         child = os.fork()

@@ -30,6 +30,8 @@ HELPERS = ("tests.setups.losses",)
 # One thread a process, children included: workers side by side would wait for each other's at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# For the same reason; more would be processes, each of which imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if torch.cuda.is_available():
     backend.MISSING = "autograd takes one accelerator beside the CPU, and there is a real one"

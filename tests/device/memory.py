@@ -38,9 +38,9 @@ class Memory:
             for stream, point in seen.items():
                 self._host[stream] = max(self._host[stream], point)
 
-    def is_new(self, inner: Tensor, stream: Stream, point: int) -> None:
+    def is_new(self, inner: Tensor, storage: int, stream: Stream, point: int) -> None:
         """Memory that was given out just now."""
-        self._accesses[storage_of(inner)] = [(*_range(inner), stream, point, True)]
+        self._accesses[storage] = [(*_range(inner), stream, point, True)]
 
     def touch(self, inner: Tensor, stream: Stream, point: int, writes: bool, what: str) -> None:
         """An operation reads or writes a tensor."""
@@ -75,11 +75,12 @@ def storage_of(inner: Tensor) -> int:
 
 
 def _range(inner: Tensor) -> tuple[int, int]:
-    if not inner.numel():
+    count = inner.numel()
+    if not count:
         return 0, 0
     start, size = inner.storage_offset(), inner.itemsize
     if inner.is_contiguous():
-        return start * size, (start + inner.numel()) * size
+        return start * size, (start + count) * size
     last = sum((size - 1) * stride for size, stride in zip(inner.shape, inner.stride(), strict=True))
     return start * size, (start + last + 1) * size
 

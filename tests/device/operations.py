@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,17 +18,22 @@ def order(function: Any, args: Any, kwargs: Any, operands: dict[int, Any], devic
         return None
     places = {one.device for one in operands.values()}
     now = current_stream(device or next(iter(places)))
-    others = [current_stream(place) for place in places if place != now.device]
+    others = [current_stream(place) for place in places if place != now.device] if places != {now.device} else ()
     for other in others:  # a copy between devices, which torch orders on both sides
         now.see(other.seen)
     point = now.point()
     for other in others:
         other.see(now.seen)
-    name, arguments = _schema(function)
+    name, arguments, writing = _schema(function)
     if machine.capturing and now in machine.capturing and waits.ours() is not None:
         found.append(f"{name} becomes part of the user's graph, at {waits.ours()}")
-    for value, (_, writes) in zip(args, arguments, strict=False):
-        if writes is not None:
+    for value, writes in zip(args, writing, strict=False):
+        if writes is None:
+            continue
+        if id(value) in operands:
+            if value.layout is torch.strided:
+                memory.touch(value, now, point, writes, name)
+        elif isinstance(value, (list, tuple)):
             _touch(value, writes, operands, now, point, name)
     for argument, writes in arguments if kwargs else ():
         if writes is not None and argument in kwargs:
@@ -37,13 +41,13 @@ def order(function: Any, args: Any, kwargs: Any, operands: dict[int, Any], devic
     return now
 
 
-@functools.cache
-def _schema(function: Any) -> tuple[str, list[tuple[str, bool | None]]]:
-    """An operation's name, and of each argument its name and whether it is written; None: it is viewed."""
+@waits.by_identity
+def _schema(function: Any) -> tuple[str, list[tuple[str, bool | None]], list[bool | None]]:
+    """An operation's name; of each argument its name and whether it is written (None: viewed); the latter alone."""
     arguments = function._schema.arguments
     aliases = [argument.alias_info for argument in arguments]
     writes = [None if alias is not None and not alias.is_write else alias is not None for alias in aliases]
-    return function._schema.name, [(a.name, write) for a, write in zip(arguments, writes, strict=True)]
+    return function._schema.name, [(a.name, write) for a, write in zip(arguments, writes, strict=True)], writes
 
 
 def _touch(value: Any, writes: bool, operands: dict[int, Any], now: Stream, point: int, name: str) -> None:
@@ -54,7 +58,10 @@ def _touch(value: Any, writes: bool, operands: dict[int, Any], now: Stream, poin
 
 def wrote(out: Any, operands: list[Tensor], now: Stream) -> None:
     """What is new in its result was written on a stream."""
-    old = {storage_of(tensor) for tensor in operands if tensor.layout is torch.strided}
-    for tensor in out if isinstance(out, (list, tuple)) else (out,):
-        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and storage_of(tensor) not in old:
-            memory.is_new(tensor, now, now.seen[now])
+    results = out if isinstance(out, (list, tuple)) else (out,)
+    new = [(t, storage_of(t)) for t in results if isinstance(t, Tensor) and t.layout is torch.strided]
+    if new:
+        old = [storage_of(tensor) for tensor in operands if tensor.layout is torch.strided]
+        for tensor, storage in new:
+            if storage not in old:
+                memory.is_new(tensor, storage, now, now.seen[now])

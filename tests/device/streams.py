@@ -38,8 +38,8 @@ class Stream:
 
     def point(self) -> int:
         """One more operation: its number."""
-        self.seen[self] += 1
-        return self.seen[self]
+        number = self.seen[self] = self.seen[self] + 1
+        return number
 
     def wait_stream(self, other: Stream) -> None:
         look_at_capture("wait_stream")
@@ -189,7 +189,7 @@ def current_stream(device: Any = None) -> Stream:
     chosen = _state.__dict__.get("streams")
     if not chosen and torch._C._current_graph_task_id() != -1:
         chosen = _of_forward  # autograd's own thread runs a backward pass on the streams of the forward pass
-    return (chosen and chosen.get(device)) or default_stream(device)
+    return (chosen and chosen.get(device)) or _defaults.get(device) or default_stream(device)
 
 
 @contextmanager

@@ -103,24 +103,10 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     operands = [*_tensors(args), *_tensors(kwargs.values())]
     device = _device(function, operands, kwargs)
     waits.look_at(function, args, kwargs, operands)
-    inside: dict[int, Tensor] = {}
-
-    def unwrapped(leaf: Any) -> Any:
-        if isinstance(leaf, DeviceTensor):
-            inside[id(leaf.inner)] = leaf
-            return leaf.inner
-        return leaf
-
-    def wrapped(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        known = inside.get(id(leaf))
-        if known is not None and known.shape != leaf.shape:  # an `out` that was made larger
-            Tensor.data.__set__(known, DeviceTensor(leaf, known.device))
-        return _on(leaf, device) if known is None else known
-
-    inner_args, inner_kwargs = _map(unwrapped, args), {name: _map(unwrapped, value) for name, value in kwargs.items()}
-    if _on_device(inner_kwargs.get("device")):
+    inside = {id(one.inner): one for one in operands if isinstance(one, DeviceTensor)}
+    inner_args = _unwrapped(args)
+    inner_kwargs = {name: _unwrapped((value,))[0] for name, value in kwargs.items()} if kwargs else {}
+    if kwargs and _on_device(inner_kwargs.get("device")):
         inner_kwargs["device"] = "cpu"
     if streams.copies_out(function, inner_args, operands):
         return streams.copy_out(args[0], args[1].inner, args[1].device)
@@ -128,7 +114,33 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     out = function(*inner_args, **inner_kwargs)
     if device is not None and now is not None:
         operations.wrote(out, [t.inner for t in inside.values()], now)
-    return _map(wrapped, out)
+    return _wrapped(out, inside, device)
+
+
+def _unwrapped(values: Any) -> Any:
+    """What is computed with, in the place of what stands for it. values: a list or a tuple."""
+    found = [
+        value.inner
+        if isinstance(value, DeviceTensor)
+        else _unwrapped(value)
+        if isinstance(value, (list, tuple))
+        else value
+        for value in values
+    ]
+    return found if type(values) is list else type(values)(found)
+
+
+def _wrapped(leaf: Any, inside: dict[int, Tensor], device: torch.device | None) -> Any:
+    if isinstance(leaf, Tensor):
+        known = inside.get(id(leaf))
+        if known is None:
+            return leaf if device is None else DeviceTensor(leaf, device)
+        if known.shape != leaf.shape:  # an `out` that was made larger
+            Tensor.data.__set__(known, DeviceTensor(leaf, known.device))
+        return known
+    if isinstance(leaf, (list, tuple)):
+        return type(leaf)([_wrapped(one, inside, device) for one in leaf])
+    return leaf
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -141,27 +153,20 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def _map(function: Any, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(function, item) for item in value])
-    return function(value)
-
-
-def _on(inner: Tensor, device: torch.device | None) -> Tensor:
-    return inner if device is None else DeviceTensor(inner, device)
-
-
 def _on_device(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
 def _device(function: Any, operands: list[Tensor], kwargs: Any) -> torch.device | None:
     """Where the result is; None: on the CPU. Raises what a GPU raises for operands on two devices."""
-    name = waits.short_name(function)
     if kwargs.get("device") is not None:
         target = torch.device(kwargs["device"])
         return _numbered(target) if target.type == NAME else None
     places = {tensor.device for tensor in operands}
+    if len(places) == 1:
+        (only,) = places
+        return only if only.type == NAME else None
+    name = waits.short_name(function)
     if len(places) > 1:  # numbers of no dimension may lie on the CPU
         places = {tensor.device for tensor in operands if tensor.dim() or tensor.device.type != "cpu"} or places
     if len(places) > 1 and name not in _ANYWHERE:

@@ -6,16 +6,18 @@ and is kept in `found`, since an exception in a probe ends that probe alone.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import torchprobe
+
+_T = TypeVar("_T")
 
 found: list[str] = []
 """What our code waited for since the last test."""
@@ -31,9 +33,23 @@ _READS = {
     "_linalg_check_errors", "mode", "coalesce", "_coalesce", "segment_reduce",
 }  # fmt: skip
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_LOOKED_AT = _READS | _INDEXING | {"repeat_interleave", "copy_", "_to_copy", "_foreach_copy_"}
 
 
-@functools.cache
+def by_identity(look_up: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """A cache for operations, whose own hash is a call of Python; it keeps them, so that no other has their `id`."""
+    known: dict[int, tuple[Any, _T]] = {}
+
+    def cached(function: Any) -> _T:
+        entry = known.get(id(function))
+        if entry is None:
+            entry = known[id(function)] = (function, look_up(function))
+        return entry[1]
+
+    return cached
+
+
+@by_identity
 def short_name(function: Any) -> str:
     """Without its namespace."""
     name: str = function._schema.name
@@ -55,6 +71,8 @@ def host_reads(what: str) -> None:
 def look_at(function: Any, args: Any, kwargs: Any, operands: list[Tensor]) -> None:
     """The same for an operation that is about to run."""
     name = short_name(function)
+    if name not in _LOOKED_AT:
+        return
     if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         host_reads(name)
     elif name in _INDEXING and any(_is_read(index) for index in args[1] if index is not None):

@@ -40,6 +40,7 @@ MOST_BLOCKS, FEWEST_BLOCKS = (200, 7) if LONG else (12, 4)
 pytestmark = [
     pytest.mark.timeout(3600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),  # of wandb's hooks while they are traced
 ]
 
 Peer = Callable[[Training, Path], "Iterator[None]"]

@@ -101,6 +101,28 @@ def test_a_grad_scaler_whose_verdict_is_on_the_device(fgpu, options, overflow):
     assert of(found, "overview/skipped_steps")[-1] == overflow
 
 
+@pytest.mark.parametrize("rules", [None, []], ids=["all rules", "no rules"])
+def test_a_scalers_scale_on_the_device_tells_of_skipped_steps(fgpu, rules):
+    """The first layer's gradients stay finite, and nobody reads the scale."""
+    with torch.device(fgpu):
+        model, writer = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler(torch.device(fgpu).type, init_scale=64.0)
+        with torchprobe.instrument(model, writer=writer, every=1, rules=rules):
+            for i in range(6):
+                optimizer.zero_grad()
+                loss = model(torch.randn(5, 4)).square().mean()
+                last = model[2].weight
+                hook = last.register_hook(lambda gradient: gradient * torch.inf) if i in (0, 2, 3) else None
+                scaler.scale(loss).backward()
+                if hook is not None:
+                    hook.remove()
+                scaler.step(optimizer)
+                scaler.update()
+    assert of(scalars(writer), "overview/skipped_steps")[-1] == 3
+    assert len(of(scalars(writer), "overview/loss")) == 3
+
+
 def test_masks_and_labels_in_host_memory(fgpu):
     """Where the user's program copes with them, so does ours: nothing waits, and no operand is on the wrong device."""
 

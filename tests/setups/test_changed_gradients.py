@@ -147,3 +147,15 @@ def test_gradients_of_autograd_grad_have_no_norm_before(caplog):
     assert steps(writer, TOTAL) == [1, 2]
     assert UNCLIPPED not in writer.tags()
     assert caplog.text.count("no backward pass was seen to end") == 1
+
+
+def test_a_penalty_with_a_backward_pass_of_its_own_is_named_as_what_the_loss_may_lack(caplog):
+    model = net()
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1), caplog.at_level(logging.WARNING, "torchprobe"):
+        for k in range(2):
+            optimizer.zero_grad()
+            loss_of(model, k).backward()
+            sum(p.square().sum() for p in model.parameters()).backward()
+            optimizer.step()
+    assert caplog.text.count("(a penalty's own), overview/loss is without it") == 1

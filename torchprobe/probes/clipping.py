@@ -27,7 +27,10 @@ _GONE = "a gradient was taken away after the backward pass"
 _BETWEEN = "gradients were changed between two backward passes of a step"
 _APART_FROM = "a pipeline's schedule gives parameters their gradients after the backward pass of a stage"
 _TWICE = "all gradients were changed in more than one operation, which clipping alone does not do"
-_OTHER = "gradients were changed by something else than clipping after the backward pass"
+_OTHER = (
+    "gradients were changed by something else than clipping after the backward pass; where that was another backward "
+    "pass, which does not run through the model's output (a penalty's own), overview/loss is without it"
+)
 _FACTOR = "gradients were multiplied by a factor after the backward pass, and nothing shows that it was clipping"
 
 

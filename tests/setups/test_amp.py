@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -142,6 +143,22 @@ def test_a_step_is_skipped_whichever_gradient_is_not_finite(rules):
     assert skipped == 4
     assert writer.value("overview/skipped_steps") == 4
     assert [step for step, _ in writer.scalars("overview/loss")] == [1, 2, 3, 4]
+
+
+def test_gradients_that_nobody_uses_are_no_reason_to_look_for_a_scaler_once_steps_had_none(monkeypatch):
+    model, looks = net(), []
+    optimizer = adamw(model, fused=False)
+    objects = gc.get_objects
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1, rules=[]):
+        for k in range(2):
+            optimizer.zero_grad()
+            loss_of(model, k).backward()
+            optimizer.step()
+        monkeypatch.setattr(gc, "get_objects", lambda *args: looks.append(1) or objects(*args))
+        for k in range(4):  # as of another network's loss
+            optimizer.zero_grad()
+            loss_of(model, k).backward()
+    assert looks == []
 
 
 def test_growth_of_the_scale_hides_no_skipped_step():

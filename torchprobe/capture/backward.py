@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchprobe.capture.compat import running
 from torchprobe.capture.pipelining import PIPELINING, backward_code, backward_of_stage, input_backward
 from torchprobe.capture.sharding import Named, by_device
 from torchprobe.statistics import norms
@@ -151,7 +152,10 @@ def _value(tensors: tuple[Any, ...], gradients: tuple[Any, ...]) -> Tensor | Non
 
 
 class ScalerSearch:
-    """Whether a GradScaler skips steps. Looks at all objects, at most three times: 50 ms each."""
+    """Which GradScaler skips steps: one that an optimizer's step came from, or, before that, one among all objects.
+
+    That look takes 50 ms, and there are three at most.
+    """
 
     def __init__(self) -> None:
         self.found: ReferenceType[torch.amp.GradScaler] | None = None
@@ -165,17 +169,28 @@ class ScalerSearch:
             self.found = next((ref(scaler) for scaler in scalers if scaler.is_enabled()), None)
         return self.found is not None
 
+    def see_step(self) -> None:
+        """A scaled step runs: whose scale it is, unless that is known."""
+        if self.found is None:
+            self.found = next((ref(call["self"]) for call in running(_SCALED_STEP)), None)
+
     def scale(self) -> Tensor | None:
         """A copy of its scale, where one was found and has one: this often makes a kernel."""
-        scale = None if self.found is None else getattr(self.found(), "_scale", None)
-        return scale.detach().clone() if isinstance(scale, Tensor) else None
+        scale = self._scale()
+        return None if scale is None else scale.clone()
 
-    def backed_off(self, before: Tensor | None) -> Tensor | None:
-        """Whether its scale has fallen, as after a skipped step; None without one. before: None is its first."""
-        now = self.scale() if self() else None
-        if now is None or self.found is None:
-            return None
-        return now < (getattr(self.found(), "_init_scale", 0.0) if before is None else before)
+    def backed_off(self, before: Tensor | None, look: bool) -> Tensor | None:
+        """Whether its scale has fallen, as after a skipped step; None without one. before: None is its first.
+
+        look: no step has run yet, which would have told of it.
+        """
+        now = self._scale() if not look or self() else None
+        first: float = 0.0 if self.found is None else getattr(self.found(), "_init_scale", 0.0)
+        return None if now is None else now < (first if before is None else before)
+
+    def _scale(self) -> Tensor | None:
+        scale = None if self.found is None else getattr(self.found(), "_scale", None)
+        return scale if isinstance(scale, Tensor) else None
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | None:

@@ -250,7 +250,7 @@ class Gradients:
     def _drop(self, backward: Backward) -> None:
         """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
         sign, flag, scaled = backward.sign, backward.flag, self._sources.scaled
-        fell = scaled.backed_off(backward.scale) if sign is None else None
+        fell = None if sign is not None else scaled.backed_off(backward.scale, look=self._steps.clock.fresh)
         if fell is not None and not fell.is_cpu:
             flag, fell = fell if flag is None else fell | flag.to(fell.device), None
         self._steps.skip(sign, flag, fell is not None and on_host(fell) > 0)

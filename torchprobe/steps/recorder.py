@@ -147,7 +147,7 @@ class Recorder:
                 step.keep(unheard)
         scale = None if step.loss is None else loss_scale(optimizer)
         if scale is not None:
-            self._sources.scaled()
+            self._sources.scaled.see_step()
             step.scale_by(scale)
 
     def _captured(self, method: str, args: tuple[Any, ...]) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.library import Library
+from torch import Tensor, library, nn
 
 from tests.capture.attention.harness import record
 from tests.capture.attention.reference import assert_close, causal, logits_of, per_head
@@ -41,16 +40,16 @@ def stand_ins() -> Iterator[None]:
         ("flash_attn", "_flash_attn_varlen_forward", VARLEN),
         ("xformers_flash", "flash_fwd", XFORMERS),
     ):
-        library = Library(namespace, "FRAGMENT")
-        library.define(name + schema)
+        fragment = library.Library(namespace, "FRAGMENT")
+        fragment.define(name + schema)
         outputs = schema.count("Tensor", schema.index("->"))
-        library.impl(name, lambda q, *rest, outputs=outputs, **options: (q.clone(),) * outputs, "CPU")
-        libraries.append(library)
-    cutlass = Library("aten", "IMPL")
+        fragment.impl(name, lambda q, *rest, outputs=outputs, **options: (q.clone(),) * outputs, "CPU")
+        libraries.append(fragment)
+    cutlass = library.Library("aten", "IMPL")
     cutlass.impl("_efficient_attention_forward", lambda q, *rest, **options: (q.clone(), q, q, q, 0, 0), "CPU")
     yield
-    for library in (*libraries, cutlass):
-        library._destroy()
+    for fragment in (*libraries, cutlass):
+        fragment._destroy()
 
 
 class FlashFunction(torch.autograd.Function):

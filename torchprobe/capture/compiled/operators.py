@@ -15,8 +15,7 @@ from weakref import ReferenceType
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_torch_function, skip_frames
@@ -25,7 +24,7 @@ from torchprobe.capture.gate import no_graph
 from torchprobe.statistics import fused
 
 NAMESPACE = "torchprobe_graph"
-_library = Library(NAMESPACE, "FRAGMENT")
+_library = library.Library(NAMESPACE, "FRAGMENT")
 _numbers = itertools.count()
 
 
@@ -177,7 +176,7 @@ def _define(name: str, arguments: str, body: Any) -> Any:
     every = ", ".join(("Tensor(a!) handle", *([arguments] if arguments else [])))
     _library.define(f"{name}({every}) -> ()", tags=tags)
     _library.impl(name, body, "CompositeExplicitAutograd")
-    register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
+    library.register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 
@@ -194,7 +193,7 @@ def _lasting(name: str, arguments: str, body: Any) -> Any:
     """One that a graph of the device may hold."""
     _library.define(f"{name}(Tensor(a!) lines, {arguments}) -> ()")
     _library.impl(name, body, "CompositeExplicitAutograd")
-    register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import islice
-from weakref import WeakMethod, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle, unserializable_hook
-
-from torchprobe.capture.compat import no_torch_function
 
 _FEW = 1024  # elements of a gradient that are looked at
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
 _LEARNT = 2  # backward passes that tell in what order gradients come
-_FIRST = 64  # parameters, of which a few are listened at before the first step
-_HEARD = 3  # steps in which backward passes are listened for at all parameters
-_PERIOD = 256  # steps from one penalty to the next
-_MOST_FOUND = 8  # parameters that such passes reach
-_MOST_GAPS = 16  # kinds of backward passes in between that are known to be of no concern
 _MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
 
 State = tuple[int, int]
@@ -133,6 +122,12 @@ class GradientState:
         # Of gradients that others of them had before, these would be looked at: they are of the last backward pass.
         return grew or self.choose()
 
+    def filled(self, all_of_them: bool) -> bool:
+        """Whether all that are looked at, or any parameter, have gradients which are not zero."""
+        gradients = [p.grad for p in (self._few if all_of_them else self._parameters[:_MOST])]
+        held = [g is not None and (not g.is_cpu or _any(g)) for g in gradients]
+        return bool(held) and (all(held) if all_of_them else any(held))
+
     def zeroed(self, thorough: bool) -> bool:
         """Whether there is no gradient: none at all, or zeros in host memory, or one that was written over.
 
@@ -168,85 +163,6 @@ class GradientState:
         if having:
             self._look_at(_ends(having))
         return bool(having)
-
-
-class ParameterHooks:
-    """Hooks on parameters, which hear backward passes that run through no output of the model.
-
-    Such as a penalty's own `backward()`. They are on all parameters in the first steps, and again when torch's numbers
-    of backward passes, which go up by one in a plain loop, tell of some that nobody heard; then on a few for as long
-    as a penalty may take to come again; and on those that one has reached. A plain loop has none after its first steps.
-    A hook costs 10 µs a step, and is no guard of Dynamo's. One on the node that adds up a gradient would keep the node,
-    whose shape a parameter may outgrow.
-
-    hear: called with a parameter that a backward pass is about to reach. wanted: whether the next step has hooks.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], hear: Callable[[nn.Parameter], None]) -> None:
-        self.wanted = True
-        self._hear = WeakMethod(hear)
-        self._ahead = _HEARD  # steps yet with hooks on all parameters
-        self._ahead_few = 0  # steps yet with hooks on a few
-        self._covered = 0  # steps in a row that had some
-        self._harmless: set[int] = set()
-        self._found: list[nn.Parameter] = []
-        self._hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
-        self._listen_at(_spread([*islice(parameters, _FIRST)]))
-
-    def begin_step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Listen in a step."""
-        self.release()
-        chosen, some = self._found, self._ahead_few > 0
-        if self._ahead:
-            self._ahead, chosen, some = self._ahead - 1, list(parameters), True
-        elif some:
-            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(list(parameters))]
-        self.wanted, self._covered = some or bool(chosen), self._covered + 1 if some else 0
-        self._listen_at(chosen)
-
-    def _listen_at(self, chosen: list[nn.Parameter]) -> None:
-        hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
-        with no_torch_function():
-            for parameter in chosen:
-                if parameter.requires_grad:
-                    handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self._hooked))))
-                    self._hooked.append((parameter, handle))
-
-    def skipped(self, numbers: int) -> None:
-        """Backward passes have run since the last one that was heard of, or others' have taken numbers."""
-        if numbers in self._harmless or len(self._harmless) >= _MOST_GAPS:
-            return
-        if self._covered > 1:  # with hooks since that one
-            self._harmless.add(numbers)
-        else:
-            self._ahead, self._ahead_few, self.wanted = max(self._ahead, 2), _PERIOD, True
-
-    def found(self, parameter: nn.Parameter) -> None:
-        """A backward pass that ran through no output has reached it first."""
-        if not any(parameter is other for other in self._found) and len(self._found) < _MOST_FOUND:
-            self._found.append(parameter)
-
-    def release(self) -> None:
-        """Take the hooks off."""
-        hooked, self._hooked = self._hooked, []
-        for parameter, handle in hooked:
-            handle.remove()
-            if parameter._backward_hooks is not None and not parameter._backward_hooks:
-                parameter._backward_hooks = None  # no trace is left
-
-    def _hook(self, number: int) -> None:
-        if (hear := self._hear()) is not None and number < len(self._hooked):
-            hear(self._hooked[number][0])
-
-
-def _spread(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    weights = [p for p in parameters if not is_lazy(p) and p.dim() > 1] or parameters
-    return weights[:: max(1, len(weights) // 3)]
-
-
-def _hear(hook: WeakMethod[Callable[[int], None]], number: int, _: Tensor) -> None:
-    if (heard := hook()) is not None:
-        heard(number)
 
 
 def _ends(parameters: list[nn.Parameter]) -> list[nn.Parameter]:

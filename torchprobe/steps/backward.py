@@ -70,6 +70,10 @@ class Backward:
         if passing.sign is not None:
             self.note(passing.sign)
 
+    def lose(self) -> None:
+        """What it was called on is not all that its gradients are of."""
+        self.loss = None
+
     def scaled_by(self, scale: Tensor | None) -> None:
         """It has ended, with this scale of a GradScaler's."""
         self.scale = scale

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import in_recomputation, loss_value, plain_root, roots
+from torchprobe.capture.compiled.tracing import compiles_backward
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.gradient_state import GradientState, ParameterHooks
+from torchprobe.capture.gradient_state import GradientState
+from torchprobe.capture.parameter_hooks import ParameterHooks, number_of_backward
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.statistics.dtypes import on_host
@@ -49,9 +51,10 @@ class Gradients:
         self._train = train
         self._waiting: list[Backward] = []  # oldest first
         self._owners = Owners(model)
-        self._parameter_hooks = ParameterHooks(self._owners.parameters(), self._reached)
+        self._parameter_hooks = ParameterHooks(self._reached)
         self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
-        self._number = -1  # of the last one
+        self._number: int | None = None  # of the last one
+        self._first = True  # none was heard of
         self._untold: bool | None = None  # whether it is to be said what autograd.grad hides; None before there was one
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
         self._task = compat.plain_state()[0]
@@ -90,22 +93,25 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
-        if task is not None:
-            if task != self._number + 1 and self._number >= 0:
-                self._parameter_hooks.skipped(task - self._number)
-            self._number = task
+        before, self._number = self._number, task
+        skipped = 0 if before is None or task is None else task - before - 1
+        if skipped and not self._first:
+            self._parameter_hooks.skipped(skipped)
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self.running, owners, waiting = backward, self._owners, self._waiting
-        states, plain = owners.states, owners.others is None and not owners.early.learns
-        plain = plain and len(states) == len(waiting) == 1 and waiting[0].used
-        if plain and states[0].of() is not None and not states[0].look():
+        states, as_ever = owners.states, owners.others is None and not owners.early.learns
+        as_ever = as_ever and len(states) == len(waiting) == 1 and waiting[0].used
+        if as_ever and states[0].of() is not None and not states[0].look():
             self._waiting = []
         else:
             states = owners.living()
             if waiting:
                 self._drop_zeroed(states)
             owners.look(states)
+            if self._first and states[0].filled(all_of_them=not skipped):
+                backward.lose()  # another one ran before, of which nobody has heard
+        self._first = False
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._owners.early.ids)
         if self._watch.timing is not None:
@@ -142,9 +148,12 @@ class Gradients:
         if due or timed:
             compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
+        hooks = self._parameter_hooks
+        if hooks.wanted and not hooks.hooked:
+            self.listen()
         if self._opener is not None:
             if not backward.passes:
-                self._parameter_hooks.found(self._opener)
+                hooks.found(self._opener)
             self._opener = None
         if self._sources.scaled.found is not None:
             backward.scaled_by(self._sources.scaled.scale())
@@ -159,6 +168,11 @@ class Gradients:
             self._watch.backward_ended()
         if self._steps.current.due:
             self._sources.backward_ended(self._steps.current.due)
+
+    def listen(self) -> None:
+        """Backward passes are to be heard at parameters, too."""
+        if not (self.compiled or compiles_backward()):
+            self._parameter_hooks.begin_step(self._owners.parameters())
 
     def release(self) -> None:
         """No hook is left on a parameter, and no parameter is held."""
@@ -206,15 +220,10 @@ class Gradients:
                 fresh |= not backward.used
         if not fresh:
             state.choose()
-        if self._untold:
-            self._tell_of_grad(found)
-        return found
-
-    def _tell_of_grad(self, found: list[Backward]) -> None:
-        fresh = [backward for backward in found if not backward.used]
-        if fresh and all(backward.loss is None for backward in fresh):
+        elif self._untold and all([b.used or b.loss is None for b in found]):  # noqa: C419 - as above
             self._untold = False
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
+        return found
 
     def left(self, optimizer: Optimizer) -> bool:
         """Whether its gradients are not zeroed."""
@@ -233,8 +242,10 @@ class Gradients:
 
     def step_begins(self) -> None:
         """What a step used stays only as a loss whose gradient may still be there."""
-        if self._parameter_hooks.wanted:
-            self._parameter_hooks.begin_step(self._owners.parameters())
+        if self._steps.clock.fresh:
+            self._number = None if compiles_backward() else number_of_backward()
+        elif self._parameter_hooks.wanted:
+            self.listen()
         waiting = self._waiting
         if len(waiting) == 1 and waiting[0].used and not waiting[0].elsewhere:
             return  # the plain loop; what it kept was taken when it ended

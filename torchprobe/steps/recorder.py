@@ -59,8 +59,8 @@ class Recorder:
             self._steps.forget_passes()
         if clock.stepped and clock.begin(optimizer, has_closure):
             self._passes.begin_step()
-            if not (self._sources.running.thread or self._said_unheard):
-                self._say_unheard()
+            if not self._sources.running.thread:
+                self._hear_of_none()
         watch = self._steps.watch
         if watch.timing is not None:
             watch.optimizer_begins(has_closure)
@@ -106,6 +106,12 @@ class Recorder:
         self._steps.optimizer_stepped(optimizer)
         if self._watch.stop is not None:
             self._watch.check()
+
+    def _hear_of_none(self) -> None:
+        if self.clock.fresh:
+            self._passes.gradients.listen()
+        if not self._said_unheard:
+            self._say_unheard()
 
     def _say_unheard(self) -> None:
         """An optimizer steps, and no forward pass was heard of: some classes call themselves without hooks."""

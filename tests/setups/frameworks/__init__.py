@@ -49,3 +49,9 @@ LOSS_UNKNOWN = {
     "torch.func": "its gradients come from no backward()",
 }
 """Frameworks of which `overview/loss` is not known, which the summary says."""
+
+LOSS_UNKNOWN_AT_FIRST = {
+    "GPyTorch": "its modules are called past all hooks",
+    "higher, MAML": "a copy of the model is called, not the model",
+}
+"""Those of which it is known from the second step on."""

@@ -28,6 +28,7 @@ NAMES: Mapping[str, str] = {
     "torch.distributed.pipelining.stage:stage_backward": "overview/loss of a pipeline is not written",
     "torch.distributed.pipelining.schedules:_PipelineSchedule": "",  # then a loss is that of all micro-batches
     "torch.autograd:Variable._execution_engine.queue_callback": "",  # the caller is told; no norm before clipping
+    "torch._dynamo:config": "",  # as the next one
     "torch._dynamo:compiled_autograd": "",  # then it is not told from the plain one
     "torch.optim.optimizer:_global_optimizer_pre_hooks": "",  # the caller is told
     "torch.optim.optimizer:_global_optimizer_post_hooks": "",  # the caller is told

@@ -283,3 +283,11 @@ def _translator() -> Any:
         return None if current is None else current()
     except AttributeError:
         return None
+
+
+def compiles_backward() -> bool:
+    """Whether backward passes are compiled, as far as that is known before one begins."""
+    if "torch._dynamo.compiled_autograd" not in sys.modules:
+        return False
+    enabled = getattr(find("torch._dynamo:compiled_autograd"), "compiled_autograd_enabled", False)
+    return bool(enabled or getattr(find("torch._dynamo:config"), "compiled_autograd", False))

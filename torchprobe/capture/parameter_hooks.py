@@ -1,0 +1,105 @@
+"""Hooks on parameters, which hear backward passes that run through no output of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from torchprobe.capture.compat import no_dispatch_modes, no_torch_function, plain_state
+
+_HEARD = 3  # steps in which backward passes are listened for at all parameters
+_PERIOD = 256  # steps from one penalty to the next
+_MOST_FOUND = 8  # parameters that such passes reach
+_MOST_GAPS = 16  # kinds of backward passes in between that are known to be of no concern
+
+
+class ParameterHooks:
+    """Such passes are those of a penalty's own `backward()`, and of a model that is called past its hooks.
+
+    They are on all parameters in the first steps, and again when torch's numbers of backward passes, which go up by one
+    in a plain loop, tell of some that nobody heard; then on a few for as long as a penalty may take to come again; and
+    on those that one has reached. A plain loop has none after its first steps. A hook costs 10 µs a step, and is no
+    guard of Dynamo's. One on the node that adds up a gradient would keep the node, whose shape a parameter may outgrow.
+
+    hear: called with a parameter that a backward pass is about to reach. wanted: whether the next step has hooks.
+    hooked: where they are, in this one.
+    """
+
+    def __init__(self, hear: Callable[[nn.Parameter], None]) -> None:
+        self.wanted = True
+        self._hear = WeakMethod(hear)
+        self._ahead = _HEARD  # steps yet with hooks on all parameters
+        self._ahead_few = 0  # steps yet with hooks on a few
+        self._covered = 0  # steps in a row that had some
+        self._harmless: set[int] = set()
+        self._found: list[nn.Parameter] = []
+        self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
+
+    def begin_step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Listen in a step."""
+        self.release()
+        chosen, some = self._found, self._ahead_few > 0
+        if self._ahead:
+            self._ahead, chosen, some = self._ahead - 1, list(parameters), True
+        elif some:
+            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(list(parameters))]
+        self.wanted, self._covered = some or bool(chosen), self._covered + 1 if some else 0
+        hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
+        with no_torch_function():
+            for parameter in chosen:
+                if parameter.requires_grad:
+                    handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self.hooked))))
+                    self.hooked.append((parameter, handle))
+
+    def skipped(self, numbers: int) -> None:
+        """Backward passes have run since the last one that was heard of, or others' have taken numbers."""
+        if numbers in self._harmless or len(self._harmless) >= _MOST_GAPS:
+            return
+        if self._covered > 1:  # with hooks since that one
+            self._harmless.add(numbers)
+        else:
+            self._ahead, self._ahead_few, self.wanted = max(self._ahead, 2), _PERIOD, True
+
+    def found(self, parameter: nn.Parameter) -> None:
+        """A backward pass that ran through no output has reached it first."""
+        if not any(parameter is other for other in self._found) and len(self._found) < _MOST_FOUND:
+            self._found.append(parameter)
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        hooked, self.hooked = self.hooked, []
+        for parameter, handle in hooked:
+            handle.remove()
+            if parameter._backward_hooks is not None and not parameter._backward_hooks:
+                parameter._backward_hooks = None  # no trace is left
+
+    def _hook(self, number: int) -> None:
+        if (hear := self._hear()) is not None and number < len(self.hooked):
+            hear(self.hooked[number][0])
+
+
+def _spread(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    weights = [p for p in parameters if not is_lazy(p) and p.dim() > 1] or parameters
+    return weights[:: max(1, len(weights) // 3)]
+
+
+def _hear(hook: WeakMethod[Callable[[int], None]], number: int, _: Tensor) -> None:
+    if not torch.compiler.is_compiling() and (heard := hook()) is not None:
+        heard(number)
+
+
+def number_of_backward() -> int:
+    """The number of a backward pass that runs now, of nothing: the next one's is one more. Costs 100 µs."""
+    numbers: list[int] = []
+    with no_torch_function(), no_dispatch_modes(), torch.enable_grad():
+        start = torch.ones((), requires_grad=True, device="cpu")
+        end = start.clone()
+        end.register_hook(lambda _: numbers.append(plain_state()[0]()))
+        torch.autograd.grad(end, start)
+    return numbers[0]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
-from torchprobe.capture.attention.arrange import Columns, Refused, columns_of
+from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Root, leaves, roots_of
+from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
-from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.softmaxes import Softmaxes
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain

@@ -19,9 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
-from torchprobe.capture.attention.arrange import Arrangement
 from torchprobe.capture.attention.graph import look, new_number, plan_of
-from torchprobe.capture.attention.layout import plain
+from torchprobe.capture.attention.layout import Arrangement, plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of

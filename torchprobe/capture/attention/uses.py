@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.functions import Product
 from torchprobe.capture.attention.labels import Root
+from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call
-from torchprobe.capture.attention.products import Product
 from torchprobe.capture.attention.sites import Reading
 from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
 

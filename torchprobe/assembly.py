@@ -10,7 +10,7 @@ from torch import nn
 
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import TransferBuffers
-from torchprobe.capture.fully_sharded import is_flat_sharded
+from torchprobe.capture.sharding import is_flat_sharded
 from torchprobe.capture.sites import SITE
 from torchprobe.naming import all_modules, all_parameters, named_modules, unwrapped
 from torchprobe.rules.watch import Watch

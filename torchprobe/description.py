@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchprobe.capture.fully_sharded import flat_shares
+from torchprobe.capture.sharding import flat_shares
 from torchprobe.flight import RUNNING, versions
 from torchprobe.naming import named_modules, named_parameters
 from torchprobe.records import Text, Value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.optimizers import any_alive
 from torchprobe.capture.root_hooks import enter_running
 from torchprobe.records import Record
 from torchprobe.session import Session, instrument, session_of
@@ -96,5 +96,4 @@ class _Nowhere:
 def is_held(module: nn.Module) -> bool:
     """Whether a living optimizer holds a parameter of the module. Looks at all objects: 50 ms."""
     mine = {id(p) for p in module.parameters()}
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)] if mine else []
-    return any(id(p) in mine for o in optimizers for group in o.param_groups for p in group["params"])
+    return bool(mine) and any_alive(mine)

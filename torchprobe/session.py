@@ -19,8 +19,8 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.modules import Patterns, Selection
 from torchprobe.capture.pipelining import stages_of
-from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.capture.sources import Sources
 from torchprobe.control import ControlFile, SamplingCalls
 from torchprobe.description import described

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import loss_value, plain_root, roots
-from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.gradient_state import EarlyGradients, GradientState
 from torchprobe.capture.optimizers import trained
+from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.statistics.dtypes import on_host

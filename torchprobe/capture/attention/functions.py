@@ -1,4 +1,4 @@
-"""The functions by which hand-written attention is recognised, tabled by what they do to labels; and products of tensors,
+"""The functions by which hand-written attention is recognised, by what they do to labels; and products of tensors,
 whichever way they are written."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import beside, enter_nesting, is_torchs, leave_nesting, place, run_in, scope
-from torchprobe.capture.marks import Inert, mark, unmark
+from torchprobe.capture.module_hooks import Inert, mark, unmark
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
 from torchprobe.naming import Modules

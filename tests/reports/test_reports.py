@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
-from torchprobe.reports.page import page
 from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.summary import summarise
 from torchprobe.reports.terminal import BARS, compare, sparkline
+from torchprobe.reports.views import page
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 
@@ -212,7 +212,7 @@ def test_a_sparkline_is_as_wide_as_it_may_be_and_shows_extremes(values):
 
 
 def test_reading_a_run_needs_no_torch():
-    check = "import sys, torchprobe.reports.page, torchprobe.reports.summary; print('torch' in sys.modules)"
+    check = "import sys, torchprobe.reports.views, torchprobe.reports.summary; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
 

@@ -142,7 +142,7 @@ def _follow(places: Sequence[Path | str], arguments: argparse.Namespace) -> int:
 
 
 def _write_page(found: Run, summary: Mapping[str, Any], file: Path) -> None:
-    from torchprobe.reports.page import MissingChartsError, page
+    from torchprobe.reports.views import MissingChartsError, page
 
     try:
         file.write_text(page(found, summary), encoding="utf-8")

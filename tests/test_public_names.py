@@ -15,7 +15,7 @@ import torchprobe
 PACKAGE = Path(torchprobe.__file__).parent
 
 # What each folder, or module beside them, may import: only what stands above it, so that nothing goes in a circle. What
-# wires the others (`assembly`, `session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
+# wires the others (`session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "arguments": set(),
@@ -37,11 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
-    "description": {"capture", "flight", "naming", "records"},
-    "assembly": {"buffer", "capture", "naming", "rules", "steps"},
+    "description": {"buffer", "capture", "flight", "naming", "records", "rules", "steps"},
     "reports": {"writers"},
     "session": {
-        *("arguments", "assembly", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),
+        *("arguments", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),
         *("naming", "probes", "records", "reports", "rules", "state", "steps", "writers"),
     },
     "logger": {

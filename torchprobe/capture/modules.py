@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.module_hooks import SharedHook, mark, unmark
-from torchprobe.capture.sharding import Named
+from torchprobe.capture.sharding import Named, is_flat_sharded
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
-from torchprobe.naming import Modules, named_modules, named_parameters, owner_of, with_parents
+from torchprobe.naming import Modules, all_modules, named_modules, named_parameters, owner_of, unwrapped, with_parents
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
 from torchprobe.statistics.dtypes import moved
@@ -33,6 +34,43 @@ def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
         if module in fast or isinstance(module, _FAST_IN_EVAL):
             fast.update(module.modules())
         yield name, module, module not in fast
+
+
+def checked_model(model: Any, sessions: Iterable[nn.Module]) -> nn.Module:
+    """The model itself, without its wrappers. sessions: the models that have one.
+
+    Raises TypeError for what is no module that can be watched, ValueError for one that is watched already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    _check_wrappers(model)
+    root, watched = unwrapped(model), {id(other) for other in sessions}
+    if id(root) in watched:
+        raise ValueError(
+            "model is already instrumented: torchprobe.session_of(model) returns its session; "
+            "call session.detach() before instrumenting it again"
+        )
+    for name, module in named_modules(root):
+        if id(module) in watched or module.__dict__.get(SITE) is not None:
+            raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
+    return root
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
+    for _, module in all_modules(model):
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "
+                "in several threads; takes DistributedDataParallel, one process a device, or the bare model"
+            )
+        if is_flat_sharded(module) and not getattr(module, "_use_orig_params", True):
+            raise ValueError(
+                "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
+                "their names; takes one with use_orig_params=True, or fully_shard(model)"
+            )
 
 
 def interesting(module: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from torchprobe.reports.page import MissingChartsError
 from werkzeug.test import Client
 
 from tests.reports.conftest import write_run
@@ -20,6 +19,7 @@ from torchprobe.records import Record
 from torchprobe.reports.tab import ProbeLoader
 from torchprobe.reports.tab import plugin as plugin_module
 from torchprobe.reports.tab.plugin import Runs
+from torchprobe.reports.views import MissingChartsError
 from torchprobe.writers.event_file import EventFileWriter
 
 

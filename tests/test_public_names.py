@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
             "writers",
         ),
     },
-    "finding": {"capture", "records", "session"},
+    "finding": {"capture", "session", "writers"},
     "checkpoint": {"arguments", "naming", "random_state", "session", "state"},
     "integrations": {"session"},
     "cli": {"_version", "finding", "reports", "session", "writers"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import is_grad_enabled, nn
@@ -13,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.optimizers import any_alive
 from torchprobe.capture.root_hooks import enter_running
-from torchprobe.records import Record
 from torchprobe.session import Session, instrument, session_of
+from torchprobe.writers.protocol import NoWriter
 
 _EVERY = 10
 _ALWAYS_LOOKED = 16  # outermost calls; later ones are looked at when their number is a power of two
@@ -69,7 +68,7 @@ class Finder:
     def _watch(self, module: nn.Module, args: Any) -> None:
         own = session_of(module)
         if own is None:
-            self.session = instrument(module, writer=_Nowhere(), every=_EVERY)
+            self.session = instrument(module, writer=NoWriter(), every=_EVERY)
             enter_running(module, args)
         else:
             self.session = own
@@ -81,16 +80,6 @@ class Finder:
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.session is not None and self.session.step >= self._steps:
             raise EnoughSteps
-
-
-class _Nowhere:
-    """A writer that stores nothing."""
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Rules have seen them."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def is_held(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torchprobe.capture.sources import Sources
 from torchprobe.control import ControlFile, SamplingCalls
 from torchprobe.description import described, state_lines
 from torchprobe.distributed import open_exchange
-from torchprobe.distributed.world import NoWriter, world
+from torchprobe.distributed.world import world
 from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
 from torchprobe.naming import all_parameters, unwrapped, without_ranks
@@ -41,6 +41,7 @@ from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
+from torchprobe.writers.protocol import NoWriter
 from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _log = logging.getLogger("torchprobe")

@@ -19,6 +19,24 @@ from torchprobe.probes.base import Reporter
 from torchprobe.statistics import routing
 from torchprobe.statistics.moments import active_units, inactive_share
 
+
+class _OfModules:
+    """What both have: a probe's own choice among the modules, and a reason where there is nothing to see."""
+
+    def __init__(self, reporter: Reporter, wanted: Callable[[str], bool]) -> None:
+        self.reporter = reporter
+        self._wanted = wanted
+
+    def unseen(self, reason: str) -> None:
+        """Said with what else saw nothing."""
+        self.reporter.explain(reason)
+
+    def _selected(self, found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+        with self.reporter.gate.boundary():
+            return [(name, module) for name, module in found if self.reporter.probe.selects(name, module)]
+        return []  # the boundary took an exception
+
+
 # ---- on how many inputs each unit behind a ReLU is active
 
 _KINDS = (nn.ReLU, nn.ReLU6, nn.Threshold)
@@ -35,22 +53,18 @@ class _Count(NamedTuple):
 Counts: TypeAlias = "dict[str, list[_Count]]"
 
 
-class Units:
+class Units(_OfModules):
     """Counts of a pass; those of sampled steps add up while there are few inputs."""
 
     in_validation = False
 
     def __init__(self, reporter: Reporter, wanted: Callable[[str], bool]) -> None:
-        self.reporter = reporter
-        self._wanted = wanted
+        super().__init__(reporter, wanted)
         self._few: Counts = {}
 
     def chosen(self, modules: Modules) -> Iterable[tuple[str, nn.Module]]:
         """Modules of the ReLU family that include= and exclude= leave."""
-        found = [(n, m) for n, m in modules if isinstance(m, _KINDS) and self._wanted(n)]
-        with self.reporter.gate.boundary():
-            return [(name, module) for name, module in found if self.reporter.probe.selects(name, module)]
-        return []  # the boundary took an exception
+        return self._selected([(n, m) for n, m in modules if isinstance(m, _KINDS) and self._wanted(n)])
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,10 +79,6 @@ class Units:
         active = active_units(tensor)
         counts: Counts = passing.kept.setdefault(self, {})
         counts.setdefault(name, []).append(_Count(active, tensor.numel() // active.numel()))
-
-    def unseen(self, reason: str) -> None:
-        """Said with what else saw nothing."""
-        self.reporter.explain(reason)
 
     def merge(self, a: Counts, b: Counts) -> Counts:
         """Call by call: the first with the first, and so on."""
@@ -117,14 +127,13 @@ class _Routed(NamedTuple):
     places: frozenset[int]
 
 
-class Routers:
+class Routers(_OfModules):
     """Of each router in a pass, a row for every expert. Holds no tensor of the user's."""
 
     in_validation = True
 
     def __init__(self, reporter: Reporter, wanted: Callable[[str], bool]) -> None:
-        self.reporter = reporter
-        self._wanted = wanted
+        super().__init__(reporter, wanted)
         self._experts: dict[str, int] = {}  # of each module that holds some
         self._routed: dict[str, _Routed] = {}  # by the layer
         self._open: set[str] = set()  # layers that run, whose routing is yet to be seen
@@ -139,9 +148,7 @@ class Routers:
             if experts:
                 self._experts |= experts
                 found |= {name: layer, **parts}
-        with self.reporter.gate.boundary():
-            return [(name, module) for name, module in found.items() if self.reporter.probe.selects(name, module)]
-        return []  # the boundary took an exception
+        return self._selected(found.items())
 
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -172,10 +179,6 @@ class Routers:
         if found is not None:
             rows, places = found
             self._routed[layer] = _Routed(name, rows, places)
-
-    def unseen(self, reason: str) -> None:
-        """Said with what else saw nothing."""
-        self.reporter.explain(reason)
 
     def merge(self, a: Kept, b: Kept) -> Kept:
         """Tokens add up."""

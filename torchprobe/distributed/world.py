@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -77,13 +77,3 @@ class SingleProcess(Exchange):
                 world().rank,
             )
         return ()
-
-
-class NoWriter:
-    """The writer of a rank that writes nothing."""
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Nothing: the records are rank 0's."""
-
-    def close(self) -> None:
-        """Nothing is open."""

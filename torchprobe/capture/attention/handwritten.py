@@ -254,7 +254,7 @@ class Handwritten:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
             self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
-            self.give(nodes, uses.pointwise(node, source, flow, flows))
+            self.give(nodes, uses.pointwise(node, source, flow))
         elif self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
             self.give(nodes, flow.as_changed(uses.MIXED if learned else None))

@@ -165,7 +165,7 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
         return columns
     if as_used:
         columns = None, columns[2], columns[2]
-    if not roles[2] and _overlaps(label, axis, side):
+    if not roles[2] and _overlaps(label, axis):
         return Refused("over a window of keys for each query")
     return _arranged(label, shape, roles, columns, side)
 
@@ -252,7 +252,7 @@ def _index_among(dims: tuple[Dim, ...], at: Mapping[Root, int], values: Mapping[
     return np.where(missing, -1, index)
 
 
-def _overlaps(label: Label, axis: int, side: int) -> bool:
+def _overlaps(label: Label, axis: int) -> bool:
     """Whether keys and what is no query of theirs count the same tokens: a window that moves with it."""
     assert label.between is not None
     mine = {root for root in resolved(coordinates(label.dims[axis], label.at)) if not root.learned}

@@ -144,7 +144,7 @@ def mixed(product: Product, which: int, flow: Flow) -> Flow:
     return flow.as_changed(MIXED if learned else None)
 
 
-def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
+def pointwise(node: Node, source: Node, flow: Flow) -> Flow | None:
     """Weights are changed, or multiplied with values that are summed later."""
     if flow.kind == "total":
         tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]

@@ -87,7 +87,7 @@ class GradientFacts:
         self._holders[id(optimizer)] = ref(optimizer), held
         mine = [p for _, p in named if id(p) in held and p.requires_grad]
         reached = self._since_backward(mine, label)
-        self._unheld(named, optimizer, held, label)
+        self._unheld(named, optimizer, label)
         self._without_gradient(named, held, reached)
         self._rate(optimizer, label)
         if self._half_precision and loss_scale(optimizer) is None:
@@ -123,7 +123,7 @@ class GradientFacts:
 
     # ---- held by nobody
 
-    def _unheld(self, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, held: set[int], label: str) -> None:
+    def _unheld(self, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, label: str) -> None:
         everyones = set().union(*(ids for _, ids in self._holders.values()))
         with_gradient = [(n, p) for n, p in named if p.requires_grad and p.grad is not None and id(p) not in everyones]
         lone = frozenset(id(p) for _, p in with_gradient)

@@ -24,7 +24,7 @@ FILES = {file.relative_to(PACKAGE).as_posix(): file.read_text() for file in sort
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
 MOST_FILES = 217  # goal: 180; raised for diagnoses, the page and the tab, pipelines, what a run was, a GPU's kernels
-MOST_LINES = 37_863  # goal: 21,000; raised for the same, times of a step, outputs by name, a look at compiled graphs
+MOST_LINES = 37_870  # goal: 21,000; raised for the same, times of a step, outputs by name, a look at compiled graphs
 MOST_FOREIGN_WRITES = 8  # goal: 20; one is the hook on an output, which torch sets at three times the cost
 MOST_FILES_OF_A_GRADIENT = 46  # goal: 25
 MOST_FILES_WITH_RULES = 51  # those of all rules too

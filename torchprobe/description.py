@@ -194,6 +194,9 @@ def _git(place: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+# ---- a session's summary
+
+
 def state_lines(recorder: Recorder, outlet: Outlet, watch: Watch) -> Iterator[str]:
     """Lines of a session's summary: what it costs, what was lost, what was never seen."""
     yield f"  time in probes    {recorder.guard.meter.seconds:.3f} s"

@@ -23,6 +23,10 @@ from torchprobe.statistics import uncertainty
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.uncertainty import Decomposition
 
+EVIDENTIAL = "evidential"  # the form of a field that may hold the parameters of a Dirichlet distribution
+QUANTITIES: tuple[Quantity, ...] = ("total", "aleatoric", "epistemic")
+_MAX_WAITING = 16  # passes over one input before their targets are seen
+
 
 class Tally:
     """Rows by name, added up on their devices. `<form>|<rest>`: the evidence of a form says whether its rows count."""
@@ -84,11 +88,6 @@ class Tally:
         evidence = self._evidence.get(name.partition("|")[0], row.new_zeros(3))
         sampled = row.new_full((1,), float(name in self._sampled))
         return torch.cat((row, evidence.to(device, row_dtype(device), non_blocking=True), sampled))
-
-
-EVIDENTIAL = "evidential"  # the form of a field that may hold the parameters of a Dirichlet distribution
-QUANTITIES: tuple[Quantity, ...] = ("total", "aleatoric", "epistemic")
-_MAX_WAITING = 16  # passes over one input before their targets are seen
 
 
 class Candidate(NamedTuple):

@@ -81,9 +81,9 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return iter(found.values())
 
 
-def all_parameters(model: nn.Module, modules: Modules | None = None) -> list[nn.Parameter]:
-    """`model.parameters()` at a third of its cost. modules: those of the model, where they are known."""
-    modules = all_modules(model) if modules is None else modules
+def all_parameters(model: nn.Module | None, modules: Modules | None = None) -> list[nn.Parameter]:
+    """`model.parameters()` at a third of its cost. modules: those of the model, where they are known. Of None: none."""
+    modules = all_modules(model) if modules is None and model is not None else modules or ()
     given = [p for _, module in modules if module._parameters for p in module._parameters.values()]
     return [*{id(parameter): parameter for parameter in given if parameter is not None}.values()]
 

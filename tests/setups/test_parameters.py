@@ -207,3 +207,36 @@ def test_non_finite_activations_are_counted_and_left_out():
     assert writer.value("activation_nonfinite/2") == 2
     assert writer.value("activation_mean/2") == pytest.approx(rest.mean().item())
     assert writer.value("activation_max_abs/2") == pytest.approx(rest.abs().max().item())
+
+
+@pytest.mark.parametrize("after", range(1, 5), ids="step {}".format)
+@pytest.mark.parametrize("how", ["to", "load_state_dict"])
+def test_torch_may_swap_the_parameters_of_a_watched_model(how, after):
+    """As it does for tensor subclasses, and where the user asks for it: it raises where weak references are held."""
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    right = []
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(6):
+            optimizer.zero_grad()
+            model(batch(k).to(model[0].weight.dtype)).square().mean().backward()
+            right.append(l2(*gradients(model).values()))
+            optimizer.step()
+            with torch.no_grad():
+                model(batch(k).to(model[0].weight.dtype))
+            if k + 1 == after:
+                swap(model, how)
+        assert session.step == 6
+    assert [value for _, value in writer.scalars("overview/grad_norm")] == pytest.approx(right)
+
+
+def swap(model: nn.Module, how: str) -> None:
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if how == "to":
+            model.to(torch.float64)
+        else:
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)

@@ -117,6 +117,11 @@ def _of_backward(call: Any) -> Roots:
     return Roots("backward", value, for_parameters, tensors)
 
 
+def in_recomputation() -> bool:
+    """Whether a backward pass runs that a checkpoint has called inside of another one."""
+    return bool(running(_RECOMPUTED))
+
+
 def loss_value(value: Tensor) -> float | Tensor:
     """A number in host memory as such, which waits for nothing; one on a device as a copy, at least 4 bytes wide."""
     if value.is_cpu:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from weakref import ReferenceType, ref
+from functools import partial
+from itertools import islice
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from torchprobe.capture.compat import no_torch_function
 
 _FEW = 1024  # elements of a gradient that are looked at
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
 _LEARNT = 2  # backward passes that tell in what order gradients come
+_FIRST = 64  # parameters, of which a few are listened at before the first step
+_HEARD = 3  # steps in which backward passes are listened for at all parameters
+_PERIOD = 256  # steps from one penalty to the next
+_MOST_FOUND = 8  # parameters that such passes reach
+_MOST_GAPS = 16  # kinds of backward passes in between that are known to be of no concern
 _MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
 
 State = tuple[int, int]
@@ -32,9 +44,11 @@ class EarlyGradients:
         self.ids: set[int] = set()
         self.late: set[int] = set()
         self.grown: frozenset[int] = frozenset()
-        self._before: dict[int, tuple[ReferenceType[nn.Parameter], State | None]] = {}
+        self._before: dict[int, tuple[nn.Parameter, State | None]] = {}
         self._old: set[int] = set()  # parameters that hold what an earlier backward pass gave them
-        self._last: dict[int, tuple[ReferenceType[Tensor], int]] | None = {}  # what the last one left; None if unseen
+        self._last: (
+            dict[int, tuple[Callable[[Tensor], bool], int]] | None
+        ) = {}  # what the last one left; None if unseen
         self._left = _LEARNT
         self._unowned = _MOST_UNOWNED
         self.learns = True
@@ -46,17 +60,17 @@ class EarlyGradients:
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""
-        self._before = {id(p): (ref(p), _state_of(p)) for p in parameters}
-        self._old = {key for key, (left, version) in (self._last or {}).items() if self._is_left(key, left, version)}
+        self._before = {id(p): (p, _state(p)) for p in parameters}
+        self._old = {key for key, (same, version) in (self._last or {}).items() if self._is_left(key, same, version)}
 
-    def _is_left(self, key: int, left: ReferenceType[Tensor], version: int) -> bool:
-        p = self._before[key][0]() if key in self._before else None
-        return p is not None and p.grad is not None and p.grad is left() and p.grad._version == version
+    def _is_left(self, key: int, same: Callable[[Tensor], bool], version: int) -> bool:
+        gradient = self._before[key][0].grad if key in self._before else None
+        return gradient is not None and same(gradient) and gradient._version == version
 
     def end(self) -> bool:
         """It has ended. Whether more is known than before."""
         before, self._before, known = self._before, {}, len(self.ids) + len(self.late)
-        there = {key: (then, _state(weak)) for key, (weak, then) in before.items()}
+        there = {key: (then, _state(p)) for key, (p, then) in before.items()}
         grown = self.grown = frozenset(key for key, (then, now) in there.items() if now is not None and now != then)
         self._unowned -= 1
         if grown:
@@ -66,8 +80,8 @@ class EarlyGradients:
                 self._left -= 1
                 self.ids |= same - self._old
             self.ids -= self.late
-            held = [(weak(), key) for key, (weak, _) in before.items()]
-            self._last = {k: (ref(p.grad), p.grad._version) for p, k in held if p is not None and p.grad is not None}
+            held = {key: p.grad for key, (p, _) in before.items() if p.grad is not None}
+            self._last = {key: (_recognise(gradient), gradient._version) for key, gradient in held.items()}
         self.learns = self._left > 0 or self._unowned > 0
         return len(self.ids) + len(self.late) > known
 
@@ -78,25 +92,27 @@ class GradientState:
     Looks at four of the parameters: two that are next to each other at either end, since one alone may have no
     gradient, or one that is exactly 0, as the first matrix of a low-rank adapter has while the second is 0.
 
+    Holds the parameters: weak references to them would keep torch from swapping them (`torch.utils.swap_tensors`).
+
     blind: whether none of them tells anything (see `EarlyGradients`).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> None:
         self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
-        self._parameters = [ref(p) for p in parameters]
+        self._parameters = list(parameters)
         self.blind = False
         self._look_at(_ends(self._parameters))
 
-    def _look_at(self, few: list[ReferenceType[nn.Parameter]]) -> None:
+    def _look_at(self, few: list[nn.Parameter]) -> None:
         self._few, self._none = few, [None] * len(few)
         self._seen: Sequence[State | None] = self._none  # when a backward pass began
-        self._left = [_state(weak) for weak in few]  # when it had ended
+        self._left = [_state(p) for p in few]  # when it had ended
 
     def look(self) -> bool:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
-        for weak in self._few:
-            if (parameter := weak()) is not None and parameter.grad is not None:
-                found = [None if (p := weak()) is None else p.grad for weak in self._few]
+        for parameter in self._few:
+            if parameter.grad is not None:
+                found = [p.grad for p in self._few]
                 self._seen = [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
                 return True
         self._seen = self._none
@@ -105,9 +121,8 @@ class GradientState:
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
         grew = False
-        for i, weak in enumerate(self._few):
-            parameter = weak()
-            gradient = None if parameter is None else parameter.grad
+        for i, parameter in enumerate(self._few):
+            gradient = parameter.grad
             if gradient is not None and self._seen[i] is None and gradient.is_cpu:
                 return True  # its values tell later whether it is still there
             now = self._left[i] = None if gradient is None else (id(gradient), gradient._version)
@@ -124,56 +139,129 @@ class GradientState:
         thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
         that has changed since the last backward pass counts as zeroed.
         """
-        for weak, left in zip(self._few, self._left, strict=True):
-            if (p := weak()) is not None and p.grad is not None and _holds_gradient(weak, left):
+        for p, left in zip(self._few, self._left, strict=True):
+            if p.grad is not None and _holds_gradient(p.grad, left):
                 return False
-        return not (thorough and any(_holds_gradient(weak, _state(weak)) for weak in self._parameters[:_MOST]))
+        if not thorough:
+            return True
+        gradients = [p.grad for p in self._parameters[:_MOST]]
+        return not any(g is not None and _holds_gradient(g, (id(g), g._version)) for g in gradients)
 
     def is_among(self, grown: frozenset[int]) -> bool:
         """Whether one of these parameters is."""
-        return any(id(weak()) in grown for weak in self._parameters)
+        return any(id(p) in grown for p in self._parameters)
 
     def learn(self, known: EarlyGradients) -> None:
         """Look at parameters that tell something from now on."""
-        self._parameters = [weak for weak in self._parameters if id(weak()) not in known.ids]
+        self._parameters = [p for p in self._parameters if id(p) not in known.ids]
         self.blind = not self._parameters
-        late = [weak for weak in self._parameters if id(weak()) in known.late]
-        if self.blind or (late and not all(id(weak()) in known.late for weak in self._few)):
+        late = [p for p in self._parameters if id(p) in known.late]
+        if self.blind or (late and not all(id(p) in known.late for p in self._few)):
             self._look_at(_ends(late))
 
     def choose(self) -> bool:
         """Look at parameters that have gradients, when those that were looked at have none. Whether there are some."""
-        for weak in self._few:
-            if (p := weak()) is not None and p.grad is not None:
+        for p in self._few:
+            if p.grad is not None:
                 return False
-        having = [w for w in (self._parameters if self._few else ()) if (p := w()) is not None and p.grad is not None]
+        having = [p for p in self._parameters if p.grad is not None] if self._few else []
         if having:
             self._look_at(_ends(having))
         return bool(having)
 
 
-def _ends(parameters: list[ReferenceType[nn.Parameter]]) -> list[ReferenceType[nn.Parameter]]:
-    small = [weak for weak in parameters if (p := weak()) is not None and p.numel() <= _FEW]
+class ParameterHooks:
+    """Hooks on parameters, which hear backward passes that run through no output of the model.
+
+    Such as a penalty's own `backward()`. They are on all parameters in the first steps, and again when torch's numbers
+    of backward passes, which go up by one in a plain loop, tell of some that nobody heard; then on a few for as long
+    as a penalty may take to come again; and on those that one has reached. A plain loop has none after its first steps.
+    A hook costs 10 µs a step, and is no guard of Dynamo's. One on the node that adds up a gradient would keep the node,
+    whose shape a parameter may outgrow.
+
+    hear: called with a parameter that a backward pass is about to reach. wanted: whether the next step has hooks.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], hear: Callable[[nn.Parameter], None]) -> None:
+        self.wanted = True
+        self._hear = WeakMethod(hear)
+        self._ahead = _HEARD  # steps yet with hooks on all parameters
+        self._ahead_few = 0  # steps yet with hooks on a few
+        self._covered = 0  # steps in a row that had some
+        self._harmless: set[int] = set()
+        self._found: list[nn.Parameter] = []
+        self._hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
+        self._listen_at(_spread([*islice(parameters, _FIRST)]))
+
+    def begin_step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Listen in a step."""
+        self.release()
+        chosen, some = self._found, self._ahead_few > 0
+        if self._ahead:
+            self._ahead, chosen, some = self._ahead - 1, list(parameters), True
+        elif some:
+            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(list(parameters))]
+        self.wanted, self._covered = some or bool(chosen), self._covered + 1 if some else 0
+        self._listen_at(chosen)
+
+    def _listen_at(self, chosen: list[nn.Parameter]) -> None:
+        hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
+        with no_torch_function():
+            for parameter in chosen:
+                if parameter.requires_grad:
+                    handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self._hooked))))
+                    self._hooked.append((parameter, handle))
+
+    def skipped(self, numbers: int) -> None:
+        """Backward passes have run since the last one that was heard of, or others' have taken numbers."""
+        if numbers in self._harmless or len(self._harmless) >= _MOST_GAPS:
+            return
+        if self._covered > 1:  # with hooks since that one
+            self._harmless.add(numbers)
+        else:
+            self._ahead, self._ahead_few, self.wanted = max(self._ahead, 2), _PERIOD, True
+
+    def found(self, parameter: nn.Parameter) -> None:
+        """A backward pass that ran through no output has reached it first."""
+        if not any(parameter is other for other in self._found) and len(self._found) < _MOST_FOUND:
+            self._found.append(parameter)
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        hooked, self._hooked = self._hooked, []
+        for parameter, handle in hooked:
+            handle.remove()
+            if parameter._backward_hooks is not None and not parameter._backward_hooks:
+                parameter._backward_hooks = None  # no trace is left
+
+    def _hook(self, number: int) -> None:
+        if (hear := self._hear()) is not None and number < len(self._hooked):
+            hear(self._hooked[number][0])
+
+
+def _spread(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    weights = [p for p in parameters if not is_lazy(p) and p.dim() > 1] or parameters
+    return weights[:: max(1, len(weights) // 3)]
+
+
+def _hear(hook: WeakMethod[Callable[[int], None]], number: int, _: Tensor) -> None:
+    if (heard := hook()) is not None:
+        heard(number)
+
+
+def _ends(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    small = [p for p in parameters if p.numel() <= _FEW]
     chosen = small if len(small) > 1 else parameters
     return chosen if len(chosen) <= 4 else [*chosen[:2], *chosen[-2:]]
 
 
-def _state(weak: ReferenceType[nn.Parameter]) -> State | None:
-    parameter = weak()
-    return None if parameter is None else _state_of(parameter)
-
-
-def _state_of(parameter: nn.Parameter) -> State | None:
+def _state(parameter: nn.Parameter) -> State | None:
     gradient = parameter.grad
     return None if gradient is None else (id(gradient), gradient._version)
 
 
-def _holds_gradient(weak: ReferenceType[nn.Parameter], left: State | None) -> bool:
-    parameter = weak()
-    gradient = None if parameter is None else parameter.grad
-    if gradient is None:
-        return False
-    return _any(gradient) if gradient.is_cpu else _state(weak) == left
+def _holds_gradient(gradient: Tensor, left: State | None) -> bool:
+    return _any(gradient) if gradient.is_cpu else (id(gradient), gradient._version) == left
 
 
 def _any(gradient: Tensor) -> bool:
@@ -185,3 +273,16 @@ def _any(gradient: Tensor) -> bool:
     if gradient.dtype is torch.bfloat16:  # numpy has none
         gradient = gradient.float()
     return bool(gradient.numpy().any())  # in host memory
+
+
+def _recognise(tensor: Tensor) -> Callable[[Tensor], bool]:
+    """Whether another tensor is this one, which is not held: a weak reference would keep torch from swapping it."""
+    if tensor.layout is not torch.strided or hasattr(tensor, "full_tensor"):
+        reference = ref(tensor)
+        return lambda other: reference() is other
+    number, storage = id(tensor), StorageWeakRef(tensor.untyped_storage())
+    return lambda other: id(other) == number and not storage.expired() and _storage(other) == storage.cdata
+
+
+def _storage(tensor: Tensor) -> int:
+    return StorageWeakRef(tensor.untyped_storage()).cdata if tensor.layout is torch.strided else 0

@@ -19,7 +19,6 @@ from torchprobe.capture.compat import running
 from torchprobe.capture.compiled.graphs import in_compiled_call
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.sharding import lasting_parameters
-from torchprobe.naming import all_parameters
 from torchprobe.statistics.dtypes import measurable
 
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
@@ -163,14 +162,9 @@ def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
     return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
 
-def parameter_ids(model: nn.Module) -> set[int]:
+def parameter_ids(model: nn.Module | None) -> set[int]:
     """Identities of the model's parameters, to recognise them in an optimizer's groups."""
-    return {id(parameter) for parameter in lasting_parameters(model)}
-
-
-def weak_parameters(model: nn.Module | None) -> list[ReferenceType[nn.Parameter]]:
-    """Those that the model has now."""
-    return [] if model is None else [ref(parameter) for parameter in all_parameters(model)]
+    return set() if model is None else {id(parameter) for parameter in lasting_parameters(model)}
 
 
 def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -11,16 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchprobe.capture import compat
-from torchprobe.capture.backward import loss_value, plain_root, roots
+from torchprobe.capture.backward import in_recomputation, loss_value, plain_root, roots
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.gradient_state import EarlyGradients, GradientState
-from torchprobe.capture.optimizers import trained
-from torchprobe.capture.sharding import is_fully_sharded
+from torchprobe.capture.gradient_state import GradientState, ParameterHooks
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.backward import Backward
 from torchprobe.steps.open_step import OpenStep
+from torchprobe.steps.owners import Owners
 from torchprobe.steps.steps import Steps
 
 _log = logging.getLogger("torchprobe")
@@ -47,14 +46,13 @@ class Gradients:
         self._merge = sources.merge
         self._check = sources.nan_check
         self._watch = steps.watch
-        self._model = model
         self._train = train
         self._waiting: list[Backward] = []  # oldest first
-        self._states: list[GradientState] = []  # of each optimizer that has stepped
-        self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
-        self._others: GradientState | None = None  # of those that no known optimizer holds
-        self._early = EarlyGradients()
-        self._said = False
+        self._owners = Owners(model)
+        self._parameter_hooks = ParameterHooks(self._owners.parameters(), self._reached)
+        self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
+        self._number = -1  # of the last one
+        self._untold: bool | None = None  # whether it is to be said what autograd.grad hides; None before there was one
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
         self._task = compat.plain_state()[0]
 
@@ -68,25 +66,48 @@ class Gradients:
             return None
         if running is None or running.task != task:
             running = self.begin(None if task == -1 else task)
+        elif self._opener is not None and not running.passes:
+            self._owners.look(
+                self._owners.living()
+            )  # what was there before an output was reached tells nothing, as ever
         if passing.kind is UNDECIDED:
             self._train(passing)
         running.add(passing)
         return task
 
+    def _reached(self, parameter: nn.Parameter) -> None:
+        if self.running is None:
+            self._heard_at(parameter)
+
+    @protected
+    def _heard_at(self, parameter: nn.Parameter) -> None:
+        """A gradient reaches a parameter, and none has reached an output."""
+        if not in_recomputation():
+            self.begin(self._task())
+            self._opener = parameter
+
     def begin(self, task: int | None) -> Backward:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
+        if task is not None:
+            if task != self._number + 1 and self._number >= 0:
+                self._parameter_hooks.skipped(task - self._number)
+            self._number = task
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
-        self.running, states, waiting = backward, self._states, self._waiting
-        plain = len(states) == len(waiting) == 1 and waiting[0].used and self._others is None and not self._early.learns
+        self.running, owners, waiting = backward, self._owners, self._waiting
+        states, plain = owners.states, owners.others is None and not owners.early.learns
+        plain = plain and len(states) == len(waiting) == 1 and waiting[0].used
         if plain and states[0].of() is not None and not states[0].look():
             self._waiting = []
         else:
-            self._look()
+            states = owners.living()
+            if waiting:
+                self._drop_zeroed(states)
+            owners.look(states)
         if self._steps.current.due:
-            self._sources.backward_begins(self._steps.current.due, self._early.ids)
+            self._sources.backward_begins(self._steps.current.due, self._owners.early.ids)
         if self._watch.timing is not None:
             self._watch.backward_begins()
         self.compiled = not compat.at_end_of_backward(partial(self.end, backward))
@@ -98,9 +119,8 @@ class Gradients:
         elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and (call.inner or call.value is not None):
             self._sources.parameters.left.come_apart()
-        elif elsewhere and not self._said:
-            self._said = True
-            _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
+        elif elsewhere and self._untold is None:
+            self._untold = True
         if call.parts > 1:
             self._steps.current.divide_by(call.parts)
         return Backward(task, loss, elsewhere, not call.for_parameters, call.inner)
@@ -122,6 +142,10 @@ class Gradients:
         if due or timed:
             compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
+        if self._opener is not None:
+            if not backward.passes:
+                self._parameter_hooks.found(self._opener)
+            self._opener = None
         if self._sources.scaled.found is not None:
             backward.scaled_by(self._sources.scaled.scale())
         self._await(backward)
@@ -136,26 +160,24 @@ class Gradients:
         if self._steps.current.due:
             self._sources.backward_ended(self._steps.current.due)
 
+    def release(self) -> None:
+        """No hook is left on a parameter, and no parameter is held."""
+        self._parameter_hooks.release()
+        self._owners.forget()
+        if self._check is not None:
+            self._check.forget()
+
     # ---- what becomes of their gradients
 
-    def _look(self) -> None:
-        """Gradients as a backward pass finds them: those before it whose gradients are gone were dropped."""
-        if self._early.learns:
-            self._early.begin(self._trained())
-        states = self._living()
-        if self._waiting:
-            self._drop_zeroed(states)
-        for state in states if self._others is None else [*states, self._others]:
-            state.look()
-
     def _await(self, backward: Backward) -> None:
-        grown = self._learn() if self._early.learns else None
+        owners = self._owners
+        grown = owners.learn(self.compiled) if owners.early.learns else None
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
                 break
         if not backward.elsewhere:
-            backward.see_reach(self._states, self._others, grown)
+            backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
             return
         last = self._waiting[-1] if self._waiting else None
@@ -164,24 +186,19 @@ class Gradients:
         else:
             self._waiting.append(backward)
 
-    def _learn(self) -> frozenset[int] | None:
-        if self._early.end():
-            for state in [*self._living(), *filter(None, [self._others])]:
-                state.learn(self._early)
-        return None if self.compiled or self._hides() else self._early.grown or None
-
     def used_by(self, optimizer: Optimizer) -> list[Backward]:
         """The backward passes whose gradients an optimizer is about to use."""
-        for known in self._states:
+        candidates, running, owners = self._waiting, self.running, self._owners
+        if running is not None:
+            candidates = [*candidates, running]
+        for known in owners.states:
             if known.of() is optimizer:
                 state = known
                 break
         else:
-            state = self._know(optimizer)
-        candidates, running = self._waiting, self.running
+            state = owners.add(optimizer, candidates)
         if running is not None:
-            running.see_reach(self._states)
-            candidates = [*candidates, running]
+            running.see_reach(owners.states)
         found, fresh = [], False
         for backward in candidates:
             if backward.reached is None or state in backward.reached:
@@ -189,11 +206,19 @@ class Gradients:
                 fresh |= not backward.used
         if not fresh:
             state.choose()
+        if self._untold:
+            self._tell_of_grad(found)
         return found
+
+    def _tell_of_grad(self, found: list[Backward]) -> None:
+        fresh = [backward for backward in found if not backward.used]
+        if fresh and all(backward.loss is None for backward in fresh):
+            self._untold = False
+            _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
 
     def left(self, optimizer: Optimizer) -> bool:
         """Whether its gradients are not zeroed."""
-        return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self._states)
+        return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self._owners.states)
 
     def take_back(self, step: OpenStep) -> None:
         """An optimizer has not used what it was to use in a step."""
@@ -208,6 +233,8 @@ class Gradients:
 
     def step_begins(self) -> None:
         """What a step used stays only as a loss whose gradient may still be there."""
+        if self._parameter_hooks.wanted:
+            self._parameter_hooks.begin_step(self._owners.parameters())
         waiting = self._waiting
         if len(waiting) == 1 and waiting[0].used and not waiting[0].elsewhere:
             return  # the plain loop; what it kept was taken when it ended
@@ -229,23 +256,29 @@ class Gradients:
         zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
         if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
             zeroed.update(states)
-        held = self._others is not None and not self._others.zeroed(thorough)
-        for backward in waiting if self._others is not None else ():
+        others = self._owners.others
+        held = others is not None and not others.zeroed(thorough)
+        for backward in waiting if others is not None else ():
             backward.see_beyond(held and backward.beyond)
         if not zeroed:
             return
         self._waiting = []
         if len(zeroed) == len(states) and not (thorough or held):  # the plain loop
             return
+        dropped: list[Backward] = []
         for backward in waiting:
             if backward.reached is not None:
                 backward.reached.difference_update(zeroed)
             unseen = backward.reached is None
-            gone = len(zeroed) == len(states) and not self._hides() if unseen else not backward.reached
+            gone = len(zeroed) == len(states) and not self._owners.hides() if unseen else not backward.reached
             if not gone or backward.beyond or backward.elsewhere:
                 self._waiting.append(backward)
             elif not backward.used:
-                self._drop(backward)
+                dropped.append(backward)
+        for backward in dropped[1:]:
+            dropped[0].absorb(backward, self._merge)  # one step was skipped, however many there were
+        if dropped:
+            self._drop(dropped[0])
 
     def _drop(self, backward: Backward) -> None:
         """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
@@ -254,47 +287,3 @@ class Gradients:
         if fell is not None and not fell.is_cpu:
             flag, fell = fell if flag is None else fell | flag.to(fell.device), None
         self._steps.skip(sign, flag, fell is not None and on_host(fell) > 0)
-
-    def _know(self, optimizer: Optimizer) -> GradientState:
-        state = GradientState(trained(optimizer), optimizer)
-        state.learn(self._early)
-        self._states.append(state)
-        state.choose()
-        self._tell_others()
-        others = self._others
-        self._early.more(others is not None)
-        others = None if others is None or others.zeroed(thorough=True) else others
-        for backward in self._waiting if self.running is None else [*self._waiting, self.running]:
-            backward.join(state, others)  # it came before the optimizer was known, and may be for it too
-        return state
-
-    def _tell_others(self) -> None:
-        """Which parameters no known optimizer holds."""
-        held = {id(p) for state in self._states if (one := state.of()) is not None for p in trained(one)}
-        others = [p for p in self._trained() if id(p) not in held]
-        self._others = GradientState(others) if others else None
-        if self._others is not None:
-            self._others.learn(self._early)
-            self._others.choose()
-
-    def _living(self) -> list[GradientState]:
-        """The states of the optimizers that exist; while none is known, that of all parameters."""
-        states = [state for state in self._states if state.of() is not None]
-        gone, self._states = len(states) < len(self._states), states
-        if gone:
-            self._tell_others()
-        if states:
-            return states
-        if self._unknown is None:
-            self._unknown = GradientState(self._trained())
-            self._unknown.learn(self._early)
-        return [self._unknown]
-
-    def _trained(self) -> list[nn.Parameter]:
-        model = self._model()
-        return [] if model is None else [p for p in model.parameters() if p.requires_grad]
-
-    def _hides(self) -> bool:
-        """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""
-        model = self._model()
-        return model is not None and is_fully_sharded(model)

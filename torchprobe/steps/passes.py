@@ -294,4 +294,5 @@ class Passes:
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""
         self._hooks.remove()
+        self.gradients.release()
         self.unheard, self._first = [], None

@@ -216,8 +216,7 @@ class Recorder:
         self._sources.detach()
 
     def _parameter_ids(self) -> set[int]:
-        model = self._sources.model()
-        return set() if model is None else parameter_ids(model)
+        return parameter_ids(self._sources.model())
 
 
 def _skips(optimizer: Optimizer) -> bool:

@@ -11,9 +11,10 @@ from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import SKIPPED_BEFORE
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.nan_origin.check import Sign, Signs
-from torchprobe.capture.optimizers import any_alive, parameter_ids, weak_parameters
+from torchprobe.capture.optimizers import any_alive, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.capture.times import Stopwatch
+from torchprobe.naming import all_parameters
 from torchprobe.probes.base import Reporter
 from torchprobe.probes.performance import STEP_SECONDS
 from torchprobe.probes.schedule import every
@@ -49,7 +50,7 @@ class Steps:
         self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = False
-        self._given = weak_parameters(sources.model())  # not of a `functional_call`
+        self._given = {*map(id, all_parameters(sources.model()))}  # not of a `functional_call`
         self.has_validated = False  # in the open step
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
@@ -264,8 +265,7 @@ class Steps:
     def optimizer_alive(self) -> bool:
         """Whether an optimizer holds a parameter of the model."""
         model = self._sources.model()
-        given = {id(p) for weak in self._given if (p := weak()) is not None}
-        return model is not None and any_alive(parameter_ids(model) | given)
+        return model is not None and any_alive(parameter_ids(model) | self._given)
 
     def forget_passes(self) -> None:
         """Passes that were counted as steps came before training."""

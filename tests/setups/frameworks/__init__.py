@@ -47,7 +47,5 @@ FRAMEWORKS: dict[str, Callable[[Run], None]] = {
 
 LOSS_UNKNOWN = {
     "torch.func": "its gradients come from no backward()",
-    "GPyTorch": "its modules are called past all hooks",
-    "higher, MAML": "a copy of the model is called, not the model",
 }
 """Frameworks of which `overview/loss` is not known, which the summary says."""

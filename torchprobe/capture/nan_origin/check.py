@@ -63,7 +63,7 @@ class NanCheck:
     def __init__(self, model: ReferenceType[nn.Module], gate: Gate) -> None:
         self.gate = gate
         self._model = model
-        self._first: Callable[[], nn.Parameter | None] | None = None
+        self._first: nn.Parameter | None = None  # no weak reference: torch swaps no tensor that has one
         self.wanted = False
         """Whether NaN was seen, for those who ask at every step."""
         self._looks, self._last = _LOOKS, 0
@@ -89,7 +89,7 @@ class NanCheck:
         if self.gate.failed:
             return None
         try:
-            parameter = None if self._first is None else self._first()
+            parameter = self._first
             gradient = None if parameter is None else parameter.grad
             if type(gradient) is Tensor and gradient.is_cpu and gradient.dim() == 1:
                 few = gradient.numel() <= _FEW_ELEMENTS
@@ -123,6 +123,10 @@ class NanCheck:
         """A step used numbers that are not finite; for any thread."""
         self.wanted = True
 
+    def forget(self) -> None:
+        """The run is over."""
+        self._first = None
+
     def looks(self, step: int) -> bool:
         """Whether a step deserves a close look, since NaN was seen."""
         self._looks = self._looks - 1 if step <= self._last + 1 else _LOOKS
@@ -130,14 +134,14 @@ class NanCheck:
         return self._looks > 0
 
     def _first_trained(self) -> nn.Parameter | None:
-        parameter = None if self._first is None else self._first()
+        parameter = self._first
         if parameter is None or parameter.grad is None:
             found = [(n, p) for n, p in self._named() if p.grad is not None and p.is_floating_point()]
             few = [(n, p) for n, p in found if p.numel() <= _ELEMENTS] or found[:1]
             # All of the first module's see NaN from everywhere behind it: the smallest costs least.
             of_first = [p for n, p in few if owner_of(n) == owner_of(few[0][0])]
             parameter = min(of_first, key=nn.Parameter.numel, default=None)
-            self._first = None if parameter is None else ReferenceType(parameter)
+            self._first = parameter
         return parameter
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "buffer": {"records", "statistics", "writers"},
     "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
     "distributed": {"buffer", "naming", "probes", "records", "rules"},
-    "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
+    "steps": {"buffer", "capture", "naming", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},

@@ -19,9 +19,8 @@ from torch.optim import optimizer as optim
 from tests.device import backend
 from tests.s3 import s3  # noqa: F401 - a fixture
 from torchprobe import session as session_module
-from torchprobe.capture.eager_hooks import MARKS
-from torchprobe.capture.marks import ROOT_KEY
-from torchprobe.capture.predictions.loss_modules import KINDS
+from torchprobe.capture.module_hooks import MARKS, ROOT_KEY
+from torchprobe.capture.predictions.hooks import KINDS
 from torchprobe.capture.sites import SITE
 
 HELPERS = ("tests.setups.losses",)

@@ -15,7 +15,7 @@ import torchprobe
 PACKAGE = Path(torchprobe.__file__).parent
 
 # What each folder, or module beside them, may import: only what stands above it, so that nothing goes in a circle. What
-# wires the others (`assembly`, `session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
+# wires the others (`session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "arguments": set(),
@@ -32,16 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "buffer": {"records", "statistics", "writers"},
     "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
     "distributed": {"buffer", "naming", "probes", "records", "rules"},
-    "steps": {"buffer", "capture", "probes", "records", "rules", "statistics"},
+    "steps": {"buffer", "capture", "naming", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},
     "flight": {"_version", "records", "rules", "writers"},
-    "description": {"capture", "flight", "naming", "records"},
-    "assembly": {"buffer", "capture", "naming", "rules", "steps"},
+    "description": {"buffer", "capture", "flight", "naming", "records", "rules", "steps"},
     "reports": {"writers"},
     "session": {
-        *("arguments", "assembly", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),
+        *("arguments", "buffer", "capture", "control", "description", "distributed", "flight", "logs"),
         *("naming", "probes", "records", "reports", "rules", "state", "steps", "writers"),
     },
     "logger": {
@@ -59,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
             "writers",
         ),
     },
-    "finding": {"capture", "records", "session"},
+    "finding": {"capture", "session", "writers"},
     "checkpoint": {"arguments", "naming", "random_state", "session", "state"},
     "integrations": {"session"},
     "cli": {"_version", "finding", "reports", "session", "writers"},

@@ -8,7 +8,7 @@ from torch import nn
 
 import torchprobe
 from tests.models import FAMILIES, inputs
-from torchprobe.capture.selection import Selection
+from torchprobe.capture.modules import Selection
 from torchprobe.capture.sharding import Named
 from torchprobe.naming import ROOT, named_modules, named_parameters
 from torchprobe.testing import MemoryWriter

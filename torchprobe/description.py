@@ -1,4 +1,5 @@
-"""What a run was: the model, what it ran with, and the state of its code. No environment variable, no user, no host."""
+"""What a run was: the model, what it ran with, and the state of its code, with no environment variable, user or host;
+and what a session says of itself."""
 
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchprobe.capture.fully_sharded import flat_shares
+from torchprobe.buffer.outlet import Outlet
+from torchprobe.capture.sharding import flat_shares
 from torchprobe.flight import RUNNING, versions
 from torchprobe.naming import named_modules, named_parameters
 from torchprobe.records import Text, Value
+from torchprobe.rules.watch import Watch
+from torchprobe.steps.recorder import Recorder
 
 TAG = "torchprobe/run"
 HIDDEN = "***"
@@ -188,3 +192,23 @@ def _git(place: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ---- a session's summary
+
+
+def state_lines(recorder: Recorder, outlet: Outlet, watch: Watch) -> Iterator[str]:
+    """Lines of a session's summary: what it costs, what was lost, what was never seen."""
+    yield f"  time in probes    {recorder.guard.meter.seconds:.3f} s"
+    yield f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}"
+    yield f"  dropped records   {outlet.drain.dropped}"
+    yield f"  alerts            {watch.count}"
+    yield from (f"  {fault}" for fault in (*outlet.faults, *watch.faults))
+    if captured := recorder.guard.captured["_before"]:
+        yield f"  captured steps    {captured}, in graphs of the device: for what replays record see docs/devices.md"
+    yield from outlet.drain.ranks
+    if outlet.decoder.missing:
+        yield f"  nothing captured  {', '.join(outlet.decoder.missing)}"
+    yield from (f"  not recorded      {line}" for line in outlet.decoder.unsaid)
+    yield from (f"  remark            {remark}. {remark.advice}" for remark in watch.remarks)
+    yield from (f"  attention not seen  {what}" for what in recorder.uncovered_attention())

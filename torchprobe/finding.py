@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
 from typing import Any
 
 from torch import is_grad_enabled, nn
@@ -12,9 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from torchprobe.capture.optimizers import any_alive
 from torchprobe.capture.root_hooks import enter_running
-from torchprobe.records import Record
 from torchprobe.session import Session, instrument, session_of
+from torchprobe.writers.protocol import NoWriter
 
 _EVERY = 10
 _ALWAYS_LOOKED = 16  # outermost calls; later ones are looked at when their number is a power of two
@@ -69,7 +68,7 @@ class Finder:
     def _watch(self, module: nn.Module, args: Any) -> None:
         own = session_of(module)
         if own is None:
-            self.session = instrument(module, writer=_Nowhere(), every=_EVERY)
+            self.session = instrument(module, writer=NoWriter(), every=_EVERY)
             enter_running(module, args)
         else:
             self.session = own
@@ -83,18 +82,7 @@ class Finder:
             raise EnoughSteps
 
 
-class _Nowhere:
-    """A writer that stores nothing."""
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Rules have seen them."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def is_held(module: nn.Module) -> bool:
     """Whether a living optimizer holds a parameter of the module. Looks at all objects: 50 ms."""
     mine = {id(p) for p in module.parameters()}
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)] if mine else []
-    return any(id(p) in mine for o in optimizers for group in o.param_groups for p in group["params"])
+    return bool(mine) and any_alive(mine)

@@ -14,21 +14,21 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
-from torchprobe.assembly import checked_model, lanes_for, state_lines
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
+from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.capture.modules import Patterns, Selection, checked_model
 from torchprobe.capture.pipelining import stages_of
-from torchprobe.capture.selection import Patterns, Selection
 from torchprobe.capture.sources import Sources
 from torchprobe.control import ControlFile, SamplingCalls
-from torchprobe.description import described
+from torchprobe.description import described, state_lines
 from torchprobe.distributed import open_exchange
-from torchprobe.distributed.world import NoWriter, world
+from torchprobe.distributed.world import world
 from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
-from torchprobe.naming import unwrapped, without_ranks
+from torchprobe.naming import all_parameters, unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
 from torchprobe.probes.schedule import Schedule
@@ -41,9 +41,12 @@ from torchprobe.state import RunState
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.recorder import Recorder
 from torchprobe.writers.hparams import HParamsWriter, checked_hparams
+from torchprobe.writers.protocol import NoWriter
 from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _log = logging.getLogger("torchprobe")
+_SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
+_LEAST_SLOTS = 2**18
 
 _sessions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -118,7 +121,8 @@ def instrument(
         watch.stop_together(exchange.stopping.propose, exchange.stopping.reached)
         exchange.stopping.hold = watch.hold
     drain = Drain(sink, exchange.read, flush_seconds, watch, exchange)
-    outlet = Outlet(lanes_for(root), drain, decoder, flush_every)
+    lanes = TransferBuffers(max(_LEAST_SLOTS, _SLOTS_A_PARAMETER * len(all_parameters(root))))
+    outlet = Outlet(lanes, drain, decoder, flush_every)
     recorder = Recorder(without_ranks(model), plan, sources, outlet, meter, watch, ranks.size)
     state = RunState({"clock": recorder.clock, "plan": plan, "losses": outlet, "alerts": watch})
     if run is not None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
-from torchprobe.capture.eager_hooks import MARKS
+from torchprobe.capture.module_hooks import MARKS
 from torchprobe.capture.nan_origin.graph import READS_GRAPHS
 from torchprobe.testing import MemoryWriter
 

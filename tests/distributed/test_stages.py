@@ -7,7 +7,7 @@ import pytest
 
 from torchprobe.buffer.step import Stage
 from torchprobe.distributed.mailbox import Part
-from torchprobe.distributed.stages import StageNames
+from torchprobe.distributed.merge import StageNames
 
 
 def stage(place: int, *names: str, stages: int = 2, before: str = "") -> Stage:

@@ -8,9 +8,8 @@ from time import monotonic
 import pytest
 
 from tests.distributed.launch import launch
-from torchprobe.distributed import stopping
-from torchprobe.distributed.stopping import Stopping
-from torchprobe.distributed.world import World
+from torchprobe.distributed import world
+from torchprobe.distributed.world import Stopping, World
 from torchprobe.rules.alert import Alert
 
 ALERT = Alert("non_finite", 3, None, float("nan"), None, "NaN")
@@ -81,7 +80,7 @@ def test_a_rank_waits_at_its_boundary_until_the_others_have_answered():
 
 
 def test_a_rank_that_never_answers_costs_a_wait_with_an_end(monkeypatch, caplog):
-    monkeypatch.setattr(stopping, "PATIENCE", 0.2)
+    monkeypatch.setattr(world, "PATIENCE", 0.2)
     (first, _), _ = ranks((5, 5))
     first.propose(ALERT, 5)
     first.poll(Store())

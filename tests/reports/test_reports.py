@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
-from torchprobe.reports.page import page
+from torchprobe.reports.comparison import compare
 from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.summary import summarise
-from torchprobe.reports.terminal import BARS, compare, sparkline
+from torchprobe.reports.terminal import BARS, sparkline
+from torchprobe.reports.views import page
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 
@@ -184,7 +185,7 @@ finite = st.floats(-1e6, 1e6)
 
 @given(st.lists(finite, min_size=1, max_size=30), st.lists(finite, min_size=1, max_size=30))
 def test_a_difference_does_not_depend_on_the_order_of_the_runs(one, other):
-    from torchprobe.reports.terminal import _difference
+    from torchprobe.reports.comparison import _difference
 
     there, back = _difference("t", series(one), series(other)), _difference("t", series(other), series(one))
     assert there.size == back.size
@@ -193,7 +194,7 @@ def test_a_difference_does_not_depend_on_the_order_of_the_runs(one, other):
 
 
 def test_a_run_that_became_nan_differs_most():
-    from torchprobe.reports.terminal import _difference
+    from torchprobe.reports.comparison import _difference
 
     assert _difference("t", series([1.0]), series([math.nan])).size == math.inf
     assert _difference("t", series([math.nan]), series([math.nan])).size == 0
@@ -212,7 +213,7 @@ def test_a_sparkline_is_as_wide_as_it_may_be_and_shows_extremes(values):
 
 
 def test_reading_a_run_needs_no_torch():
-    check = "import sys, torchprobe.reports.page, torchprobe.reports.summary; print('torch' in sys.modules)"
+    check = "import sys, torchprobe.reports.views, torchprobe.reports.summary; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
 

@@ -16,10 +16,10 @@ from werkzeug.test import Client
 from tests.reports.conftest import write_run
 from torchprobe.cli.view import _plugins
 from torchprobe.records import Record
-from torchprobe.reports.page import MissingChartsError
 from torchprobe.reports.tab import ProbeLoader
 from torchprobe.reports.tab import plugin as plugin_module
-from torchprobe.reports.tab.runs import Runs
+from torchprobe.reports.tab.plugin import Runs
+from torchprobe.reports.views import MissingChartsError
 from torchprobe.writers.event_file import EventFileWriter
 
 

@@ -16,10 +16,11 @@ from tests.reports.conftest import write_run
 from tests.reports.recorded import record
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
+from torchprobe.reports.comparison import compare
 from torchprobe.reports.events import EventFiles
 from torchprobe.reports.run import read_run
 from torchprobe.reports.summary import summarise
-from torchprobe.reports.terminal import compare, follow
+from torchprobe.reports.terminal import follow
 from torchprobe.reports.verdict import episodes, parsed
 from torchprobe.reports.views import views_of
 from torchprobe.rules.alert import Alert, Display

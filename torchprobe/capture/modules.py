@@ -1,26 +1,71 @@
-"""Chooses the modules whose outputs are captured, and puts the shared hook on them and off."""
+"""Which modules and parameters are watched; and outputs of modules, by one shared hook that is put on them and off."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
-from torchprobe.capture.marks import SharedHook, mark, unmark
+from torchprobe.capture.module_hooks import SharedHook, mark, unmark
+from torchprobe.capture.sharding import Named, is_flat_sharded
 from torchprobe.capture.sites import SITE, Kept, Memo, Site, Tap, observe_output
 from torchprobe.capture.source import Running
-from torchprobe.naming import Modules
+from torchprobe.naming import Modules, all_modules, named_modules, named_parameters, owner_of, unwrapped, with_parents
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
 from torchprobe.statistics.dtypes import moved
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
 _FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+Patterns = str | Sequence[str] | None
 _HOOK = SharedHook(observe_output)
+
+
+# ---- which can be watched
+
+
+def checked_model(model: Any, sessions: Iterable[nn.Module]) -> nn.Module:
+    """The model itself, without its wrappers. sessions: the models that have one.
+
+    Raises TypeError for what is no module that can be watched, ValueError for one that is watched already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, which runs no Python hooks; instrument the module it was made from")
+    _check_wrappers(model)
+    root, watched = unwrapped(model), {id(other) for other in sessions}
+    if id(root) in watched:
+        raise ValueError(
+            "model is already instrumented: torchprobe.session_of(model) returns its session; "
+            "call session.detach() before instrumenting it again"
+        )
+    for name, module in named_modules(root):
+        if id(module) in watched or module.__dict__.get(SITE) is not None:
+            raise ValueError(f"model shares its module {name!r} with an instrumented model; detach that session first")
+    return root
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise TypeError for DataParallel, ValueError for FullyShardedDataParallel without its `use_orig_params`."""
+    for _, module in all_modules(model):
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "model: got a DataParallel, which copies the model at every call, so that hooks see pieces of a batch "
+                "in several threads; takes DistributedDataParallel, one process a device, or the bare model"
+            )
+        if is_flat_sharded(module) and not getattr(module, "_use_orig_params", True):
+            raise ValueError(
+                "model: got a FullyShardedDataParallel with use_orig_params=False, whose flat parameters have lost "
+                "their names; takes one with use_orig_params=True, or fully_shard(model)"
+            )
 
 
 def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -40,6 +85,96 @@ def interesting(module: nn.Module) -> bool:
     if not module._parameters or all([parameter is None for parameter in module._parameters.values()]):  # noqa: C419
         return False
     return all([name == PARAMETRIZATIONS for name, child in module._modules.items() if child is not None])  # noqa: C419
+
+
+# ---- which are, by name
+
+
+class Selection:
+    """Module-name patterns with `*` and `?`, as in file names: `blocks.*.attention`.
+
+    include: the modules to watch; without it, leaves that have parameters and attention and normalisation
+    blocks. exclude: modules to leave out, with everything inside them. Parameters follow their module.
+    The model itself is `root`, which stands for the model's own output and parameters, not for its parts.
+    Raises TypeError for anything but strings, ValueError for a pattern that fits no module and for an
+    empty include.
+    """
+
+    def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
+        self._include = _patterns("include", include)
+        self._exclude = _patterns("exclude", exclude)
+        self._parameters: dict[str, bool] = {}
+        for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
+            names = [name for name, _ in named_modules(model)] if patterns else []
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"{argument}={pattern!r} fits no module; takes names of modules, such as "
+                        f"{', '.join(map(repr, names[1:4])) or repr(names[0])}, where * stands for anything"
+                    )
+
+    def wants_module(self, name: str, module: nn.Module, probe: Probe | None) -> bool:
+        """Whether a probe captures a module's outputs; None: one without `select=`. Raises what a predicate raises."""
+        if self._excluded(name):
+            return False
+        if probe is not None and probe.select is not None:
+            return self.covers(name) and probe.selects(name, module)
+        if self._include:
+            return self._included(name)
+        return interesting(module) and PARAMETRIZATIONS not in name.split(".")
+
+    def parameters(self, named: Sequence[Named], probe: Probe) -> list[Named]:
+        """Those that are captured for a probe: with their module, or with a module around it."""
+        known = self._parameters
+        for one in named:
+            if one.name not in known:
+                known[one.name] = self.covers(owner_of(one.name))
+        left = [one for one in named if known[one.name]]
+        return left if probe.select is None else [one for one in left if probe.selects(one.name, one.parameter)]
+
+    def check(self, model: nn.Module, probes: Iterable[Probe]) -> None:
+        """Raise ValueError for a pattern in a probe's `select=` that fits nothing of what is left."""
+        for probe in [probe for probe in probes if isinstance(probe.select, tuple)]:
+            sources, modules, parameters = {*probe.sources}, named_modules(model), named_parameters(model)
+            names = [] if sources <= {*OF_PARAMETERS} else [n for n, _ in modules if self.covers(n)]
+            below = [] if sources <= {*OF_MODULES} else [n for n, _ in parameters if self.covers(owner_of(n))]
+            fitted = {*names, *(part for name in below for part in with_parents(name))}
+            for pattern in probe.select if isinstance(probe.select, tuple) else ():
+                if not any(fnmatchcase(name, pattern) for name in fitted):
+                    known = ", ".join(map(repr, (names or below)[:3]))
+                    raise ValueError(
+                        f"select={pattern!r} of {probe.name} fits nothing that include= and exclude= leave; takes "
+                        f"names such as {known}, where * stands for anything"
+                    )
+
+    def covers(self, owner: str) -> bool:
+        """Whether a module is left by include= and exclude=, by itself or with a module around it."""
+        return not self._excluded(owner) and (not self._include or any(map(self._included, with_parents(owner))))
+
+    def _included(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._include)
+
+    def _excluded(self, name: str) -> bool:
+        return bool(self._exclude) and any(
+            fnmatchcase(part, pattern) for part in with_parents(name) for pattern in self._exclude
+        )
+
+
+def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if argument == "include" and not patterns:
+        raise ValueError(
+            "include is empty: takes at least one pattern, such as 'blocks.*'; leave it out for the default"
+        )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as 'blocks.*'")
+    return patterns
+
+
+# ---- their outputs
 
 
 class OutputSource:

@@ -1,14 +1,15 @@
-"""The zero-touch clock signal, the process-wide step hooks of `torch.optim`, and what state gradients are in."""
+"""The zero-touch clock signal, the process-wide step hooks of `torch.optim`; which optimizers there are, and what they
+keep for a parameter."""
 
 from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -16,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.capture import compat
 from torchprobe.capture.compat import running
 from torchprobe.capture.compiled.graphs import in_compiled_call
-from torchprobe.capture.fully_sharded import lasting_parameters
 from torchprobe.capture.gate import Guard, protected
+from torchprobe.capture.sharding import lasting_parameters
+from torchprobe.statistics.dtypes import measurable
 
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
@@ -144,7 +146,16 @@ def any_alive(parameters: set[int]) -> bool:
 
     Remembers nothing: the call may run on other weights than the optimizer's (`functional_call`).
     """
-    return any(issubclass(type(o), Optimizer) and _holds(o, parameters) for o in gc.get_objects())
+    return any(_holds(optimizer, parameters) for optimizer in _living())
+
+
+def held_by_living() -> set[int]:
+    """The parameters that any optimizer holds, one that may never have stepped too. Looks at all objects: 50 ms."""
+    return {id(p) for optimizer in _living() for group in optimizer.param_groups for p in group["params"]}
+
+
+def _living() -> Iterator[Optimizer]:
+    return (o for o in gc.get_objects() if issubclass(type(o), Optimizer))
 
 
 def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
@@ -159,3 +170,42 @@ def parameter_ids(model: nn.Module | None) -> set[int]:
 def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     """The parameters that an optimizer holds and trains."""
     return (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
+# ---- what an optimizer keeps for a parameter
+
+KNOWN: Mapping[str, frozenset[str]] = {
+    "momenta": frozenset({"exp_avg", "momentum_buffer"}),
+    "second_moments": frozenset({"exp_avg_sq", "square_avg"}),
+}
+_SOURCES = {name: source for source, names in KNOWN.items() for name in names}
+_NEITHER = frozenset({"max_exp_avg_sq", "exp_inf", "sum", "acc_delta", "grad_avg", "ax", "prev", "step_size", "step"})
+_OF_LBFGS = frozenset({"d", "t", "al", "ro", "H_diag", "old_dirs", "old_stps", "prev_flat_grad", "prev_loss"})
+_OTHERS = _NEITHER | _OF_LBFGS  # that torch's optimizers keep
+
+
+class State:
+    """What an optimizer keeps for one parameter."""
+
+    def __init__(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        state = optimizer.state.get(parameter)  # which `[]` would make
+        self._values: Mapping[str, object] = state if isinstance(state, dict) else {}
+        self.known = {source: self._first(names, parameter) for source, names in KNOWN.items()}
+        """The momentum and the second moment; None where it keeps none that is known."""
+
+    def _first(self, names: frozenset[str], parameter: nn.Parameter) -> Tensor | None:
+        for name in names:
+            if name in self._values:
+                value = self._values[name]
+                if isinstance(value, Tensor) and value.shape == parameter.shape and measurable(value):
+                    return value
+        return None
+
+    def unknown(self) -> Iterator[str]:
+        """What else it keeps, as far as that may be one of them: names."""
+        for name in self._values:
+            if name in _OTHERS or (name in _SOURCES and self.known[_SOURCES[name]] is not None):
+                continue
+            value = self._values[name]
+            if isinstance(value, Tensor) and value.numel() > 1:
+                yield name

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Piece, Share
+from torchprobe.capture import sharding
 from torchprobe.capture.backward import LeftGradients, loss_scale
-from torchprobe.capture.fully_sharded import flat_shares, is_flattened, is_fully_sharded
-from torchprobe.capture.optimizer_states import State
-from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, ranks_on_same_data, share_of
+from torchprobe.capture.optimizers import State
+from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics import norms
@@ -64,7 +64,7 @@ class ParameterSource:
     def same_data(self) -> tuple[int, ...]:
         """The ranks that compute on the same examples as this one, when parameters are spread over them."""
         model = self._model()
-        return () if model is None else ranks_on_same_data(model)
+        return () if model is None else sharding.ranks_on_same_data(model)
 
     def gradients(self, optimizer: Optimizer, due: frozenset[Reporter], parts: int = 1) -> Iterator[Piece]:
         """Rows of the gradients that this optimizer uses, by its scale. parts: by which a pipeline has divided them."""
@@ -145,7 +145,7 @@ class ParameterSource:
         self._stepped.append((due, self._held(optimizer), self._before))
         self._before = {}
         model = self._model()
-        if model is not None and is_fully_sharded(model):
+        if model is not None and sharding.is_fully_sharded(model):
             yield from self.settle()
 
     def _states(self, optimizer: Optimizer, due: frozenset[Reporter]) -> Iterator[Piece]:
@@ -221,10 +221,10 @@ class ParameterSource:
                 yield Held(name, p, self._share(model, p))
 
     def _share(self, model: nn.Module, parameter: nn.Parameter) -> Share:
-        if not is_flattened(parameter):
+        if not sharding.is_flattened(parameter):
             return WHOLE if type(parameter) in PLAIN else share_of(parameter)
         if id(parameter) not in self._flat:
-            self._flat = flat_shares(model)
+            self._flat = sharding.flat_shares(model)
         return self._flat.get(id(parameter), WHOLE)
 
     def _usable(self, name: str, gradient: Tensor | None) -> Tensor | None:

@@ -25,9 +25,8 @@ from torchprobe.capture.compat import (
 )
 from torchprobe.capture.compiled.graphs import hides_hooks
 from torchprobe.capture.compiled.tracing import scope
-from torchprobe.capture.eager_hooks import MARKS, before
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.marks import ROOT_KEY, Inert, mark, unmark
+from torchprobe.capture.module_hooks import MARKS, ROOT_KEY, Inert, before, mark, unmark
 from torchprobe.capture.pipelining import PIPELINING, learning_shapes
 from torchprobe.capture.source import Running, uncounted
 from torchprobe.naming import unwrapped

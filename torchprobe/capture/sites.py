@@ -24,7 +24,7 @@ from torchprobe.capture.compiled.tracing import (
     scope,
 )
 from torchprobe.capture.gate import no_autocast, no_graph
-from torchprobe.capture.marks import Inert
+from torchprobe.capture.module_hooks import Inert
 from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.source import Pass, Running

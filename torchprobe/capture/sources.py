@@ -11,23 +11,21 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.buffer.transfer import may_record_graphs
+from torchprobe.capture.activity import Routers, Units
 from torchprobe.capture.attention.source import AttentionSource
 from torchprobe.capture.backward import ScalerSearch
 from torchprobe.capture.compiled.retrace import Retrace
 from torchprobe.capture.diagnosis.source import DiagnosisSource
-from torchprobe.capture.eager_hooks import EagerHooks, Watcher
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.in_place import InPlace
 from torchprobe.capture.micro_gradients import MicroGradientSource
-from torchprobe.capture.modules import OutputSource
+from torchprobe.capture.module_hooks import EagerHooks, Watcher
+from torchprobe.capture.modules import OutputSource, Selection
 from torchprobe.capture.nan_origin.check import NanCheck
 from torchprobe.capture.nan_origin.value_trace import StepSnapshots, ValueTrace
 from torchprobe.capture.parameters import ParameterSource
 from torchprobe.capture.predictions.source import PredictionSource
-from torchprobe.capture.routers import Routers
-from torchprobe.capture.selection import Selection
 from torchprobe.capture.source import Pass, Running, registered
-from torchprobe.capture.units import Units
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
 

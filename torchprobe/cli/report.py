@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(found: Run, summary: Mapping[str, Any], folders: Sequence[Path | str]) -> None:
     from rich.console import Console
 
-    from torchprobe.reports.table import runs_table
+    from torchprobe.reports.comparison import runs_table
     from torchprobe.reports.terminal import rendered
 
     console = Console()
@@ -107,7 +107,7 @@ def _print(found: Run, summary: Mapping[str, Any], folders: Sequence[Path | str]
 def _list(folders: Sequence[Path | str], arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from torchprobe.reports.table import ordered, runs_table
+    from torchprobe.reports.comparison import ordered, runs_table
 
     if arguments.html is not None:
         raise CommandError("--html: takes one run")
@@ -124,8 +124,8 @@ def _list(folders: Sequence[Path | str], arguments: argparse.Namespace) -> int:
 
 
 def _rows(folders: Sequence[Path | str], metric: str | None) -> list[dict[str, Any]]:
+    from torchprobe.reports.comparison import row
     from torchprobe.reports.summary import summarise
-    from torchprobe.reports.table import row
 
     return [row(run, summarise(run), metric) for run in map(_recorded, folders)]
 
@@ -142,7 +142,7 @@ def _follow(places: Sequence[Path | str], arguments: argparse.Namespace) -> int:
 
 
 def _write_page(found: Run, summary: Mapping[str, Any], file: Path) -> None:
-    from torchprobe.reports.page import MissingChartsError, page
+    from torchprobe.reports.views import MissingChartsError, page
 
     try:
         file.write_text(page(found, summary), encoding="utf-8")
@@ -168,7 +168,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     """Print the tables. Returns the exit code."""
     from rich.console import Console
 
-    from torchprobe.reports.terminal import compare, differences
+    from torchprobe.reports.comparison import compare, differences
 
     a, b = _recorded(arguments.run_a), _recorded(arguments.run_b)
     Console().print(differences(a, b, compare(a, b), only=arguments.only, most=arguments.most))

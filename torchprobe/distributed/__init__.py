@@ -1,7 +1,7 @@
 """One run over several ranks: each sends what it has seen to rank 0, which combines and writes it.
 
-Read in the order in which values flow: `world` (who writes), `sender`, `mailbox` (their bytes, and how they travel),
-`gatherer`, `merge` (one row from many), `stages` (names in a pipeline); `stopping` (how all stop at the same step).
+Read in the order in which values flow: `world` (who writes, and how all stop at the same step), `sender`, `mailbox`
+(their bytes, and how they travel), `gatherer`, `merge` (one row from many, and names in a pipeline).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.step import Reporter
 from torchprobe.distributed.gatherer import Gatherer
+from torchprobe.distributed.merge import FindStages
 from torchprobe.distributed.sender import Sender
-from torchprobe.distributed.stages import FindStages
 from torchprobe.distributed.world import SingleProcess, World
 
 

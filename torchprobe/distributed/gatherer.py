@@ -13,11 +13,9 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import Arrived, Reporter, StepInFlight, seen_rows
 from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Numbering, Part, Step, open_mailbox
-from torchprobe.distributed.merge import Combiner, same_data_groups
+from torchprobe.distributed.merge import Combiner, FindStages, StageNames, announced, same_data_groups
 from torchprobe.distributed.sender import HELD
-from torchprobe.distributed.stages import FindStages, StageNames, announced
-from torchprobe.distributed.stopping import Stopping
-from torchprobe.distributed.world import World, is_connected
+from torchprobe.distributed.world import Stopping, World, is_connected
 from torchprobe.records import Record
 
 _log = logging.getLogger("torchprobe")

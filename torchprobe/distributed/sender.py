@@ -19,9 +19,8 @@ from torchprobe.distributed.mailbox import (
     Step,
     open_mailbox,
 )
-from torchprobe.distributed.stages import FindStages, announce
-from torchprobe.distributed.stopping import Stopping
-from torchprobe.distributed.world import World, is_connected
+from torchprobe.distributed.merge import FindStages, announce
+from torchprobe.distributed.world import Stopping, World, is_connected
 from torchprobe.probes.base import Reporter as ProbeReporter
 from torchprobe.records import Record
 

@@ -1,10 +1,13 @@
-"""Which rank this process is, and what takes the place of the other ranks where there are none."""
+"""Which rank this process is, what takes the place of the others where there are none, and how all stop at one step."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -12,7 +15,9 @@ import torch.distributed as dist
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import StepInFlight
+from torchprobe.distributed.mailbox import Mailbox
 from torchprobe.records import Record
+from torchprobe.rules.alert import Alert
 
 _log = logging.getLogger("torchprobe")
 
@@ -79,11 +84,82 @@ class SingleProcess(Exchange):
         return ()
 
 
-class NoWriter:
-    """The writer of a rank that writes nothing."""
+# ---- how all ranks stop at the same step, when a rule on rank 0 ends the run
+# A rank that stopped by itself would leave the others waiting in their next collective. Nothing is exchanged until a
+# rule has fired; from then on no rank goes past its next step boundary before all know where to stop:
+# 1. rank 0 leaves the alert in the store;
+# 2. each rank's background thread finds it, holds the training thread at its next boundary, and answers with the number
+#    of steps that it has completed;
+# 3. rank 0 leaves the last of those boundaries, and every rank trains up to it and raises there.
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Nothing: the records are rank 0's."""
+SOON = 0.05  # seconds between looks once a rule has fired
+PATIENCE = 10.0  # seconds that a rank is held for the others; then it stops by itself
 
-    def close(self) -> None:
-        """Nothing is open."""
+
+class Stopping:
+    """One rank's part. `propose`, `pause` and `poll` belong to the drain thread, `reached` to the training thread.
+
+    hold: lets the training thread stop at its next boundary and returns the steps completed; set by who wires it,
+    where a rule may end the run.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.hold: Callable[[Alert], int] | None = None
+        self._world = world
+        self._alert: Alert | None = None
+        self._completed = 0
+        self._published = False
+        self._agreed = threading.Event()
+        self._at = 0
+
+    def propose(self, alert: Alert, completed: int) -> None:
+        """A rule of rank 0 ends the run; its training thread is held already, after so many steps."""
+        if self._world.writes:
+            self._alert, self._completed = alert, completed
+
+    def pause(self) -> float | None:
+        """Look again soon while the ranks agree."""
+        return None if self._alert is None or self._agreed.is_set() else SOON
+
+    def poll(self, mailbox: Mailbox | None) -> None:
+        """One look at what the others say. Never waits."""
+        if mailbox is None or self.hold is None or self._agreed.is_set():
+            return
+        if self._world.writes:
+            self._lead(mailbox)
+        else:
+            self._follow(mailbox, self.hold)
+
+    def reached(self, completed: int) -> bool:
+        """Whether this is the boundary to stop at. Waits until it is known, up to PATIENCE."""
+        if self._agreed.wait(PATIENCE):
+            return completed >= self._at
+        _log.warning("not all ranks have answered for %g s: this one stops by itself", PATIENCE)
+        return True
+
+    def _lead(self, mailbox: Mailbox) -> None:
+        if self._alert is None:
+            return
+        if not self._published:
+            self._published = True
+            mailbox.put("stop", json.dumps(dataclasses.asdict(self._alert)).encode())
+        answers = [mailbox.fetch(f"stop/{rank}") for rank in range(1, self._world.size)]
+        completed = [int(answer) for answer in answers if answer is not None]
+        if len(completed) == len(answers):
+            self._agree(max([self._completed, *completed]) + 1)
+            mailbox.put("stop/at", str(self._at).encode())
+
+    def _follow(self, mailbox: Mailbox, hold: Callable[[Alert], int]) -> None:
+        if self._alert is None:
+            said = mailbox.fetch("stop")
+            if said is None:
+                return
+            self._alert = Alert(**json.loads(said))
+            mailbox.put(f"stop/{self._world.rank}", str(hold(self._alert)).encode())
+        at = mailbox.fetch("stop/at")
+        if at is not None:
+            self._agree(int(at))
+
+    def _agree(self, at: int) -> None:
+        self._at = at
+        self._agreed.set()

@@ -65,9 +65,9 @@ class Shown:
         Reads the run's files again, which takes about a second for 100,000 values. Raises ValueError for a session
         that writes to a writer of one's own, NoRunError before anything is written, ImportError without plotly.
         """
-        from torchprobe.reports.page import page
         from torchprobe.reports.run import NoRunError, read_run
         from torchprobe.reports.summary import summarise
+        from torchprobe.reports.views import page
 
         if self.log_dir is None:
             raise ValueError(

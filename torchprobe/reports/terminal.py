@@ -1,10 +1,8 @@
-"""A run, also while it trains, and the differences of two, as tables for the terminal."""
+"""A run, also while it trains, as tables for the terminal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import sleep as wait
 from typing import Any
@@ -19,22 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from torchprobe.reports import evidence
-from torchprobe.reports.events import EventFiles, Series, visible
-from torchprobe.reports.evidence import is_of, tables
+from torchprobe.reports.events import EventFiles, visible
+from torchprobe.reports.evidence import tables
 from torchprobe.reports.run import Run, run_of
-from torchprobe.reports.summary import ROUNDING, counted, endings, headline, listed, plain, reason, summarise
+from torchprobe.reports.summary import ROUNDING, endings, headline, listed, reason, summarise
 
 BARS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "!"
 _WIDTH = 16  # of a curve: the table fits into 100 columns
 _STEPS = 6  # of an alert, named one by one
-_TIMES = 10  # apart: from there on so many times says more than a percentage
-_WHOLE_RUN = ("overview", "train", "best", "ood", "calibration", "lr", "momentum", "weight_decay")  # tag groups
 _STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
 _INDENTED, _INDENTED_TWICE = (0, 0, 0, 1), (0, 0, 0, 4)
 _TEXTS = ("what", "where", "tag", "better is")  # columns of what a verdict stands on
 _OVER = ("finished", "crashed", "killed", "ended", "stopped recording")
-_NAMED = 5  # tags that one run alone has
 
 
 @group()
@@ -55,10 +50,10 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from layers
     entropies = {f"attention_entropy/{name}": curve for name, curve in summary["attention_entropy"].items()}
     yield from _curves("attention entropy by layer, nats", run, entropies)
-    yield from _filled("uncertainty", ("what", ">last value"), summary["uncertainty"].items())
+    yield from filled("uncertainty", ("what", ">last value"), summary["uncertainty"].items())
     for part, values in summary["calibration"].items():
         title = f"calibration, {'validation' if part else 'training'}"
-        yield from _filled(title, ("what", ">last value"), values.items())
+        yield from filled(title, ("what", ">last value"), values.items())
     yield from times
     said = [thing["advice"] for thing in summary["verdict"]["look_at"]]
     yield from _next_steps([advice for advice in summary["next_steps"] if advice not in said])
@@ -120,7 +115,7 @@ def _curves(title: str, run: Run, curves: Mapping[str, Mapping[str, Any]]) -> It
         ]
         for tag, curve in curves.items()
     ]
-    yield from _filled(title, ("tag", ">first", ">last", ">lowest", ">highest", "course"), rows)
+    yield from filled(title, ("tag", ">first", ">last", ">lowest", ">highest", "course"), rows)
 
 
 def _of(table: evidence.Table) -> Iterator[Table]:
@@ -128,10 +123,10 @@ def _of(table: evidence.Table) -> Iterator[Table]:
     columns = [name if name in _TEXTS else f">{name}" for name in table.columns]
     before = [None, *(row[0] for row in table.rows)]
     rows = [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(table.rows, before, strict=False)]
-    yield from _filled(table.title.lower(), columns, rows)
+    yield from filled(table.title.lower(), columns, rows)
 
 
-def _filled(title: str, columns: Sequence[str], rows: Collection[Sequence[Any]]) -> Iterator[Table]:
+def filled(title: str, columns: Sequence[str], rows: Collection[Sequence[Any]]) -> Iterator[Table]:
     """A table, if it has any row."""
     if rows:
         table = plain_table(title, *columns)
@@ -177,104 +172,3 @@ def sparkline(values: NDArray[np.float64], width: int = 24) -> str:
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     scale = (len(BARS) - 1) / (high - low) if high - low > ROUNDING * max(abs(high), abs(low)) else 0.0
     return "".join(BARS[round((m - low) * scale)] if np.isfinite(m) else _NOT_FINITE for m in means.tolist())
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A tag of both runs: where each had settled (`Series.settled`) at the last step that both have, and how far apart.
-
-    size is |a - b| over the largest of |a|, |b| and the spread of either, from 0 (equal) to 2 (of opposite sign and
-    equal size); infinite when one of the two is not finite. times is how many times the smaller the larger is, for two
-    of one sign: the smaller, or the spread where that is more.
-    """
-
-    tag: str
-    a: float
-    b: float
-    size: float
-    times: float = 1.0
-    step: int = 0
-
-    @property
-    def ratio(self) -> str:
-        """The second over the first, for two of one sign; else how much is added."""
-        if not (math.isfinite(self.a) and math.isfinite(self.b)):
-            return "-"
-        if self.a and self.b and (self.a > 0) == (self.b > 0):
-            return f"x {self.b / self.a:.3g}"
-        return f"{self.b - self.a:+.3g}"
-
-    @property
-    def rank(self) -> float:
-        """What comes first: a size says nearly 100 % of all that are many times apart."""
-        return max(self.size, self.times - 1)
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.size):
-            return "not finite"
-        return f"{self.times:,.0f} times" if self.times >= _TIMES else f"{self.size:.1%}"
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Differences of common tags, biggest first, and the tags that one run alone has.
-
-    hparams: the hyperparameters that differ, as (name, first run's, second run's); None where a run has none.
-    """
-
-    differences: list[Difference]
-    only_a: list[str]
-    only_b: list[str]
-    hparams: list[tuple[str, Any, Any]]
-
-
-def compare(a: Run, b: Run) -> Comparison:
-    """Compare every scalar tag of two runs, each at the last step that both have of it."""
-    common = a.scalars.keys() & b.scalars.keys()
-    found = [_difference(tag, a.scalars[tag], b.scalars[tag]) for tag in sorted(common)]
-    found.sort(key=lambda difference: difference.rank, reverse=True)
-    names = sorted(a.hparams.keys() | b.hparams.keys())
-    pairs = ((name, a.hparams.get(name), b.hparams.get(name)) for name in names)
-    hparams = [(name, one, other) for name, one, other in pairs if (type(one), one) != (type(other), other)]
-    return Comparison(found, sorted(a.scalars.keys() - common), sorted(b.scalars.keys() - common), hparams)
-
-
-def _difference(tag: str, one: Series, other: Series) -> Difference:
-    step = int(min(one.steps[-1], other.steps[-1]))
-    one, other = one.until(step), other.until(step)
-    a, b = one.settled, other.settled
-    if not (math.isfinite(a) and math.isfinite(b)):
-        same = math.isnan(a) and math.isnan(b)
-        return Difference(tag, a, b, 0.0 if same else math.inf, step=step)
-    low, high = sorted((abs(a), abs(b)))
-    noise = max(one.spread, other.spread)
-    size = abs(a - b) / max(high, noise) if high else 0.0
-    times = high / max(low, noise) if low and (a > 0) == (b > 0) else 1.0
-    return Difference(tag, a, b, size, times, step)
-
-
-@group()
-def differences(a: Run, b: Run, compared: Comparison, *, only: str, most: int) -> Iterator[RenderableType]:
-    """Hyperparameters, numbers of the whole run, numbers of its layers; of the numbers those whose tag holds `only`."""
-    first, second = visible(str(a.path)), visible(str(b.path))
-    yield Text(f"{first} (first, {a.steps} steps) against {second} (second, {b.steps} steps)", style="bold")
-    hparams = [[name, *(None if v is None else plain(v) for v in values)] for name, *values in compared.hparams]
-    yield from _filled("hyperparameters that differ", ("name", ">first", ">second"), hparams)
-    shown = [found for found in compared.differences if only in found.tag and found.size > 0]
-    if not shown:
-        yield Text("\nNo number that both runs have differs.")
-    yield from _of_both("the whole run", [found for found in shown if is_of(_WHOLE_RUN, found.tag)], most)
-    yield from _of_both("inside the model", [found for found in shown if not is_of(_WHOLE_RUN, found.tag)], most)
-    for name, tags in (("first", compared.only_a), ("second", compared.only_b)):
-        if tags:
-            rest = ", …" if len(tags) > _NAMED else ""
-            yield Text(f"\nIn the {name} run alone, {counted(len(tags), 'tags')}: {', '.join(tags[:_NAMED])}{rest}")
-
-
-def _of_both(title: str, found: Sequence[Difference], most: int) -> Iterator[RenderableType]:
-    columns = ("tag", ">first", ">second", ">ratio", ">difference", ">step")
-    yield from _filled(title, columns, [[one.tag, one.a, one.b, one.ratio, str(one), one.step] for one in found[:most]])
-    if len(found) > most:
-        rest = len(found) - most
-        are = "smaller difference is" if rest == 1 else "smaller differences are"
-        yield Text(f" {rest} {are} not shown; --most shows more.", style="dim")

@@ -8,9 +8,9 @@ from weakref import ReferenceType
 from torch import nn
 from torch.optim import Optimizer
 
-from torchprobe.capture.fully_sharded import is_fully_sharded
 from torchprobe.capture.gradient_state import EarlyGradients, GradientState
 from torchprobe.capture.optimizers import trained
+from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.steps.backward import Backward
 
 

@@ -1,4 +1,4 @@
-"""What the drain thread asks of anything that stores records, and the simplest such thing: memory."""
+"""What the drain thread asks of anything that stores records, and the simplest such things: nothing, and memory."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def restart(writer: Writer, step: int) -> None:
     method = getattr(writer, "restart", None)
     if method is not None:
         method(step)
+
+
+class NoWriter:
+    """Stores nothing: that of a rank other than 0, and where rules alone are asked."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class MemoryWriter:

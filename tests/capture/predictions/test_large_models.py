@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
-from torchprobe.capture.predictions import parts
+from torchprobe.capture.predictions import hooks
 from torchprobe.testing import MemoryWriter
 
 
@@ -23,8 +23,8 @@ class Stack(nn.Module):
 
 
 def test_the_modules_are_walked_once_however_many_batches_validation_has(monkeypatch):
-    walks, hookable = [], parts.hookable
-    monkeypatch.setattr(parts, "hookable", lambda *args: walks.append(1) or hookable(*args))
+    walks, hookable = [], hooks.hookable
+    monkeypatch.setattr(hooks, "hookable", lambda *args: walks.append(1) or hookable(*args))
     model, writer = Stack(), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     judge = nn.CrossEntropyLoss()

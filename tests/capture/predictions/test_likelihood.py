@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.reading import meaning_of
+from torchprobe.capture.predictions.targets import targets_of
 
 
 def recovered(field: str, loss, seed: int = 0, scale: float = 1.0, spread: float = 1.0, dtype=torch.float32):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.probes.calibrated import assert_calibration, batch, net, watch
-from torchprobe.capture.predictions import loss_modules
+from torchprobe.capture.predictions import hooks
 from torchprobe.testing import MemoryWriter
 
 
@@ -65,8 +65,8 @@ def focal(out, y):
 @pytest.mark.parametrize(("loss", "looks"), [(F.cross_entropy, 1), (focal, 2)], ids=["plain", "with_more"])
 def test_looks_are_few_where_the_loss_is_a_function(monkeypatch, loss, looks):
     """One, and none later where the gradient tells what a call would."""
-    seen, classes = [], loss_modules._classes
-    monkeypatch.setattr(loss_modules, "_classes", lambda: seen.append(1) or classes())
+    seen, classes = [], hooks._classes
+    monkeypatch.setattr(hooks, "_classes", lambda: seen.append(1) or classes())
     model = net()
     with watch(model, MemoryWriter()):
         for seed in range(120):

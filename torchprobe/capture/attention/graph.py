@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Arrangement
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.labelling import Labelling
+from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.padding import Padding
 from torchprobe.capture.attention.sites import Caller, Reading

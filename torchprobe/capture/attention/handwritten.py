@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
-from torchprobe.capture.attention.arrange import Columns, Refused, columns_of
+from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Root, leaves, roots_of
+from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
-from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.softmaxes import Softmaxes
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
@@ -254,7 +254,7 @@ class Handwritten:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
             self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
-            self.give(nodes, uses.pointwise(node, source, flow, flows))
+            self.give(nodes, uses.pointwise(node, source, flow))
         elif self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
             self.give(nodes, flow.as_changed(uses.MIXED if learned else None))

@@ -8,8 +8,8 @@ from typing import Any
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
+from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
-from torchprobe.capture.attention.products import Product, product_of
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.writes import copied, written
 

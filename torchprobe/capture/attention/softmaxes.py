@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Arrangement, Refused, arrangement
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Label, Shape, leaves
-from torchprobe.capture.attention.layout import blocked, plain, unusual
+from torchprobe.capture.attention.layout import Arrangement, Refused, arrangement, blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
@@ -64,15 +63,12 @@ class Softmaxes:
         if call is None:
             return None
         keys = frozenset(leaves([label.dims[axis]]))
-        reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
+        reason = reason or ("torch.func transforms" if under_transform() else unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
             return Flow(kind, (Pending(call, None, None, reason, keys),))
         reading = None if x is None or reason is not None else self._read(x, source, arranged, call)
         return Flow(kind, (Pending(call, reading, arranged, reason, keys),), changed=x is None)
-
-    def _unusual(self, x: Tensor | None) -> str | None:
-        return None if x is None else unusual(x)
 
     def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
         caller = (label.between.caller if label.between else None) or self._observer.owners.caller()

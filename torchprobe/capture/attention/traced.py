@@ -19,16 +19,15 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.attention import dot_product, multi_head, stack
-from torchprobe.capture.attention.arrange import Arrangement
 from torchprobe.capture.attention.graph import look, new_number, plan_of
-from torchprobe.capture.attention.layout import plain
+from torchprobe.capture.attention.layout import Arrangement, plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
 from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import beside, enter_nesting, is_torchs, leave_nesting, place, run_in, scope
-from torchprobe.capture.marks import Inert, mark, unmark
+from torchprobe.capture.module_hooks import Inert, mark, unmark
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
 from torchprobe.naming import Modules

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.arrange import Arrangement
+from torchprobe.capture.attention.functions import Product
 from torchprobe.capture.attention.labels import Root
+from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call
-from torchprobe.capture.attention.products import Product
 from torchprobe.capture.attention.sites import Reading
 from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
 
@@ -144,7 +144,7 @@ def mixed(product: Product, which: int, flow: Flow) -> Flow:
     return flow.as_changed(MIXED if learned else None)
 
 
-def pointwise(node: Node, source: Node, flow: Flow, flows: list[tuple[Node, Flow]]) -> Flow | None:
+def pointwise(node: Node, source: Node, flow: Flow) -> Flow | None:
     """Weights are changed, or multiplied with values that are summed later."""
     if flow.kind == "total":
         tiny = [value for value in (*node.args[1:], *node.kwargs.values()) if not isinstance(value, Node)]

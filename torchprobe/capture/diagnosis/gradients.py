@@ -6,7 +6,6 @@ gradient is zero.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import NamedTuple
 from weakref import ReferenceType, ref
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.diagnosis.modules import ModuleCalls, is_alone
+from torchprobe.capture.optimizers import held_by_living
 from torchprobe.naming import all_parameters, named_parameters, owner_of
 from torchprobe.statistics.dtypes import measurable, row_dtype
 from torchprobe.statistics.norms import l2_norms
@@ -87,7 +87,7 @@ class GradientFacts:
         self._holders[id(optimizer)] = ref(optimizer), held
         mine = [p for _, p in named if id(p) in held and p.requires_grad]
         reached = self._since_backward(mine, label)
-        self._unheld(named, optimizer, held, label)
+        self._unheld(named, optimizer, label)
         self._without_gradient(named, held, reached)
         self._rate(optimizer, label)
         if self._half_precision and loss_scale(optimizer) is None:
@@ -123,7 +123,7 @@ class GradientFacts:
 
     # ---- held by nobody
 
-    def _unheld(self, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, held: set[int], label: str) -> None:
+    def _unheld(self, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, label: str) -> None:
         everyones = set().union(*(ids for _, ids in self._holders.values()))
         with_gradient = [(n, p) for n, p in named if p.requires_grad and p.grad is not None and id(p) not in everyones]
         lone = frozenset(id(p) for _, p in with_gradient)
@@ -175,12 +175,6 @@ class GradientFacts:
         states = {id(p): (id(p.grad), p.grad._version) for p in there if p.grad is not None}
         small = [p for p in there if p.numel() <= _FEW] or there
         return _Seen(states, dict(_norms(small[:: 1 + len(small) // _MOST])))
-
-
-def held_by_living() -> set[int]:
-    """The parameters that any optimizer holds, one that may never have stepped too. Looks at all objects: 50 ms."""
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def _changed(pair: tuple[_Seen, _Seen], parameter: int) -> bool:

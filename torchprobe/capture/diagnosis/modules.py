@@ -49,7 +49,7 @@ class _Calls:
 
 
 class ModuleCalls:
-    """A watcher of eager modules (`capture.eager_hooks`) that own parameters, squash, or normalise."""
+    """A watcher of eager modules (`capture.module_hooks`) that own parameters, squash, or normalise."""
 
     in_validation = False
 

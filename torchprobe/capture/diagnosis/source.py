@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import no_torch_function
-from torchprobe.capture.diagnosis.evidence import Evidence
+from torchprobe.capture.diagnosis.evidence import Evidence, structure_of
 from torchprobe.capture.diagnosis.gradients import GradientFacts
 from torchprobe.capture.diagnosis.losses import OutputFacts
 from torchprobe.capture.diagnosis.modules import ModuleCalls
-from torchprobe.capture.diagnosis.structure import structure_of
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.source import VALIDATION, Pass

@@ -26,16 +26,15 @@ from torchprobe.capture.predictions.confirmation import (
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
 from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
+from torchprobe.capture.predictions.hooks import LossModules, Parts
 from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
-from torchprobe.capture.predictions.likelihood import Number, on_both_gradients
 from torchprobe.capture.predictions.loops import Validation
-from torchprobe.capture.predictions.loss_modules import LossModules
 from torchprobe.capture.predictions.matching import hear
-from torchprobe.capture.predictions.parts import Parts
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
 from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Reading, losses_in, read
+from torchprobe.capture.predictions.targets import Number, on_both_gradients
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 

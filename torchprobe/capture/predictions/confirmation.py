@@ -30,10 +30,9 @@ from torchprobe.capture.predictions.forms import (
 )
 from torchprobe.capture.predictions.gradient import TOLERANCE, Given, Recovered, recover
 from torchprobe.capture.predictions.graph import Judge, judged_by
-from torchprobe.capture.predictions.likelihood import targets_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import Seen
-from torchprobe.capture.predictions.targets import direction, weights_of
+from torchprobe.capture.predictions.targets import direction, targets_of, weights_of
 from torchprobe.capture.predictions.trust import (
     CLOSE,
     STEADY,

@@ -14,7 +14,7 @@ from torch import Tensor, distributions, nn
 from torch.distributions import Distribution
 
 from torchprobe.capture.outputs import heads_beside, main_tensor, tensors_in
-from torchprobe.capture.predictions.likelihood import STD, Number, Spread, wide
+from torchprobe.capture.predictions.targets import STD, Number, Spread, wide
 
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
 

@@ -245,3 +245,16 @@ def test_it_names_none_among_tokens_that_were_moved_by_one():
     model = Within(JOINED["moved by a constant"])
     taken = torch.ones(3, 1, LENGTH, dtype=torch.bool)
     assert_recorded(model, TAKEN.long(), inner=(lambda: model.inner.p, lambda: taken, lambda: model.seen))
+
+
+FLOATS = {
+    "zeros and ones": TAKEN.float(),
+    "added": torch.zeros(TAKEN.shape).masked_fill(~TAKEN, torch.finfo(torch.float32).min),
+}
+
+
+@pytest.mark.parametrize("how", FLOATS)
+def test_an_argument_of_floats_names_padding(how):
+    """PEFT's prompt tuning joins ones to the mask, which makes it one of floats."""
+    model = Within(lambda x, one: x if x.size(2) > 1 else TAKEN[..., None])
+    assert_recorded(model, FLOATS[how], inner=(lambda: model.inner.p, TAKEN[:, None], lambda: model.seen))

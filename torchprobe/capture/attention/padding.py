@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention.labels import Indices, Label
-from torchprobe.capture.attention.layout import by_name
+from torchprobe.capture.attention.layout import blocked, by_name
 from torchprobe.capture.attention.places import Places, Tokens, coordinates, named, picked, resolved, whole
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules
@@ -110,8 +110,9 @@ _WORDS = (_KEEPS, "key_padding_mask", "padding_mask")
 class MaskArguments:
     """Looks at the calls of modules that take such a mask, the model's own included.
 
-    `attention_mask` is not 0 for tokens, `padding_mask` is true for padding, whatever stands before; the tokens are
-    those of the arguments with the same beginning: `decoder_attention_mask` goes with `decoder_input_ids`.
+    `attention_mask` is not 0 for tokens, or is added and hides the others; `padding_mask` is true for padding; whatever
+    stands before. The tokens are those of the arguments with the same beginning: `decoder_attention_mask` goes with
+    `decoder_input_ids`.
     """
 
     in_validation = True
@@ -135,7 +136,7 @@ class MaskArguments:
         call = by_name(_parameters(cast("Any", type(module))), args, kwargs)
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}
         for each, mask in masks.items():
-            padded = mask == 0 if each.endswith(_KEEPS) else mask
+            padded = _left_out(mask) if each.endswith(_KEEPS) else mask
             for tokens in _tokens(call, each, mask):
                 self._say(tokens, padded)
 
@@ -160,9 +161,13 @@ def _beginning(name: str) -> str | None:
 
 
 def _is_mask(name: str, value: Any) -> bool:
-    if _beginning(name) is None or not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
+    if _beginning(name) is None or not isinstance(value, Tensor) or value.dim() != 2:
         return False
     return name.endswith(_KEEPS) or value.dtype is torch.bool
+
+
+def _left_out(mask: Tensor) -> Tensor:
+    return torch.where((mask < 0).any(), blocked(mask), mask == 0) if mask.is_floating_point() else mask == 0
 
 
 def _tokens(call: Mapping[str, Any], mask_name: str, mask: Tensor) -> Iterator[Tensor]:

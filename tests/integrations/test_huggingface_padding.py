@@ -81,3 +81,26 @@ def test_padding_changes_no_layers_entropy(name, implementation, side):
     found = [writer.value(f"attention_entropy/{site}", 1) for site in attention_modules(model)]
     assert found == pytest.approx(expected, abs=1e-4, rel=0)
     assert abs(expected[0] - expected[1]) > 2e-4, "a layer under another one's name would go unnoticed"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_after_a_learned_prompt_is_left_out(implementation):
+    """PEFT puts the prompt, one for all sequences, before their tokens, and ones of floats before their mask."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build(FAMILIES["llama"], implementation), config)
+    ids, real = torch.randint(3, VOCABULARY, (len(PADS), LENGTH)), real_tokens("right")
+    writer = MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Attention(every=1)], rules=[]):
+        model(input_ids=ids, attention_mask=real.long()).logits.sum().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0).step()
+    found = [writer.value(tag) for tag in writer.tags() if tag.startswith("attention_distance/")]
+    model.base_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(input_ids=ids, attention_mask=real.long(), output_attentions=True).attentions
+    rows = torch.cat((torch.ones(len(PADS), 3, dtype=torch.bool), real), 1)
+    place = torch.arange(rows.size(1))
+    away = [(p * (place[:, None] - place).abs()).sum(-1).mean(1)[rows].mean().item() for p in weights]
+    assert found == pytest.approx(away, abs=1e-4)

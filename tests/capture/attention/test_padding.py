@@ -99,7 +99,7 @@ class Inner(Attends):
 
     def forward(self, x, attention_mask=None, key_padding_mask=None):
         seen = attention_mask.bool() if attention_mask is not None else ~key_padding_mask
-        return super().forward(x, seen[:, None, None] & CAUSAL)
+        return super().forward(x, seen[:, None, None] & torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril())
 
 
 class Outer(nn.Module):
@@ -143,7 +143,7 @@ class Inverted(nn.Module):
 
 
 def assert_recorded(model, mask, **right):
-    """right: weights, counted queries and visible keys, by module."""
+    """right: weights, counted queries and visible keys, or what tells them afterwards, by module."""
     writer = MemoryWriter()
     with instrument(model, writer=writer, probes=[Attention(every=1)]):
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -151,7 +151,7 @@ def assert_recorded(model, mask, **right):
         sum(one.nan_to_num().sum() for one in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
         optimizer.step()
     for name, (p, rows, seen) in right.items():
-        heads = of_weights(p(), rows, seen)
+        heads = of_weights(p(), *(one() if callable(one) else one for one in (rows, seen)))
         for tag in ("entropy", "sink", "distance"):
             want = sum(head[tag] for head in heads) / HEADS
             assert writer.value(f"attention_{tag}/{name}") == pytest.approx(want, abs=1e-5)
@@ -170,3 +170,91 @@ def test_a_sequence_of_nothing_but_padding_is_left_out():
     model = Outer("attention_mask")
     inner = (lambda: model.inner.p.nan_to_num(), taken[:, None], taken[:, None, None] & CAUSAL)
     assert_recorded(model, taken.long(), inner=inner)
+
+
+def shifted(x):
+    y = torch.zeros_like(x)
+    y[:, 1:] = x[:, :-1].clone()
+    return y
+
+
+JOINED = {
+    "learned tokens before": lambda x, one: torch.cat((one.expand(len(x), -1, -1), x), 1),
+    "moved by a constant": lambda x, one: torch.cat((one[:, :1].expand(len(x), -1, -1), x[:, :-1]), 1),
+    "moved in place": lambda x, one: shifted(x),
+    "in another order": lambda x, one: torch.cat((x[:, 4:], x[:, :4]), 1),
+    "with a sequence of its own": lambda x, one: torch.cat((x[:, :3].flip(2) * 2, x), 1),
+    "a part": lambda x, one: x[:, 1:],
+    "twice": lambda x, one: torch.cat((x, -x)),
+    "of a batch of batches": lambda x, one: x[None].expand(2, -1, -1, -1).reshape(2, 3, LENGTH, -1).flatten(0, 1),
+    "of fewer": lambda x, one: x[1:],
+}
+
+
+class Joins(nn.Module):
+    """Makes another sequence of its tokens and of their mask, before a module takes both."""
+
+    def __init__(self, join, name) -> None:
+        super().__init__()
+        self.inner, self.join, self.name = (
+            Inner(lambda m, q, k, mask: filled(scores(q, k), ~mask).softmax(-1)),
+            join,
+            name,
+        )
+        self.one, self.taken = nn.Parameter(torch.randn(1, 2, 16)), TAKEN
+
+    def forward(self, x, taken):
+        self.taken = self.join(taken[..., None].float(), torch.ones(1, 2, 1))[..., 0] != 0
+        mask = self.taken.long() if self.name == "attention_mask" else ~self.taken
+        return self.inner(self.join(x, self.one), **{self.name: mask})
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "key_padding_mask"])
+@pytest.mark.parametrize("how", JOINED)
+def test_an_argument_names_the_padding_of_what_was_joined_moved_or_folded(how, name):
+    model = Joins(JOINED[how], name)
+
+    def seen():
+        return model.taken[:, None, None] & torch.ones(2 * [model.taken.size(1)], dtype=torch.bool).tril()
+
+    assert_recorded(model, TAKEN, inner=(lambda: model.inner.p.nan_to_num(), lambda: model.taken[:, None], seen))
+
+
+class Within(nn.Module):
+    """Its own argument names the padding of a part of what it attends to."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.inner, self.join = Attends(lambda m, q, k, mask: filled(scores(q, k), ~mask).softmax(-1)), join
+        self.one = nn.Parameter(torch.randn(1, 2, 16))
+
+    def forward(self, x, attention_mask):
+        taken = self.join(attention_mask[..., None].float(), torch.ones(1, 2, 1))[..., 0] != 0
+        self.seen = taken[:, None, None] & torch.ones(2 * [taken.size(1)], dtype=torch.bool).tril()
+        return self.inner(self.join(x, self.one), self.seen)
+
+
+def test_an_argument_names_padding_among_tokens_that_others_were_put_before():
+    model = Within(JOINED["learned tokens before"])
+    taken = torch.cat((torch.ones(3, 2, dtype=torch.bool), TAKEN), 1)[:, None]
+    assert_recorded(model, TAKEN.long(), inner=(lambda: model.inner.p, lambda: taken, lambda: model.seen))
+
+
+def test_it_names_none_among_tokens_that_were_moved_by_one():
+    """They may be a decoder's, whose own mask was not given."""
+    model = Within(JOINED["moved by a constant"])
+    taken = torch.ones(3, 1, LENGTH, dtype=torch.bool)
+    assert_recorded(model, TAKEN.long(), inner=(lambda: model.inner.p, lambda: taken, lambda: model.seen))
+
+
+FLOATS = {
+    "zeros and ones": TAKEN.float(),
+    "added": torch.zeros(TAKEN.shape).masked_fill(~TAKEN, torch.finfo(torch.float32).min),
+}
+
+
+@pytest.mark.parametrize("how", FLOATS)
+def test_an_argument_of_floats_names_padding(how):
+    """PEFT's prompt tuning joins ones to the mask, which makes it one of floats."""
+    model = Within(lambda x, one: x if x.size(2) > 1 else TAKEN[..., None])
+    assert_recorded(model, FLOATS[how], inner=(lambda: model.inner.p, TAKEN[:, None], lambda: model.seen))

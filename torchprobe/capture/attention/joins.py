@@ -59,8 +59,14 @@ def spliced(base: Label, start: int, stop: int, joined: Dim, at: Mapping[Root, i
 
 
 def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
-    ranked = sorted(zip(nodes, labels, strict=True), key=lambda pair: (not pair[1].sides, pair[0].const))
+    ranked = sorted(
+        zip(nodes, labels, strict=True), key=lambda pair: (not pair[1].sides, pair[0].const, _expanded(pair[1]))
+    )
     return ranked[0][1]
+
+
+def _expanded(label: Label) -> bool:
+    return any(dim and all(factor.root is None for factor in dim) for dim in label.dims)
 
 
 def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:

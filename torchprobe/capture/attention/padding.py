@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchprobe.capture.attention.labels import Indices, Label, Root
-from torchprobe.capture.attention.layout import by_name
-from torchprobe.capture.attention.places import Places, Tokens, coordinates, picked, resolved
+from torchprobe.capture.attention.labels import Indices, Label
+from torchprobe.capture.attention.layout import blocked, by_name
+from torchprobe.capture.attention.places import Places, Tokens, coordinates, named, picked, resolved, whole
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
+from torchprobe.statistics.dtypes import moved
 
 
 class Padding:
@@ -35,9 +36,9 @@ class Padding:
 
     def say(self, label: Label, batch: int | None, place: int, padded: Tensor) -> None:
         """An argument names the padded tokens. batch, place: dimensions of the labelled tensor, None for no batch."""
-        place_root, batch_root = _whole(label, place), None if batch is None else _whole(label, batch)
-        if place_root is not None and (batch is None or batch_root is not None or padded.size(0) == 1):
-            self.say_of(Tokens(batch_root, place_root), padded)
+        places = resolved(coordinates(label.dims[place], label.at))
+        entries = {} if batch is None else resolved(coordinates(label.dims[batch], label.at))
+        self.say_of(Tokens(named(entries), whole(places) or named(places)), padded)
 
     def say_of(self, tokens: Tokens, padded: Tensor) -> None:
         """The same where it is known what batch and tokens count."""
@@ -50,7 +51,7 @@ class Padding:
         It is one of padding where it differs between the sequences of a batch.
         """
         for tokens, at in where.keys.items():
-            if tokens.batch is not None and hidden.size(0) > 1:
+            if tokens.batch and hidden.size(0) > 1:
                 self._note(tokens, at, hidden)
 
     def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
@@ -65,14 +66,22 @@ class Padding:
 
     def of(self, where: Places, batch: int, queries: int) -> Tensor | None:
         """Which queries are padded: bool (batch, queries); None where nothing says so."""
-        if where.tokens is None or where.at is None:
-            return None
-        padded = self._padded(where.tokens)
-        if padded is None or padded.size(0) not in (1, batch) or len(where.at) != queries:
-            return None
-        if where.at.min(initial=0) < 0 or where.at.max(initial=0) >= padded.size(1):
-            return None
-        return picked(padded, where.at).expand(batch, -1)
+        if where.joined in self._said and (padded := self._padded(where.joined)) is not None:
+            return _of_all(padded, batch, queries)
+        found: Tensor | None = None
+        for tokens, at in where.queries.items():
+            padded = self._padded(tokens)
+            if padded is None or padded.size(0) not in (1, batch) or len(at) != queries or at.max() >= padded.size(1):
+                continue
+            each = picked(padded, at.clip(0)).expand(batch, -1)
+            if at.min() < 0:  # some are of another sequence: all of this one has to be among them, for a shift is none
+                if len(np.unique(at)) <= padded.size(1):
+                    continue
+                each = each & moved(torch.from_numpy(at >= 0), each.device)
+            found = each if found is None else found | each
+        if found is None and where.joined is not None and (padded := self._padded(where.joined)) is not None:
+            return _of_all(padded, batch, queries)
+        return found
 
     def _padded(self, tokens: Tokens) -> Tensor | None:
         """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""
@@ -87,13 +96,9 @@ class Padding:
         return self._believed[tokens]
 
 
-def _whole(label: Label, axis: int) -> Root | None:
-    """What a dimension counts, where it counts one thing from its beginning."""
-    values = resolved(coordinates(label.dims[axis], label.at))
-    if len(values) != 1:
-        return None
-    root, value = next(iter(values.items()))
-    return root if np.array_equal(value, np.arange(len(value))) else None
+def _of_all(padded: Tensor, batch: int, queries: int) -> Tensor | None:
+    fits = padded.size(0) in (1, batch) and padded.size(1) == queries
+    return padded.expand(batch, -1) if fits else None
 
 
 # ---- arguments that name it
@@ -105,8 +110,9 @@ _WORDS = (_KEEPS, "key_padding_mask", "padding_mask")
 class MaskArguments:
     """Looks at the calls of modules that take such a mask, the model's own included.
 
-    `attention_mask` is not 0 for tokens, `padding_mask` is true for padding, whatever stands before; the tokens are
-    those of the arguments with the same beginning: `decoder_attention_mask` goes with `decoder_input_ids`.
+    `attention_mask` is not 0 for tokens, or is added and hides the others; `padding_mask` is true for padding; whatever
+    stands before. The tokens are those of the arguments with the same beginning: `decoder_attention_mask` goes with
+    `decoder_input_ids`.
     """
 
     in_validation = True
@@ -130,7 +136,7 @@ class MaskArguments:
         call = by_name(_parameters(cast("Any", type(module))), args, kwargs)
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}
         for each, mask in masks.items():
-            padded = mask == 0 if each.endswith(_KEEPS) else mask
+            padded = _left_out(mask) if each.endswith(_KEEPS) else mask
             for tokens in _tokens(call, each, mask):
                 self._say(tokens, padded)
 
@@ -155,9 +161,13 @@ def _beginning(name: str) -> str | None:
 
 
 def _is_mask(name: str, value: Any) -> bool:
-    if _beginning(name) is None or not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
+    if _beginning(name) is None or not isinstance(value, Tensor) or value.dim() != 2:
         return False
     return name.endswith(_KEEPS) or value.dtype is torch.bool
+
+
+def _left_out(mask: Tensor) -> Tensor:
+    return torch.where((mask < 0).any(), blocked(mask), mask == 0) if mask.is_floating_point() else mask == 0
 
 
 def _tokens(call: Mapping[str, Any], mask_name: str, mask: Tensor) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,22 +44,23 @@ def picked(x: Tensor, index: Indices) -> Tensor:
 class Tokens(NamedTuple):
     """A sequence in a batch: what its entries and its positions count."""
 
-    batch: Root | None
-    place: Root
+    batch: Hashable
+    place: Hashable
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where queries stand. cross: not among the keys. index: of a key for each query; None: of the same index.
 
-    tokens, at: which tokens the queries are; keys: and the keys, -1 for those that are none.
+    queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
+    whole that they are, where they are not one sequence from its beginning.
     """
 
     cross: bool
     index: Indices | Tensor | None
-    tokens: Tokens | None = None
-    at: Indices | None = None
+    queries: Mapping[Tokens, Indices] = field(default_factory=dict)
     keys: Mapping[Tokens, Indices] = field(default_factory=dict)
+    joined: Tokens | None = None
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -79,7 +80,7 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     of_keys = {root: value for root, value in label.between.at.items() if root.side == side}
     mine = resolved(_numbers(of_queries, size) | queries)
     theirs = resolved(_numbers(of_keys, len(columns)) | keys)
-    batch = _whole(roles[0])
+    batch = named(resolved(coordinates(tuple(axis.factor for axis in roles[0]), label.at)))
     return among(mine, theirs, size, len(columns), label.between.projected, batch)
 
 
@@ -87,18 +88,20 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     """The same of queries and keys (batch, …, tokens, width) that a call names."""
     known = all(dim and all(root.learned for root in roots_of([dim])) for dim in (query.dims[-1], key.dims[-1]))
     mine, theirs = (_tokens(label) for label in (query, key))
-    batch = [Axis(0, i, factor) for i, factor in enumerate(query.dims[0])] if len(query.dims) > 2 else []
+    batch = [factor for dim in query.dims[: max(1, len(query.dims) - 3)] for factor in dim]
+    rows = tuple(factor for factor in batch if not (factor.root and factor.root.learned))
+    entries = named(resolved(coordinates(rows, query.at))) if len(query.dims) > 2 else named({})
     if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
         return Places(queries != keys, None)
-    return among(mine, theirs, queries, keys, known, _whole([one for one in batch if not one.root.learned]))
+    return among(mine, theirs, queries, keys, known, entries)
 
 
 def by_custom(queries: int, keys: int) -> Places:
     """Where nothing else is known, as many queries as keys are the same tokens."""
     if queries != keys:
         return Places(True, None)
-    tokens, at = Tokens(Root(), Root()), np.arange(keys)
-    return Places(False, None, tokens, at, {tokens: at})
+    tokens = {Tokens(Root(), Root()): np.arange(keys)}
+    return Places(False, None, tokens, tokens)
 
 
 def _tokens(label: Label) -> dict[Root, Indices]:
@@ -109,15 +112,18 @@ def _tokens(label: Label) -> dict[Root, Indices]:
     return resolved(pinned | coordinates(dim, label.at))
 
 
-def _whole(batch: list[Axis]) -> Root | None:
-    """What the batch counts, where it counts one thing."""
-    roots = [axis.factor for axis in batch if axis.factor.root is not None]
-    if len(batch) != 1 or len(roots) != 1 or roots[0].stride != 1:
-        return None
-    return next(iter(resolved({roots[0].root: np.zeros(1, dtype=np.int64)})), None)  # type: ignore[dict-item]
+def named(values: Values) -> Hashable:
+    """What some indices are, as a whole: nothing else that is counted is equal to it."""
+    return frozenset((root, values[root].tobytes()) for root in _moving(values))
 
 
-def among(queries: Values, keys: Values, size: int, length: int, known: bool, batch: Root | None) -> Places:
+def whole(values: Values) -> Root | None:
+    """What some indices count, where it is one thing from its beginning."""
+    root = next(iter(values)) if len(values) == 1 else None
+    return root if root is not None and np.array_equal(values[root], np.arange(len(values[root]))) else None
+
+
+def among(queries: Values, keys: Values, size: int, length: int, known: bool, batch: Hashable) -> Places:
     """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
     common = [root for root in queries if root in keys and not root.learned]
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
@@ -128,10 +134,16 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
         index = queries[of_queries] if queries[of_queries][0] >= 0 else None
     if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(size)):
         index = None
-    by_tokens = {Tokens(batch, root): keys[root] for root in _moving(keys)}
-    if of_queries is None:
-        return Places(cross, index, keys=by_tokens)
-    return Places(cross, index, Tokens(batch, of_queries), queries[of_queries], by_tokens)
+    of, joined = _tokens_of(batch, queries)
+    of_keys, also = _tokens_of(batch, keys)
+    return Places(cross, index, of, of_keys | ({also: np.arange(length)} if also else {}), joined)
+
+
+def _tokens_of(batch: Hashable, values: Values) -> tuple[dict[Tokens, Indices], Tokens | None]:
+    """The tokens that some indices are; and the whole of them, where it is not one sequence from its beginning."""
+    moving = {root: values[root] for root in _moving(values)}
+    joined = None if whole(moving) or not moving else Tokens(batch, named(moving))
+    return {Tokens(batch, root): value for root, value in moving.items()}, joined
 
 
 def _where_written(queries: Values, keys: Values) -> Tensor | None:

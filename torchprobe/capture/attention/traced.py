@@ -112,8 +112,9 @@ class Owner(Inert):
         if source is not None:
             where = by_custom(source.shape.queries, source.shape.keys - added)
             observer.padding.clear()
-            if padding is not None and where.tokens is not None:
-                observer.padding.say_of(where.tokens, padding)
+            if padding is not None:
+                for tokens in where.queries:
+                    observer.padding.say_of(tokens, padding)
             observer.record_source(Call(caller, where.cross, where), source)
 
 

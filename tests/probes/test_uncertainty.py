@@ -144,6 +144,18 @@ def test_a_normal_distribution_is_of_the_observed_value():
     assert "observed" in writer.records[-1].descriptions["uncertainty_total"]
 
 
+@pytest.mark.parametrize("together", [dict, lambda **laws: tuple(laws.values())])
+def test_of_several_distributions_the_first_is_read_and_said_to_be_so(together):
+    std = torch.rand(5, 4) + 0.5
+
+    def laws(h):
+        return together(value=distributions.Normal(h, std), policy=distributions.Categorical(logits=h))
+
+    writer = one_step(Gives(laws), torch.randn(5, 4))
+    assert found(writer)["total"] == pytest.approx(std.square().mean().item())
+    assert "first of 2" in writer.records[-1].descriptions["uncertainty_total"]
+
+
 def test_a_joint_normal_distribution_is_read_point_by_point():
     factor = torch.randn(3, 3).tril() + 3 * torch.eye(3)
     joint = distributions.MultivariateNormal(torch.zeros(3), scale_tril=factor)

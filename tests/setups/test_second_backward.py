@@ -230,6 +230,27 @@ def test_hooks_of_the_users_own_stay():
     assert list(model[0].weight._backward_hooks) == [handle.id]
 
 
+def test_what_stands_in_for_a_parameter_is_left_alone():
+    """A hook on such a tensor, once its graph is gone, crashes torch."""
+    model, seen = net(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def of_bias(bias: Tensor) -> Tensor:
+        seen.append(bias)
+        loss = torch.func.functional_call(model, {"0.bias": bias}, (batch(0),)).sum()
+        assert not bias._backward_hooks
+        return loss
+
+    with torchprobe.instrument(model, writer=MemoryWriter()) as session:
+        for k in range(6):
+            iteration(model, k, None)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.autograd.functional.hessian(of_bias, model[0].bias.detach())
+        assert session.step >= 6
+    assert seen
+
+
 @pytest.mark.parametrize("inner", [True, False], ids=["reentrant", "not"])
 def test_a_checkpoints_inner_backward_passes_are_none(inner):
     """Not even where the outer one is heard of at no output."""

@@ -52,8 +52,8 @@ class ParameterHooks:
         self.wanted, self._covered = some or bool(chosen), self._covered + 1 if some else 0
         hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
         with no_torch_function():
-            for parameter in chosen:
-                if parameter.requires_grad:
+            for parameter in chosen:  # of a functional call they may be another's tensors, gone with its graph
+                if parameter.requires_grad and parameter.is_leaf and isinstance(parameter, nn.Parameter):
                     handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self.hooked))))
                     self.hooked.append((parameter, handle))
 

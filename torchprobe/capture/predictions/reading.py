@@ -77,9 +77,11 @@ class Reading:
 
 def read(output: Any, module: nn.Module | None = None) -> Reading:
     """What an output says. module: whose it is; one with Bayesian layers may return a divergence beside it."""
-    distribution = _first_distribution(output)
-    reading = _read_fields(dict(_fields_of(output))) if distribution is None else _read_distribution(distribution)
-    if distribution is None and reading.plain is None and not reading.says_something:
+    found = _distributions(output)
+    reading = _read_distribution(found[0]) if found else _read_fields(dict(_fields_of(output)))
+    if len(found) > 1:
+        reading = replace(reading, note=f"{reading.note} It is the first of {len(found)} in the output.".strip())
+    if not found and reading.plain is None and not reading.says_something:
         reading = replace(
             reading,
             plain=_main(output),
@@ -241,9 +243,9 @@ def _divergence_beside(module: nn.Module, output: Any) -> Tensor | None:
 # ---- distributions
 
 
-def _first_distribution(output: Any) -> Distribution | None:
+def _distributions(output: Any) -> list[Distribution]:
     parts = output if isinstance(output, tuple | list) else [output, *(part for _, part in _items(output))]
-    return next((part for part in parts if isinstance(part, Distribution)), None)
+    return [part for part in parts if isinstance(part, Distribution)]
 
 
 def _read_distribution(found: Distribution) -> Reading:

@@ -53,7 +53,7 @@ class Gradients:
         self._owners = Owners(model)
         self._parameter_hooks = ParameterHooks(self._reached)
         self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
-        self._number: int | None = None  # of the last one
+        self._number: int | None = None  # of the last one, where torch counts them
         self._first = True  # none was heard of
         self._untold: bool | None = None  # whether it is to be said what autograd.grad hides; None before there was one
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
@@ -70,9 +70,7 @@ class Gradients:
         if running is None or running.task != task:
             running = self.begin(None if task == -1 else task)
         elif self._opener is not None and not running.passes:
-            self._owners.look(
-                self._owners.living()
-            )  # what was there before an output was reached tells nothing, as ever
+            self._owners.look(self._owners.living())  # gradients that were there before tell nothing
         if passing.kind is UNDECIDED:
             self._train(passing)
         running.add(passing)
@@ -93,10 +91,11 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
-        before, self._number = self._number, task
-        skipped = 0 if before is None or task is None else task - before - 1
-        if skipped and not self._first:
-            self._parameter_hooks.skipped(skipped)
+        skipped = 0
+        if self._number is not None and task is not None:
+            skipped, self._number = task - self._number - 1, task
+            if skipped and not self._first:
+                self._parameter_hooks.skipped(skipped)
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self.running, owners, waiting = backward, self._owners, self._waiting

@@ -110,6 +110,7 @@ def test_an_idle_step_of_each_kind_of_loop_makes_few_calls_whatever_the_models_s
     few, many = (idle_calls(kind, layers) for layers in (1, 3 if kind == "compiled" else 6))  # a block takes long there
     assert abs(len(many) - len(few)) <= CHANCE, Counter(many) - Counter(few)
     asked = sum(name == "records_graph" for name in few) * 2  # where torch is built for a device that records graphs
+    asked += "_learns_shapes" in few  # where a pipeline's package is loaded
     assert max(len(few), len(many)) <= MOST_CALLS[kind] + asked, Counter(few)
 
 

@@ -22,10 +22,11 @@ _MOST_GAPS = 16  # kinds of backward passes in between that are known to be of n
 class ParameterHooks:
     """Such passes are those of a penalty's own `backward()`, and of a model that is called past its hooks.
 
-    They are on all parameters in the first steps, and again when torch's numbers of backward passes, which go up by one
-    in a plain loop, tell of some that nobody heard; then on a few for as long as a penalty may take to come again; and
-    on those that one has reached. A plain loop has none after its first steps. A hook costs 10 µs a step, and is no
-    guard of Dynamo's. One on the node that adds up a gradient would keep the node, whose shape a parameter may outgrow.
+    They are on all parameters in the first steps, until an optimizer steps, and again when torch's numbers of backward
+    passes, which go up by one in a plain loop, tell of some that nobody heard; then on a few for as long as a penalty
+    may take to come again; and on those that one has reached. A plain loop has none after its first steps. A hook
+    costs 10 µs a step, and is no guard of Dynamo's. One on the node that adds up a gradient would keep the node, whose
+    shape a parameter may outgrow.
 
     hear: called with a parameter that a backward pass is about to reach. wanted: whether the next step has hooks.
     hooked: where they are, in this one.
@@ -36,20 +37,20 @@ class ParameterHooks:
         self._hear = WeakMethod(hear)
         self._ahead = _HEARD  # steps yet with hooks on all parameters
         self._ahead_few = 0  # steps yet with hooks on a few
-        self._covered = 0  # steps in a row that had some
+        self._on_since = False  # the backward pass that was heard of last
         self._harmless: set[int] = set()
         self._found: list[nn.Parameter] = []
         self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
 
     def begin_step(self, parameters: Iterable[nn.Parameter]) -> None:
         """Listen in a step."""
-        self.release()
+        self._take_off()
         chosen, some = self._found, self._ahead_few > 0
         if self._ahead:
             self._ahead, chosen, some = self._ahead - 1, list(parameters), True
         elif some:
             self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(list(parameters))]
-        self.wanted, self._covered = some or bool(chosen), self._covered + 1 if some else 0
+        self.wanted = some or bool(chosen)
         hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
         with no_torch_function():
             for parameter in chosen:  # of a functional call they may be another's tensors, gone with its graph
@@ -57,22 +58,37 @@ class ParameterHooks:
                     handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self.hooked))))
                     self.hooked.append((parameter, handle))
 
-    def skipped(self, numbers: int) -> None:
-        """Backward passes have run since the last one that was heard of, or others' have taken numbers."""
-        if numbers in self._harmless or len(self._harmless) >= _MOST_GAPS:
-            return
-        if self._covered > 1:  # with hooks since that one
-            self._harmless.add(numbers)
+    def heard(self, skipped: int) -> bool:
+        """A backward pass has begun. Whether others may have reached parameters before it, and nobody heard of them.
+
+        skipped: how many have run since the last one, or took numbers.
+        """
+        on_since, self._on_since = self._on_since, bool(self.hooked)
+        if not skipped or skipped in self._harmless or len(self._harmless) >= _MOST_GAPS:
+            return False
+        if on_since:
+            self._harmless.add(skipped)
+            self._ahead_few = 0
         else:
             self._ahead, self._ahead_few, self.wanted = max(self._ahead, 2), _PERIOD, True
+        return not on_since
 
     def found(self, parameter: nn.Parameter) -> None:
         """A backward pass that ran through no output has reached it first."""
         if not any(parameter is other for other in self._found) and len(self._found) < _MOST_FOUND:
             self._found.append(parameter)
 
+    def step_ends(self) -> None:
+        """An optimizer steps: hooks stay on only where backward passes may come before the next forward pass."""
+        if not (self._ahead_few or self._found):
+            self.release()
+
     def release(self) -> None:
         """Take the hooks off."""
+        self._take_off()
+        self._on_since = False
+
+    def _take_off(self) -> None:
         hooked, self.hooked = self.hooked, []
         for parameter, handle in hooked:
             handle.remove()

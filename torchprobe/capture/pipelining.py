@@ -43,6 +43,14 @@ def backward_code() -> CodeType | None:
     return None if function is None else function.__code__
 
 
+def in_schedule() -> bool:
+    """Whether a pipeline's schedule runs: it tells its losses by itself, and splits backward passes."""
+    frame: FrameType | None = sys._getframe() if PIPELINING in sys.modules else None
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining"):
+        frame = frame.f_back
+    return frame is not None
+
+
 def backward_of_stage(frame: FrameType) -> StageBackward:
     """What the backward pass of a stage is of, from the frame of `backward_code` or of `input_backward`."""
     return StageBackward(frame.f_locals.get("output_grads") is not None, _parts(frame))

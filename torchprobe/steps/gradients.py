@@ -16,6 +16,7 @@ from torchprobe.capture.compiled.tracing import compiles_backward
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.gradient_state import GradientState
 from torchprobe.capture.parameter_hooks import ParameterHooks, number_of_backward
+from torchprobe.capture.pipelining import in_schedule
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.statistics.dtypes import on_host
@@ -55,7 +56,7 @@ class Gradients:
         self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
         self._number: int | None = None  # of the last one, where torch counts them
         self._first = True  # none was heard of
-        self._untold: bool | None = None  # whether it is to be said what autograd.grad hides; None before there was one
+        self._untold: bool | None = None  # whether to say what autograd.grad hides; None before there was one
         self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
         self._task = compat.plain_state()[0]
 
@@ -77,13 +78,12 @@ class Gradients:
         return task
 
     def _reached(self, parameter: nn.Parameter) -> None:
-        if self.running is None:
+        if self.running is None:  # no gradient has reached an output
             self._heard_at(parameter)
 
     @protected
     def _heard_at(self, parameter: nn.Parameter) -> None:
-        """A gradient reaches a parameter, and none has reached an output."""
-        if not in_recomputation():
+        if not (in_recomputation() or in_schedule()) and roots(self._sources.running.thread).call != "grad":
             self.begin(self._task())
             self._opener = parameter
 
@@ -91,24 +91,24 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word."""
         if self.running is not None:
             self.end(self.running)
-        skipped = 0
+        skipped, doubtful = 0, self._first
         if self._number is not None and task is not None:
             skipped, self._number = task - self._number - 1, task
-            if skipped and not self._first:
-                self._parameter_hooks.skipped(skipped)
+            if skipped or self._parameter_hooks.hooked:
+                doubtful |= self._parameter_hooks.heard(skipped)
         root = plain_root()
         backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
         self.running, owners, waiting = backward, self._owners, self._waiting
         states, as_ever = owners.states, owners.others is None and not owners.early.learns
         as_ever = as_ever and len(states) == len(waiting) == 1 and waiting[0].used
-        if as_ever and states[0].of() is not None and not states[0].look():
+        if as_ever and not doubtful and states[0].of() is not None and not states[0].look():
             self._waiting = []
         else:
             states = owners.living()
             if waiting:
                 self._drop_zeroed(states)
             owners.look(states)
-            if self._first and states[0].filled(all_of_them=not skipped):
+            if doubtful and any(s.filled(all_of_them=not skipped) for s in states) and not in_schedule():
                 backward.lose()  # another one ran before, of which nobody has heard
         self._first = False
         if self._steps.current.due:
@@ -147,13 +147,11 @@ class Gradients:
         if due or timed:
             compat.at_end_of_backward(self.ended)  # what wrappers do at its end comes first
         self.running = None
-        hooks = self._parameter_hooks
-        if hooks.wanted and not hooks.hooked:
+        if self._parameter_hooks.wanted and not self._parameter_hooks.hooked:
             self.listen()
-        if self._opener is not None:
-            if not backward.passes:
-                hooks.found(self._opener)
-            self._opener = None
+        if self._opener is not None and not backward.passes:
+            self._parameter_hooks.found(self._opener)
+        self._opener = None
         if self._sources.scaled.found is not None:
             backward.scaled_by(self._sources.scaled.scale())
         self._await(backward)
@@ -217,6 +215,8 @@ class Gradients:
             if backward.reached is None or state in backward.reached:
                 found.append(backward)
                 fresh |= not backward.used
+        if fresh and self._parameter_hooks.hooked:
+            self._parameter_hooks.step_ends()
         if not fresh:
             state.choose()
         elif self._untold and all([b.used or b.loss is None for b in found]):  # noqa: C419 - as above

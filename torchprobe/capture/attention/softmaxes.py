@@ -63,12 +63,15 @@ class Softmaxes:
         if call is None:
             return None
         keys = frozenset(leaves([label.dims[axis]]))
-        reason = reason or ("torch.func transforms" if under_transform() else unusual(x))
+        reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
             return Flow(kind, (Pending(call, None, None, reason, keys),))
         reading = None if x is None or reason is not None else self._read(x, source, arranged, call)
         return Flow(kind, (Pending(call, reading, arranged, reason, keys),), changed=x is None)
+
+    def _unusual(self, x: Tensor | None) -> str | None:
+        return unusual(x)
 
     def _call(self, label: Label, arranged: Arrangement | Refused, axis: int) -> Call | None:
         caller = (label.between.caller if label.between else None) or self._observer.owners.caller()

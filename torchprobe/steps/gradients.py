@@ -20,9 +20,8 @@ from torchprobe.capture.pipelining import in_schedule
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.statistics.dtypes import on_host
-from torchprobe.steps.backward import Backward
+from torchprobe.steps.backward import Backward, Owners
 from torchprobe.steps.open_step import OpenStep
-from torchprobe.steps.owners import Owners
 from torchprobe.steps.steps import Steps
 
 _log = logging.getLogger("torchprobe")

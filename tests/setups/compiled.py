@@ -181,7 +181,11 @@ def assert_same_values(found: MemoryWriter, expected: MemoryWriter, output_insid
         if tag.startswith("gradients_zeros/"):
             continue
         steps = [s for s, _ in found.scalars(tag)]
-        assert steps == [s for s, _ in expected.scalars(tag)], tag
+        missing = {s for s, _ in expected.scalars(tag)} - set(steps)
+        if output_inside and tag == "overview/loss":  # what is not sampled is heard of from the fourth step on
+            assert missing <= {1, 2, 3} - {s for s, _ in expected.scalars("overview/grad_norm")}
+        else:
+            assert steps == [s for s, _ in expected.scalars(tag)], tag
         right = dict(expected.scalars(tag))
         for step, value in found.scalars(tag):
             assert value == pytest.approx(right[step], rel=1e-3, abs=1e-5), tag

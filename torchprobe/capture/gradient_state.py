@@ -16,6 +16,7 @@ _LEARNT = 2  # backward passes that tell in what order gradients come
 _MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
 
 State = tuple[int, int]
+Left = tuple[Callable[[Tensor], bool], int]  # whether a tensor is a gradient that was left, and its version
 
 
 class EarlyGradients:
@@ -35,9 +36,7 @@ class EarlyGradients:
         self.grown: frozenset[int] = frozenset()
         self._before: dict[int, tuple[nn.Parameter, State | None]] = {}
         self._old: set[int] = set()  # parameters that hold what an earlier backward pass gave them
-        self._last: (
-            dict[int, tuple[Callable[[Tensor], bool], int]] | None
-        ) = {}  # what the last one left; None if unseen
+        self._last: dict[int, Left] | None = {}  # what the last one left; None if that was not seen
         self._left = _LEARNT
         self._unowned = _MOST_UNOWNED
         self.learns = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from weakref import WeakMethod
 
@@ -42,14 +42,14 @@ class ParameterHooks:
         self._found: list[nn.Parameter] = []
         self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
 
-    def begin_step(self, parameters: Iterable[nn.Parameter]) -> None:
+    def begin_step(self, parameters: list[nn.Parameter]) -> None:
         """Listen in a step."""
         self._take_off()
         chosen, some = self._found, self._ahead_few > 0
         if self._ahead:
-            self._ahead, chosen, some = self._ahead - 1, list(parameters), True
+            self._ahead, chosen, some = self._ahead - 1, parameters, True
         elif some:
-            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(list(parameters))]
+            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(parameters)]
         self.wanted = some or bool(chosen)
         hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
         with no_torch_function():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ReferenceType
 
@@ -15,6 +15,7 @@ from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.capture.optimizers import trained
 from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.capture.source import Pass
+from torchprobe.naming import all_parameters
 
 Merge = Callable[[dict[Any, Any], dict[Any, Any]], dict[Any, Any]]
 
@@ -224,10 +225,9 @@ class Owners:
                 state.learn(self.early)
         return None if compiled or self.hides() else self.early.grown or None
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         """Those of the model that are trained."""
-        model = self._model()
-        return iter(()) if model is None else (p for p in model.parameters() if p.requires_grad)
+        return [p for p in all_parameters(self._model()) if p.requires_grad]
 
     def hides(self) -> bool:
         """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""

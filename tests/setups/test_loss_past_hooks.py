@@ -1,0 +1,64 @@
+"""`overview/loss` of models that are trained by other ways than their own call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchprobe
+from tests.setups.compiled import COMPILERS_WARNINGS
+from tests.setups.test_second_backward import LOSS, batch
+from torchprobe.testing import MemoryWriter
+
+
+class Bare(nn.Module):
+    """Trained by other ways than its own call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return self.forward(x).square().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def by_method(model: Bare) -> Callable[[Tensor], Tensor]:
+    return model.training_step
+
+
+def by_function(model: Bare) -> Callable[[Tensor], Tensor]:
+    return lambda x: model.forward(x).square().mean()
+
+
+def in_a_graph(model: Bare) -> Callable[[Tensor], Tensor]:
+    return torch.compile(lambda x: model(x).square().mean(), backend="aot_eager")
+
+
+def on_a_copy(model: Bare) -> Callable[[Tensor], Tensor]:
+    skeleton = Bare().to("meta")
+    parameters = dict(model.named_parameters())
+    return lambda x: torch.func.functional_call(skeleton, parameters, (x,)).square().mean()
+
+
+@pytest.mark.parametrize("way", [by_method, by_function, pytest.param(in_a_graph, marks=COMPILERS_WARNINGS), on_a_copy])
+def test_the_loss_of_what_no_hook_on_the_model_hears_is_known_at_every_step(way):
+    model, writer, right = Bare(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with torchprobe.instrument(model, writer=writer):
+        loss_of = way(model)
+        for k in range(14):  # of which 1, 2, 5 and 10 are sampled
+            optimizer.zero_grad()
+            loss = loss_of(batch(k))
+            loss.backward()
+            optimizer.step()
+            right.append(loss.item())
+    got = dict(writer.scalars(LOSS))
+    assert set(got) >= {2, *range(4, 15)}
+    assert got == pytest.approx({step: right[step - 1] for step in got})

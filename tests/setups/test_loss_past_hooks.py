@@ -62,3 +62,18 @@ def test_the_loss_of_what_no_hook_on_the_model_hears_is_known_at_every_step(way)
     got = dict(writer.scalars(LOSS))
     assert set(got) >= {2, *range(4, 15)}
     assert got == pytest.approx({step: right[step - 1] for step in got})
+
+
+def test_hooks_on_parameters_stay_where_they_are_needed_and_are_not_put_on_again():
+    model = Bare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    keys = []
+    with torchprobe.instrument(model, writer=MemoryWriter()):
+        for k in range(9):
+            optimizer.zero_grad()
+            model.training_step(batch(k)).backward()
+            optimizer.step()
+            keys.append([key for p in model.parameters() for key in p._backward_hooks or ()])
+    assert 0 < len(keys[5]) < 4  # of four parameters
+    assert keys[5] == keys[6] == keys[7] == keys[8]
+    assert all(p._backward_hooks is None for p in model.parameters())

@@ -24,8 +24,8 @@ class ParameterHooks:
 
     They are on all parameters in the first steps, until an optimizer steps, and again when torch's numbers of backward
     passes, which go up by one in a plain loop, tell of some that nobody heard; then on a few for as long as a penalty
-    may take to come again; and on those that one has reached. A plain loop has none after its first steps. A hook
-    costs 10 µs a step, and is no guard of Dynamo's. One on the node that adds up a gradient would keep the node, whose
+    may take to come again; and on those that one has reached. A plain loop has none after its first steps. Each costs
+    10 µs to put on, and is no guard of Dynamo's. One on the node that adds up a gradient would keep the node, whose
     shape a parameter may outgrow.
 
     hear: called with a parameter that a backward pass is about to reach. wanted: whether the next step has hooks.
@@ -40,17 +40,23 @@ class ParameterHooks:
         self._on_since = False  # the backward pass that was heard of last
         self._harmless: set[int] = set()
         self._found: list[nn.Parameter] = []
+        self._few: list[nn.Parameter] = []
         self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
 
-    def begin_step(self, parameters: list[nn.Parameter]) -> None:
-        """Listen in a step."""
-        self._take_off()
-        chosen, some = self._found, self._ahead_few > 0
+    def begin_step(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
+        """Listen in a step. parameters: gives those of the model. What is listened at already costs nothing more."""
+        chosen = self._found
         if self._ahead:
-            self._ahead, chosen, some = self._ahead - 1, parameters, True
-        elif some:
-            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *_spread(parameters)]
-        self.wanted = some or bool(chosen)
+            self._ahead, chosen = self._ahead - 1, parameters()
+        elif self._ahead_few:
+            self._few = self._few or _spread(parameters())
+            self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *self._few]
+        self.wanted = bool(chosen)
+        if [id(parameter) for parameter, _ in self.hooked] != [id(parameter) for parameter in chosen]:
+            self._take_off()
+            self._put_on(chosen)
+
+    def _put_on(self, chosen: list[nn.Parameter]) -> None:
         hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
         with no_torch_function():
             for parameter in chosen:  # of a functional call they may be another's tensors, gone with its graph
@@ -70,7 +76,7 @@ class ParameterHooks:
             self._harmless.add(skipped)
             self._ahead_few = 0
         else:
-            self._ahead, self._ahead_few, self.wanted = max(self._ahead, 2), _PERIOD, True
+            self._ahead, self._ahead_few, self._few, self.wanted = max(self._ahead, 2), _PERIOD, [], True
         return not on_since
 
     def found(self, parameter: nn.Parameter) -> None:
@@ -87,6 +93,11 @@ class ParameterHooks:
         """Take the hooks off."""
         self._take_off()
         self._on_since = False
+
+    def forget(self) -> None:
+        """The run is over: no parameter is held."""
+        self.release()
+        self._found, self._few, self.wanted = [], [], False
 
     def _take_off(self) -> None:
         hooked, self.hooked = self.hooked, []

@@ -168,11 +168,11 @@ class Gradients:
     def listen(self) -> None:
         """Backward passes are to be heard at parameters, too."""
         if not (self.compiled or compiles_backward()):
-            self._parameter_hooks.begin_step(self._owners.parameters())
+            self._parameter_hooks.begin_step(self._owners.parameters)
 
     def release(self) -> None:
         """No hook is left on a parameter, and no parameter is held."""
-        self._parameter_hooks.release()
+        self._parameter_hooks.forget()
         self._owners.forget()
         if self._check is not None:
             self._check.forget()

@@ -64,7 +64,7 @@ def panel(
     values = [v for curve in shown.values() for v in curve.values()]
     steps = [s for curve in curves.values() for s in curve]
     if not values:
-        draw.text((x0 + 8, y0 + 8), "nothing moves" if steps else "no step was taken", fill="#64748b", font=font)
+        draw.text((x0 + 8, y0 + 8), "nothing moves" if steps else "no values", fill="#64748b", font=font)
         return
     scaled = math.log10 if log else float
     low, high = scaled(min(values)), scaled(max(values))

@@ -82,7 +82,8 @@ class GradientState:
 
     Holds the parameters: weak references to them would keep torch from swapping them (`torch.utils.swap_tensors`).
 
-    blind: whether none of them tells anything (see `EarlyGradients`).
+    few: those that are looked at. kept: whether they had gradients when a backward pass began. blind: whether none of
+    them tells anything (see `EarlyGradients`).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None) -> None:
@@ -92,24 +93,25 @@ class GradientState:
         self._look_at(_ends(self._parameters))
 
     def _look_at(self, few: list[nn.Parameter]) -> None:
-        self._few, self._none = few, [None] * len(few)
+        self.few, self._none, self.kept = few, [None] * len(few), False
         self._seen: Sequence[State | None] = self._none  # when a backward pass began
         self._left = [_state(p) for p in few]  # when it had ended
 
     def look(self) -> bool:
         """A backward pass begins: remember the gradients as they are. Whether there are some, of those few."""
-        for parameter in self._few:
+        for parameter in self.few:
             if parameter.grad is not None:
-                found = [p.grad for p in self._few]
+                found = [p.grad for p in self.few]
                 self._seen = [None if gradient is None else (id(gradient), gradient._version) for gradient in found]
+                self.kept = True
                 return True
-        self._seen = self._none
+        self._seen, self.kept = self._none, False
         return False
 
     def grew(self) -> bool:
         """Whether a backward pass has given the parameters gradients since `look`."""
         grew = False
-        for i, parameter in enumerate(self._few):
+        for i, parameter in enumerate(self.few):
             gradient = parameter.grad
             if gradient is not None and self._seen[i] is None and gradient.is_cpu:
                 return True  # its values tell later whether it is still there
@@ -123,7 +125,7 @@ class GradientState:
 
     def filled(self, all_of_them: bool) -> bool:
         """Whether all that are looked at, or any parameter, have gradients which are not zero."""
-        gradients = [p.grad for p in (self._few if all_of_them else self._parameters[:_MOST])]
+        gradients = [p.grad for p in (self.few if all_of_them else self._parameters[:_MOST])]
         held = [g is not None and (not g.is_cpu or _any(g)) for g in gradients]
         return bool(held) and (all(held) if all_of_them else any(held))
 
@@ -133,13 +135,26 @@ class GradientState:
         thorough: look at all parameters before saying so. Off the CPU values cannot be looked at: there a gradient
         that has changed since the last backward pass counts as zeroed.
         """
-        for p, left in zip(self._few, self._left, strict=True):
-            if p.grad is not None and _holds_gradient(p.grad, left):
+        for p, left in zip(self.few, self._left, strict=True):
+            gradient = p.grad
+            if gradient is None:
+                continue
+            if _any(gradient) if gradient.is_cpu else (id(gradient), gradient._version) == left:
                 return False
         if not thorough:
             return True
         gradients = [p.grad for p in self._parameters[:_MOST]]
-        return not any(g is not None and _holds_gradient(g, (id(g), g._version)) for g in gradients)
+        return not any(g is not None and (not g.is_cpu or _any(g)) for g in gradients)
+
+    def emptied(self) -> bool:
+        """Whether an optimizer finds none of the gradients that a backward pass gave it; off the CPU zeros are some."""
+        for p, left in zip(self.few, self._left, strict=True):
+            gradient = p.grad
+            if gradient is None:
+                continue
+            if not gradient.is_cpu or (id(gradient), gradient._version) == left or _any(gradient):
+                return False
+        return self.zeroed(thorough=True)
 
     def is_among(self, grown: frozenset[int]) -> bool:
         """Whether one of these parameters is."""
@@ -150,15 +165,15 @@ class GradientState:
         self._parameters = [p for p in self._parameters if id(p) not in known.ids]
         self.blind = not self._parameters
         late = [p for p in self._parameters if id(p) in known.late]
-        if self.blind or (late and not all(id(p) in known.late for p in self._few)):
+        if self.blind or (late and not all(id(p) in known.late for p in self.few)):
             self._look_at(_ends(late))
 
     def choose(self) -> bool:
         """Look at parameters that have gradients, when those that were looked at have none. Whether there are some."""
-        for p in self._few:
+        for p in self.few:
             if p.grad is not None:
                 return False
-        having = [p for p in self._parameters if p.grad is not None] if self._few else []
+        having = [p for p in self._parameters if p.grad is not None] if self.few else []
         if having:
             self._look_at(_ends(having))
         return bool(having)
@@ -173,10 +188,6 @@ def _ends(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 def _state(parameter: nn.Parameter) -> State | None:
     gradient = parameter.grad
     return None if gradient is None else (id(gradient), gradient._version)
-
-
-def _holds_gradient(gradient: Tensor, left: State | None) -> bool:
-    return _any(gradient) if gradient.is_cpu else (id(gradient), gradient._version) == left
 
 
 def _any(gradient: Tensor) -> bool:

@@ -131,10 +131,10 @@ def enter_running(module: nn.Module, args: Any) -> None:
     _enter(module, args)
 
 
-def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    root = module.__dict__.get(ROOT_KEY)
+def _leave(module: nn.Module, args: Any, *called: Any) -> None:
+    root = module.__dict__.get(ROOT_KEY)  # None where another hook of this call took it off: torch gives no kwargs then
     if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
-        root.leave(module, args, kwargs, output)
+        root.leave(module, args, *called)
 
 
 class Loads(Inert):

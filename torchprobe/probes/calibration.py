@@ -170,6 +170,8 @@ class CalibrationReporter(Reporter):
 
     def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:
         if any(f"|{UNJUDGED}|" in name for name in names):
+            if not self.evidence.any:
+                return  # in training neither: perhaps it predicts no classes
             self.remark(
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
                 "trace; use a loss module, hand the model its labels=, or call session.log_predictions(probs, targets)"

@@ -19,6 +19,7 @@ Chosen: TypeAlias = "NDArray[np.bool_] | NDArray[np.intp]"
 _SAME = 1e-6  # of a sum: no change
 _ROUNDING = 1e-5  # of a factor, by which float32 is multiplied
 _APART = 1e-3  # of a norm: surely another one
+_LARGE = 1e-6  # a sum of squares that no factor makes 0
 _EPSILON = 1e-6  # that torch adds to a norm before it divides by it
 _KEPT = 8  # limits of earlier steps
 
@@ -119,6 +120,8 @@ class Judge:
         return self._of_changed(changes.at(~same), all_are=not changes.left[same, 0].any())
 
     def _of_changed(self, changed: Changes, all_are: bool) -> tuple[bool | None, str]:
+        if ((changed.used[:, 0] == 0) & (changed.left[:, 0] > _LARGE)).any():
+            return None, _GONE
         with np.errstate(divide="ignore", invalid="ignore"):
             factor, of_sum = np.sqrt(changed.used[:, 0] / changed.left[:, 0]), changed.used[:, 1] / changed.left[:, 1]
         if not ((factor < 1 + changed.width) & (of_sum < 1 + changed.width)).all():

@@ -1,35 +1,30 @@
-"""Backward passes whose gradients an optimizer may yet use: heard of as they run, kept until that is known."""
+"""Backward passes, heard of as they run."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
-from weakref import ReferenceType
+from weakref import ReferenceType, ref
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from torchprobe.capture import compat
 from torchprobe.capture.backward import in_recomputation, loss_value, plain_root, roots
 from torchprobe.capture.compiled.tracing import compiles_backward
 from torchprobe.capture.gate import Guard, protected
-from torchprobe.capture.gradient_state import GradientState
 from torchprobe.capture.parameter_hooks import ParameterHooks, number_of_backward
 from torchprobe.capture.pipelining import in_schedule
 from torchprobe.capture.source import UNDECIDED, Pass
 from torchprobe.capture.sources import Sources
-from torchprobe.statistics.dtypes import on_host
-from torchprobe.steps.backward import Backward, Owners
-from torchprobe.steps.open_step import OpenStep
+from torchprobe.steps.backward import Backward
 from torchprobe.steps.steps import Steps
-
-_log = logging.getLogger("torchprobe")
+from torchprobe.steps.waiting import Waiting
 
 
 class Gradients:
-    """The backward passes since gradients were last zeroed, and which gradients they added to.
+    """Hears each backward pass begin and end; what becomes of its gradients is `waiting`'s.
 
+    running: the one that runs. compiled: one ran whose end torch does not tell, as that of compiled autograd.
     train: called with a pass in evaluation mode through which a backward pass runs.
     """
 
@@ -49,17 +44,15 @@ class Gradients:
         self._check = sources.nan_check
         self._watch = steps.watch
         self._train = train
-        self._waiting: list[Backward] = []  # oldest first
-        self._owners = Owners(model)
         self._parameter_hooks = ParameterHooks(self._reached)
+        self.waiting = Waiting(model, steps, sources, self._parameter_hooks)
+        self._owners = self.waiting.owners
         self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
         self._number: int | None = None  # of the last one, where torch counts them
+        self._recomputing: list[ReferenceType[Tensor]] = []  # what that was called on in which checkpoints run again
         self._first = True  # none was heard of
-        self._untold: bool | None = None  # whether to say what autograd.grad hides; None before there was one
-        self.compiled = False  # a backward pass ran whose end torch does not tell, as that of compiled autograd
+        self.compiled = False
         self._task = compat.plain_state()[0]
-
-    # ---- as they run
 
     @protected
     def heard_backward(self, passing: Pass) -> int | None:
@@ -67,7 +60,7 @@ class Gradients:
         task, running = self._task(), self.running
         if passing.task == task and running is not None:
             return None
-        if running is None or running.task != task:
+        if running is None or (running.task != task and not in_recomputation()):
             running = self.begin(None if task == -1 else task)
         elif self._opener is not None and not running.passes:
             self._owners.look(self._owners.living())  # gradients that were there before tell nothing
@@ -96,16 +89,18 @@ class Gradients:
             if skipped or self._parameter_hooks.hooked:
                 doubtful |= self._parameter_hooks.heard(skipped)
         root = plain_root()
-        backward = self._of_roots(task) if root is None else Backward(task, loss_value(root))
-        self.running, owners, waiting = backward, self._owners, self._waiting
+        backward = (
+            Backward(task, loss_value(root)) if root is not None and not self._recomputing else self._of_roots(task)
+        )
+        self.running, owners, waiting = backward, self._owners, self.waiting.passes
         states, as_ever = owners.states, owners.others is None and not owners.early.learns
         as_ever = as_ever and len(states) == len(waiting) == 1 and waiting[0].used
         if as_ever and not doubtful and states[0].of() is not None and not states[0].look():
-            self._waiting = []
+            waiting.clear()
         else:
             states = owners.living()
             if waiting:
-                self._drop_zeroed(states)
+                self.waiting.drop_zeroed(states)
             owners.look(states)
             if doubtful and any(s.filled(all_of_them=not skipped) for s in states) and not in_schedule():
                 backward.lose()  # another one ran before, of which nobody has heard
@@ -119,12 +114,16 @@ class Gradients:
 
     def _of_roots(self, task: int | None) -> Backward:
         call = roots(self._sources.running.thread)
+        part = in_recomputation()  # a checkpoint's own backward pass, of which there may be several in one
+        if self._recomputing and [id(root()) for root in self._recomputing] == [*map(id, call.tensors)]:
+            call = call._replace(inner=True)
+        self._recomputing = [*map(ref, call.tensors)] if part else []
         loss = None if call.value is None or call.inner else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and (call.inner or call.value is not None):
             self._sources.parameters.left.come_apart()
-        elif elsewhere and self._untold is None:
-            self._untold = True
+        elif elsewhere:
+            self.waiting.saw_grad()
         if call.parts > 1:
             self._steps.current.divide_by(call.parts)
         return Backward(task, loss, elsewhere, not call.for_parameters, call.inner)
@@ -153,7 +152,7 @@ class Gradients:
         self._opener = None
         if self._sources.scaled.found is not None:
             backward.scaled_by(self._sources.scaled.scale())
-        self._await(backward)
+        self.waiting.add(backward, self.compiled)
         if self._steps.clock.by_forward and not backward.stray:
             self._steps.current.use(backward)
 
@@ -177,122 +176,12 @@ class Gradients:
         if self._check is not None:
             self._check.forget()
 
-    # ---- what becomes of their gradients
-
-    def _await(self, backward: Backward) -> None:
-        owners = self._owners
-        grown = owners.learn(self.compiled) if owners.early.learns else None
-        for passing in backward.passes:
-            if passing.kept:
-                backward.settle(self._merge)
-                break
-        if not backward.elsewhere:
-            backward.see_reach(owners.states, owners.others, grown)
-        if backward.stray and not backward.reached:
-            return
-        last = self._waiting[-1] if self._waiting else None
-        if last is not None and not last.used and last.like(backward):
-            last.absorb(backward, self._merge)
-        else:
-            self._waiting.append(backward)
-
-    def used_by(self, optimizer: Optimizer) -> list[Backward]:
-        """The backward passes whose gradients an optimizer is about to use."""
-        candidates, running, owners = self._waiting, self.running, self._owners
-        if running is not None:
-            candidates = [*candidates, running]
-        for known in owners.states:
-            if known.of() is optimizer:
-                state = known
-                break
-        else:
-            state = owners.add(optimizer, candidates)
-        if running is not None:
-            running.see_reach(owners.states)
-        found, fresh = [], False
-        for backward in candidates:
-            if backward.reached is None or state in backward.reached:
-                found.append(backward)
-                fresh |= not backward.used
-        if fresh and self._parameter_hooks.hooked:
-            self._parameter_hooks.step_ends()
-        if not fresh:
-            state.choose()
-        elif self._untold and all([b.used or b.loss is None for b in found]):  # noqa: C419 - as above
-            self._untold = False
-            _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
-        return found
-
-    def left(self, optimizer: Optimizer) -> bool:
-        """Whether its gradients are not zeroed."""
-        return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self._owners.states)
-
-    def take_back(self, step: OpenStep) -> None:
-        """An optimizer has not used what it was to use in a step."""
-        step.give_back()
-        for backward in self._waiting:
-            if backward.counted == step.number:
-                backward.take_for(0)
-
-    def waiting(self) -> list[Backward]:
-        """The backward passes that were not dropped yet."""
-        return list(self._waiting)
-
     def step_begins(self) -> None:
-        """What a step used stays only as a loss whose gradient may still be there."""
+        """Another step: gradients of the one before may still be there."""
         if self._steps.clock.fresh:
             self._number = None if compiles_backward() else number_of_backward()
         elif self._parameter_hooks.wanted:
             self.listen()
-        waiting = self._waiting
-        if len(waiting) == 1 and waiting[0].used and not waiting[0].elsewhere:
-            return  # the plain loop; what it kept was taken when it ended
-        left: list[Backward] = []
-        for backward in self._waiting:
-            if backward.elsewhere and (not backward.used or backward.inner or backward.loss is not None):
-                continue
-            if backward.used:
-                backward.forget()
-            if left and left[-1].used and left[-1].like(backward):
-                left[-1].absorb(backward, self._merge)
-            else:
-                left.append(backward)
-        self._waiting = left
-
-    def _drop_zeroed(self, states: list[GradientState]) -> None:
-        waiting = self._waiting
-        thorough = not all([backward.used for backward in waiting])  # noqa: C419 - a generator costs a call a turn
-        zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
-        if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
-            zeroed.update(states)
-        others = self._owners.others
-        held = others is not None and not others.zeroed(thorough)
-        for backward in waiting if others is not None else ():
-            backward.see_beyond(held and backward.beyond)
-        if not zeroed:
-            return
-        self._waiting = []
-        if len(zeroed) == len(states) and not (thorough or held):  # the plain loop
-            return
-        dropped: list[Backward] = []
-        for backward in waiting:
-            if backward.reached is not None:
-                backward.reached.difference_update(zeroed)
-            unseen = backward.reached is None
-            gone = len(zeroed) == len(states) and not self._owners.hides() if unseen else not backward.reached
-            if not gone or backward.beyond or backward.elsewhere:
-                self._waiting.append(backward)
-            elif not backward.used:
-                dropped.append(backward)
-        for backward in dropped[1:]:
-            dropped[0].absorb(backward, self._merge)  # one step was skipped, however many there were
-        if dropped:
-            self._drop(dropped[0])
-
-    def _drop(self, backward: Backward) -> None:
-        """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
-        sign, flag, scaled = backward.sign, backward.flag, self._sources.scaled
-        fell = None if sign is not None else scaled.backed_off(backward.scale, look=self._steps.clock.fresh)
-        if fell is not None and not fell.is_cpu:
-            flag, fell = fell if flag is None else fell | flag.to(fell.device), None
-        self._steps.skip(sign, flag, fell is not None and on_host(fell) > 0)
+        waiting = self.waiting.passes
+        if len(waiting) != 1 or not waiting[0].used or waiting[0].elsewhere:  # else what it kept was taken already
+            self.waiting.step_begins()

@@ -66,7 +66,7 @@ class Passes:
             if not clock.by_forward and clock.training_pass():
                 self.begin_step()
             elif self._steps.current.forwards and not (clock.by_forward or clock.manual):  # its optimizer's step raised
-                self.gradients.take_back(self._steps.current)
+                self.gradients.waiting.take_back(self._steps.current)
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:
@@ -95,7 +95,7 @@ class Passes:
         first, self._first = self._first, None
         self._steps.look_for_optimizers()
         if self._clock.by_forward and first is not None:
-            for backward in self.gradients.waiting():
+            for backward in self.gradients.waiting.passes:
                 self._steps.current.use(backward)
             self._count(first)
 
@@ -212,7 +212,7 @@ class Passes:
     def count_all(self) -> None:
         """The user ends a step in which no optimizer has stepped: its passes count all the same."""
         step, first = self._steps.current, self._first
-        for backward in self.gradients.waiting():
+        for backward in self.gradients.waiting.passes:
             step.use(backward)
         unheard = self.take_unheard()
         if unheard is not None:

@@ -70,7 +70,7 @@ class Recorder:
         if "found_inf" in optimizer.__dict__ and _skips(optimizer):
             return False
         if not has_closure:
-            self._use(optimizer)
+            self._use(optimizer, final=True)
         if not due:
             return False
         self._sources.parameters.before_step(optimizer, due)
@@ -93,7 +93,7 @@ class Recorder:
         if watch.timing is not None:
             watch.optimizer_ends()
         if has_closure:
-            self._use(optimizer)
+            self._use(optimizer, final=False)
             step.extend(self._sources.parameters.gradients(optimizer, step.due, step.parts))
         if step.due:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
@@ -131,18 +131,20 @@ class Recorder:
                 self._steps.current.void(found_inf.clone())
             return False
         self.clock.skip()
-        for backward in self._passes.gradients.used_by(optimizer):
+        gradients = self._passes.gradients
+        for backward in gradients.waiting.used_by(optimizer, gradients.running):
             backward.give_up()
         return True
 
-    def _use(self, optimizer: Optimizer) -> None:
+    def _use(self, optimizer: Optimizer, final: bool) -> None:
         """The optimizer uses the gradients of the backward passes that reached its parameters."""
-        step, found = self._steps.current, self._passes.gradients.used_by(optimizer)
+        step, gradients = self._steps.current, self._passes.gradients
+        found = gradients.waiting.used_by(optimizer, gradients.running, final)
         for backward in found:
             if not backward.used or backward.counted == step.number:
                 break
         else:  # gradients came that were not heard of, and those before may have been zeroed
-            found = found if self.clock.shares_passes(optimizer) and self._passes.gradients.left(optimizer) else []
+            found = found if self.clock.shares_passes(optimizer) and gradients.waiting.left(optimizer) else []
         for backward in found:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)

@@ -195,3 +195,19 @@ def test_the_last_word_alone_may_be_judged():
 def test_other_values_than_those_of_the_output_tell_nothing(loss):
     _, writer = language_model(loss)
     assert [tag for tag in writer.tags() if tag.startswith("val/calibration")] == []
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_that_a_functional_loss_tells_no_targets_in_validation_is_said_of_classes_alone(classes):
+    model, data = nn.Linear(6, 5), batches(3, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1, rules=[]) as session:
+        for _ in range(2):
+            for x, y in data:
+                optimizer.zero_grad()
+                (F.cross_entropy(model(x), y) if classes else F.mse_loss(model(x), F.one_hot(y, 5).float())).backward()
+                optimizer.step()
+            with torch.no_grad():
+                for x, y in data:
+                    F.cross_entropy(model(x), y)
+    assert session.summary().count("calibration in validation: no targets were seen") == classes

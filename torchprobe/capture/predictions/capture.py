@@ -136,14 +136,14 @@ class PredictionCapture:
     def _on_part(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         with self._protected(out):
             reading = read(out, module)
-            phase, pool = self._pool(name, args, kwargs, out)
+            phase, pool = self._pool(name, args, kwargs, out, module)
             phase.describe(pool, reading, self._sample_dim)
             if reading.plain is not None and reading.form:
                 self._plain.add(phase, pool, reading.plain, reading, [])
 
     def _follow(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         reading = read(output, module)
-        phase, pool = self._pool(ROOT, args, kwargs, output)
+        phase, pool = self._pool(ROOT, args, kwargs, output, module)
         self._go_on_in(phase)
         inputs = given_tensors(args, kwargs)
         if not phase.training:
@@ -274,10 +274,12 @@ class PredictionCapture:
         alive = (phase() for phase in list(reversed(self._in_training))[:most])
         return (phase for phase in alive if phase is not None)
 
-    def _pool(self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Phase, Pool]:
+    def _pool(
+        self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, module: nn.Module
+    ) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
         tensor = main_tensor(output)
-        key = InputKey(args, kwargs, self._model(), self._draws.end(None if tensor is None else tensor.device))
+        key = InputKey(args, kwargs, self._model(), self._draws.end(None if tensor is None else tensor.device), module)
         for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):
             pool = phase.pool(where, key)
             if pool is not None:

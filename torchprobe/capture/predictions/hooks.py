@@ -106,9 +106,13 @@ class Parts:
             if len(set(numbers)) == len(calls) > 1 and all(key.same_as(keys[0]) for key in keys[1:]):
                 yield name, list(outputs)
 
-    def _heard(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or under_transform() or in_backward():
+    def _heard(self, site: Site, module: nn.Module, args: Any, *called: Any) -> None:
+        taken_off = (
+            len(called) < 2
+        )  # by another hook of this call, as where the pass is the module's own: no kwargs then
+        if taken_off or torch.compiler.is_compiling() or under_transform() or in_backward():
             return
+        kwargs, output = called
         if site.number is None:
             self._on_output(site.name, module, args, kwargs, output)
         else:
@@ -202,12 +206,12 @@ class _Hook:
     def __init__(self, owner: LossModules) -> None:
         self._owner = ref(owner)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, *called: Any) -> None:
         if torch.compiler.is_compiling():
             return
         owner = self._owner()
-        if owner is not None:
-            owner.called(module, args, kwargs)
+        if owner is not None and len(called) == 2:  # else another hook of this call took it off
+            owner.called(module, args, called[0])
 
 
 def _loss_modules(model: nn.Module | None) -> Iterator[nn.Module]:

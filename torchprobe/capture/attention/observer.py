@@ -132,6 +132,8 @@ class Observer:
         if where is not None:
             if source.mask is not None and (hidden := _hidden(source.mask, source.shape)) is not None:
                 self.padding.note(where, hidden)
+            if source.mask is not None and source.mask.dim() == 4:
+                self.padding.hold_against(where, plain(source.mask))
             padding = self.padding.of(where, source.shape.batch, source.shape.queries)
             source = replace(source, padding=padding, places=where.on(source.device))
         self.record(call, self.read(call, source))

@@ -54,6 +54,24 @@ class Padding:
             if tokens.batch and hidden.size(0) > 1:
                 self._note(tokens, at, hidden)
 
+    def hold_against(self, where: Places, masked: Tensor) -> None:
+        """A mask, or masked logits (batch, heads, queries, keys), of tokens of which no argument that says it is known.
+
+        They are what one names where this hides just its padding from all queries, and these are the keys themselves.
+        """
+        of, same = {*where.queries, where.joined}, (masked.size(0), masked.size(-1))
+        alike = [each for each in self._said.values() if each.shape == same]
+        if not alike or masked.size(-2) != same[1] or not of.isdisjoint(self._said):
+            return
+        hidden = blocked(masked[:, 0]).all(1)
+        named = torch.stack([each & (each == hidden).all() for each in alike]).any(0)
+        for tokens, at in where.keys.items():
+            if tokens.batch and (tokens == where.joined or np.array_equal(at, where.queries.get(tokens, ()))):
+                before = self._masks.get(tokens)
+                self._note(tokens, at, named)
+                if before is not None and before.shape == self._masks[tokens].shape:
+                    self._masks[tokens] = before | self._masks[tokens]
+
     def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
         keys = np.flatnonzero(at >= 0)
         order = keys[np.argsort(at[keys], kind="stable")]

@@ -88,6 +88,7 @@ class Softmaxes:
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
         given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        self._observer.padding.hold_against(arranged.places, given)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         of = Logits(
             given,

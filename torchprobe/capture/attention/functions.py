@@ -47,18 +47,42 @@ SAME = CASTS | _named("detach", "clone", "contiguous", "requires_grad", "cpu", "
 """What keeps values where they are."""
 
 RESHAPES = _named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
-_POINTWISE = frozenset(("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6"))
+_POINTWISE = {
+    *("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6", "softsign", "polar"),
+    *("tanhshrink", "prelu", "log_sigmoid", "hardswish", "bucketize", "complex", "fake_quantize_per_tensor_affine"),
+}
 
 
 @cache
 def is_pointwise(func: Function) -> bool:
     """Whether a function works element by element, its arguments broadcast: as PyTorch's operator of its name says."""
+    name, operators = _operators(func)
+    return name in _POINTWISE or any(torch.Tag.pointwise in one.tags for one in operators)
+
+
+def _operators(func: Any) -> tuple[str, list[Any]]:
+    """The name of a function of PyTorch's own, and what operators of that name it has."""
     name = str(getattr(func, "__name__", "")).strip("_")
     if not str(getattr(func, "__module__", None) or "torch").startswith("torch"):
-        return False
-    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name.removeprefix("i"), None)
-    overloads = packet.overloads() if packet is not None and hasattr(packet, "overloads") else ()
-    return name in _POINTWISE or any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
+        return "", []
+    spelled = name, name.removeprefix("i"), name.removeprefix("special_")
+    packets: list[Any] = [getattr(torch.ops.aten, one, None) for one in spelled]
+    return name, [getattr(one, each) for one in packets if hasattr(one, "overloads") for each in one.overloads()]
+
+
+@cache
+def _dimension(func: Any) -> tuple[int, Any]:
+    """Where an operator takes the dimension that it goes along, and what that is if it is not given; 0: nowhere."""
+    arguments = (pair for one in _operators(func)[1] for pair in enumerate(one._schema.arguments))
+    return next(((place, each.default_value) for place, each in arguments if each.name == "dim"), (0, None))
+
+
+def along(node: Node) -> set[int]:
+    """The dimensions that a function goes along, as far as that is known: the others are as a batch to it."""
+    place, default = _dimension(node.func)
+    given = node.argument(place, "dim", default) if place else None
+    axes = given if isinstance(given, list) else [given]
+    return {axis % node.dims for axis in axes if isinstance(axis, int) and node.dims}
 
 
 ALONG = (
@@ -67,7 +91,9 @@ ALONG = (
     | DROPOUTS
     | DRAWN
     | _named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize")
-    | _named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "fill")
+    | _named(
+        "tril", "triu", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "local_response_norm", "renorm", "fill"
+    )
     | _named("masked_scatter", "index_fill", "bernoulli", "zero")
 )
 """What keeps the order of everything, though an element may depend on others."""
@@ -98,7 +124,8 @@ WRITES = INDEX_COPIES | _named("setitem")
 
 COPIES = frozenset((Tensor.copy_,))
 EMBEDDINGS = _named("embedding")
-CONVOLUTIONS = _named("conv1d", "conv2d", "conv3d")
+CONVOLUTIONS = _named(*(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)))
+COMPLEX = _named("view_as_complex", "view_as_real")
 EINSUMS = _named("einsum")
 TENSORDOTS = _named("tensordot")
 

@@ -59,9 +59,12 @@ class Padding:
 
         They are what one names where this hides just its padding from all queries, and these are the keys themselves.
         """
-        of, same = {*where.queries, where.joined}, (masked.size(0), masked.size(-1))
+        same = masked.size(0), masked.size(-1)
         alike = [each for each in self._said.values() if each.shape == same]
-        if not alike or masked.size(-2) != same[1] or not of.isdisjoint(self._said):
+        known = where.joined in self._said or any(
+            one in self._said and at.min() == 0 for one, at in where.queries.items()
+        )
+        if known or not alike or masked.size(-2) != same[1]:
             return
         hidden = blocked(masked[:, 0]).all(1)
         named = torch.stack([each & (each == hidden).all() for each in alike]).any(0)

@@ -157,7 +157,7 @@ class Handwritten:
             self._latent = [(roots, count) for roots, count in self._latent if not roots & summed]
 
     def _after_use(
-        self, node: Node, product: Product, which: int, flow: Flow, call: tuple[Args, Kwargs], within: Caller | None
+        self, node: Node, product: Product, which: int, flow: Flow, call: Any, within: Caller | None
     ) -> None:
         """Weights have been multiplied with something: with values, or among heads."""
         factor = product.factors[which]

@@ -7,21 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.labels import (
-    Dim,
-    Factor,
-    Label,
-    Memory,
-    Part,
-    Root,
-    fresh,
-    in_order,
-    is_expanded,
-    leaves,
-    merged,
-    roots_of,
-    viewed,
-)
+from torchprobe.capture.attention.labels import Dim, Factor, Label, Memory, Part, Root, leaves, merged, roots_of, viewed
 from torchprobe.capture.attention.tape import Node
 
 Rule = Callable[[Node, Label], Label | None]
@@ -30,7 +16,7 @@ Rule = Callable[[Node, Label], Label | None]
 def _tensors(node: Node) -> tuple[list[Node], list[Label]]:
     listed = node.argument(0, "tensors")
     nodes = [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
-    return nodes, [one.label or fresh(one.shape) for one in nodes]
+    return nodes, [one.label for one in nodes if one.label is not None]
 
 
 def joined(node: Node, first: Label) -> Label | None:
@@ -56,6 +42,11 @@ def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
         for place, (node, label) in enumerate(zip(nodes, labels, strict=True))
     )
     return labels[min(ranked)[-1]]
+
+
+def is_expanded(dim: Dim) -> bool:
+    """Whether it counts nothing: the same all along."""
+    return bool(dim) and all(factor.root is None for factor in dim)
 
 
 def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
@@ -122,7 +113,7 @@ def _step(labels: Sequence[Label]) -> tuple[Root, int] | None:
 
 
 def _sliced(dim: Dim, at: Mapping[Root, int], size: int, start: int, length: int) -> Part | None:
-    found = viewed(Label((dim,), at), in_order((size,)), Memory((length,), (1,), start))
+    found = viewed(Label((dim,), at), Memory((size,), (1,), 0), Memory((length,), (1,), start))
     return None if found is None else Part(0, length, found.dims[0], found.at)
 
 
@@ -257,8 +248,8 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(fn.ROLLS, rolled),
     **dict.fromkeys(fn.FLIPS, flipped),
     **dict.fromkeys(fn.PADS, padded),
-    **dict.fromkeys(fn.REPEATS, repeated),
-    **dict.fromkeys(fn.INTERLEAVES, interleaved),
+    **dict.fromkeys(fn.named("repeat", "tile"), repeated),
+    **dict.fromkeys(fn.named("repeat_interleave"), interleaved),
     **dict.fromkeys(fn.SCATTERS, scattered),
 }
 """By function."""

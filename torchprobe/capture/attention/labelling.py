@@ -9,18 +9,7 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
 from torchprobe.capture.attention.functions import Product, product_of
-from torchprobe.capture.attention.labels import (
-    Between,
-    Dim,
-    Label,
-    Root,
-    counted,
-    fresh,
-    in_order,
-    is_expanded,
-    roots_of,
-    viewed,
-)
+from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.writes import copied, written
 
@@ -169,7 +158,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
         whole = [pair for pair in where if product.factors[pair[0]].shape[pair[1]] == size]
-        which, axis = min(whole, key=lambda pair: is_expanded(labels[pair[0]].dims[pair[1]]))
+        which, axis = min(whole, key=lambda pair: joins.is_expanded(labels[pair[0]].dims[pair[1]]))
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True), size)
@@ -249,8 +238,8 @@ _RULES: Mapping[Any, joins.Rule] = {
     **dict.fromkeys(fn.WRITES, written),
     **dict.fromkeys(fn.COPIES, copied),
     **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, _convolved),
-    **dict.fromkeys(fn.EMBEDDINGS, _embedded),
-    **dict.fromkeys(fn.COMPLEX, _as_complex),
+    **dict.fromkeys(fn.named("embedding"), _embedded),
+    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), _as_complex),
     **dict.fromkeys(FUNCTIONS, _attended),
 }
 
@@ -280,7 +269,7 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     for one in reversed(ranked):
         label, offset = _label(one), node.dims - one.dims
         for axis, dim in enumerate(label.dims):
-            if one.shape[axis] == node.shape[offset + axis] and not (is_expanded(dim) and dims[offset + axis]):
+            if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
         at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):

@@ -156,11 +156,6 @@ def size_of(dim: Dim) -> int:
     return prod(factor.size for factor in dim)
 
 
-def is_expanded(dim: Dim) -> bool:
-    """Whether it counts nothing: the same all along."""
-    return bool(dim) and all(factor.root is None for factor in dim)
-
-
 def merged(dim: Iterable[Factor]) -> Dim:
     """The same with neighbouring digits of one root as one."""
     found: list[Factor] = []

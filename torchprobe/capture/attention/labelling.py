@@ -67,11 +67,12 @@ class Labelling:
             made = _joined(product, labels, const)
             return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
         sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
-        between = tuple(tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
+        left, right = (tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
         made = _joined(product, sided, const)
         at = {**sided[0].at, **sided[1].at}
         projected = all(root.learned for i in (0, 1) for root in _summed(product, labels, i))
-        return Label(made.dims, {**at, **made.at}, Between(between[0], between[1], at, projected, node.caller))
+        outer = all(product.factors[i].shape[axis] == 1 for i in (0, 1) for axis in product.summed(i))
+        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller))
 
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
@@ -278,14 +279,11 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
 
 
 def _is_turned(of: Label, by: Label) -> bool:
-    """Whether features are multiplied with angles, products of positions, which only look like logits.
-
-    Features stand where these have queries or keys, and these are the same for all of a batch, or for all heads.
-    """
+    """Whether features stand where queries or keys would of what only looks like logits: of angles, an outer product."""
     pairs = [({*roots_of([a])}, {*roots_of([b])}) for a, b in zip(of.dims[::-1], by.dims[::-1], strict=False)]
     features = any(any(one.learned for one in a) and any(one.side is not None for one in b) for a, b in pairs)
-    fewer = len(by.dims) < len(of.dims) or any(a and not b for a, b in pairs)
-    return not of.sides and features and fewer and len(by.dims) <= len(of.dims) and all(a or not b for a, b in pairs)
+    outer = by.between is not None and by.between.outer and len(by.dims) <= len(of.dims)
+    return features and outer and not of.sides and all(a or not b for a, b in pairs)
 
 
 def _disagree(first: Label, dims: list[Dim], other: Label, offset: int) -> bool:

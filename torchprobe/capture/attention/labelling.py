@@ -279,7 +279,7 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
 
 
 def _is_turned(of: Label, by: Label) -> bool:
-    """Whether features stand where queries or keys would of what only looks like logits: of angles, an outer product."""
+    """Whether features stand where queries or keys would of what only looks like logits: angles, an outer product."""
     pairs = [({*roots_of([a])}, {*roots_of([b])}) for a, b in zip(of.dims[::-1], by.dims[::-1], strict=False)]
     features = any(any(one.learned for one in a) and any(one.side is not None for one in b) for a, b in pairs)
     outer = by.between is not None and by.between.outer and len(by.dims) <= len(of.dims)

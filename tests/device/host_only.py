@@ -79,7 +79,11 @@ REASONS = {
     ),
     **dict.fromkeys((f"fgpu-{of}-7]" for of in ("probabilities", "logsumexp", "gathered", "logits")), _SPEED),
     **dict.fromkeys(
-        (f"attention/test_{of}.py" for of in ("found", "heads", "padding", "positions", "used_weights")), _CONSTANTS
+        (
+            f"attention/test_{of}.py"
+            for of in ("found", "heads", "padding", "padding_lost", "positions", "used_weights")
+        ),
+        _CONSTANTS,
     ),
     "predictions/test_corpus": _CONSTANTS,
     "test_only_rows_without_a_key_are_left_out": _CONSTANTS,

@@ -33,15 +33,10 @@ Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 
 OPERATORS = frozenset(
     {
-        "flash_attn::_flash_attn_forward",
-        "flash_attn::_flash_attn_varlen_forward",
-        "flash_attn_3::_flash_attn_forward",
-        "xformers_flash::flash_fwd",
-        "xformers_flash3::flash_fwd",
-        "mslk_flash::flash_fwd",
-        "mslk_flash3::flash_fwd",
-        "aten::_flash_attention_forward",
-        "aten::_efficient_attention_forward",
+        *("flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"),
+        *("flash_attn_3::_flash_attn_forward", "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd"),
+        *("mslk_flash::flash_fwd", "mslk_flash3::flash_fwd"),
+        *("aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
     }
 )
 
@@ -148,14 +143,9 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kern
 def _fused(call: Mapping[str, Any], query: Tensor, key: Tensor, bias: Tensor | None) -> QueryKey:
     """Packed sequences become one sequence in which each sees only itself."""
     query, key, scale = _heads_first(plain(query)), _heads_first(plain(key)), _argument(call, "scale")
-    return QueryKey(
-        query,
-        key,
-        1 / math.sqrt(query.size(-1)) if scale is None else float(scale),
-        None if bias is None else plain(bias),
-        softcap=call.get("softcap") or None,
-        modify=_band(call, key.size(2) - query.size(2)),
-    )
+    scale = 1 / math.sqrt(query.size(-1)) if scale is None else float(scale)
+    mask, band = None if bias is None else plain(bias), _band(call, key.size(2) - query.size(2))
+    return QueryKey(query, key, scale, mask, softcap=call.get("softcap") or None, modify=band)
 
 
 @dataclass(frozen=True)

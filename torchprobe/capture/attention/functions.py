@@ -19,118 +19,129 @@ Function = Callable[..., Any]
 _NAMESPACES = (torch, Tensor, functional, torch.special, torch.linalg)
 
 
-def _named(*names: str) -> frozenset[Function]:
+def named(*names: str) -> frozenset[Function]:
     """Every function and method of these names, and what works in place under them."""
     spelled = [way for name in names for way in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
     found = (getattr(namespace, way, None) for way in spelled for namespace in _NAMESPACES)
     return frozenset(one for one in found if callable(one))
 
 
-SOFTMAXES = _named("softmax")
-LOG_SOFTMAXES = _named("log_softmax")
+SOFTMAXES = named("softmax")
+LOG_SOFTMAXES = named("log_softmax")
 
-DRAWN = _named("gumbel_softmax")
+DRAWN = named("gumbel_softmax")
 """Those whose inside is not seen, and whose result are weights."""
 
-EXPONENTIALS = _named("exp")
-SUMS = _named("sum")
-LOG_SUMS = _named("logsumexp")
-DIVISIONS = _named("div", "divide", "true_divide", "truediv")
-DIFFERENCES = _named("sub", "subtract")
-ADDITIONS = _named("add")
-FILLS = _named("masked_fill")
-CHOICES = _named("where")
-DROPOUTS = _named("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d")
-CASTS = _named("to", "float", "half", "bfloat16", "double", "type", "type_as")
+EXPONENTIALS = named("exp")
+SUMS = named("sum")
+LOG_SUMS = named("logsumexp")
+DIVISIONS = named("div", "divide", "true_divide", "truediv")
+DIFFERENCES = named("sub", "subtract")
+ADDITIONS = named("add")
+FILLS = named("masked_fill")
+CHOICES = named("where")
+DROPOUTS = named("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d")
+CASTS = named("to", "float", "half", "bfloat16", "double", "type", "type_as")
 
-SAME = CASTS | _named("detach", "clone", "contiguous", "requires_grad", "cpu", "cuda")
+SAME = CASTS | named("detach", "clone", "contiguous", "requires_grad", "cpu", "cuda")
 """What keeps values where they are."""
 
-RESHAPES = _named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
-_POINTWISE = frozenset(("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6"))
+RESHAPES = named("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
+_POINTWISE = {
+    *("rsub", "rdiv", "rtruediv", "rpow", "radd", "rmul", "truediv", "invert", "divide", "relu6", "softsign", "polar"),
+    *("tanhshrink", "prelu", "log_sigmoid", "hardswish", "bucketize", "complex", "fake_quantize_per_tensor_affine"),
+}
 
 
 @cache
 def is_pointwise(func: Function) -> bool:
     """Whether a function works element by element, its arguments broadcast: as PyTorch's operator of its name says."""
+    name, operators = _operators(func)
+    return name in _POINTWISE or any(torch.Tag.pointwise in one.tags for one in operators)
+
+
+def _operators(func: Any) -> tuple[str, list[Any]]:
+    """The name of a function of PyTorch's own, and what operators of that name it has."""
     name = str(getattr(func, "__name__", "")).strip("_")
     if not str(getattr(func, "__module__", None) or "torch").startswith("torch"):
-        return False
-    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name.removeprefix("i"), None)
-    overloads = packet.overloads() if packet is not None and hasattr(packet, "overloads") else ()
-    return name in _POINTWISE or any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
+        return "", []
+    spelled = name, name.removeprefix("i"), name.removeprefix("special_")
+    packets: list[Any] = [getattr(torch.ops.aten, one, None) for one in spelled]
+    return name, [getattr(one, each) for one in packets if hasattr(one, "overloads") for each in one.overloads()]
 
 
-ALONG = (
-    SOFTMAXES
-    | LOG_SOFTMAXES
-    | DROPOUTS
-    | DRAWN
-    | _named("softmin", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize")
-    | _named("tril", "triu", "cumsum", "cumprod", "local_response_norm", "renorm", "fill")
-    | _named("masked_scatter", "index_fill", "bernoulli", "zero")
-)
+@cache
+def _dimension(func: Any) -> tuple[int, Any]:
+    """Where an operator takes the dimension that it goes along, and what that is if it is not given; 0: nowhere."""
+    arguments = (pair for one in _operators(func)[1] for pair in enumerate(one._schema.arguments))
+    return next(((place, each.default_value) for place, each in arguments if each.name == "dim"), (0, None))
+
+
+def along(node: Node) -> set[int]:
+    """The dimensions that a function goes along, as far as that is known: the others are as a batch to it."""
+    place, default = _dimension(node.func)
+    given = node.argument(place, "dim", default) if place else None
+    axes = given if isinstance(given, list) else [given]
+    return {axis % node.dims for axis in axes if isinstance(axis, int) and node.dims}
+
+
+ALONG = named(
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
+    *("instance_norm", "local_response_norm", "normalize", "renorm", "tril", "triu", "fill", "zero", "bernoulli"),
+    *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "masked_scatter", "index_fill"),
+).union(DROPOUTS)
 """What keeps the order of everything, though an element may depend on others."""
 
-REDUCTIONS = (
-    SUMS
-    | LOG_SUMS
-    | _named("mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod", "argmax", "argmin", "nansum")
+REDUCTIONS = named(
+    *("sum", "nansum", "logsumexp", "mean", "amax", "amin", "var", "std", "norm", "vector_norm", "prod"),
+    *("argmax", "argmin"),
 )
 
-EXTREMES = _named("max", "min")
+EXTREMES = named("max", "min")
 """Reductions where they get a dimension, pointwise where they get another tensor."""
 
-CONCATENATIONS = _named("cat", "concat", "concatenate")
-STACKS = _named("stack")
-PADS = _named("pad")
-ROLLS = _named("roll")
-FLIPS = _named("flip")
-REPEATS = _named("repeat", "tile")
-INTERLEAVES = _named("repeat_interleave")
+CONCATENATIONS = named("cat", "concat", "concatenate")
+STACKS = named("stack")
+PADS = named("pad")
+ROLLS = named("roll")
+FLIPS = named("flip")
 ITERATIONS = frozenset((Tensor.__iter__,))
-RANKINGS = _named("topk", "sort")
-SCATTERS = _named("scatter")
-INDEX_COPIES = _named("index_copy")
+RANKINGS = named("topk", "sort")
+SCATTERS = named("scatter")
+INDEX_COPIES = named("index_copy")
 
-WRITES = INDEX_COPIES | _named("setitem")
+WRITES = INDEX_COPIES | named("setitem")
 """What writes one tensor into another."""
 
 COPIES = frozenset((Tensor.copy_,))
-EMBEDDINGS = _named("embedding")
-CONVOLUTIONS = _named("conv1d", "conv2d", "conv3d")
-EINSUMS = _named("einsum")
-TENSORDOTS = _named("tensordot")
+CONVOLUTIONS = named(*(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)))
+EINSUMS = named("einsum")
+TENSORDOTS = named("tensordot")
 
 PRODUCTS = {
-    **dict.fromkeys(_named("matmul", "mm", "bmm"), 0),
-    **dict.fromkeys(_named("baddbmm", "addmm"), 1),
+    **dict.fromkeys(named("matmul", "mm", "bmm"), 0),
+    **dict.fromkeys(named("baddbmm", "addmm"), 1),
     **dict.fromkeys((*EINSUMS, *TENSORDOTS), 0),
-    **dict.fromkeys(_named("linear", "inner", "cdist", "rmatmul"), 0),
+    **dict.fromkeys(named("linear", "inner", "cdist", "rmatmul"), 0),
 }
 """What multiplies, and where the two factors begin among its tensors."""
 
-LAST_WITH_LAST = _named("linear", "inner", "cdist")
+LAST_WITH_LAST = named("linear", "inner", "cdist")
 """Those that go along the last dimension of both."""
 
-SWAPPED = _named("rmatmul")
-"""Those that multiply their second argument with their first."""
-
-DISTANCES = _named("cdist")
-
-POOLS = _named(
+POOLS = named(
     *(f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
     "interpolate",
 )
 """What keeps all but the last dimensions of an image."""
 
-NORMS = _named("norm")
+NORMS = named("norm")
 """Reductions whose dimension comes after the order."""
 
-TOPS = _named("topk")
-LARGEST = _named("amax")
-UNSQUEEZES = _named("unsqueeze", "getitem")
-MULTIPLICATIONS = _named("mul", "multiply")
+TOPS = named("topk")
+LARGEST = named("amax")
+UNSQUEEZES = named("unsqueeze", "getitem")
+MULTIPLICATIONS = named("mul", "multiply")
 
 JOINS = CONCATENATIONS | STACKS | PADS | ROLLS | FLIPS
 """What puts values elsewhere, and leaves them as they are."""
@@ -143,11 +154,11 @@ def is_in_place(func: Function | None) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-RANDOM_LIKE = _named("rand_like", "randn_like")
-RANDOM = RANDOM_LIKE | _named("rand", "randn", "bernoulli", "uniform")
-LIKE = _named("empty_like", "ones_like", "full_like", "zeros_like", "new_empty", "new_full", "new_ones")
+RANDOM_LIKE = named("rand_like", "randn_like")
+RANDOM = RANDOM_LIKE | named("rand", "randn", "bernoulli", "uniform")
+LIKE = named("empty_like", "ones_like", "full_like", "zeros_like", "new_empty", "new_full", "new_ones")
 
-WITHOUT_NAN = _named("nan_to_num")
+WITHOUT_NAN = named("nan_to_num")
 """What changes no row that counts: one with NaN does not."""
 
 
@@ -183,7 +194,7 @@ def product_of(node: Node) -> Product | None:
     tensors = [value for value in values if isinstance(value, Node)][PRODUCTS[func] :]
     if len(tensors) < 2:
         return None
-    left, right = (tensors[1], tensors[0]) if func in SWAPPED else tensors[:2]
+    left, right = (tensors[1], tensors[0]) if func is Tensor.__rmatmul__ else tensors[:2]
     if func in TENSORDOTS:
         return _tensordot(node, left, right)
     if func in LAST_WITH_LAST:
@@ -205,7 +216,7 @@ def _matmul(left: Node, right: Node) -> Product:
 def _last_with_last(func: Any, left: Node, right: Node) -> Product:
     mine: list[Any] = [f"left {i}" for i in range(left.dims - 1)]
     other: list[Any] = [f"right {i}" for i in range(right.dims - 1)]
-    if func in DISTANCES:
+    if func is torch.cdist:
         mine[:-1] = [-i for i in range(left.dims - 2, 0, -1)]
         other[:-1] = [-i for i in range(right.dims - 2, 0, -1)]
     own = [name for name in other if name not in mine]

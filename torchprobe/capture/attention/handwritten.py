@@ -109,16 +109,14 @@ class Handwritten:
     def _flows(self, node: Node) -> list[tuple[Node, Flow]]:
         return [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
 
-    def note_padding(self, key: Tensor, padded: Tensor) -> None:
-        """Padded keys of `nn.MultiheadAttention`: key: (length, batch, width), or (length, width); padded: bool."""
-        label = self.labels.of(self.tape.node(key))
-        self._observer.padding.say(label, 1 if key.dim() == 3 else None, 0, padded)
+    def say_padded(self, tokens: Tensor, padded: Tensor, place: int = 1) -> None:
+        """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens).
 
-    def say_padded(self, tokens: Tensor, padded: Tensor) -> None:
-        """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens)."""
+        place: of the tokens, 0 in (tokens, batch, …) and (tokens, …).
+        """
         if is_plain(tokens):
-            batch = 0 if len(padded) > 1 else None
-            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), batch, 1, padded)
+            batch = 1 - place if len(padded) > 1 else None
+            self._observer.padding.say(self.labels.of(self.tape.node(tokens)), batch, place, padded)
 
     def places(self, query: Tensor, key: Tensor, shape: Shape) -> Places:
         """Where the queries of a dot product stand among its keys."""
@@ -159,7 +157,7 @@ class Handwritten:
             self._latent = [(roots, count) for roots, count in self._latent if not roots & summed]
 
     def _after_use(
-        self, node: Node, product: Product, which: int, flow: Flow, call: tuple[Args, Kwargs], within: Caller | None
+        self, node: Node, product: Product, which: int, flow: Flow, call: Any, within: Caller | None
     ) -> None:
         """Weights have been multiplied with something: with values, or among heads."""
         factor = product.factors[which]

@@ -7,20 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.labels import (
-    Dim,
-    Factor,
-    Label,
-    Memory,
-    Part,
-    Root,
-    fresh,
-    in_order,
-    leaves,
-    merged,
-    roots_of,
-    viewed,
-)
+from torchprobe.capture.attention.labels import Dim, Factor, Label, Memory, Part, Root, leaves, merged, roots_of, viewed
 from torchprobe.capture.attention.tape import Node
 
 Rule = Callable[[Node, Label], Label | None]
@@ -29,27 +16,18 @@ Rule = Callable[[Node, Label], Label | None]
 def _tensors(node: Node) -> tuple[list[Node], list[Label]]:
     listed = node.argument(0, "tensors")
     nodes = [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
-    return nodes, [one.label or fresh(one.shape) for one in nodes]
+    return nodes, [one.label for one in nodes if one.label is not None]
 
 
-def concatenated(node: Node, first: Label) -> Label | None:
-    """Along a dimension that all have."""
-    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
-    if not nodes or not isinstance(axis, int) or any(one.dims != node.dims for one in nodes):
+def joined(node: Node, first: Label) -> Label | None:
+    """Along a dimension that all have, or along a new one."""
+    (nodes, labels), axis, new = _tensors(node), node.argument(1, "dim", 0), node.func in fn.STACKS
+    if not nodes or not isinstance(axis, int) or any(one.dims + new != node.dims for one in nodes):
         return None
     axis %= node.dims
-    dim, at = along(labels, [label.dims[axis] for label in labels], [one.shape[axis] for one in nodes])
-    return spliced(_foremost(nodes, labels), axis, axis + 1, dim, at)
-
-
-def stacked(node: Node, first: Label) -> Label | None:
-    """Along a new dimension."""
-    (nodes, labels), axis = _tensors(node), node.argument(1, "dim", 0)
-    if not nodes or not isinstance(axis, int):
-        return None
-    axis %= node.dims
-    dim, at = along(labels, [()] * len(labels), [1] * len(labels))
-    return spliced(_foremost(nodes, labels), axis, axis, dim, at)
+    dims = [() if new else label.dims[axis] for label in labels]
+    dim, at = along(labels, dims, [1 if new else one.shape[axis] for one in nodes])
+    return spliced(_foremost(nodes, labels), axis, axis + (not new), dim, at)
 
 
 def spliced(base: Label, start: int, stop: int, joined: Dim, at: Mapping[Root, int]) -> Label:
@@ -59,14 +37,16 @@ def spliced(base: Label, start: int, stop: int, joined: Dim, at: Mapping[Root, i
 
 
 def _foremost(nodes: list[Node], labels: list[Label]) -> Label:
-    ranked = sorted(
-        zip(nodes, labels, strict=True), key=lambda pair: (not pair[1].sides, pair[0].const, _expanded(pair[1]))
+    ranked = (
+        (not label.sides, node.const, any(map(is_expanded, label.dims)), place)
+        for place, (node, label) in enumerate(zip(nodes, labels, strict=True))
     )
-    return ranked[0][1]
+    return labels[min(ranked)[-1]]
 
 
-def _expanded(label: Label) -> bool:
-    return any(dim and all(factor.root is None for factor in dim) for dim in label.dims)
+def is_expanded(dim: Dim) -> bool:
+    """Whether it counts nothing: the same all along."""
+    return bool(dim) and all(factor.root is None for factor in dim)
 
 
 def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
@@ -133,7 +113,7 @@ def _step(labels: Sequence[Label]) -> tuple[Root, int] | None:
 
 
 def _sliced(dim: Dim, at: Mapping[Root, int], size: int, start: int, length: int) -> Part | None:
-    found = viewed(Label((dim,), at), in_order((size,)), Memory((length,), (1,), start))
+    found = viewed(Label((dim,), at), Memory((size,), (1,), 0), Memory((length,), (1,), start))
     return None if found is None else Part(0, length, found.dims[0], found.at)
 
 
@@ -252,15 +232,6 @@ def scattered(node: Node, first: Label) -> Label | None:
     return ranked.label if (values.part, index.part) == (0, 1) else None
 
 
-def pooled(node: Node, first: Label) -> Label | None:
-    """Fewer places, of the same batch and features."""
-    if len(first.dims) != node.dims or node.dims < 3:
-        return None
-    rest = fresh(node.shape[2:])
-    kept = {root: v for root, v in first.at.items() if root not in set(roots_of(first.dims[2:]))}
-    return Label((*first.dims[:2], *rest.dims), {**kept, **rest.at})
-
-
 def _tuple(value: Any) -> tuple[int, ...] | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
@@ -273,14 +244,12 @@ def _tuple(value: Any) -> tuple[int, ...] | None:
 
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(fn.REDUCTIONS, reduced),
-    **dict.fromkeys(fn.CONCATENATIONS, concatenated),
-    **dict.fromkeys(fn.STACKS, stacked),
+    **dict.fromkeys(fn.CONCATENATIONS | fn.STACKS, joined),
     **dict.fromkeys(fn.ROLLS, rolled),
     **dict.fromkeys(fn.FLIPS, flipped),
     **dict.fromkeys(fn.PADS, padded),
-    **dict.fromkeys(fn.REPEATS, repeated),
-    **dict.fromkeys(fn.INTERLEAVES, interleaved),
+    **dict.fromkeys(fn.named("repeat", "tile"), repeated),
+    **dict.fromkeys(fn.named("repeat_interleave"), interleaved),
     **dict.fromkeys(fn.SCATTERS, scattered),
-    **dict.fromkeys(fn.POOLS, pooled),
 }
 """By function."""

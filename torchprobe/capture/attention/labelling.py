@@ -48,12 +48,12 @@ class Labelling:
             return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
         rule = joins.reduced if func in fn.EXTREMES and _is_reduction(node) else _RULES.get(func)
         if rule is not None:
-            return rule(node, _label(first))
+            return rule(node, _label(first)) or _along(node, inputs)
         if func in fn.ALONG:
             return _label(first) if first.shape == node.shape else None
         if fn.is_pointwise(func):
             return _pointwise(node, inputs)
-        return _view(node, inputs)
+        return _view(node, inputs) or _along(node, inputs)
 
     # ---- products
 
@@ -67,11 +67,12 @@ class Labelling:
             made = _joined(product, labels, const)
             return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
         sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
-        between = tuple(tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
+        left, right = (tuple(sided[i].dims[axis] for axis in own[i]) for i in (0, 1))
         made = _joined(product, sided, const)
         at = {**sided[0].at, **sided[1].at}
         projected = all(root.learned for i in (0, 1) for root in _summed(product, labels, i))
-        return Label(made.dims, {**at, **made.at}, Between(between[0], between[1], at, projected, node.caller))
+        outer = all(product.factors[i].shape[axis] == 1 for i in (0, 1) for axis in product.summed(i))
+        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller))
 
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
@@ -158,7 +159,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
         whole = [pair for pair in where if product.factors[pair[0]].shape[pair[1]] == size]
-        which, axis = min(whole, key=lambda pair: _is_expanded(labels[pair[0]].dims[pair[1]]))
+        which, axis = min(whole, key=lambda pair: joins.is_expanded(labels[pair[0]].dims[pair[1]]))
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True), size)
@@ -171,11 +172,6 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     for label in labels:
         at |= {root: value for root, value in label.at.items() if root in kept}
     return Label(tuple(dims), {**dict.fromkeys(kept, 0), **at})
-
-
-def _is_expanded(dim: Dim) -> bool:
-    """Whether it counts nothing: the same all along."""
-    return bool(dim) and all(factor.root is None for factor in dim)
 
 
 # ---- the others
@@ -203,27 +199,48 @@ def _attended(node: Node, first: Label) -> Label | None:
 
 
 def _convolved(node: Node, label: Label) -> Label | None:
-    image, weight = node.inputs[0], node.argument(1, "weight")
-    if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
+    """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
+    image, weight, root = node.inputs[0], node.argument(1, "weight"), Root(learned=True)
+    dims, at = list(label.dims), {**label.at, root: 0}
+    if node.func not in fn.POOLS:
+        if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
+            return None
+        if weight.shape[1] != 1 or not node.shape[1] == image.shape[1] > 1:
+            dims[1] = counted(root, node.shape[1])
+    elif len(dims) != node.dims or node.dims < 3:
         return None
-    each = weight.shape[1] == 1 and node.shape[1] == image.shape[1] > 1
-    root = Root(learned=True)
-    dims = [label.dims[0], label.dims[1] if each else counted(root, node.shape[1])]
-    at = {**label.at, root: 0}
     for axis in range(2, node.dims):
-        same = node.shape[axis] == image.shape[axis]
-        place = Root()
-        dims.append(label.dims[axis] if same else counted(place, node.shape[axis]))
-        at[place] = 0
+        if node.shape[axis] != image.shape[axis]:
+            place = Root()
+            dims[axis], at[place] = counted(place, node.shape[axis]), 0
     return Label(tuple(dims), at, label.between)
+
+
+def _as_complex(node: Node, label: Label) -> Label:
+    """Pairs of numbers as one, or one as a pair."""
+    root = Root()
+    pair = (counted(root, 2),) if node.dims > len(label.dims) else ()
+    return Label((*label.dims[: node.dims - len(pair)], *pair), {**label.at, root: 0}, label.between)
+
+
+def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:
+    """All dimensions but those that a function sorts, transforms or picks along."""
+    axes, of = fn.along(node), next((one for one in inputs if not one.const and one.dims == node.dims), None)
+    if not axes or of is None or any(one.dims != node.dims and one.dtype.is_floating_point for one in inputs):
+        return None
+    label, new = _label(of), fresh(node.shape)
+    if label.sides or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
+        return None
+    return Label(tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims)), {**label.at, **new.at})
 
 
 _RULES: Mapping[Any, joins.Rule] = {
     **joins.RULES,
     **dict.fromkeys(fn.WRITES, written),
     **dict.fromkeys(fn.COPIES, copied),
-    **dict.fromkeys(fn.CONVOLUTIONS, _convolved),
-    **dict.fromkeys(fn.EMBEDDINGS, _embedded),
+    **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, _convolved),
+    **dict.fromkeys(fn.named("embedding"), _embedded),
+    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), _as_complex),
     **dict.fromkeys(FUNCTIONS, _attended),
 }
 
@@ -233,6 +250,8 @@ def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     for one in inputs:
         if one in node.sharing:
             return viewed(_label(one), one.memory, node.memory)
+        if one.storage == node.storage != 0 and one.shape == node.shape:  # the real parts, or the bits
+            return _label(one)
     if node.func in fn.RESHAPES or node.func in fn.SAME:
         return viewed(_label(inputs[0]), in_order(inputs[0].shape), in_order(node.shape))
     return None
@@ -243,18 +262,28 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements
         return fresh(node.shape)
+    turned = [one for one in ranked if not one.const and _is_turned(_label(one), _label(ranked[0]))]
+    ranked.sort(key=lambda one: one not in turned)
     first = _label(ranked[0])
     dims: list[Dim] = [()] * node.dims
     at: dict[Root, int] = {}
     for one in reversed(ranked):
         label, offset = _label(one), node.dims - one.dims
         for axis, dim in enumerate(label.dims):
-            if one.shape[axis] == node.shape[offset + axis] and not (_is_expanded(dim) and dims[offset + axis]):
+            if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
         at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):
         return None
     return Label(tuple(dims), {**at, **first.at}, first.between)
+
+
+def _is_turned(of: Label, by: Label) -> bool:
+    """Whether features stand where queries or keys would of what only looks like logits: angles, an outer product."""
+    pairs = [({*roots_of([a])}, {*roots_of([b])}) for a, b in zip(of.dims[::-1], by.dims[::-1], strict=False)]
+    features = any(any(one.learned for one in a) and any(one.side is not None for one in b) for a, b in pairs)
+    outer = by.between is not None and by.between.outer and len(by.dims) <= len(of.dims)
+    return features and outer and not of.sides and all(a or not b for a, b in pairs)
 
 
 def _disagree(first: Label, dims: list[Dim], other: Label, offset: int) -> bool:

@@ -91,14 +91,15 @@ class Written(NamedTuple):
 class Between(NamedTuple):
     """What logits are between: the dimensions of the left and of the right factor that the other has not.
 
-    at: where these begin. projected: whether all that was summed over are features, so that heads are known. caller: of
-    the product.
+    at: where these begin. projected: whether all that was summed over are features, so that heads are known; outer:
+    whether nothing was. caller: of the product.
     """
 
     left: tuple[Dim, ...]
     right: tuple[Dim, ...]
     at: Mapping[Root, int]
     projected: bool
+    outer: bool
     caller: Any
 
     def of(self, side: int) -> tuple[Dim, ...]:

@@ -19,7 +19,7 @@ from torchprobe.capture.attention.layout import by_name
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.softmaxes import Softmaxes
-from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
+from torchprobe.capture.attention.tape import Args, Function, Kwargs
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled import operators
 from torchprobe.statistics.attention import QueryKey
@@ -142,8 +142,8 @@ class AttentionMode(TorchFunctionMode):
             self._observer.uncovered.add("multi-head attention of tensor subclasses")
             return None
         padded = call.get("key_padding_mask")
-        if padded is not None and is_plain(call["key"]):
-            self.handwritten.note_padding(call["key"], multi_head.is_padding(padded))
+        if padded is not None:
+            self.handwritten.say_padded(call["key"], multi_head.is_padding(padded), 0)
         return caller._replace(heads=int(call["num_heads"]))
 
     def _step_through(self, within: Caller, args: Args, kwargs: Kwargs) -> Any:

@@ -25,13 +25,8 @@ PARAMETERS = tuple(inspect.signature(FUNCTION).parameters)
 
 def transparent() -> Callable[..., Any]:
     """The same code, which does not ask: function modes see each step of it."""
-    copy = FunctionType(
-        FUNCTION.__code__,
-        {**FUNCTION.__globals__, "has_torch_function": lambda tensors: False},
-        FUNCTION.__name__,
-        FUNCTION.__defaults__,
-        FUNCTION.__closure__,
-    )
+    names = {**FUNCTION.__globals__, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(FUNCTION.__code__, names, FUNCTION.__name__, FUNCTION.__defaults__, FUNCTION.__closure__)
     copy.__kwdefaults__ = FUNCTION.__kwdefaults__
     return copy
 
@@ -145,10 +140,8 @@ class FastPaths:
             return
         self._fused = dict(_places(model))
         for hooked in self._fused:
-            self._handles += [
-                hooked.register_forward_pre_hook(self._before),
-                hooked.register_forward_hook(self._after, always_call=True),
-            ]
+            self._handles.append(hooked.register_forward_pre_hook(self._before))
+            self._handles.append(hooked.register_forward_hook(self._after, always_call=True))
         if module in self._fused:
             self._before(module, ())
 

@@ -128,10 +128,11 @@ class Observer:
 
     def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
-        where = call.places
-        if where is not None:
+        if (where := call.places) is not None:
             if source.mask is not None and (hidden := _hidden(source.mask, source.shape)) is not None:
                 self.padding.note(where, hidden)
+            if source.mask is not None and source.mask.dim() == 4:
+                self.padding.hold_against(where, plain(source.mask))
             padding = self.padding.of(where, source.shape.batch, source.shape.queries)
             source = replace(source, padding=padding, places=where.on(source.device))
         self.record(call, self.read(call, source))

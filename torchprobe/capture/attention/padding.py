@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchprobe.capture.attention.labels import Indices, Label
 from torchprobe.capture.attention.layout import blocked, by_name
 from torchprobe.capture.attention.places import Places, Tokens, coordinates, named, picked, resolved, whole
+from torchprobe.capture.attention.tape import Args
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
@@ -54,6 +55,24 @@ class Padding:
             if tokens.batch and hidden.size(0) > 1:
                 self._note(tokens, at, hidden)
 
+    def hold_against(self, where: Places, masked: Tensor) -> None:
+        """A mask, or masked logits (batch, heads, queries, keys), of tokens of which no argument that says it is known.
+
+        They are what one names where this hides just its padding from all queries, and these are the keys themselves.
+        """
+        alike = [each for each in self._said.values() if each.shape == (len(masked), masked.size(-1))]
+        begun = [one for one, at in where.queries.items() if at.min() == 0]
+        if not alike or masked.size(-2) != masked.size(-1) or not self._said.keys().isdisjoint((*begun, where.joined)):
+            return
+        hidden = blocked(masked[:, 0]).all(1)
+        named = torch.stack([each & (each == hidden).all() for each in alike]).any(0)
+        for tokens, at in where.keys.items():
+            if tokens.batch and (tokens == where.joined or np.array_equal(at, where.queries.get(tokens, ()))):
+                before = self._masks.get(tokens)
+                self._note(tokens, at, named)
+                if before is not None and before.shape == self._masks[tokens].shape:
+                    self._masks[tokens] = before | self._masks[tokens]
+
     def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
         keys = np.flatnonzero(at >= 0)
         order = keys[np.argsort(at[keys], kind="stable")]
@@ -66,8 +85,11 @@ class Padding:
 
     def of(self, where: Places, batch: int, queries: int) -> Tensor | None:
         """Which queries are padded: bool (batch, queries); None where nothing says so."""
-        if where.joined in self._said and (padded := self._padded(where.joined)) is not None:
-            return _of_all(padded, batch, queries)
+        whole = None if where.joined is None else self._padded(where.joined)
+        if whole is not None:
+            whole = whole.expand(batch, -1) if whole.size(0) in (1, batch) and whole.size(1) == queries else None
+        if where.joined in self._said:
+            return whole
         found: Tensor | None = None
         for tokens, at in where.queries.items():
             padded = self._padded(tokens)
@@ -79,9 +101,7 @@ class Padding:
                     continue
                 each = each & moved(torch.from_numpy(at >= 0), each.device)
             found = each if found is None else found | each
-        if found is None and where.joined is not None and (padded := self._padded(where.joined)) is not None:
-            return _of_all(padded, batch, queries)
-        return found
+        return whole if found is None else found
 
     def _padded(self, tokens: Tokens) -> Tensor | None:
         """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""
@@ -94,11 +114,6 @@ class Padding:
                 sensible = torch.where((masks != said).all(), masks, sensible)
             self._believed[tokens] = sensible
         return self._believed[tokens]
-
-
-def _of_all(padded: Tensor, batch: int, queries: int) -> Tensor | None:
-    fits = padded.size(0) in (1, batch) and padded.size(1) == queries
-    return padded.expand(batch, -1) if fits else None
 
 
 # ---- arguments that name it
@@ -129,9 +144,7 @@ class MaskArguments:
             if not kind.__module__.startswith("torch.") and any(_beginning(p) is not None for p in _parameters(kind)):
                 yield name, module
 
-    def before(
-        self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before(self, passing: Pass, name: str, module: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
         """One of them is called."""
         call = by_name(_parameters(cast("Any", type(module))), args, kwargs)
         masks = {name: value for name, value in call.items() if _is_mask(name, value)}

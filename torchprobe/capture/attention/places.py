@@ -106,9 +106,8 @@ def by_custom(queries: int, keys: int) -> Places:
 
 def _tokens(label: Label) -> dict[Root, Indices]:
     dim = label.dims[-2]
-    others = set(roots_of(d for i, d in enumerate(label.dims) if i != len(label.dims) - 2))
-    size = size_of(dim)
-    pinned = _numbers({root: value for root, value in label.at.items() if root not in others}, size)
+    counted = {root.lowest for root in label.roots()}  # in a product's factors too
+    pinned = _numbers({root: value for root, value in label.at.items() if root.lowest not in counted}, size_of(dim))
     return resolved(pinned | coordinates(dim, label.at))
 
 
@@ -222,7 +221,7 @@ Further = Callable[[Values], "dict[Root, Indices]"]
 
 def _opened(values: Values, further: Further) -> dict[Root, Indices]:
     """Joined roots as what they were joined of. What several count, as rows and columns of an image, adds up."""
-    found = {root: value for root, value in values.items() if not root.parts}
+    found = {root: value for root, value in values.items() if not root.parts or not _table(root, further)}
     begin = dict(found)
     for root, value in values.items():
         for inner, (column, counted) in _table(root, further).items() if root.parts else ():

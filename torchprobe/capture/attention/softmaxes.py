@@ -88,14 +88,12 @@ class Softmaxes:
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
         given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        self._observer.padding.hold_against(arranged.places, given)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
-        of = Logits(
-            given,
-            self._observer.padding.of(arranged.places, given.size(0), given.size(2)),
-            arranged.places.on(given.device),
-            sum(taken[1:], taken[0]) if taken else None,
-            None if others is None else others.float().logsumexp(-1, keepdim=True),
-        )
+        shift = sum(taken[1:], taken[0]) if taken else None
+        sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
+        padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
+        of = Logits(given, padding, arranged.places.on(given.device), shift, sinks)
         return self._observer.read(call, of)
 
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:

@@ -72,10 +72,8 @@ def is_shared() -> bool:
     A default device only looks at constructors.
     """
     with emptied() as modes:
-        return any(
-            not isinstance(mode, compat.DeviceContext) and not type(mode).__module__.startswith(__package__)
-            for mode in modes
-        )
+        others = [type(mode) for mode in modes if not isinstance(mode, compat.DeviceContext)]
+        return not all(kind.__module__.startswith(__package__) for kind in others)
 
 
 @contextmanager

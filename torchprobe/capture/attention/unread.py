@@ -21,18 +21,8 @@ from torchprobe.capture.attention.labels import Shape, leaves
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Kind, Pending
-from torchprobe.capture.compiled import operators
+from torchprobe.capture.compiled import operators, tracing
 from torchprobe.capture.compiled.graphs import Hearing, account_of_trace
-from torchprobe.capture.compiled.tracing import (
-    body_of,
-    buffers_of,
-    ends_at_a_break,
-    hint_of,
-    is_constant,
-    is_torchs,
-    modules_around,
-    plainly_named,
-)
 from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 
@@ -80,7 +70,7 @@ class GraphLook(Hearing):
         if names.are_in(account.graph):
             graph.follow(account.graph)
             self._say(graph.unread())
-            graph.leave(self._cut, ends_at_a_break(account))
+            graph.leave(self._cut, tracing.ends_at_a_break(account))
 
     def _say(self, reasons: dict[str, None]) -> None:
         for reason in reasons:
@@ -103,11 +93,17 @@ class _Names:
 
     def are_in(self, graph: Any) -> bool:
         """Whether a graph has something to do with the model."""
-        return self._around is not None or any(key in self._of for n in graph.nodes for key, _ in modules_around(n))
+        return self._around is not None or any(
+            key in self._of for n in graph.nodes for key, _ in tracing.modules_around(n)
+        )
 
     def owner(self, node: Any) -> str | None:
         """The innermost module of the user's own whose code makes a call."""
-        own = [self._of[key] for key, kind in modules_around(node) if key in self._of and not is_torchs(kind)]
+        own = [
+            self._of[key]
+            for key, kind in tracing.modules_around(node)
+            if key in self._of and not tracing.is_torchs(kind)
+        ]
         return own[-1] if own else self._around
 
     def more(self, name: str) -> str:
@@ -131,7 +127,7 @@ class _Graph(Followed):
         self._cut = cut
         super().__init__()
         self._account, self._names = account, names
-        self._buffers = buffers_of(account)
+        self._buffers = tracing.buffers_of(account)
         self._stand_ins: dict[int, tuple[Any, Tensor]] = {}
         self._memory: dict[Any, Tensor] = {}
         self._outer: list[str | None] = []
@@ -178,7 +174,7 @@ class _Graph(Followed):
 
     def call(self, node: Any, value: Any) -> Any:
         """A call, or all those in the part of a graph that an activation checkpoint is of."""
-        body = body_of(node)
+        body = tracing.body_of(node)
         if body is None:
             return super().call(node, value)
         inputs = [one for one in body.nodes if one.op == "placeholder"]
@@ -199,7 +195,7 @@ class _Graph(Followed):
 
     def is_constant(self, node: Any) -> bool:
         """Whether an input is a parameter or a buffer."""
-        return is_constant(node) or plainly_named(str(node.target)) in self._buffers
+        return tracing.is_constant(node) or tracing.plainly_named(str(node.target)) in self._buffers
 
     # ---- stand-ins: a look at what has symbols for sizes would guard them
 
@@ -212,11 +208,14 @@ class _Graph(Followed):
             return self._stand_in(value)
         if isinstance(value, tuple | list):
             return tuple(map(self._in_numbers, value))
-        return hint_of(value)
+        return tracing.hint_of(value)
 
     def _stand_in(self, value: Tensor) -> Tensor | None:
         if id(value) not in self._stand_ins and value.layout is torch.strided and not value.is_nested:
-            sizes = [[hint_of(one) for one in each] for each in (value.shape, value.stride(), [value.storage_offset()])]
+            sizes = [
+                [tracing.hint_of(one) for one in each]
+                for each in (value.shape, value.stride(), [value.storage_offset()])
+            ]
             if any(one is None for each in sizes for one in each):
                 return None
             key = value.untyped_storage()._cdata, value.dtype

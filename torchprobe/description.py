@@ -203,7 +203,7 @@ def state_lines(recorder: Recorder, outlet: Outlet, watch: Watch) -> Iterator[st
     yield f"  skipped steps     {recorder.clock.skipped + outlet.decoder.skipped}"
     yield f"  dropped records   {outlet.drain.dropped}"
     yield f"  alerts            {watch.count}"
-    yield from (f"  {fault}" for fault in (*outlet.faults, *watch.faults))
+    yield from (f"  {fault}" for fault in (*recorder.faults(), *outlet.faults, *watch.faults))
     if captured := recorder.guard.captured["_before"]:
         yield f"  captured steps    {captured}, in graphs of the device: for what replays record see docs/devices.md"
     yield from outlet.drain.ranks

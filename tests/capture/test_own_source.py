@@ -48,7 +48,7 @@ def test_a_source_that_raises_ends_its_own_probes_alone(monkeypatch, caplog, whe
 
     model, writer = nn.Linear(4, 2), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Gradients(every=1), Own(every=1)]):
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Gradients(every=1), Own(every=1)]) as session:
         for _ in range(3):
             for _ in range(2):
                 model(torch.randn(3, 4)).sum().backward()
@@ -56,3 +56,4 @@ def test_a_source_that_raises_ends_its_own_probes_alone(monkeypatch, caplog, whe
             optimizer.zero_grad()
     assert [step for step, _ in writer.scalars("overview/grad_norm")] == [1, 2, 3]
     assert sum("is switched off" in message for message in caplog.messages) == 1
+    assert session.summary().count("Own is left out: its capture raised") == 1

@@ -39,3 +39,27 @@ def test_a_tensor_without_an_address_switches_no_probe_off(kind, caplog):
             optimizer.step()
             optimizer.zero_grad()
     assert not [line for line in caplog.messages if "switched off" in line]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+def test_a_container_that_holds_none_switches_no_probe_off(kind, caplog):
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Linear(4, 4), None, nn.Linear(4, 4)]
+            self.layers = kind(layers if kind is nn.ModuleList else {str(i): one for i, one in enumerate(layers)})
+
+        def forward(self, x):
+            for layer in self.layers.children():
+                x = layer(x).tanh()
+            return x
+
+    model = Holds()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING), torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for _ in range(3):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert "failed" not in caplog.text
+    assert "is left out" not in session.summary()

@@ -293,6 +293,8 @@ def test_a_fault_takes_nothing_along(row, tmp_path, caplog):
     assert session.step == STEPS
     said = [record.getMessage() for record in caplog.records if row.says and row.says in record.getMessage()]
     assert bool(said) == bool(row.says), caplog.messages
+    off = row.fault in (probe_raises, probe_exits, report_raises, schedule_raises)
+    assert ("is left out: its" in session.summary()) == off
     for tag in HEALTHY:
         known = tag in steps and max(steps[tag]) == STEPS
         assert known == (tag not in row.lost), (tag, steps.get(tag))

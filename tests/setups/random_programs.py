@@ -281,8 +281,9 @@ def run(recipe: Recipe, optimizer: str, seed: int, turns: list[Turn], sessions: 
     remaining = iter(turns)
     for length in sessions:
         writer = MemoryWriter()
-        with torchprobe.instrument(program.model, writer=writer, every=1, rules=[]):
+        with torchprobe.instrument(program.model, writer=writer, every=1) as session:
             here = [program.run(turn) for _, turn in zip(range(length), remaining, strict=False)]
+        assert "is left out" not in session.summary()
         truths += here
         written += [
             {tag: dict(writer.scalars(tag)).get(step) for tag in writer.tags()} for step in range(1, len(here) + 1)

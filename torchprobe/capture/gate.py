@@ -62,10 +62,14 @@ class Meter:
 
 
 class Gate:
-    """One probe's switch. `train` and `val` are plain flags that a compiled graph can guard on."""
+    """One probe's switch. `train` and `val` are plain flags that a compiled graph can guard on.
+
+    fault: why it is switched off for the rest of the run, empty unless `failed`.
+    """
 
     def __init__(self, name: str, meter: Meter) -> None:
         self.name = name
+        self.fault = ""
         self.train = False
         self.val = False
         self.failed = False
@@ -99,13 +103,14 @@ class Gate:
         """The same for the validation that follows."""
         self.val = wanted and not self.failed
 
-    def switch_off(self) -> None:
-        """For the rest of the run."""
+    def switch_off(self, what: str, error: BaseException) -> None:
+        """For the rest of the run, since something of the probe's has raised."""
+        self.fault = f"{self.name} is left out: its {what} raised {type(error).__name__}"
         self.failed, self.train, self.val = True, False, False
 
     def fail(self, error: BaseException) -> None:
         """The probe is switched off, and it is said with its traceback."""
-        self.switch_off()
+        self.switch_off("capture", error)
         _log.error("probe %s failed and is switched off; training goes on", self.name, exc_info=error)
 
 

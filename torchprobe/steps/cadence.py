@@ -268,11 +268,11 @@ class _Sampler:
             return False
         try:
             return bool(self.schedule(step))
-        except Exception:
+        except Exception as error:
             names = ", ".join(dict.fromkeys(gate.name for gate in gates))
             _log.exception("the schedule of %s raised, which is switched off; training goes on", names)
             for gate in gates:
-                gate.switch_off()
+                gate.switch_off("schedule", error)
             return False
 
 

@@ -212,6 +212,10 @@ class Recorder:
         """The clock and the plan were set to where another process stopped: its next step is the one that runs now."""
         self._steps.resume()
 
+    def faults(self) -> list[str]:
+        """Probes that are switched off, and why."""
+        return [*dict.fromkeys(r.gate.fault for r in self._plan.reporters if r.gate.failed)]
+
     def uncovered_attention(self) -> list[str]:
         """What attention was not recorded, and how often."""
         return self._sources.uncovered_attention()

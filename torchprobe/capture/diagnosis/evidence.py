@@ -97,7 +97,8 @@ def _copies(module: nn.Module) -> int:
     """How often a list of layers has one and the same layer, where it has no other with parameters."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return 0
-    layers = [child for child in module if any(True for _ in child.parameters())]
+    children = [child for child in module._modules.values() if child is not None]  # each as often as it is there
+    layers = [child for child in children if any(True for _ in child.parameters())]
     return len(layers) if len(layers) > 1 and all(layer is layers[0] for layer in layers) else 0
 
 

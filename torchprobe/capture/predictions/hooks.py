@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.compat import in_backward, under_transform
 from torchprobe.capture.compiled.graphs import has_compiled_part, in_compiled_call
-from torchprobe.capture.module_hooks import mark, unmark
+from torchprobe.capture.module_hooks import ROOT_KEY, mark, unmark
 from torchprobe.capture.modules import hookable
 from torchprobe.capture.predictions.inputs import InputKey
 from torchprobe.capture.predictions.targets import KINDS
@@ -65,7 +65,7 @@ class Parts:
             return
         for site in self._sites[training]:
             module = site.module()
-            if module is not None:
+            if module is not None and ROOT_KEY not in module.__dict__:  # else its own pass tells
                 self._handles.append(module.register_forward_hook(partial(self._heard, site), with_kwargs=True))
 
     def look_again(self) -> None:

@@ -59,7 +59,7 @@ class Decoder:
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
         self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
-        self._plain = OfTags(_all_plain)
+        self._plain = OfTags(lambda tags: tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ())
 
     def resume(self, skipped: int) -> None:
         """Count on from there."""
@@ -179,11 +179,6 @@ class Decoder:
                 if serious:
                     texts[f"nothing_captured/{name}"] = Text(text)
         return texts
-
-
-def _all_plain(tags: tuple[str, ...]) -> tuple[str, ...]:
-    """The tags, if nothing is wrong with any."""
-    return tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ()
 
 
 def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:

@@ -39,12 +39,11 @@ _log = logging.getLogger("torchprobe")
 class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
-    A value that no writer could store, or under a tag that is no text, is left out alone and said once.
-    skipped counts the steps that turned out to be skipped when their rows arrived, by a fused optimizer (they give no
-    record) or for want of finite gradients: `overview/skipped_steps` is told here.
-    missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
-    unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
-    faults: what is left out for good, a short line each.
+    A value that no writer could store, or under a tag that is no text, is left out alone and said once. skipped counts
+    the steps that turned out to be skipped when their rows arrived, by a fused optimizer (they give no record) or for
+    want of finite gradients: `overview/skipped_steps` is told here. missing names the probes that saw nothing in their
+    first three sampled steps, each logged once: as a warning, unless the user did not ask for the probe (asked_for) and
+    a model need not have what it watches. faults: what is left out for good, a short line each.
     """
 
     def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:

@@ -115,7 +115,8 @@ def _learns_shapes() -> bool:
     return frame is not None
 
 
-def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+def enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+    """The model is called; or it was instrumented in that call, before its `forward`: then this pass counts, too."""
     root = module.__dict__.get(ROOT_KEY)
     if root is None:
         return
@@ -124,11 +125,6 @@ def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -
             root.enter(module, args, kwargs, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
         root.running.enter_graph(module.training and torch.is_grad_enabled())
-
-
-def enter_running(module: nn.Module, args: Any) -> None:
-    """The model was instrumented while it is being called, before its `forward`: this pass counts, too."""
-    _enter(module, args)
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -169,7 +165,7 @@ class PassHooks:
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        skip_frames(_enter, _leave)
+        skip_frames(enter, _leave)
         self._put_on(list(_roots(model)))
         own = unwrapped(model)  # which any of its wrappers loads, too
         mark(own, _LOADS, Loads(observer.guard, before_load))
@@ -190,7 +186,7 @@ class PassHooks:
         for module in modules:
             mark(module, ROOT_KEY, Root(self._observer, self._running))
             self._handles += [
-                module.register_forward_pre_hook(_enter, with_kwargs=True),
+                module.register_forward_pre_hook(enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             ]
             self._modules[module] = None

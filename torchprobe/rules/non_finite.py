@@ -68,7 +68,6 @@ class _NonFiniteWatcher:
         self._sources = OfTags(_sources)
 
     def __call__(self, record: Record) -> Found:
-        """One alert for all of it."""
         evidence = next((one for source in self._sources(record.values) for one in source(record)), None)
         if evidence is not None:
             self._hold(record.step, evidence)

@@ -68,9 +68,8 @@ def open_writer(
 def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path | str:
     """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`. A str for a URL.
 
-    Without either, the folder is new and made at once, so that no other run takes the same name. Raises
-    TypeError or ValueError for a run name that is no single folder name, and for a `log_dir` that is
-    empty or a file.
+    Without either, the folder is new and made at once, so that no other run takes the same name. Raises TypeError or
+    ValueError for a run name that is no single folder name, and for a `log_dir` that is empty or a file.
     """
     if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
         raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
@@ -254,7 +253,6 @@ class _Folder:
     name: str
 
     def put(self, name: str, data: bytes) -> str:
-        """See `FileStore`."""
         return place_of(_join(self.run.settle(), self.name)).put(name, data)
 
 

@@ -15,7 +15,7 @@ from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS
 from torchprobe.capture.predictions.targets import Call, by_row
 from torchprobe.probes.evidence import SURE
-from torchprobe.statistics import calibration, intervals
+from torchprobe.statistics import calibration, intervals, uncertainty
 
 NO_VARIANCE = (
     "the model predicts numbers without a variance, so that there is no interval to judge: return one beside the mean, "
@@ -149,8 +149,7 @@ def _judge_classes(phase: Phase, waiting: Waiting, call: Call, match: _Match) ->
         phase.has_judged(waiting)
     targets = _targets(call, match)
     row = calibration.compute(_probabilities(call, match.rows), targets, ignore_index=forms.IGNORED)
-    row = row if match.certain is None else row * match.certain
-    phase.calibration.add(f"{SURE}|found", row, match.rows is not None)
+    phase.calibration.add(f"{SURE}|found", _if_certain(row, match.certain), match.rows is not None)
 
 
 def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor | None) -> None:
@@ -165,14 +164,20 @@ def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor |
     sure = next((n.variance for n in waiting.numbers if n.is_normal and not n.key), None)
     variance = sure if given is None else given
     if given is not None and not waiting.numbers and given.shape == call.input.shape:
-        phase.uncertainty.describe(f"{SURE}||{waiting.pool.where}", given, given)
+        row = uncertainty.compute(uncertainty.Decomposition(given, given, None))
+        phase.uncertainty.add(f"{SURE}||{waiting.pool.where}", _if_certain(row, certain))
     if variance is None:
         phase.say("calibration", NO_VARIANCE)
     elif call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
         if certain is None:
             phase.has_judged(waiting)
         row = intervals.compute(call.input.detach(), variance, call.target.detach())
-        phase.coverage.add(SURE, row if certain is None else row * certain)
+        phase.coverage.add(SURE, _if_certain(row, certain))
+
+
+def _if_certain(row: Tensor, certain: Tensor | None) -> Tensor:
+    """Zeros, which add nothing, where the device finds that something else was judged."""
+    return row if certain is None else row * certain
 
 
 def _probabilities(call: Call, index: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.probes.calibrated import assert_calibration, batch, net, watch
@@ -76,6 +77,16 @@ def test_validation_with_a_functional_loss_says_once_what_to_do(caplog):
     assert len(told) == 1
     assert "val/calibration/ece" not in writer.tags()
     assert "val/uncertainty_total/root" in writer.tags()
+
+
+def test_a_model_that_a_reentrant_checkpoint_runs_again_in_backward():
+    model, writer = net(), MemoryWriter()
+    x, y = batch(0)
+    with watch(model, writer):
+        out = checkpoint(model, x.requires_grad_(), use_reentrant=True)
+        F.cross_entropy(out, y).backward()
+        sgd(model).step()
+    assert_calibration(writer, 1, out.softmax(-1), y)
 
 
 def test_the_loss_of_another_model_in_validation_is_not_taken():

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "rules": {"arguments", "naming", "records"},
     "probes": {"arguments", "naming", "pictures", "records", "statistics"},
     "buffer": {"records", "statistics", "writers"},
-    "capture": {"buffer", "naming", "probes", "random_state", "records", "statistics"},
+    "capture": {"arguments", "buffer", "naming", "probes", "random_state", "records", "statistics"},
     "distributed": {"buffer", "naming", "probes", "records", "rules"},
     "steps": {"buffer", "capture", "naming", "probes", "records", "rules", "statistics"},
     "user_values": {"buffer", "statistics"},

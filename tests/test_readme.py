@@ -77,7 +77,7 @@ def test_a_new_probe_is_one_file_and_one_export(tmp_path, monkeypatch):
     file, code = re.search(r"`torchprobe/probes/(\w+\.py)`:\n\n```python\n(.*?)```", CONTRIBUTING, re.DOTALL).groups()
     (tmp_path / file).write_text(code)
     monkeypatch.setattr(probes, "__path__", [*probes.__path__, str(tmp_path)])
-    name, home = re.search(r'`"(\w+)": "(probes\.\w+)",` in `_HOMES`', CONTRIBUTING).groups()
+    home, name = re.search(r'`"(probes\.\w+)": "(\w+)",` in `_NAMES`', CONTRIBUTING).groups()
     monkeypatch.setitem(torchprobe._HOMES, name, home)
     monkeypatch.delitem(sys.modules, f"torchprobe.{home}", raising=False)
     try:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from torchprobe.capture.optimizers import any_alive
-from torchprobe.capture.root_hooks import enter_running
+from torchprobe.capture.root_hooks import enter
 from torchprobe.session import Session, instrument, session_of
 from torchprobe.writers.protocol import NoWriter
 
@@ -69,7 +69,7 @@ class Finder:
         own = session_of(module)
         if own is None:
             self.session = instrument(module, writer=NoWriter(), every=_EVERY)
-            enter_running(module, args)
+            enter(module, args)
         else:
             self.session = own
         self._remove()

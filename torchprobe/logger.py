@@ -208,7 +208,6 @@ class TrainingLogger(LogCalls):
             self._say(call, f"{call} failed and its values are left out; training goes on", exc_info=True)
 
     def _say(self, call: str, message: str, exc_info: bool = False) -> None:
-        """Once for each kind of call."""
         if call not in self._said:
             self._said.add(call)
             _log.warning(message, exc_info=exc_info)
@@ -277,7 +276,6 @@ def _uncertainty_row(parts: uncertainty.Decomposition) -> Tensor:
 
 
 def _calibration_row(probs: Tensor, targets: Tensor, pictures: bool) -> Tensor:
-    """Of a batch."""
     row = calibration.handed_in(probs, targets)
     flags = [row.new_full((1,), float(pictures or flag != "pictures")) for flag in FLAGS]
     return torch.cat((row, row.new_zeros(len(EVIDENCE)), *flags))[None]

@@ -70,10 +70,10 @@ def named_modules(model: nn.Module | None) -> list[tuple[str, nn.Module]]:
     return [(name or ROOT, module) for name, module in modules]
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`model.named_parameters()` with wrapper prefixes removed; a shared parameter has its first name."""
+def named_parameters(model: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters()` without wrapper prefixes; a shared parameter has its first name. Of None: none."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for module_name, module in all_modules(unwrapped(model), unwrapped):
+    for module_name, module in () if model is None else all_modules(unwrapped(model), unwrapped):
         prefix = f"{module_name}." if module_name else ""
         for name, parameter in module._parameters.items():
             if parameter is not None and (key := id(parameter)) not in found:

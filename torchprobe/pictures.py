@@ -172,7 +172,6 @@ class _Plot:
         self.write((left, 19), y)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """The pixel of a point."""
         return _ORIGIN[0] + x * _SIDE, self._foot - y / self._top * _HEIGHT
 
     def bar(self, left: float, right: float, low: float, high: float, **paint: Any) -> None:
@@ -182,7 +181,6 @@ class _Plot:
             self.draw.rectangle((x0 + 1, y0, max(x0 + 1, x1 - 1), y1), **paint)
 
     def line(self, points: Iterable[tuple[float, float]], fill: tuple[int, int, int] = _BLUE, width: int = 2) -> None:
-        """Straight lines between points."""
         pixels = [self.at(x, y) for x, y in points]
         if len(pixels) == 1:
             x, y = pixels[0]
@@ -196,11 +194,9 @@ class _Plot:
             self.draw.line((*self.at(*a), *self.at(*b)), fill=_GREY)
 
     def write(self, at: tuple[float, float], text: str, *, size: int = 10, anchor: str = "la") -> None:
-        """Text in pixels."""
         _write(self.draw, at, text, size=size, anchor=anchor)
 
     def image(self) -> Image:
-        """What was drawn."""
         return Image(np.asarray(self._canvas, dtype=np.uint8))
 
 

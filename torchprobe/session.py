@@ -236,8 +236,7 @@ class Session(Logs, SamplingCalls, Shown):
     def detach(self, timeout: float | None = None) -> bool:
         """Take off every hook, write what is left, end the thread. Safe to call twice.
 
-        Waits up to `timeout` seconds for the writing, or as long as it takes; False when something was
-        left unwritten.
+        Waits up to `timeout` seconds for the writing, or as long as it takes; False when something was left unwritten.
         """
         check_timeout(timeout)
         return self._finalizer.detach() is None or self._finish(timeout)

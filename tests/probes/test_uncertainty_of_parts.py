@@ -39,6 +39,34 @@ def test_an_ensemble_inside_the_model(give):
     assert writer.value("calibration/nll") == pytest.approx(F.nll_loss(q.log(), y).item(), rel=1e-5)
 
 
+class Gaussian(nn.Linear):
+    def forward(self, x):
+        mean, log_var = super().forward(x).unbind(-1)
+        return {"mean": mean, "variance": log_var.exp()}
+
+
+class DeepEnsemble(nn.Module):
+    """Of Gaussians (Lakshminarayanan et al. 2017), which gives the mixture's mean and variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Gaussian(4, 2) for _ in range(4))
+
+    def forward(self, x):
+        given = [member(x) for member in self.members]
+        means, variances = (torch.stack([one[key] for one in given]) for key in ("mean", "variance"))
+        return {"mean": means.mean(0), "variance": variances.mean(0) + means.var(0, correction=0)}
+
+
+def test_an_ensemble_of_gaussians_inside_the_model():
+    model, x = DeepEnsemble(), torch.randn(16, 4)
+    writer = one_step(model, x)
+    means, variances = (torch.stack([m(x)[key] for m in model.members]).detach() for key in ("mean", "variance"))
+    epistemic, aleatoric = means.var(0, correction=0).mean().item(), variances.mean().item()
+    expected = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
+    assert found(writer, "members") == pytest.approx(expected, rel=1e-4)
+
+
 def test_layers_and_heads_are_no_ensemble():
     class Layers(nn.Module):
         def __init__(self):

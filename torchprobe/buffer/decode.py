@@ -39,12 +39,11 @@ _log = logging.getLogger("torchprobe")
 class Decoder:
     """Lets each probe report its rows. A probe whose report raises is left out from then on, logged once.
 
-    A value that no writer could store, or under a tag that is no text, is left out alone and said once.
-    skipped counts the steps that turned out to be skipped when their rows arrived, by a fused optimizer (they give no
-    record) or for want of finite gradients: `overview/skipped_steps` is told here.
-    missing names the probes that saw nothing in their first three sampled steps, each logged once: as a warning,
-    unless the user did not ask for the probe (asked_for) and a model need not have what it watches.
-    faults: what is left out for good, a short line each.
+    A value that no writer could store, or under a tag that is no text, is left out alone and said once. skipped counts
+    the steps that turned out to be skipped when their rows arrived, by a fused optimizer (they give no record) or for
+    want of finite gradients: `overview/skipped_steps` is told here. missing names the probes that saw nothing in their
+    first three sampled steps, each logged once: as a warning, unless the user did not ask for the probe (asked_for) and
+    a model need not have what it watches. faults: what is left out for good, a short line each.
     """
 
     def __init__(self, descriptions: Mapping[str, str], asked_for: bool = True) -> None:
@@ -59,7 +58,7 @@ class Decoder:
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
         self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
-        self._plain = OfTags(_all_plain)
+        self._plain = OfTags(lambda tags: tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ())
 
     def resume(self, skipped: int) -> None:
         """Count on from there."""
@@ -179,11 +178,6 @@ class Decoder:
                 if serious:
                     texts[f"nothing_captured/{name}"] = Text(text)
         return texts
-
-
-def _all_plain(tags: tuple[str, ...]) -> tuple[str, ...]:
-    """The tags, if nothing is wrong with any."""
-    return tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ()
 
 
 def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]) -> Iterable[Any]:

@@ -222,8 +222,6 @@ class TransferBuffer:
         slot = self._slots[start:end]
         if rows:
             torch.cat([row.reshape(-1) for row in rows], out=slot)
-        return (slot, _no_wait) if self._aside is None else self._aside.copy(start, end)
-
-
-def _no_wait() -> None:
-    """The device works in the order of its one queue."""
+        if self._aside is not None:
+            return self._aside.copy(start, end)
+        return slot, lambda: None  # the device works in the order of its one queue

@@ -28,7 +28,6 @@ class _OfModules:
         self._wanted = wanted
 
     def unseen(self, reason: str) -> None:
-        """Said with what else saw nothing."""
         self.reporter.explain(reason)
 
     def _selected(self, found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -83,7 +82,7 @@ class Units(_OfModules):
     def merge(self, a: Counts, b: Counts) -> Counts:
         """Call by call: the first with the first, and so on."""
         for name, counts in b.items():
-            a[name] = _added(a.get(name, []), counts)
+            a[name] = [_both(*pair) for pair in zip_longest(a.get(name, []), counts)]
         return a
 
     def rows(self, counts: Counts, training: bool, due: frozenset[Reporter]) -> list[Piece]:
@@ -99,10 +98,6 @@ class Units(_OfModules):
             return torch.full((1,), torch.nan, device=counts[0].active.device)
         del self._few[name]
         return inactive_share([(count.active, count.inputs) for count in counts])
-
-
-def _added(a: list[_Count], b: list[_Count]) -> list[_Count]:
-    return [_both(*pair) for pair in zip_longest(a, b)]
 
 
 def _both(a: _Count | None, b: _Count | None) -> _Count:
@@ -215,9 +210,10 @@ def _routed(output: Any) -> tuple[Tensor, frozenset[int]] | None:
     if not isinstance(output, tuple | list) or not all(isinstance(part, Tensor) for part in output):
         return None
     choices = [part for part in output if not (part.is_floating_point() or part.is_complex()) and part.dim() > 1]
-    floating = sorted((part for part in output if part.is_floating_point() and part.dim() > 1), key=_last)
+    floating = [part for part in output if part.is_floating_point() and part.dim() > 1]
     if len(choices) != 1 or len(floating) != 2 or len(output) != 3:
         return None
+    floating.sort(key=lambda part: part.shape[-1])
     weights, logits = (part.detach().flatten(0, -2) for part in floating)
     chosen = choices[0].detach().flatten(0, -2)
     if not len(logits) == len(weights) == len(chosen) or not len(logits):
@@ -226,7 +222,3 @@ def _routed(output: Any) -> tuple[Tensor, frozenset[int]] | None:
     if chosen.shape == weights.shape:
         return routing.of_choices(logits, weights, chosen), places
     return (routing.of_mask(logits, weights, chosen), places) if chosen.shape == logits.shape else None
-
-
-def _last(tensor: Tensor) -> int:
-    return tensor.shape[-1]

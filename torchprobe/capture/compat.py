@@ -38,19 +38,14 @@ def say_what_graphs_lose() -> None:
 # ---- frames of the callers
 
 
-def running(
-    code: CodeType, frame: FrameType | None = None, not_from: CodeType | None = None
-) -> list[Mapping[str, Any]]:
-    """Local variables of each caller that runs this code, innermost first.
-
-    frame: where to start; by default the caller. not_from: code whose own calls do not count. Costs 0.1 µs a frame.
-    """
-    at: FrameType | None = frame or sys._getframe(1)
+def running(code: CodeType) -> list[Mapping[str, Any]]:
+    """Local variables of each caller that runs this code, innermost first. Costs 0.1 µs a frame."""
+    frame: FrameType | None = sys._getframe(1)
     found: list[Mapping[str, Any]] = []
-    while at is not None:
-        if at.f_code is code and (not_from is None or at.f_back is None or at.f_back.f_code is not not_from):
-            found.append(at.f_locals)
-        at = at.f_back
+    while frame is not None:
+        if frame.f_code is code:
+            found.append(frame.f_locals)
+        frame = frame.f_back
     return found
 
 
@@ -286,10 +281,10 @@ def _skips() -> bool:
 _NEWER = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")  # in place of what torch 2.6 has
 
 
-def shape_of_result(node: Any, number: int = 0) -> tuple[int, ...] | None:
+def shape_of_result(node: Any) -> tuple[int, ...] | None:
     """The shape of what a node of a graph gave; None where torch does not say."""
     known = getattr(node, "_input_metadata", ())
-    return tuple(known[number].shape) if number < len(known) else None
+    return tuple(known[0].shape) if known else None
 
 
 def sequence_number(node: Any) -> int | None:

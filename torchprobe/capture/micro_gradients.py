@@ -71,7 +71,7 @@ class MicroGradientSource:
 
     def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """As rows for the buffer."""
-        shares = {name: share_of(p) for name, p in self._named()}
+        shares = {name: share_of(p) for name, p in named_parameters(self._model())}
         if not shares:  # the model is gone
             return []
         return [
@@ -80,9 +80,5 @@ class MicroGradientSource:
         ]
 
     def _gradients(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        usable = [(n, p) for n, p in self._named() if p.grad is not None and not is_unreduced(p.grad)]
-        return [(n, p, local_part(p.grad.detach())) for n, p in usable if p.grad is not None and measurable(p.grad)]
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        model = self._model()
-        return [] if model is None else list(named_parameters(model))
+        held = ((name, p, p.grad) for name, p in named_parameters(self._model()) if p.grad is not None)
+        return [(name, p, local_part(g.detach())) for name, p, g in held if not is_unreduced(g) and measurable(g)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.arguments import checked_patterns
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.module_hooks import SharedHook, mark, unmark
@@ -93,11 +94,10 @@ def interesting(module: nn.Module) -> bool:
 class Selection:
     """Module-name patterns with `*` and `?`, as in file names: `blocks.*.attention`.
 
-    include: the modules to watch; without it, leaves that have parameters and attention and normalisation
-    blocks. exclude: modules to leave out, with everything inside them. Parameters follow their module.
-    The model itself is `root`, which stands for the model's own output and parameters, not for its parts.
-    Raises TypeError for anything but strings, ValueError for a pattern that fits no module and for an
-    empty include.
+    include: the modules to watch; without it, leaves that have parameters and attention and normalisation blocks.
+    exclude: modules to leave out, with everything inside them. Parameters follow their module. The model itself is
+    `root`, which stands for the model's own output and parameters, not for its parts. Raises TypeError for anything but
+    strings, ValueError for a pattern that fits no module and for an empty include.
     """
 
     def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns) -> None:
@@ -161,16 +161,11 @@ class Selection:
 
 
 def _patterns(argument: str, value: Patterns) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    if argument == "include" and not patterns:
+    patterns = () if value is None else checked_patterns(argument, value, "blocks.*")
+    if argument == "include" and value is not None and not patterns:
         raise ValueError(
             "include is empty: takes at least one pattern, such as 'blocks.*'; leave it out for the default"
         )
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument}: got {pattern!r}; takes module-name patterns, such as 'blocks.*'")
     return patterns
 
 

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchprobe.capture.compat import (
-    REPLICA,
-    in_backward,
-    in_reentrant_checkpoint,
-    plain_state,
-    skip_frames,
-    under_function_transform,
-    under_transform,
-)
+from torchprobe.capture import compat
 from torchprobe.capture.compiled.graphs import hides_hooks
 from torchprobe.capture.compiled.tracing import scope
 from torchprobe.capture.gate import Guard, protected
@@ -63,13 +55,13 @@ class Root(Inert):
         self.running = running
         self.error: BaseException | None = None  # that is handled while the pass runs
         self._plain = False  # the call that began last is a forward pass
-        self._in_backward, self._tracing, self._transform = plain_state()
+        self._in_backward, self._tracing, self._transform = compat.plain_state()
         self.learning = False  # whether the pass is for shapes alone: of a pipeline's stage, or on meta tensors
         self._told = False
 
     def tell_of_transform(self) -> None:
         """A pass is not recorded because a function transform runs it: say so once."""
-        if not self._told and under_function_transform():
+        if not self._told and compat.under_function_transform():
             self._told = True
             _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
@@ -85,12 +77,12 @@ class Root(Inert):
         if self.learning:
             self.running.enter(uncounted())
         elif self._plain:
-            in_training = grad_enabled or (module.training and in_reentrant_checkpoint())
+            in_training = grad_enabled or (module.training and compat.in_reentrant_checkpoint())
             marks = module.__dict__.get(MARKS)
             self.observer.enter_pass(module, in_training)
             if module.__dict__.get(MARKS) is not marks:  # put on now, too late for what runs before this call
                 before(module, args, kwargs or {})
-        elif under_transform():
+        elif compat.under_transform():
             self.tell_of_transform()
 
     @protected
@@ -99,8 +91,8 @@ class Root(Inert):
         error, self.error = self.error, None
         if self.learning:
             self.running.leave()
-        elif not self._plain and (in_backward() or under_transform()):
-            if in_backward() and not under_transform():
+        elif not self._plain and (compat.in_backward() or compat.under_transform()):
+            if compat.in_backward() and not compat.under_transform():
                 self.observer.leave_recomputation(output)
         elif output is None and sys.exc_info()[1] is not error:
             self.observer.raise_pass()
@@ -115,25 +107,21 @@ def _learns_shapes() -> bool:
     return frame is not None
 
 
-def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+def enter(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+    """The model is called; or it was instrumented in that call, before its `forward`: then this pass counts, too."""
     root = module.__dict__.get(ROOT_KEY)
     if root is None:
         return
     if not torch.compiler.is_compiling():
-        if REPLICA not in module.__dict__:
+        if compat.REPLICA not in module.__dict__:
             root.enter(module, args, kwargs, torch.is_grad_enabled())
     elif scope() == "graph":  # only plain flags: a call out of the graph would break it
         root.running.enter_graph(module.training and torch.is_grad_enabled())
 
 
-def enter_running(module: nn.Module, args: Any) -> None:
-    """The model was instrumented while it is being called, before its `forward`: this pass counts, too."""
-    _enter(module, args)
-
-
 def _leave(module: nn.Module, args: Any, *called: Any) -> None:
     root = module.__dict__.get(ROOT_KEY)  # None where another hook of this call took it off: torch gives no kwargs then
-    if root is not None and not torch.compiler.is_compiling() and REPLICA not in module.__dict__:
+    if root is not None and not torch.compiler.is_compiling() and compat.REPLICA not in module.__dict__:
         root.leave(module, args, *called)
 
 
@@ -169,7 +157,7 @@ class PassHooks:
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        skip_frames(_enter, _leave)
+        compat.skip_frames(enter, _leave)
         self._put_on(list(_roots(model)))
         own = unwrapped(model)  # which any of its wrappers loads, too
         mark(own, _LOADS, Loads(observer.guard, before_load))
@@ -190,7 +178,7 @@ class PassHooks:
         for module in modules:
             mark(module, ROOT_KEY, Root(self._observer, self._running))
             self._handles += [
-                module.register_forward_pre_hook(_enter, with_kwargs=True),
+                module.register_forward_pre_hook(enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
             ]
             self._modules[module] = None

@@ -39,11 +39,6 @@ def lasting_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from (p for p in all_parameters(model) if id(p) not in known)
 
 
-def data_mesh(module: nn.Module) -> Any:
-    """The mesh that a module was fully sharded over; None for another module."""
-    return next((getattr(group.mesh_info, "mesh", None) for group in _groups(module)), None)
-
-
 def is_flat_sharded(module: nn.Module) -> bool:
     """Whether it is a FullyShardedDataParallel wrapper."""
     return "FullyShardedDataParallel" in [cls.__name__ for cls in type(module).__mro__]
@@ -169,7 +164,8 @@ def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
 
 def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:
     """The dimensions of the parameters' mesh over which `fully_shard` spreads the batch."""
-    data = next((found for found in map(data_mesh, model.modules()) if found is not None), None)
+    meshes = (getattr(group.mesh_info, "mesh", None) for module in model.modules() for group in _groups(module))
+    data = next((mesh for mesh in meshes if mesh is not None), None)
     if data is None:
         return set()
     if data.ndim == mesh.ndim:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
-
-from torchprobe.writers.files import located
 
 _N = TypeVar("_N", int, float)
 
@@ -59,8 +56,3 @@ port_number = number(int, "a whole number, 1 to 65535", lambda value: 1 <= value
 seed_number = number(int, f"a whole number, 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 probability = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
-
-
-def place(text: str) -> Path | str:
-    """A folder, or a URL as it stands: for argparse."""
-    return located(text)

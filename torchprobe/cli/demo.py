@@ -149,17 +149,12 @@ def _device(name: str) -> torch.device:
 
 def _new_folder(log_dir: Path) -> Path:
     """A new folder in log_dir, named for the time; a second one in the same second gets a number."""
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-    names = [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
-    for name in names:
-        try:
-            (log_dir / name).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise CommandError(f"--log-dir: cannot make a folder in '{log_dir}': {error.strerror}") from error
-        return log_dir / name
-    raise CommandError(f"--log-dir: '{log_dir}' is a file or full of runs of this second. Name another folder.")
+    from torchprobe.writers.run_directory import new_folder
+
+    try:
+        return new_folder(log_dir, f"{datetime.now():%Y%m%d-%H%M%S}")
+    except OSError as error:
+        raise CommandError(f"--log-dir: cannot make a folder in '{log_dir}': {error.strerror}") from error
 
 
 def _train(console: Console, arguments: argparse.Namespace, corpus: Corpus, settings: Settings) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.cli.arguments import CommandError, add_command, place, positive_int
+from torchprobe.cli.arguments import CommandError, add_command, positive_int
+from torchprobe.writers.files import located
 
 if TYPE_CHECKING:
     from torchprobe.reports.run import Run
@@ -51,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     about = "tell what a recorded run says"
     parser = add_command(commands, "report", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
     parser.add_argument(
-        "runs", nargs="*", type=place, metavar="RUN", help="a run, a folder of runs, or a URL (default: runs)"
+        "runs", nargs="*", type=located, metavar="RUN", help="a run, a folder of runs, or a URL (default: runs)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts that needs nothing else")
@@ -60,8 +61,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--descending", action="store_true", help="with --sort: the largest first")
     about = "show what differs between two recorded runs"
     parser = add_command(commands, "compare", run_compare, about=about, description=_COMPARES, examples=_COMPARED)
-    parser.add_argument("run_a", type=place, metavar="RUN_A", help="a run, or its URL")
-    parser.add_argument("run_b", type=place, metavar="RUN_B", help="another one")
+    parser.add_argument("run_a", type=located, metavar="RUN_A", help="a run, or its URL")
+    parser.add_argument("run_b", type=located, metavar="RUN_B", help="another one")
     parser.add_argument("--most", type=positive_int, default=20, metavar="N", help="lines a table (default: 20)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only tags that contain this")
 

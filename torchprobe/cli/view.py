@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
-from torchprobe.cli.arguments import CommandError, add_command, place, port_number
+from torchprobe.cli.arguments import CommandError, add_command, port_number
+from torchprobe.writers.files import located
 from torchprobe.writers.remote import protocol_of
 
 _DESCRIPTION = """\
@@ -39,9 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command's options to the command line."""
     about = "show recorded runs in TensorBoard"
     parser = add_command(commands, "view", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
-    parser.add_argument(
-        "directory", nargs="?", type=place, default="runs", metavar="DIR", help="folder or URL of runs (default: runs)"
-    )
+    where = "folder or URL of runs (default: runs)"
+    parser.add_argument("directory", nargs="?", type=located, default="runs", metavar="DIR", help=where)
     parser.add_argument("--port", type=port_number, metavar="N", help="port (default: the first free one from 6006)")
     parser.add_argument(
         "--host",

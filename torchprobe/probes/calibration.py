@@ -107,7 +107,8 @@ class CalibrationReporter(Reporter):
             yield from self._named(known, {output: f"{output}.{loop}".lstrip(".") for output in map(head_of, known)})
 
     def _known(self, found: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-        return {name: row for name, row in found.items() if self.evidence.holds(name) and _has_any(row)}
+        """Rows in which anything was judged, or found to be no prediction."""
+        return {name: row for name, row in found.items() if self.evidence.holds(name) and row[_COUNTED].any()}
 
     def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
         known = self._known(found)
@@ -203,11 +204,6 @@ def _of_output(output: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str
     return {name: row for name, row in rows.items() if head_of(name) == output}
 
 
-def _has_any(row: NDArray[np.float64]) -> bool:
-    """Whether anything was judged, or found to be no prediction."""
-    return bool(row[_COUNTED].any())
-
-
 def _is_open(evidence: NDArray[np.float64]) -> bool:
     checked, _, faint, _ = evidence
     return bool(faint > _FAINT * (checked + faint))
@@ -256,10 +252,8 @@ class GeneralisationGap(Reporter):
         found = added_up(names, rows)
         evidence = self.speaks_for.evidence
         evidence.weigh({name: row[_GAP_EVIDENCE] for name, row in found.items()})
-        judged = {name: row for name, row in found.items() if evidence.holds(name) and row[_COUNT] > 0}
-        judged = {
-            name: row for name, row in judged.items() if not (head_of(name) or self.speaks_for.may_be_its_own(name))
-        }
+        judged = {name: row for name, row in _of_output("", found).items() if evidence.holds(name) and row[_COUNT] > 0}
+        judged = {name: row for name, row in judged.items() if not self.speaks_for.may_be_its_own(name)}
         by_phase = {p: _preferred([n for n in judged if n.endswith(f"|{p}")]) for p in ("train", "val")}
         for phase, name in by_phase.items():
             if name is None:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.probes.base import Probe
-from torchprobe.probes.checks import Select
-from torchprobe.probes.schedule import Schedule
 from torchprobe.records import Histogram, Value
 from torchprobe.statistics import exponents, linear
 
@@ -78,9 +76,6 @@ class ParameterHistograms(Probe):
 
 class Histograms(GradientHistograms):
     """Histograms of gradients (log10 of magnitude) and of parameters (linear), exact counts."""
-
-    def __init__(self, every: int | Schedule | None = None, *, select: Select | None = None) -> None:
-        super().__init__(every, select=select)
 
     def parts(self) -> tuple[Probe, ...]:
         """One probe for each source."""

@@ -68,8 +68,7 @@ class Series:
 class EventFiles:
     """The event files of one folder: each `update` reads what was written since the last one.
 
-    contents: all that was read, without what is damaged; read anew when a file is gone or
-    shorter than it was.
+    contents: all that was read, without what is damaged; read anew when a file is gone or shorter than it was.
     """
 
     def __init__(self, path: Path) -> None:
@@ -226,7 +225,6 @@ def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _series(points: list[tuple[int, float, float]]) -> Series:
-    """Of two values for one step the later counts."""
     latest = {step: (value, time) for step, value, time in points}
     steps = sorted(latest)
     values, times = zip(*(latest[step] for step in steps), strict=True)

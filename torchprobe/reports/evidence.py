@@ -17,6 +17,7 @@ _LOWER_IS_BETTER = ("loss", "nll", "error", "perplexity", "ppl", "ece", "brier",
 _HIGHER_IS_BETTER = (
     *("accuracy", "acc", "top1", "top5", "f1", "auc", "auroc", "precision", "recall", "bleu", "iou", "dice"),
 )
+_WHOLE_MODEL = ("train", "overview", "calibration", "test", "eval")  # groups whose losses and accuracies are of it
 _EXTREMES = {  # a title, the group, and whether the largest or the smallest values are the worst
     "largest gradients": ("grad_norm_layer", max),
     "smallest mean gradients": ("grad_mean_abs", min),
@@ -82,7 +83,7 @@ def final_and_best(run: Run) -> dict[str, dict[str, Any]]:
         words = set(re.split(r"[/_.-]", tag.lower()))
         lowest, highest = bool(words & {*_LOWER_IS_BETTER}), bool(words & {*_HIGHER_IS_BETTER})
         finite = np.flatnonzero(np.isfinite(series.values))
-        if lowest == highest or tag.startswith("best/") or not finite.size or not _is_metric(tag):
+        if lowest == highest or tag.startswith("best/") or not finite.size or not is_of(_WHOLE_MODEL, tag):
             continue
         best = finite[(np.argmin if lowest else np.argmax)(series.values[finite])]
         found[tag] = {
@@ -93,11 +94,6 @@ def final_and_best(run: Run) -> dict[str, dict[str, Any]]:
             "better": "lower" if lowest else "higher",
         }
     return found
-
-
-def _is_metric(tag: str) -> bool:
-    """Of the whole model, and not of another kind that is named so."""
-    return is_of(("train", "overview", "calibration", "test", "eval"), tag)
 
 
 def is_of(groups: Collection[str], tag: str) -> bool:

@@ -137,8 +137,9 @@ def _heat_maps(run: Run) -> Iterator[dict[str, Any]]:
             found = {name: found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))}
             found = {name: series for name, series in found.items() if name != "root" or len(found) == 1}
             steps = _common(series.steps for series in found.values())
-            rows = [_on(series, steps) for series in found.values()]
-            yield {"title": title, "log": log, "layers": list(found), **_matrix(steps, np.array(rows))}
+            rows = np.array([_on(series, steps) for series in found.values()])
+            matrix = {"steps": _packed(steps), "values": _packed(rows), "shape": list(rows.shape)}
+            yield {"title": title, "log": log, "layers": list(found), **matrix}
 
 
 def _in_order(run: Run) -> list[str]:
@@ -157,10 +158,6 @@ def _on(series: Series, steps: NDArray[np.int64]) -> NDArray[np.float64]:
     places = np.searchsorted(series.steps, steps).clip(max=len(series.steps) - 1)
     values = np.where(np.isfinite(series.values), series.values, np.inf)  # not finite, unlike not there
     return np.where(series.steps[places] == steps, values[places], np.nan)
-
-
-def _matrix(steps: NDArray[np.int64], values: NDArray[np.floating[Any]]) -> dict[str, Any]:
-    return {"steps": _packed(steps), "values": _packed(values), "shape": list(values.shape)}
 
 
 def _heads(run: Run, with_values: bool) -> Iterator[dict[str, Any]]:

@@ -157,7 +157,6 @@ class _Held(NamedTuple):
         return self._replace(step=step, without=self.without + (step != self.step or not self.without))
 
     def over(self, step: int) -> Alert:
-        """What is said at the end."""
         message = f"not seen any more; it began at step {self.alert.step}"
         return replace(self.alert, step=step, ended=True, message=message, members=self.members, advice="")
 

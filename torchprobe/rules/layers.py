@@ -116,7 +116,6 @@ class _Threshold(BuiltIn):
     message: ClassVar[str]
 
     def __call__(self, record: Record) -> Found:
-        """What holds in this record."""
         values = {where: value for name in self.reads or () for where, value in group(record, name)}
         if not values:
             return None

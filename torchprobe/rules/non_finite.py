@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ class _Evidence(NamedTuple):
     origin: bool = False
 
 
-@dataclass(frozen=True)
 class NonFinite(BuiltIn):
     """Any NaN or inf in the loss, an activation, a gradient or a parameter.
 
@@ -70,7 +68,6 @@ class _NonFiniteWatcher:
         self._sources = OfTags(_sources)
 
     def __call__(self, record: Record) -> Found:
-        """One alert for all of it."""
         evidence = next((one for source in self._sources(record.values) for one in source(record)), None)
         if evidence is not None:
             self._hold(record.step, evidence)

@@ -61,12 +61,11 @@ class EventFileWriter:
     most_tags: with more, the scalars of layers are written as one tensor a statistic, `per_layer/<statistic>`, since
     TensorBoard holds and shows each tag by itself; None for never. The report and the Probe tab show them all the same.
 
-    An existing file is never appended to: this one's name sorts after all others, whatever the
-    clock says, and a file that is deleted, moved away, replaced or cut short by others is followed by a new one,
-    with a line in the log. Every file starts
-    its session at the step of its first record, or at `restart_step` (the first step that a
-    resumed run can write) for the first file: in TensorBoard that hides what an earlier run left
-    from this step on. `restart` says the same later.
+    An existing file is never appended to: this one's name sorts after all others, whatever the clock says, and a file
+    that is deleted, moved away, replaced or cut short by others is followed by a new one, with a line in the log. Every
+    file starts its session at the step of its first record, or at `restart_step` (the first step that a resumed run can
+    write) for the first file: in TensorBoard that hides what an earlier run left from this step on. `restart` says the
+    same later.
 
     A batch is on disk (in the page cache, not synced), or in the store, when `write` returns. One that does not
     fit leaves the file as it was and raises OSError: write the same batch again later.

@@ -74,7 +74,9 @@ class HParamsWriter:
             batch[0] = dataclasses.replace(batch[0], values={START_TAG: start, **batch[0].values})
         self._writer.write(batch)
         self._begun = True
-        self._remember(records)
+        for record in records:
+            self._step = max(self._step, record.step)
+            self._last.update(_metrics(record))
 
     def restart(self, step: int) -> None:
         """The wrapped writer's."""
@@ -87,11 +89,6 @@ class HParamsWriter:
                 self._writer.write([self._end()])
         finally:
             self._writer.close()
-
-    def _remember(self, records: Sequence[Record]) -> None:
-        for record in records:
-            self._step = max(self._step, record.step)
-            self._last.update(_metrics(record))
 
     def _end(self) -> Record:
         now = time()

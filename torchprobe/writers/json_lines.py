@@ -43,7 +43,8 @@ class JsonLinesWriter:
         fault = self._file.fault()
         if fault is not None:
             self._reopen(fault)
-        self._file.append("".join(f"{_line(record)}\n" for record in records).encode())
+        lines = (json.dumps(json_record(one), allow_nan=False, separators=(",", ":")) for one in records)
+        self._file.append("".join(f"{line}\n" for line in lines).encode())
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
@@ -71,10 +72,6 @@ def _torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
-
-
-def _line(record: Record) -> str:
-    return json.dumps(json_record(record), allow_nan=False, separators=(",", ":"))
 
 
 def json_record(record: Record, without: tuple[type, ...] = ()) -> dict[str, Any]:

@@ -31,7 +31,6 @@ _LOCK_SECONDS = 60.0  # it is held for milliseconds: an older one is that of a k
 _EVENTS = "tfevents"  # what TensorBoard takes for an event file has it in its name
 _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
-
 _LONGEST = 255  # bytes of a name, on every common file system
 _log = logging.getLogger("torchprobe")
 
@@ -69,9 +68,8 @@ def open_writer(
 def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, model_name: str) -> Path | str:
     """`log_dir` itself, or its sub-folder `run_name`; without a `log_dir`, one under `runs`. A str for a URL.
 
-    Without either, the folder is new and made at once, so that no other run takes the same name. Raises
-    TypeError or ValueError for a run name that is no single folder name, and for a `log_dir` that is
-    empty or a file.
+    Without either, the folder is new and made at once, so that no other run takes the same name. Raises TypeError or
+    ValueError for a run name that is no single folder name, and for a `log_dir` that is empty or a file.
     """
     if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
         raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
@@ -87,7 +85,8 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
         nearest = next((part for part in (path, *path.parents) if part.exists()), path)
         if nearest.exists() and not nearest.is_dir():
             raise ValueError(f"log_dir: {nearest} is a file, and a run needs a directory; choose another path")
-    return _new_folder(Path("runs"), model_name) if log_dir is None and run_name is None else path
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
+    return new_folder(Path("runs"), name) if log_dir is None and run_name is None else path
 
 
 def check_run_name(run_name: str, argument: str = "run_name") -> None:
@@ -234,8 +233,8 @@ class RunDirectory:
                 yield below
 
 
-def _new_folder(parent: Path, model_name: str) -> Path:
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model_name}"
+def new_folder(parent: Path, name: str) -> Path:
+    """Made at once, with a number where another run has the name. Raises OSError."""
     number, path = 1, parent / name
     while True:
         try:
@@ -254,7 +253,6 @@ class _Folder:
     name: str
 
     def put(self, name: str, data: bytes) -> str:
-        """See `FileStore`."""
         return place_of(_join(self.run.settle(), self.name)).put(name, data)
 
 

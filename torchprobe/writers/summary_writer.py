@@ -22,8 +22,7 @@ class SummaryWriterAdapter:
     call per value, and what they have no method for is reported once. The writer is flushed after
     every batch and never closed, and never made to open another file.
 
-    Raises TypeError when `writer` has no `add_scalar`, ValueError, here and in `write`, when it is
-    closed.
+    Raises TypeError when `writer` has no `add_scalar`, ValueError, here and in `write`, when it is closed.
     """
 
     def __init__(self, writer: Any) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import ReferenceType
 
 import numpy as np
@@ -28,41 +28,14 @@ _library = library.Library(NAMESPACE, "FRAGMENT")
 _numbers = itertools.count()
 
 
-class _Attention(Protocol):
-    def record_call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        padding: Tensor | None,
-        causal: bool,
-        scale: float | None,
-        added: int,
-        place: int,
-    ) -> None:
-        """An attention was computed."""
-
-    def record_logits(self, logits: Tensor, number: int, place: int) -> None:
-        """A softmax was computed."""
-
-
-class _Unread(Protocol):
-    def note_unread(self) -> None:
-        """An attention was computed whose statistics cannot be had."""
-
-
-class _Output(Protocol):
-    def record_tensor(self, tensor: Tensor, training: bool, gradient: bool) -> None:
-        """A tensor was computed, or, by `record_row`, its statistic."""
-
-
 _objects: dict[int, ReferenceType[Any]] = {}  # by number, while they live
 
 
-def handle(target: _Attention | _Output | _Unread | GradientHook) -> Tensor:
+def handle(target: Any) -> Tensor:
     """The handle of an object: a tensor in host memory, whatever the model's device.
 
-    One of no dimension would be moved to the GPU by Inductor, under CUDA graphs, where a graph only hands it on.
+    target: has the methods that the operators below call, of those that it is handed to. One of no dimension would be
+    moved to the GPU by Inductor, under CUDA graphs, where a graph only hands it on.
     """
     number = next(_numbers)
     _objects[number] = ReferenceType(target, functools.partial(_objects.pop, number))  # by default the reference
@@ -134,72 +107,63 @@ def _target(handle: Tensor) -> Any:
     return None if found is None else found()
 
 
+def _forward(handle: Tensor) -> Any:
+    """The same; None in a recomputation, too."""
+    return None if in_backward() else _target(handle)
+
+
 def _attention(handle: Tensor, *call: Any) -> None:
-    target = None if in_backward() else _target(handle)  # a recomputation
-    if target is not None:
+    if (target := _forward(handle)) is not None:
         target.record_call(*call)
 
 
-def _logits(handle: Tensor, logits: Tensor, number: int, place: int) -> None:
-    target = None if in_backward() else _target(handle)  # a recomputation
-    if target is not None:
-        target.record_logits(logits, number, place)
+def _logits(handle: Tensor, *call: Any) -> None:
+    if (target := _forward(handle)) is not None:
+        target.record_logits(*call)
 
 
 def _tensor(handle: Tensor, tensor: Tensor, training: bool, gradient: bool) -> None:
-    target = _target(handle) if gradient or not in_backward() else None
-    if target is not None:
+    if (target := _target(handle) if gradient else _forward(handle)) is not None:
         target.record_tensor(tensor, training, gradient)
 
 
 def _row(handle: Tensor, row: Tensor, training: bool, gradient: bool) -> None:
-    target = _target(handle) if gradient or not in_backward() else None
-    if target is not None:
+    if (target := _target(handle) if gradient else _forward(handle)) is not None:
         target.record_row(row, training, gradient)
 
 
 def _heard(handle: Tensor, gradient: Tensor) -> None:
-    target = _target(handle)
-    if target is not None:
+    if (target := _target(handle)) is not None:
         beside(target.hear, gradient)
 
 
 def _unread(handle: Tensor) -> None:
-    if not in_backward():
-        target = _target(handle)
-        if target is not None:
-            target.note_unread()
+    if (target := _forward(handle)) is not None:
+        target.note_unread()
 
 
-def _define(name: str, arguments: str, body: Any) -> Any:
-    tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
-    every = ", ".join(("Tensor(a!) handle", *([arguments] if arguments else [])))
-    _library.define(f"{name}({every}) -> ()", tags=tags)
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    library.register_fake(f"torchprobe_graph::{name}", lambda *args: None, lib=_library)
-    return getattr(torch.ops.torchprobe_graph, name).default
+_UNSAFE = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
 
 
-_CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, float? scale, int added, int place"
-attention = _define("attention", _CALL, _attention)
-logits = _define("logits", "Tensor logits, int number, int place", _logits)
-tensor = _define("tensor", "Tensor tensor, bool training, bool gradient", _tensor)
-unread = _define("unread", "", _unread)
-heard = _define("heard", "Tensor gradient", _heard)
-row = _define("row", "Tensor row, bool training, bool gradient", _row)
-
-
-def _lasting(name: str, arguments: str, body: Any) -> Any:
-    """One that a graph of the device may hold."""
-    _library.define(f"{name}(Tensor(a!) lines, {arguments}) -> ()")
+def _define(name: str, arguments: str, body: Any, tags: Sequence[torch.Tag] = tuple(_UNSAFE)) -> Any:
+    """Without tags one that a graph of the device may hold."""
+    _library.define(f"{name}(Tensor(a!) {arguments}) -> ()", tags=tags)
     _library.impl(name, body, "CompositeExplicitAutograd")
     library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 
-add_in_place = _lasting("add_in_place", "Tensor tensor", lambda lines, tensor: fused.add(tensor, lines))
-add_all_in_place = _lasting(
+_CALL = "Tensor query, Tensor key, Tensor? mask, Tensor? padding, bool causal, float? scale, int added, int place"
+attention = _define("attention", f"handle, {_CALL}", _attention)
+logits = _define("logits", "handle, Tensor logits, int number, int place", _logits)
+tensor = _define("tensor", "handle, Tensor tensor, bool training, bool gradient", _tensor)
+unread = _define("unread", "handle", _unread)
+heard = _define("heard", "handle, Tensor gradient", _heard)
+row = _define("row", "handle, Tensor row, bool training, bool gradient", _row)
+add_in_place = _define("add_in_place", "lines, Tensor tensor", lambda lines, x: fused.add(x, lines), ())
+add_all_in_place = _define(
     "add_all_in_place",
-    "Tensor places, Tensor like, int programs, int span",
+    "lines, Tensor places, Tensor like, int programs, int span",
     lambda lines, places, like, programs, span: fused.add_all(like, lines, places, programs, span),
+    (),
 )

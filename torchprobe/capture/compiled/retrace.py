@@ -10,16 +10,7 @@ from torch import nn
 
 from torchprobe.capture.attention.traced import OWNER, take_mode_off
 from torchprobe.capture.compat import say_what_graphs_lose
-from torchprobe.capture.compiled.graphs import (
-    GraphGuards,
-    all_compiled_codes,
-    compiled_codes,
-    drop,
-    has_compiled_part,
-    in_compiled_call,
-    is_torchs_own,
-    is_wrapped,
-)
+from torchprobe.capture.compiled import graphs
 from torchprobe.capture.sites import SITE, observe_output
 from torchprobe.capture.source import Running
 
@@ -36,7 +27,7 @@ class Retrace:
         """looks: graphs are to be looked at even where no hook is in them."""
         self._model = model
         self._running = running
-        self._guards = GraphGuards(model, {SITE: observe_output, OWNER: take_mode_off})
+        self._guards = graphs.GraphGuards(model, {SITE: observe_output, OWNER: take_mode_off})
         self._others: set[CodeType] = set()  # of torch's own modules, which other models are
         self._said = self._gave_up = False
         self._looks = looks
@@ -50,12 +41,12 @@ class Retrace:
         model = self._model()
         if model is None or self._running.compiled:
             return
-        if in_compiled_call():
+        if graphs.in_compiled_call():
             say_what_graphs_lose()
         if not self._guards.unguarded:
             return
-        codes = compiled_codes(model) & self._guards.unguarded
-        if codes and (in_compiled_call() or has_compiled_part(model) or self._is_wrapped(model, codes)):
+        codes = graphs.compiled_codes(model) & self._guards.unguarded
+        if codes and (graphs.in_compiled_call() or graphs.has_compiled_part(model) or self._is_wrapped(model, codes)):
             self._drop(codes)
 
     def after_step(self) -> None:
@@ -65,7 +56,7 @@ class Retrace:
         """
         if not (self._running.fired or self._running.compiled or self._gave_up) and self._has_gradients():
             self._gave_up = True
-            self._drop(all_compiled_codes() & self._guards.unguarded)
+            self._drop(graphs.all_compiled_codes() & self._guards.unguarded)
         self._running.forget_fired()
 
     def detach(self) -> None:
@@ -74,9 +65,9 @@ class Retrace:
 
     def _is_wrapped(self, model: nn.Module, codes: set[CodeType]) -> bool:
         """All models of torch's own classes share one code: whether some of its graphs are this model's."""
-        if not is_torchs_own(model) or codes <= self._others:
+        if not graphs.is_torchs_own(model) or codes <= self._others:
             return False
-        wrapped = is_wrapped(model)
+        wrapped = graphs.is_wrapped(model)
         if not wrapped:
             self._others |= codes
         return wrapped
@@ -94,4 +85,4 @@ class Retrace:
         self._said = True
         self._guards.unguarded.difference_update(codes)
         self._guards.earlier.difference_update(codes)
-        drop(codes)
+        graphs.drop(codes)

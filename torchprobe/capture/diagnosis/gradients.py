@@ -170,8 +170,7 @@ class GradientFacts:
             self._evidence.put("zero_gradients", torch.stack([s.to(shares[0].device) for s in shares]).median())
 
     def _look(self) -> _Seen:
-        model = self._model()
-        there = [] if model is None else [p for p in all_parameters(model) if p.grad is not None]
+        there = [p for p in all_parameters(self._model()) if p.grad is not None]
         states = {id(p): (id(p.grad), p.grad._version) for p in there if p.grad is not None}
         small = [p for p in there if p.numel() <= _FEW] or there
         return _Seen(states, dict(_norms(small[:: 1 + len(small) // _MOST])))

@@ -107,7 +107,8 @@ class NanCheck:
         value = _sum(_column(tensor.detach()))
         if isinstance(value, Tensor):
             return Sign("output", flag=value.isnan())
-        return Sign("output", of_output(self._named(), [tensor])) if math.isnan(value) else None
+        named = [*named_parameters(self._model())] if math.isnan(value) else None
+        return None if named is None else Sign("output", of_output(named, [tensor]))
 
     def _of_gradients(self) -> Sign | None:
         parameter = self._first_trained()
@@ -117,7 +118,7 @@ class NanCheck:
         value = _sum(gradient.detach() if gradient.requires_grad else gradient)
         if isinstance(value, Tensor):
             return Sign("gradient", flag=(value * 0.0).isnan())  # two kernels, where `isfinite` takes four
-        return None if math.isfinite(value) else Sign("gradient", of_gradients(self._named()))
+        return None if math.isfinite(value) else Sign("gradient", of_gradients([*named_parameters(self._model())]))
 
     def seen(self) -> None:
         """A step used numbers that are not finite; for any thread."""
@@ -136,17 +137,14 @@ class NanCheck:
     def _first_trained(self) -> nn.Parameter | None:
         parameter = self._first
         if parameter is None or parameter.grad is None:
-            found = [(n, p) for n, p in self._named() if p.grad is not None and p.is_floating_point()]
+            named = named_parameters(self._model())
+            found = [(n, p) for n, p in named if p.grad is not None and p.is_floating_point()]
             few = [(n, p) for n, p in found if p.numel() <= _ELEMENTS] or found[:1]
             # All of the first module's see NaN from everywhere behind it: the smallest costs least.
             of_first = [p for n, p in few if owner_of(n) == owner_of(few[0][0])]
             parameter = min(of_first, key=nn.Parameter.numel, default=None)
             self._first = parameter
         return parameter
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        model = self._model()
-        return [] if model is None else list(named_parameters(model))
 
 
 def _is_plain(tensor: Tensor) -> bool:

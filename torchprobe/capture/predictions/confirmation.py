@@ -13,36 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchprobe.capture.predictions.forms import (
-    BINARY,
-    IGNORED,
-    LAST,
-    MAX_ELEMENTS,
-    SECOND,
-    Form,
-    Generators,
-    class_count,
-    pick,
-    probabilities_of,
-    row_count,
-    rows_of,
-    stacked,
-)
+from torchprobe.capture.predictions import forms, trust
 from torchprobe.capture.predictions.gradient import TOLERANCE, Given, Recovered, recover
 from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import Seen
 from torchprobe.capture.predictions.targets import direction, targets_of, weights_of
-from torchprobe.capture.predictions.trust import (
-    CLOSE,
-    STEADY,
-    Count,
-    choices,
-    have_one_target,
-    is_steady,
-    is_trusted,
-    of_passes,
-)
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
@@ -63,7 +39,7 @@ def confirm_gradient(
     """
     sampled = drawn and judge.kind != "whole" and not any(call.reduced for call in waiting.candidates)
     for form, predicted in waiting.predicted.items():
-        g = stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
+        g = forms.stacked([waiting.pool.rows(gradient, form) for gradient in gradients])
         if judge.judges not in ("", form.kind):
             phase.support(form.key, _evidence(g, 1.0, 0.0))
             continue
@@ -78,17 +54,17 @@ def confirm_gradient(
         against = _evidence(g, _AGAINST, 0.0)
         seen = Seen(found.alive.any(0), found.faint.any(0), found.targets.amax(0), predicted.mean)
         refuse = partial(_refuse, phase, form, against)
-        for flag in choices(waiting, form, seen, refuse):
+        for flag in trust.choices(waiting, form, seen, refuse):
             refuse(flag)
         if sampled:
             phase.calibration.support(form.key, against)
-        each = row_count(waiting.shape, form) // waiting.shape[0]
+        each = forms.row_count(waiting.shape, form) // waiting.shape[0]
         if len(g) == 1 and each > 1:
-            alike = have_one_target(seen.targets, each, waiting.pool.index(g, form))
+            alike = trust.have_one_target(seen.targets, each, waiting.pool.index(g, form))
             phase.uncertainty.support(form.key, against * alike)
 
 
-def _refuse(phase: Phase, form: Form, against: Tensor, flag: Tensor) -> None:
+def _refuse(phase: Phase, form: forms.Form, against: Tensor, flag: Tensor) -> None:
     phase.calibration.support(form.key, against * flag)
 
 
@@ -100,15 +76,15 @@ def _from_gradient(waiting: Waiting, given: Given, judge: Judge, found: Recovere
     """
     targets, evidence = _claimed(found, given, judge)
     favourite = found.favourite[0] if len(given.g) == 1 else None
-    row = calibration.compute(given.predicted.mean, targets, ignore_index=IGNORED, favourite=favourite)
+    row = calibration.compute(given.predicted.mean, targets, ignore_index=forms.IGNORED, favourite=favourite)
     members = waiting.pool.members(given.form)
     if members is None or members.of_mean_logits is None or given.form.kind != "softmax":
         return evidence, row
     last = float(waiting.number == waiting.pool.passes)
-    for reading, at, judged, weight in of_passes(found, given, members, last):
+    for reading, at, judged, weight in trust.of_passes(found, given, members, last):
         targets, claimed = _claimed(reading, at, judge)
         better = claimed[1] > evidence[1]
-        other = calibration.compute(judged, targets, ignore_index=IGNORED) * weight
+        other = calibration.compute(judged, targets, ignore_index=forms.IGNORED) * weight
         evidence, row = torch.where(better, claimed, evidence), torch.where(better, other, row)
     return evidence, row
 
@@ -118,20 +94,20 @@ def _claimed(found: Recovered, given: Given, judge: Judge) -> tuple[Tensor, Tens
     their targets, (n,), IGNORED where the loss left one out; and evidence, (3,), see `probes.evidence`.
     """
     predicted, g, _, precision = given
-    passed, alive, faint = found.targets != IGNORED, found.alive.any(0), found.faint.all(0)
+    passed, alive, faint = found.targets != forms.IGNORED, found.alive.any(0), found.faint.all(0)
     targets = found.targets.amax(0)
     agree = ((found.targets == targets) | ~passed).all(0)  # members of one prediction have one target
     fine = passed.any(0) & agree
     factor = found.factor.where(passed, 0.0).sum(0)
     common = factor.where(fine, torch.nan).nanmedian()
-    loose = STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
-    close = CLOSE if precision not in TOLERANCE else loose
-    count = Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
-    trusted = is_trusted(judge, is_steady(factor, fine, targets, common, loose), count)
+    loose = trust.STEADY if precision not in TOLERANCE else 2 * TOLERANCE[precision]
+    close = trust.CLOSE if precision not in TOLERANCE else loose
+    count = trust.Count(common, alive.sum(), (faint & ~alive).sum(), len(fine), close)
+    trusted = trust.is_trusted(judge, trust.is_steady(factor, fine, targets, common, loose), count)
     trusted &= agree.sum() >= _ENOUGH * len(agree)
     # A row whose gradient was lost has its likeliest class for a target, or was ignored: the number of rows tells.
     lost = faint & (alive | count.zeros_count)
-    targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted & agree, IGNORED))
+    targets = torch.where(lost & trusted, found.favourite[0], targets.where(trusted & agree, forms.IGNORED))
     if precision in TOLERANCE and len(g) == 1:  # a few rows are rounded too far, and are rows of that loss all the same
         targets = torch.where(alive & ~fine & ~faint & trusted, found.likely[0], targets)
     broken = predicted.mean.isnan().any(-1) & g.isnan().any(-1).any(0)
@@ -163,7 +139,7 @@ def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
     fits = clear & (away.abs().sum(-1) <= loose * size + tiny * g.shape[-1])
     confirmed = (fits.sum() >= _ENOUGH * clear.sum()) & (clear.sum() > 0)
     total = sum(w.mean() for w in weights)
-    rows = [calibration.compute(p, _kept(call, alive), ignore_index=IGNORED) for call in calls]
+    rows = [calibration.compute(p, _kept(call, alive), ignore_index=forms.IGNORED) for call in calls]
     if len(rows) == 1:
         return [(confirmed & _is_unweighted(calls[0], weights[0][:, 0], clear, alive), rows[0])]
     return [(confirmed, sum(row * (w / total).to(row.dtype) for row, w in zip(rows, weights, strict=True)))]  # type: ignore[list-item]
@@ -172,8 +148,8 @@ def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
 def _is_unweighted(call: Candidate, weight: Tensor, clear: Tensor, alive: Tensor) -> Tensor:
     """A flag: that what was computed of each example was masked at most. A policy's gradient has weights of its own."""
     common = weight.where(clear, torch.nan).nanmedian()
-    equal = clear & ((weight - common).abs() <= STEADY * common)
-    count = Count(common, alive.sum(), torch.zeros_like(common), len(weight), CLOSE)
+    equal = clear & ((weight - common).abs() <= trust.STEADY * common)
+    count = trust.Count(common, alive.sum(), torch.zeros_like(common), len(weight), trust.CLOSE)
     return ((equal.sum() >= _ENOUGH * clear.sum()) & count.is_plain) | call.reduced
 
 
@@ -182,7 +158,7 @@ def _of_answers(p: Tensor, g: Tensor, call: Candidate) -> tuple[Tensor, Tensor]:
     y, yes = call.targets[:, 1], p[:, 1]
     alive = (g[:, 0] != 0) & g.isfinite()[:, 0]
     agree = alive & ((g[:, 0] > 0) == (yes > y))
-    row = calibration.compute(p, call.targets, ignore_index=IGNORED)
+    row = calibration.compute(p, call.targets, ignore_index=forms.IGNORED)
     return (agree.sum() >= _ENOUGH * alive.sum()) & (alive.sum() > 0), row
 
 
@@ -190,24 +166,24 @@ def _kept(call: Candidate, alive: Tensor) -> Tensor:
     """Targets without those that a mask took away after the loss was computed of each."""
     if call.reduced or call.targets.dim() > 1:
         return call.targets
-    return call.targets.where(alive, IGNORED)
+    return call.targets.where(alive, forms.IGNORED)
 
 
 # ---- by a loss that the model returns
 
 
-def confirm_returned(phase: Phase, output: Tensor, judge: Judge, generators: Generators) -> bool:
+def confirm_returned(phase: Phase, output: Tensor, judge: Judge, generators: forms.Generators) -> bool:
     """Targets that the graph of a returned loss still holds, and the probabilities that it judged."""
     found = None if judge.node is None or judge.kind == "each" else judged_by(judge, output)
-    if found is None or found[1].shape[-1] != class_count(output.shape, found[0]):
+    if found is None or found[1].shape[-1] != forms.class_count(output.shape, found[0]):
         return False
     form, rows, targets = found
-    index = pick(rows, form._replace(axis=-1), generators)
+    index = forms.pick(rows, form._replace(axis=-1), generators)
     rows, targets = (x if index is None else x[index] for x in (rows, targets))
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    p = wide.exp() if form.kind == "softmax" else probabilities_of(wide, form)
+    p = wide.exp() if form.kind == "softmax" else forms.probabilities_of(wide, form)
     y = targets if form.kind == "softmax" else torch.stack((1 - targets, targets), -1).to(p.dtype)
-    phase.calibration.add(f"{SURE}|found", calibration.compute(p, y, ignore_index=IGNORED), index is not None)
+    phase.calibration.add(f"{SURE}|found", calibration.compute(p, y, ignore_index=forms.IGNORED), index is not None)
     phase.settle_form(form.key, True)
     return True
 
@@ -220,30 +196,30 @@ def confirm_labels(phase: Phase, output: Tensor, loss: Tensor, labels: Tensor, i
         return
     seen = torch.zeros((), dtype=torch.bool, device=output.device)
     for form, logits, targets in _alignments(output.detach(), labels.detach()):
-        rows = rows_of(logits, form, None)
+        rows = forms.rows_of(logits, form, None)
         equal = _equals(_recomputed(form, rows, targets, ignored), loss.detach()) & ~seen
         seen = seen | equal
-        y = targets.where(targets != ignored, IGNORED) if form.kind == "softmax" else targets
+        y = targets.where(targets != ignored, forms.IGNORED) if form.kind == "softmax" else targets
         y = y.reshape(-1) if form.kind == "softmax" else torch.stack((1 - y, y), -1).reshape(-1, 2).to(rows.dtype)
-        row = calibration.compute(probabilities_of(rows, form), y, ignore_index=IGNORED)
+        row = calibration.compute(forms.probabilities_of(rows, form), y, ignore_index=forms.IGNORED)
         phase.calibration.add(f"{SURE}|found", row * equal)
         phase.settle_form(form.key, True, equal)
 
 
-def _alignments(logits: Tensor, labels: Tensor) -> list[tuple[Form, Tensor, Tensor]]:
+def _alignments(logits: Tensor, labels: Tensor) -> list[tuple[forms.Form, Tensor, Tensor]]:
     if labels.is_floating_point():
-        return [(BINARY, logits, labels)] if labels.shape == logits.shape else []
+        return [(forms.BINARY, logits, labels)] if labels.shape == logits.shape else []
     found = []
     if labels.shape == logits.shape[:-1]:
-        found.append((LAST, logits, labels))
+        found.append((forms.LAST, logits, labels))
         if labels.dim() == 2 and labels.shape[1] > 1:
-            found.append((LAST, logits[:, :-1], labels[:, 1:]))
+            found.append((forms.LAST, logits[:, :-1], labels[:, 1:]))
     if logits.dim() > 2 and labels.shape == logits.shape[:1] + logits.shape[2:]:
-        found.append((SECOND, logits, labels))
+        found.append((forms.SECOND, logits, labels))
     return found
 
 
-def _recomputed(form: Form, rows: Tensor, targets: Tensor, ignored: int) -> Tensor:
+def _recomputed(form: forms.Form, rows: Tensor, targets: Tensor, ignored: int) -> Tensor:
     if form.kind != "softmax":
         return F.binary_cross_entropy_with_logits(rows.reshape(-1), targets.reshape(-1).to(rows.dtype))
     fitting = torch.where((targets >= 0) & (targets < rows.shape[-1]), targets, ignored)
@@ -261,7 +237,7 @@ def _equals(value: Tensor, loss: Tensor) -> Tensor:
 def confirm_likelihood(phase: Phase, waiting: Waiting, of_mean: Tensor, of_source: Tensor) -> None:
     """Targets of numbers from the gradients of a Gaussian likelihood at their mean and at what gives their variance."""
     for number in waiting.numbers:
-        stride = 1 + number.mean.numel() // MAX_ELEMENTS
+        stride = 1 + number.mean.numel() // forms.MAX_ELEMENTS
         mean, variance, *both = (x.reshape(-1)[::stride] for x in (number.mean, number.variance, of_mean, of_source))
         targets, found = targets_of(mean, variance, both[0], both[1], number.spread)
         if number.key:

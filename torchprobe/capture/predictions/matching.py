@@ -8,28 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import (
-    BINARY,
-    IGNORED,
-    LAST,
-    SECOND,
-    YES,
-    Form,
-    class_count,
-    decided,
-    probabilities_of,
-    row_count,
-    rows_of,
-    same_memory,
-)
-from torchprobe.capture.predictions.forms import by_row as rows_view
+from torchprobe.capture.predictions import forms
 from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.capture.predictions.inputs import version_of
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import NUMBERS
 from torchprobe.capture.predictions.targets import Call, by_row
 from torchprobe.probes.evidence import SURE
-from torchprobe.statistics import calibration, intervals
+from torchprobe.statistics import calibration, intervals, uncertainty
 
 NO_VARIANCE = (
     "the model predicts numbers without a variance, so that there is no interval to judge: return one beside the mean, "
@@ -46,7 +32,7 @@ class _Match(NamedTuple):
     knows; None where it is sure. kept: a flag for each row, where not all were judged.
     """
 
-    form: Form | None
+    form: forms.Form | None
     rows: Tensor | None = None
     certain: Tensor | None = None
     kept: Tensor | None = None
@@ -87,10 +73,10 @@ def _same_tensor(waiting: Waiting, call: Call) -> _Match | None:
     output = waiting.output()
     if output is None or version_of(output) != waiting.version:
         return None
-    answers = YES if call.are_probabilities else BINARY
-    judged = rows_view(call.input, call.form or BINARY)
-    for form in (LAST, SECOND) if call.form is not None and call.form.kind == "softmax" else (answers,):
-        if output.dim() > form.axis and same_memory(judged, rows_view(output, form)):
+    answers = forms.YES if call.are_probabilities else forms.BINARY
+    judged = forms.by_row(call.input, call.form or forms.BINARY)
+    for form in (forms.LAST, forms.SECOND) if call.form is not None and call.form.kind == "softmax" else (answers,):
+        if output.dim() > form.axis and forms.same_memory(judged, forms.by_row(output, form)):
             return _Match(None) if call.form is None else _Match(form, waiting.pool.index(output, form))
     return None
 
@@ -113,14 +99,14 @@ def _same_steps(waiting: Waiting, call: Call) -> _Match | None:
     """The match, if a loss module was handed the values of a sequence's first steps, or of its last: all but one, which
     predict the next or the one before, or the last alone. The output itself may be gone: what it predicted tells.
     """
-    predicted, shape = waiting.predicted.get(LAST), waiting.shape
+    predicted, shape = waiting.predicted.get(forms.LAST), waiting.shape
     if predicted is None or call.form is None or call.form.kind != "softmax" or len(shape) != 3 or shape[1] < 2:
         return None
     count, classes = _sizes(call.input.shape, call.form)
     steps, rest = divmod(count, shape[0])
     if rest or classes != shape[2] or not 0 < steps < shape[1]:
         return None
-    index = waiting.pool.index(call.input, LAST)
+    index = waiting.pool.index(call.input, forms.LAST)
     at = torch.arange(len(predicted.mean), device=predicted.mean.device) if index is None else index
     example, step = at.div(shape[1], rounding_mode="floor"), at % shape[1]
     ways = []
@@ -131,14 +117,14 @@ def _same_steps(waiting: Waiting, call: Call) -> _Match | None:
         ways.append((away.amax() <= _ROUNDED * predicted.mean.amax(), rows, kept))
     (is_next, *of_next), (is_last, *of_last) = ways
     rows, kept = (torch.where(is_next, a, b) for a, b in zip(of_next, of_last, strict=True))
-    match = _by_values(LAST, rows, [is_next, is_last])
+    match = _by_values(forms.LAST, rows, [is_next, is_last])
     return match and match._replace(kept=kept)
 
 
-def _by_values(form: Form | None, rows: Tensor | None, flags: Sequence[Tensor | None]) -> _Match | None:
+def _by_values(form: forms.Form | None, rows: Tensor | None, flags: Sequence[Tensor | None]) -> _Match | None:
     known = [flag for flag in flags if flag is not None]
     equal = torch.stack(known).any() if known else None
-    is_equal = None if equal is None else decided(equal)
+    is_equal = None if equal is None else forms.decided(equal)
     if equal is None or is_equal is False:
         return None
     return _Match(form, rows, None if is_equal else equal)
@@ -150,23 +136,24 @@ def _targets(call: Call, match: _Match) -> Tensor:
     targets = by_row(call.target, call.form, match.rows)
     if match.kept is None:
         return targets
-    return targets.where(match.kept, IGNORED) if targets.dim() == 1 else targets.where(match.kept[:, None], torch.nan)
+    if targets.dim() == 1:
+        return targets.where(match.kept, forms.IGNORED)
+    return targets.where(match.kept[:, None], torch.nan)
 
 
 def _judge_classes(phase: Phase, waiting: Waiting, call: Call, match: _Match) -> None:
-    for form in (LAST, SECOND, BINARY, YES):
+    for form in (forms.LAST, forms.SECOND, forms.BINARY, forms.YES):
         phase.settle_form(form.key, form == match.form, match.certain)
     phase.settle_form(NUMBERS, False, match.certain)
     if match.certain is None:
         phase.has_judged(waiting)
     targets = _targets(call, match)
-    row = calibration.compute(_probabilities(call, match.rows), targets, ignore_index=IGNORED)
-    row = row if match.certain is None else row * match.certain
-    phase.calibration.add(f"{SURE}|found", row, match.rows is not None)
+    row = calibration.compute(_probabilities(call, match.rows), targets, ignore_index=forms.IGNORED)
+    phase.calibration.add(f"{SURE}|found", _if_certain(row, match.certain), match.rows is not None)
 
 
 def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor | None) -> None:
-    for form in (LAST, SECOND, BINARY, YES):
+    for form in (forms.LAST, forms.SECOND, forms.BINARY, forms.YES):
         phase.settle_form(form.key, False, certain)
     phase.settle_form(NUMBERS, True, certain)
     given = call.variance.detach() if isinstance(call.variance, Tensor) else None
@@ -177,20 +164,27 @@ def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor |
     sure = next((n.variance for n in waiting.numbers if n.is_normal and not n.key), None)
     variance = sure if given is None else given
     if given is not None and not waiting.numbers and given.shape == call.input.shape:
-        phase.uncertainty.describe(f"{SURE}||{waiting.pool.where}", given, given)
+        row = uncertainty.compute(uncertainty.Decomposition(given, given, None))
+        phase.uncertainty.add(f"{SURE}||{waiting.pool.where}", _if_certain(row, certain))
     if variance is None:
         phase.say("calibration", NO_VARIANCE)
     elif call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
         if certain is None:
             phase.has_judged(waiting)
         row = intervals.compute(call.input.detach(), variance, call.target.detach())
-        phase.coverage.add(SURE, row if certain is None else row * certain)
+        phase.coverage.add(SURE, _if_certain(row, certain))
+
+
+def _if_certain(row: Tensor, certain: Tensor | None) -> Tensor:
+    """Zeros, which add nothing, where the device finds that something else was judged."""
+    return row if certain is None else row * certain
 
 
 def _probabilities(call: Call, index: Tensor | None) -> Tensor:
     """(n, classes) of what a loss module was handed, which are no numbers."""
     assert call.form is not None
-    return probabilities_of(rows_of(call.input, call.form, index), YES if call.are_probabilities else call.form)
+    rows = forms.rows_of(call.input, call.form, index)
+    return forms.probabilities_of(rows, forms.YES if call.are_probabilities else call.form)
 
 
 def _equal(call: Call, values: Tensor, expected: Tensor | None) -> Tensor | None:
@@ -201,8 +195,8 @@ def _equal(call: Call, values: Tensor, expected: Tensor | None) -> Tensor | None
     return (values - expected).abs().amax() <= tolerance * expected.abs().amax()
 
 
-def _sizes(shape: torch.Size, form: Form) -> tuple[int, int]:
-    return row_count(shape, form), class_count(shape, form)
+def _sizes(shape: torch.Size, form: forms.Form) -> tuple[int, int]:
+    return forms.row_count(shape, form), forms.class_count(shape, form)
 
 
 def _broadcast(*tensors: Tensor) -> bool:

@@ -171,13 +171,11 @@ class _Reporting:
         return None if reporter is None else reporter.evidence.recognised
 
     def remark(self, line: str) -> None:
-        """What is to be said once of both."""
         reporter = self.calibration or self.uncertainty
         if line and reporter is not None:
             reporter.remark(line)
 
     def explain(self, reason: str) -> None:
-        """Why nothing can be seen at all."""
         for reporter in (self.uncertainty, self.calibration):
             if reporter is not None:
                 reporter.explain(reason)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprobe.statistics.targets import class_counts, entropy, judged, same_class
+from torchprobe.statistics.scoring import class_counts, entropy, judged, same_class
 
 
 def counts_by_hand(labels: list[int], classes: int) -> list[int]:

@@ -22,7 +22,7 @@ from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import is_usable
 from torchprobe.capture.predictions.graph import Link, Place, is_shape, made_by, place_of, way_to_loss
 from torchprobe.statistics.dtypes import row_dtype
-from torchprobe.statistics.targets import class_counts, entropy, judged, same_class
+from torchprobe.statistics.scoring import class_counts, entropy, judged, same_class
 
 _MOST_OUTPUTS = 4
 _MOST_NUMBERS = 2**22  # of logits that are read

@@ -96,3 +96,30 @@ def test_parts_that_reentrant_checkpoints_run_again_have_the_loss_once(again):
             right[k] = loss.item()
     assert dict(writer.scalars("overview/loss")) == pytest.approx(right)
     assert [step for step, _ in writer.scalars("activation_mean/1")] == [1, 2, 4]
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = twins(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+@pytest.mark.parametrize("where", ["", "members.0", "members.0.3"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_session_may_end_inside_of_any_call(where, before):
+    model = Ensemble()
+    part = model.get_submodule(where)
+
+    def end(*_: object) -> None:
+        session.detach()
+
+    for _ in range(2):
+        handle = (part.register_forward_pre_hook if before else part.register_forward_hook)(end)
+        session = torchprobe.instrument(model, writer=MemoryWriter(), every=1)
+        model(torch.randn(ROWS, 4)).sum().backward()
+        handle.remove()
+        assert not session.attached
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

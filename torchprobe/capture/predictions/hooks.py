@@ -107,9 +107,7 @@ class Parts:
                 yield name, list(outputs)
 
     def _heard(self, site: Site, module: nn.Module, args: Any, *called: Any) -> None:
-        taken_off = (
-            len(called) < 2
-        )  # by another hook of this call, as where the pass is the module's own: no kwargs then
+        taken_off = len(called) < 2  # by another hook of this call: then torch gives no kwargs
         if taken_off or torch.compiler.is_compiling() or under_transform() or in_backward():
             return
         kwargs, output = called

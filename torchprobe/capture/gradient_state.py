@@ -146,13 +146,17 @@ class GradientState:
         gradients = [p.grad for p in self._parameters[:_MOST]]
         return not any(g is not None and (not g.is_cpu or _any(g)) for g in gradients)
 
-    def emptied(self) -> bool:
-        """Whether an optimizer finds none of the gradients that a backward pass gave it; off the CPU zeros are some."""
+    def emptied(self, new: bool) -> bool:
+        """Whether an optimizer finds none of the gradients that a backward pass gave it; off the CPU zeros are some.
+
+        new: nobody has looked at what that pass left.
+        """
         for p, left in zip(self.few, self._left, strict=True):
             gradient = p.grad
             if gradient is None:
                 continue
-            if not gradient.is_cpu or (id(gradient), gradient._version) == left or _any(gradient):
+            unchanged = not new and (id(gradient), gradient._version) == left
+            if unchanged or not gradient.is_cpu or _any(gradient):
                 return False
         return self.zeroed(thorough=True)
 

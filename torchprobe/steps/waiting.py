@@ -80,18 +80,15 @@ class Waiting:
             return found
         if self._parameter_hooks.hooked:
             self._parameter_hooks.step_ends()
-        for parameter in state.few if final else ():
-            if parameter.grad is not None and not (state.kept or new):
-                break  # there is one
-        else:
-            if final and (state.zeroed(thorough=True) if new else state.emptied()):
-                found = self._without_emptied(state, found, new)
+        there = not (new or state.kept) and state.few and state.few[0].grad is not None  # the plain loop
+        if final and not there and state.emptied(new):
+            found = self._without_emptied(found, new)
         if self._untold and all([b.used or b.loss is None for b in found]):  # noqa: C419 - as above
             self._untold = False
             _log.warning("overview/loss is not written for gradients of autograd.grad: no backward() says what it was")
         return found
 
-    def _without_emptied(self, state: GradientState, found: list[Backward], new: bool) -> list[Backward]:
+    def _without_emptied(self, found: list[Backward], new: bool) -> list[Backward]:
         """Of these backward passes those that were not seen to give the gradients that are zeroed before the step."""
         seen = [b for b in found if not b.used and b.reached is not None and not (new and b.grown is None)]
         if not seen:

@@ -41,3 +41,14 @@ def test_a_class_that_calls_itself_without_hooks_is_named_once(caplog):
 @pytest.mark.parametrize("kind", [WithHooks, nn.Linear])
 def test_others_are_not(caplog, kind):
     assert lines_of(kind(3, 2), caplog)[0] == []
+
+
+def test_what_cannot_be_called_is_not_said_to_call_itself(caplog):
+    model = nn.ParameterList([torch.ones(3)])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with caplog.at_level(logging.WARNING, "torchprobe"), torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model[0].square().sum().backward()
+            optimizer.step()
+    assert "__call__" not in caplog.text

@@ -117,7 +117,8 @@ class Recorder:
         """An optimizer steps, and no forward pass was heard of: some classes call themselves without hooks."""
         model = self._sources.model()
         kind: Any = type(model)
-        if model is not None and not self._sources.running.compiled and kind.__call__ is not nn.Module.__call__:
+        own = kind.__call__ is not nn.Module.__call__ and kind.forward is not nn.Module.forward
+        if model is not None and not self._sources.running.compiled and own:
             self._said_unheard = True
             why = f"{kind.__name__}.__call__ runs no hooks of torch's, so that forward passes are not seen"
             self._sources.predictions.explain(f"{why}: call session.log_predictions(probs, targets)")

@@ -98,7 +98,9 @@ def test_an_adapter_is_imported_when_it_is_asked_for(tmp_path, installed):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(there)
         (tmp_path / name / "pytorch.py").write_text(there)
-    statement = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchprobe; torchprobe.integrations.lightning"
+    statement = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchprobe; torchprobe.integrations.lightning"
+    )
     result = subprocess.run([*warm.python(), "-c", statement], capture_output=True, text=True, timeout=120)
     assert not result.returncode if installed else "pip install lightning" in result.stderr, result.stderr
 

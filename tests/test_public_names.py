@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import torchprobe
+from tests import warm
 
 PACKAGE = Path(torchprobe.__file__).parent
 
@@ -89,10 +90,22 @@ def test_modules_of_the_public_interface_need_no_import_of_their_own(name):
     subprocess.run([sys.executable, "-c", statement], check=True, timeout=120)
 
 
-def test_an_adapter_is_imported_when_it_is_asked_for():
-    statement = "import torchprobe; torchprobe.integrations.lightning"
-    result = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120)
-    assert not result.returncode or "pip install lightning" in result.stderr
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_adapter_is_imported_when_it_is_asked_for(tmp_path, installed):
+    """Without Lightning's own seconds of import; the real one: `test_every_module_imports_by_itself`."""
+    for name in ("lightning", "pytorch_lightning"):
+        there = "class Callback: pass" if installed else "raise ImportError"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(there)
+        (tmp_path / name / "pytorch.py").write_text(there)
+    statement = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchprobe; torchprobe.integrations.lightning"
+    )
+    result = subprocess.run([*warm.python(), "-c", statement], capture_output=True, text=True, timeout=120)
+    assert not result.returncode if installed else "pip install lightning" in result.stderr, result.stderr
+
+
+def test_an_unknown_adapter_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'keras'"):
         torchprobe.integrations.keras  # noqa: B018
 

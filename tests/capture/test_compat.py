@@ -6,15 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import torchprobe
 from torchprobe.capture import compat
 
+PACKAGE = Path(torchprobe.__file__).parent
+BEFORE_CAPTURE = ("pictures", "probes", "records", "rules", "statistics", "testing", "writers", "buffer")
+"""Parts that import nothing that looks names up: imported once, before the names are removed."""
+
 _SCRIPT = '''
-import gc, json, logging, os, pkgutil, sys, warnings
+import gc, importlib, json, logging, os, pkgutil, sys, warnings
 import torch, torch._dynamo.utils
 from torch import nn
+
+for name in sys.argv[1].split():
+    importlib.import_module(name)
+shared = [module for name, module in sys.modules.items() if name.startswith("torchprobe.")]
+assert not [module for module in shared if module.__name__.startswith("torchprobe.capture")]
 
 class Attention(nn.Module):
     def __init__(self):
@@ -24,6 +35,7 @@ class Attention(nn.Module):
     def forward(self, x):
         return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
 
+lines = []
 model = nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 1))
 
 class Plain(torch.overrides.TorchFunctionMode):
@@ -44,6 +56,8 @@ def remove(name):
     try:
         owner = pkgutil.resolve_name(f"{where}:{outer}" if outer else where)
         kept = owner.__dict__[attribute]
+        if any(value is kept for module in shared for value in vars(module).values()):
+            lines.append(f"{name} was taken at import")  # of what all share, which the removal comes too late for
         delattr(owner, attribute)
     except (ImportError, AttributeError, KeyError, TypeError):
         return hide(name)
@@ -67,7 +81,6 @@ class Keep(logging.Handler):
     def emit(self, record):
         lines.append(record.getMessage())
 
-lines = []
 logging.getLogger("torchprobe").addHandler(Keep())
 
 def watch():
@@ -79,7 +92,7 @@ def watch():
     return lines, writer.tags()
 
 gc.freeze()
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     if os.fork() == 0:
         if name != "nothing":
             remove(name)
@@ -89,11 +102,17 @@ for name in sys.argv[1:]:
 '''
 
 
+def before_capture() -> list[str]:
+    files = (file for part in BEFORE_CAPTURE for file in PACKAGE.glob(f"{part}*/**/*.py"))
+    names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
+    return [name for name in names if not name.endswith(("__init__", ".kernels"))]  # the latter need Triton
+
+
 def seen() -> dict[str, tuple[list[str], list[str]]]:
     """What was logged and what was recorded without each name, each in a process of its own."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    command = [sys.executable, "-c", _SCRIPT, "nothing", *compat.NAMES]
+    command = [sys.executable, "-c", _SCRIPT, " ".join(before_capture()), "nothing", *compat.NAMES]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # or each would compile torchprobe anew
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
     assert ran.returncode == 0, ran.stderr

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import torchprobe
 from tests.setups.compiled import COMPILERS_WARNINGS, assert_same_values
+from tests.setups.matrix import SCALAR
 from torchprobe.capture.attention import graph
 from torchprobe.testing import MemoryWriter
 
@@ -170,7 +171,8 @@ def passes(how, layer=Layer, steps=5, compiled="read"):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_is_what_it_is_in_eager_mode(backend):
     expected, *_ = passes(lambda model: None)
-    found, _, graphs = passes(lambda model: model.compile(backend=backend, fullgraph=True))
+    options = SCALAR if backend == "inductor" else None
+    found, _, graphs = passes(lambda model: model.compile(backend=backend, fullgraph=True, options=options))
     assert "attention_entropy/blocks.1" in expected.tags()
     assert_same_values(found, expected)
     assert graphs == 2

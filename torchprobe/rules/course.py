@@ -77,6 +77,7 @@ class _Spike(Remembering):
         return len(window) >= min(self.least, self.window)
 
 
+@dataclass(frozen=True)
 class LossSpike(_Spike):
     """The loss is suddenly far above its last 128 values, or lastingly above them.
 
@@ -98,6 +99,7 @@ class LossSpike(_Spike):
     )
 
 
+@dataclass(frozen=True)
 class GradNormSpike(_Spike):
     """The total gradient norm, before clipping, is far above its last 128 sampled values; as `LossSpike`."""
 
@@ -189,6 +191,7 @@ class Overconfidence(Remembering):
         return [self.alert(record.step, where, gap, self.gap, message)] if ill else []
 
 
+@dataclass(frozen=True)
 class NothingCaptured(BuiltIn):
     """A requested probe saw nothing in its first three sampled steps; the message says which and why.
 

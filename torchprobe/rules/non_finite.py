@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class _Evidence(NamedTuple):
     origin: bool = False
 
 
+@dataclass(frozen=True)
 class NonFinite(BuiltIn):
     """Any NaN or inf in the loss, an activation, a gradient or a parameter.
 

@@ -12,6 +12,7 @@ from torchprobe.rules.base import Diagnosis, Found, evidence, group, lasting
 _DOCS = "PyTorch, torch.nn"
 
 
+@dataclass(frozen=True)
 class SoftmaxBeforeCrossEntropy(Diagnosis):
     """Cross-entropy takes for logits what a softmax gave, in the model or behind it: by the graph, or by the values."""
 
@@ -94,6 +95,7 @@ class BroadcastTargets(Diagnosis):
     )
 
 
+@dataclass(frozen=True)
 class ReluOutput(Diagnosis):
     """Outputs are cut off by a ReLU where the loss wants them lower."""
 
@@ -133,6 +135,7 @@ class LargeInitialLoss(Diagnosis):
         return [self.alert(record.step, None, loss, limit, self.message)]
 
 
+@dataclass(frozen=True)
 class TargetsAreInputs(Diagnosis):
     """Targets are the class numbers that the model was given at the same positions."""
 
@@ -197,6 +200,7 @@ class AttendsToFuture(Diagnosis):
         return self.said(record.step, lasting(kept, ill, self.samples))
 
 
+@dataclass(frozen=True)
 class AttendsToPadding(Diagnosis):
     """In all attentions every query sees every token, and an embedding's `padding_idx` says that some are padding.
 
@@ -256,6 +260,7 @@ def _keys_seen(record: Record, fact: str = "tokens") -> dict[str, float]:
 _FEWEST_TOKENS = 4
 
 
+@dataclass(frozen=True)
 class TargetLeak(Diagnosis):
     """A feature is the class number itself, up to scale and shift."""
 

@@ -10,6 +10,7 @@ from torchprobe.records import Record
 from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
 
 
+@dataclass(frozen=True)
 class UnscaledInputs(Diagnosis):
     """The first layer with weights, no normalisation before it, gets numbers whose spread or mean is above 10."""
 
@@ -23,6 +24,7 @@ class UnscaledInputs(Diagnosis):
     )
 
 
+@dataclass(frozen=True)
 class ConstantInputs(Diagnosis):
     """All examples of a batch, of four and more, are the same in every tensor that the model is called with."""
 
@@ -41,6 +43,7 @@ class ConstantInputs(Diagnosis):
         return self.said(record.step, lasting(kept, same, self.samples)) if values else None
 
 
+@dataclass(frozen=True)
 class RepeatedBatch(Diagnosis):
     """Every sample of the run got the very same inputs, at steps whose distances have no common divisor but 1."""
 
@@ -65,6 +68,7 @@ class RepeatedBatch(Diagnosis):
         return [self.alert(record.step, None, kept["samples"], None, self.message)] if ill else []
 
 
+@dataclass(frozen=True)
 class SaturatedUnits(Diagnosis):
     """More than half of what a hidden tanh or sigmoid gives lies beyond 0.97, from the first sample on."""
 
@@ -90,6 +94,7 @@ class SaturatedUnits(Diagnosis):
         return self.said(record.step, said)
 
 
+@dataclass(frozen=True)
 class SymmetricInitialisation(Diagnosis):
     """All units of a layer begin with equal weights and get equal gradients; or the weights of several linear or
     convolutional layers are one number; or all of the model's are 0.
@@ -112,11 +117,13 @@ class SymmetricInitialisation(Diagnosis):
         return [*found, *self.said(record.step, zero, "all weights of the model begin at 0: its units stay copies")]
 
 
+@dataclass(frozen=True)
 class _AtOnce(Diagnosis):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         return self.said(record.step, evidence(record, self.fact))
 
 
+@dataclass(frozen=True)
 class UnregisteredModules(_AtOnce):
     """Modules in a plain list or dictionary get gradients, and are in no `parameters()`."""
 
@@ -129,6 +136,7 @@ class UnregisteredModules(_AtOnce):
     )
 
 
+@dataclass(frozen=True)
 class RepeatedLayer(_AtOnce):
     """A list of layers has one and the same module in all places, as `[layer] * n` makes."""
 
@@ -141,6 +149,7 @@ class RepeatedLayer(_AtOnce):
     )
 
 
+@dataclass(frozen=True)
 class DropoutTooHigh(_AtOnce):
     """A dropout layer drops more than 80 %."""
 
@@ -170,8 +179,10 @@ class BatchNormFewValues(Diagnosis):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """In samples running; the last batch of an epoch may be small."""
         values = evidence(record, "norm_values")
-        few = lasting(kept, {name: count for name, count in values.items() if count <= self.values}, self.samples)
-        return self.together(record.step, few, self.values, self.message) if values else None
+        few = {name: count for name, count in values.items() if count <= self.values}
+        return (
+            self.together(record.step, lasting(kept, few, self.samples), self.values, self.message) if values else None
+        )
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,7 @@ class GraphKept(Diagnosis):
     )
 
 
+@dataclass(frozen=True)
 class TrainedInEvalMode(Diagnosis):
     """Backward runs through a model in evaluation mode whose dropout or batch normalisation is then off."""
 
@@ -203,6 +215,7 @@ class TrainedInEvalMode(Diagnosis):
     )
 
 
+@dataclass(frozen=True)
 class ValidatedInTrainingMode(Diagnosis):
     """Passes without gradients run in training mode between training steps, and change batch normalisation.
 
@@ -229,6 +242,7 @@ class ValidatedInTrainingMode(Diagnosis):
         return self.said(record.step, {"": value} if ill else {})
 
 
+@dataclass(frozen=True)
 class DropoutInValidation(Diagnosis):
     """Passes without gradients run in training mode with dropout: meant as Monte-Carlo dropout, or not."""
 
@@ -247,6 +261,7 @@ class DropoutInValidation(Diagnosis):
         return self.said(record.step, values if values.get("") == 1.0 else {}) if values else None
 
 
+@dataclass(frozen=True)
 class Fp16WithoutScaler(Diagnosis):
     """Outputs are float16, the loss is not scaled, and over half of the gradients' elements are zero."""
 

@@ -11,6 +11,7 @@ from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_o
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
 
 
+@dataclass(frozen=True)
 class UnoptimizedParameters(Diagnosis):
     """Parameters get gradients, no living optimizer holds them, and they have not changed in three samples."""
 
@@ -35,6 +36,7 @@ class UnoptimizedParameters(Diagnosis):
         return self.said(record.step, ill, self.message + (", as after a layer is replaced" + more if more else ""))
 
 
+@dataclass(frozen=True)
 class DetachedParameters(Diagnosis):
     """Held parameters have no gradient because what their module gives is detached before the loss sees it; or none of
     the model has had one in any sample, as where the loss is made of numbers.
@@ -56,6 +58,7 @@ class DetachedParameters(Diagnosis):
         return self.said(record.step, lasting(kept.setdefault("cut", {}), cut, self.samples) | never)
 
 
+@dataclass(frozen=True)
 class UnusedParameters(Diagnosis):
     """Held parameters that get no gradient in a way that may be meant: a head that is not used, a frozen backbone."""
 
@@ -117,6 +120,7 @@ class UnusedEmbeddingRows(Diagnosis):
         return self.said(record.step, ill) if values else None
 
 
+@dataclass(frozen=True)
 class MissingZeroGrad(Diagnosis):
     """Each backward pass since an optimizer's last step found gradients that were still there, in samples running."""
 
@@ -129,6 +133,7 @@ class MissingZeroGrad(Diagnosis):
     )
 
 
+@dataclass(frozen=True)
 class ZeroGradBeforeStep(Diagnosis):
     """The optimizer finds no gradient although a backward pass has just given it some, in samples running."""
 

@@ -114,10 +114,11 @@ class Gradients:
 
     def _of_roots(self, task: int | None) -> Backward:
         call = roots(self._sources.running.thread)
-        part = in_recomputation()  # a checkpoint's own backward pass, of which there may be several in one
-        if self._recomputing and [id(root()) for root in self._recomputing] == [*map(id, call.tensors)]:
+        tensors = [root for root in call.tensors if isinstance(root, Tensor)]
+        if self._recomputing and [id(root()) for root in self._recomputing] == [*map(id, tensors)]:
             call = call._replace(inner=True)
-        self._recomputing = [*map(ref, call.tensors)] if part else []
+        # A checkpoint has a backward pass of its own, and one that is running may have several.
+        self._recomputing = [*map(ref, tensors)] if in_recomputation() else []
         loss = None if call.value is None or call.inner else loss_value(call.value)
         elsewhere = call.call == "grad" and call.for_parameters
         if elsewhere and (call.inner or call.value is not None):

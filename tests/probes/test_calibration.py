@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.probes.calibrated import assert_calibration, batch, net, watch
-from torchprobe.capture.predictions import forms
 from torchprobe.testing import MemoryWriter
 
 
@@ -142,53 +141,6 @@ def test_labels_that_the_model_is_called_with(kind, by_name):
     assert_calibration(writer, 1, q[kept], y[kept], "val/")
 
 
-class Segmenter(nn.Module):
-    """Classes are the second dimension, as `cross_entropy` wants them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Conv1d(2, 3, 1)
-
-    def forward(self, x: Tensor, labels: Tensor):
-        logits = self.net(x)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-class SeveralLabels(nn.Module):
-    """Yes or no for each of several labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(7, 3)
-
-    def forward(self, x: Tensor, labels: Tensor):
-        logits = self.net(x)
-        return {"loss": F.binary_cross_entropy_with_logits(logits, labels), "logits": logits}
-
-
-def test_labels_of_a_validation_pass_with_classes_second():
-    model, writer = Segmenter(), MemoryWriter()
-    x, labels = torch.randn(4, 2, 7), torch.randint(0, 3, (4, 7))
-    out = validate(model, writer, x, labels)
-    assert_calibration(writer, 1, out.softmax(1).transpose(1, 2).flatten(0, 1), labels.flatten(), "val/")
-
-
-def test_labels_of_a_validation_pass_that_do_not_exclude_each_other():
-    model, writer = SeveralLabels(), MemoryWriter()
-    x, labels = torch.randn(16, 7), torch.randint(0, 2, (16, 3)).float()
-    yes = validate(model, writer, x, labels).sigmoid().flatten()
-    assert_calibration(writer, 1, torch.stack((1 - yes, yes), -1), labels.flatten().long(), "val/")
-
-
-def validate(model: nn.Module, writer: MemoryWriter, x: Tensor, labels: Tensor) -> Tensor:
-    """The logits of a validation pass after a step."""
-    with watch(model, writer):
-        model(x, labels)["loss"].backward()
-        sgd(model).step()
-        with torch.no_grad():
-            return model.eval()(x, labels)["logits"]
-
-
 # ---- the generalisation gap
 
 
@@ -301,20 +253,6 @@ def test_coverage_of_intervals(kind, training):
         expected = ((y - out["mean"]).abs() <= width * std).float().mean().item()
         assert writer.value(f"{prefix}calibration/coverage_{level}", step) == pytest.approx(expected)
     assert writer.histograms(f"{prefix}calibration_pit/targets")[-1][1].counts.sum() == 400
-
-
-@pytest.mark.parametrize("judges_it", [True, False])
-def test_a_variance_given_to_the_loss_module_is_the_outputs_only_if_that_is_judged(monkeypatch, judges_it):
-    monkeypatch.setattr(forms, "decided", lambda flags: None)  # as on a device: whose values they are, is a flag there
-    model, other, writer, criterion = nn.Linear(4, 1), nn.Linear(4, 1), MemoryWriter(), nn.GaussianNLLLoss()
-    x, y, variance = torch.randn(50, 4), torch.randn(50, 1), torch.rand(50, 1) + 0.1
-    with watch(model, writer):
-        out = model(x)
-        criterion(out.clone() if judges_it else other(x) + 0 * out, y, variance).backward()
-        sgd(model).step()
-    found = [value for _, value in writer.scalars("uncertainty_total/root")]
-    assert found == ([pytest.approx(variance.mean().item())] if judges_it else [])
-    assert len(writer.scalars("calibration/coverage_50")) == judges_it
 
 
 # ---- pictures

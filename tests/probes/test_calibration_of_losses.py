@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.probes.calibrated import assert_calibration, batch, net, watch
+from torchprobe.capture.predictions import forms
 from torchprobe.testing import MemoryWriter
 
 
@@ -165,3 +166,17 @@ def test_under_autocast_with_a_scaler(dtype, classes):
         scaler.update()
     assert out.dtype == dtype
     assert_calibration(writer, 1, out.float().softmax(-1), y)
+
+
+@pytest.mark.parametrize("judges_it", [True, False])
+def test_a_variance_given_to_the_loss_module_is_the_outputs_only_if_that_is_judged(monkeypatch, judges_it):
+    monkeypatch.setattr(forms, "decided", lambda flags: None)  # as on a device: whose values they are, is a flag there
+    model, other, writer, criterion = nn.Linear(4, 1), nn.Linear(4, 1), MemoryWriter(), nn.GaussianNLLLoss()
+    x, y, variance = torch.randn(50, 4), torch.randn(50, 1), torch.rand(50, 1) + 0.1
+    with watch(model, writer):
+        out = model(x)
+        criterion(out.clone() if judges_it else other(x) + 0 * out, y, variance).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    found = [value for _, value in writer.scalars("uncertainty_total/root")]
+    assert found == ([pytest.approx(variance.mean().item())] if judges_it else [])
+    assert len(writer.scalars("calibration/coverage_50")) == judges_it

@@ -21,7 +21,7 @@ from torchprobe.reports.comparison import compare
 from torchprobe.reports.run import NoRunError, Series, read_run
 from torchprobe.reports.summary import summarise
 from torchprobe.reports.terminal import BARS, sparkline
-from torchprobe.reports.views import page, thinned
+from torchprobe.reports.views import page
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 
@@ -40,16 +40,6 @@ def test_a_report_says_what_went_wrong_where_and_when(ill_run, capsys, monkeypat
     assert "exploding_gradient, step 3 at fc1: total norm < 10 x the largest (value 90, threshold 10)" in said
     assert "largest gradients" in said
     assert "▁▁█!" in said.replace("▃", "▁")  # the loss: 2, 1, 5, NaN
-
-
-def test_a_long_curve_keeps_its_ends_its_extremes_and_what_is_not_finite():
-    values = np.zeros(5000)
-    values[[1234, 2345, 3456]] = 7.0, -3.0, np.nan
-    kept = thinned(values, 300)
-    assert {0, 1234, 2345, 3456, 4999} <= set(kept)
-    assert len(kept) <= 300
-    assert (np.diff(kept) > 0).all()
-    assert list(thinned(values[:300], 300)) == list(range(300))
 
 
 def test_json_is_valid_and_holds_the_numbers(ill_run, capsys):

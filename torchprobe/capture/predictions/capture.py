@@ -279,7 +279,8 @@ class PredictionCapture:
     ) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
         tensor = main_tensor(output)
-        key = InputKey(args, kwargs, self._model(), self._draws.end(None if tensor is None else tensor.device), module)
+        draws = self._draws.end(None if tensor is None else tensor.device)
+        key = InputKey((id(module), *args), kwargs, self._model(), draws)  # a list's networks are called one by one
         for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):
             pool = phase.pool(where, key)
             if pool is not None:

@@ -41,19 +41,13 @@ class InputKey:
     """
 
     def __init__(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        model: nn.Module | None = None,
-        draws: bool = True,
-        called: nn.Module | None = None,
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None, draws: bool = True
     ) -> None:
-        """called: the module that the pass is of, where the model is a list of some that are called one by one."""
         self._draws = draws
         tensors = given_tensors(args, kwargs)
         self._tensors = [_identity(tensor) for tensor in tensors]
         self._others = [
-            _remembered(part) for part in (called, *args, *kwargs.items()) if not any(True for _ in tensors_in(part))
+            _remembered(part) for part in (*args, *kwargs.items()) if not any(True for _ in tensors_in(part))
         ]
         modules = [] if model is None else all_modules(model)
         parameters = [] if model is None else [p for p in all_parameters(model, modules) if _is_plain(p)]

@@ -138,7 +138,8 @@ def forward_hooks(run: Training, folder: Path) -> Iterator[None]:
         module.register_forward_hook(lambda _, args, output, name=name: look(name, output))
         for name, module in run.model.named_modules()
     ]
-    yield
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # else the graph of a like model serves, unhooked
+        yield
     for handle in handles:
         handle.remove()
     writer.close()

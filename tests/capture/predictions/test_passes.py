@@ -38,8 +38,11 @@ def of_each(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.flatten(0, 1), y.repeat(len(z)))
 
 
+NLL, CROSS_ENTROPY = nn.NLLLoss(), nn.CrossEntropyLoss()
 TOGETHER = {
     "probabilities": of_mean_probabilities,
+    "probabilities, by a loss module": lambda z, y: NLL(z.softmax(-1).mean(0).log(), y),
+    "probabilities, by another one": lambda z, y: CROSS_ENTROPY(z.softmax(-1).mean(0).log(), y),
     "logsumexp": of_mean_by_logsumexp,
     "gathered": of_mean_gathered,
     "logits": of_mean_logits,

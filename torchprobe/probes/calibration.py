@@ -85,6 +85,7 @@ class CalibrationReporter(Reporter):
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._outputs: tuple[str, ...] = ()
+        self._judges = False  # some predictions were judged, so that where none are that is worth a line
         self._luck = Luck()
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
@@ -112,6 +113,7 @@ class CalibrationReporter(Reporter):
 
     def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
         known = self._known(found)
+        self._judges |= bool(known)
         first = _of_output("", known)
         for row in first.values():
             self._luck.add(row[_COUNT], row[_CORRECT], row[_NLL])
@@ -145,6 +147,10 @@ class CalibrationReporter(Reporter):
                 for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
                     yield f"calibration/{key}/{label}", value
 
+    def note_judged(self) -> None:
+        """Predicted numbers were."""
+        self._judges = True
+
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves."""
         return not name.startswith("|") and self._luck.is_odd
@@ -171,7 +177,7 @@ class CalibrationReporter(Reporter):
 
     def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:
         if any(f"|{UNJUDGED}|" in name for name in names):
-            if not self.evidence.any:
+            if not (self.evidence.any or self._judges):
                 return  # in training neither: perhaps it predicts no classes
             self.remark(
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
@@ -224,6 +230,8 @@ class Coverage(Reporter):
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases."""
         for total in added_up(names, rows).values():
+            if total.any():
+                self.speaks_for.note_judged()
             for key, value in intervals.summarise(total).items():
                 if key not in _COUNTS:
                     yield f"calibration/{key}", value

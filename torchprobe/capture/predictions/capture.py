@@ -31,7 +31,7 @@ from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
 from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.matching import hear
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
-from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
+from torchprobe.capture.predictions.plain_outputs import DETACHED, PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Reading, losses_in, read
 from torchprobe.capture.predictions.targets import Number, on_both_gradients
@@ -211,6 +211,8 @@ class PredictionCapture:
             self._ignored = ignored_by(judge)
             return True
         labels = targets.labels_in(module, *given)
+        for probe in ("uncertainty", "calibration") if phase.training and plain.grad_fn is None else ():
+            phase.say(probe, DETACHED)
         if labels is not None:
             confirm_labels(phase, plain, losses[0], labels, self._ignored)
         return False

@@ -195,7 +195,7 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str, lo
         own = [_name(name, training) for name in names]
         yield Piece(reporter, [of_loop(name, loop) for name in own], torch.cat((rows, flags), 1), prefix)
         yield _of_gap(reporter, own, rows)
-    if phase.unjudged and not training and not phase.calibration:
+    if phase.unjudged and not training and not phase.coverage:
         nothing = torch.zeros(1, reporter.probe.width, dtype=torch.float64)
         yield Piece(reporter, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
 

@@ -108,4 +108,4 @@ def test_that_an_output_outside_of_the_graph_tells_nothing_is_said():
         for _ in range(2):
             model(x, answers=y)[0].backward()
             optimizer.step(), optimizer.zero_grad()
-    assert "outside of its graph" in session.summary()
+    assert "outside of its loss's graph" in session.summary()

@@ -113,7 +113,7 @@ class CalibrationReporter(Reporter):
 
     def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
         known = self._known(found)
-        self._judges |= bool(known)
+        self._judges |= any(f"|{GIVEN}|" not in name for name in known)
         first = _of_output("", known)
         for row in first.values():
             self._luck.add(row[_COUNT], row[_CORRECT], row[_NLL])
@@ -147,10 +147,6 @@ class CalibrationReporter(Reporter):
                 for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
                     yield f"calibration/{key}/{label}", value
 
-    def note_judged(self) -> None:
-        """Predicted numbers were."""
-        self._judges = True
-
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves."""
         return not name.startswith("|") and self._luck.is_odd
@@ -177,7 +173,7 @@ class CalibrationReporter(Reporter):
 
     def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:
         if any(f"|{UNJUDGED}|" in name for name in names):
-            if not (self.evidence.any or self._judges):
+            if not (self.evidence.any or self._judges or self.coverage.judged):
                 return  # in training neither: perhaps it predicts no classes
             self.remark(
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
@@ -222,7 +218,7 @@ class Coverage(Reporter):
 
     def __init__(self, speaks_for: CalibrationReporter) -> None:
         super().__init__(speaks_for.probe)
-        self.speaks_for = speaks_for
+        self.speaks_for, self.judged = speaks_for, False
         self.descriptions = {
             "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
         }
@@ -230,8 +226,7 @@ class Coverage(Reporter):
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases."""
         for total in added_up(names, rows).values():
-            if total.any():
-                self.speaks_for.note_judged()
+            self.judged |= bool(total.any())
             for key, value in intervals.summarise(total).items():
                 if key not in _COUNTS:
                     yield f"calibration/{key}", value

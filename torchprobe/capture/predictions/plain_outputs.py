@@ -36,10 +36,7 @@ NO_TARGETS = (
     "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
     "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean, made before training"
 )
-DETACHED = (
-    "the model returns a loss and, outside of its graph, an output: nothing tells what the loss judges; return it in "
-    "the graph, hand the model its labels=, or call session.log_predictions(probs, targets)"
-)
+DETACHED = "the model returns an output outside of its loss's graph: return it inside, or hand the model its labels="
 _ALL_AGAIN = 10  # sampled steps
 _NEVER = "?"  # the form of what nothing confirms
 # Operations that only add, and of how many operands with a graph: more of them have learned weights.

@@ -16,7 +16,7 @@ from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.outputs import given_tensors, main_tensor
+from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
 from torchprobe.capture.predictions import targets
 from torchprobe.capture.predictions.confirmation import (
     confirm_gradient,
@@ -103,9 +103,11 @@ class PredictionCapture:
                     self._wait_for_gradient(phase, waiting, plain)
                     return
 
-    def end_validation(self) -> tuple[list[Phase], str]:
-        """What all passes of a validation gave, by loop, and what is to be said of loops; the next one starts anew."""
+    def end_validation(self, with_graphs: bool) -> tuple[list[Phase], str]:
+        """What a validation's passes gave, by loop, and what is to be said of it. with_graphs: whether some had one."""
         ended, self._validation = self._validation, Validation()
+        if with_graphs:
+            self._in_training.clear()
         self._parts.look_again()
         if not self._training:
             self.end_pass()
@@ -211,8 +213,7 @@ class PredictionCapture:
             self._ignored = ignored_by(judge)
             return True
         labels = targets.labels_in(module, *given)
-        for probe in ("uncertainty", "calibration") if phase.training and plain.grad_fn is None else ():
-            phase.say(probe, DETACHED)
+        phase.say("calibration", DETACHED if phase.training and plain.grad_fn is None else "")
         if labels is not None:
             confirm_labels(phase, plain, losses[0], labels, self._ignored)
         return False
@@ -280,7 +281,7 @@ class PredictionCapture:
         self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, module: nn.Module
     ) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
-        tensor = main_tensor(output)
+        tensor = next(iter([*tensors_in(output), *given_tensors(args, kwargs)]), None)  # a distribution shows none
         draws = self._draws.end(None if tensor is None else tensor.device)
         key = InputKey((id(module), *args), kwargs, self._model(), draws)  # a list's networks are called one by one
         for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):

@@ -42,6 +42,7 @@ REASONS = {
     "test_an_error_in_the_statistic_ends": _DEPTH,
     "test_dispatch_modes_see_nothing": _DEPTH,
     "test_members_that_draw_elsewhere_are_said": _GENERATORS,
+    "test_actions_sampled_from_a_distribution": _GENERATORS,
     "test_validation_loops.py::test_full_batches_of_several_loaders": _GENERATORS,
     "test_phases.py": _NUMPY,
     "test_trust.py": _NUMBERS,

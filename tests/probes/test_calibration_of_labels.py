@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,3 +59,53 @@ def validate(model: nn.Module, writer: MemoryWriter, x: Tensor, labels: Tensor) 
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         with torch.no_grad():
             return model.eval()(x, labels)["logits"]
+
+
+class OwnLoss(nn.Module):
+    """Of its own making, from what nobody would take for labels, or not as they are."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.loss = nn.Linear(7, 3), loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, answers: Tensor | None = None) -> Any:
+        z = self.net(x)
+        return self.loss(z, answers if labels is None else labels)
+
+
+UNSEEN = {
+    "an argument of another name": ("answers", lambda z, y: (F.cross_entropy(z, y), z)),
+    "labels that are changed": ("labels", lambda z, y: (F.cross_entropy(z, 2 - y), z)),
+    "smoothed": ("labels", lambda z, y: (F.cross_entropy(z, y, label_smoothing=0.1), z)),
+    "numbers": (
+        "answers",
+        lambda z, y: (z[:, :1], z[:, 1:2].exp()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("argument", "loss"), UNSEEN.values(), ids=UNSEEN)
+def test_that_a_returned_loss_tells_no_targets_in_validation_is_said(argument, loss):
+    model, x, y = OwnLoss(loss), torch.randn(32, 7), torch.randint(0, 3, (32,))
+    optimizer, writer = torch.optim.SGD(model.parameters(), 0.1), MemoryWriter()
+    with watch(model, writer) as session:
+        for _ in range(2):
+            first, second = model(x.clone(), **{argument: y.clone()})
+            (first if first.dim() == 0 else F.gaussian_nll_loss(first, y[:, None] / 2, second)).backward()
+            optimizer.step(), optimizer.zero_grad()
+        with torch.no_grad():
+            model(x.clone(), **{argument: y.clone()})
+    known = [tag for tag in writer.tags() if "calibration" in tag]
+    assert "calibration/accuracy" in known or "calibration/coverage_50" in known
+    assert [tag for tag in known if tag.startswith("val/")] == []
+    assert session.summary().count("calibration in validation: no targets were seen") == 1
+
+
+def test_that_an_output_outside_of_the_graph_tells_nothing_is_said():
+    model, x, y = OwnLoss(lambda z, y: (F.cross_entropy(z, y), z.detach())), torch.randn(32, 7), torch.ones(32).long()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watch(model, MemoryWriter()) as session:
+        for _ in range(2):
+            model(x, answers=y)[0].backward()
+            optimizer.step(), optimizer.zero_grad()
+    assert "outside of its loss's graph" in session.summary()

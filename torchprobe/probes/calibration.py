@@ -85,6 +85,7 @@ class CalibrationReporter(Reporter):
         self.beside = (self.coverage, self.gap)
         self.evidence = Evidence()
         self._outputs: tuple[str, ...] = ()
+        self._judges = False  # some predictions were judged, so that where none are that is worth a line
         self._luck = Luck()
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
@@ -112,6 +113,7 @@ class CalibrationReporter(Reporter):
 
     def _of_all(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, Value]]:
         known = self._known(found)
+        self._judges |= any(f"|{GIVEN}|" not in name for name in known)
         first = _of_output("", known)
         for row in first.values():
             self._luck.add(row[_COUNT], row[_CORRECT], row[_NLL])
@@ -171,7 +173,7 @@ class CalibrationReporter(Reporter):
 
     def _explain(self, names: Sequence[str], found: Mapping[str, NDArray[np.float64]], open_form: str | None) -> None:
         if any(f"|{UNJUDGED}|" in name for name in names):
-            if not self.evidence.any:
+            if not (self.evidence.any or self._judges or self.coverage.judged):
                 return  # in training neither: perhaps it predicts no classes
             self.remark(
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
@@ -216,7 +218,7 @@ class Coverage(Reporter):
 
     def __init__(self, speaks_for: CalibrationReporter) -> None:
         super().__init__(speaks_for.probe)
-        self.speaks_for = speaks_for
+        self.speaks_for, self.judged = speaks_for, False
         self.descriptions = {
             "calibration_pit": "Where targets fall in their predicted distribution: even when variances are right.",
         }
@@ -224,6 +226,7 @@ class Coverage(Reporter):
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """Names are phases."""
         for total in added_up(names, rows).values():
+            self.judged |= bool(total.any())
             for key, value in intervals.summarise(total).items():
                 if key not in _COUNTS:
                     yield f"calibration/{key}", value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 
 import torchprobe
 from torchprobe.capture.predictions import inputs
@@ -38,8 +39,11 @@ def of_each(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.flatten(0, 1), y.repeat(len(z)))
 
 
+NLL, CROSS_ENTROPY = nn.NLLLoss(), nn.CrossEntropyLoss()
 TOGETHER = {
     "probabilities": of_mean_probabilities,
+    "probabilities, by a loss module": lambda z, y: NLL(z.softmax(-1).mean(0).log(), y),
+    "probabilities, by another one": lambda z, y: CROSS_ENTROPY(z.softmax(-1).mean(0).log(), y),
     "logsumexp": of_mean_by_logsumexp,
     "gathered": of_mean_gathered,
     "logits": of_mean_logits,
@@ -189,6 +193,50 @@ def test_generators_need_no_weak_references(monkeypatch):
 
     monkeypatch.setattr(inputs, "ref", only_of_others)
     test_members_of_one_prediction_draw_random_numbers(*NOISE["its own"])
+
+
+class Remembering(Noisy):
+    """Keeps options, and perhaps what it has said, in a namespace of its own."""
+
+    def __init__(self, leak: float) -> None:
+        super().__init__(NOISE["torch's"][0])
+        self.state = SimpleNamespace(leak=leak, last=torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x) + self.state.leak * self.state.last
+        if self.state.leak:
+            self.state.last = z.detach()
+        return z
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_a_state_in_a_namespace_parts_passes(leak):
+    torch.manual_seed(3)
+    model, writer = Remembering(leak), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]) as session:
+        x, y = torch.randn(ROWS, 5), torch.randint(CLASSES, (ROWS,))
+        sum(F.cross_entropy(model(x), y) for _ in range(3)).backward()
+        optimizer.step()
+    assert ("uncertainty_epistemic/root" in writer.tags()) is not bool(leak)
+    assert ("(state)" in session.summary()) is bool(leak)
+
+
+class Policy(Noisy):
+    def forward(self, x: Tensor) -> distributions.Categorical:
+        return distributions.Categorical(logits=3 * super().forward(x))
+
+
+def test_actions_sampled_from_a_distribution_that_the_model_returns_are_no_targets():
+    model, writer = Policy(NOISE["none"][0]), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for _ in range(3):
+            law = model(torch.randn(ROWS, 5))
+            (-law.log_prob(law.sample())).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not [tag for tag in writer.tags() if tag.startswith("calibration/")]
 
 
 def test_members_that_draw_elsewhere_are_said():

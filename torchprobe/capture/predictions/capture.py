@@ -16,7 +16,7 @@ from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Gate, no_autocast
-from torchprobe.capture.outputs import given_tensors, main_tensor
+from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
 from torchprobe.capture.predictions import targets
 from torchprobe.capture.predictions.confirmation import (
     confirm_gradient,
@@ -25,13 +25,13 @@ from torchprobe.capture.predictions.confirmation import (
     confirm_returned,
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
-from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, reaches
+from torchprobe.capture.predictions.graph import Place, between, ignored_by, judge_of, place_of
 from torchprobe.capture.predictions.hooks import LossModules, Parts
 from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
 from torchprobe.capture.predictions.loops import Validation
 from torchprobe.capture.predictions.matching import hear
 from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Values, Waiting
-from torchprobe.capture.predictions.plain_outputs import PlainOutputs, Settled, lines_of
+from torchprobe.capture.predictions.plain_outputs import DETACHED, PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Reading, losses_in, read
 from torchprobe.capture.predictions.targets import Number, on_both_gradients
@@ -103,9 +103,11 @@ class PredictionCapture:
                     self._wait_for_gradient(phase, waiting, plain)
                     return
 
-    def end_validation(self) -> tuple[list[Phase], str]:
-        """What all passes of a validation gave, by loop, and what is to be said of loops; the next one starts anew."""
+    def end_validation(self, with_graphs: bool) -> tuple[list[Phase], str]:
+        """What a validation's passes gave, by loop, and what is to be said of it. with_graphs: whether some had one."""
         ended, self._validation = self._validation, Validation()
+        if with_graphs:
+            self._in_training.clear()
         self._parts.look_again()
         if not self._training:
             self.end_pass()
@@ -211,6 +213,7 @@ class PredictionCapture:
             self._ignored = ignored_by(judge)
             return True
         labels = targets.labels_in(module, *given)
+        phase.say("calibration", DETACHED if phase.training and plain.grad_fn is None else "")
         if labels is not None:
             confirm_labels(phase, plain, losses[0], labels, self._ignored)
         return False
@@ -245,7 +248,7 @@ class PredictionCapture:
     def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
         if not self._gate.failed:
             with self._protected(gradient):
-                phase.settle_form(EVIDENTIAL, reaches(roots().tensors, place, _OF_DIRICHLET))
+                phase.settle_form(EVIDENTIAL, any(name in _OF_DIRICHLET for name, _ in between(roots().tensors, place)))
 
     def _still_waits(self, phase: Phase, waiting: Waiting) -> bool:
         """Whether targets are wanted, now that the gradient has arrived: the last that can tell them."""
@@ -278,7 +281,7 @@ class PredictionCapture:
         self, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, module: nn.Module
     ) -> tuple[Phase, Pool]:
         """The pool for an input, that of the last pass if it had the same, and the phase that it belongs to."""
-        tensor = main_tensor(output)
+        tensor = next(iter([*tensors_in(output), *given_tensors(args, kwargs)]), None)  # a distribution shows none
         draws = self._draws.end(None if tensor is None else tensor.device)
         key = InputKey((id(module), *args), kwargs, self._model(), draws)  # a list's networks are called one by one
         for phase in (self._now, *(self._recent(1) if self._training else self._validation.before)):

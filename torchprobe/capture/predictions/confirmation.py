@@ -138,6 +138,8 @@ def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
     loose = 2 * TOLERANCE.get(precision, 5e-3)
     fits = clear & (away.abs().sum(-1) <= loose * size + tiny * g.shape[-1])
     confirmed = (fits.sum() >= _ENOUGH * clear.sum()) & (clear.sum() > 0)
+    # The gradient of a mean of probabilities points the same way at each pass, of which none was judged by itself.
+    confirmed = torch.stack([confirmed, *(call.own for call in calls if call.own is not None)]).all()
     total = sum(w.mean() for w in weights)
     rows = [calibration.compute(p, _kept(call, alive), ignore_index=forms.IGNORED) for call in calls]
     if len(rows) == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -130,12 +130,18 @@ def is_shape(name: str) -> bool:
     return _IS_VIEW.fullmatch(name) is not None
 
 
-def reaches(roots: Sequence[Tensor], place: Place | None, names: Collection[str], operands: int = 1) -> bool:
-    """Whether an operation of one of these names, of as many operands with a graph, lies between roots and a place."""
-    users = [user for some in _above(roots, place)[0].values() for user in some]
-    return any(
-        _name(user) in names and sum(f is not None for f, _ in user.next_functions) >= operands for user in users
-    )
+def between(roots: Sequence[Tensor], place: Place | None) -> list[tuple[str, int]]:
+    """Names of the operations that lead from a place to roots, and how many operands with a graph each has."""
+    above, start = _above(roots, place)
+    users: defaultdict[Any, list[Any]] = defaultdict(list)
+    for (node, _), some in above.items():
+        users[node] += some
+    found, todo = dict.fromkeys(users[start]), [*users[start]]
+    while todo:
+        new = [user for user in users[todo.pop()] if user not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return [(_name(node), sum(used is not None for used, _ in node.next_functions)) for node in found]
 
 
 def judged_by(judge: Judge, output: Tensor) -> tuple[Form, Tensor, Tensor] | None:

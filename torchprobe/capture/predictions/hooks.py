@@ -54,7 +54,7 @@ class Parts:
         self._on_output = on_output
         self._sites: dict[bool, list[Site]] = {}  # in training, and in validation
         self._handles: list[RemovableHandle] = []
-        self._calls: defaultdict[str, list[tuple[int, InputKey, Any]]] = defaultdict(list)
+        self._calls: defaultdict[str, list[tuple[int, InputKey, bool, Any]]] = defaultdict(list)
 
     def arm(self, training: bool) -> None:
         """A sampled pass begins. Nothing inside a compiled model gets a hook: it would be compiled anew."""
@@ -102,8 +102,8 @@ class Parts:
         Members that were called with different inputs are layers, or something else.
         """
         for name, calls in self._calls.items():
-            numbers, keys, outputs = zip(*calls, strict=True)
-            if len(set(numbers)) == len(calls) > 1 and all(key.same_as(keys[0]) for key in keys[1:]):
+            numbers, _, same, outputs = zip(*calls, strict=True)
+            if len(set(numbers)) == len(calls) > 1 and all(same):
                 yield name, list(outputs)
 
     def _heard(self, site: Site, module: nn.Module, args: Any, *called: Any) -> None:
@@ -115,7 +115,9 @@ class Parts:
             self._on_output(site.name, module, args, kwargs, output)
         else:
             with self._protected(output):
-                self._calls[site.name].append((site.number, InputKey(args, kwargs), output))
+                key, calls = InputKey(args, kwargs), self._calls[site.name]
+                same = not calls or key.same_as(calls[0][1])  # a trunk's output is gone when the model has returned
+                calls.append((site.number, key, same, output))
 
 
 def _may_be_ensemble(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -158,12 +159,12 @@ def _one_of_each(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 def _attributes(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     """What all modules keep, such as the mode, the task that is chosen, or a membrane: simple values, which tensors,
-    and what is in a list, tuple or dict.
+    and what is in a list, tuple, dict or namespace.
     """
     for path, module in modules:
         kept = module.__dict__ | module._buffers if module._buffers else module.__dict__
         for name, value in kept.items():
-            if value is None or name in _OF_TORCH or name in _RUNNING:
+            if value is None or name in _OF_TORCH or name in _RUNNING or name.startswith("_torchprobe"):
                 continue
             found = (type(value), value) if type(value) in _SIMPLE else _fingerprint(value)
             if found is not None:
@@ -175,7 +176,9 @@ def _fingerprint(value: Any) -> Any:
         return None if value is None else (type(value), value)
     if isinstance(value, Tensor):
         return id(value), value.data_ptr() if _is_plain(value) else 0, version_of(value)
-    if type(value) not in (list, tuple, dict) or len(value) > _MOST_KEPT:
+    if type(value) not in (list, tuple, dict) and not issubclass(type(value), (nn.Module, type, FunctionType)):
+        value = getattr(value, "__dict__", None)  # a namespace, or any plain object that keeps a state
+    if not isinstance(value, list | tuple | dict) or len(value) > _MOST_KEPT:
         return None
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     return [(key, _fingerprint(one)) for key, one in parts if type(one) in _SIMPLE or isinstance(one, Tensor)] or None

@@ -29,13 +29,15 @@ class _Match(NamedTuple):
     """That a loss module judged an output.
 
     form: of the output, None of numbers. rows: those that are read, None for all. certain: a flag that only the device
-    knows; None where it is sure. kept: a flag for each row, where not all were judged.
+    knows; None where it is sure. kept: a flag for each row, where not all were judged. own: a flag, where it may have
+    been the mean of several passes that was judged: whether it was this one's own prediction.
     """
 
     form: forms.Form | None
     rows: Tensor | None = None
     certain: Tensor | None = None
     kept: Tensor | None = None
+    own: Tensor | None = None
 
 
 def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
@@ -55,7 +57,7 @@ def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
         elif training and one.in_graph:
             assert match.form is not None
             one.candidates.append(
-                Candidate(match.form, _targets(call, match), call.weight, call.smoothing, call.reduced)
+                Candidate(match.form, _targets(call, match), call.weight, call.smoothing, call.reduced, match.own)
             )
         else:
             _judge_classes(phase, one, call, match)
@@ -91,7 +93,9 @@ def _same_values(waiting: Waiting, call: Call) -> _Match | None:
             rows, members = waiting.pool.index(call.input, form), waiting.pool.members(form)
             p = _probabilities(call, rows)
             means = [predicted.mean] if members is None else [predicted.mean, members.mean]
-            return _by_values(form, rows, [_equal(call, p, mean) for mean in means])
+            flags = [_equal(call, p, mean) for mean in means]
+            match = _by_values(form, rows, flags)
+            return match and match._replace(own=flags[0] if waiting.pool.passes > 1 else None)
     return None
 
 

@@ -91,13 +91,14 @@ class Tally:
 
 
 class Candidate(NamedTuple):
-    """Targets that a loss module was called with, row by row, for the gradient to confirm."""
+    """Targets that a loss module was called with, row by row, for the gradient to confirm; own: see `matching`."""
 
     form: Form
     targets: Tensor
     weight: Tensor | None
     smoothing: float
     reduced: bool
+    own: Tensor | None
 
 
 class Values(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from torchprobe.capture.predictions.forms import (
     row_count,
 )
 from torchprobe.capture.predictions.gradient import TOLERANCE
-from torchprobe.capture.predictions.graph import place_of, reaches
+from torchprobe.capture.predictions.graph import between, place_of
 from torchprobe.capture.predictions.phase import Phase
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
 from torchprobe.capture.predictions.reading import Reading, read
@@ -35,8 +36,12 @@ NO_TARGETS = (
     "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
     "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean, made before training"
 )
+DETACHED = "the model returns an output outside of its loss's graph: return it inside, or hand the model its labels="
 _ALL_AGAIN = 10  # sampled steps
 _NEVER = "?"  # the form of what nothing confirms
+# Operations that only add, and of how many operands with a graph: more of them have learned weights.
+_ADDS = dict.fromkeys(map("{}Backward".format, ("Add", "Sub", "Stack", "Cat", "Logaddexp", "IndexPut")), math.inf)
+_ADDS |= {"torch::autograd::CopySlices": math.inf, "LerpBackward": 2}
 
 
 class PlainOutputs:
@@ -48,6 +53,7 @@ class PlainOutputs:
     def __init__(self, options: Uncertainty, settled: Settled, generators: Generators) -> None:
         self._options = options
         self._generators = generators
+        self._gated: set[str] = set()  # lists whose outputs were seen to be weighed: without a graph nothing tells
         self.settled = settled
 
     def members(self, tensor: Tensor) -> Sequence[Tensor]:
@@ -78,15 +84,19 @@ class PlainOutputs:
         """Members whose mean the model itself gives, of logits, of probabilities or of numbers with variances."""
         readings = [read(output) for output in outputs]
         whole = read(root)
+        mean = whole.numbers[0].mean if whole.numbers else None
         numbers = [reading.numbers[0] for reading in readings if reading.numbers and not reading.numbers[0].key]
         means = [number.mean for number in numbers if number.mean is not None]
-        if len(means) == len(readings) and whole.numbers and whole.numbers[0].mean is not None:
-            flag = _is_mean_of(whole.numbers[0].mean, means)
+        members = [reading.plain for reading in readings if reading.plain is not None and is_usable(reading.plain)]
+        if not _only_adds([x for x in (whole.plain, mean) if x is not None], [*members, *means]):
+            self._gated.add(name)
+        if name in self._gated:
+            return
+        if len(means) == len(readings) and mean is not None:
             pool = Pool(name, None, self._generators)
             pool.add_numbers(SURE, means, [number.variance for number in numbers])
-            _settle(phase, pool, flag)
-        members = [reading.plain for reading in readings if reading.plain is not None and is_usable(reading.plain)]
-        if whole.plain is None or len(members) != len(readings) or not _only_adds(whole.plain, members):
+            _settle(phase, pool, _is_mean_of(mean, means))
+        if whole.plain is None or len(members) != len(readings):
             return
         pool = Pool(name, None, self._generators)
         for form in possible_forms(members[0], []) if members[0].dim() != 3 else [LAST]:
@@ -173,9 +183,10 @@ def _is_mean_of(output: Tensor, members: Sequence[Tensor]) -> Tensor | None:
     return torch.stack([(out - mean).abs().amax() <= loose * mean.abs().amax() for mean in means]).any()
 
 
-def _only_adds(output: Tensor, members: Sequence[Tensor]) -> bool:
+def _only_adds(whole: Sequence[Tensor], members: Sequence[Tensor]) -> bool:
     """Whether nothing on the way from the members has learned weights, as a gate has, as far as a graph is there."""
-    return not any(reaches([output], place_of(member), {"MulBackward", "BmmBackward"}, 2) for member in members)
+    ways = (between(whole, place_of(member)) for member in members)
+    return all(n <= _ADDS.get(name, 1) for way in ways for name, n in way)
 
 
 def _is_folded(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:

@@ -24,6 +24,8 @@ _STD = {"std", "stds", "stdev", "stddev", "sigma", "sigmas", "logstd", "logsigma
 _VARIANCE = {"variance", "variances", "var", "vars", "logvar", "logvars", "logvariance"}
 _LOGARITHMS = {"log", "logvar", "logvars", "logvariance", "logstd", "logsigma"}
 _EVIDENCE = {"evidence", "evidences"}
+_ENTROPY = {"entropy", "entropies"}
+_ROUNDED = 1e-2
 _OTHERWISE = {"attention", "attn", "attentions", "loss", "losses", "target", "targets", "label", "labels", "weights"}
 _MEANS = {"mean", "means", "mu", "loc", "gamma", "prediction", "predictions", "pred", "preds"}
 _LOGITS = {"logits", "logit"}
@@ -31,7 +33,7 @@ _PROBABILITIES = {"probs", "probabilities", "probability"}
 _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
     "epistemic": {"epistemic"},
     "aleatoric": {"aleatoric"},
-    "total": {"uncertainty", "uncertainties", "entropy", "entropies"},
+    "total": {"uncertainty", "uncertainties"} | _ENTROPY,
     "variance": _STD | _VARIANCE,
     "alpha": {"alpha", "alphas"} | _EVIDENCE,
     "kl": {"kl", "kld"},
@@ -82,12 +84,8 @@ def read(output: Any, module: nn.Module | None = None) -> Reading:
     if len(found) > 1:
         reading = replace(reading, note=f"{reading.note} It is the first of {len(found)} in the output.".strip())
     if not found and reading.plain is None and not reading.says_something:
-        reading = replace(
-            reading,
-            plain=_main(output),
-            numbers=reading.numbers or _pair(output),
-            heads=reading.heads or heads_beside(output),
-        )
+        numbers, heads = reading.numbers or _pair(output), reading.heads or heads_beside(output)
+        reading = replace(reading, plain=_main(output), numbers=numbers, heads=heads)
     if reading.kl is None and module is not None:
         reading = replace(reading, kl=_divergence_beside(module, output))
     return reading
@@ -101,14 +99,11 @@ def _main(output: Any) -> Tensor | None:
 def _pair(output: Any) -> tuple[Number, ...]:
     """Two tensors of one shape, which may be a mean and what tells its spread, in any of four ways."""
     parts = output if isinstance(output, tuple | list) and len(output) == 2 else ()
-    if not all(isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 0 for part in parts):
-        return ()
-    if not parts or parts[0].shape != parts[1].shape:
+    usable = [isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 0 for part in parts]
+    if not parts or not all(usable) or parts[0].shape != parts[1].shape:
         return ()
     ways = [meaning_of(name) for name in ("variance", "log_var", "std", "log_std")]
-    return tuple(
-        Number(f"second {i}", parts[0], parts[1], way.spread, way.convert) for i, way in enumerate(ways) if way
-    )
+    return tuple(Number(f"second {i}", parts[0], parts[1], w.spread, w.convert) for i, w in enumerate(ways) if w)
 
 
 # ---- named fields
@@ -126,7 +121,7 @@ class Meaning(NamedTuple):
 def meaning_of(name: str) -> Meaning | None:
     """What a field such as `epistemic_std`, `log_var` or `evidence` holds; None for any other name."""
     words = _words_of(name)
-    if words & _OTHERWISE:
+    if words & (_OTHERWISE | _LOGITS):
         return None
     quantity = next((quantity for quantity, names in _QUANTITIES.items() if words & names), None)
     if quantity is None:
@@ -174,7 +169,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     for name, meaning in meanings.items():  # the first field of a kind counts; a divergence is one number
         if fields[name].numel() == 1 if meaning.quantity == "kl" else _fits(name, meaning, fields):
             found.setdefault(meaning.quantity, (name, fields[name]))
-    values = {quantity: meanings[name].convert(wide(x)) for quantity, (name, x) in found.items()}
+    values = {quantity: _proper(name, meanings[name].convert(wide(x))) for quantity, (name, x) in found.items()}
     nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
     complete = nu is not None and beta is not None
     guesses = [name for name, meaning in meanings.items() if meaning.is_guess and not complete]
@@ -200,6 +195,13 @@ def _fits(name: str, meaning: Meaning, fields: Mapping[str, Tensor]) -> bool:
     if not others or meaning.quantity in ("epistemic", "aleatoric"):
         return True
     return field.dim() > 0 and any(x.shape[0] == field.shape[0] for x in others)
+
+
+def _proper(name: str, values: Tensor) -> Tensor:
+    """NaN where some are below 0 by more than rounding: no uncertainty is, but for an entropy of numbers."""
+    largest = torch.linalg.vector_norm(values.nan_to_num(0.0, 0.0, 0.0), torch.inf)
+    fine = ((values >= -_ROUNDED * largest) | values.isnan()).all()
+    return values if _words_of(name) & _ENTROPY else values.where(fine, torch.nan)
 
 
 def _numbers(

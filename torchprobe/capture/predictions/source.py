@@ -43,6 +43,7 @@ class PredictionSource:
         self._pictures_due = False
         self._following = False  # the pass that runs, or has just returned, is read
         self._given: list[Phase] = []  # of training passes, until they are taken
+        self._settled: list[Phase] = []  # of passes with a graph that were validation: others may go on in the last
         self.on_recomputed = self._capture.on_recomputed
         self.explain = self._reporting.explain
 
@@ -90,10 +91,16 @@ class PredictionSource:
             a = [a[0], a[-1]]
         return a
 
-    def rows(self, phases: Sequence[Phase], training: bool, due: frozenset[Reporter], loop: str = "") -> list[Piece]:
-        """The rows of these phases added up, for the probes that sampled them. What was given once is not given again:
-        of a phase that is asked for twice only what came later follows.
+    def rows(self, phases: Sequence[Phase], training: bool, due: frozenset[Reporter]) -> list[Piece]:
+        """The rows of these phases added up, for the probes that sampled them; of validation when it is over. What was
+        given once is not given again: of a phase that is asked for twice only what came later follows.
         """
+        if training:
+            return self._rows(phases, True)
+        self._settled = self.merge(self._settled, list(phases))
+        return []
+
+    def _rows(self, phases: Sequence[Phase], training: bool, loop: str = "") -> list[Piece]:
         pieces: list[Piece] = []
         if phases and not self._shared.failed:
             with self._shared.boundary(), torch.no_grad():
@@ -111,12 +118,13 @@ class PredictionSource:
 
     def end_validation(self) -> list[Piece]:
         """What the validation passes since the last call add up to."""
-        phases, line = self._capture.end_validation()
+        settled, self._settled = self._settled, []
+        phases, line = self._capture.end_validation(bool(settled))
         self._reporting.remark(line)
-        if len(phases) == 1:
-            return self.rows(phases, False, frozenset())
-        loops = enumerate(phases, 1)
-        return [piece for i, phase in loops for piece in self.rows([phase], False, frozenset(), f"loop_{i}")]
+        if len(phases) < 2:
+            return self._rows([*settled, *phases], False)
+        loops = (self._rows([phase], False, f"loop_{i}") for i, phase in enumerate(phases, 1))
+        return [*self._rows(settled, False), *(piece for pieces in loops for piece in pieces)]
 
     def given(self, predictions: Tensor, targets: Tensor, training: bool) -> list[Piece]:
         """Predictions that the user handed in."""
@@ -134,7 +142,7 @@ class PredictionSource:
     def detach(self) -> None:
         """Take everything off."""
         self._capture.detach()
-        self._given = []
+        self._given, self._settled = [], []
 
     def _moment(self, training: bool, due: Sequence[Reporter]) -> Moment:
         return Moment(self._step, tuple(due), self._pictures_due or not training)
@@ -195,7 +203,7 @@ def _of_calibration(reporter: CalibrationReporter, phase: Phase, prefix: str, lo
         own = [_name(name, training) for name in names]
         yield Piece(reporter, [of_loop(name, loop) for name in own], torch.cat((rows, flags), 1), prefix)
         yield _of_gap(reporter, own, rows)
-    if phase.unjudged and not training and not phase.calibration:
+    if phase.unjudged and not training and not phase.coverage:
         nothing = torch.zeros(1, reporter.probe.width, dtype=torch.float64)
         yield Piece(reporter, [_name(f"|{UNJUDGED}", training)], nothing, prefix)
 

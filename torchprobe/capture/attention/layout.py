@@ -81,6 +81,12 @@ def blocked(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype is torch.bool else mask <= NEVER_A_LOGIT
 
 
+def alike(hidden: Tensor) -> Tensor:
+    """What is hidden from all queries of all heads, where that is all that is hidden: bool (batch, keys)."""
+    first = hidden[:, 0, 0]
+    return first & (hidden == first[:, None, None]).all()
+
+
 # ---- by labels
 
 

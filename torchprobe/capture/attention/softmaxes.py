@@ -12,7 +12,7 @@ from torch import Tensor
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Label, Shape, leaves
-from torchprobe.capture.attention.layout import Arrangement, Refused, arrangement, blocked, plain, unusual
+from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
@@ -88,6 +88,8 @@ class Softmaxes:
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
         given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        if any(_is_of_queries(node, arranged) for node in before):
+            self._observer.padding.note(arranged.places, alike(blocked(given)))
         self._observer.padding.hold_against(arranged.places, given)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         shift = sum(taken[1:], taken[0]) if taken else None
@@ -176,6 +178,13 @@ def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[
         if ends == (source.shape[0], source.shape[-1]) and not any(n > 1 for n in shape[1:-1]):
             hidden = small if small.dtype is torch.bool else blocked(small)
             yield arranged.split(plain(hidden if hides else ~hidden).reshape(ends))[0]
+
+
+def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
+    """Whether a mask has an entry for each sequence, and each query or what is not known to be one."""
+    mask = (_mask(node) or (node,))[0]
+    by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
+    return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
 
 
 def _mask(node: Node) -> tuple[Node, bool] | None:

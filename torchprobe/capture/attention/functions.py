@@ -126,6 +126,12 @@ PRODUCTS = {
 }
 """What multiplies, and where the two factors begin among its tensors."""
 
+PICKS = CONVOLUTIONS | named(
+    *("getitem", "index_select", "gather", "take_along_dim", "rot90", "fliplr", "flipud", "scatter", "index_put"),
+    *("index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk"),
+)
+"""What puts values where their place is not followed, or mixes neighbours."""
+
 LAST_WITH_LAST = named("linear", "inner", "cdist")
 """Those that go along the last dimension of both."""
 

@@ -228,8 +228,8 @@ def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     axes, of = fn.along(node), next((one for one in inputs if not one.const and one.dims == node.dims), None)
     if not axes or of is None or any(one.dims != node.dims and one.dtype.is_floating_point for one in inputs):
         return None
-    label, new = _label(of), fresh(node.shape)
-    if label.sides or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
+    label, new, labels = _label(of), fresh(node.shape), [_label(one) for one in inputs]
+    if _lost(node, labels) or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
         return None
     return Label(tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims)), {**label.at, **new.at})
 

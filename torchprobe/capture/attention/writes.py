@@ -12,10 +12,11 @@ from torchprobe.capture.attention.tape import Node
 
 
 def written(node: Node, first: Label) -> Label | None:
-    """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was."""
+    """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was, but for
+    scores, which are lost."""
     source, axis, where = _copied(node) if node.func in fn.INDEX_COPIES else _assigned(node)
     if source is None or source.label is None or source.dims != node.dims:
-        return first
+        return None if any(one.is_logits for one in node.inputs[1:]) else first
     others = (size for i, size in enumerate(node.shape) if i != axis)
     if any(a != b for a, b in zip(others, (n for i, n in enumerate(source.shape) if i != axis), strict=True)):
         return first

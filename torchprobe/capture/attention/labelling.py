@@ -63,7 +63,7 @@ class Labelling:
         if any(root.side is not None and not root.fixed for i in (0, 1) for root in _summed(product, labels, i)):
             return _joined(product, [unsided(label) for label in labels], const)  # weights and values
         own = [product.own(i) for i in (0, 1)]
-        if any(const) and not _may_choose(product, const, own):
+        if any(const) and (any(label.sides for label in labels) or not _may_choose(product, const, own)):
             made = _joined(product, labels, const)
             return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
         sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
@@ -86,9 +86,10 @@ class Labelling:
 
 
 def _lost(node: Node, labels: list[Label]) -> str | None:
-    """By what it is not known any more what logits are of."""
+    """By what it is not known any more what logits are of, or which of a folded dimension are heads."""
     before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
-    if before is not None or not any(label.sides for label in labels):
+    cut = node.sharing and any(len({root.learned for root in roots_of([dim])}) > 1 for dim in labels[0].dims)
+    if before is not None or not (cut or any(label.sides for label in labels)):
         return before
     return str(getattr(node.func, "__name__", node.func)).strip("_")
 
@@ -155,6 +156,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     dims: list[Dim] = []
     at: dict[Root, int] = {}
     order = (1, 0) if const[0] else (0, 1)
+    features = {root for i in (0, 1) for root in _summed(product, labels, i) if not const[i] and root.side is None}
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
@@ -163,10 +165,13 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True), size)
+        elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
+            dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
     for i in order:
         gone = set(_summed(product, labels, i))
-        pinned = {r: v for r, v in labels[i].at.items() if r not in gone and not (r.learned and any(const))}
+        held = {} if const[i] and not all(const) else labels[i].at
+        pinned = {r: v for r, v in held.items() if r not in gone and not (r.learned and any(const))}
         at = {**pinned, **at}
     kept = set(roots_of(dims))
     for label in labels:
@@ -270,6 +275,7 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     for one in reversed(ranked):
         label, offset = _label(one), node.dims - one.dims
         for axis, dim in enumerate(label.dims):
+            dim = counted(Root(learned=True), one.shape[axis]) if one.const and first.sides else dim
             if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
         at |= {root: value for root, value in label.at.items() if root in set(label.roots())}

@@ -26,7 +26,8 @@ class Root:
 
     learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
-    what the order was lost by. written: what was written into it, at places that only the device knows.
+    what the order was lost by. written: what was written into it, at places that only the device knows. apart: whether
+    parts differ in the parameters alone that made them, as heads do.
     """
 
     learned: bool = False
@@ -36,6 +37,7 @@ class Root:
     lost: str | None = None
     fixed: bool = False
     written: Written | None = None
+    apart: bool = False
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
     sides: dict[int, Root] = field(default_factory=dict)

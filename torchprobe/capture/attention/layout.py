@@ -166,6 +166,9 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
     assert side is not None
     digits = [Axis(i, j, f) for i, dim in enumerate(label.dims) for j, f in enumerate(dim)]
     roles = _roles(label, digits, axis, 1 - side)
+    lost = next((digit.root.lost for digit in roles[0] if digit.root.lost), None)
+    if lost is not None:
+        return Refused(f"whose heads pass `{lost}`")
     columns = columns_of(label, axis, side)
     if isinstance(columns, Refused):
         return columns
@@ -186,7 +189,7 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     queries = [d for d in others if d.root in asked and not d.root.learned]
     queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
-    heads = [d for d in others if d.root.learned and d not in queries]
+    heads = [d for d in others if (d.root.learned or d.root.lowest.apart) and d not in queries]
     of_heads = {d.dim for d in heads}
     heads += [d for d in others if d.factor.root is None and d.dim in of_heads]
     heads.sort(key=lambda d: (d.dim, d.digit))

@@ -97,14 +97,11 @@ def _lost(node: Node, labels: list[Label]) -> str | None:
 def _of_several(node: Node, product: Product) -> Label:
     """Of more factors than two: what the result keeps of them."""
     dims: list[Dim] = []
-    at: dict[Root, int] = {}
     labels = [unsided(_label(factor)) for factor in product.factors]
     for name, size in zip(product.result, node.shape, strict=True):
         where = next(((i, names.index(name)) for i, names in enumerate(product.names) if name in names), None)
         dims.append(labels[where[0]].dims[where[1]] if where else counted(Root(), size))
-    for label in labels:
-        at |= label.at
-    return Label(tuple(dims), at)
+    return Label(tuple(dims), {root: value for label in labels for root, value in label.at.items()})
 
 
 def _label(node: Node) -> Label:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +13,7 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
@@ -122,6 +123,14 @@ def heads_of(module: nn.Module) -> int | None:
         if isinstance(found, int) and not isinstance(found, bool) and found > 0:
             return found
     return None
+
+
+def constants_of(module: nn.Module) -> Iterator[Tensor]:
+    """What a module holds that is of no batch: buffers, and matrices that are its attributes."""
+    yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+    for value in vars(module).values():
+        several = value if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor) else (value,)
+        yield from (one for one in several if isinstance(one, Tensor) and one.dim() <= 2 and not is_lazy(one))
 
 
 class Site(NamedTuple):

@@ -81,7 +81,7 @@ REASONS = {
     **dict.fromkeys(
         (
             f"attention/test_{of}.py"
-            for of in ("found", "heads", "padding", "padding_lost", "positions", "used_weights")
+            for of in ("found", "heads", "masks", "padding", "padding_lost", "positions", "used_weights")
         ),
         _CONSTANTS,
     ),

@@ -19,6 +19,7 @@ from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Kind, Pending
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
 
 _STEPS = 40  # calls between a softmax and the product behind it
 
@@ -87,7 +88,9 @@ class Softmaxes:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        x, hiding = plain(logits), _hiding(before)
+        x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
+        given, others = arranged.split(arranged.by_head(x, heads))
         if any(_is_of_queries(node, arranged) for node in before):
             self._observer.padding.note(arranged.places, alike(blocked(given)))
         self._observer.padding.hold_against(arranged.places, given)
@@ -168,6 +171,24 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
+def _hiding(before: list[Node]) -> float | Tensor | None:
+    """What a logit hides its key at, where it was scaled after it was masked; None where that is as ever."""
+    scale: Any = 1.0
+    found: Any = None
+    for node in before:
+        if node.func in fn.MULTIPLICATIONS | fn.DIVISIONS:
+            tensors = [one.small for one in node.inputs if not one.is_logits]
+            by = next((one for one in (*tensors, *node.args) if isinstance(one, int | float | Tensor)), None)
+            if by is None or not (node.func in fn.MULTIPLICATIONS or node.inputs[0].is_logits):
+                break
+            scale = scale * by if node.func in fn.MULTIPLICATIONS else scale / by
+        elif _mask(node) is not None:
+            if found is not None and found is not scale:
+                return None
+            found = scale
+    return None if found is None or (isinstance(found, float) and found == 1) else found * NEVER_A_LOGIT
+
+
 def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
     """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
     for node in before:
@@ -209,6 +230,8 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
         return "whose queries are parameters, in a compiled graph"
     if isinstance(arranged.places.index, Tensor):
         return "whose keys are written into a cache, in a compiled graph"
+    if _hiding(_steps(source)) is not None:
+        return "whose masks are scaled, in a compiled graph"
     if any(True for _ in shifts(_steps(source), source)):
         return "whose logits are shifted, in a compiled graph"
     if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):

@@ -55,7 +55,7 @@ class Node:
         self.const: bool = func is not None and all(node.const for node in self.inputs[: _counted(func)])
         self.learned: bool = any(node.learned for node in self.inputs)
         self.sharing = [node for node in self.inputs if self._shares(node)]
-        self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
+        self.holds = (len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW) or not self.shape
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
         self.flow: Any = None

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.labels import Dim, Factor, Label, Memory, Part, Root, leaves, merged, roots_of, viewed
+from torchprobe.capture.attention.labels import (
+    Dim,
+    Factor,
+    Label,
+    Memory,
+    Part,
+    Root,
+    counted,
+    leaves,
+    merged,
+    roots_of,
+    viewed,
+)
 from torchprobe.capture.attention.tape import Node
 
 Rule = Callable[[Node, Label], Label | None]
@@ -28,6 +40,9 @@ def joined(node: Node, first: Label) -> Label | None:
     axis %= node.dims
     dims = [() if new else label.dims[axis] for label in labels]
     dim, at = along(labels, dims, [1 if new else one.shape[axis] for one in nodes])
+    pinned = set.intersection(*({*label.at.items()} for label in labels)) if labels else set()
+    counted_too = leaves((dim, *dims))
+    at = {**{root: value for root, value in pinned if root not in counted_too}, **at}
     return spliced(_foremost(nodes, labels), axis, axis + (not new), dim, at)
 
 
@@ -224,6 +239,13 @@ def _reduced_axes(node: Node) -> tuple[int, ...] | None:
     if given is None and not node.dims:
         return ()
     return _tuple(given)
+
+
+def as_complex(node: Node, label: Label) -> Label:
+    """Pairs of numbers as one, or one as a pair."""
+    root = Root()
+    pair = (counted(root, 2),) if node.dims > len(label.dims) else ()
+    return Label((*label.dims[: node.dims - len(pair)], *pair), {**label.at, root: 0}, label.between)
 
 
 def scattered(node: Node, first: Label) -> Label | None:

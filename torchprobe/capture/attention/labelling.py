@@ -9,9 +9,20 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
 from torchprobe.capture.attention.functions import Product, product_of
-from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
+from torchprobe.capture.attention.labels import (
+    Between,
+    Dim,
+    Label,
+    Root,
+    counted,
+    differ,
+    fresh,
+    in_order,
+    roots_of,
+    viewed,
+)
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.writes import copied, written
+from torchprobe.capture.attention.writes import copied, lost, picked, written
 
 
 class Labelling:
@@ -37,7 +48,8 @@ class Labelling:
             return fresh(node.shape)
         found = self._by_table(node, inputs)
         if found is None or len(found.dims) != node.dims:
-            return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
+            labels = [_label(one) for one in inputs]
+            return fresh(node.shape, lost=lost(node, labels), picked=picked(node, labels))
         return _settled(found)
 
     def _by_table(self, node: Node, inputs: tuple[Node, ...]) -> Label | None:
@@ -72,7 +84,9 @@ class Labelling:
         at = {**sided[0].at, **sided[1].at}
         projected = all(root.learned for i in (0, 1) for root in _summed(product, labels, i))
         outer = all(product.factors[i].shape[axis] == 1 for i in (0, 1) for axis in product.summed(i))
-        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller))
+        shared = ([label.dims[axis] for axis in product.shared(i)] for i, label in enumerate(labels))
+        elsewhere = not any(const) and differ(*shared)
+        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller, elsewhere))
 
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
@@ -83,15 +97,6 @@ class Labelling:
             for axis, dim in enumerate(plain.dims)
         )
         return Label(dims, {**plain.at, **{other[root]: value for root, value in plain.at.items()}})
-
-
-def _lost(node: Node, labels: list[Label]) -> str | None:
-    """By what it is not known any more what logits are of, or which of a folded dimension are heads."""
-    before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
-    cut = node.sharing and any(len({root.learned for root in roots_of([dim])}) > 1 for dim in labels[0].dims)
-    if before is not None or not (cut or any(label.sides for label in labels)):
-        return before
-    return str(getattr(node.func, "__name__", node.func)).strip("_")
 
 
 def _of_several(node: Node, product: Product) -> Label:
@@ -180,8 +185,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
 
 
 def _is_reduction(node: Node) -> bool:
-    second = node.argument(1, "dim")
-    return second is not None and not isinstance(second, Node)
+    return not isinstance(node.argument(1, "dim", node), Node)
 
 
 def _embedded(node: Node, first: Label) -> Label | None:
@@ -218,22 +222,18 @@ def _convolved(node: Node, label: Label) -> Label | None:
     return Label(tuple(dims), at, label.between)
 
 
-def _as_complex(node: Node, label: Label) -> Label:
-    """Pairs of numbers as one, or one as a pair."""
-    root = Root()
-    pair = (counted(root, 2),) if node.dims > len(label.dims) else ()
-    return Label((*label.dims[: node.dims - len(pair)], *pair), {**label.at, root: 0}, label.between)
-
-
 def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """All dimensions but those that a function sorts, transforms or picks along."""
     axes, of = fn.along(node), next((one for one in inputs if not one.const and one.dims == node.dims), None)
     if not axes or of is None or any(one.dims != node.dims and one.dtype.is_floating_point for one in inputs):
         return None
-    label, new, labels = _label(of), fresh(node.shape), [_label(one) for one in inputs]
-    if _lost(node, labels) or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
+    labels = [_label(one) for one in inputs]
+    label, new = _label(of), fresh(node.shape, picked=picked(node, labels))
+    if lost(node, labels) or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
         return None
-    return Label(tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims)), {**label.at, **new.at})
+    dims = tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims))
+    gone = {*label.roots()} - {*roots_of(dims)}
+    return Label(dims, {**{root: value for root, value in label.at.items() if root not in gone}, **new.at})
 
 
 _RULES: Mapping[Any, joins.Rule] = {
@@ -242,7 +242,7 @@ _RULES: Mapping[Any, joins.Rule] = {
     **dict.fromkeys(fn.COPIES, copied),
     **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, _convolved),
     **dict.fromkeys(fn.named("embedding"), _embedded),
-    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), _as_complex),
+    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), joins.as_complex),
     **dict.fromkeys(FUNCTIONS, _attended),
 }
 

@@ -174,7 +174,7 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
         return columns
     if as_used:
         columns = None, columns[2], columns[2]
-    if not roles[2] and _overlaps(label, axis):
+    if not roles[2] and (label.between.elsewhere or _overlaps(label, axis)):
         return Refused("over a window of keys for each query")
     return _arranged(label, shape, roles, columns, side)
 
@@ -187,7 +187,8 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
     queries = [d for d in others if d.root in asked and not d.root.learned]
-    queries = queries or [d for d in others if d.root in asked]
+    if all(label.between.of(side)):  # else a dimension of one index is the query
+        queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
     heads = [d for d in others if (d.root.learned or d.root.lowest.apart) and d not in queries]
     of_heads = {d.dim for d in heads}
@@ -208,7 +209,10 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
     place = {axis: at for at, axis in enumerate(axes)}
     order = [tuple(place[a.dim, a.digit] for a in role) for role in roles]
     used = {axis for group in order for axis in group}
-    order[0] = tuple(sorted((*order[0], *(axis for axis in place.values() if axis not in used))))
+    of_one = [axis for axis in place.values() if axis not in used]
+    if of_one and not roles[2] and not all(label.between.of(1 - side)):
+        order[2] = (of_one.pop(),)
+    order[0] = tuple(sorted((*order[0], *of_one)))
     named = bool(roles[1]) or label.between.projected
     if named and not (roles[3] or shape):
         return Refused("over no keys")

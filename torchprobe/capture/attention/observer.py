@@ -139,6 +139,9 @@ class Observer:
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
+        if call.places is not None and call.places.unknown:
+            self.uncovered.add(f"distances in {name or call.caller.name}, where its queries stand is not known")
+            reading = reading.without_distances()
         found = reading.found
         self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)
 

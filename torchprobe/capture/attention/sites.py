@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
 from torchprobe.naming import ROOT, named_modules
-from torchprobe.statistics.attention import MAX_LOGIT, Measured, combine, finish
+from torchprobe.statistics.attention import FIELDS, MAX_LOGIT, Measured, combine, finish
 
 Path = tuple[tuple[str, str, int], ...]
 
@@ -164,6 +164,12 @@ class Reading(NamedTuple):
         rows = self.rows.clone()
         known = other is not None and len(other.rows) == len(rows)
         rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
+        return self._replace(found=Measured(rows))
+
+    def without_distances(self) -> Reading:
+        """The same, of which it is not known how far queries are from keys."""
+        rows = self.rows.clone()
+        rows[:, FIELDS.index("distance")] = torch.nan
         return self._replace(found=Measured(rows))
 
 

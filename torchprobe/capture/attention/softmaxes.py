@@ -82,7 +82,8 @@ class Softmaxes:
             caller = caller._replace(path=(*caller.path, ("", "softmax over dimension", axis)))
         if isinstance(arranged, Arrangement) and arranged.side == 0:  # one product may be an attention both ways
             caller = caller._replace(path=(*caller.path, ("", "keys are the first factor", 0)))
-        return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
+        places = arranged.places if isinstance(arranged, Arrangement) else None
+        return Call(caller, places is not None and places.cross, places)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
         heads, before = call.caller.heads, _steps(source)
@@ -230,6 +231,8 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
         return "whose queries are parameters, in a compiled graph"
     if isinstance(arranged.places.index, Tensor):
         return "whose keys are written into a cache, in a compiled graph"
+    if arranged.places.unknown:
+        return "whose queries stand where it is not known, in a compiled graph"
     if _hiding(_steps(source)) is not None:
         return "whose masks are scaled, in a compiled graph"
     if any(True for _ in shifts(_steps(source), source)):

@@ -129,15 +129,15 @@ class Node:
 
     def unlearn(self) -> None:
         """What was worked out does not hold any more."""
-        self.label = self.caller = None
-        self.kept = {}
+        self.label, self.caller, self.kept = None, None, {}
 
 
 def _counted(func: Function) -> int | None:
     """How many inputs the values of a result are of, None for all: of others it has the type or the shape."""
     name = str(getattr(func, "__name__", ""))
-    none = name.endswith("_like") or name.startswith("new_")
-    return 0 if none else 1 if name in ("to", "type", "type_as", "expand_as", "view_as", "reshape_as") else None
+    if name.endswith("_like") or name.startswith("new_"):
+        return None if "zeros" in name or "empty" in name else 0  # which are written into
+    return 1 if name in ("to", "type", "type_as", "expand_as", "view_as", "reshape_as") else None
 
 
 def _nodes(values: Iterable[Any]) -> Iterator[Node]:
@@ -170,9 +170,7 @@ class Tape:
 
     def clear(self) -> None:
         """Forget all tensors: the pass is over."""
-        for _, node in self._nodes.values():
-            node.let_go()
-        for node in self._course or ():
+        for node in [node for _, node in self._nodes.values()] + (self._course or []):
             node.let_go()
         self._nodes.clear()
         self._held.clear()
@@ -204,6 +202,8 @@ class Tape:
         """A call has returned: the nodes of its results."""
         if result is None and args and isinstance(args[0], Tensor):  # an assignment
             result = args[0]
+        if func is Tensor.copy_ and (base := self.known(args[0]._base)) is not None:  # which has a part of it now
+            self._made(func, (base, *map(self._kept, args[1:])), {}, 0, args[0]._base)
         results = (result,) if isinstance(result, Tensor) else result
         if not isinstance(results, tuple | list) or not any(isinstance(one, Tensor) for one in results):
             return []

@@ -74,8 +74,7 @@ def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) ->
     for label, dim, size in zip(labels, dims, sizes, strict=True):
         parts.append(Part(start, size, dim, beside(label, dim), bool(label.sides)))
         start += size
-    root = _root_of(parts)
-    root.apart = not any(dims) and len({*map(_tokens, labels)}) == 1
+    root = _root_of(parts, apart=not any(dims) and len({*map(_tokens, labels)}) == 1)
     return (Factor(root, 1, start),) if start > 1 else (), {root: 0}
 
 
@@ -106,11 +105,11 @@ def beside(label: Label, dim: Dim) -> Mapping[Root, int]:
     return {root: value for root, value in label.at.items() if root not in others}
 
 
-def _root_of(parts: Sequence[Part]) -> Root:
+def _root_of(parts: Sequence[Part], apart: bool = False) -> Root:
     inside = [(part, root) for part in parts if part.dim is not None for root in roots_of([part.dim])]
     sides = {root.side for part, root in inside if part.scores}
     learned = bool(inside) and all(root.learned for _, root in inside)
-    return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None)
+    return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None, apart=apart)
 
 
 def _digits(labels: Sequence[Label]) -> Dim:

@@ -194,7 +194,13 @@ def written_by_head(m, q, k):
     return s.softmax(-1)
 
 
-@pytest.mark.parametrize("weigh", [put_back, put_back_by_rank, scattered_by_hand, written_by_head])
+def scattered_by_mask(m, q, k):
+    s = scores(q, k)
+    large = s > s.mean(-1, keepdim=True)
+    return torch.full_like(s, -1e9).masked_scatter(large, s[large]).softmax(-1)
+
+
+@pytest.mark.parametrize("weigh", [put_back, put_back_by_rank, scattered_by_hand, scattered_by_mask, written_by_head])
 def test_weights_and_scores_that_are_put_elsewhere_are_read_right_or_said(weigh):
     model = Attends(weigh)
     seen = record(model, X)

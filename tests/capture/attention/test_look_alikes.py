@@ -124,7 +124,7 @@ class Router(nn.Module):
         lambda m: m.keys.type_as(m.x),
         lambda m: m.keys.to(m.x),
         lambda m: torch.ones_like(m.x[0, :4]) * m.keys,
-        lambda m: m.x.new_full((4, WIDTH), 0.5) + m.keys,
+        lambda m: m.x.new_ones(4, WIDTH) + m.keys,
     ],
 )
 def test_a_router_is_no_attention_however_its_keys_are_made(keys):

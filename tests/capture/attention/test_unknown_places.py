@@ -63,6 +63,7 @@ MOVED = {
     "queries of rank": lambda q, k, v: (q.sort(2).values[:, :, :5], k, v),
     "keys by index": lambda q, k, v: (q, k[:, :, SOME], v[:, :, SOME]),
     "every second key": lambda q, k, v: (q, k[:, :, ::2], v[:, :, ::2]),
+    "keys beside": lambda q, k, v: (q, F.pad(k, (0, 0, 1, 0))[:, :, :-1] + k, v),
     "one query": lambda q, k, v: (q[:, :, SOME[:1]], k, v),
     **{f.__name__: f for f in (copied_into_a_part, scattered)},
 }

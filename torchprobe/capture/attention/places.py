@@ -161,7 +161,7 @@ def _after_the_first(queries: Values, keys: Values) -> Indices | None:
     if len(moving) != 1 or moving[0] not in queries or (np.diff(keys[moving[0]]) != 1).any():
         return None
     index: Indices = queries[moving[0]] - keys[moving[0]][0]
-    return index if queries[moving[0]].min() >= 0 else None
+    return index if min(queries[moving[0]].min(), keys[moving[0]][0]) >= 0 else None
 
 
 def _tokens_of(batch: Hashable, values: Values) -> tuple[dict[Tokens, Indices], Tokens | None]:

@@ -136,7 +136,7 @@ def _counted(func: Function) -> int | None:
     """How many inputs the values of a result are of, None for all: of others it has the type or the shape."""
     name = str(getattr(func, "__name__", ""))
     if name.endswith("_like") or name.startswith("new_"):
-        return None if "zeros" in name or "empty" in name else 0  # which are written into
+        return None if any(word in name for word in ("zeros", "empty", "full")) else 0  # which are written into
     return 1 if name in ("to", "type", "type_as", "expand_as", "view_as", "reshape_as") else None
 
 

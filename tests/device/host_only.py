@@ -82,7 +82,16 @@ REASONS = {
     **dict.fromkeys(
         (
             f"attention/test_{of}.py"
-            for of in ("found", "heads", "padding", "padding_lost", "positions", "used_weights")
+            for of in (
+                "found",
+                "heads",
+                "masks",
+                "unknown_places",
+                "padding",
+                "padding_lost",
+                "positions",
+                "used_weights",
+            )
         ),
         _CONSTANTS,
     ),

@@ -172,6 +172,43 @@ def running(m, q, k):
     return torch.fft.fft(scores(q, k)).real.softmax(-1)
 
 
+def put_back(m, q, k):
+    order = torch.arange(LENGTH).flip(0)
+    return scores(q, k)[..., order].softmax(-1)[..., order]
+
+
+def put_back_by_rank(m, q, k):
+    values, places = scores(q, k).sort(-1)
+    return torch.zeros_like(values).scatter(-1, places, values.softmax(-1))
+
+
+def scattered_by_hand(m, q, k):
+    places = torch.arange(LENGTH).expand(3, HEADS, LENGTH, LENGTH)
+    return torch.zeros(places.shape).scatter(-1, places, scores(q, k)).softmax(-1)
+
+
+def written_by_head(m, q, k):
+    s = torch.zeros(3, HEADS, LENGTH, LENGTH)
+    for head in range(HEADS):
+        s[:, head] = scores(q[:, head], k[:, head])
+    return s.softmax(-1)
+
+
+def scattered_by_mask(m, q, k):
+    s = scores(q, k)
+    large = s > s.mean(-1, keepdim=True)
+    return torch.full_like(s, -1e9).masked_scatter(large, s[large]).softmax(-1)
+
+
+@pytest.mark.parametrize("weigh", [put_back, put_back_by_rank, scattered_by_hand, scattered_by_mask, written_by_head])
+def test_weights_and_scores_that_are_put_elsewhere_are_read_right_or_said(weigh):
+    model = Attends(weigh)
+    seen = record(model, X)
+    assert seen.uncovered or seen.heads
+    if seen.heads:
+        assert_close(seen.heads["root"], of_weights(model.p, seen=EVERY))
+
+
 @pytest.mark.parametrize("weigh", [sorted_scores, gathered_scores, picked_scores, running])
 def test_scores_in_an_order_that_is_not_known_are_said(weigh, caplog):
     model = nn.Sequential()

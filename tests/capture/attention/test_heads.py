@@ -86,6 +86,92 @@ def test_heads_one_by_one_are_stacked_to_one_attention():
     assert_close(record(model, x).heads["root"], per_head(model.logits(x)))
 
 
+@pytest.mark.parametrize("order", ["batch", "heads"])
+def test_heads_of_all_sequences_one_by_one_are_stacked_to_one_attention(order):
+    def attend(q, k, v):
+        q, k = (t.transpose(0, 1) if order == "heads" else t for t in (q, k))
+        parts = [a @ b.mT for a, b in zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)]
+        s = torch.stack(parts).unflatten(0, q.shape[:2])
+        return (s.transpose(0, 1) if order == "heads" else s).softmax(-1) @ v
+
+    model, x = Folded(lambda t: t.unflatten(-1, (H, D)).transpose(1, 2), attend), torch.randn(B, N, H * D)
+    assert_close(record(model, x).heads["root"], per_head(model.logits(x)))
+
+
+class Apart(nn.Module):
+    """Each head, or each token, has projections of its own."""
+
+    def __init__(self, attend) -> None:
+        super().__init__()
+        self.qs, self.ks = (nn.ModuleList(nn.Linear(16, D) for _ in range(H)) for _ in range(2))
+        self.mix, self.scale = nn.Parameter(torch.randn(H, H)), nn.Parameter(torch.randn(H, 4, D))
+        self.bias, self.attend = nn.Parameter(torch.randn(H, N, N)), attend
+
+    def forward(self, x):
+        s = self.attend(self, x)
+        self.logits = s.detach()
+        return s.softmax(-1) @ x[:, None]
+
+
+def of_linears(m, x):
+    return torch.stack([q(x) for q in m.qs], 1) @ torch.stack([k(x) for k in m.ks], 1).mT
+
+
+def of_scores(m, x):
+    return torch.stack([q(x) @ k(x).mT for q, k in zip(m.qs, m.ks, strict=True)], 1)
+
+
+def of_products(m, x):
+    s = of_scores(m, x)
+    return (m.mix[:, :, None, None] * s[:, None]).sum(2)
+
+
+def of_a_product(m, x):
+    return (m.mix @ of_scores(m, x).flatten(2)).unflatten(-1, (N, N))
+
+
+def of_biases(m, x):
+    return m.qs[0](x)[:, None] @ m.ks[0](x)[:, None].mT + m.bias
+
+
+def of_inputs(m, x):
+    q, k = (torch.einsum("bnhc,hcd->bhnd", x.unflatten(-1, (H, 4)), w) for w in (m.scale, m.scale.flip(1)))
+    return q @ k.mT
+
+
+@pytest.mark.parametrize("attend", [of_linears, of_scores, of_products, of_a_product, of_biases, of_inputs])
+def test_heads_are_what_parameters_tell_apart(attend):
+    model, x = Apart(attend), torch.randn(B, N, 16)
+    assert_close(record(model, x).heads["root"], per_head(model.logits))
+
+
+def test_tokens_that_parameters_of_their_own_make_are_tokens():
+    def attend(m, x):
+        tokens = torch.stack([f(x) for f in m.qs], 1)  # a token for each projection, as of a table's columns
+        q, k = (tokens.unflatten(-1, (2, -1)).transpose(1, 2) @ w for w in m.scale[:2, :, :4].expand(2, 4, 4))
+        return q @ k.mT
+
+    class Tokens(Apart):
+        def forward(self, x):
+            s = self.attend(self, x)
+            self.logits = s.detach()
+            return s.softmax(-1) @ torch.ones(B, 2, H, 3).cumsum(2)
+
+    model = Tokens(attend)
+    assert_close(record(model, torch.randn(B, 16)).heads["root"], per_head(model.logits))
+
+
+def test_heads_of_which_a_part_is_cut_out_across_sequences_are_said():
+    def attend(q, k, v):
+        q, k, v = (t.flatten(0, 1)[H - 1 : H + 2] for t in (q, k, v))
+        return torch.bmm((q @ k.mT).softmax(-1), v)
+
+    model = Folded(lambda t: t.unflatten(-1, (H, D)).transpose(1, 2), attend)
+    seen = record(model, torch.randn(B, N, H * D))
+    assert seen.heads == {}
+    assert len(seen.uncovered) == 1
+
+
 @pytest.mark.parametrize("way", ["expand", "repeat_interleave", "broadcast"])
 def test_keys_that_heads_share(way):
     """Grouped queries and one key head."""

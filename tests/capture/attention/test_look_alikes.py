@@ -102,9 +102,10 @@ class Router(nn.Module):
         self.keys, self.scale = nn.Parameter(torch.randn(4, WIDTH)), nn.Parameter(torch.ones(4, 1))
         self.each, self.experts = nn.ParameterList(torch.randn(WIDTH) for _ in range(4)), nn.Linear(WIDTH, 4 * WIDTH)
         self.register_buffer("frozen", torch.randn(4, WIDTH))
-        self.run = keys
+        self.run, self.bare, self.several = keys, torch.randn(4, WIDTH), [torch.randn(4, WIDTH)]
 
     def forward(self, x):
+        self.x = x
         weights = (x @ self.run(self).mT).softmax(-1)
         return torch.einsum("bte,btec->btc", weights, self.experts(x).unflatten(-1, (4, WIDTH)))
 
@@ -118,6 +119,12 @@ class Router(nn.Module):
         lambda m: torch.where(m.keys > 0, m.keys, m.frozen),
         lambda m: F.linear(m.keys, m.frozen.mT @ m.frozen).tanh(),
         lambda m: m.frozen.roll(1, 0) + torch.eye(4, WIDTH),
+        lambda m: m.bare,
+        lambda m: m.several[0].t().contiguous().t(),
+        lambda m: m.keys.type_as(m.x),
+        lambda m: m.keys.to(m.x),
+        lambda m: torch.ones_like(m.x[0, :4]) * m.keys,
+        lambda m: m.x.new_ones(4, WIDTH) + m.keys,
     ],
 )
 def test_a_router_is_no_attention_however_its_keys_are_made(keys):
@@ -150,3 +157,21 @@ class LinearAttention(nn.Module):
 def test_linear_attention_has_no_map(project):
     seen = record(LinearAttention(project), torch.randn(2, 5, WIDTH))
     assert seen.heads == {}
+
+
+class Remembers(nn.Module):
+    """Keys of an earlier pass, one of each sequence, are no constants though a module holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.cache = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), None
+
+    def forward(self, x):
+        self.cache = self.k(x).detach() if self.cache is None else self.cache
+        return (self.q(x) @ self.cache.mT).softmax(-1) @ self.cache
+
+
+def test_what_was_remembered_of_a_pass_is_no_constant():
+    model = Remembers()
+    model(torch.randn(2, 5, WIDTH))
+    assert list(record(model, torch.randn(2, 5, WIDTH)).heads) == ["root"]

@@ -42,6 +42,39 @@ def test_a_mask_that_is_one_for_all_queries_names_padding(hide):
     assert_close(record(model, X).heads["root"], of_weights(model.p, TAKEN[:, None], TAKEN[:, None, None]))
 
 
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("hide", [filled, added, "folded", "fused"])
+def test_it_may_be_written_for_each_query_and_head(hide, heads):
+    class Written(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            hidden = ~TAKEN[:, None, None].expand(3, heads, LENGTH, LENGTH).contiguous()
+            self.p = filled(scores(q, k), hidden).softmax(-1)
+            if hide == "fused":
+                return F.scaled_dot_product_attention(q, k, v, ~hidden)
+            if hide == "folded":
+                s = scores(q.flatten(0, 1), k.flatten(0, 1))
+                return filled(s, hidden.expand(-1, HEADS, -1, -1).flatten(0, 1)).softmax(-1) @ v.flatten(0, 1)
+            return hide(scores(q, k), hidden).softmax(-1) @ v
+
+    model = Written(None)
+    assert_close(record(model, X).heads["root"], of_weights(model.p, TAKEN[:, None], TAKEN[:, None, None]))
+
+
+def test_a_mask_of_queries_after_it_takes_nothing_of_it_back():
+    class Twice(Attends):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            seen = TAKEN[:, None, None]
+            y = F.scaled_dot_product_attention(q, k, v, seen)
+            self.p = filled(scores(q, k), ~(seen & CAUSAL)).softmax(-1)
+            return y + self.p @ v
+
+    model = Twice(None)
+    found = record(model, X).heads["root/2"]
+    assert_close(found, of_weights(model.p, TAKEN[:, None], TAKEN[:, None, None] & CAUSAL))
+
+
 def test_it_names_it_beside_a_causal_mask_too():
     seen = TAKEN[:, None, None] & CAUSAL
     model = Attends(lambda m, q, k: filled(filled(scores(q, k), ~CAUSAL), ~TAKEN[:, None, None]).softmax(-1))

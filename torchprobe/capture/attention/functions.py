@@ -126,6 +126,27 @@ PRODUCTS = {
 }
 """What multiplies, and where the two factors begin among its tensors."""
 
+PICKS = (
+    CONVOLUTIONS
+    | COPIES
+    | named(
+        *(
+            "getitem",
+            "index_select",
+            "gather",
+            "take_along_dim",
+            "rot90",
+            "fliplr",
+            "flipud",
+            "scatter",
+            "index_put",
+            "unfold",
+        ),
+        *("index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk"),
+    )
+)
+"""What puts values where their place is not followed, or mixes neighbours."""
+
 LAST_WITH_LAST = named("linear", "inner", "cdist")
 """Those that go along the last dimension of both."""
 
@@ -177,6 +198,11 @@ class Product:
         """The dimensions of one of two factors that the result has and the other factor has not."""
         other = self.names[1 - which]
         return [i for i, name in enumerate(self.names[which]) if name in self.result and name not in other]
+
+    def shared(self, which: int) -> list[int]:
+        """The dimensions of one of two factors that the result and the other factor have too."""
+        other = self.names[1 - which]
+        return [self.names[which].index(name) for name in self.result if name in other and name in self.names[which]]
 
     def summed(self, which: int) -> list[int]:
         """The dimensions of a factor that the result has not."""

@@ -253,7 +253,7 @@ class Handwritten:
             self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
             self.give(nodes, uses.pointwise(node, source, flow))
-        elif self._key_axis(node, flow) is not None:
+        elif func in fn.PICKS or self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
             self.give(nodes, flow.as_changed(uses.MIXED if learned else None))
 

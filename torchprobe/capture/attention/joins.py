@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.labels import Dim, Factor, Label, Memory, Part, Root, leaves, merged, roots_of, viewed
+from torchprobe.capture.attention.labels import (
+    Dim,
+    Factor,
+    Label,
+    Memory,
+    Part,
+    Root,
+    counted,
+    leaves,
+    merged,
+    roots_of,
+    viewed,
+)
 from torchprobe.capture.attention.tape import Node
 
 Rule = Callable[[Node, Label], Label | None]
@@ -27,6 +40,9 @@ def joined(node: Node, first: Label) -> Label | None:
     axis %= node.dims
     dims = [() if new else label.dims[axis] for label in labels]
     dim, at = along(labels, dims, [1 if new else one.shape[axis] for one in nodes])
+    pinned = set.intersection(*({*label.at.items()} for label in labels)) if labels else set()
+    counted_too = leaves((dim, *dims))
+    at = {**{root: value for root, value in pinned if root not in counted_too}, **at}
     return spliced(_foremost(nodes, labels), axis, axis + (not new), dim, at)
 
 
@@ -51,16 +67,21 @@ def is_expanded(dim: Dim) -> bool:
 
 def along(labels: Sequence[Label], dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, Mapping[Root, int]]:
     """The joined dimension: a further digit of a root where the parts are equal steps along it, else a new root."""
-    step = _step(labels) if len({*dims}) == 1 else None
-    if step is not None:
-        root, by = step
-        return merged((Factor(root, by, len(labels)), *dims[0])), {root: labels[0].at.get(root, 0)}
+    digits = _digits(labels) if len({*dims}) == 1 else ()
+    if digits:
+        return merged((*digits, *dims[0])), {f.root: labels[0].at[f.root] for f in digits if f.root is not None}
     parts, start = [], 0
     for label, dim, size in zip(labels, dims, sizes, strict=True):
         parts.append(Part(start, size, dim, beside(label, dim), bool(label.sides)))
         start += size
-    root = _root_of(parts)
+    root = _root_of(parts, apart=not any(dims) and len({*map(_tokens, labels)}) == 1)
     return (Factor(root, 1, start),) if start > 1 else (), {root: 0}
+
+
+def _tokens(label: Label) -> tuple[Any, ...]:
+    """What a label says but for features, which are others in each projection."""
+    dims = tuple(tuple(f._replace(root=None) if f.root and f.root.learned else f for f in dim) for dim in label.dims)
+    return dims, frozenset((root, value) for root, value in label.at.items() if not root.learned)
 
 
 def without(at: Mapping[Root, int], joined: Dim, others: Iterable[Dim]) -> Mapping[Root, int]:
@@ -84,29 +105,29 @@ def beside(label: Label, dim: Dim) -> Mapping[Root, int]:
     return {root: value for root, value in label.at.items() if root not in others}
 
 
-def _root_of(parts: Sequence[Part]) -> Root:
+def _root_of(parts: Sequence[Part], apart: bool = False) -> Root:
     inside = [(part, root) for part in parts if part.dim is not None for root in roots_of([part.dim])]
     sides = {root.side for part, root in inside if part.scores}
     learned = bool(inside) and all(root.learned for _, root in inside)
-    return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None)
+    return Root(learned, tuple(parts), side=sides.pop() if len(sides) == 1 else None, apart=apart)
 
 
-def _step(labels: Sequence[Label]) -> tuple[Root, int] | None:
-    """The one root in which labels differ, in equal steps; None where that is not so."""
-    first = labels[0]
-    if len(labels) < 2 or any(label.dims != first.dims for label in labels):
-        return None
+def _digits(labels: Sequence[Label]) -> Dim:
+    """The roots in which labels differ, each in equal steps, as the digits of one number; none where that is not so."""
+    first, outer, found = labels[0], len(labels), []
     differ = {root for label in labels for root in {*first.at, *label.at} if label.at.get(root) != first.at.get(root)}
-    sided = {root for root in differ if root.under is None or root.under not in differ}
-    if len(sided) != 1:
-        return None
-    root = sided.pop()
-    values = [label.at.get(root) for label in labels]
-    if None in values:
-        return None
-    steps = {b - a for a, b in pairwise(values)}  # type: ignore[operator]
-    by = steps.pop()
-    return None if steps or not by else (root, by)
+    differ = {root for root in differ if root.under is None or root.under not in differ}
+    if any(label.dims != first.dims or not differ <= label.at.keys() for label in labels):
+        return ()
+    columns = [(root, np.array([label.at[root] for label in labels])) for root in differ]
+    for root, each in sorted(columns, key=lambda pair: -int((pair[1] != pair[1][0]).argmax())):
+        inner = int((each != each[0]).argmax())
+        by, size = int(each[inner] - each[0]), outer // inner
+        if outer % inner or (each != each[0] + np.arange(len(each)) // inner % size * by).any():
+            return ()
+        found.append(Factor(root, by, size))
+        outer = inner
+    return tuple(found) if outer == 1 else ()
 
 
 # ---- rearranged
@@ -217,6 +238,13 @@ def _reduced_axes(node: Node) -> tuple[int, ...] | None:
     if given is None and not node.dims:
         return ()
     return _tuple(given)
+
+
+def as_complex(node: Node, label: Label) -> Label:
+    """Pairs of numbers as one, or one as a pair."""
+    root = Root()
+    pair = (counted(root, 2),) if node.dims > len(label.dims) else ()
+    return Label((*label.dims[: node.dims - len(pair)], *pair), {**label.at, root: 0}, label.between)
 
 
 def scattered(node: Node, first: Label) -> Label | None:

@@ -9,9 +9,20 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import joins
 from torchprobe.capture.attention.dot_product import FUNCTIONS
 from torchprobe.capture.attention.functions import Product, product_of
-from torchprobe.capture.attention.labels import Between, Dim, Label, Root, counted, fresh, in_order, roots_of, viewed
+from torchprobe.capture.attention.labels import (
+    Between,
+    Dim,
+    Label,
+    Root,
+    counted,
+    differ,
+    fresh,
+    in_order,
+    roots_of,
+    viewed,
+)
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.writes import copied, written
+from torchprobe.capture.attention.writes import copied, lost, picked, written
 
 
 class Labelling:
@@ -37,7 +48,8 @@ class Labelling:
             return fresh(node.shape)
         found = self._by_table(node, inputs)
         if found is None or len(found.dims) != node.dims:
-            return fresh(node.shape, lost=_lost(node, [_label(one) for one in inputs]))
+            labels = [_label(one) for one in inputs]
+            return fresh(node.shape, lost=lost(node, labels), picked=picked(node, labels))
         return _settled(found)
 
     def _by_table(self, node: Node, inputs: tuple[Node, ...]) -> Label | None:
@@ -63,7 +75,7 @@ class Labelling:
         if any(root.side is not None and not root.fixed for i in (0, 1) for root in _summed(product, labels, i)):
             return _joined(product, [unsided(label) for label in labels], const)  # weights and values
         own = [product.own(i) for i in (0, 1)]
-        if any(const) and not _may_choose(product, const, own):
+        if any(const) and (any(label.sides for label in labels) or not _may_choose(product, const, own)):
             made = _joined(product, labels, const)
             return made if all(const) else Label(made.dims, made.at, labels[const.index(False)].between)
         sided = [self._sided(label, own[i], i, const[i]) for i, label in enumerate(labels)]
@@ -72,7 +84,9 @@ class Labelling:
         at = {**sided[0].at, **sided[1].at}
         projected = all(root.learned for i in (0, 1) for root in _summed(product, labels, i))
         outer = all(product.factors[i].shape[axis] == 1 for i in (0, 1) for axis in product.summed(i))
-        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller))
+        shared = ([label.dims[axis] for axis in product.shared(i)] for i, label in enumerate(labels))
+        elsewhere = not any(const) and differ(*shared)
+        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller, elsewhere))
 
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
@@ -85,25 +99,14 @@ class Labelling:
         return Label(dims, {**plain.at, **{other[root]: value for root, value in plain.at.items()}})
 
 
-def _lost(node: Node, labels: list[Label]) -> str | None:
-    """By what it is not known any more what logits are of."""
-    before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
-    if before is not None or not any(label.sides for label in labels):
-        return before
-    return str(getattr(node.func, "__name__", node.func)).strip("_")
-
-
 def _of_several(node: Node, product: Product) -> Label:
     """Of more factors than two: what the result keeps of them."""
     dims: list[Dim] = []
-    at: dict[Root, int] = {}
     labels = [unsided(_label(factor)) for factor in product.factors]
     for name, size in zip(product.result, node.shape, strict=True):
         where = next(((i, names.index(name)) for i, names in enumerate(product.names) if name in names), None)
         dims.append(labels[where[0]].dims[where[1]] if where else counted(Root(), size))
-    for label in labels:
-        at |= label.at
-    return Label(tuple(dims), at)
+    return Label(tuple(dims), {root: value for label in labels for root, value in label.at.items()})
 
 
 def _label(node: Node) -> Label:
@@ -155,6 +158,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     dims: list[Dim] = []
     at: dict[Root, int] = {}
     order = (1, 0) if const[0] else (0, 1)
+    features = {root for i in (0, 1) for root in _summed(product, labels, i) if not const[i] and root.side is None}
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
@@ -163,10 +167,13 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True), size)
+        elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
+            dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
     for i in order:
         gone = set(_summed(product, labels, i))
-        pinned = {r: v for r, v in labels[i].at.items() if r not in gone and not (r.learned and any(const))}
+        held = {} if const[i] and not all(const) else labels[i].at
+        pinned = {r: v for r, v in held.items() if r not in gone and not (r.learned and any(const))}
         at = {**pinned, **at}
     kept = set(roots_of(dims))
     for label in labels:
@@ -178,8 +185,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
 
 
 def _is_reduction(node: Node) -> bool:
-    second = node.argument(1, "dim")
-    return second is not None and not isinstance(second, Node)
+    return not isinstance(node.argument(1, "dim", node), Node)
 
 
 def _embedded(node: Node, first: Label) -> Label | None:
@@ -216,22 +222,18 @@ def _convolved(node: Node, label: Label) -> Label | None:
     return Label(tuple(dims), at, label.between)
 
 
-def _as_complex(node: Node, label: Label) -> Label:
-    """Pairs of numbers as one, or one as a pair."""
-    root = Root()
-    pair = (counted(root, 2),) if node.dims > len(label.dims) else ()
-    return Label((*label.dims[: node.dims - len(pair)], *pair), {**label.at, root: 0}, label.between)
-
-
 def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """All dimensions but those that a function sorts, transforms or picks along."""
     axes, of = fn.along(node), next((one for one in inputs if not one.const and one.dims == node.dims), None)
     if not axes or of is None or any(one.dims != node.dims and one.dtype.is_floating_point for one in inputs):
         return None
-    label, new = _label(of), fresh(node.shape)
-    if label.sides or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
+    labels = [_label(one) for one in inputs]
+    label, new = _label(of), fresh(node.shape, picked=picked(node, labels))
+    if lost(node, labels) or any(of.shape[i] != size for i, size in enumerate(node.shape) if i not in axes):
         return None
-    return Label(tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims)), {**label.at, **new.at})
+    dims = tuple(new.dims[i] if i in axes else dim for i, dim in enumerate(label.dims))
+    gone = {*label.roots()} - {*roots_of(dims)}
+    return Label(dims, {**{root: value for root, value in label.at.items() if root not in gone}, **new.at})
 
 
 _RULES: Mapping[Any, joins.Rule] = {
@@ -240,7 +242,7 @@ _RULES: Mapping[Any, joins.Rule] = {
     **dict.fromkeys(fn.COPIES, copied),
     **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, _convolved),
     **dict.fromkeys(fn.named("embedding"), _embedded),
-    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), _as_complex),
+    **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), joins.as_complex),
     **dict.fromkeys(FUNCTIONS, _attended),
 }
 
@@ -270,6 +272,7 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     for one in reversed(ranked):
         label, offset = _label(one), node.dims - one.dims
         for axis, dim in enumerate(label.dims):
+            dim = counted(Root(learned=True), one.shape[axis]) if one.const and first.sides else dim
             if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
         at |= {root: value for root, value in label.at.items() if root in set(label.roots())}

@@ -7,7 +7,7 @@ what they do is decoded from strides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Root:
 
     learned: features, which a product with parameters made. parts: where it was joined. under, side: the root that it
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
-    what the order was lost by. written: what was written into it, at places that only the device knows.
+    what the order was lost by. written: what was written into it, at places that only the device knows. apart: whether
+    parts differ in the parameters alone that made them, as heads do. picked: what it was picked of, in whichever order.
     """
 
     learned: bool = False
@@ -36,6 +37,8 @@ class Root:
     lost: str | None = None
     fixed: bool = False
     written: Written | None = None
+    apart: bool = False
+    picked: frozenset[Root] = frozenset()
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
     sides: dict[int, Root] = field(default_factory=dict)
@@ -50,6 +53,10 @@ class Root:
         if side not in self.sides:
             self.sides[side] = Root(self.learned or const, under=self, side=side, fixed=const)
         return self.sides[side]
+
+    def origins(self) -> set[Root]:
+        """Itself, and what it was joined or picked of."""
+        return {self, *self.picked, *self.inside()}
 
     def inside(self) -> set[Root]:
         """What it was joined of: kept, for joins of joins are many in a deep model."""
@@ -92,7 +99,7 @@ class Between(NamedTuple):
     """What logits are between: the dimensions of the left and of the right factor that the other has not.
 
     at: where these begin. projected: whether all that was summed over are features, so that heads are known; outer:
-    whether nothing was. caller: of the product.
+    whether nothing was. caller: of the product. elsewhere: whether what both share is not the same tokens in both.
     """
 
     left: tuple[Dim, ...]
@@ -101,6 +108,7 @@ class Between(NamedTuple):
     projected: bool
     outer: bool
     caller: Any
+    elsewhere: bool
 
     def of(self, side: int) -> tuple[Dim, ...]:
         """The dimensions of the left (0) or the right (1) factor."""
@@ -167,6 +175,17 @@ def merged(dim: Iterable[Factor]) -> Dim:
         elif factor.size > 1:
             found.append(factor)
     return tuple(found)
+
+
+def differ(mine: Sequence[Dim], other: Sequence[Dim]) -> bool:
+    """Whether shared dimensions count tokens of one sequence otherwise: a window for each query, another block."""
+    for place, pair in enumerate(zip(mine, other, strict=True)):
+        a, b = ([f for f in dim if f.root and not f.root.learned][not place :] for dim in pair)
+        roots = [{root for f in factors if f.root for root in f.root.lowest.origins()} for factors in (a, b)]
+        moved = [f[1:] for f in a] != [f[1:] for f in b] or any(f.root.lowest.picked for f in (*a, *b) if f.root)
+        if a and b and a != b and moved and roots[0] & roots[1]:
+            return True
+    return False
 
 
 # ---- views

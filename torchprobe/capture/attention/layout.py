@@ -81,6 +81,12 @@ def blocked(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype is torch.bool else mask <= NEVER_A_LOGIT
 
 
+def alike(hidden: Tensor) -> Tensor:
+    """What is hidden from all queries of all heads, where that is all that is hidden: bool (batch, keys)."""
+    first = hidden[:, 0, 0]
+    return first & (hidden == first[:, None, None]).all()
+
+
 # ---- by labels
 
 
@@ -160,12 +166,15 @@ def arrangement(label: Label, shape: tuple[int, ...], axis: int, as_used: bool =
     assert side is not None
     digits = [Axis(i, j, f) for i, dim in enumerate(label.dims) for j, f in enumerate(dim)]
     roles = _roles(label, digits, axis, 1 - side)
+    lost = next((digit.root.lost for digit in roles[0] if digit.root.lost), None)
+    if lost is not None:
+        return Refused(f"whose heads pass `{lost}`")
     columns = columns_of(label, axis, side)
     if isinstance(columns, Refused):
         return columns
     if as_used:
         columns = None, columns[2], columns[2]
-    if not roles[2] and _overlaps(label, axis):
+    if not roles[2] and (label.between.elsewhere or _overlaps(label, axis)):
         return Refused("over a window of keys for each query")
     return _arranged(label, shape, roles, columns, side)
 
@@ -178,9 +187,10 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
     asked = {root for root in mine if label.between.projected or root in set(roots_of([last]))}
     others = [digit for digit in digits if digit.dim != keys]
     queries = [d for d in others if d.root in asked and not d.root.learned]
-    queries = queries or [d for d in others if d.root in asked]
+    if all(label.between.of(side)):  # else a dimension of one index is the query
+        queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
-    heads = [d for d in others if d.root.learned and d not in queries]
+    heads = [d for d in others if (d.root.learned or d.root.lowest.apart) and d not in queries]
     of_heads = {d.dim for d in heads}
     heads += [d for d in others if d.factor.root is None and d.dim in of_heads]
     heads.sort(key=lambda d: (d.dim, d.digit))
@@ -199,7 +209,10 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
     place = {axis: at for at, axis in enumerate(axes)}
     order = [tuple(place[a.dim, a.digit] for a in role) for role in roles]
     used = {axis for group in order for axis in group}
-    order[0] = tuple(sorted((*order[0], *(axis for axis in place.values() if axis not in used))))
+    of_one = [axis for axis in place.values() if axis not in used]
+    if of_one and not roles[2] and not all(label.between.of(1 - side)):
+        order[2] = (of_one.pop(),)
+    order[0] = tuple(sorted((*order[0], *of_one)))
     named = bool(roles[1]) or label.between.projected
     if named and not (roles[3] or shape):
         return Refused("over no keys")

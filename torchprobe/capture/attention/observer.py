@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.layout import blocked, plain, unusual
+from torchprobe.capture.attention.layout import alike, blocked, plain, unusual
 from torchprobe.capture.attention.padding import Padding
 from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
@@ -139,6 +139,9 @@ class Observer:
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
+        if call.places is not None and call.places.unknown:
+            self.uncovered.add(f"distances in {name or call.caller.name}, where its queries stand is not known")
+            reading = reading.without_distances()
         found = reading.found
         self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)
 
@@ -154,9 +157,4 @@ def _hidden(mask: Tensor, shape: Shape) -> Tensor | None:
     mask = plain(mask)
     if mask.dim() != 4 or mask.size(0) != shape.batch or mask.size(-1) != shape.keys or shape.batch < 2:
         return None
-    first = blocked(mask[:, 0, 0])
-    if all(mask.size(axis) == 1 or mask.stride(axis) == 0 for axis in (1, 2)):
-        return first
-    if mask.size(1) > 1 and mask.stride(1):
-        return None
-    return first & (blocked(mask[:, 0]) == first[:, None]).all()
+    return alike(blocked(mask))

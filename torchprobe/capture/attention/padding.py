@@ -68,20 +68,19 @@ class Padding:
         named = torch.stack([each & (each == hidden).all() for each in alike]).any(0)
         for tokens, at in where.keys.items():
             if tokens.batch and (tokens == where.joined or np.array_equal(at, where.queries.get(tokens, ()))):
-                before = self._masks.get(tokens)
                 self._note(tokens, at, named)
-                if before is not None and before.shape == self._masks[tokens].shape:
-                    self._masks[tokens] = before | self._masks[tokens]
 
     def _note(self, tokens: Tokens, at: Indices, hidden: Tensor) -> None:
         keys = np.flatnonzero(at >= 0)
         order = keys[np.argsort(at[keys], kind="stable")]
         known = at[order]
         if len(known) <= hidden.size(1) and np.array_equal(known, np.arange(len(known))):
-            if tokens not in self._masks:
+            before, found = self._masks.get(tokens), picked(hidden, order) & (hidden != hidden[:1]).any()
+            if before is None:
                 self._believed.pop(tokens, None)
-            differs = (hidden != hidden[:1]).any()
-            self._masks[tokens] = picked(hidden, order) & differs
+            elif before.shape == found.shape:
+                found = torch.where(found.any(), found, before)
+            self._masks[tokens] = found
 
     def of(self, where: Places, batch: int, queries: int) -> Tensor | None:
         """Which queries are padded: bool (batch, queries); None where nothing says so."""

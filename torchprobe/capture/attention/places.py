@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, roots_of, size_of
+from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, differ, roots_of, size_of
 from torchprobe.statistics.dtypes import moved
 
 
@@ -31,6 +31,7 @@ Roles = tuple[list[Axis], list[Axis], list[Axis], list[Axis]]
 Values = Mapping[Root, Indices]
 """Of each root, the values that some indices have."""
 
+Named = frozenset[tuple[Root, bytes]]
 _NOWHERE = Root()
 
 
@@ -53,7 +54,8 @@ class Places:
     """Where queries stand. cross: not among the keys. index: of a key for each query; None: of the same index.
 
     queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
-    whole that they are, where they are not one sequence from its beginning.
+    whole that they are, where they are not one sequence from its beginning. unknown: whether it is of the keys'
+    sequence, and not known where.
     """
 
     cross: bool
@@ -61,6 +63,7 @@ class Places:
     queries: Mapping[Tokens, Indices] = field(default_factory=dict)
     keys: Mapping[Tokens, Indices] = field(default_factory=dict)
     joined: Tokens | None = None
+    unknown: bool = False
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -81,7 +84,8 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     mine = resolved(_numbers(of_queries, size) | queries)
     theirs = resolved(_numbers(of_keys, len(columns)) | keys)
     batch = named(resolved(coordinates(tuple(axis.factor for axis in roles[0]), label.at)))
-    return among(mine, theirs, size, len(columns), label.between.projected, batch)
+    found = among(mine, theirs, size, len(columns), label.between.projected, batch)
+    return replace(found, unknown=found.unknown or label.between.elsewhere)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
@@ -93,7 +97,10 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     entries = named(resolved(coordinates(rows, query.at))) if len(query.dims) > 2 else named({})
     if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
         return Places(queries != keys, None)
-    return among(mine, theirs, queries, keys, known, entries)
+    shared = min(query, key, key=lambda label: len(label.dims)).dims[:-2]
+    elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
+    found = among(mine, theirs, queries, keys, known, entries)
+    return replace(found, unknown=found.unknown or elsewhere)
 
 
 def by_custom(queries: int, keys: int) -> Places:
@@ -111,7 +118,7 @@ def _tokens(label: Label) -> dict[Root, Indices]:
     return resolved(pinned | coordinates(dim, label.at))
 
 
-def named(values: Values) -> Hashable:
+def named(values: Values) -> Named:
     """What some indices are, as a whole: nothing else that is counted is equal to it."""
     return frozenset((root, values[root].tobytes()) for root in _moving(values))
 
@@ -122,20 +129,39 @@ def whole(values: Values) -> Root | None:
     return root if root is not None and np.array_equal(values[root], np.arange(len(values[root]))) else None
 
 
-def among(queries: Values, keys: Values, size: int, length: int, known: bool, batch: Hashable) -> Places:
+def among(queries: Values, keys: Values, size: int, length: int, known: bool, batch: Named) -> Places:
     """From what they count: queries stand where a key has the same token. known: whether where both come from is."""
     common = [root for root in queries if root in keys and not root.learned]
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
     cross = index is None and (known or size != length)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    if cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
+    beside = index is None and named(queries) != named(keys) and _are_related(queries, keys, {one for one, _ in batch})
+    if beside:
+        cross, index = False, _after_the_first(queries, keys)
+    elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
         index = queries[of_queries] if queries[of_queries][0] >= 0 else None
     if isinstance(index, np.ndarray) and np.array_equal(index, np.arange(size)):
         index = None
     of, joined = _tokens_of(batch, queries)
     of_keys, also = _tokens_of(batch, keys)
-    return Places(cross, index, of, of_keys | ({also: np.arange(length)} if also else {}), joined)
+    of_keys |= {also: np.arange(length)} if also else {}
+    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1)
+
+
+def _are_related(queries: Values, keys: Values, batch: set[Root]) -> bool:
+    """Whether both are of one sequence, as far as what was picked or joined tells."""
+    mine = {one for root in queries if not root.learned for one in root.origins()} - batch
+    return any(mine & root.origins() for root in _moving(keys) if root not in batch)
+
+
+def _after_the_first(queries: Values, keys: Values) -> Indices | None:
+    """Where queries stand that are no keys, counted from the first of consecutive keys."""
+    moving = _moving(keys)
+    if len(moving) != 1 or moving[0] not in queries or (np.diff(keys[moving[0]]) != 1).any():
+        return None
+    index: Indices = queries[moving[0]] - keys[moving[0]][0]
+    return index if min(queries[moving[0]].min(), keys[moving[0]][0]) >= 0 else None
 
 
 def _tokens_of(batch: Hashable, values: Values) -> tuple[dict[Tokens, Indices], Tokens | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
@@ -13,11 +13,12 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
 from torchprobe.naming import ROOT, named_modules
-from torchprobe.statistics.attention import MAX_LOGIT, Measured, combine, finish
+from torchprobe.statistics.attention import FIELDS, MAX_LOGIT, Measured, combine, finish
 
 Path = tuple[tuple[str, str, int], ...]
 
@@ -124,6 +125,14 @@ def heads_of(module: nn.Module) -> int | None:
     return None
 
 
+def constants_of(module: nn.Module) -> Iterator[Tensor]:
+    """What a module holds that is of no batch: buffers, and matrices that are its attributes."""
+    yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+    for value in vars(module).values():
+        several = value if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor) else (value,)
+        yield from (one for one in several if isinstance(one, Tensor) and one.dim() <= 2 and not is_lazy(one))
+
+
 class Site(NamedTuple):
     """An attention of a module. Calls that agree in all of this are merged."""
 
@@ -155,6 +164,12 @@ class Reading(NamedTuple):
         rows = self.rows.clone()
         known = other is not None and len(other.rows) == len(rows)
         rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
+        return self._replace(found=Measured(rows))
+
+    def without_distances(self) -> Reading:
+        """The same, of which it is not known how far queries are from keys."""
+        rows = self.rows.clone()
+        rows[:, FIELDS.index("distance")] = torch.nan
         return self._replace(found=Measured(rows))
 
 

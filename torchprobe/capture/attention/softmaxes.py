@@ -12,13 +12,14 @@ from torch import Tensor
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Label, Shape, leaves
-from torchprobe.capture.attention.layout import Arrangement, Refused, arrangement, blocked, plain, unusual
+from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Kind, Pending
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
 
 _STEPS = 40  # calls between a softmax and the product behind it
 
@@ -81,13 +82,18 @@ class Softmaxes:
             caller = caller._replace(path=(*caller.path, ("", "softmax over dimension", axis)))
         if isinstance(arranged, Arrangement) and arranged.side == 0:  # one product may be an attention both ways
             caller = caller._replace(path=(*caller.path, ("", "keys are the first factor", 0)))
-        return Call(caller, isinstance(arranged, Arrangement) and arranged.places.cross)
+        places = arranged.places if isinstance(arranged, Arrangement) else None
+        return Call(caller, places is not None and places.cross, places)
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        given, others = arranged.split(arranged.by_head(plain(logits), heads))
+        x, hiding = plain(logits), _hiding(before)
+        x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
+        given, others = arranged.split(arranged.by_head(x, heads))
+        if any(_is_of_queries(node, arranged) for node in before):
+            self._observer.padding.note(arranged.places, alike(blocked(given)))
         self._observer.padding.hold_against(arranged.places, given)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         shift = sum(taken[1:], taken[0]) if taken else None
@@ -166,6 +172,24 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
+def _hiding(before: list[Node]) -> float | Tensor | None:
+    """What a logit hides its key at, where it was scaled after it was masked; None where that is as ever."""
+    scale: Any = 1.0
+    found: Any = None
+    for node in before:
+        if node.func in fn.MULTIPLICATIONS | fn.DIVISIONS:
+            tensors = [one.small for one in node.inputs if not one.is_logits]
+            by = next((one for one in (*tensors, *node.args) if isinstance(one, int | float | Tensor)), None)
+            if by is None or not (node.func in fn.MULTIPLICATIONS or node.inputs[0].is_logits):
+                break
+            scale = scale * by if node.func in fn.MULTIPLICATIONS else scale / by
+        elif _mask(node) is not None:
+            if found is not None and found is not scale:
+                return None
+            found = scale
+    return None if found is None or (isinstance(found, float) and found == 1) else found * NEVER_A_LOGIT
+
+
 def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
     """The masks on logits that are one for all heads and queries, as bool (batch, keys): True is hidden."""
     for node in before:
@@ -176,6 +200,13 @@ def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[
         if ends == (source.shape[0], source.shape[-1]) and not any(n > 1 for n in shape[1:-1]):
             hidden = small if small.dtype is torch.bool else blocked(small)
             yield arranged.split(plain(hidden if hides else ~hidden).reshape(ends))[0]
+
+
+def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
+    """Whether a mask has an entry for each sequence, and each query or what is not known to be one."""
+    mask = (_mask(node) or (node,))[0]
+    by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
+    return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
 
 
 def _mask(node: Node) -> tuple[Node, bool] | None:
@@ -200,6 +231,10 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
         return "whose queries are parameters, in a compiled graph"
     if isinstance(arranged.places.index, Tensor):
         return "whose keys are written into a cache, in a compiled graph"
+    if arranged.places.unknown:
+        return "whose queries stand where it is not known, in a compiled graph"
+    if _hiding(_steps(source)) is not None:
+        return "whose masks are scaled, in a compiled graph"
     if any(True for _ in shifts(_steps(source), source)):
         return "whose logits are shifted, in a compiled graph"
     if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchprobe.capture.attention.labels import Label, Memory
+from torchprobe.capture.attention.sites import constants_of
 
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -51,10 +52,10 @@ class Node:
         self.memory = Memory(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         self.storage, self.dtype = _storage(tensor), tensor.dtype
         self.inputs = tuple(_nodes((*args, *kwargs.values()) if kwargs else args))
-        self.const: bool = func is not None and all(node.const for node in self.inputs)
+        self.const: bool = func is not None and all(node.const for node in self.inputs[: _counted(func)])
         self.learned: bool = any(node.learned for node in self.inputs)
         self.sharing = [node for node in self.inputs if self._shares(node)]
-        self.holds = len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW
+        self.holds = (len(self.shape) > 2 and 1 in self.shape[-2:] and tensor.numel() <= _FEW) or not self.shape
         self.label: Label | None = None
         self.kept: dict[Any, Any] = {}
         self.flow: Any = None
@@ -128,8 +129,15 @@ class Node:
 
     def unlearn(self) -> None:
         """What was worked out does not hold any more."""
-        self.label = self.caller = None
-        self.kept = {}
+        self.label, self.caller, self.kept = None, None, {}
+
+
+def _counted(func: Function) -> int | None:
+    """How many inputs the values of a result are of, None for all: of others it has the type or the shape."""
+    name = str(getattr(func, "__name__", ""))
+    if name.endswith("_like") or name.startswith("new_"):
+        return None if any(word in name for word in ("zeros", "empty", "full")) else 0  # which are written into
+    return 1 if name in ("to", "type", "type_as", "expand_as", "view_as", "reshape_as") else None
 
 
 def _nodes(values: Iterable[Any]) -> Iterator[Node]:
@@ -149,7 +157,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._nodes: dict[int, tuple[ref[Tensor], Node]] = {}
-        self._buffers: set[int] = set()
+        self._held: dict[int, ref[Tensor]] = {}  # by modules: buffers, and constants without a batch
         self._earlier: dict[Any, list[Node]] = {}  # by the tensor that a pass begins with
         self._course: list[Node] | None = None  # the nodes of the running pass, and those that may come next
         self._at = 0
@@ -158,16 +166,14 @@ class Tape:
     def begin(self, modules: Iterable[nn.Module]) -> None:
         """A pass of a model of these modules begins."""
         self.clear()
-        self._buffers = {id(buffer) for module in modules for buffer in module._buffers.values()}
+        self._held = {id(one): ref(one) for module in modules for one in constants_of(module)}
 
     def clear(self) -> None:
         """Forget all tensors: the pass is over."""
-        for _, node in self._nodes.values():
-            node.let_go()
-        for node in self._course or ():
+        for node in [node for _, node in self._nodes.values()] + (self._course or []):
             node.let_go()
         self._nodes.clear()
-        self._buffers.clear()
+        self._held.clear()
         self._course, self._at, self._plain = None, 0, True
 
     def known(self, tensor: Any) -> Node | None:
@@ -183,7 +189,7 @@ class Tape:
         base, const, learned = tensor._base, False, False
         if isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter):
             const = learned = True
-        elif id(tensor) in self._buffers or (base is not None and id(base) in self._buffers):
+        elif any(one is not None and id(one) in self._held and self._held[id(one)]() is one for one in (tensor, base)):
             const = True
         again = self._again(None, (), {}, 0, tensor)
         if again is not None and again.const == const and again.learned == learned:
@@ -196,6 +202,8 @@ class Tape:
         """A call has returned: the nodes of its results."""
         if result is None and args and isinstance(args[0], Tensor):  # an assignment
             result = args[0]
+        if func is Tensor.copy_ and (base := self.known(args[0]._base)) is not None:  # which has a part of it now
+            self._made(func, (base, *map(self._kept, args[1:])), {}, 0, args[0]._base)
         results = (result,) if isinstance(result, Tensor) else result
         if not isinstance(results, tuple | list) or not any(isinstance(one, Tensor) for one in results):
             return []

@@ -1,4 +1,4 @@
-"""What is written into tensors: a cache of fixed length, scores that are put in place part by part."""
+"""What is written into tensors, a cache of fixed length, scores that are put in place part by part; what is lost."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.joins import along, beside, sliced, spliced
-from torchprobe.capture.attention.labels import Factor, Label, Root, Written
+from torchprobe.capture.attention.labels import Factor, Label, Root, Written, roots_of
 from torchprobe.capture.attention.tape import Node
 
 
 def written(node: Node, first: Label) -> Label | None:
-    """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was."""
+    """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was, but for
+    scores, which are lost."""
     source, axis, where = _copied(node) if node.func in fn.INDEX_COPIES else _assigned(node)
     if source is None or source.label is None or source.dims != node.dims:
-        return first
+        return None if any(one.is_logits for one in node.inputs[1:]) else first
     others = (size for i, size in enumerate(node.shape) if i != axis)
     if any(a != b for a, b in zip(others, (n for i, n in enumerate(source.shape) if i != axis), strict=True)):
         return first
@@ -26,10 +27,26 @@ def written(node: Node, first: Label) -> Label | None:
 
 
 def copied(node: Node, first: Label) -> Label | None:
-    """All of another tensor."""
+    """All of another tensor; of a view, what else that is of holds it somewhere."""
     source = node.argument(1, "src")
-    whole = isinstance(source, Node) and source.shape == node.shape
-    return source.label if whole else first
+    return source.label if isinstance(source, Node) and source.shape == node.shape else None
+
+
+def lost(node: Node, labels: list[Label]) -> str | None:
+    """By what it is not known any more what logits are of, or which of a folded dimension are heads."""
+    before = next((root.lost for label in labels for root in label.roots() if root.lost), None)
+    cut = node.sharing and any(len({root.learned for root in roots_of([dim])}) > 1 for dim in labels[0].dims)
+    if before is not None or not (cut or any(label.sides for label in labels)):
+        return before
+    return str(getattr(node.func, "__name__", node.func)).strip("_")
+
+
+def picked(node: Node, labels: list[Label]) -> frozenset[Root]:
+    """What it was taken from, where it is not known which of that came where."""
+    roots = (
+        {root.lowest for label in labels for root in {*label.roots(), *label.at}} if node.func in fn.PICKS else set()
+    )
+    return frozenset(one for root in roots if not root.learned for one in root.origins())
 
 
 def _at_places(node: Node, source: Node, axis: int, where: Node) -> Label | None:

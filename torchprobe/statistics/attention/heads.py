@@ -130,7 +130,9 @@ def summarise(row: Sequence[float]) -> dict[str, float]:
     rows, with_choice = values["rows"], values["rows_with_choice"]
     means = {"rows": rows, "rows_with_choice": with_choice}
     if rows:
-        means |= {name: values[name] / rows for name in ("entropy", "max_probability", "distance")}
+        means |= {name: values[name] / rows for name in ("entropy", "max_probability")}
+        if not math.isnan(values["distance"]):  # else it is not known where queries stand
+            means["distance"] = values["distance"] / rows
         if values["max_logit"] > -math.inf:  # else it is not known: of weights that no softmax gave
             means["max_logit"] = values["max_logit"]
     if with_choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,3 +181,23 @@ def test_the_label_of_a_living_optimizer_is_never_given_twice():
         first.step()
     assert writer.value("lr/AdamW/group_0") == 0.125
     assert values(writer, "lr/AdamW_1/group_0") == [0.25, 0.25]
+
+
+class ByHand(torch.optim.Optimizer):
+    """Takes a learning rate of any kind."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= float(group["lr"]) * p.grad
+
+
+def test_a_learning_rate_that_is_an_array_is_read_at_each_step_also_when_it_changes_in_place():
+    model, writer, rate = net(), MemoryWriter(), np.array(0.5)
+    optimizer = ByHand(model.parameters(), {"lr": rate})
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            train_step(model, optimizer, k)
+            rate *= 0.5
+    assert writer.scalars("lr/ByHand/group_0") == [(1, 0.5), (2, 0.25), (3, 0.125)]

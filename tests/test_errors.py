@@ -40,6 +40,8 @@ from torchprobe.testing import MemoryWriter
         ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
         ({"run_name": "é" * 200, "writer": None}, ValueError, "run_name='é.*400 bytes.*255"),
         ({"log_dir": "a\0b", "writer": None}, ValueError, r"log_dir='a\\x00b'.*NUL"),
+        ({"log_dir": "runs/" + "é" * 200, "writer": None}, ValueError, "log_dir='runs/é.*400 bytes.*255"),
+        ({"log_dir": "ab/" * 2000, "writer": None}, ValueError, "log_dir='ab/.*5999 bytes.*4095"),
         ({"every": lambda: True}, TypeError, "every=.*takes a number of steps, or a function of a step"),
         ({"every": lambda step, epoch: True}, TypeError, "every=.*a function of a step"),
         ({"log_dir": "runs"}, ValueError, "exclude each other"),
@@ -241,3 +243,17 @@ def test_numbers_that_are_no_class_are_said_once(targets, words, caplog):
         user_values.checked_predictions(probs, torch.tensor(targets))
     assert len(caplog.records) == (words is not None)
     assert words is None or re.search(words, caplog.text)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300])
+@pytest.mark.parametrize(
+    ("argument", "make"),
+    [
+        ("log_dir", torchprobe.EventFileWriter),
+        ("path", torchprobe.JsonLinesWriter),
+        ("directory", torchprobe.CheckpointManager),
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_named(argument, make, path):
+    with pytest.raises(ValueError, match=f"{argument}='.*takes"):
+        make(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,14 @@ def delete_with_folder(file):
     shutil.rmtree(file.parent)
 
 
+def close_behind_its_back(file):
+    """As who closes all descriptors to become a daemon."""
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            if descriptor.readlink() == file:
+                os.close(int(descriptor.name))
+
+
 FAULTS = {
     cut_to_nothing: "cut short",
     cut_in_a_record: "cut short",
@@ -82,6 +92,9 @@ FAULTS = {
     delete: "deleted",
     delete_with_folder: "deleted with its directory",
 }
+if sys.platform == "linux":
+    FAULTS[close_behind_its_back] = "closed by other code"
+LEAVE_IT = (add_to, rotate, close_behind_its_back)
 faults = pytest.mark.parametrize(("do", "said"), FAULTS.items(), ids=lambda x: getattr(x, "__name__", ""))
 
 
@@ -127,9 +140,7 @@ def test_what_was_whole_stays_beside_it(do, said, events, tmp_path):
     events.write([record(step) for step in (1, 2, 3)])
     do(events.path)
     events.write([record(4)])
-    lost = (
-        1 if do is cut_in_a_record else 3 * (do not in (replace_with_a_copy, move_folder_and_copy_back, add_to, rotate))
-    )
+    lost = 1 if do is cut_in_a_record else 3 * (do not in (replace_with_a_copy, move_folder_and_copy_back, *LEAVE_IT))
     left = [1, 2, 3][: 3 - lost]
     assert [step for step, _ in python_points(tmp_path / "run")["loss"]] == [*left, 4]
 
@@ -204,6 +215,45 @@ def test_a_session_goes_on_and_says_so(do, tmp_path, caplog):
     assert shown[-10:] == list(range(11, 21))
     assert session.log_dir == tmp_path / "run"
     assert len(lines(caplog, file)) == 1
+
+
+def test_a_program_that_goes_to_another_directory_takes_no_run_along(tmp_path, monkeypatch, caplog):
+    """Before the first write and after it, with flight recordings."""
+    monkeypatch.chdir(tmp_path)
+    model, elsewhere = mlp(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for first, run in ((True, "a"), (False, "b")):
+        monkeypatch.chdir(tmp_path)
+        with torchprobe.instrument(model, log_dir=run, every=1, flush_every=1, rules=[always]) as session:
+            for step in range(1, 7):
+                if step == (1 if first else 4):
+                    assert session.log_dir == Path(run)
+                    session.flush()
+                    monkeypatch.chdir(elsewhere)
+                model(inputs("mlp")).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert session.log_dir == tmp_path / run
+        shown = [step for step, _ in python_points(tmp_path / run)["overview/grad_norm"]]
+        assert shown == [1, 2, 3, 4, 5, 6]
+        assert (tmp_path / run / "flight" / "1.json").is_file()
+    assert list(elsewhere.iterdir()) == []
+    assert "moved away" not in caplog.text
+
+
+def always(record):
+    return [torchprobe.Alert("always", record.step, None, 1.0, 0.5, "m")]
+
+
+def test_json_lines_stay_where_they_are_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = JsonLinesWriter("run.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    writer.write([record(1)])
+    writer.close()
+    assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_end_of_a_full_disk_is_said(tmp_path, full_disk, caplog):

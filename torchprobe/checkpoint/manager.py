@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 from torch import nn
 
-from torchprobe.arguments import check_count
+from torchprobe.arguments import check_count, check_path
 from torchprobe.checkpoint import arguments, files
 from torchprobe.checkpoint.files import Stored, plain, write_file
 from torchprobe.checkpoint.sharded import (
@@ -74,6 +74,7 @@ class CheckpointManager:
         arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
+        check_path("directory", directory)
         self.directory = Path(directory)
         self._max_keep = max_keep
         self._metric = metric

@@ -96,16 +96,19 @@ class WebhookNotifier:
                 self._drop("the run is over")
 
     def _deliver(self, alert: Alert, closing: threading.Event) -> None:
-        body = json.dumps(payload(alert)).encode()
+        try:
+            body = json.dumps(payload(alert)).encode()
+        except Exception as error:  # of an alert that was made by hand
+            return self._drop(f"{type(error).__name__}: {error}")
         for attempt in range(self._retries + 1):
             reason, again = self._post(body)
             if reason is None:
                 self.sent += 1
-                return
+                return None
             if not again or closing.is_set() or attempt == self._retries:
                 break
             closing.wait(_FIRST_PAUSE * 2**attempt)
-        self._drop(reason or "")
+        return self._drop(reason or "")
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
         """What went wrong, or None; and whether another attempt may help."""

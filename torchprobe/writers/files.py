@@ -17,6 +17,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from torchprobe.arguments import check_path
+
 if TYPE_CHECKING:
     from torchprobe.writers.remote import RemoteFile, RemotePlace
 
@@ -61,6 +63,7 @@ def place_of(log_dir: str | os.PathLike[str]) -> Place:
         raise TypeError(f"log_dir={log_dir!r} is a {type(log_dir).__name__}: pass the path of a directory, or a URL")
     where = located(log_dir)
     if isinstance(where, Path):
+        check_path("log_dir", where)
         return LocalPlace(where)
     from torchprobe.writers.remote import RemotePlace
 
@@ -108,6 +111,9 @@ class AppendFile:
             gone = "moved away" if self._has_inode and os.fstat(self._descriptor).st_nlink else "deleted"
             return gone if self.path.parent.is_dir() else f"{gone} with its directory"
         except OSError as error:
+            if error.errno == errno.EBADF:
+                self.close()  # before another file gets the descriptor
+                return "closed by other code"
             if error.errno != errno.ESTALE:
                 raise
             return "replaced by another file"
@@ -119,8 +125,12 @@ class AppendFile:
         return "cut short" if size < self.size else "written to by another program"
 
     def close(self) -> None:
-        """Release the file; a second call does nothing."""
-        self._raw.close()
+        """Release the file; a second call does nothing, nor one after other code has closed its descriptor."""
+        try:
+            self._raw.close()
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
 
     def _write_all(self, data: memoryview) -> None:
         # A nearly full disk takes a part and says so only at the next write.
@@ -139,7 +149,7 @@ class LocalPlace:
     """A local directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = directory.absolute()  # wherever the program goes
 
     def check(self) -> None:
         """Raise OSError when nothing can be written here. Makes the directory when it is missing; leaves no file."""

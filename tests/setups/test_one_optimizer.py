@@ -201,3 +201,27 @@ def test_a_learning_rate_that_is_an_array_is_read_at_each_step_also_when_it_chan
             train_step(model, optimizer, k)
             rate *= 0.5
     assert writer.scalars("lr/ByHand/group_0") == [(1, 0.5), (2, 0.25), (3, 0.125)]
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_hook_of_the_optimizers_that_runs_the_model_with_gradients_takes_nothing_from_the_step(hook, kept):
+    model, writer, outputs = net(), MemoryWriter(), []
+    optimizer, losses, norms = sgd(model), [], []
+
+    def look(*arguments):
+        outputs[:] = [model(torch.randn(2, 4))] if kept else [model(torch.randn(2, 4)).sum().item()]
+
+    (optimizer.register_step_pre_hook if hook == "before" else optimizer.register_step_post_hook)(look)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(4):
+            optimizer.zero_grad()
+            loss = loss_of(model, seed=k)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(l2(*gradients(model).values()))
+            optimizer.step()
+        assert session.step == 4
+    assert writer.scalars("overview/loss") == [(k, pytest.approx(loss)) for k, loss in enumerate(losses, 1)]
+    assert writer.scalars(TOTAL) == [(k, pytest.approx(norm)) for k, norm in enumerate(norms, 1)]
+    assert steps(writer, "activation_mean/0") == [1, 2, 3, 4]

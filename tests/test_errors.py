@@ -40,8 +40,8 @@ from torchprobe.testing import MemoryWriter
         ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
         ({"run_name": "é" * 200, "writer": None}, ValueError, "run_name='é.*400 bytes.*255"),
         ({"log_dir": "a\0b", "writer": None}, ValueError, r"log_dir='a\\x00b'.*NUL"),
-        ({"log_dir": "runs/" + "é" * 200, "writer": None}, ValueError, "log_dir='runs/é.*400 bytes.*255"),
-        ({"log_dir": "ab/" * 2000, "writer": None}, ValueError, "log_dir='ab/.*5999 bytes.*4095"),
+        ({"log_dir": "runs/" + "é" * 200, "writer": None}, ValueError, "log_dir='runs/é.*255.*400 bytes"),
+        ({"log_dir": "ab/" * 2000, "writer": None}, ValueError, "log_dir='ab/.*4095 in all"),
         ({"every": lambda: True}, TypeError, "every=.*takes a number of steps, or a function of a step"),
         ({"every": lambda step, epoch: True}, TypeError, "every=.*a function of a step"),
         ({"log_dir": "runs"}, ValueError, "exclude each other"),
@@ -255,5 +255,5 @@ def test_numbers_that_are_no_class_are_said_once(targets, words, caplog):
     ],
 )
 def test_a_path_that_no_file_system_takes_is_named(argument, make, path):
-    with pytest.raises(ValueError, match=f"{argument}='.*takes"):
+    with pytest.raises(ValueError, match=f"(?s){argument}='.*takes"):
         make(path)

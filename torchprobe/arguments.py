@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a name on every common file system, and of a path
+LONGEST, LONGEST_PATH = 255, 4095  # bytes of a name on every common file system, and of a path
 
 
 def checked_budget(fraction: float | None) -> float | None:
@@ -42,12 +42,9 @@ def check_timeout(value: object) -> None:
 def check_path(argument: str, path: str | os.PathLike[str]) -> None:
     """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
     text, longest = os.fsdecode(path), max([len(os.fsencode(part)) for part in Path(path).parts], default=0)
-    if "\0" in text:
-        raise ValueError(f"{argument}={text!r}: holds a NUL character; takes a path, such as 'runs/exp1'")
-    if longest > LONGEST_NAME or (size := len(os.fsencode(path))) > LONGEST_PATH:
-        got = f"a name of {longest} bytes" if longest > LONGEST_NAME else f"{size} bytes"
-        takes = f"{LONGEST_PATH} in all, {LONGEST_NAME} in a name"
-        raise ValueError(f"{argument}={text[:300]!r}: has {got}, takes at most {takes}: shorten it")
+    if "\0" in text or longest > LONGEST or len(os.fsencode(path)) > LONGEST_PATH:
+        takes = f"a path without NUL characters, {LONGEST} bytes a name and {LONGEST_PATH} in all, such as 'runs/exp1'"
+        raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
 
 
 def check_count(argument: str, value: object, of: str = "steps") -> int:

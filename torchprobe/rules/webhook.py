@@ -91,24 +91,24 @@ class WebhookNotifier:
             if alert is None:
                 continue  # woken up to end
             if monotonic() < self._deadline:
-                self._deliver(alert, closing)
+                try:
+                    self._deliver(alert, closing)
+                except Exception as error:  # of an alert that was made by hand
+                    self._drop(f"{type(error).__name__}: {error}")
             else:
                 self._drop("the run is over")
 
     def _deliver(self, alert: Alert, closing: threading.Event) -> None:
-        try:
-            body = json.dumps(payload(alert)).encode()
-        except Exception as error:  # of an alert that was made by hand
-            return self._drop(f"{type(error).__name__}: {error}")
+        body = json.dumps(payload(alert)).encode()
         for attempt in range(self._retries + 1):
             reason, again = self._post(body)
             if reason is None:
                 self.sent += 1
-                return None
+                return
             if not again or closing.is_set() or attempt == self._retries:
                 break
             closing.wait(_FIRST_PAUSE * 2**attempt)
-        return self._drop(reason or "")
+        self._drop(reason or "")
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
         """What went wrong, or None; and whether another attempt may help."""

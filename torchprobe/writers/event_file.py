@@ -36,7 +36,10 @@ from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
 
 _log = logging.getLogger("torchprobe")
-
+_OTHERS = (
+    "%s: another writer began %s here, and TensorBoard may show what comes after in one of both alone: give it a "
+    "directory of its own, or pass it as writer="
+)
 ARRAY_PLUGIN = "torchprobe"
 """The plugin name under which arrays are stored; no stock TensorBoard page claims it."""
 
@@ -146,14 +149,9 @@ class EventFileWriter:
         mine = self._file.path
         if self._alone and isinstance(mine, Path):
             later = [name for name in self._place.names() if _NAME.match(name) and name > mine.name]
-            self._alone = not later
             if later:
-                _log.warning(
-                    "%s: another writer began %s here, and TensorBoard may show what comes after in one of both alone: "
-                    "give it a directory of its own, or pass it as writer=",
-                    mine.parent,
-                    later[0],
-                )
+                self._alone = False
+                _log.warning(_OTHERS, mine.parent, later[0])
 
     def _reopen(self, fault: str | None) -> None:
         before, self._file = self._file, self._create()

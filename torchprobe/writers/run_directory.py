@@ -18,7 +18,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from torchprobe.arguments import LONGEST_NAME, check_path
+from torchprobe.arguments import LONGEST, check_path
 from torchprobe.records import Record
 from torchprobe.writers.files import FileStore, located, place_of
 from torchprobe.writers.layout import LayoutWriter
@@ -97,10 +97,8 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
             f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
-    if (size := len(os.fsencode(run_name))) > LONGEST_NAME:
-        raise ValueError(
-            f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {LONGEST_NAME}: shorten it"
-        )
+    if (size := len(os.fsencode(run_name))) > LONGEST:
+        raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {LONGEST}: shorten it")
 
 
 class RunDirectory:

@@ -111,9 +111,6 @@ class AppendFile:
             gone = "moved away" if self._has_inode and os.fstat(self._descriptor).st_nlink else "deleted"
             return gone if self.path.parent.is_dir() else f"{gone} with its directory"
         except OSError as error:
-            if error.errno == errno.EBADF:
-                self.close()  # before another file gets the descriptor
-                return "closed by other code"
             if error.errno != errno.ESTALE:
                 raise
             return "replaced by another file"
@@ -125,12 +122,8 @@ class AppendFile:
         return "cut short" if size < self.size else "written to by another program"
 
     def close(self) -> None:
-        """Release the file; a second call does nothing, nor one after other code has closed its descriptor."""
-        try:
-            self._raw.close()
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
+        """Release the file; a second call does nothing."""
+        self._raw.close()
 
     def _write_all(self, data: memoryview) -> None:
         # A nearly full disk takes a part and says so only at the next write.

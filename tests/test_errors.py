@@ -245,13 +245,14 @@ def test_numbers_that_are_no_class_are_said_once(targets, words, caplog):
     assert words is None or re.search(words, caplog.text)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 300])
 @pytest.mark.parametrize(
-    ("argument", "make"),
+    ("argument", "make", "path"),
     [
-        ("log_dir", torchprobe.EventFileWriter),
-        ("path", torchprobe.JsonLinesWriter),
-        ("directory", torchprobe.CheckpointManager),
+        ("log_dir", torchprobe.EventFileWriter, "a\0b"),
+        ("log_dir", torchprobe.EventFileWriter, "x" * 300),
+        ("path", torchprobe.JsonLinesWriter, "a\0b"),
+        ("path", torchprobe.JsonLinesWriter, "x" * 300),
+        ("directory", torchprobe.CheckpointManager, "a\0b"),
     ],
 )
 def test_a_path_that_no_file_system_takes_is_named(argument, make, path):

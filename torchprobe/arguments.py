@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
-
-LONGEST, LONGEST_PATH = 255, 4095  # bytes of a name on every common file system, and of a path
 
 
 def checked_budget(fraction: float | None) -> float | None:
@@ -37,14 +33,6 @@ def check_timeout(value: object) -> None:
         raise TypeError(f"timeout={value!r}: takes seconds, or None for no limit, not {type(value).__name__}")
     if not value >= 0:
         raise ValueError(f"timeout={value}: takes a number of seconds, 0 or more, or None for no limit")
-
-
-def check_path(argument: str, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
-    text, longest = os.fsdecode(path), max([len(os.fsencode(part)) for part in Path(path).parts], default=0)
-    if "\0" in text or longest > LONGEST or len(os.fsencode(path)) > LONGEST_PATH:
-        takes = f"a path without NUL characters, {LONGEST} bytes a name and {LONGEST_PATH} in all, such as 'runs/exp1'"
-        raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
 
 
 def check_count(argument: str, value: object, of: str = "steps") -> int:

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 from torch import nn
 
-from torchprobe.arguments import check_count, check_path
+from torchprobe.arguments import check_count
 from torchprobe.checkpoint import arguments, files
 from torchprobe.checkpoint.files import Stored, plain, write_file
 from torchprobe.checkpoint.sharded import (
@@ -67,14 +67,14 @@ class CheckpointManager:
         session: Session | None = None,
     ) -> None:
         if not isinstance(directory, str | os.PathLike):
-            raise TypeError(
-                f"directory={directory!r}: takes a path, such as 'checkpoints', not {type(directory).__name__}"
-            )
+            kind = type(directory).__name__
+            raise TypeError(f"directory={directory!r}: takes a path, such as 'checkpoints', not {kind}")
+        if "\0" in os.fsdecode(directory):
+            raise ValueError(f"directory={directory!r}: takes a path without NUL characters, such as 'checkpoints'")
         check_count("max_keep", max_keep, "checkpoints")
         arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
-        check_path("directory", directory)
         self.directory = Path(directory)
         self._max_keep = max_keep
         self._metric = metric

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.arguments import check_path
 from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
-from torchprobe.writers.files import AppendFile, FaultLog
+from torchprobe.writers.files import AppendFile, FaultLog, check_path
 
 
 class JsonLinesWriter:

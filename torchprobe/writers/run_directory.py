@@ -18,9 +18,8 @@ from time import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from torchprobe.arguments import LONGEST, check_path
 from torchprobe.records import Record
-from torchprobe.writers.files import FileStore, located, place_of
+from torchprobe.writers.files import LONGEST, FileStore, check_path, located, place_of
 from torchprobe.writers.layout import LayoutWriter
 from torchprobe.writers.protocol import Writer
 

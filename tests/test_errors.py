@@ -40,6 +40,8 @@ from torchprobe.testing import MemoryWriter
         ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
         ({"run_name": "é" * 200, "writer": None}, ValueError, "run_name='é.*400 bytes.*255"),
         ({"log_dir": "a\0b", "writer": None}, ValueError, r"log_dir='a\\x00b'.*NUL"),
+        ({"log_dir": "runs/" + "é" * 200, "writer": None}, ValueError, "log_dir='runs/é.*255.*400 bytes"),
+        ({"log_dir": "ab/" * 2000, "writer": None}, ValueError, "log_dir='ab/.*4095 in all"),
         ({"every": lambda: True}, TypeError, "every=.*takes a number of steps, or a function of a step"),
         ({"every": lambda step, epoch: True}, TypeError, "every=.*a function of a step"),
         ({"log_dir": "runs"}, ValueError, "exclude each other"),
@@ -241,3 +243,18 @@ def test_numbers_that_are_no_class_are_said_once(targets, words, caplog):
         user_values.checked_predictions(probs, torch.tensor(targets))
     assert len(caplog.records) == (words is not None)
     assert words is None or re.search(words, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("argument", "make", "path"),
+    [
+        ("log_dir", torchprobe.EventFileWriter, "a\0b"),
+        ("log_dir", torchprobe.EventFileWriter, "x" * 300),
+        ("path", torchprobe.JsonLinesWriter, "a\0b"),
+        ("path", torchprobe.JsonLinesWriter, "x" * 300),
+        ("directory", torchprobe.CheckpointManager, "a\0b"),
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_named(argument, make, path):
+    with pytest.raises(ValueError, match=f"(?s){argument}='.*takes"):
+        make(path)

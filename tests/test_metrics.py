@@ -100,6 +100,7 @@ class Distributed(torch.Tensor):
         (torch.empty(0), r"shape \(0,\)"),
         (torch.tensor(1j), "torch.complex64"),
         (torch.tensor([2.0]).to_sparse(), "torch.float32"),
+        (torch.tensor(2.0, device="meta"), "torch.float32"),
         (torch.tensor(1.0).as_subclass(Distributed), r"Distributed .*full_tensor\(\)"),
         (np.ones((2, 2)), r"ndarray of shape \(2, 2\)"),
         (np.array(["a"]), "type <U1"),
@@ -113,6 +114,12 @@ def test_what_is_no_single_real_number_is_dropped_with_one_warning_a_tag(value, 
         assert dict(metrics.tagged({"bad": value, "good": 1.0}, "train")) == {"train/good": 1.0}
     (warning,) = caplog.messages
     assert re.search(f"^metric train/bad is dropped.*{words}", warning)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_which_has_no_shape_is_dropped(caplog):
+    assert tagged({"bad": torch.nested.nested_tensor([torch.ones(1)]), "good": 1.0}) == {"good": 1.0}
+    assert "shape nested" in caplog.text
 
 
 @pytest.mark.parametrize("value", ["0.5", None, [1.0], 1j, np.complex64(1j), np.str_("1"), object()])

@@ -140,8 +140,8 @@ class StepSnapshot:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-EVIDENCE = "evidence/"
-"""Before the tag of a number that goes to `Record.evidence`."""
+EVIDENCE = "torchprobe/evidence/"
+"""Before the tag of a number that goes to `Record.evidence`; users of evidential networks log `evidence/...`."""
 
 
 def group_of(tag: str) -> str:
@@ -198,7 +198,7 @@ def storable(value: object) -> Value | None:
         return value if isinstance(value.markdown, str) else None
     if isinstance(value, HParams | Outcome | Layout):
         return value
-    return _number(value)
+    return number_of(value)
 
 
 def is_tag(tag: object) -> bool:
@@ -211,7 +211,8 @@ def _holds_numbers(array: object, dimensions: int | None = None) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and dimensions in (None, array.ndim)
 
 
-def _number(value: object) -> float | None:
+def number_of(value: object) -> float | None:
+    """What `float` makes of it; None for text, and for what is no single number."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         return None
     try:

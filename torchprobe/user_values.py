@@ -69,7 +69,7 @@ class Metrics:
                 "(log a mean, say, or the full_tensor() of a DTensor)",
                 tag,
                 type(value).__name__,
-                tuple(value.shape),
+                "nested" if isinstance(value, Tensor) and value.is_nested else tuple(value.shape),
                 value.dtype,
             )
 
@@ -77,6 +77,8 @@ class Metrics:
 def _is_scalar(value: Tensor | np.ndarray) -> bool:
     if isinstance(value, np.ndarray):
         return value.size == 1 and value.dtype.kind in "fiub"
+    if value.is_nested or value.is_meta:
+        return False
     # A DTensor's value is spread over ranks: fetching it is a collective, which is the user's to call.
     plain = value.layout is torch.strided and not hasattr(value, "full_tensor")
     return plain and value.numel() == 1 and not value.dtype.is_complex

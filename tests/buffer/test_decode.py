@@ -245,6 +245,12 @@ def test_a_host_value_that_is_no_number_costs_itself_alone(decode, caplog):
     assert len(caplog.messages) == 2
 
 
+def test_what_a_user_calls_evidence_is_written(decode):
+    record = decode(values={"evidence/mean": 2.0}, pieces=[Piece(Odd(("evidence/a", 3.0)), ["a"], torch.ones(1, 2))])
+    assert [record.values.get(f"evidence/{name}") for name in ("mean", "a")] == [2.0, 3.0]
+    assert record.evidence == {}
+
+
 def test_tags_that_change_at_every_step_do_not_fill_the_log(decode, caplog):
     for step in range(1, 100):
         decode(step, pieces=[Piece(Odd((f"mine/{step}", None)), ["a"], torch.ones(1, 2))])

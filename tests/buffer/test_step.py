@@ -170,8 +170,8 @@ def test_nothing_is_sent_while_the_user_records_a_graph_of_a_device(two_devices,
 
 @pytest.mark.parametrize(
     "odd",
-    [torch.ones(1, 2, dtype=torch.complex64), torch.ones(2, 2).to_sparse()],
-    ids=["complex", "sparse"],
+    [torch.ones(1, 2, dtype=torch.complex64), torch.ones(2, 2).to_sparse(), torch.ones(1, 2, device="meta")],
+    ids=["complex", "sparse", "meta"],
 )
 def test_rows_that_cannot_be_copied_cost_themselves_alone_and_are_said_once(odd, caplog):
     class Odd(Rows):
@@ -186,10 +186,11 @@ def test_rows_that_cannot_be_copied_cost_themselves_alone_and_are_said_once(odd,
     assert "Odd" in logged
 
 
-def test_a_logged_tensor_of_several_elements_costs_itself_alone_and_is_said_once(caplog):
+@pytest.mark.parametrize("odd", [torch.ones(2), torch.ones((), device="meta")], ids=["several", "meta"])
+def test_a_logged_tensor_that_is_no_number_costs_itself_alone_and_is_said_once(odd, caplog):
     buffers = TransferBuffers(100)
     for _ in range(3):
-        content = StepBuffer(scalars={"lr/group_0": torch.ones(2), "loss": torch.tensor(4.0)}, values={"n": 1.0})
+        content = StepBuffer(scalars={"lr/group_0": odd, "loss": torch.tensor(4.0)}, values={"n": 1.0})
         sent = buffers.send(1, 0.0, content)
         assert arrived(sent) == {("loss", 1, 1): 4.0}
     (logged,) = caplog.messages

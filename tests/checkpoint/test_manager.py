@@ -123,6 +123,7 @@ def test_the_caller_may_judge_by_himself(manager):
         ({"step": 1, "metrics": {"loss": "low"}}, TypeError, r"metrics\['loss'\]='low'"),
         ({"step": 1, "metrics": {"loss": torch.ones(2)}}, TypeError, r"metrics\['loss'\]"),
         ({"step": 1, "optimizer": 3}, TypeError, "optimizer=3"),
+        ({"step": 1, "optimizer": torch.nn.Linear(1, 1)}, TypeError, "optimizer=Linear.*no model"),
     ],
 )
 def test_a_wrong_argument_is_named(manager, arguments, error, words):

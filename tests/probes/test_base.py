@@ -236,3 +236,62 @@ def test_a_source_that_has_nothing_is_said_though_others_have(caplog):
     assert len(said) == 1
     assert "Here" in said[0]
     assert "gradient" in said[0]
+
+
+@pytest.fixture(params=["outputs", "output_gradients", "gradients", "parameters", "micro_gradients"])
+def beside_one_of(request):
+    """Trains with a probe of this source beside one of gradients: the writer."""
+
+    def run(compute, combine=None, accumulated=2):
+        body = {"source": request.param, "reduce": "last", "compute": lambda self, tensor: compute(tensor)}
+        odd = type("Odd", (Mine,), body if combine is None else body | {"combine": lambda self, a, b: combine(a, b)})
+        model, writer = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        probes = [odd(every=1), torchprobe.Gradients(every=1), torchprobe.Activations(every=1)]
+        with torchprobe.instrument(model, writer=writer, probes=probes, rules=[]):
+            for _ in range(3):
+                for _ in range(accumulated):
+                    model(torch.randn(4, 3)).sum().backward()
+                optimizer.step()
+        return writer
+
+    return run
+
+
+def check_others(writer):
+    assert [step for step, _ in writer.scalars("overview/grad_norm")] == [1, 2, 3]
+    assert [step for step, _ in writer.scalars("activation_mean/1")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_a_number_that_is_no_row_is_one(beside_one_of, shape):
+    writer = beside_one_of(lambda tensor: tensor.new_full(shape, 2.5))
+    assert {writer.value(tag, 3) for tag in writer.tags() if tag.startswith("mine/")} == {2.5}
+    check_others(writer)
+
+
+ODD = {
+    "too many": (lambda x: x.new_ones(2), "shape (2,)"),
+    "two dimensions": (lambda x: x.new_ones(2, 1), "shape (2, 1)"),
+    "none": (lambda x: x.new_ones(0), "shape (0,)"),
+    "sparse": (lambda x: x.new_ones(1).to_sparse(), ""),
+    "nested": (lambda x: torch.nested.nested_tensor([x.new_ones(1)], layout=torch.jagged), ""),
+    "complex": (lambda x: 1j * x.new_ones(1), "complex64"),
+    "no tensor": (lambda x: [1.0], "list"),
+    "meta": (lambda x: x.new_ones(1, device="meta"), ""),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_row_costs_the_probe_alone_and_is_said_by_its_name(beside_one_of, odd, caplog):
+    compute, words = ODD[odd]
+    writer = beside_one_of(compute)
+    check_others(writer)
+    said = [f"{record.getMessage()} {record.exc_info}" for record in caplog.records]
+    assert [line for line in said if "Odd" in line and words in line]
+
+
+@pytest.mark.parametrize("accumulated", [2, 70])
+@pytest.mark.parametrize("combine", [lambda a, b: (a + b).repeat(2), lambda a, b: 1 / 0, lambda a, b: None])
+def test_a_faulty_combine_costs_the_probe_alone(beside_one_of, combine, accumulated):
+    check_others(beside_one_of(lambda tensor: tensor.new_ones(1), combine, accumulated))

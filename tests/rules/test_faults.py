@@ -83,6 +83,13 @@ def test_a_rule(caplog, error, word, method):
     assert word in fault
 
 
+def test_a_rule_that_changes_the_record_it_gets_changes_no_other():
+    watch = open_watch([lambda record: record.values.clear(), always], None, None)
+    record = watch(Record(1, 0.0, {"loss": 1.0}))
+    assert record.values["loss"] == 1.0
+    watch.close()
+
+
 @kinds
 def test_a_rule_that_is_a_generator(caplog, error, word):
     def broken(record):

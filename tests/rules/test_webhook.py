@@ -105,6 +105,16 @@ def test_nobody_waits_for_a_webhook_that_does_not_answer(monkeypatch):
     assert notify.sent == 1 + webhook.MAX_WAITING
 
 
+def test_an_alert_that_is_no_json_is_dropped_and_said_and_the_next_one_is_sent(caplog):
+    with receiver() as (url, got):
+        notify = torchprobe.WebhookNotifier(url)
+        notify(torchprobe.Alert("mine", 1, None, object(), None, "no number"))
+        notify(ALERT)
+        notify.close()
+    assert (notify.sent, notify.dropped, len(got)) == (1, 1, 1)
+    assert "TypeError" in caplog.text
+
+
 def test_it_can_be_used_again_after_closing():
     with receiver() as (url, got):
         notify = torchprobe.WebhookNotifier(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,3 +181,47 @@ def test_the_label_of_a_living_optimizer_is_never_given_twice():
         first.step()
     assert writer.value("lr/AdamW/group_0") == 0.125
     assert values(writer, "lr/AdamW_1/group_0") == [0.25, 0.25]
+
+
+class ByHand(torch.optim.Optimizer):
+    """Takes a learning rate of any kind."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= float(group["lr"]) * p.grad
+
+
+def test_a_learning_rate_that_is_an_array_is_read_at_each_step_also_when_it_changes_in_place():
+    model, writer, rate = net(), MemoryWriter(), np.array(0.5)
+    optimizer = ByHand(model.parameters(), {"lr": rate})
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            train_step(model, optimizer, k)
+            rate *= 0.5
+    assert writer.scalars("lr/ByHand/group_0") == [(1, 0.5), (2, 0.25), (3, 0.125)]
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_hook_of_the_optimizers_that_runs_the_model_with_gradients_takes_nothing_from_the_step(hook, kept):
+    model, writer, outputs = net(), MemoryWriter(), []
+    optimizer, losses, norms = sgd(model), [], []
+
+    def look(*arguments):
+        outputs[:] = [model(torch.randn(2, 4))] if kept else [model(torch.randn(2, 4)).sum().item()]
+
+    (optimizer.register_step_pre_hook if hook == "before" else optimizer.register_step_post_hook)(look)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(4):
+            optimizer.zero_grad()
+            loss = loss_of(model, seed=k)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(l2(*gradients(model).values()))
+            optimizer.step()
+        assert session.step == 4
+    assert writer.scalars("overview/loss") == [(k, pytest.approx(loss)) for k, loss in enumerate(losses, 1)]
+    assert writer.scalars(TOTAL) == [(k, pytest.approx(norm)) for k, norm in enumerate(norms, 1)]
+    assert steps(writer, "activation_mean/0") == [1, 2, 3, 4]

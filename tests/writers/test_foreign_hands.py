@@ -206,6 +206,45 @@ def test_a_session_goes_on_and_says_so(do, tmp_path, caplog):
     assert len(lines(caplog, file)) == 1
 
 
+def test_a_program_that_goes_to_another_directory_takes_no_run_along(tmp_path, monkeypatch, caplog):
+    """Before the first write and after it, with flight recordings."""
+    monkeypatch.chdir(tmp_path)
+    model, elsewhere = mlp(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for first, run in ((True, "a"), (False, "b")):
+        monkeypatch.chdir(tmp_path)
+        with torchprobe.instrument(model, log_dir=run, every=1, flush_every=1, rules=[always]) as session:
+            for step in range(1, 7):
+                if step == (1 if first else 4):
+                    assert session.log_dir == Path(run)
+                    session.flush()
+                    monkeypatch.chdir(elsewhere)
+                model(inputs("mlp")).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert session.log_dir == tmp_path / run
+        shown = [step for step, _ in python_points(tmp_path / run)["overview/grad_norm"]]
+        assert shown == [1, 2, 3, 4, 5, 6]
+        assert (tmp_path / run / "flight" / "1.json").is_file()
+    assert list(elsewhere.iterdir()) == []
+    assert "moved away" not in caplog.text
+
+
+def always(record):
+    return [torchprobe.Alert("always", record.step, None, 1.0, 0.5, "m")]
+
+
+def test_json_lines_stay_where_they_are_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = JsonLinesWriter("run.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    writer.write([record(1)])
+    writer.close()
+    assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_end_of_a_full_disk_is_said(tmp_path, full_disk, caplog):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -115,6 +115,23 @@ def test_files_of_the_users_own_writer_are_not_hidden(tmp_path):
     assert [step for step, _ in python_points(tmp_path)["mine"]] == [1, 2, 3, 4, 5]
 
 
+def test_a_writer_of_the_users_own_that_begins_later_is_said_once(tmp_path, caplog):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with torchprobe.instrument(model := mlp(), log_dir=tmp_path, every=1, rules=[], flush_every=1) as session:
+        train(model, 2)
+        assert session.flush()
+        own = SummaryWriter(tmp_path)
+        own.add_scalar("mine", 1.0, 1)
+        own.flush()
+        for _ in range(3):
+            train(model, 1)
+            assert session.flush()
+    own.close()
+    [said] = [message for message in caplog.messages if "another writer" in message]
+    assert str(tmp_path) in said
+
+
 def test_flight_recordings_stay_with_their_run(tmp_path):
     def loop(steps):
         with torchprobe.instrument(model := mlp(), log_dir=tmp_path, every=1, rules=[]):

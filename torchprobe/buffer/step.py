@@ -247,6 +247,8 @@ class TransferBuffers:
             sent.transfers.append((transfer, [piece.heading for piece in group]))
 
     def _transfer(self, device: torch.device, rows: Sequence[Tensor]) -> Transfer | None:
+        if device.type == "meta":
+            raise TypeError("meta tensors hold no numbers")
         if records_graph(device):  # even making a buffer would break the graph
             return None
         size = sum(map(Tensor.numel, rows))
@@ -259,15 +261,15 @@ class TransferBuffers:
     def _scalar_pieces(self, scalars: Mapping[str, Tensor]) -> Iterator[Piece]:
         groups: defaultdict[torch.device, dict[str, Tensor]] = defaultdict(dict)
         for tag, value in scalars.items():
-            row = self._scalar_row(tag, value)
-            if row is not None:
+            if (row := self._scalar_row(tag, value)) is not None:
                 groups[value.device][tag] = row
         for rows in groups.values():
             yield Piece(_SCALARS, list(rows), torch.stack(list(rows.values())))
 
     def _scalar_row(self, tag: str, value: Tensor) -> Tensor | None:
         try:
-            return value.to(row_dtype(value.device)).reshape(1)
+            row = value.to(row_dtype(value.device)).reshape(1)
+            return row.cpu() if row.is_meta else row  # which raises
         except Exception:
             self._say_odd(tag)
             return None

@@ -13,6 +13,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.sharding import Named, is_unreduced, local_part, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.checks import combined
 from torchprobe.statistics.dtypes import measurable
 
 KeptRows: TypeAlias = "dict[tuple[Reporter, torch.device], dict[str, Tensor]]"
@@ -66,7 +67,8 @@ class MicroGradientSource:
         for key, rows in b.items():
             mine = a.setdefault(key, {})
             for name, row in rows.items():
-                mine[name] = key[0].probe.combine(mine[name], row) if name in mine else row
+                with key[0].gate:
+                    mine[name] = combined(key[0].probe, mine[name], row) if name in mine else row
         return a
 
     def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
@@ -77,6 +79,7 @@ class MicroGradientSource:
         return [
             Piece(reporter, list(rows), torch.stack(list(rows.values())), shares=[shares[name] for name in rows])
             for (reporter, _), rows in kept.items()
+            if not reporter.gate.failed
         ]
 
     def _gradients(self) -> list[tuple[str, nn.Parameter, Tensor]]:

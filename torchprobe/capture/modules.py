@@ -236,7 +236,8 @@ class OutputSource:
     def merge(self, a: Kept, b: Kept) -> Kept:
         """Rows of both, tap by tap."""
         for tap, rows in b.items():
-            a[tap] = tap.shortened([*a[tap], *rows]) if tap in a else rows
+            with tap.reporter.gate:
+                a[tap] = tap.shortened([*a[tap], *rows]) if tap in a else rows
         return a
 
     def rows(
@@ -250,7 +251,11 @@ class OutputSource:
                     row, calls = tap.merged(rows)
                     groups[tap.reporter, row.device].append((tap.name, row, calls))
         prefix = "" if training else "val/"
-        return [_piece(reporter, rows, prefix, scale) for (reporter, _), rows in groups.items()]
+        pieces = []
+        for (reporter, _), named_rows in groups.items():
+            with reporter.gate:
+                pieces.append(_piece(reporter, named_rows, prefix, scale))
+        return pieces
 
     def _selects(self, reporter: Reporter, name: str, module: nn.Module) -> bool:
         """Whether a probe with a choice of its own watches a module; a predicate that raises switches it off."""

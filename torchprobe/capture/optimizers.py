@@ -21,7 +21,7 @@ from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.sharding import lasting_parameters
 from torchprobe.statistics.dtypes import measurable
 
-_STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
+STEP = Optimizer.profile_hook_step(lambda: None).__code__  # the code that runs the hooks, of every optimizer
 
 
 class StepObserver(Protocol):
@@ -84,7 +84,7 @@ class OptimizerHooks:
             self._observer.other_steps()
             return
         if self._running:  # unless a step that raised left it behind
-            under_way = {id(caller["self"]) for caller in running(_STEP)}
+            under_way = {id(caller["self"]) for caller in running(STEP)}
             self._running = [r for r in self._running if id(r()) in under_way and r() is not optimizer]
         self._running.append(known[0])
         has_closure = (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs)

@@ -29,6 +29,7 @@ from torchprobe.capture.outputs import main_tensor
 from torchprobe.capture.sharding import is_unreduced, local_part
 from torchprobe.capture.source import Pass, Running
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.probes.checks import combined
 from torchprobe.statistics.dtypes import measurable, row_dtype
 
 SITE = "_torchprobe_site"  # key in a module's __dict__; the copy of a model finds None there
@@ -135,7 +136,7 @@ class Tap:
             kept[self] = [(row, 1)]
 
     def _both(self, a: Row, b: Row) -> Row:
-        return self.probe.combine(a[0], b[0].to(a[0].device)), a[1] + b[1]
+        return combined(self.probe, a[0], b[0].to(a[0].device)), a[1] + b[1]
 
 
 def _row(fields: Tensor) -> Tensor:

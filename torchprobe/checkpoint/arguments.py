@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.checkpoint.states import each_with
 from torchprobe.session import Session
@@ -78,8 +78,10 @@ def check_helpers(**helpers: Any) -> None:
     """Raise TypeError unless each has a state, is a list or dict of such, or is None."""
     for argument, helper in helpers.items():
         for one, _ in each_with(helper, helper):
-            if one is not None and not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
-                raise TypeError(f"{argument}={one!r}: takes an object with state_dict() and load_state_dict(), or None")
+            has_state = hasattr(one, "state_dict") and hasattr(one, "load_state_dict")
+            if one is not None and (not has_state or (argument != "extras" and isinstance(one, nn.Module))):
+                takes = "an object with state_dict() and load_state_dict() that is no model, or None"
+                raise TypeError(f"{argument}={one!r}: takes {takes}")
 
 
 def _is_number(value: Any) -> bool:

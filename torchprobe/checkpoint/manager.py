@@ -67,9 +67,10 @@ class CheckpointManager:
         session: Session | None = None,
     ) -> None:
         if not isinstance(directory, str | os.PathLike):
-            raise TypeError(
-                f"directory={directory!r}: takes a path, such as 'checkpoints', not {type(directory).__name__}"
-            )
+            kind = type(directory).__name__
+            raise TypeError(f"directory={directory!r}: takes a path, such as 'checkpoints', not {kind}")
+        if "\0" in os.fsdecode(directory):
+            raise ValueError(f"directory={directory!r}: takes a path without NUL characters, such as 'checkpoints'")
         check_count("max_keep", max_keep, "checkpoints")
         arguments.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):

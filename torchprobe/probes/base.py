@@ -152,11 +152,11 @@ class Probe(metaclass=_Frozen):
 
         before: for source "updates" alone, copies of the parameters before the step, which the probe may overwrite.
         """
-        return torch.stack([self.compute(tensor) for tensor in tensors])
+        return torch.stack([checks.checked_row(self.name, self.compute(x), len(self.fields)) for x in tensors])
 
     def measure(self, tensor: Tensor) -> Tensor:
         """What `compute` gives, with what merging needs behind it: shape (width,)."""
-        row = self.compute(tensor)
+        row = checks.checked_row(self.name, self.compute(tensor), len(self.fields))
         return torch.cat((row, row.new_full((1,), tensor.numel()))) if self.weighted else row
 
     def measure_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:

@@ -105,6 +105,19 @@ def check_merging(name: str, reduce: Reduce | None, combines: bool) -> None:
         )
 
 
+def checked_row(name: str, row: Any, width: int, by: str = "compute(tensor)") -> Tensor:
+    """One value per field. A single number is a row of one; anything else raises a TypeError that names the probe."""
+    if isinstance(row, Tensor) and row.shape in ((width,), (1,) * (width == 1) * row.dim()) and not row.is_complex():
+        return row.reshape(width)
+    got = f"shape {tuple(row.shape)}, {row.dtype}" if isinstance(row, Tensor) else f"{type(row).__name__}"
+    raise TypeError(f"{by} of {name} gave {got}; takes a real tensor of shape ({width},), one value per field")
+
+
+def combined(probe: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The row of two parts. Raises what a user's `combine` raises, and for what is no row."""
+    return checked_row(probe.name, probe.combine(a, b), probe.width, "combine(a, b)")
+
+
 def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[str, ...] | Callable[[str, Any], bool]:
     """Patterns or a predicate. Raises TypeError for anything else, and where there is nothing to choose from."""
     if not {*OF_MODULES, *OF_PARAMETERS, *_registered}.intersection(sources):

@@ -10,10 +10,12 @@ from operator import is_, itemgetter
 from typing import Any, ClassVar, TypeAlias
 from weakref import ref
 
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchprobe.probes.base import Probe, Reporter
+from torchprobe.records import number_of
 
 Tagged: TypeAlias = "tuple[str, float | Tensor]"
 
@@ -52,10 +54,11 @@ class LearningRates(Probe):
         name = type(optimizer).__name__
         for i, group in enumerate(optimizer.param_groups):
             where, rate = f"{name}/group_{i}", group.get("lr")
-            if isinstance(rate, Tensor) and rate.numel() == 1:
-                yield f"lr/{where}", rate.detach().clone()  # a scheduler changes it in place
-            elif isinstance(rate, Real):
-                yield f"lr/{where}", float(rate)
+            if isinstance(rate, Tensor):
+                if rate.numel() == 1:
+                    yield f"lr/{where}", rate.detach().clone()  # a scheduler changes it in place
+            elif isinstance(rate, Real | np.ndarray) and (number := number_of(rate)) is not None:
+                yield f"lr/{where}", number
             for key, value in (("momentum", _momentum(group)), ("weight_decay", group.get("weight_decay"))):
                 if isinstance(value, Real):
                     yield f"{key}/{where}", float(value)
@@ -91,7 +94,7 @@ class _Used:
         self.rates = [(tag, value) for tag, value in found if tag.startswith("lr/")]
         groups = [(group, _fetcher(tuple([key for key in _KEYS if key in group]))) for group in optimizer.param_groups]
         self.values = [(len(group), fetch, fetch(group)) for group, fetch in groups]
-        if any(isinstance(value, Tensor) for _, _, values in self.values for value in values):
+        if any(isinstance(value, Tensor | np.ndarray) for _, _, values in self.values for value in values):
             self.values = None
         return found
 

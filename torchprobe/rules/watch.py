@@ -98,7 +98,8 @@ class Watch:
         """The record with the alerts in it."""
         self._step = max(self._step, record.step)
         groups, rules = self._concerned((EVIDENCE if record.evidence else "", *record.values))
-        alerts = self._without_remarks(self._ask(rules, record.step, replace(record, groups=groups))) if rules else []
+        own = replace(record, groups=groups, values=dict(record.values))  # a rule may change what it gets
+        alerts = self._without_remarks(self._ask(rules, record.step, own)) if rules else []
         announced, self._announced = self._announced, None
         shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
         record = replace(record, values={**record.values, **shown}) if shown else record

@@ -91,7 +91,10 @@ class WebhookNotifier:
             if alert is None:
                 continue  # woken up to end
             if monotonic() < self._deadline:
-                self._deliver(alert, closing)
+                try:
+                    self._deliver(alert, closing)
+                except Exception as error:  # of an alert that was made by hand
+                    self._drop(f"{type(error).__name__}: {error}")
             else:
                 self._drop("the run is over")
 

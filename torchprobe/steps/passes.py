@@ -14,6 +14,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torchprobe.capture import compat
 from torchprobe.capture.compiled.operators import PassHook
 from torchprobe.capture.gate import Guard, protected
+from torchprobe.capture.optimizers import STEP
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
@@ -65,8 +66,8 @@ class Passes:
                 self._look_at_clock()
             if not clock.by_forward and clock.training_pass():
                 self.begin_step()
-            elif self._steps.current.forwards and not (clock.by_forward or clock.manual):  # its optimizer's step raised
-                self.gradients.waiting.take_back(self._steps.current)
+            elif self._steps.current.forwards and not (clock.by_forward or clock.manual or compat.running(STEP)):
+                self.gradients.waiting.take_back(self._steps.current)  # its optimizer's step raised
         else:
             self._steps.look_for_optimizers()
         if clock.by_forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -34,6 +35,11 @@ from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
 
+_log = logging.getLogger("torchprobe")
+_OTHERS = (
+    "%s: another writer began %s here, and TensorBoard may show what comes after in one of both alone: give it a "
+    "directory of its own, or pass it as writer="
+)
 ARRAY_PLUGIN = "torchprobe"
 """The plugin name under which arrays are stored; no stock TensorBoard page claims it."""
 
@@ -93,6 +99,7 @@ class EventFileWriter:
         self._scalars = OfTags(Scalars)
         self._files = 0
         self._faults = FaultLog()
+        self._alone = True
         self._file = self._create()
 
     @property
@@ -107,6 +114,7 @@ class EventFileWriter:
         fault = self._file.fault()
         if fault is not None or self._file.full or (self._restart is not None and self._started):
             self._reopen(fault)
+        self._look_for_others()
         if self._restart is not None:
             self._start_step, self._restart = self._restart, None
         described, folding = self._described.copy(), self._folding
@@ -135,6 +143,15 @@ class EventFileWriter:
         # try, part of which a loader that follows the file may have read.
         step = first.step if self._start_step is None else self._start_step
         return Event(wall_time=first.wall_time, step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def _look_for_others(self) -> None:
+        """Say once that another writer came to this directory: TensorBoard follows one file, the last by name."""
+        mine = self._file.path
+        if self._alone and isinstance(mine, Path):
+            later = [name for name in self._place.names() if _NAME.match(name) and name > mine.name]
+            if later:
+                self._alone = False
+                _log.warning(_OTHERS, mine.parent, later[0])
 
     def _reopen(self, fault: str | None) -> None:
         before, self._file = self._file, self._create()

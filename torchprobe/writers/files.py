@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 if TYPE_CHECKING:
     from torchprobe.writers.remote import RemoteFile, RemotePlace
 
+LONGEST, LONGEST_PATH = 255, 4095  # bytes of a name on every common file system, and of a path
 MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
@@ -51,6 +52,14 @@ def located(path: str | os.PathLike[str]) -> Path | str:
     return Path(f"/{rest}") if match[1].lower() in _LOCAL else f"{match[1]}://{rest}".rstrip("/")
 
 
+def check_path(argument: str, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
+    text, longest = os.fsdecode(path), max([len(os.fsencode(part)) for part in Path(path).parts], default=0)
+    if "\0" in text or longest > LONGEST or len(os.fsencode(path)) > LONGEST_PATH:
+        takes = f"a path without NUL characters, {LONGEST} bytes a name and {LONGEST_PATH} in all, such as 'runs/exp1'"
+        raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
+
+
 def place_of(log_dir: str | os.PathLike[str]) -> Place:
     """The place that a path or URL names.
 
@@ -61,6 +70,7 @@ def place_of(log_dir: str | os.PathLike[str]) -> Place:
         raise TypeError(f"log_dir={log_dir!r} is a {type(log_dir).__name__}: pass the path of a directory, or a URL")
     where = located(log_dir)
     if isinstance(where, Path):
+        check_path("log_dir", where)
         return LocalPlace(where)
     from torchprobe.writers.remote import RemotePlace
 
@@ -139,7 +149,7 @@ class LocalPlace:
     """A local directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = directory.absolute()  # wherever the program goes
 
     def check(self) -> None:
         """Raise OSError when nothing can be written here. Makes the directory when it is missing; leaves no file."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
-from torchprobe.writers.files import AppendFile, FaultLog
+from torchprobe.writers.files import AppendFile, FaultLog, check_path
 
 
 class JsonLinesWriter:
@@ -32,7 +32,8 @@ class JsonLinesWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"path={path!r} is a {type(path).__name__}: pass the path of a file, such as 'run.jsonl'")
-        self._path = Path(path)
+        check_path("path", path)
+        self._path = Path(path).absolute()  # wherever the program goes
         self._faults = FaultLog()
         self._file = self._open()
 

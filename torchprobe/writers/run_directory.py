@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchprobe.records import Record
-from torchprobe.writers.files import FileStore, located, place_of
+from torchprobe.writers.files import LONGEST, FileStore, check_path, located, place_of
 from torchprobe.writers.layout import LayoutWriter
 from torchprobe.writers.protocol import Writer
 
@@ -31,7 +31,6 @@ _LOCK_SECONDS = 60.0  # it is held for milliseconds: an older one is that of a k
 _EVENTS = "tfevents"  # what TensorBoard takes for an event file has it in its name
 _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
-_LONGEST = 255  # bytes of a name, on every common file system
 _log = logging.getLogger("torchprobe")
 
 
@@ -73,8 +72,6 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
     """
     if log_dir is not None and not isinstance(log_dir, str | os.PathLike):
         raise TypeError(f"log_dir={log_dir!r}: takes a path, such as 'runs/exp1', not {type(log_dir).__name__}")
-    if log_dir is not None and "\0" in os.fsdecode(log_dir):
-        raise ValueError(f"log_dir={log_dir!r}: holds a NUL character; takes a path, such as 'runs/exp1'")
     if log_dir == "":
         raise ValueError("log_dir='' is empty: takes a path, such as 'runs/exp1'; leave it out for a new folder")
     if run_name is not None:
@@ -82,6 +79,7 @@ def run_directory(log_dir: str | os.PathLike[str] | None, run_name: str | None, 
     parent = located("runs" if log_dir is None else log_dir)
     path = _join(parent, run_name) if run_name else parent
     if isinstance(path, Path):
+        check_path("log_dir", path)
         nearest = next((part for part in (path, *path.parents) if part.exists()), path)
         if nearest.exists() and not nearest.is_dir():
             raise ValueError(f"log_dir: {nearest} is a file, and a run needs a directory; choose another path")
@@ -98,8 +96,8 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
             f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
             "put the folders above it into log_dir"
         )
-    if (size := len(os.fsencode(run_name))) > _LONGEST:
-        raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {_LONGEST}: shorten it")
+    if (size := len(os.fsencode(run_name))) > LONGEST:
+        raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {LONGEST}: shorten it")
 
 
 class RunDirectory:
@@ -123,14 +121,15 @@ class RunDirectory:
 
         place_of(log_dir).check()
         self._make = EventFileWriter
-        self._asked = log_dir
+        self._relative = isinstance(log_dir, Path) and not log_dir.is_absolute()
+        self._asked = log_dir.absolute() if isinstance(log_dir, Path) else log_dir  # wherever the program goes
         self._overwrite = overwrite
         self._run = uuid4().hex[:12]
         self._loaded = False
         self._step: int | None = None  # the first one of a run that goes on
         self._restarted = False
         self._settling = threading.Lock()  # a flight recording may come first, at the end from a thread of its own
-        self._path = log_dir
+        self._path = self._asked
         self._made: Path | str | None = None  # one below `log_dir`, for another attempt after a failed one
         self._file: EventFileWriter | None = None
         self._closed = False
@@ -138,6 +137,9 @@ class RunDirectory:
     @property
     def path(self) -> Path | str:
         """Where the run is: what was asked for until the first write."""
+        with suppress(OSError, ValueError):  # the program has gone to another directory
+            if self._relative and isinstance(self._path, Path):
+                return self._path.relative_to(Path.cwd())
         return self._path
 
     def state_dict(self) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def check_merging(name: str, reduce: Reduce | None, combines: bool) -> None:
 
 def checked_row(name: str, row: Any, width: int, by: str = "compute(tensor)") -> Tensor:
     """One value per field. A single number is a row of one; anything else raises a TypeError that names the probe."""
+    if torch.compiler.is_compiling():  # which traces probes of torchprobe's own alone
+        return row  # type: ignore[no-any-return]
     if isinstance(row, Tensor) and row.shape in ((width,), (1,) * (width == 1) * row.dim()) and not row.is_complex():
         return row.reshape(width)
     got = f"shape {tuple(row.shape)}, {row.dtype}" if isinstance(row, Tensor) else f"{type(row).__name__}"

@@ -161,7 +161,7 @@ def sum_squares(x: Tensor) -> Tensor:
     a backward hook under `torch.compile`, by way of `moments`, which leaves compiled weights bitwise as they are.
     """
     if torch.compiler.is_compiling():
-        return _operator(x)
+        return moments.squares_operator(x)
     x = real(x)
     if fused.applies_to(x):
         return fused.rows([x])[0, fused.SQUARES]
@@ -169,19 +169,7 @@ def sum_squares(x: Tensor) -> Tensor:
     if row is not None:
         return torch.tensor(row, dtype=torch.float64, device=x.device)
     squares, _, nonfinite, count = finite_sums([x])[0].unbind()
-    return _squares(squares, nonfinite, count)
-
-
-def _squares_in_graph(x: Tensor) -> Tensor:
-    count, mean, m2, _, _, nonfinite, _ = moments.in_graph(x).unbind()
-    return _squares(m2 + count * mean.square(), nonfinite, count)
-
-
-_operator = moments.operator("sum_squares", _squares_in_graph)
-
-
-def _squares(squares: Tensor, nonfinite: Tensor, count: Tensor) -> Tensor:
-    return torch.stack((torch.where((count == 0) & (nonfinite > 0), math.nan, squares), nonfinite))
+    return moments.squares(squares, nonfinite, count)
 
 
 def combine_squares(a: Tensor, b: Tensor) -> Tensor:

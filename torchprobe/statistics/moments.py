@@ -162,14 +162,14 @@ def in_graph(x: Tensor) -> Tensor:
     return torch.stack([value.double() for value in row])
 
 
-def squares(squares: Tensor, nonfinite: Tensor, count: Tensor) -> Tensor:
+def row_of_squares(squares: Tensor, nonfinite: Tensor, count: Tensor) -> Tensor:
     """The row of `norms.SQUARES`, of 0-dim tensors: the sum over finite elements, and how many others there are."""
     return torch.stack((torch.where((count == 0) & (nonfinite > 0), math.nan, squares), nonfinite))
 
 
 def _squares_in_graph(x: Tensor) -> Tensor:
     count, mean, m2, _, _, nonfinite, _ = in_graph(x).unbind()
-    return squares(m2 + count * mean.square(), nonfinite, count)
+    return row_of_squares(m2 + count * mean.square(), nonfinite, count)
 
 
 _operator = operator("moments", in_graph)

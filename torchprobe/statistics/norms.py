@@ -169,7 +169,7 @@ def sum_squares(x: Tensor) -> Tensor:
     if row is not None:
         return torch.tensor(row, dtype=torch.float64, device=x.device)
     squares, _, nonfinite, count = finite_sums([x])[0].unbind()
-    return moments.squares(squares, nonfinite, count)
+    return moments.row_of_squares(squares, nonfinite, count)
 
 
 def combine_squares(a: Tensor, b: Tensor) -> Tensor:

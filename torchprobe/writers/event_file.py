@@ -148,7 +148,7 @@ class EventFileWriter:
         """Say once that another writer came to this directory: TensorBoard follows one file, the last by name."""
         mine = self._file.path
         if self._alone and isinstance(mine, Path):
-            later = [name for name in self._place.names() if _NAME.match(name) and name > mine.name]
+            later = [name for name in self._place.names() if _NAME.match(name) and name not in self._known]
             if later:
                 self._alone = False
                 _log.warning(_OTHERS, mine.parent, later[0])
@@ -161,11 +161,12 @@ class EventFileWriter:
         self._started, self._described, self._folding = False, set(), self._folding.reopened()
 
     def _create(self) -> GrowingFile:
-        newest = max((int(match[1]) for match in map(_NAME.match, self._place.names()) if match), default=0)
+        names = [*self._place.names()]
+        newest = max((int(match[1]) for match in map(_NAME.match, names) if match), default=0)
         seconds = max(int(time.time()), newest + 1)
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{self._files}{self._suffix}"
         file = self._place.begin(name, frame(_version().SerializeToString()))
-        self._files += 1
+        self._files, self._known = self._files + 1, {*names, name}
         return file
 
 

@@ -21,7 +21,7 @@ from torchprobe.statistics.scoring import Judged, are_meant, are_one_hot, judge,
 Row: TypeAlias = "Sequence[float] | NDArray[np.float64]"
 Curve: TypeAlias = dict[str, NDArray[np.float64]]
 
-RANKING_BOUND = 0.05
+RANKING_BOUND = 0.02
 """How far auroc and average_precision may lie from those of the scores themselves."""
 
 BINS = 15

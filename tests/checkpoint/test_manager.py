@@ -174,3 +174,12 @@ def test_a_session_that_is_handed_over_is_the_one(tmp_path):
         session.next_step()
         manager.save_checkpoint(run.model)
     assert manager.load_latest()["step"] == 1
+
+
+def test_a_model_and_an_optimizer_that_changed_places_are_named_by_the_model(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match=r"(?s)model=SGD.*takes a torch.nn.Module, not SGD"):
+        CheckpointManager(tmp_path).restore(optimizer, model)
+    with pytest.raises(TypeError, match=r"(?s)model=SGD.*takes a torch.nn.Module, not SGD"):
+        CheckpointManager(tmp_path).save_checkpoint(optimizer, model, None, 0, 1, {})

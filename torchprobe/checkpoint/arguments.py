@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchprobe.checkpoint.states import each_with
+from torchprobe.naming import unwrapped
 from torchprobe.session import Session
 
 Mode = Literal["min", "max"]
@@ -74,8 +75,9 @@ def checked_step(step: int | None, session: Session | None) -> int:
     return step
 
 
-def check_helpers(**helpers: Any) -> None:
-    """Raise TypeError unless each has a state, is a list or dict of such, or is None."""
+def check_helpers(model: nn.Module, **helpers: Any) -> None:
+    """Raise TypeError unless the model is one, and each helper has a state, is a list or dict of such, or is None."""
+    unwrapped(model)
     for argument, helper in helpers.items():
         for one, _ in each_with(helper, helper):
             has_state = hasattr(one, "state_dict") and hasattr(one, "load_state_dict")

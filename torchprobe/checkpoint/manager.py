@@ -111,7 +111,7 @@ class CheckpointManager:
             TypeError, ValueError: for an argument that does not fit, or a state that could not be loaded again.
         """
         numbers = arguments.checked_metrics(metrics)
-        arguments.check_helpers(optimizer=optimizer, scheduler=scheduler, extras=extras)
+        arguments.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
         session = self._session or session_of(model)
         step = arguments.checked_step(step, session)
         sharded = is_sharded(model)
@@ -177,7 +177,7 @@ class CheckpointManager:
         """
         if which not in ("latest", "best"):
             raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
-        arguments.check_helpers(optimizer=optimizer, scheduler=scheduler, extras=extras)
+        arguments.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
         found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import library
+from torch.library import Library
 
 from tests.device import streams, tensors
 
@@ -42,6 +42,6 @@ def set_up() -> None:
         """Without a body: the class of torch does all."""
 
     _set_up(tensors.NAME, Module(), device_guard=Guard())
-    kernels = library.Library("_", "IMPL")
+    kernels = Library("_", "IMPL")
     kernels.fallback(lambda op, *args, **kwargs: tensors.run(op, args, kwargs), "PrivateUse1")
     set_up.kernels = kernels  # which lives as long as the process

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
+from torch.library import Library
 
 from torchprobe.statistics import dense, fused
 from torchprobe.statistics.dtypes import Scratch, chunks, real, row_dtype
@@ -20,6 +21,8 @@ FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite", "fourth")
 of the fourth powers of elements over max_abs, which neither overflows nor vanishes) are over the finite elements."""
 
 _LEAST = 1e-150  # an rms below it has lost digits: the squares are subnormal
+
+_operators = Library("torchprobe_statistics", "FRAGMENT")
 
 RARELY = 0.01
 """A unit that is active on a smaller share of its inputs is inactive."""
@@ -121,12 +124,9 @@ def operator(name: str, body: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
     Dynamo takes 5 ms for each operation of a body that it traces itself, in every module that is watched.
     """
-    _library.define(f"{name}(Tensor x) -> Tensor")
-    _library.impl(name, body, "CompositeImplicitAutograd")
+    _operators.define(f"{name}(Tensor x) -> Tensor")
+    _operators.impl(name, body, "CompositeImplicitAutograd")
     return getattr(torch.ops.torchprobe_statistics, name).default  # type: ignore[no-any-return]
-
-
-_library = library.Library("torchprobe_statistics", "FRAGMENT")
 
 
 def in_graph(x: Tensor) -> Tensor:

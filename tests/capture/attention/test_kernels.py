@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor, nn
+from torch.library import Library
 
 from tests.capture.attention.harness import record
 from tests.capture.attention.reference import assert_close, causal, logits_of, per_head
@@ -40,12 +41,12 @@ def stand_ins() -> Iterator[None]:
         ("flash_attn", "_flash_attn_varlen_forward", VARLEN),
         ("xformers_flash", "flash_fwd", XFORMERS),
     ):
-        fragment = library.Library(namespace, "FRAGMENT")
+        fragment = Library(namespace, "FRAGMENT")
         fragment.define(name + schema)
         outputs = schema.count("Tensor", schema.index("->"))
         fragment.impl(name, lambda q, *rest, outputs=outputs, **options: (q.clone(),) * outputs, "CPU")
         libraries.append(fragment)
-    cutlass = library.Library("aten", "IMPL")
+    cutlass = Library("aten", "IMPL")
     cutlass.impl("_efficient_attention_forward", lambda q, *rest, **options: (q.clone(), q, q, q, 0, 0), "CPU")
     yield
     for fragment in (*libraries, cutlass):

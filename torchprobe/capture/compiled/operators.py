@@ -15,7 +15,8 @@ from weakref import ReferenceType
 
 import numpy as np
 import torch
-from torch import Tensor, library
+from torch import Tensor
+from torch.library import Library, register_fake
 
 from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_torch_function, skip_frames
@@ -24,10 +25,8 @@ from torchprobe.capture.gate import no_graph
 from torchprobe.statistics import fused
 
 NAMESPACE = "torchprobe_graph"
-_library = library.Library(NAMESPACE, "FRAGMENT")
+_operators = Library(NAMESPACE, "FRAGMENT")
 _numbers = itertools.count()
-
-
 _objects: dict[int, ReferenceType[Any]] = {}  # by number, while they live
 
 
@@ -147,9 +146,9 @@ _UNSAFE = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag
 
 def _define(name: str, arguments: str, body: Any, tags: Sequence[torch.Tag] = tuple(_UNSAFE)) -> Any:
     """Without tags one that a graph of the device may hold."""
-    _library.define(f"{name}(Tensor(a!) {arguments}) -> ()", tags=tags)
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    _operators.define(f"{name}(Tensor(a!) {arguments}) -> ()", tags=tags)
+    _operators.impl(name, body, "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_operators)
     return getattr(torch.ops.torchprobe_graph, name).default
 
 

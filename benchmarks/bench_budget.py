@@ -3,7 +3,9 @@
     pytest benchmarks/bench_budget.py --benchmark-enable -n0 -p no:randomly -s
 
 A watched run and a bare one take turns, some steps each; `added` is what the watched one took more, in CPU time of the
-training thread and in wall time, as shares of the bare run's, for each half. BENCHMARK=long takes ten times the steps.
+training thread and in wall time, as shares of the bare run's, for each half. Of each model there are steps so short
+that idle ones alone are more than the budget, and longer ones, a quarter as many. BENCHMARK=long takes ten times the
+steps.
 """
 
 from __future__ import annotations
@@ -46,20 +48,20 @@ class Run:
         return thread_time() - cpu, perf_counter() - wall
 
 
-def mlp() -> Run:
+def mlp(batch: int = 256) -> Run:
     return Run(nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)),
-               torch.randn(256, 256))  # fmt: skip
+               torch.randn(batch, 256))  # fmt: skip
 
 
-def cnn() -> Run:
+def cnn(batch: int = 8) -> Run:
     layers = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AvgPool2d(28))
-    return Run(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10)), torch.randn(8, 3, 32, 32))
+    return Run(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10)), torch.randn(batch, 3, 32, 32))
 
 
-def encoder() -> Run:
+def encoder(batch: int = 4) -> Run:
     layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
     first = nn.Sequential(nn.Linear(16, 128), nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
-    return Run(nn.Sequential(first, nn.Flatten(), nn.Linear(128 * 16, 10)), torch.randn(4, 16, 16))
+    return Run(nn.Sequential(first, nn.Flatten(), nn.Linear(128 * 16, 10)), torch.randn(batch, 16, 16))
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +72,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("make", [mlp, cnn, encoder])
+MADE = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "encoder": encoder,
+    "mlp, longer": lambda: mlp(2048),
+    "cnn, longer": lambda: cnn(64),
+    "encoder, longer": lambda: encoder(48),
+}
+
+
+@pytest.mark.parametrize("make", MADE)
 def test_budget(benchmark, make, tmp_path):
     torch.manual_seed(0)
-    bare, watched = make(), make()
+    bare, watched = MADE[make](), MADE[make]()
     taken: list[tuple[float, ...]] = []
-    blocks = BLOCKS if benchmark.enabled else 1
+    blocks = (BLOCKS // 4 if "longer" in make else BLOCKS) if benchmark.enabled else 1
 
     def both() -> None:
         with torchprobe.instrument(watched.model, log_dir=tmp_path, overhead_budget=BUDGET):

@@ -26,6 +26,7 @@ from torch import nn
 
 import torchprobe
 from benchmarks.bench_overhead import every_step_except, spine, watched
+from benchmarks.bench_peers import NEEDS, PEERS
 from benchmarks.gpt import GPT
 
 VOCABULARY, LENGTH = 50304, 1024
@@ -44,7 +45,10 @@ Build = Callable[[], "Loop"]
 
 
 class Loop:
-    """One model with its optimizer and a batch that stays; `step()` is a whole step, nothing of it waited for."""
+    """One model with its optimizer and a batch that stays; `step()` is a whole step, nothing of it waited for.
+
+    extra: what a logger does between backward and step.
+    """
 
     def __init__(self, layers: int, width: int, batch: int, compiled: bool, length: int = LENGTH) -> None:
         torch.manual_seed(0)
@@ -52,12 +56,17 @@ class Loop:
         self.callee: Callable[[torch.Tensor], torch.Tensor] = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.ids = torch.randint(0, VOCABULARY, (batch, length), device="cuda")
+        self.extra: Callable[[nn.Module, int], None] | None = None
+        self.steps = 0
 
     def step(self) -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = F.cross_entropy(self.callee(self.ids).flatten(0, 1), self.ids.flatten())
         self.optimizer.zero_grad()
         loss.backward()
+        self.steps += 1
+        if self.extra is not None:
+            self.extra(self.model, self.steps)
         self.optimizer.step()
 
     def seconds(self, steps: int = BLOCK) -> float:
@@ -172,6 +181,24 @@ def test_torchprobe(benchmark, cadence, shape, batch, compiled, tmp_path):
         pairs = in_turn(benchmark, bare, other, BLOCKS if cadence in ("idle", "default") else 3)
         report(benchmark, pairs, **facts(bare, other))
     assert "failed" not in session.summary()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if not peer.startswith("attention")])
+def test_beside_others(benchmark, peer, tmp_path):
+    """What others record, by them and by torchprobe, at every step; `waits` of one step, as torch sees them."""
+    if peer in NEEDS:
+        pytest.importorskip(NEEDS[peer])
+    bare, other = loop("small", 4, False), loop("small", 4, False)
+    with contextmanager(PEERS[peer])(other, tmp_path):
+        other.step(), bare.seconds(BLOCK)
+        steps = BLOCK if other.seconds(1) < 1 else 1  # histograms by hand take half a minute a step
+        pairs: list[tuple[float, float]] = []
+        benchmark.pedantic(lambda: pairs.append((bare.seconds(BLOCK), other.seconds(steps))), rounds=3)
+        added = 1e3 * median(after - before for before, after in pairs)
+        report(benchmark, pairs, added_ms=added, waits=sum(waits(other.step).values()))
+        if torchprobe.session_of(other.model) is not None:
+            assert torchprobe.session_of(other.model).flush(120), "something was lost"
 
 
 class Captured:

@@ -21,6 +21,7 @@ FIELDS = ("count", "mean", "m2", "max_abs", "zeros", "nonfinite", "fourth")
 of the fourth powers of elements over max_abs, which neither overflows nor vanishes) are over the finite elements."""
 
 _LEAST = 1e-150  # an rms below it has lost digits: the squares are subnormal
+_LEAST_SQUARE = 1e-140  # below that of any element narrower than float64, and its own square is no 0
 
 _operators = Library("torchprobe_statistics", "FRAGMENT")
 
@@ -132,34 +133,33 @@ def operator(name: str, body: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 def in_graph(x: Tensor) -> Tensor:
     """The row in one pass and few operations: every one is compiled for every module that is watched.
 
-    In float64 the sum of squares needs no pivot until the mean is a million times the deviation. Chunks, which are for
-    caches and threads, would only unroll the graph.
+    In float64 squares of narrower elements are exact, neither they nor fourth powers leave the range, and their sum
+    needs no pivot until the mean is a million times the deviation. Chunks, which are for caches and threads, would only
+    unroll the graph.
     """
     x = real(x)
     if x.numel() == 0:
         return _nothing(x)
-    if row_dtype(x.device) != torch.float64:
+    if not _squares_are_exact(x):
         return _rows([x.reshape(-1)], Scratch.for_elements_of([x], x.device, x.numel()))[0]
-    finite = torch.where(x.abs() < math.inf, x, 0.0)  # nan_to_num's three comparisons cost as much again, twice over
-    wide = finite.double()
-    nonzero, finite_nonzero = x.count_nonzero(), finite.count_nonzero()
+    wide, count = _finite_in_graph(x)
     squares = wide.square()
-    total, square = wide.sum(), squares.sum()
-    zeros = x.numel() - nonzero
-    count = zeros + finite_nonzero
+    total, square, largest = wide.sum(), squares.sum(), squares.amax()
     mean = total / count.clamp(min=1)
-    m2 = torch.where(square.isinf(), square, (square - total * mean).clamp(min=0))
-    max_abs = finite.abs().amax()
-    row = (
-        count,
-        mean,
-        m2,
-        max_abs,
-        zeros,
-        nonzero - finite_nonzero,
-        _fourth(squares.reshape(-1), finite.reshape(-1), max_abs, in_graph=True),
-    )
-    return torch.stack([value.double() for value in row])
+    m2 = (square - total * mean).clamp(min=0)
+    fourth = squares.square().sum() / largest.clamp(min=_LEAST_SQUARE).square()
+    zeros = (x == 0).sum(dtype=torch.float64)
+    return torch.stack((count, mean, m2, largest.sqrt(), zeros, x.numel() - count, fourth))
+
+
+def _squares_are_exact(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and row_dtype(x.device) == torch.float64
+
+
+def _finite_in_graph(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements in float64, with 0 for those that are not finite, and how many are."""
+    is_finite = x.abs() < math.inf  # nan_to_num's three comparisons cost as much again, twice over
+    return torch.where(is_finite, x, 0.0).double(), is_finite.sum(dtype=torch.float64)
 
 
 def row_of_squares(squares: Tensor, nonfinite: Tensor, count: Tensor) -> Tensor:
@@ -168,8 +168,12 @@ def row_of_squares(squares: Tensor, nonfinite: Tensor, count: Tensor) -> Tensor:
 
 
 def _squares_in_graph(x: Tensor) -> Tensor:
-    count, mean, m2, _, _, nonfinite, _ = in_graph(x).unbind()
-    return row_of_squares(m2 + count * mean.square(), nonfinite, count)
+    x = real(x)
+    if x.numel() == 0 or not _squares_are_exact(x):
+        count, mean, m2, _, _, nonfinite, _ = in_graph(x).unbind()
+        return row_of_squares(m2 + count * mean.square(), nonfinite, count)
+    wide, count = _finite_in_graph(x)
+    return row_of_squares(wide.square().sum(), x.numel() - count, count)
 
 
 _operator = operator("moments", in_graph)
@@ -213,7 +217,7 @@ def _sums(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     return x.numel() - nonzero, nonzero, finite_nonzero, low, high, pivot, shift, square, fourth
 
 
-def _fourth(squares: Tensor, finite: Tensor, max_abs: Tensor, *, in_graph: bool = False) -> Tensor:
+def _fourth(squares: Tensor, finite: Tensor, max_abs: Tensor) -> Tensor:
     """The sum of fourth powers of 1-D finite elements over the largest magnitude, 0 where that is, from their squares.
 
     Those of a narrower type than the squares' stay in its range without being divided first.
@@ -221,7 +225,7 @@ def _fourth(squares: Tensor, finite: Tensor, max_abs: Tensor, *, in_graph: bool 
     scale = torch.where(max_abs > 0, max_abs, 1.0).to(squares.dtype)
     same = finite.dtype == squares.dtype
     squares = (finite / scale).square() if same else squares
-    total = squares.square().sum() if in_graph else torch.dot(squares, squares)  # which takes no room
+    total = torch.dot(squares, squares)  # which takes no room
     return total if same else total / scale**4
 
 

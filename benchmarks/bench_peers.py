@@ -210,7 +210,11 @@ def test_a_step(benchmark, recipe, peer, tmp_path):
     error = 1.25 * stdev(ratios) / math.sqrt(len(ratios))  # of a median of normal values
     found = {"recipe": recipe, "peer": peer, "ratio": with_it / plain, "error": error, "bare_ms": 1e3 * plain}
     benchmark.extra_info.update(
-        found, added_ms=1e3 * (with_it - plain), blocks=len(pairs), clock="cpu" if CPU else "wall"
+        found,
+        added_ms=1e3 * (with_it - plain),
+        blocks=len(pairs),
+        clock="cpu" if CPU else "wall",
+        torch=torch.__version__,
     )
     print(f"\n{recipe}, {peer}: {with_it / plain:.3f} +- {error:.3f}, bare {1e3 * plain:.2f} ms", end="")
     assert watched.steps == bare.steps

@@ -21,25 +21,31 @@ PAGES = {ROOT / "README.md": False, ROOT / "docs" / "cost.md": True}
 """Whether the table of a page is that of compiled models."""
 
 BEGIN, END = "<!-- made by benchmarks/tables.py -->", "<!-- end -->"
+OTHER = "†"  # after what another machine measured
 KEPT = ("recipe", "peer", "ratio", "error", "bare_ms", "added_ms", "blocks", "clock")
 
 
 def kept(report: Mapping[str, Any]) -> dict[str, Any]:
     """The machine and the measurements of one run of pytest-benchmark."""
-    import torch
-
     info = report["machine_info"]
     cpu = info.get("cpu", {})
     name = cpu.get("brand_raw") or info.get("processor") or info.get("machine")
-    machine = f"{cpu.get('count', '?')} cores, {name}; torch {torch.__version__}, Python {info['python_version']}"
-    found = [{key: bench["extra_info"][key] for key in KEPT} for bench in report["benchmarks"] if bench["extra_info"]]
+    measured = [bench["extra_info"] for bench in report["benchmarks"] if bench["extra_info"]]
+    torch = measured[0]["torch"] if measured else "?"
+    machine = f"{cpu.get('count', '?')} cores, {name}; torch {torch}, Python {info['python_version']}"
+    found = [{key: one[key] for key in KEPT} for one in measured]
     return {"machine": machine, "date": report["datetime"][:10], "measurements": found}
 
 
 def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Later measurements in place of earlier ones of the same."""
-    both = {(one["recipe"], one["peer"]): one for one in (*before.get("measurements", ()), *after["measurements"])}
-    return {**after, "measurements": list(both.values())}
+    """Later measurements in place of earlier ones of the same; those that stay know which machine they are of."""
+    kept = [{"machine": before["machine"], **one} for one in before.get("measurements", ())]
+    both = {(one["recipe"], one["peer"]): one for one in (*kept, *after["measurements"])}
+    return {**after, "measurements": [_plain(one, after["machine"]) for one in both.values()]}
+
+
+def _plain(one: Mapping[str, Any], machine: str) -> dict[str, Any]:
+    return {key: value for key, value in one.items() if (key, value) != ("machine", machine)}
 
 
 def table(results: Mapping[str, Any], compiled: bool = False) -> str:
@@ -60,7 +66,7 @@ def _heading(one: Mapping[str, Any]) -> str:
 
 
 def _cell(one: Mapping[str, Any] | None) -> str:
-    return "" if one is None else f"{one['ratio']:.2f} ± {one['error']:.2f}"
+    return "" if one is None else f"{one['ratio']:.2f} ± {one['error']:.2f}{' ' + OTHER if 'machine' in one else ''}"
 
 
 def _milliseconds(value: float) -> str:
@@ -75,7 +81,10 @@ def put(text: str, results: Mapping[str, Any], compiled: bool = False) -> str:
     """A page with the table between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    measured = f"{table(results, compiled)}\n\nMeasured on {results['machine']}, {results['date']}."
+    rows = table(results, compiled)
+    others = sorted({one["machine"] for one in results["measurements"] if "machine" in one}) if OTHER in rows else []
+    notes = "".join(f" {OTHER} {machine}." for machine in others)
+    measured = f"{rows}\n\nMeasured on {results['machine']}, {results['date']}.{notes}"
     return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
 
 

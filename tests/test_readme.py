@@ -124,10 +124,11 @@ def test_the_table_of_peers_is_made_of_what_was_measured(page):
 
 def test_a_later_measurement_replaces_an_earlier_one_of_the_same():
     one = {"recipe": "r", "peer": "p", "ratio": 1.25, "error": 0.5, "bare_ms": 2.0, "added_ms": 0.5, "blocks": 4}
-    before = {"measurements": [one, {**one, "peer": "q"}]}
+    before = {"machine": "n", "measurements": [one, {**one, "peer": "q"}]}
     both = tables.merged(before, {"machine": "m", "date": "d", "measurements": [{**one, "ratio": 3.0}]})
     assert [(m["peer"], m["ratio"]) for m in both["measurements"]] == [("p", 3.0), ("q", 1.25)]
-    assert tables.table(both).splitlines()[2] == "| p | 3.00 ± 0.50 |"
+    assert tables.table(both).splitlines()[2:] == ["| p | 3.00 ± 0.50 |", "| q | 1.25 ± 0.50 † |"]
+    assert tables.put(f"{tables.BEGIN}{tables.END}", both).splitlines()[-3] == "Measured on m, d. † n."
 
 
 def test_compiled_models_have_a_table_of_their_own():

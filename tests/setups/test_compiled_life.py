@@ -24,7 +24,9 @@ from tests.setups.compiled import (
     train,
     wrapper,
 )
+from tests.setups.matrix import SCALAR
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
+from torchprobe.capture.parameter_hooks import number_of_backward
 from torchprobe.testing import MemoryWriter
 
 pytestmark = [
@@ -96,6 +98,29 @@ def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
         callee(x)
     assert "recompile_limit" not in caplog.text
     assert len(counting.graphs) <= 3 * rounds
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_step_may_begin_inside_a_graph(backend, caplog):
+    """Whose operators Inductor runs below autograd. Of a module of torch's own the graph is the whole."""
+    model, writer, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), MemoryWriter(), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=2) as session:
+        callee = wrapper(model, backend=backend, options=SCALAR if backend == "inductor" else None)
+        for _ in range(4):
+            optimizer.zero_grad()
+            callee(x).square().mean().backward()
+            optimizer.step()
+    assert session.step == 4
+    assert "failed" not in caplog.text
+    for tag in ("activation_mean/2", "activation_grad_norm/0", "grad_norm/0.weight", "overview/grad_norm"):
+        assert [s for s, _ in writer.scalars(tag)] == [1, 2, 4], tag
+
+
+def test_the_next_backward_pass_is_counted_from_anywhere():
+    before = number_of_backward()
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        assert number_of_backward() == before + 2
 
 
 def test_a_compiled_model_hears_of_no_process_wide_hook(recwarn):

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady
@@ -62,6 +62,7 @@ def count(factor: float, alive: int, zeros: int, rows: int) -> Count:
 
 @settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 50), st.integers(0, 12), st.sampled_from([1, 3, 5, 15]))
+@example(181, 13, 4, 15)  # 16 / 15 over all rows is 0.5 % off a mean over those with a gradient
 def test_rows_without_a_gradient_count_where_the_mean_is_over_them_too(alive, zeros, octaves, odd):
     """A mean over all rows, in `odd` micro-batches, times a power of two of a loss scale."""
     scale = Fraction(2**octaves, odd)
@@ -75,6 +76,19 @@ def test_rows_without_a_gradient_count_where_the_mean_is_over_them_too(alive, ze
     if bool(found.is_known) and not bool(found.zeros_count):  # only where the count without them is as likely
         assert _is_natural(float(other))
         assert scale != 1
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 50), st.integers(0, 12), st.sampled_from([1, 3, 5, 15]))
+@example(300, 1, 0, 1)  # all rows are 0.3 % off
+@example(196, 14, 4, 15)  # a mean over all rows is 0.4 % off
+def test_rows_without_a_gradient_do_not_count_where_the_mean_leaves_them_out(alive, zeros, octaves, odd):
+    scale = Fraction(2**octaves, odd)
+    found = count(float(scale / alive), alive, zeros, alive + zeros)
+    if scale == 1 and alive not in (15 * zeros, 7 * zeros, 3 * zeros, zeros):
+        assert bool(found.is_known)
+    if bool(found.zeros_count):
+        assert _is_natural(float(scale * Fraction(alive + zeros, alive)))
 
 
 @settings(deadline=None)

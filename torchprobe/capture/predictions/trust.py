@@ -42,14 +42,14 @@ class Count(NamedTuple):
         """Whether rows without a gradient are among those that count."""
         own, other = self._scales
         scaled = ~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other) & ~self._is_between
-        return self._is_one(own) | scaled
+        return (self._is_likelier(own, other) & ((own - 1).abs() <= (other - 1).abs())) | scaled
 
     @property
     def is_known(self) -> Tensor:
         """Whether that is told at all."""
         own, other = self._scales
         ignored = self._is_natural(other) & ~self._is_natural(own) & ~self._is_between
-        return self.zeros_count | self._is_one(other) | ignored
+        return self.zeros_count | self._is_likelier(other, own) | ignored
 
     @property
     def is_plain(self) -> Tensor:
@@ -76,6 +76,10 @@ class Count(NamedTuple):
 
     def _is_one(self, x: Tensor) -> Tensor:
         return (x - 1).abs() <= self.tolerance
+
+    def _is_likelier(self, x: Tensor, than: Tensor) -> Tensor:
+        """Whether x is 1, and not by a chance that the other one, exact where x is not, explains."""
+        return self._is_one(x) & (self._is_natural(x) | ~self._is_natural(than))
 
     def _is_natural(self, x: Tensor) -> Tensor:
         """A power of two over a small odd number."""

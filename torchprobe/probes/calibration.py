@@ -187,9 +187,9 @@ class CalibrationReporter(Reporter):
         elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
             self.explain(
                 "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
-                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes or outputs), or "
-                "may be of samples, where random numbers were drawn after the pass; use nn.CrossEntropyLoss() or the "
-                "like on the output, or call session.log_predictions(probs, targets)"
+                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes or outputs, the "
+                "hardest examples), or may be of samples, where random numbers were drawn after the pass; use "
+                "nn.CrossEntropyLoss() or the like on the output, or call session.log_predictions(probs, targets)"
             )
 
     def _note(self, name: str, row: NDArray[np.float64]) -> None:

@@ -172,7 +172,9 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     values = {quantity: _proper(name, meanings[name].convert(wide(x))) for quantity, (name, x) in found.items()}
     nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
     complete = nu is not None and beta is not None
-    guesses = [name for name, meaning in meanings.items() if meaning.is_guess and not complete]
+    both = values.get("epistemic"), values.get("aleatoric")
+    if "total" not in values and both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
+        values["total"] = both[0] + both[1]
     logits, probabilities = fields.get("logits"), _with_words(fields, _PROBABILITIES, without="log")
     plain = probabilities if logits is None else logits
     return Reading(
@@ -184,7 +186,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
         beta=wide(beta) if beta is not None and complete else None,
         kl=values.get("kl"),
         plain=plain,
-        guesses=tuple(guesses),
+        guesses=tuple(name for name, meaning in meanings.items() if meaning.is_guess and not complete),
         heads=_heads(fields, plain, meanings),
     )
 

@@ -41,6 +41,14 @@ NAMED = {
     ),
     "model output": (lambda h: Output(variance=z), {"aleatoric": z.mean(), "total": z.mean()}),
     "nested": (lambda h: {"head": {"uncertainty": z}}, {"total": z.mean()}),
+    "of data and model": (
+        lambda h: {"data_uncertainty": z, "modelUncertainty": 2 * z},
+        {"aleatoric": z.mean(), "epistemic": 2 * z.mean(), "total": 3 * z.mean()},
+    ),
+    "of data": (
+        lambda h: {"data_uncertainty": z, "data": z, "model_entropy": 0 * z},
+        {"aleatoric": z.mean(), "total": 0 * z.mean()},
+    ),
     "entropy": (lambda h: {"predictive_entropy": z[:, 0]}, {"total": z[:, 0].mean()}),
     "negative": (lambda h: {"variance": z - 1}, {}),
     "negative of another name": (lambda h: {"uncertainty": z - 1, "epistemic": 1 - z}, {}),

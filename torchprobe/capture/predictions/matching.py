@@ -147,7 +147,8 @@ def _targets(call: Call, match: _Match) -> Tensor:
 def settle(phase: Phase) -> None:
     """No gradient came: what loss modules were handed counts as in validation."""
     for one in list(phase.waiting):
-        first, one.candidates = [call for call in one.candidates[:1] if call.form in one.predicted], []
+        first = [call for call in one.candidates[:1] if call.form in one.predicted]
+        one.candidates.clear()  # asked for once
         for call in first:
             flags = [flag for flag in (call.certain, call.own) if flag is not None]
             certain = torch.stack(flags).all() if flags else None

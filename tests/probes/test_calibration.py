@@ -78,6 +78,22 @@ def test_validation_with_a_functional_loss_says_once_what_to_do(caplog):
     assert "val/uncertainty_total/root" in writer.tags()
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_validation_that_is_judged_does_not_hide_that_training_is_not(mixed, caplog):
+    model, writer, loss, (x, y) = net(), MemoryWriter(), nn.CrossEntropyLoss(), batch(0)
+    with watch(model, writer) as session:
+        for _ in range(2):
+            out = model(x)
+            (loss(out, y) + mixed * out.square().mean()).backward()
+            session.next_step()
+            with torch.no_grad():
+                loss(model.eval()(x), y)
+            model.train()
+    assert bool(writer.scalars("calibration/nll")) is not mixed
+    assert writer.scalars("val/calibration/nll")
+    assert caplog.text.count("calibration in training: no targets were seen") == mixed
+
+
 def test_a_model_that_a_reentrant_checkpoint_runs_again_in_backward():
     model, writer = net(), MemoryWriter()
     x, y = batch(0)

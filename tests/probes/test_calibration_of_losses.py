@@ -63,6 +63,40 @@ def test_targets_that_are_ignored_are_left_out():
         assert_calibration(writer, 1, out.softmax(-1)[y >= 0], y[y >= 0])
 
 
+HARDEST = {
+    "topk": lambda losses: losses.topk(16).values.mean(),
+    "sorted": lambda losses: losses.sort(descending=True).values[:16].mean(),
+    "above a threshold": lambda losses: losses[losses > 2].mean(),
+    "masked above it": lambda losses: (losses * (losses > 2)).sum() / (losses > 2).sum(),
+}
+EACH = {
+    "functional": lambda out, y: F.cross_entropy(out, y, reduction="none"),
+    "by hand": lambda out, y: -out.log_softmax(-1).gather(1, y[:, None])[:, 0],
+    "module": nn.CrossEntropyLoss(reduction="none"),
+    "smoothed, weighted module": nn.CrossEntropyLoss(torch.arange(1.0, 6), reduction="none", label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("chosen", [*HARDEST, "by a mask"])
+@pytest.mark.parametrize("each", EACH)
+def test_examples_that_are_chosen_by_their_loss_are_no_sample(chosen, each):
+    model, writer, (x, y) = net(), MemoryWriter(), batch(0)
+    model[2].weight.data.mul_(12)
+    mask = torch.arange(32) % 3 > 0
+    with watch(model, writer) as session:
+        out = model(x)
+        HARDEST.get(chosen, lambda losses: losses[mask].mean())(EACH[each](out, y)).backward()
+        session.next_step()
+    tells = "module" in each or chosen == "by a mask"
+    if tells and writer.scalars("calibration/nll"):
+        kept = mask if chosen == "by a mask" else ...
+        assert_calibration(writer, 1, out.softmax(-1)[kept], y[kept], rel=1e-4)
+    else:
+        assert not [tag for tag in writer.tags() if tag.startswith("calibration")]
+        assert not tells or "smoothed" in each
+    assert writer.scalars("uncertainty_total/root") or "smoothed" in each
+
+
 @pytest.mark.parametrize("layout", ["(B, T, V) flattened", "(B, V, T) by transposing", "shifted"])
 @pytest.mark.parametrize("kind", ["module", "functional"])
 def test_sequences(layout, kind):

@@ -34,10 +34,21 @@ class Output(collections.OrderedDict):
 
 z = torch.tensor([[0.5, 1.0, 1.5, 2.0], [1.0, 2.0, 3.0, 4.0]])
 NAMED = {
-    "dataclass": (lambda h: Both(z, 2 * z), {"epistemic": z.mean(), "aleatoric": 2 * z.mean()}),
-    "named tuple": (lambda h: Named(z, z), {"epistemic": (z * z).mean(), "aleatoric": z.exp().mean()}),
+    "dataclass": (lambda h: Both(z, 2 * z), {"epistemic": z.mean(), "aleatoric": 2 * z.mean(), "total": 3 * z.mean()}),
+    "named tuple": (
+        lambda h: Named(z, z),
+        {"epistemic": (z * z).mean(), "aleatoric": z.exp().mean(), "total": (z * z + z.exp()).mean()},
+    ),
     "model output": (lambda h: Output(variance=z), {"aleatoric": z.mean(), "total": z.mean()}),
     "nested": (lambda h: {"head": {"uncertainty": z}}, {"total": z.mean()}),
+    "of data and model": (
+        lambda h: {"data_uncertainty": z, "modelUncertainty": 2 * z},
+        {"aleatoric": z.mean(), "epistemic": 2 * z.mean(), "total": 3 * z.mean()},
+    ),
+    "of data": (
+        lambda h: {"data_uncertainty": z, "data": z, "model_entropy": 0 * z},
+        {"aleatoric": z.mean(), "total": 0 * z.mean()},
+    ),
     "entropy": (lambda h: {"predictive_entropy": z[:, 0]}, {"total": z[:, 0].mean()}),
     "negative": (lambda h: {"variance": z - 1}, {}),
     "negative of another name": (lambda h: {"uncertainty": z - 1, "epistemic": 1 - z}, {}),

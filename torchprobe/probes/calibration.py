@@ -28,6 +28,12 @@ _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
 _FAINT = 0.01
+_NO_TARGETS = (
+    "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone (soft or mixed "
+    "targets, weights with smoothing, a policy, the best of several passes or outputs, the hardest examples), or may "
+    "be of samples, where random numbers were drawn after the pass; use nn.CrossEntropyLoss() or the like on the "
+    "output, or call session.log_predictions(probs, targets)"
+)
 _ITS_OWN = (
     "calibration: so far all targets are the model's own likeliest classes, though it is not that sure of them: as "
     "pseudo-labels they say nothing of it; where they are not, call session.log_predictions(probs, targets)"
@@ -86,6 +92,7 @@ class CalibrationReporter(Reporter):
         self.evidence = Evidence()
         self._outputs: tuple[str, ...] = ()
         self._judges = False  # some predictions were judged, so that where none are that is worth a line
+        self._unread = False  # the gradient told no targets: worth a line once something else tells some in validation
         self._luck = Luck()
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
@@ -123,6 +130,8 @@ class CalibrationReporter(Reporter):
         elif name is None or _is_open(known[name][_EVIDENCE]):
             self._explain(names, found, name)
         else:
+            self._unread &= not name.endswith("|train")
+            self.remark(f"calibration in training: {_NO_TARGETS}" if self._unread else "")
             self._note(name, known[name])
             row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
             yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
@@ -185,12 +194,8 @@ class CalibrationReporter(Reporter):
                 "tell whether they count; use a loss module, or call session.log_predictions(probs, targets)"
             )
         elif not self.reason and any(row[_EVIDENCE][0] > 0 for row in found.values()):
-            self.explain(
-                "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone "
-                "(soft or mixed targets, weights with smoothing, a policy, the best of several passes or outputs), or "
-                "may be of samples, where random numbers were drawn after the pass; use nn.CrossEntropyLoss() or the "
-                "like on the output, or call session.log_predictions(probs, targets)"
-            )
+            self._unread |= any(name.endswith("|train") for name in found)
+            self.explain(_NO_TARGETS)
 
     def _note(self, name: str, row: NDArray[np.float64]) -> None:
         notes = [f"of the first output, {self._outputs[0]}"] if self._outputs else []

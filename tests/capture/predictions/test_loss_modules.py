@@ -32,6 +32,20 @@ def step(model, criterion, seed=0):
     return out, y
 
 
+@pytest.mark.parametrize("batches", [1, 3, 20])
+def test_validation_with_gradients_that_nobody_asks_for_is_judged_too(batches):
+    model, writer, criterion = net(), MemoryWriter(), nn.CrossEntropyLoss()
+    with watch(model, writer):
+        step(model, criterion)
+        model.eval()
+        given = [batch(seed) for seed in range(batches)]
+        outs = [(model(x), y) for x, y in given if criterion(model(x), y) is not None]
+        other = nn.CrossEntropyLoss()(model(given[0][0]) * 2, given[0][1])  # of something else
+        del other
+    p, y = torch.cat([out.softmax(-1) for out, _ in outs]), torch.cat([y for _, y in outs])
+    assert_calibration(writer, 1, p, y, "val/")
+
+
 @pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, Mine])
 @pytest.mark.parametrize("holder", [lambda c: c, lambda c: {"losses": [c]}, lambda c: lambda: c])
 def test_validation_is_judged_by_a_loss_module_in_any_object(kind, holder):

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, is_steady
+from torchprobe.capture.predictions.trust import CLOSE, STEADY, Count, counted, is_steady
 
 FACTORS = st.one_of(st.floats(1e-6, 1e6), st.just(1.0))
 ROWS = st.lists(st.tuples(FACTORS, st.booleans(), st.integers(-1, 3)), min_size=1, max_size=40)
@@ -62,6 +62,7 @@ def count(factor: float, alive: int, zeros: int, rows: int) -> Count:
 
 @settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 50), st.integers(0, 12), st.sampled_from([1, 3, 5, 15]))
+@example(181, 13, 4, 15)  # 16 / 15 over all rows is 0.5 % off a mean over those with a gradient
 def test_rows_without_a_gradient_count_where_the_mean_is_over_them_too(alive, zeros, octaves, odd):
     """A mean over all rows, in `odd` micro-batches, times a power of two of a loss scale."""
     scale = Fraction(2**octaves, odd)
@@ -78,6 +79,19 @@ def test_rows_without_a_gradient_count_where_the_mean_is_over_them_too(alive, ze
 
 
 @settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 50), st.integers(0, 12), st.sampled_from([1, 3, 5, 15]))
+@example(300, 1, 0, 1)  # all rows are 0.3 % off
+@example(196, 14, 4, 15)  # a mean over all rows is 0.4 % off
+def test_rows_without_a_gradient_do_not_count_where_the_mean_leaves_them_out(alive, zeros, octaves, odd):
+    scale = Fraction(2**octaves, odd)
+    found = count(float(scale / alive), alive, zeros, alive + zeros)
+    if scale == 1 and alive not in (15 * zeros, 7 * zeros, 3 * zeros, zeros):
+        assert bool(found.is_known)
+    if bool(found.zeros_count):
+        assert _is_natural(float(scale * Fraction(alive + zeros, alive)))
+
+
+@settings(deadline=None)
 @given(st.floats(1e-5, 1e5), st.integers(1, 300), st.integers(0, 30))
 def test_a_factor_is_plain_or_usual_as_fractions_say(factor, alive, zeros):
     rows = alive + zeros
@@ -87,6 +101,25 @@ def test_a_factor_is_plain_or_usual_as_fractions_say(factor, alive, zeros):
     found = count(factor, alive, zeros, rows)
     assert bool(found.is_plain) == any(abs(x - 1) <= CLOSE for x in (*products, factor))
     assert bool(found.is_usual) == any(map(_is_natural, products))
+
+
+@pytest.mark.parametrize("known", [40, 30])
+def test_rows_count_by_what_parts_those_with_a_gradient_from_others(known):
+    loss, given = torch.randn(40).square(), torch.arange(40) < known
+    order = loss.where(given, -1.0).argsort(descending=True)
+
+    def of(rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(40, dtype=torch.bool).index_fill_(0, rows, True)
+
+    for many in (12, known - 9):  # the hardest, and all but a few easy ones
+        assert torch.equal(counted(loss, of(order[:many]), given), given)
+    easiest = of(order[8:known])  # or all but some padding, which no training made sure
+    assert torch.equal(counted(loss, easiest, given), easiest)
+    padding = torch.where(of(order[12:known]), loss.where(given, torch.inf).amin(), loss)
+    assert not counted(padding, of(order[:12]), given).any()
+    assert not counted(loss, of(order[: known - 1]), given).any()  # one is left out, which happens to be the easiest
+    for mask in (of(order[:known:2]), given, given & (loss > loss.median()) | of(order[known - 2 : known - 1])):
+        assert torch.equal(counted(loss, mask, given), mask)
 
 
 def _misses(x: float) -> list[float]:

@@ -18,7 +18,7 @@ from torchprobe.capture.predictions.gradient import TOLERANCE, Given, Recovered,
 from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import Seen
-from torchprobe.capture.predictions.targets import direction, targets_of, weights_of
+from torchprobe.capture.predictions.targets import direction, targets_of, wanted, weights_of
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
@@ -46,7 +46,9 @@ def confirm_gradient(
         given = Given(predicted, g, form, gradients[0].dtype)
         found = recover(*given)
         evidence, row = _from_gradient(waiting, given, judge, found)
-        for confirmed, better in _from_calls(waiting, given):
+        by_value = trust.are_hardest(found, predicted, judge)
+        for confirmed, better in _from_calls(waiting, given, judge.selected):
+            by_value = by_value & ~confirmed
             evidence = torch.where(confirmed, _evidence(g, 1.0, 1.0), evidence)
             row = torch.where(confirmed, better, row)
         phase.support(form.key, evidence)
@@ -56,6 +58,7 @@ def confirm_gradient(
         refuse = partial(_refuse, phase, form, against)
         for flag in trust.choices(waiting, form, seen, refuse):
             refuse(flag)
+        refuse(by_value)
         if sampled:
             phase.calibration.support(form.key, against)
         each = forms.row_count(waiting.shape, form) // waiting.shape[0]
@@ -118,7 +121,7 @@ def _claimed(found: Recovered, given: Given, judge: Judge) -> tuple[Tensor, Tens
 # ---- by the calls of loss modules, which the gradient confirms
 
 
-def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
+def _from_calls(waiting: Waiting, given: Given, selected: bool) -> list[tuple[Tensor, Tensor]]:
     """A flag and a row, where the gradient is that of the calls that were heard: of one, or of a mixture of two."""
     predicted, g, form, precision = given
     calls = [one for one in waiting.candidates if one.form == form]
@@ -141,7 +144,8 @@ def _from_calls(waiting: Waiting, given: Given) -> list[tuple[Tensor, Tensor]]:
     # The gradient of a mean of probabilities points the same way at each pass, of which none was judged by itself.
     confirmed = torch.stack([confirmed, *(call.own for call in calls if call.own is not None)]).all()
     total = sum(w.mean() for w in weights)
-    rows = [calibration.compute(p, _kept(call, alive), ignore_index=forms.IGNORED) for call in calls]
+    kept = [call.targets if selected else _kept(call, p, alive) for call in calls]
+    rows = [calibration.compute(p, targets, ignore_index=forms.IGNORED) for targets in kept]
     if len(rows) == 1:
         return [(confirmed & _is_unweighted(calls[0], weights[0][:, 0], clear, alive), rows[0])]
     return [(confirmed, sum(row * (w / total).to(row.dtype) for row, w in zip(rows, weights, strict=True)))]  # type: ignore[list-item]
@@ -164,11 +168,13 @@ def _of_answers(p: Tensor, g: Tensor, call: Candidate) -> tuple[Tensor, Tensor]:
     return (agree.sum() >= _ENOUGH * alive.sum()) & (alive.sum() > 0), row
 
 
-def _kept(call: Candidate, alive: Tensor) -> Tensor:
-    """Targets without those that a mask took away after the loss was computed of each."""
+def _kept(call: Candidate, p: Tensor, alive: Tensor) -> Tensor:
+    """Targets without those that a mask took away after the loss was computed of each; not where their losses did."""
     if call.reduced or call.targets.dim() > 1:
         return call.targets
-    return call.targets.where(alive, forms.IGNORED)
+    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+    loss = -(wanted(call.targets, call.weight, call.smoothing, p) * log_p).sum(-1)
+    return call.targets.where(trust.counted(loss, alive, call.targets != forms.IGNORED), forms.IGNORED)
 
 
 # ---- by a loss that the model returns

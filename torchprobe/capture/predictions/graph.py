@@ -22,6 +22,7 @@ _CHOICES = r"Slice|Select|Index|IndexSelect|Unbind|Split|SplitWithSizes"
 _IS_VIEW = re.compile(f"({_SHAPES}|{_CHOICES})Backward")
 _IS_SHAPE = re.compile(f"({_SHAPES})Backward")
 _LONGEST_WAY = 16
+_SELECTS = {"TopkBackward", "SortBackward", "KthvalueBackward"}
 _MOVES = {"TransposeBackward", "PermuteBackward", "TBackward"}
 _KINDS = {
     "NllLossBackward": "softmax",
@@ -40,12 +41,13 @@ class Judge(NamedTuple):
     kind: "whole" where the root is a reduced cross-entropy, and perhaps more, of the output itself, reached in no other
     way; "each" where its examples are weighed, masked or chosen afterwards; "also" where its log-probabilities are used
     in other ways as well; "" where something else is reached from the output; "blind" where the graph does not tell.
-    node: of the loss. moved: whether an axis was moved on the way.
+    node: of the loss. moved: whether an axis was moved on the way. selected: whether examples are chosen by value.
     """
 
     kind: Literal["whole", "each", "also", "", "blind"]
     node: Any = None
     moved: bool = False
+    selected: bool = False
 
     @property
     def judges(self) -> str:
@@ -76,10 +78,10 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
         return BLIND
     judges = [_judge_at(user, above) for user in above.get((node, place.result), [])]
     known = [judge for judge in judges if judge.node is not None]
-    if len(known) != 1:
-        return UNKNOWN
-    alone = len(judges) == 1 or known[0].kind != "whole"
-    return known[0] if alone else known[0]._replace(kind="also")
+    judge = known[0] if len(known) == 1 else UNKNOWN
+    if judge.kind == "whole":
+        return judge if len(judges) == 1 else judge._replace(kind="also")
+    return judge._replace(selected=any(name in _SELECTS for name, _ in between(roots, place)))
 
 
 def _judge_at(node: Any, above: Above, moved: bool = False) -> Judge:

@@ -52,15 +52,14 @@ def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
     for phase, one, match in _matches(waiting, call):
         if match is None:
             continue
-        if call.form is None:
+        if match.form is None:
             _judge_numbers(phase, one, call, match.certain)
         elif training and one.in_graph:
-            assert match.form is not None
-            one.candidates.append(
-                Candidate(match.form, _targets(call, match), call.weight, call.smoothing, call.reduced, match.own)
-            )
+            how = call.weight, call.smoothing, call.reduced, match.own, match.certain
+            one.candidates.append(Candidate(match.form, _targets(call, match), *how))
         else:
-            _judge_classes(phase, one, call, match)
+            p = _probabilities(call, match.rows)
+            _judge_classes(phase, one, match.form, p, _targets(call, match), match.certain)
         return
 
 
@@ -145,15 +144,27 @@ def _targets(call: Call, match: _Match) -> Tensor:
     return targets.where(match.kept[:, None], torch.nan)
 
 
-def _judge_classes(phase: Phase, waiting: Waiting, call: Call, match: _Match) -> None:
-    for form in (forms.LAST, forms.SECOND, forms.BINARY, forms.YES):
-        phase.settle_form(form.key, form == match.form, match.certain)
-    phase.settle_form(NUMBERS, False, match.certain)
-    if match.certain is None:
+def settle(phase: Phase) -> None:
+    """No gradient came: what loss modules were handed counts as in validation."""
+    for one in list(phase.waiting):
+        first = [call for call in one.candidates[:1] if call.form in one.predicted]
+        one.candidates.clear()  # asked for once
+        for call in first:
+            flags = [flag for flag in (call.certain, call.own) if flag is not None]
+            certain = torch.stack(flags).all() if flags else None
+            _judge_classes(phase, one, call.form, one.predicted[call.form].mean, call.targets, certain)
+
+
+def _judge_classes(
+    phase: Phase, waiting: Waiting, form: forms.Form, p: Tensor, targets: Tensor, certain: Tensor | None
+) -> None:
+    for other in (forms.LAST, forms.SECOND, forms.BINARY, forms.YES):
+        phase.settle_form(other.key, other == form, certain)
+    phase.settle_form(NUMBERS, False, certain)
+    if certain is None:
         phase.has_judged(waiting)
-    targets = _targets(call, match)
-    row = calibration.compute(_probabilities(call, match.rows), targets, ignore_index=forms.IGNORED)
-    phase.calibration.add(f"{SURE}|found", _if_certain(row, match.certain), match.rows is not None)
+    row = calibration.compute(p, targets, ignore_index=forms.IGNORED)
+    phase.calibration.add(f"{SURE}|found", _if_certain(row, certain), waiting.pool.sampled(form))
 
 
 def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor | None) -> None:

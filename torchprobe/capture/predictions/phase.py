@@ -91,7 +91,7 @@ class Tally:
 
 
 class Candidate(NamedTuple):
-    """Targets that a loss module was called with, row by row, for the gradient to confirm; own: see `matching`."""
+    """Targets that a loss module was called with, row by row, for the gradient to confirm; flags: see `matching`."""
 
     form: Form
     targets: Tensor
@@ -99,6 +99,7 @@ class Candidate(NamedTuple):
     smoothing: float
     reduced: bool
     own: Tensor | None
+    certain: Tensor | None = None
 
 
 class Values(NamedTuple):

@@ -38,6 +38,7 @@ _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
     "alpha": {"alpha", "alphas"} | _EVIDENCE,
     "kl": {"kl", "kld"},
 }
+_OF = {"data": "aleatoric", "model": "epistemic", "knowledge": "epistemic"}  # in a name that says uncertainty
 _DIVERGENCES = ("kl_loss", "kl_div", "kl_divergence")  # methods of bayesian-torch's layers, and others'
 _GUESSES = _STD | _LOGARITHMS | {"alpha", "alphas"} | _EVIDENCE  # names of other things, too
 _OBSERVED = "The model returns a distribution of what is observed."
@@ -121,10 +122,9 @@ class Meaning(NamedTuple):
 def meaning_of(name: str) -> Meaning | None:
     """What a field such as `epistemic_std`, `log_var` or `evidence` holds; None for any other name."""
     words = _words_of(name)
-    if words & (_OTHERWISE | _LOGITS):
-        return None
+    words |= {_OF.get(word, "") for word in words} if words & {"uncertainty", "uncertainties"} else set()
     quantity = next((quantity for quantity, names in _QUANTITIES.items() if words & names), None)
-    if quantity is None:
+    if quantity is None or words & (_OTHERWISE | _LOGITS):
         return None
     return Meaning(quantity, *_conversion(words), quantity in ("variance", "alpha") and bool(words & _GUESSES))
 
@@ -172,7 +172,9 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     values = {quantity: _proper(name, meanings[name].convert(wide(x))) for quantity, (name, x) in found.items()}
     nu, beta = _with_words(fields, {"nu", "v"}), _with_words(fields, {"beta"})
     complete = nu is not None and beta is not None
-    guesses = [name for name, meaning in meanings.items() if meaning.is_guess and not complete]
+    both = values.get("epistemic"), values.get("aleatoric")
+    if "total" not in values and both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
+        values["total"] = both[0] + both[1]
     logits, probabilities = fields.get("logits"), _with_words(fields, _PROBABILITIES, without="log")
     plain = probabilities if logits is None else logits
     return Reading(
@@ -184,7 +186,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
         beta=wide(beta) if beta is not None and complete else None,
         kl=values.get("kl"),
         plain=plain,
-        guesses=tuple(guesses),
+        guesses=tuple(name for name, meaning in meanings.items() if meaning.is_guess and not complete),
         heads=_heads(fields, plain, meanings),
     )
 

@@ -13,6 +13,7 @@ from torchprobe.buffer.step import Piece
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.predictions.capture import PredictionCapture
+from torchprobe.capture.predictions.matching import settle
 from torchprobe.capture.predictions.phase import Moment, Phase
 from torchprobe.capture.predictions.plain_outputs import Settled
 from torchprobe.capture.source import Pass
@@ -97,6 +98,9 @@ class PredictionSource:
         """
         if training:
             return self._rows(phases, True)
+        with self._shared.boundary(), torch.no_grad():
+            for phase in (output for one in phases for output in one.all_outputs()):
+                settle(phase)
         self._settled = self.merge(self._settled, list(phases))
         return []
 

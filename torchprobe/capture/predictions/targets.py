@@ -99,7 +99,7 @@ def by_row(targets: Tensor, form: Form, index: Tensor | None) -> Tensor:
     return flat if form.kind == "softmax" else torch.stack((1 - flat, flat), -1).float()
 
 
-def _wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
+def wanted(targets: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
     """What a cross-entropy wants of each class, (n, classes): its targets, smoothed and weighted; 0 of ignored rows."""
     classes = like.shape[-1]
     if targets.dim() == 1:
@@ -115,7 +115,7 @@ def direction(p: Tensor, targets: Tensor, weight: Tensor | None, smoothing: floa
     """The gradient at logits that a call asks for, up to a factor: p Σb - b with what is wanted of each class, b.
     already: where they are probabilities instead.
     """
-    b = _wanted(targets, weight, smoothing, p)
+    b = wanted(targets, weight, smoothing, p)
     by_logits = p * b.sum(-1, keepdim=True) - b
     return torch.where(already, -b / p.clamp(min=torch.finfo(p.dtype).tiny), by_logits)
 

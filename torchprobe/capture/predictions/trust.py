@@ -25,6 +25,8 @@ CLOSE = 5e-3
 
 _ENOUGH = 0.9  # of the rows
 _ODD = 1, 16, 2  # a range: 1, 3, ... 15
+_CHANCE = 14.0  # nats: one in a million
+_DISTINCT = 1e-3  # nats, of two losses
 _LEAST_AGREEMENT = 8  # rows of a class beyond the first, in all
 
 
@@ -42,14 +44,14 @@ class Count(NamedTuple):
         """Whether rows without a gradient are among those that count."""
         own, other = self._scales
         scaled = ~self._is_one(other) & self._is_natural(own) & ~self._is_natural(other) & ~self._is_between
-        return self._is_one(own) | scaled
+        return (self._is_likelier(own, other) & ((own - 1).abs() <= (other - 1).abs())) | scaled
 
     @property
     def is_known(self) -> Tensor:
         """Whether that is told at all."""
         own, other = self._scales
         ignored = self._is_natural(other) & ~self._is_natural(own) & ~self._is_between
-        return self.zeros_count | self._is_one(other) | ignored
+        return self.zeros_count | self._is_likelier(other, own) | ignored
 
     @property
     def is_plain(self) -> Tensor:
@@ -76,6 +78,10 @@ class Count(NamedTuple):
 
     def _is_one(self, x: Tensor) -> Tensor:
         return (x - 1).abs() <= self.tolerance
+
+    def _is_likelier(self, x: Tensor, than: Tensor) -> Tensor:
+        """Whether x is 1, and not by a chance that the other one, exact where x is not, explains."""
+        return self._is_one(x) & (self._is_natural(x) | ~self._is_natural(than))
 
     def _is_natural(self, x: Tensor) -> Tensor:
         """A power of two over a small odd number."""
@@ -128,6 +134,31 @@ def choices(waiting: Waiting, form: Form, seen: Seen, refuse: Refuse) -> Iterato
     each = row_count(waiting.shape, form) // waiting.shape[0]
     if each > 1 and form.kind == "softmax" and not waiting.pool.by_place and not waiting.pool.sampled(form):
         yield _are_best_of_each(seen, each)
+
+
+def are_hardest(found: Recovered, predicted: Predicted, judge: Judge) -> Tensor:
+    """A flag: whether rows without a gradient may have been left out for their small loss: the graph says so, or none
+    of the others has as small a loss as these would have at least, which hardly is chance.
+    """
+    p, targets, alive = predicted.mean, found.targets.amax(0), found.alive.any(0)
+    if judge.selected or judge.kind == "whole":
+        return torch.full_like(alive[:1].any(), judge.selected)
+    left = ~alive & ~found.faint.all(0)
+    floor = p.amax(-1).where(left, torch.inf).amin()
+    given = p.gather(-1, targets.clamp(min=0)[:, None])[:, 0].where(alive & (targets >= 0), 0.0)
+    share = p.where(p <= floor, 0.0).sum(-1).clamp(torch.finfo(p.dtype).tiny, 1).log()
+    return left.any() & (given <= floor).all() & (share.where(alive, 0.0).sum() < -_CHANCE / 2)
+
+
+def counted(loss: Tensor, alive: Tensor, known: Tensor) -> Tensor:
+    """Flags: rows that count, by their losses: those with a gradient; all where the others have smaller losses, and
+    hardly by chance; none where it may be either. Padding often has one loss, which is one chance.
+    """
+    given, left = known & alive, known & ~alive
+    k, others = given.sum(), (loss.where(left, -torch.inf).sort().values.diff() > _DISTINCT).sum()
+    ways = torch.lgamma(k + others + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma(others + 1.0)
+    smaller = loss.where(given, torch.inf).amin() >= loss.where(left, -torch.inf).amax()
+    return torch.where(smaller & left.any(), known & (ways > _CHANCE), alive)
 
 
 def have_one_target(targets: Tensor, each: int, index: Tensor | None) -> Tensor:

@@ -209,6 +209,14 @@ class Product:
         return [i for i, name in enumerate(self.names[which]) if name not in self.result]
 
 
+def parameters_of(factor: Node) -> Any:
+    """The parameter that a factor is a view of, and from where on; None for what is computed, perhaps at each call."""
+    node = factor
+    while node.func is not None and node.sharing:
+        node = node.sharing[0]
+    return (node, factor.memory.offset) if node.func is None else None
+
+
 def product_of(node: Node) -> Product | None:
     """What a call multiplies; None where it is no product, or one of an unknown form."""
     func = node.func

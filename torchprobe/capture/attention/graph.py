@@ -158,7 +158,7 @@ class Found:
     """Stands where outside of graphs statistics are computed: keeps how they are to be."""
 
     def __init__(self) -> None:
-        self.owners = self.uncovered = self
+        self.owners = self.uncovered = self.sites = self
         self.padding = Padding()
         self._caller: Caller | None = None
         self.plans: dict[int, tuple[Plan, str]] = {}
@@ -178,6 +178,9 @@ class Found:
 
     def add(self, reason: str) -> None:
         """An attention cannot be read: which, is told by its softmax."""
+
+    def refuse(self, module: str, path: Any) -> None:
+        """The same."""
 
     def record(self, call: Call, reading: Reading, name: str) -> None:
         """Weights are used with values."""

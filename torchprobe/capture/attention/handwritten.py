@@ -17,7 +17,7 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
 from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Root, leaves, roots_of
+from torchprobe.capture.attention.labels import Root, roots_of
 from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
@@ -40,7 +40,7 @@ class Handwritten:
         self.labels = labels
         self._softmaxes = softmaxes
         self._latent: list[tuple[set[Root], Callable[[], None]]] = []
-        self._strayed: list[Pending] = []  # weights whose keys were lost before they met something else
+        self._open: dict[Pending, str] = {}  # why what is not wholly used with values at the end is not read
         self._any = False  # whether there are weights to follow
 
     def begin(self, modules: Iterable[nn.Module]) -> None:
@@ -53,14 +53,14 @@ class Handwritten:
         waiting, self._latent = self._latent, []
         for _, count in waiting:
             count()
-        for reason in uses.strayed(self._strayed):
-            self._observer.uncovered.add(reason)
-        self._strayed.clear()
+        for pending, reason in [*self._open.items()]:
+            if not pending.whole:
+                self._refuse(pending, reason)
 
     def forget(self) -> None:
         """Hold nothing of the pass."""
         self._latent.clear()
-        self._strayed.clear()
+        self._open.clear()
         self.tape.clear()
         self._any = False
 
@@ -73,7 +73,7 @@ class Handwritten:
             with self._observer.guard():
                 self.tape.not_again(nodes[0])
                 uses.hold_places(nodes[0], args, kwargs)
-        if self._latent or self._matters(nodes[0]) or self._flows(nodes[0]):
+        if self._latent or self._matters(nodes[0]) or any(one.flow is not None for one in nodes[0].inputs):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
 
@@ -90,6 +90,7 @@ class Handwritten:
     def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
         node = nodes[0]
         func = node.func
+        self._after_outputs(nodes, [one for one in node.inputs if one.flow is not None and one.flow.kind == "output"])
         if func in fn.PRODUCTS:
             self._after_product(node, args, kwargs, within)
         elif func in _OF_SOFTMAX and not self._flows(node):
@@ -107,7 +108,8 @@ class Handwritten:
                 node.take_flow(flow)
 
     def _flows(self, node: Node) -> list[tuple[Node, Flow]]:
-        return [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
+        flows = [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
+        return [pair for pair in flows if pair[1].kind != "output"]
 
     def say_padded(self, tokens: Tensor, padded: Tensor, place: int = 1) -> None:
         """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens).
@@ -139,8 +141,10 @@ class Handwritten:
             return
         flows = self._flows(node)
         for which, factor in enumerate(product.factors):
-            if factor.flow is not None:
-                self._after_use(node, product, which, factor.flow, (args, kwargs), within)
+            if len(flows) == 1 and factor is flows[0][0]:
+                self._after_use(node, product, which, flows[0][1], (args, kwargs), within)
+        if len(flows) > 1:
+            self._stray([pending for _, flow in flows for pending in flow.pending], "whose weights meet others")
         if not flows and len(product.factors) == 2 and uses.may_be_scores(node, product):
             caller = within or self._observer.owners.caller()
             if node.label is not None and node.caller != caller:
@@ -166,39 +170,65 @@ class Handwritten:
             axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
             if flow.kind == "weights" and not all(one.const for one in product.factors if one is not factor):
-                self._strayed.append(flow.first)
+                self._stray(flow.pending, "whose weights are rearranged")
             return
         if product.names[which][axis] in product.result:
             self.give([node], uses.mixed(product, which, flow))
         elif flow.kind == "weights":
             self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
+            self.give([node], Flow("output", flow.pending))
         elif flow.kind == "exponentials" and not flow.changed:
+            if flow.first.of is not None and self._is_shifted(flow.first, flow.first.of[0]):
+                self._stray(flow.pending, "whose exponentials are not divided by their sum")
             self.give([node], replace(flow, multiplied=True))
+
+    def _is_shifted(self, pending: Pending, logits: Node) -> bool:
+        """Whether logits are relative to something that is made of them, as in a softmax."""
+        others = [one for one in logits.inputs if not one.is_logits] if logits.func in fn.DIFFERENCES else []
+        return any(uses.meets_scores(one, pending, self.labels.of) for one in others)
+
+    def _after_outputs(self, nodes: list[Node], outputs: list[Node]) -> None:
+        """Attended values meet something: the scores tell where several softmaxes are merged into one."""
+        if not outputs:
+            return
+        node, pending = nodes[0], tuple(dict.fromkeys(one for node in outputs for one in node.flow.pending))
+        others = [one for one in node.inputs if one not in outputs and not one.const]
+        for one in pending:
+            if any(uses.meets_scores(other, one, self.labels.of) for other in others):
+                self._refuse(one, one.because("whose outputs are weighted by its scores"))
+        func = node.func
+        if not others and (func in fn.JOINS or uses.keeps(node, outputs[0]) or (func and fn.is_pointwise(func))):
+            self.give(nodes, Flow("output", pending))
+
+    def _stray(self, all_pending: Iterable[Pending], reason: str) -> None:
+        """They are not read, unless they are wholly used with values elsewhere."""
+        for pending in all_pending:
+            self._open.setdefault(pending, pending.reason or pending.because(reason))
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
-        dims = self.labels.of(node).dims
-        if not flow.first.keys:  # a single key
-            return next((i for i in range(len(dims) - 1, -1, -1) if not dims[i]), None)
-        return next((i for i, dim in enumerate(dims) if flow.first.keys & leaves([dim])), None)
+        return uses.key_axis(self.labels.of(node), flow)
 
     # ---- the use of weights
 
     def _use(self, node: Node, axis: int | None, flow: Flow, weights: Tensor | None, within: Caller | None) -> None:
         """Weights are summed with values over the keys, the dimension `axis`; None: before they were divided."""
-        if not flow.first.take():
+        new = [pending for pending in flow.pending if pending.is_new(node, self.labels.of(node), axis)]
+        for pending in new:
+            pending.take(self._name(pending, within))
+        if not new:
             return
-        for pending in flow.pending[1:]:
-            pending.take()
         reason = next((pending.reason for pending in flow.pending if pending.reason), None)
         if reason is not None:
-            self._observer.uncovered.add(reason)
-            return
-        if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
-            for pending in flow.pending:
-                self._count(pending, pending.reading, within)
+            self._refuse(flow.first, reason)
+        elif axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
+            for pending in new:
+                if pending.whole:
+                    self._count(pending, pending.reading, within)
+                else:
+                    self._stray([pending], "of whose weights a part is used alone")
         elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
-            self._observer.uncovered.add(f"the attention of {flow.first.call.caller.name}, {found}")
+            self._refuse(flow.first, flow.first.because(found))
         else:
             self._count(flow.first, found, within)
 
@@ -212,19 +242,29 @@ class Handwritten:
         columns: Columns | Refused = node.kept[key]
         if isinstance(columns, Refused) or (columns[2] < 0).any():
             return False
-        return bool(np.array_equal(columns[1], pending.arranged.of_keys))
+        return bool(np.array_equal(columns[2], pending.arranged.of_keys))
 
     def _read_as_used(self, node: Node, axis: int, flow: Flow, weights: Tensor | None) -> Reading | str:
         if weights is None or flow.dropped:
             return "whose weights are changed after a dropout"
         return self._softmaxes.read_weights(weights, node, axis, flow)
 
+    def _refuse(self, pending: Pending, reason: str) -> None:
+        """Say why an attention is not read; nor are others of its site, of which it would be a part."""
+        self._open.pop(pending, None)
+        pending.take(pending.name or self._name(pending, None))
+        self._observer.uncovered.add(reason)
+        self._observer.sites.refuse(pending.name, pending.call.caller.path)
+
+    def _name(self, pending: Pending, within: Caller | None) -> str:
+        name, here = pending.call.caller.name, within or self._observer.owners.caller()
+        return common_owner(name, here.name) if here else name
+
     def _count(self, pending: Pending, reading: Reading | None, within: Caller | None) -> None:
         here = within or self._observer.owners.caller()
         if here is INSIDE_GRAPH or reading is None:
             return
-        name = pending.call.caller.name
-        name = common_owner(name, here.name) if here else name
+        name = pending.name
         latent = pending.arranged.latent if pending.arranged is not None else frozenset()
         if latent:
             self._latent.append((set(latent), lambda: self._observer.record(pending.call, reading, name)))
@@ -252,10 +292,15 @@ class Handwritten:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
             self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
+            others = [one for one in node.inputs if one.flow is None and not one.const]
+            strange = any(uses.meets_scores(one, flow.first, self.labels.of, others=True) for one in others)
+            flow = flow.as_changed("whose weights are weighted by other scores") if strange else flow
             self.give(nodes, uses.pointwise(node, source, flow))
         elif func in fn.PICKS or self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
             self.give(nodes, flow.as_changed(uses.MIXED if learned else None))
+        elif node.shape == source.shape and func not in fn.RANDOM | fn.LIKE:
+            self.give(nodes, flow.as_changed(None))
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
         if not flow.changed or flow.dropped or flow.used is not None or flow.kind != "weights":
@@ -288,8 +333,7 @@ class Handwritten:
             return False
         if flow.multiplied:
             if total.changed or flow.changed:
-                reason = f"the attention of {flow.first.call.caller.name}, whose sum of exponentials is changed"
-                self._observer.uncovered.add(reason)
+                self._refuse(flow.first, flow.first.because("whose sum of exponentials is changed"))
             else:
                 self._use(source, None, replace(flow, multiplied=False), None, within)
         else:

@@ -166,7 +166,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         which, axis = min(whole, key=lambda pair: joins.is_expanded(labels[pair[0]].dims[pair[1]]))
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
-            dim = counted(Root(learned=True), size)
+            dim = counted(Root(learned=True, made=fn.parameters_of(product.factors[which])), size)
         elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
             dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
@@ -206,7 +206,8 @@ def _attended(node: Node, first: Label) -> Label | None:
 
 def _convolved(node: Node, label: Label) -> Label | None:
     """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
-    image, weight, root = node.inputs[0], node.argument(1, "weight"), Root(learned=True)
+    image, weight = node.inputs[0], node.argument(1, "weight")
+    root = Root(learned=True, made=fn.parameters_of(weight) if isinstance(weight, Node) else None)
     dims, at = list(label.dims), {**label.at, root: 0}
     if node.func not in fn.POOLS:
         if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:

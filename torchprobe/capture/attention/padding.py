@@ -92,6 +92,7 @@ class Padding:
         found: Tensor | None = None
         for tokens, at in where.queries.items():
             padded = self._padded(tokens)
+            padded = self._of_some(tokens, where) if padded is None else padded
             if padded is None or padded.size(0) not in (1, batch) or len(at) != queries or at.max() >= padded.size(1):
                 continue
             each = picked(padded, at.clip(0)).expand(batch, -1)
@@ -101,6 +102,17 @@ class Padding:
                 each = each & moved(torch.from_numpy(at >= 0), each.device)
             found = each if found is None else found | each
         return whole if found is None else found
+
+    def _of_some(self, tokens: Tokens, where: Places) -> Tensor | None:
+        """The same of some of the sequences, where all of a batch are known."""
+        for each in {**self._said, **self._masks}:
+            counted = [*each.batch] if each.place == tokens.place and isinstance(each.batch, frozenset) else []
+            at = where.entries.get(counted[0][0]) if len(counted) == 1 else None
+            padded = None if at is None else self._padded(each)
+            order = counted[0][1] == np.arange(0 if padded is None else len(padded)).tobytes() if counted else False
+            if at is not None and padded is not None and order and 0 <= at.min() and at.max() < len(padded):
+                return padded.index_select(0, moved(torch.from_numpy(at), padded.device))
+        return None
 
     def _padded(self, tokens: Tokens) -> Tensor | None:
         """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Label, Shape, leaves
+from torchprobe.capture.attention.labels import Label, leaves
 from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.uses import Flow, Kind, Pending
+from torchprobe.capture.attention.uses import Flow, Kind, Pending, changes
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
 from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
@@ -67,9 +67,9 @@ class Softmaxes:
         reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
-            return Flow(kind, (Pending(call, None, None, reason, keys),))
+            return Flow(kind, (Pending(call, None, None, reason, keys, (source, axis)),))
         reading = None if x is None or reason is not None else self._read(x, source, arranged, call)
-        return Flow(kind, (Pending(call, reading, arranged, reason, keys),), changed=x is None)
+        return Flow(kind, (Pending(call, reading, arranged, reason, keys, (source, axis)),), changed=x is None)
 
     def _unusual(self, x: Tensor | None) -> str | None:
         return unusual(x)
@@ -100,7 +100,7 @@ class Softmaxes:
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
         of = Logits(given, padding, arranged.places.on(given.device), shift, sinks)
-        return self._observer.read(call, of)
+        return self._observer.read(call, of)._replace(who=arranged.who)
 
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
         """The statistic of weights as they are used; or why there is none."""
@@ -113,7 +113,7 @@ class Softmaxes:
         given = (given if given.dtype == torch.float64 else given.float()).log()
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
         as_used = Logits(given, padding, arranged.places.on(given.device), as_weights=True)
-        reading = self._observer.read(call, as_used)
+        reading = self._observer.read(call, as_used)._replace(who=arranged.who)
         before = None if len(flow.pending) > 1 else flow.first.reading
         return reading.with_logits_of(before)
 
@@ -121,18 +121,9 @@ class Softmaxes:
 # ---- between a product and its softmax
 
 
-def _changes(logits: Node, shape: Shape | None = None) -> Iterator[Node]:
-    """The calls between a product and its softmax, backwards, and the product; shape: only while it is this one."""
-    node: Node | None = logits
-    while node is not None:
-        yield node
-        before = () if node.func is None or node.func in fn.PRODUCTS else node.inputs
-        node = next((one for one in before if one.is_logits and shape in (None, one.shape)), None)
-
-
 def _steps(logits: Node) -> list[Node]:
     """The last of them, as far as logits are changed element by element."""
-    return list(islice(_changes(logits, logits.shape), _STEPS))
+    return list(islice(changes(logits, logits.shape), _STEPS))
 
 
 def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
@@ -237,7 +228,7 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
         return "whose masks are scaled, in a compiled graph"
     if any(True for _ in shifts(_steps(source), source)):
         return "whose logits are shifted, in a compiled graph"
-    if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
+    if any(_tells_sequences_apart(node, source, arranged) for node in changes(source)):
         return "in a compiled graph, whose mask may differ between sequences: which queries are padding is not told"
     return None
 

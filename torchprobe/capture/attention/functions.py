@@ -209,12 +209,12 @@ class Product:
         return [i for i, name in enumerate(self.names[which]) if name not in self.result]
 
 
-def parameters_of(factor: Node) -> Any:
+def parameters_of(factor: Any) -> Any:
     """The parameter that a factor is a view of, and from where on; None for what is computed, perhaps at each call."""
     node = factor
-    while node.func is not None and node.sharing:
-        node = node.sharing[0]
-    return (node, factor.memory.offset) if node.func is None else None
+    while isinstance(node, Node) and node.func is not None:
+        node = node.sharing[0] if node.sharing else None
+    return (node, factor.memory.offset) if isinstance(node, Node) else None
 
 
 def product_of(node: Node) -> Product | None:

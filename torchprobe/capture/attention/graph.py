@@ -176,11 +176,10 @@ class Found:
         """Nothing of it is in a user's way."""
         return nullcontext()
 
-    def add(self, reason: str) -> None:
+    def add(self, *reason: Any) -> None:
         """An attention cannot be read: which, is told by its softmax."""
 
-    def refuse(self, module: str, path: Any) -> None:
-        """The same."""
+    refuse = add
 
     def record(self, call: Call, reading: Reading, name: str) -> None:
         """Weights are used with values."""

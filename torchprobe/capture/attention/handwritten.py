@@ -6,7 +6,7 @@ are computed from its input, so that no logits are kept; they count when a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +17,14 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
 from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Root, roots_of
+from torchprobe.capture.attention.labels import roots_of
 from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
-from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
-from torchprobe.capture.attention.softmaxes import Softmaxes
+from torchprobe.capture.attention.sites import Caller, Reading
+from torchprobe.capture.attention.softmaxes import Softmaxes, is_shifted
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
-from torchprobe.capture.attention.uses import Flow, Pending
+from torchprobe.capture.attention.uses import Flow, Outcome, Pending
 from torchprobe.statistics.attention.sources import Shape
 
 _MATTERS = "matters"
@@ -39,8 +39,7 @@ class Handwritten:
         self.tape = Tape()
         self.labels = labels
         self._softmaxes = softmaxes
-        self._latent: list[tuple[set[Root], Callable[[], None]]] = []
-        self._open: dict[Pending, str] = {}  # why what is not wholly used with values at the end is not read
+        self._outcome = Outcome(observer)
         self._any = False  # whether there are weights to follow
 
     def begin(self, modules: Iterable[nn.Module]) -> None:
@@ -50,30 +49,24 @@ class Handwritten:
 
     def finish(self) -> None:
         """The pass has ended: what no later call has shown to be something else counts."""
-        waiting, self._latent = self._latent, []
-        for _, count in waiting:
-            count()
-        for pending, reason in [*self._open.items()]:
-            if not pending.whole:
-                self._refuse(pending, reason)
+        self._outcome.finish()
 
     def forget(self) -> None:
         """Hold nothing of the pass."""
-        self._latent.clear()
-        self._open.clear()
+        self._outcome.clear()
         self.tape.clear()
         self._any = False
 
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
         """Look at a call; within: the call that it is a part of, where that is known."""
         nodes = self.tape.record(func, args, kwargs, result)
-        if not nodes or not (self._any or self._latent or self._matters(nodes[0])):
+        if not nodes or not (self._any or self._outcome.latent or self._matters(nodes[0])):
             return
         if func in fn.WRITES:
             with self._observer.guard():
                 self.tape.not_again(nodes[0])
                 uses.hold_places(nodes[0], args, kwargs)
-        if self._latent or self._matters(nodes[0]) or any(one.flow is not None for one in nodes[0].inputs):
+        if self._outcome.latent or self._matters(nodes[0]) or any(one.flow is not None for one in nodes[0].inputs):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
 
@@ -144,21 +137,20 @@ class Handwritten:
             if len(flows) == 1 and factor is flows[0][0]:
                 self._after_use(node, product, which, flows[0][1], (args, kwargs), within)
         if len(flows) > 1:
-            self._stray([pending for _, flow in flows for pending in flow.pending], "whose weights meet others")
+            self._outcome.stray([pending for _, flow in flows for pending in flow.pending], "whose weights meet others")
         if not flows and len(product.factors) == 2 and uses.may_be_scores(node, product):
             caller = within or self._observer.owners.caller()
             if node.label is not None and node.caller != caller:
                 self.tape.unlearn_from(node)
             node.called_by(caller)
-            if self._latent:
+            if self._outcome.latent:
                 self._rule_out(product)
 
     def _rule_out(self, product: Product) -> None:
         """What parameters seemed to query is summed with other activations, as in linear attention: it was no query."""
         for which, factor in enumerate(product.factors):
             label = self.labels.of(factor)
-            summed = set(roots_of(label.dims[axis] for axis in product.summed(which)))
-            self._latent = [(roots, count) for roots, count in self._latent if not roots & summed]
+            self._outcome.rule_out(set(roots_of(label.dims[axis] for axis in product.summed(which))))
 
     def _after_use(
         self, node: Node, product: Product, which: int, flow: Flow, call: Any, within: Caller | None
@@ -170,7 +162,7 @@ class Handwritten:
             axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
             if flow.kind == "weights" and not all(one.const for one in product.factors if one is not factor):
-                self._stray(flow.pending, "whose weights are rearranged")
+                self._outcome.stray(flow.pending, "whose weights are rearranged")
             return
         if product.names[which][axis] in product.result:
             self.give([node], uses.mixed(product, which, flow))
@@ -178,14 +170,9 @@ class Handwritten:
             self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
             self.give([node], Flow("output", flow.pending))
         elif flow.kind == "exponentials" and not flow.changed:
-            if flow.first.of is not None and self._is_shifted(flow.first, flow.first.of[0]):
-                self._stray(flow.pending, "whose exponentials are not divided by their sum")
+            if is_shifted(flow.first, self.labels.of):
+                self._outcome.stray(flow.pending, "whose exponentials are not divided by their sum")
             self.give([node], replace(flow, multiplied=True))
-
-    def _is_shifted(self, pending: Pending, logits: Node) -> bool:
-        """Whether logits are relative to something that is made of them, as in a softmax."""
-        others = [one for one in logits.inputs if not one.is_logits] if logits.func in fn.DIFFERENCES else []
-        return any(uses.meets_scores(one, pending, self.labels.of) for one in others)
 
     def _after_outputs(self, nodes: list[Node], outputs: list[Node]) -> None:
         """Attended values meet something: the scores tell where several softmaxes are merged into one."""
@@ -195,15 +182,10 @@ class Handwritten:
         others = [one for one in node.inputs if one not in outputs and not one.const]
         for one in pending:
             if any(uses.meets_scores(other, one, self.labels.of) for other in others):
-                self._refuse(one, one.because("whose outputs are weighted by its scores"))
+                self._outcome.refuse(one, one.because("whose outputs are weighted by its scores"))
         func = node.func
         if not others and (func in fn.JOINS or uses.keeps(node, outputs[0]) or (func and fn.is_pointwise(func))):
             self.give(nodes, Flow("output", pending))
-
-    def _stray(self, all_pending: Iterable[Pending], reason: str) -> None:
-        """They are not read, unless they are wholly used with values elsewhere."""
-        for pending in all_pending:
-            self._open.setdefault(pending, pending.reason or pending.because(reason))
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
         """The dimension of weights that counts the keys."""
@@ -215,22 +197,22 @@ class Handwritten:
         """Weights are summed with values over the keys, the dimension `axis`; None: before they were divided."""
         new = [pending for pending in flow.pending if pending.is_new(node, self.labels.of(node), axis)]
         for pending in new:
-            pending.take(self._name(pending, within))
+            self._outcome.take(pending, within)
         if not new:
             return
         reason = next((pending.reason for pending in flow.pending if pending.reason), None)
         if reason is not None:
-            self._refuse(flow.first, reason)
+            self._outcome.refuse(flow.first, reason)
         elif axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
             for pending in new:
                 if pending.whole:
-                    self._count(pending, pending.reading, within)
+                    self._outcome.count(pending, pending.reading)
                 else:
-                    self._stray([pending], "of whose weights a part is used alone")
+                    self._outcome.stray([pending], "of whose weights a part is used alone")
         elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
-            self._refuse(flow.first, flow.first.because(found))
+            self._outcome.refuse(flow.first, flow.first.because(found))
         else:
-            self._count(flow.first, found, within)
+            self._outcome.count(flow.first, found)
 
     def _as_read(self, node: Node, axis: int, pending: Pending) -> bool:
         """Whether the keys that are summed over are those that were read."""
@@ -248,28 +230,6 @@ class Handwritten:
         if weights is None or flow.dropped:
             return "whose weights are changed after a dropout"
         return self._softmaxes.read_weights(weights, node, axis, flow)
-
-    def _refuse(self, pending: Pending, reason: str) -> None:
-        """Say why an attention is not read; nor are others of its site, of which it would be a part."""
-        self._open.pop(pending, None)
-        pending.take(pending.name or self._name(pending, None))
-        self._observer.uncovered.add(reason)
-        self._observer.sites.refuse(pending.name, pending.call.caller.path)
-
-    def _name(self, pending: Pending, within: Caller | None) -> str:
-        name, here = pending.call.caller.name, within or self._observer.owners.caller()
-        return common_owner(name, here.name) if here else name
-
-    def _count(self, pending: Pending, reading: Reading | None, within: Caller | None) -> None:
-        here = within or self._observer.owners.caller()
-        if here is INSIDE_GRAPH or reading is None:
-            return
-        name = pending.name
-        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
-        if latent:
-            self._latent.append((set(latent), lambda: self._observer.record(pending.call, reading, name)))
-        else:
-            self._observer.record(pending.call, reading, name)
 
     # ---- what happens to weights on the way
 
@@ -333,7 +293,7 @@ class Handwritten:
             return False
         if flow.multiplied:
             if total.changed or flow.changed:
-                self._refuse(flow.first, flow.first.because("whose sum of exponentials is changed"))
+                self._outcome.refuse(flow.first, flow.first.because("whose sum of exponentials is changed"))
             else:
                 self._use(source, None, replace(flow, multiplied=False), None, within)
         else:

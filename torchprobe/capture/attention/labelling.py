@@ -58,7 +58,8 @@ class Labelling:
         product = product_of(node)
         if product is not None:
             return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
-        rule = joins.reduced if func in fn.EXTREMES and _is_reduction(node) else _RULES.get(func)
+        reduces = func in fn.EXTREMES and not isinstance(node.argument(1, "dim", node), Node)
+        rule = joins.reduced if reduces else _RULES.get(func)
         if rule is not None:
             return rule(node, _label(first)) or _along(node, inputs)
         if func in fn.ALONG:
@@ -184,10 +185,6 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
 # ---- the others
 
 
-def _is_reduction(node: Node) -> bool:
-    return not isinstance(node.argument(1, "dim", node), Node)
-
-
 def _embedded(node: Node, first: Label) -> Label | None:
     ids, root = node.args[0], Root(learned=True)
     if not isinstance(ids, Node):
@@ -207,7 +204,7 @@ def _attended(node: Node, first: Label) -> Label | None:
 def _convolved(node: Node, label: Label) -> Label | None:
     """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
     image, weight = node.inputs[0], node.argument(1, "weight")
-    root = Root(learned=True, made=fn.parameters_of(weight) if isinstance(weight, Node) else None)
+    root = Root(learned=True, made=fn.parameters_of(weight))
     dims, at = list(label.dims), {**label.at, root: 0}
     if node.func not in fn.POOLS:
         if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:

@@ -76,9 +76,9 @@ def mask_by_head(mask: Tensor, leading: torch.Size, heads: int | None) -> Tensor
     return mask
 
 
-def blocked(mask: Tensor) -> Tensor:
+def blocked(mask: Tensor, at: float = NEVER_A_LOGIT) -> Tensor:
     """True where a mask (bool: True takes part; float: added), or a masked logit, hides a key."""
-    return ~mask if mask.dtype is torch.bool else mask <= NEVER_A_LOGIT
+    return ~mask if mask.dtype is torch.bool else mask <= at
 
 
 def alike(hidden: Tensor) -> Tensor:

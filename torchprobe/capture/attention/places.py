@@ -289,6 +289,8 @@ def _in_parts(root: Root, further: Further) -> dict[Root, Indices]:
     for part in root.parts:
         if part.dim is None:
             continue
-        for inner, each in further(_numbers(part.at, part.size, root.inside()) | coordinates(part.dim, part.at)).items():
+        for inner, each in further(
+            _numbers(part.at, part.size, root.inside()) | coordinates(part.dim, part.at)
+        ).items():
             found.setdefault(inner, np.full(size, -1))[part.start : part.start + part.size] = each
     return found

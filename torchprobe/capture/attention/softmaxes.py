@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,10 +16,10 @@ from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arr
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.uses import Flow, Kind, Pending, changes
+from torchprobe.capture.attention.uses import Flow, Kind, Pending, changes, meets_scores
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
-from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT, WITH_A_MASK
 
 _STEPS = 40  # calls between a softmax and the product behind it
 
@@ -89,17 +89,19 @@ class Softmaxes:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        x, hiding = plain(logits), _hiding(before)
+        added = any(map(_is_added_to, islice(changes(source), _STEPS)))
+        limit = WITH_A_MASK if added else NEVER_A_LOGIT
+        x, hiding = plain(logits), _hiding(before, limit)
         x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
         given, others = arranged.split(arranged.by_head(x, heads))
         if any(_is_of_queries(node, arranged) for node in before):
-            self._observer.padding.note(arranged.places, alike(blocked(given)))
-        self._observer.padding.hold_against(arranged.places, given)
+            self._observer.padding.note(arranged.places, alike(blocked(given, limit)))
+        self._observer.padding.hold_against(arranged.places, given, limit)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         shift = sum(taken[1:], taken[0]) if taken else None
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
-        of = Logits(given, padding, arranged.places.on(given.device), shift, sinks)
+        of = Logits(given, padding, arranged.places.on(given.device), shift, sinks, masked=added)
         return self._observer.read(call, of)._replace(who=arranged.who)
 
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
@@ -137,6 +139,13 @@ def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
             return
 
 
+def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
+    """Whether logits are relative to something that is made of them, as in a softmax."""
+    logits = pending.of[0] if pending.of is not None else None
+    others = [one for one in logits.inputs if not one.is_logits] if logits and logits.func in fn.DIFFERENCES else []
+    return any(meets_scores(one, pending, label_of) for one in others)
+
+
 def _is_of_row(taken: Node, source: Node) -> bool:
     if taken.shape != (*source.shape[:-1], 1) or source.shape[-1] == 1:
         return False
@@ -163,7 +172,7 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
-def _hiding(before: list[Node]) -> float | Tensor | None:
+def _hiding(before: list[Node], limit: float = NEVER_A_LOGIT) -> float | Tensor | None:
     """What a logit hides its key at, where it was scaled after it was masked; None where that is as ever."""
     scale: Any = 1.0
     found: Any = None
@@ -178,7 +187,7 @@ def _hiding(before: list[Node]) -> float | Tensor | None:
             if found is not None and found is not scale:
                 return None
             found = scale
-    return None if found is None or (isinstance(found, float) and found == 1) else found * NEVER_A_LOGIT
+    return None if found is None or (isinstance(found, float) and found == 1) else found * limit
 
 
 def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
@@ -198,6 +207,13 @@ def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
     mask = (_mask(node) or (node,))[0]
     by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
     return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
+
+
+def _is_added_to(node: Node) -> bool:
+    """Whether a call adds something to logits."""
+    if node.func in fn.PRODUCTS:
+        return fn.PRODUCTS[node.func] > 0
+    return node.func in fn.ADDITIONS and any(not one.is_logits for one in node.inputs)
 
 
 def _mask(node: Node) -> tuple[Node, bool] | None:

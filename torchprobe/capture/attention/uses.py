@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,9 +15,9 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.functions import Product
 from torchprobe.capture.attention.labels import Factor, Indices, Label, Root, Shape, leaves
 from torchprobe.capture.attention.layout import Arrangement
-from torchprobe.capture.attention.observer import Call
+from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.places import coordinates, of_factors
-from torchprobe.capture.attention.sites import Reading
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
 
 Kind = Literal["weights", "logarithms", "exponentials", "total", "output"]
@@ -28,7 +28,8 @@ class Pending:
     """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out.
 
     arranged: its logits. keys: what its dimension counts. of: its logits, and which dimension that is. used: of all
-    weights but along the keys, which are used with values so far; whole: whether all. name: of the module that does.
+    weights but along the keys, which are used with values so far; whole: whether all. name: of the module that does;
+    None inside a compiled graph, which is read elsewhere.
     """
 
     call: Call
@@ -40,9 +41,9 @@ class Pending:
     taken: bool = False
     used: NDArray[np.bool_] | None = None
     whole: bool = False
-    name: str = ""
+    name: str | None = None
 
-    def take(self, name: str) -> None:
+    def take(self, name: str | None) -> None:
         """It is used, or refused, in this module."""
         self.taken, self.name = True, name
 
@@ -154,6 +155,63 @@ def meets_scores(node: Node, pending: Pending, label_of: Callable[[Node], Label]
             seen.update(top.inputs)
         node.kept[key] = found
     return bool(node.kept[key])
+
+
+class Outcome:
+    """What softmaxes come to: they count, or it is said why not, some only when the pass has ended."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.latent: list[tuple[frozenset[Root], Callable[[], None]]] = []
+        self._observer = observer
+        self._open: dict[Pending, str] = {}  # why what is not wholly used with values at the end is not read
+
+    def finish(self) -> None:
+        """The pass has ended: what no later call has shown to be something else counts."""
+        waiting, self.latent = self.latent, []
+        for _, count in waiting:
+            count()
+        for pending, reason in [*self._open.items()]:
+            if not pending.whole:
+                self.refuse(pending, reason)
+
+    def clear(self) -> None:
+        """Hold nothing of the pass."""
+        self.latent.clear()
+        self._open.clear()
+
+    def rule_out(self, summed: set[Root]) -> None:
+        """What is summed over was no query."""
+        self.latent = [(roots, count) for roots, count in self.latent if not roots & summed]
+
+    def take(self, pending: Pending, within: Caller | None) -> None:
+        """Its weights are used, by whoever calls."""
+        here = within or self._observer.owners.caller()
+        name = pending.call.caller.name
+        pending.take(None if here is INSIDE_GRAPH else common_owner(name, here.name) if here else name)
+
+    def stray(self, all_pending: Iterable[Pending], reason: str) -> None:
+        """They are not read, unless they are wholly used with values elsewhere."""
+        for pending in all_pending:
+            self._open.setdefault(pending, pending.reason or pending.because(reason))
+
+    def refuse(self, pending: Pending, reason: str) -> None:
+        """Say why an attention is not read; nor are others of its site, of which it would be a part."""
+        self._open.pop(pending, None)
+        if not pending.taken:
+            self.take(pending, None)
+        self._observer.uncovered.add(reason)
+        self._observer.sites.refuse(pending.name or "", pending.call.caller.path)
+
+    def count(self, pending: Pending, reading: Reading | None) -> None:
+        """Its weights are used with values, all of them."""
+        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
+        if pending.name is None or reading is None:
+            return
+        name, call = pending.name, pending.call
+        if latent:
+            self.latent.append((latent, lambda: self._observer.record(call, reading, name)))
+        else:
+            self._observer.record(call, reading, name)
 
 
 def back(node: Node) -> Iterator[Node]:

@@ -29,10 +29,12 @@ def named(*names: str) -> frozenset[Function]:
 SOFTMAXES = named("softmax")
 LOG_SOFTMAXES = named("log_softmax")
 
-DRAWN = named("gumbel_softmax")
+DRAWN = named("gumbel_softmax", "softmin", "_softmax")
 """Those whose inside is not seen, and whose result are weights."""
 
 EXPONENTIALS = named("exp")
+POWERS = named("exp2", "rpow")
+NORMALISED = named("normalize")
 SUMS = named("sum")
 LOG_SUMS = named("logsumexp")
 DIVISIONS = named("div", "divide", "true_divide", "truediv")

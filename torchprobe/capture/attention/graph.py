@@ -23,7 +23,7 @@ from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.padding import Padding
-from torchprobe.capture.attention.sites import Caller, Reading
+from torchprobe.capture.attention.sites import Caller, Reading, Sites
 from torchprobe.capture.attention.softmaxes import Softmaxes, unreadable
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
@@ -158,7 +158,8 @@ class Found:
     """Stands where outside of graphs statistics are computed: keeps how they are to be."""
 
     def __init__(self) -> None:
-        self.owners = self.uncovered = self.sites = self
+        self.owners = self.uncovered = self
+        self.sites = Sites()
         self.padding = Padding()
         self._caller: Caller | None = None
         self.plans: dict[int, tuple[Plan, str]] = {}
@@ -176,10 +177,8 @@ class Found:
         """Nothing of it is in a user's way."""
         return nullcontext()
 
-    def add(self, *reason: Any) -> None:
+    def add(self, reason: str) -> None:
         """An attention cannot be read: which, is told by its softmax."""
-
-    refuse = add
 
     def record(self, call: Call, reading: Reading, name: str) -> None:
         """Weights are used with values."""

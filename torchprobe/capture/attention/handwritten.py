@@ -17,7 +17,7 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
 from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import roots_of
+from torchprobe.capture.attention.labels import is_context, roots_of
 from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
@@ -28,7 +28,7 @@ from torchprobe.capture.attention.uses import Flow, Outcome, Pending
 from torchprobe.statistics.attention.sources import Shape
 
 _MATTERS = "matters"
-_OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
+_OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.POWERS | fn.DRAWN
 
 
 class Handwritten:
@@ -81,12 +81,11 @@ class Handwritten:
         return found
 
     def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
-        node = nodes[0]
-        func = node.func
+        node, func = nodes[0], nodes[0].func
         self._after_outputs(nodes, [one for one in node.inputs if one.flow is not None and one.flow.kind == "output"])
         if func in fn.PRODUCTS:
             self._after_product(node, args, kwargs, within)
-        elif func in _OF_SOFTMAX and not self._flows(node):
+        elif func in _OF_SOFTMAX and all(flow.kind == "exponentials" for _, flow in self._flows(node)):
             x: Any = args[0] if args else kwargs.get("input")
             if isinstance(x, Tensor):
                 self.give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
@@ -144,13 +143,9 @@ class Handwritten:
                 self.tape.unlearn_from(node)
             node.called_by(caller)
             if self._outcome.latent:
-                self._rule_out(product)
-
-    def _rule_out(self, product: Product) -> None:
-        """What parameters seemed to query is summed with other activations, as in linear attention: it was no query."""
-        for which, factor in enumerate(product.factors):
-            label = self.labels.of(factor)
-            self._outcome.rule_out(set(roots_of(label.dims[axis] for axis in product.summed(which))))
+                for which, factor in enumerate(product.factors):  # what is summed with activations was no query
+                    dims = self.labels.of(factor).dims
+                    self._outcome.rule_out(set(roots_of(dims[axis] for axis in product.summed(which))))
 
     def _after_use(
         self, node: Node, product: Product, which: int, flow: Flow, call: Any, within: Caller | None
@@ -167,6 +162,9 @@ class Handwritten:
         if product.names[which][axis] in product.result:
             self.give([node], uses.mixed(product, which, flow))
         elif flow.kind == "weights":
+            scores = flow.first.of[0].label if flow.first.of is not None else None
+            if scores and any(is_context(scores, self.labels.of(one)) for one in product.factors if one is not factor):
+                flow = flow.as_changed("between features, as in linear attention")
             self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
             self.give([node], Flow("output", flow.pending))
         elif flow.kind == "exponentials" and not flow.changed:
@@ -178,17 +176,16 @@ class Handwritten:
         """Attended values meet something: the scores tell where several softmaxes are merged into one."""
         if not outputs:
             return
-        node, pending = nodes[0], tuple(dict.fromkeys(one for node in outputs for one in node.flow.pending))
+        node, func = nodes[0], nodes[0].func
+        pending = tuple(dict.fromkeys(one for node in outputs for one in node.flow.pending))
         others = [one for one in node.inputs if one not in outputs and not one.const]
         for one in pending:
             if any(uses.meets_scores(other, one, self.labels.of) for other in others):
                 self._outcome.refuse(one, one.because("whose outputs are weighted by its scores"))
-        func = node.func
         if not others and (func in fn.JOINS or uses.keeps(node, outputs[0]) or (func and fn.is_pointwise(func))):
             self.give(nodes, Flow("output", pending))
 
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
-        """The dimension of weights that counts the keys."""
         return uses.key_axis(self.labels.of(node), flow)
 
     # ---- the use of weights
@@ -200,15 +197,12 @@ class Handwritten:
             self._outcome.take(pending, within)
         if not new:
             return
-        reason = next((pending.reason for pending in flow.pending if pending.reason), None)
-        if reason is not None:
+        if reason := next((pending.reason for pending in flow.pending if pending.reason), None):
             self._outcome.refuse(flow.first, reason)
         elif axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
-            for pending in new:
-                if pending.whole:
-                    self._outcome.count(pending, pending.reading)
-                else:
-                    self._outcome.stray([pending], "of whose weights a part is used alone")
+            self._outcome.stray([one for one in new if not one.whole], "of whose weights a part is used alone")
+            for pending in (one for one in new if one.whole):
+                self._outcome.count(pending, pending.reading)
         elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
             self._outcome.refuse(flow.first, flow.first.because(found))
         else:
@@ -222,9 +216,7 @@ class Handwritten:
         if key not in node.kept:
             node.kept[key] = columns_of(self.labels.of(node), *key[1:])
         columns: Columns | Refused = node.kept[key]
-        if isinstance(columns, Refused) or (columns[2] < 0).any():
-            return False
-        return bool(np.array_equal(columns[2], pending.arranged.of_keys))
+        return not isinstance(columns, Refused) and bool(np.array_equal(columns[2], pending.arranged.of_keys))
 
     def _read_as_used(self, node: Node, axis: int, flow: Flow, weights: Tensor | None) -> Reading | str:
         if weights is None or flow.dropped:
@@ -234,16 +226,19 @@ class Handwritten:
     # ---- what happens to weights on the way
 
     def _follow(self, nodes: list[Node], flows: list[tuple[Node, Flow]], args: Args, within: Caller | None) -> None:
-        node, (source, flow) = nodes[0], flows[0]
-        func = node.func
-        if func in fn.DIVISIONS and len(flows) == 2 and self._after_division(node, flows, within):
+        node, func, (source, flow) = nodes[0], nodes[0].func, flows[0]
+        if func in fn.DIVISIONS | fn.MULTIPLICATIONS and len(flows) == 2 and self._after_division(node, flows, within):
             return
-        if func in fn.EXPONENTIALS and flow.kind == "logarithms":
+        if func in fn.DIFFERENCES and flow.kind == "total":
+            pass  # logits less the logarithm of a sum, no weights
+        elif func in fn.EXPONENTIALS and flow.kind == "logarithms":
             self.give(nodes, replace(flow, kind="weights"))
         elif func in _OF_SOFTMAX:
             self.give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
+        elif func in fn.NORMALISED and flow.kind == "exponentials":
+            self.give(nodes, replace(flow, kind="weights", changed=True))
         elif func in fn.DROPOUTS or uses.drops(node, flow):
             self.give(nodes, self._after_dropout(node, source, flow, args))
         elif uses.keeps(node, source) or func in fn.WITHOUT_NAN:
@@ -274,15 +269,16 @@ class Handwritten:
 
     def _after_sum(self, node: Node, source: Node, flow: Flow, args: Args, within: Caller | None) -> None:
         axis = self._key_axis(source, flow)
-        if axis is None or self._key_axis(node, flow) is not None:
-            if axis is not None:
-                self.give([node], flow.as_changed(None))
+        if axis is None:
             return
-        if flow.multiplied and flow.kind == "weights":
+        if self._key_axis(node, flow) is not None:
+            self.give([node], flow.as_changed(None))
+        elif flow.multiplied and flow.kind == "weights":
             before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)
             inner = None if before is None else self._key_axis(before, flow)
             if before is not None and inner is not None:
                 self._use(before, inner, replace(flow, multiplied=False), None, within)
+                self.give([node], Flow("output", flow.pending))
         elif node.func in fn.SUMS and not flow.multiplied:
             self.give([node], replace(flow, kind="total"))
 
@@ -291,11 +287,13 @@ class Handwritten:
         (source, flow), (_, total) = flows
         if total.kind != "total" or total.first is not flow.first or flow.kind == "total":
             return False
+        total = replace(total, changed=total.changed or node.func in fn.MULTIPLICATIONS)  # with one over it
         if flow.multiplied:
             if total.changed or flow.changed:
                 self._outcome.refuse(flow.first, flow.first.because("whose sum of exponentials is changed"))
             else:
                 self._use(source, None, replace(flow, multiplied=False), None, within)
+                self.give([node], Flow("output", flow.pending))
         else:
             changed = total.changed or flow.changed or flow.kind == "weights"
             self.give([node], replace(flow, kind="weights", changed=changed))

@@ -273,7 +273,8 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
             dim = counted(Root(learned=True), one.shape[axis]) if one.const and first.sides else dim
             if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
-        at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
+        pinned = not one.const and not first.sides
+        at |= {r: v for r, v in label.at.items() if r in set(label.roots()) or (pinned and not r.learned)}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):
         return None
     return Label(tuple(dims), {**at, **first.at}, first.between)

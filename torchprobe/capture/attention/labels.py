@@ -190,6 +190,24 @@ def differ(mine: Sequence[Dim], other: Sequence[Dim]) -> bool:
     return False
 
 
+def is_context(scores: Label, other: Label) -> bool:
+    """Whether scores are between features of keys and values, and weigh those of queries, as in linear attention.
+
+    By custom queries are made first; where channels attend to channels, what is weighed is made last.
+    """
+    of = scores.between
+    if of is None or not all(root.learned for side in (0, 1) for root in roots_of(of.of(side))):
+        return False
+    sides = [_first_made(of.of(side), of.at) for side in (0, 1)]
+    weighed = _first_made(other.dims, other.at)
+    return bool(weighed and all(side and weighed < side for side in sides))
+
+
+def _first_made(dims: Iterable[Dim], at: Mapping[Root, int]) -> tuple[int, int, int] | None:
+    made = ((root.lowest.made, at.get(root, 0)) for root in roots_of(dims))
+    return min(((by[0].order, by[1], place) for by, place in made if by is not None), default=None)
+
+
 # ---- views
 
 

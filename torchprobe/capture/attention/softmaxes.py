@@ -42,7 +42,10 @@ class Softmaxes:
         kind: Kind = "logarithms" if func in fn.LOG_SOFTMAXES else "weights"
         axis = node.argument(1, "dim")
         if func in fn.DRAWN:
-            return self._pending(source, None, node.kwargs.get("dim", -1), kind)
+            axis = node.kwargs.get("dim", axis if isinstance(axis, int) and len(node.args) > 1 else -1)
+            return self._pending(source, None, axis, kind)
+        if func in fn.POWERS:
+            return self._pending(source, None, -1, "exponentials")
         if func in fn.EXPONENTIALS:
             summed = _log_sum(source)
             if summed is not None:

@@ -22,7 +22,7 @@ from torchprobe.capture.attention.labels import (
     viewed,
 )
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.writes import copied, lost, picked, written
+from torchprobe.capture.attention.writes import chosen, copied, lost, picked, written
 
 
 class Labelling:
@@ -65,7 +65,7 @@ class Labelling:
         if func in fn.ALONG:
             return _label(first) if first.shape == node.shape else None
         if fn.is_pointwise(func):
-            return _pointwise(node, inputs)
+            return chosen(node, inputs, _pointwise(node, inputs))
         return _view(node, inputs) or _along(node, inputs)
 
     # ---- products
@@ -273,8 +273,7 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
             dim = counted(Root(learned=True), one.shape[axis]) if one.const and first.sides else dim
             if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
-        pinned = not one.const and not first.sides
-        at |= {r: v for r, v in label.at.items() if r in set(label.roots()) or (pinned and not r.learned)}
+        at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):
         return None
     return Label(tuple(dims), {**at, **first.at}, first.between)

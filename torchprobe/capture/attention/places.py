@@ -140,9 +140,7 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
     cross = index is None and (known or size != length)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    own = size == 1 and any(len({*queries[root], *keys[root]}) == 1 for root in common)  # which a key has got into it
-    related = named(queries) != named(keys) and _are_related(queries, keys, {one for one, _ in batch})
-    beside = index is None and (own or related)
+    beside = index is None and named(queries) != named(keys) and _are_related(queries, keys, {one for one, _ in batch})
     if beside:
         cross, index = False, _after_the_first(queries, keys)
     elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():

@@ -89,6 +89,7 @@ REASONS = {
                 "unknown_places",
                 "padding",
                 "padding_lost",
+                "parts",
                 "positions",
                 "used_weights",
             )

@@ -197,6 +197,29 @@ def test_an_argument_that_means_the_opposite_of_its_name_is_not_believed(taken):
     assert_recorded(model, ~taken, first=first, second=(lambda: model.second.p, taken[:, None], CAUSAL))
 
 
+class EachAlone(nn.Module):
+    """Attention over one sequence of the batch after the other, or over the heads of each."""
+
+    def __init__(self, size) -> None:
+        super().__init__()
+        self.inner, self.size = Attends(None), size
+
+    def forward(self, x, attention_mask):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.inner.qkv(x).chunk(3, -1))
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        hidden = ~attention_mask.repeat_interleave(HEADS, 0)[:, None]
+        parts = [slice(i, i + self.size) for i in range(0, len(q), self.size)]
+        weights = [filled(scores(q[one], k[one]), hidden[one]).softmax(-1) for one in parts]
+        self.p = torch.cat(weights).unflatten(0, (-1, HEADS)).detach()
+        return torch.cat([w @ v[one] for w, one in zip(weights, parts, strict=True)])
+
+
+@pytest.mark.parametrize("size", [1, HEADS, 2 * HEADS])
+def test_padded_queries_of_one_sequence_in_a_batch_are_known(size):
+    model = EachAlone(size)
+    assert_recorded(model, TAKEN, root=(lambda: model.p, TAKEN[:, None], TAKEN[:, None, None]))
+
+
 def test_a_sequence_of_nothing_but_padding_is_left_out():
     taken = TAKEN.clone()
     taken[1] = False

@@ -29,10 +29,12 @@ def named(*names: str) -> frozenset[Function]:
 SOFTMAXES = named("softmax")
 LOG_SOFTMAXES = named("log_softmax")
 
-DRAWN = named("gumbel_softmax")
+DRAWN = named("gumbel_softmax", "softmin", "_softmax")
 """Those whose inside is not seen, and whose result are weights."""
 
 EXPONENTIALS = named("exp")
+POWERS = named("exp2", "rpow")
+NORMALISED = named("normalize")
 SUMS = named("sum")
 LOG_SUMS = named("logsumexp")
 DIVISIONS = named("div", "divide", "true_divide", "truediv")
@@ -207,6 +209,14 @@ class Product:
     def summed(self, which: int) -> list[int]:
         """The dimensions of a factor that the result has not."""
         return [i for i, name in enumerate(self.names[which]) if name not in self.result]
+
+
+def parameters_of(factor: Any) -> Any:
+    """The parameter that a factor is a view of, and from where on; None for what is computed, perhaps at each call."""
+    node = factor
+    while isinstance(node, Node) and node.func is not None:
+        node = node.sharing[0] if node.sharing else None
+    return (node, factor.memory.offset) if isinstance(node, Node) else None
 
 
 def product_of(node: Node) -> Product | None:

@@ -23,7 +23,7 @@ from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.padding import Padding
-from torchprobe.capture.attention.sites import Caller, Reading
+from torchprobe.capture.attention.sites import Caller, Reading, Sites
 from torchprobe.capture.attention.softmaxes import Softmaxes, unreadable
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
@@ -159,6 +159,7 @@ class Found:
 
     def __init__(self) -> None:
         self.owners = self.uncovered = self
+        self.sites = Sites()
         self.padding = Padding()
         self._caller: Caller | None = None
         self.plans: dict[int, tuple[Plan, str]] = {}

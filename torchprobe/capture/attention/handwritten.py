@@ -6,7 +6,7 @@ are computed from its input, so that no logits are kept; they count when a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,18 @@ from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention import uses
 from torchprobe.capture.attention.functions import Product, product_of
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Root, leaves, roots_of
+from torchprobe.capture.attention.labels import is_context, roots_of
 from torchprobe.capture.attention.layout import Columns, Refused, columns_of
 from torchprobe.capture.attention.observer import Observer
 from torchprobe.capture.attention.places import Places, of_dot_product
-from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
-from torchprobe.capture.attention.softmaxes import Softmaxes
+from torchprobe.capture.attention.sites import Caller, Reading
+from torchprobe.capture.attention.softmaxes import Softmaxes, is_shifted
 from torchprobe.capture.attention.tape import Args, Function, Kwargs, Node, Tape, is_plain
-from torchprobe.capture.attention.uses import Flow, Pending
+from torchprobe.capture.attention.uses import Flow, Outcome, Pending
 from torchprobe.statistics.attention.sources import Shape
 
 _MATTERS = "matters"
-_OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.DRAWN
+_OF_SOFTMAX = fn.SOFTMAXES | fn.LOG_SOFTMAXES | fn.EXPONENTIALS | fn.POWERS | fn.DRAWN
 
 
 class Handwritten:
@@ -39,8 +39,7 @@ class Handwritten:
         self.tape = Tape()
         self.labels = labels
         self._softmaxes = softmaxes
-        self._latent: list[tuple[set[Root], Callable[[], None]]] = []
-        self._strayed: list[Pending] = []  # weights whose keys were lost before they met something else
+        self._outcome = Outcome(observer)
         self._any = False  # whether there are weights to follow
 
     def begin(self, modules: Iterable[nn.Module]) -> None:
@@ -50,30 +49,24 @@ class Handwritten:
 
     def finish(self) -> None:
         """The pass has ended: what no later call has shown to be something else counts."""
-        waiting, self._latent = self._latent, []
-        for _, count in waiting:
-            count()
-        for reason in uses.strayed(self._strayed):
-            self._observer.uncovered.add(reason)
-        self._strayed.clear()
+        self._outcome.finish()
 
     def forget(self) -> None:
         """Hold nothing of the pass."""
-        self._latent.clear()
-        self._strayed.clear()
+        self._outcome.clear()
         self.tape.clear()
         self._any = False
 
     def after(self, func: Function, args: Args, kwargs: Kwargs, result: Any, within: Caller | None) -> None:
         """Look at a call; within: the call that it is a part of, where that is known."""
         nodes = self.tape.record(func, args, kwargs, result)
-        if not nodes or not (self._any or self._latent or self._matters(nodes[0])):
+        if not nodes or not (self._any or self._outcome.latent or self._matters(nodes[0])):
             return
         if func in fn.WRITES:
             with self._observer.guard():
                 self.tape.not_again(nodes[0])
                 uses.hold_places(nodes[0], args, kwargs)
-        if self._latent or self._matters(nodes[0]) or self._flows(nodes[0]):
+        if self._outcome.latent or self._matters(nodes[0]) or any(one.flow is not None for one in nodes[0].inputs):
             with self._observer.guard():
                 self._look(nodes, args, kwargs, within)
 
@@ -88,11 +81,11 @@ class Handwritten:
         return found
 
     def _look(self, nodes: list[Node], args: Args, kwargs: Kwargs, within: Caller | None) -> None:
-        node = nodes[0]
-        func = node.func
+        node, func = nodes[0], nodes[0].func
+        self._after_outputs(nodes, [one for one in node.inputs if one.flow is not None and one.flow.kind == "output"])
         if func in fn.PRODUCTS:
             self._after_product(node, args, kwargs, within)
-        elif func in _OF_SOFTMAX and not self._flows(node):
+        elif func in _OF_SOFTMAX and all(flow.kind == "exponentials" for _, flow in self._flows(node)):
             x: Any = args[0] if args else kwargs.get("input")
             if isinstance(x, Tensor):
                 self.give(nodes, self._softmaxes.of_call(node, x, kwargs.get("out") is not None))
@@ -107,7 +100,8 @@ class Handwritten:
                 node.take_flow(flow)
 
     def _flows(self, node: Node) -> list[tuple[Node, Flow]]:
-        return [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
+        flows = [(one, one.flow) for one in node.inputs if one.flow is not None] if self._any else []
+        return [pair for pair in flows if pair[1].kind != "output"]
 
     def say_padded(self, tokens: Tensor, padded: Tensor, place: int = 1) -> None:
         """An argument names the padded tokens of a tensor (batch, tokens, …): bool (batch, tokens).
@@ -139,22 +133,19 @@ class Handwritten:
             return
         flows = self._flows(node)
         for which, factor in enumerate(product.factors):
-            if factor.flow is not None:
-                self._after_use(node, product, which, factor.flow, (args, kwargs), within)
+            if len(flows) == 1 and factor is flows[0][0]:
+                self._after_use(node, product, which, flows[0][1], (args, kwargs), within)
+        if len(flows) > 1:
+            self._outcome.stray([pending for _, flow in flows for pending in flow.pending], "whose weights meet others")
         if not flows and len(product.factors) == 2 and uses.may_be_scores(node, product):
             caller = within or self._observer.owners.caller()
             if node.label is not None and node.caller != caller:
                 self.tape.unlearn_from(node)
             node.called_by(caller)
-            if self._latent:
-                self._rule_out(product)
-
-    def _rule_out(self, product: Product) -> None:
-        """What parameters seemed to query is summed with other activations, as in linear attention: it was no query."""
-        for which, factor in enumerate(product.factors):
-            label = self.labels.of(factor)
-            summed = set(roots_of(label.dims[axis] for axis in product.summed(which)))
-            self._latent = [(roots, count) for roots, count in self._latent if not roots & summed]
+            if self._outcome.latent:
+                for which, factor in enumerate(product.factors):  # what is summed with activations was no query
+                    dims = self.labels.of(factor).dims
+                    self._outcome.rule_out(set(roots_of(dims[axis] for axis in product.summed(which))))
 
     def _after_use(
         self, node: Node, product: Product, which: int, flow: Flow, call: Any, within: Caller | None
@@ -166,41 +157,56 @@ class Handwritten:
             axis = next((i for i in product.summed(which) if factor.shape[i] == 1), axis)
         if axis is None:
             if flow.kind == "weights" and not all(one.const for one in product.factors if one is not factor):
-                self._strayed.append(flow.first)
+                self._outcome.stray(flow.pending, "whose weights are rearranged")
             return
         if product.names[which][axis] in product.result:
             self.give([node], uses.mixed(product, which, flow))
         elif flow.kind == "weights":
+            scores = flow.first.of[0].label if flow.first.of is not None else None
+            if scores and any(is_context(scores, self.labels.of(one)) for one in product.factors if one is not factor):
+                flow = flow.as_changed("between features, as in linear attention")
             self._use(factor, axis, flow, uses.tensor_of(self.tape, factor, *call), within)
+            self.give([node], Flow("output", flow.pending))
         elif flow.kind == "exponentials" and not flow.changed:
+            if is_shifted(flow.first, self.labels.of):
+                self._outcome.stray(flow.pending, "whose exponentials are not divided by their sum")
             self.give([node], replace(flow, multiplied=True))
 
+    def _after_outputs(self, nodes: list[Node], outputs: list[Node]) -> None:
+        """Attended values meet something: the scores tell where several softmaxes are merged into one."""
+        if not outputs:
+            return
+        node, func = nodes[0], nodes[0].func
+        pending = tuple(dict.fromkeys(one for node in outputs for one in node.flow.pending))
+        others = [one for one in node.inputs if one not in outputs and not one.const]
+        for one in pending:
+            if any(uses.meets_scores(other, one, self.labels.of) for other in others):
+                self._outcome.refuse(one, one.because("whose outputs are weighted by its scores"))
+        if not others and (func in fn.JOINS or uses.keeps(node, outputs[0]) or (func and fn.is_pointwise(func))):
+            self.give(nodes, Flow("output", pending))
+
     def _key_axis(self, node: Node, flow: Flow) -> int | None:
-        """The dimension of weights that counts the keys."""
-        dims = self.labels.of(node).dims
-        if not flow.first.keys:  # a single key
-            return next((i for i in range(len(dims) - 1, -1, -1) if not dims[i]), None)
-        return next((i for i, dim in enumerate(dims) if flow.first.keys & leaves([dim])), None)
+        return uses.key_axis(self.labels.of(node), flow)
 
     # ---- the use of weights
 
     def _use(self, node: Node, axis: int | None, flow: Flow, weights: Tensor | None, within: Caller | None) -> None:
         """Weights are summed with values over the keys, the dimension `axis`; None: before they were divided."""
-        if not flow.first.take():
+        new = [pending for pending in flow.pending if pending.is_new(node, self.labels.of(node), axis)]
+        for pending in new:
+            self._outcome.take(pending, within)
+        if not new:
             return
-        for pending in flow.pending[1:]:
-            pending.take()
-        reason = next((pending.reason for pending in flow.pending if pending.reason), None)
-        if reason is not None:
-            self._observer.uncovered.add(reason)
-            return
-        if axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
-            for pending in flow.pending:
-                self._count(pending, pending.reading, within)
+        if reason := next((pending.reason for pending in flow.pending if pending.reason), None):
+            self._outcome.refuse(flow.first, reason)
+        elif axis is None or (not flow.changed and self._as_read(node, axis, flow.first)):
+            self._outcome.stray([one for one in new if not one.whole], "of whose weights a part is used alone")
+            for pending in (one for one in new if one.whole):
+                self._outcome.count(pending, pending.reading)
         elif isinstance(found := flow.used or self._read_as_used(node, axis, flow, weights), str):
-            self._observer.uncovered.add(f"the attention of {flow.first.call.caller.name}, {found}")
+            self._outcome.refuse(flow.first, flow.first.because(found))
         else:
-            self._count(flow.first, found, within)
+            self._outcome.count(flow.first, found)
 
     def _as_read(self, node: Node, axis: int, pending: Pending) -> bool:
         """Whether the keys that are summed over are those that were read."""
@@ -210,40 +216,29 @@ class Handwritten:
         if key not in node.kept:
             node.kept[key] = columns_of(self.labels.of(node), *key[1:])
         columns: Columns | Refused = node.kept[key]
-        if isinstance(columns, Refused) or (columns[2] < 0).any():
-            return False
-        return bool(np.array_equal(columns[1], pending.arranged.of_keys))
+        return not isinstance(columns, Refused) and bool(np.array_equal(columns[2], pending.arranged.of_keys))
 
     def _read_as_used(self, node: Node, axis: int, flow: Flow, weights: Tensor | None) -> Reading | str:
         if weights is None or flow.dropped:
             return "whose weights are changed after a dropout"
         return self._softmaxes.read_weights(weights, node, axis, flow)
 
-    def _count(self, pending: Pending, reading: Reading | None, within: Caller | None) -> None:
-        here = within or self._observer.owners.caller()
-        if here is INSIDE_GRAPH or reading is None:
-            return
-        name = pending.call.caller.name
-        name = common_owner(name, here.name) if here else name
-        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
-        if latent:
-            self._latent.append((set(latent), lambda: self._observer.record(pending.call, reading, name)))
-        else:
-            self._observer.record(pending.call, reading, name)
-
     # ---- what happens to weights on the way
 
     def _follow(self, nodes: list[Node], flows: list[tuple[Node, Flow]], args: Args, within: Caller | None) -> None:
-        node, (source, flow) = nodes[0], flows[0]
-        func = node.func
-        if func in fn.DIVISIONS and len(flows) == 2 and self._after_division(node, flows, within):
+        node, func, (source, flow) = nodes[0], nodes[0].func, flows[0]
+        if func in fn.DIVISIONS | fn.MULTIPLICATIONS and len(flows) == 2 and self._after_division(node, flows, within):
             return
-        if func in fn.EXPONENTIALS and flow.kind == "logarithms":
+        if func in fn.DIFFERENCES and flow.kind == "total":
+            pass  # logits less the logarithm of a sum, no weights
+        elif func in fn.EXPONENTIALS and flow.kind == "logarithms":
             self.give(nodes, replace(flow, kind="weights"))
         elif func in _OF_SOFTMAX:
             self.give(nodes, flow.as_changed("whose weights pass a second softmax"))
         elif func in fn.SUMS or func in fn.REDUCTIONS:
             self._after_sum(node, source, flow, args, within)
+        elif func in fn.NORMALISED and flow.kind == "exponentials":
+            self.give(nodes, replace(flow, kind="weights", changed=True))
         elif func in fn.DROPOUTS or uses.drops(node, flow):
             self.give(nodes, self._after_dropout(node, source, flow, args))
         elif uses.keeps(node, source) or func in fn.WITHOUT_NAN:
@@ -252,10 +247,15 @@ class Handwritten:
             pending = tuple(dict.fromkeys(one for _, other in flows for one in other.pending))
             self.give(nodes, replace(flow, pending=pending, changed=any(other.changed for _, other in flows)))
         elif fn.is_pointwise(func) and func is not None:
+            others = [one for one in node.inputs if one.flow is None and not one.const]
+            strange = any(uses.meets_scores(one, flow.first, self.labels.of, others=True) for one in others)
+            flow = flow.as_changed("whose weights are weighted by other scores") if strange else flow
             self.give(nodes, uses.pointwise(node, source, flow))
         elif func in fn.PICKS or self._key_axis(node, flow) is not None:
             learned = any(one.learned for one in node.inputs if one.flow is None)
             self.give(nodes, flow.as_changed(uses.MIXED if learned else None))
+        elif node.shape == source.shape and func not in fn.RANDOM | fn.LIKE:
+            self.give(nodes, flow.as_changed(None))
 
     def _after_dropout(self, node: Node, source: Node, flow: Flow, args: Args) -> Flow:
         if not flow.changed or flow.dropped or flow.used is not None or flow.kind != "weights":
@@ -269,15 +269,16 @@ class Handwritten:
 
     def _after_sum(self, node: Node, source: Node, flow: Flow, args: Args, within: Caller | None) -> None:
         axis = self._key_axis(source, flow)
-        if axis is None or self._key_axis(node, flow) is not None:
-            if axis is not None:
-                self.give([node], flow.as_changed(None))
+        if axis is None:
             return
-        if flow.multiplied and flow.kind == "weights":
+        if self._key_axis(node, flow) is not None:
+            self.give([node], flow.as_changed(None))
+        elif flow.multiplied and flow.kind == "weights":
             before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)
             inner = None if before is None else self._key_axis(before, flow)
             if before is not None and inner is not None:
                 self._use(before, inner, replace(flow, multiplied=False), None, within)
+                self.give([node], Flow("output", flow.pending))
         elif node.func in fn.SUMS and not flow.multiplied:
             self.give([node], replace(flow, kind="total"))
 
@@ -286,12 +287,13 @@ class Handwritten:
         (source, flow), (_, total) = flows
         if total.kind != "total" or total.first is not flow.first or flow.kind == "total":
             return False
+        total = replace(total, changed=total.changed or node.func in fn.MULTIPLICATIONS)  # with one over it
         if flow.multiplied:
             if total.changed or flow.changed:
-                reason = f"the attention of {flow.first.call.caller.name}, whose sum of exponentials is changed"
-                self._observer.uncovered.add(reason)
+                self._outcome.refuse(flow.first, flow.first.because("whose sum of exponentials is changed"))
             else:
                 self._use(source, None, replace(flow, multiplied=False), None, within)
+                self.give([node], Flow("output", flow.pending))
         else:
             changed = total.changed or flow.changed or flow.kind == "weights"
             self.give([node], replace(flow, kind="weights", changed=changed))

@@ -169,7 +169,7 @@ def _replaced(dims: list[Dim], at: Mapping[Root, int], axis: int, joined: Factor
 
 def flipped(node: Node, first: Label) -> Label | None:
     """Each digit the other way."""
-    axes = _tuple(node.argument(1, "dims"))
+    axes = _tuple(node.args[1:] if len(node.args) > 2 else node.argument(1, "dims"))
     if axes is None:
         return None
     dims, at = list(first.dims), dict(first.at)

@@ -22,7 +22,7 @@ from torchprobe.capture.attention.labels import (
     viewed,
 )
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.writes import copied, lost, picked, written
+from torchprobe.capture.attention.writes import chosen, copied, lost, picked, written
 
 
 class Labelling:
@@ -58,13 +58,14 @@ class Labelling:
         product = product_of(node)
         if product is not None:
             return self._product(node, product) if len(product.factors) == 2 else _of_several(node, product)
-        rule = joins.reduced if func in fn.EXTREMES and _is_reduction(node) else _RULES.get(func)
+        reduces = func in fn.EXTREMES and not isinstance(node.argument(1, "dim", node), Node)
+        rule = joins.reduced if reduces else _RULES.get(func)
         if rule is not None:
             return rule(node, _label(first)) or _along(node, inputs)
         if func in fn.ALONG:
             return _label(first) if first.shape == node.shape else None
         if fn.is_pointwise(func):
-            return _pointwise(node, inputs)
+            return chosen(node, inputs, _pointwise(node, inputs))
         return _view(node, inputs) or _along(node, inputs)
 
     # ---- products
@@ -166,7 +167,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         which, axis = min(whole, key=lambda pair: joins.is_expanded(labels[pair[0]].dims[pair[1]]))
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
-            dim = counted(Root(learned=True), size)
+            dim = counted(Root(learned=True, made=fn.parameters_of(product.factors[which])), size)
         elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
             dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
@@ -182,10 +183,6 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
 
 
 # ---- the others
-
-
-def _is_reduction(node: Node) -> bool:
-    return not isinstance(node.argument(1, "dim", node), Node)
 
 
 def _embedded(node: Node, first: Label) -> Label | None:
@@ -206,7 +203,8 @@ def _attended(node: Node, first: Label) -> Label | None:
 
 def _convolved(node: Node, label: Label) -> Label | None:
     """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
-    image, weight, root = node.inputs[0], node.argument(1, "weight"), Root(learned=True)
+    image, weight = node.inputs[0], node.argument(1, "weight")
+    root = Root(learned=True, made=fn.parameters_of(weight))
     dims, at = list(label.dims), {**label.at, root: 0}
     if node.func not in fn.POOLS:
         if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:

@@ -28,6 +28,7 @@ class Root:
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
     what the order was lost by. written: what was written into it, at places that only the device knows. apart: whether
     parts differ in the parameters alone that made them, as heads do. picked: what it was picked of, in whichever order.
+    made: the parameters that it is features of.
     """
 
     learned: bool = False
@@ -39,6 +40,7 @@ class Root:
     written: Written | None = None
     apart: bool = False
     picked: frozenset[Root] = frozenset()
+    made: Any = None
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
     sides: dict[int, Root] = field(default_factory=dict)
@@ -186,6 +188,24 @@ def differ(mine: Sequence[Dim], other: Sequence[Dim]) -> bool:
         if a and b and a != b and moved and roots[0] & roots[1]:
             return True
     return False
+
+
+def is_context(scores: Label, other: Label) -> bool:
+    """Whether scores are between features of keys and values, and weigh those of queries, as in linear attention.
+
+    By custom queries are made first; where channels attend to channels, what is weighed is made last.
+    """
+    of = scores.between
+    if of is None or not all(root.learned for side in (0, 1) for root in roots_of(of.of(side))):
+        return False
+    sides = [_first_made(of.of(side), of.at) for side in (0, 1)]
+    weighed = _first_made(other.dims, other.at)
+    return bool(weighed and all(side and weighed < side for side in sides))
+
+
+def _first_made(dims: Iterable[Dim], at: Mapping[Root, int]) -> tuple[int, int, int] | None:
+    made = ((root.lowest.made, at.get(root, 0)) for root in roots_of(dims))
+    return min(((by[0].order, by[1], place) for by, place in made if by is not None), default=None)
 
 
 # ---- views

@@ -6,7 +6,7 @@ By the data flow, which labels tell, and by custom where these do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -76,9 +76,9 @@ def mask_by_head(mask: Tensor, leading: torch.Size, heads: int | None) -> Tensor
     return mask
 
 
-def blocked(mask: Tensor) -> Tensor:
+def blocked(mask: Tensor, at: float = NEVER_A_LOGIT) -> Tensor:
     """True where a mask (bool: True takes part; float: added), or a masked logit, hides a key."""
-    return ~mask if mask.dtype is torch.bool else mask <= NEVER_A_LOGIT
+    return ~mask if mask.dtype is torch.bool else mask <= at
 
 
 def alike(hidden: Tensor) -> Tensor:
@@ -102,7 +102,8 @@ class Arrangement:
 
     order: their digits, by role. keys: which columns are keys, in order, and sinks: which are not; None for all, and
     for none. named: whether heads are told by where they come from. side: of the keys in the product; of_keys: the
-    index of each key there. axis: the dimension of the keys; latent: what parameters that are queries count.
+    index of each key there. axis: the dimension of the keys; latent: what parameters that are queries count. who: which
+    heads they are, by where among the features that parameters made.
     """
 
     sizes: tuple[tuple[int, ...], ...]
@@ -115,6 +116,7 @@ class Arrangement:
     of_keys: Indices
     axis: int
     latent: frozenset[Root]
+    who: tuple[Hashable, ...] | None
 
     def by_head(self, x: Tensor, heads: int | None) -> Tensor:
         """Logits, or something with the same dimensions, as (batch, heads, queries, all columns).
@@ -221,7 +223,19 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
     sinks = sinks if sinks is not None and len(sinks) else None
     axis = roles[3][0].dim if roles[3] else len(shape) - 1
     mine = frozenset(root.under for role in roles[2] if (root := role.root).fixed and root.under is not None)
-    return Arrangement(sizes, tuple(order), keys, sinks, named, where, side, of_keys, axis, mine)
+    who = _who(label, roles[1]) if named else None
+    return Arrangement(sizes, tuple(order), keys, sinks, named, where, side, of_keys, axis, mine, who)
+
+
+def _who(label: Label, heads: list[Axis]) -> tuple[Hashable, ...]:
+    """Of each head, where it is among the features of all: other calls may have the others."""
+    dim = tuple(axis.factor for axis in heads)
+    many = size_of(dim)
+    pinned = {root: np.full(many, value) for root, value in label.at.items()}
+    values = of_factors(pinned | coordinates(dim, label.at))
+    columns = [(root.side, root.lowest.made, at) for root, at in values.items() if root.lowest.made is not None]
+    who = [frozenset((side, made, int(at[i])) for side, made, at in columns if at[i] >= 0) for i in range(many)]
+    return tuple(who) if len({*who}) == many else tuple(range(many))
 
 
 Columns = tuple[Indices | None, Indices, Indices]

@@ -18,6 +18,7 @@ from torchprobe.capture.attention.tape import Args
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
 from torchprobe.statistics.dtypes import moved
 
 
@@ -55,7 +56,7 @@ class Padding:
             if tokens.batch and hidden.size(0) > 1:
                 self._note(tokens, at, hidden)
 
-    def hold_against(self, where: Places, masked: Tensor) -> None:
+    def hold_against(self, where: Places, masked: Tensor, limit: float = NEVER_A_LOGIT) -> None:
         """A mask, or masked logits (batch, heads, queries, keys), of tokens of which no argument that says it is known.
 
         They are what one names where this hides just its padding from all queries, and these are the keys themselves.
@@ -64,7 +65,7 @@ class Padding:
         begun = [one for one, at in where.queries.items() if at.min() == 0]
         if not alike or masked.size(-2) != masked.size(-1) or not self._said.keys().isdisjoint((*begun, where.joined)):
             return
-        hidden = blocked(masked[:, 0]).all(1)
+        hidden = blocked(masked[:, 0], limit).all(1)
         named = torch.stack([each & (each == hidden).all() for each in alike]).any(0)
         for tokens, at in where.keys.items():
             if tokens.batch and (tokens == where.joined or np.array_equal(at, where.queries.get(tokens, ()))):
@@ -92,6 +93,7 @@ class Padding:
         found: Tensor | None = None
         for tokens, at in where.queries.items():
             padded = self._padded(tokens)
+            padded = self._of_some(tokens, where) if padded is None else padded
             if padded is None or padded.size(0) not in (1, batch) or len(at) != queries or at.max() >= padded.size(1):
                 continue
             each = picked(padded, at.clip(0)).expand(batch, -1)
@@ -101,6 +103,18 @@ class Padding:
                 each = each & moved(torch.from_numpy(at >= 0), each.device)
             found = each if found is None else found | each
         return whole if found is None else found
+
+    def _of_some(self, tokens: Tokens, where: Places) -> Tensor | None:
+        """The same of some of the sequences, where all of a batch are known."""
+        for each in {**self._said, **self._masks}:
+            counted = [*each.batch] if each.place == tokens.place and isinstance(each.batch, frozenset) else []
+            at = where.entries.get(counted[0][0]) if len(counted) == 1 else None
+            padded = None if at is None else self._padded(each)
+            if at is None or padded is None or counted[0][1] != np.arange(len(padded)).tobytes():
+                continue
+            if at.min() >= 0 and at.max() < len(padded):
+                return padded.index_select(0, moved(torch.from_numpy(at), padded.device))
+        return None
 
     def _padded(self, tokens: Tokens) -> Tensor | None:
         """What an argument says, unless it means the opposite: all is padding, or just what no mask hides."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class Places:
 
     queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
     whole that they are, where they are not one sequence from its beginning. unknown: whether it is of the keys'
-    sequence, and not known where.
+    sequence, and not known where. entries: which sequences of a batch they are.
     """
 
     cross: bool
@@ -64,6 +64,7 @@ class Places:
     keys: Mapping[Tokens, Indices] = field(default_factory=dict)
     joined: Tokens | None = None
     unknown: bool = False
+    entries: Values = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -83,9 +84,11 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     of_keys = {root: value for root, value in label.between.at.items() if root.side == side}
     mine = resolved(_numbers(of_queries, size) | queries)
     theirs = resolved(_numbers(of_keys, len(columns)) | keys)
-    batch = named(resolved(coordinates(tuple(axis.factor for axis in roles[0]), label.at)))
-    found = among(mine, theirs, size, len(columns), label.between.projected, batch)
-    return replace(found, unknown=found.unknown or label.between.elsewhere)
+    batch = tuple(axis.factor for axis in roles[0])
+    entries = resolved(coordinates(batch, label.at))
+    found = among(mine, theirs, size, len(columns), label.between.projected, named(entries))
+    entries = resolved(_numbers(label.at, size_of(batch))) | entries
+    return replace(found, unknown=found.unknown or label.between.elsewhere, entries=entries)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
@@ -94,13 +97,14 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     mine, theirs = (_tokens(label) for label in (query, key))
     batch = [factor for dim in query.dims[: max(1, len(query.dims) - 3)] for factor in dim]
     rows = tuple(factor for factor in batch if not (factor.root and factor.root.learned))
-    entries = named(resolved(coordinates(rows, query.at))) if len(query.dims) > 2 else named({})
+    entries = resolved(coordinates(rows, query.at)) if len(query.dims) > 2 else {}
     if any(len(values) and len(next(iter(values.values()))) != n for values, n in ((mine, queries), (theirs, keys))):
         return Places(queries != keys, None)
     shared = min(query, key, key=lambda label: len(label.dims)).dims[:-2]
     elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
-    found = among(mine, theirs, queries, keys, known, entries)
-    return replace(found, unknown=found.unknown or elsewhere)
+    found = among(mine, theirs, queries, keys, known, named(entries))
+    entries = resolved(_numbers(query.at, size_of(rows))) | entries
+    return replace(found, unknown=found.unknown or elsewhere, entries=entries)
 
 
 def by_custom(queries: int, keys: int) -> Places:
@@ -186,8 +190,8 @@ def _where_written(queries: Values, keys: Values) -> Tensor | None:
     return None
 
 
-def _numbers(at: Mapping[Root, int], size: int) -> dict[Root, Indices]:
-    return {root: np.full(size, value) for root, value in at.items() if not root.learned}
+def _numbers(at: Mapping[Root, int], size: int, features: Iterable[Root] = ()) -> dict[Root, Indices]:
+    return {root: np.full(size, value) for root, value in at.items() if not root.learned or root in features}
 
 
 def _matched(queries: list[Indices], keys: list[Indices], length: int) -> Indices | None:
@@ -285,6 +289,8 @@ def _in_parts(root: Root, further: Further) -> dict[Root, Indices]:
     for part in root.parts:
         if part.dim is None:
             continue
-        for inner, each in further(_numbers(part.at, part.size) | coordinates(part.dim, part.at)).items():
+        for inner, each in further(
+            _numbers(part.at, part.size, root.inside()) | coordinates(part.dim, part.at)
+        ).items():
             found.setdefault(inner, np.full(size, -1))[part.start : part.start + part.size] = each
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from itertools import takewhile
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
@@ -147,12 +147,14 @@ class Reading(NamedTuple):
     """What calls of a site add up to.
 
     found: the statistic of each head; sampled: whether a call's query rows were a sample, which makes its max
-    logit a lower bound; kept: what `on_source` returned for the first of the calls that it did for.
+    logit a lower bound; kept: what `on_source` returned for the first of the calls that it did for; who: which of the
+    module's heads they are, where that is known.
     """
 
     found: Measured
     sampled: bool
     kept: Tensor | None
+    who: tuple[Hashable, ...] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -185,7 +187,20 @@ def merged(a: Readings, b: Readings) -> Readings:
 def _joined(a: Reading | None, b: Reading) -> Reading:
     if a is None:
         return b
-    return Reading(Measured(combine(a.rows, b.rows)), a.sampled or b.sampled, b.kept if a.kept is None else a.kept)
+    kept = b.kept if a.kept is None else a.kept
+    return Reading(Measured(combine(a.rows, b.rows)), a.sampled or b.sampled, kept, a.who)
+
+
+def _whole(parts: list[Reading]) -> Reading:
+    """What calls that have some of the heads each add up to, all heads in the order of first calls."""
+    if len(parts) == 1:
+        return parts[0]
+    rows: dict[Hashable, Tensor] = {}
+    for part in parts:
+        for head, row in zip(part.who or (), part.rows, strict=True):
+            rows[head] = combine(rows[head], row) if head in rows else row
+    kept = next((part.kept for part in parts if part.kept is not None), None)
+    return Reading(Measured(torch.stack([*rows.values()])), any(part.sampled for part in parts), kept, tuple(rows))
 
 
 class Sites:
@@ -197,7 +212,9 @@ class Sites:
 
     def __init__(self) -> None:
         self._names: dict[Site, str] = {}
-        self._readings: dict[Site, Reading] = {}
+        self._readings: dict[Site, dict[Hashable, Reading]] = {}  # by which heads they have
+        self._whole: dict[Site, Reading] = {}
+        self._refused: set[tuple[str, Path]] = set()
         self._thread: threading.Thread | None = None  # whose pass it is, until it is taken
 
     @property
@@ -209,23 +226,33 @@ class Sites:
     def begin(self) -> None:
         """A pass begins: what nobody took of an earlier one is dropped."""
         self._thread = threading.current_thread()
-        self._readings = {}
+        self._readings, self._whole = {}, {}
+        self._refused.clear()
 
     def add(self, site: Site, reading: Reading) -> None:
         """Merge one more call. A compiled graph may run where no pass was seen to begin."""
         self._thread = self._thread or threading.current_thread()
-        self._readings[site] = _joined(self._readings.get(site), reading)
+        parts = self._readings.setdefault(site if reading.who is None else site._replace(heads=0), {})
+        parts[reading.who] = _joined(parts.get(reading.who), reading)
+
+    def refuse(self, module: str, path: Path) -> None:
+        """A call cannot be read: what others at its site say would be a part of it."""
+        self._refused.add((module, path))
 
     def finish(self) -> None:
         """Add up what was measured, together."""
-        finish(reading.found for reading in self._readings.values())
+        finish(reading.found for parts in self._readings.values() for reading in parts.values())
+        self._whole = {site: _whole([*parts.values()]) for site, parts in self._readings.items()}
 
     def take(self) -> Readings | None:
         """What this thread's pass has recorded, None when it is nothing; starts anew."""
         if self._thread is None or self.are_elsewhere:
             return None
-        readings, self._readings, self._thread = self._readings, {}, None
-        return readings or None
+        refused, self._refused = self._refused, set()
+        whole, self._whole, self._readings, self._thread = self._whole, {}, {}, None
+        kept = [(site, reading) for site, reading in whole.items() if site[:2] not in refused]
+        sized = ((site._replace(heads=site.heads or len(reading.who or ())), reading) for site, reading in kept)
+        return {site: reading._replace(who=None) for site, reading in sized} or None
 
     def named(self, readings: Readings) -> list[tuple[str, Reading]]:
         """Each attention under its name, which it keeps from then on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.labels import Label, Shape, leaves
+from torchprobe.capture.attention.labels import Label, leaves
 from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain, unusual
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.uses import Flow, Kind, Pending
+from torchprobe.capture.attention.uses import Flow, Kind, Pending, changes, meets_scores
 from torchprobe.capture.compat import under_transform
 from torchprobe.statistics.attention import Logits
-from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
+from torchprobe.statistics.attention.keys import NEVER_A_LOGIT, WITH_A_MASK
 
 _STEPS = 40  # calls between a softmax and the product behind it
 
@@ -42,7 +42,10 @@ class Softmaxes:
         kind: Kind = "logarithms" if func in fn.LOG_SOFTMAXES else "weights"
         axis = node.argument(1, "dim")
         if func in fn.DRAWN:
-            return self._pending(source, None, node.kwargs.get("dim", -1), kind)
+            axis = node.kwargs.get("dim", axis if isinstance(axis, int) and len(node.args) > 1 else -1)
+            return self._pending(source, None, axis, kind)
+        if func in fn.POWERS:
+            return self._pending(source, None, -1, "exponentials")
         if func in fn.EXPONENTIALS:
             summed = _log_sum(source)
             if summed is not None:
@@ -67,9 +70,9 @@ class Softmaxes:
         reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
-            return Flow(kind, (Pending(call, None, None, reason, keys),))
+            return Flow(kind, (Pending(call, None, None, reason, keys, (source, axis)),))
         reading = None if x is None or reason is not None else self._read(x, source, arranged, call)
-        return Flow(kind, (Pending(call, reading, arranged, reason, keys),), changed=x is None)
+        return Flow(kind, (Pending(call, reading, arranged, reason, keys, (source, axis)),), changed=x is None)
 
     def _unusual(self, x: Tensor | None) -> str | None:
         return unusual(x)
@@ -89,18 +92,20 @@ class Softmaxes:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        x, hiding = plain(logits), _hiding(before)
+        added = any(map(_is_added_to, islice(changes(source), _STEPS)))
+        limit = WITH_A_MASK if added else NEVER_A_LOGIT
+        x, hiding = plain(logits), _hiding(before, limit)
         x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
         given, others = arranged.split(arranged.by_head(x, heads))
         if any(_is_of_queries(node, arranged) for node in before):
-            self._observer.padding.note(arranged.places, alike(blocked(given)))
-        self._observer.padding.hold_against(arranged.places, given)
+            self._observer.padding.note(arranged.places, alike(blocked(given, limit)))
+        self._observer.padding.hold_against(arranged.places, given, limit)
         taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
         shift = sum(taken[1:], taken[0]) if taken else None
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
-        of = Logits(given, padding, arranged.places.on(given.device), shift, sinks)
-        return self._observer.read(call, of)
+        of = Logits(given, padding, arranged.places.on(given.device), shift, sinks, masked=added)
+        return self._observer.read(call, of)._replace(who=arranged.who)
 
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
         """The statistic of weights as they are used; or why there is none."""
@@ -113,7 +118,7 @@ class Softmaxes:
         given = (given if given.dtype == torch.float64 else given.float()).log()
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
         as_used = Logits(given, padding, arranged.places.on(given.device), as_weights=True)
-        reading = self._observer.read(call, as_used)
+        reading = self._observer.read(call, as_used)._replace(who=arranged.who)
         before = None if len(flow.pending) > 1 else flow.first.reading
         return reading.with_logits_of(before)
 
@@ -121,18 +126,9 @@ class Softmaxes:
 # ---- between a product and its softmax
 
 
-def _changes(logits: Node, shape: Shape | None = None) -> Iterator[Node]:
-    """The calls between a product and its softmax, backwards, and the product; shape: only while it is this one."""
-    node: Node | None = logits
-    while node is not None:
-        yield node
-        before = () if node.func is None or node.func in fn.PRODUCTS else node.inputs
-        node = next((one for one in before if one.is_logits and shape in (None, one.shape)), None)
-
-
 def _steps(logits: Node) -> list[Node]:
     """The last of them, as far as logits are changed element by element."""
-    return list(islice(_changes(logits, logits.shape), _STEPS))
+    return list(islice(changes(logits, logits.shape), _STEPS))
 
 
 def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
@@ -144,6 +140,13 @@ def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
                 yield taken.small
         elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
             return
+
+
+def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
+    """Whether logits are relative to something that is made of them, as in a softmax."""
+    logits = pending.of[0] if pending.of is not None else None
+    others = [one for one in logits.inputs if not one.is_logits] if logits and logits.func in fn.DIFFERENCES else []
+    return any(meets_scores(one, pending, label_of) for one in others)
 
 
 def _is_of_row(taken: Node, source: Node) -> bool:
@@ -172,7 +175,7 @@ def _log_sum(source: Node) -> int | None:
     return axis if isinstance(axis, int) else None
 
 
-def _hiding(before: list[Node]) -> float | Tensor | None:
+def _hiding(before: list[Node], limit: float = NEVER_A_LOGIT) -> float | Tensor | None:
     """What a logit hides its key at, where it was scaled after it was masked; None where that is as ever."""
     scale: Any = 1.0
     found: Any = None
@@ -187,7 +190,7 @@ def _hiding(before: list[Node]) -> float | Tensor | None:
             if found is not None and found is not scale:
                 return None
             found = scale
-    return None if found is None or (isinstance(found, float) and found == 1) else found * NEVER_A_LOGIT
+    return None if found is None or (isinstance(found, float) and found == 1) else found * limit
 
 
 def _masks(before: list[Node], source: Node, arranged: Arrangement) -> Iterator[Tensor]:
@@ -207,6 +210,13 @@ def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
     mask = (_mask(node) or (node,))[0]
     by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
     return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
+
+
+def _is_added_to(node: Node) -> bool:
+    """Whether a call adds something to logits."""
+    if node.func in fn.PRODUCTS:
+        return fn.PRODUCTS[node.func] > 0
+    return node.func in fn.ADDITIONS and any(not one.is_logits for one in node.inputs)
 
 
 def _mask(node: Node) -> tuple[Node, bool] | None:
@@ -237,7 +247,7 @@ def unreadable(source: Node, arranged: Arrangement) -> str | None:
         return "whose masks are scaled, in a compiled graph"
     if any(True for _ in shifts(_steps(source), source)):
         return "whose logits are shifted, in a compiled graph"
-    if any(_tells_sequences_apart(node, source, arranged) for node in _changes(source)):
+    if any(_tells_sequences_apart(node, source, arranged) for node in changes(source)):
         return "in a compiled graph, whose mask may differ between sequences: which queries are padding is not told"
     return None
 

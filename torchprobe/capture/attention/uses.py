@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.functions import Product
-from torchprobe.capture.attention.labels import Root
+from torchprobe.capture.attention.labels import Factor, Indices, Label, Root, Shape, leaves
 from torchprobe.capture.attention.layout import Arrangement
-from torchprobe.capture.attention.observer import Call
-from torchprobe.capture.attention.sites import Reading
+from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.places import coordinates, of_factors
+from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller, Reading, common_owner
 from torchprobe.capture.attention.tape import Args, Kwargs, Node, Tape
 
-Kind = Literal["weights", "logarithms", "exponentials", "total"]
+Kind = Literal["weights", "logarithms", "exponentials", "total", "output"]
 
 
 @dataclass(eq=False, slots=True)
 class Pending:
     """A softmax of logits, until its weights are used: then its reading, or why there is none, is taken out.
 
-    arranged: its logits. keys: what its dimension counts.
+    arranged: its logits. keys: what its dimension counts. of: its logits, and which dimension that is. used: of all
+    weights but along the keys, which are used with values so far; whole: whether all. name: of the module that does;
+    None inside a compiled graph, which is read elsewhere.
     """
 
     call: Call
@@ -32,12 +37,72 @@ class Pending:
     arranged: Arrangement | None
     reason: str | None
     keys: frozenset[Root]
+    of: tuple[Node, int] | None = None
     taken: bool = False
+    used: NDArray[np.bool_] | None = None
+    whole: bool = False
+    name: str | None = None
 
-    def take(self) -> bool:
-        """Its weights are used: whether for the first time."""
-        first, self.taken = not self.taken, True
-        return first
+    def take(self, name: str | None) -> None:
+        """It is used, or refused, in this module."""
+        self.taken, self.name = True, name
+
+    def is_new(self, node: Node, label: Label, axis: int | None) -> bool:
+        """Weights are used, with keys along the dimension `axis`: whether some for the first time."""
+        of, keys = self.of or (None, 0)
+        whole = None if of is None else of.label
+        if (axis, of, keys) not in node.kept:
+            node.kept[axis, of, keys] = None if axis is None or whole is None else _part(whole, keys, label, axis)
+        part: list[Indices] | None = node.kept[axis, of, keys]
+        if part is None or whole is None:
+            before, self.whole = self.whole, True
+            return not before
+        index = np.ix_(*part)
+        self.used = np.zeros([f.size for f in _digits(whole, keys)], np.bool_) if self.used is None else self.used
+        new = not (self.whole or self.used[index].all())
+        self.used[index] = True
+        self.whole = self.whole or bool(self.used.all())
+        return new
+
+    def because(self, reason: str) -> str:
+        """Why it is not read, said with whose it is."""
+        return f"the attention of {self.call.caller.name}, {reason}"
+
+
+def _digits(whole: Label, keys: int) -> list[Factor]:
+    """What weights have besides the keys."""
+    return [factor for i, dim in enumerate(whole.dims) if i != keys for factor in dim]
+
+
+def _part(whole: Label, keys: int, label: Label, axis: int) -> list[Indices] | None:
+    """Of each digit that weights have besides the keys, which indices others have; None for all."""
+    counts: dict[Root, Indices] = {}
+    for dim in (dim for i, dim in enumerate(label.dims) if i != axis):
+        each = coordinates(dim, label.at)
+        for root, at in (of_factors(each) | each).items():
+            before = counts.get(root)
+            at = at[at >= 0] if before is None else np.add.outer(before, at - label.at.get(root, 0))
+            counts[root] = np.unique(at)
+    others = _digits(whole, keys)
+    pinned = whole.at.keys() & counts.keys() - {f.root for f in others}
+    absent = any(whole.at[root] not in counts[root] for root in pinned)
+    counts = {root: np.array([at]) for root, at in label.at.items()} | counts
+    found = [
+        np.unique((counts[f.root] - whole.at.get(f.root, 0)) // f.stride % f.size)
+        if f.root is not None and f.root in counts
+        else np.arange(f.size)
+        for f in others
+    ]
+    if absent:
+        return [index[:0] for index in found]
+    return None if all(len(index) == f.size for index, f in zip(found, others, strict=True)) else found
+
+
+def key_axis(label: Label, flow: Flow) -> int | None:
+    """The dimension of weights that counts the keys."""
+    if not flow.first.keys:  # a single key
+        return next((i for i in range(len(label.dims) - 1, -1, -1) if not label.dims[i]), None)
+    return next((i for i, dim in enumerate(label.dims) if flow.first.keys & leaves([dim])), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +129,89 @@ class Flow:
     def as_changed(self, reason: str | None) -> Flow:
         """The same with other values; reason: why these cannot be read."""
         return replace(self, changed=True, refused=self.refused or reason)
+
+
+def changes(logits: Node, shape: Shape | None = None) -> Iterator[Node]:
+    """The calls between a product and its softmax, backwards, and the product; shape: only while it is this one."""
+    node: Node | None = logits
+    while node is not None:
+        yield node
+        before = () if node.func is None or node.func in fn.PRODUCTS else node.inputs
+        node = next((one for one in before if one.is_logits and shape in (None, one.shape)), None)
+
+
+def meets_scores(node: Node, pending: Pending, label_of: Callable[[Node], Label], others: bool = False) -> bool:
+    """Whether a tensor is made of a softmax's scores, but by no product with anything; others: of other scores."""
+    if pending.of is None:
+        return False
+    key = "scores", others, pending.of[0]
+    if key not in node.kept:
+        own, seen, waiting, found = {*changes(pending.of[0])}, {node}, [node], False
+        while waiting and not found:
+            top = waiting.pop()
+            ends = top in own or top.func in fn.PRODUCTS
+            found = ends and (top not in own and bool(label_of(top).sides) if others else top in own)
+            waiting += [one for one in top.inputs if not (ends or one in seen or one.const)]
+            seen.update(top.inputs)
+        node.kept[key] = found
+    return bool(node.kept[key])
+
+
+class Outcome:
+    """What softmaxes come to: they count, or it is said why not, some only when the pass has ended."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.latent: list[tuple[frozenset[Root], Callable[[], None]]] = []
+        self._observer = observer
+        self._open: dict[Pending, str] = {}  # why what is not wholly used with values at the end is not read
+
+    def finish(self) -> None:
+        """The pass has ended: what no later call has shown to be something else counts."""
+        waiting, self.latent = self.latent, []
+        for _, count in waiting:
+            count()
+        for pending, reason in [*self._open.items()]:
+            if not pending.whole:
+                self.refuse(pending, reason)
+
+    def clear(self) -> None:
+        """Hold nothing of the pass."""
+        self.latent.clear()
+        self._open.clear()
+
+    def rule_out(self, summed: set[Root]) -> None:
+        """What is summed over was no query."""
+        self.latent = [(roots, count) for roots, count in self.latent if not roots & summed]
+
+    def take(self, pending: Pending, within: Caller | None) -> None:
+        """Its weights are used, by whoever calls."""
+        here = within or self._observer.owners.caller()
+        name = pending.call.caller.name
+        pending.take(None if here is INSIDE_GRAPH else common_owner(name, here.name) if here else name)
+
+    def stray(self, all_pending: Iterable[Pending], reason: str) -> None:
+        """They are not read, unless they are wholly used with values elsewhere."""
+        for pending in all_pending:
+            self._open.setdefault(pending, pending.reason or pending.because(reason))
+
+    def refuse(self, pending: Pending, reason: str) -> None:
+        """Say why an attention is not read; nor are others of its site, of which it would be a part."""
+        self._open.pop(pending, None)
+        if not pending.taken:
+            self.take(pending, None)
+        self._observer.uncovered.add(reason)
+        self._observer.sites.refuse(pending.name or "", pending.call.caller.path)
+
+    def count(self, pending: Pending, reading: Reading | None) -> None:
+        """Its weights are used with values, all of them."""
+        latent = pending.arranged.latent if pending.arranged is not None else frozenset()
+        if pending.name is None or reading is None:
+            return
+        name, call = pending.name, pending.call
+        if latent:
+            self.latent.append((latent, lambda: self._observer.record(call, reading, name)))
+        else:
+            self._observer.record(call, reading, name)
 
 
 def back(node: Node) -> Iterator[Node]:
@@ -128,13 +276,6 @@ def tensor_of(tape: Tape, node: Node, args: Args, kwargs: Kwargs) -> Tensor | No
     values = [*args, *kwargs.values()]
     values += [one for value in values if isinstance(value, tuple | list) for one in value]
     return next((value for value in values if isinstance(value, Tensor) and tape.known(value) is node), None)
-
-
-def strayed(all_pending: Iterable[Pending]) -> Iterator[str]:
-    """Why weights are not read that met something else when it was not known any more what their keys are."""
-    for pending in all_pending:
-        if pending.take():
-            yield pending.reason or f"the attention of {pending.call.caller.name}, whose weights are rearranged"
 
 
 def mixed(product: Product, which: int, flow: Flow) -> Flow:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.joins import along, beside, sliced, spliced
 from torchprobe.capture.attention.labels import Factor, Label, Root, Written, roots_of
@@ -47,6 +49,22 @@ def picked(node: Node, labels: list[Label]) -> frozenset[Root]:
         {root.lowest for label in labels for root in {*label.roots(), *label.at}} if node.func in fn.PICKS else set()
     )
     return frozenset(one for root in roots if not root.learned for one in root.origins())
+
+
+def chosen(node: Node, inputs: tuple[Node, ...], label: Label | None) -> Label | None:
+    """What a choice of two makes of them, where one has a single index and the other several: a token in a cache."""
+    values = [one for one in inputs if one.dtype.is_floating_point and one.dims == node.dims and not one.const]
+    shape = next((one.shape for one in inputs if one.dtype is torch.bool), ())
+    if label is None or label.sides or node.func not in fn.CHOICES or len(values) < 2:
+        return label
+    of = frozenset(origin for one in values if one.label for root in one.label.at for origin in root.lowest.origins())
+    dims, at = list(label.dims), dict(label.at)
+    for axis, size in enumerate(node.shape):
+        varies = node.dims - axis <= len(shape) and shape[axis - node.dims] == size > 1
+        if varies and any(one.shape[axis] == 1 for one in values):
+            root = Root(picked=frozenset(root for root in of if not root.learned))
+            dims[axis], at[root] = (Factor(root, 1, size),), 0
+    return Label(tuple(dims), at, label.between)
 
 
 def _at_places(node: Node, source: Node, axis: int, where: Node) -> Label | None:

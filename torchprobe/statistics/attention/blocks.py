@@ -86,6 +86,7 @@ def blocks(source: Source, rows: Rows, workspace: Workspace) -> Iterator[Block]:
 def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
     position = visibility.standing(source, _position(source, rows, first))
+    hidden = visibility.WITH_A_MASK if source.masked else visibility.NEVER_A_LOGIT
     remembered = _memory(source, rows, first)
 
     def far(start: int, stop: int) -> Distances:
@@ -96,7 +97,7 @@ def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iter
             logits = rows.take(source.logits, some).to(source.dtype)
             if source.shift is not None:
                 logits = logits + rows.take(source.shift, some).to(source.dtype)
-            visible = visibility.of_values(logits)
+            visible = visibility.of_values(logits, hidden)
             yield Block(some, logits, False, visible, far(some.rows.start, some.rows.stop))
 
 

@@ -16,6 +16,9 @@ HIDDEN = -1e30
 NEVER_A_LOGIT = -5000.0
 """At or below this a logit, or a mask that is added to it, hides its key: half of -1e4, the mildest of customs."""
 
+WITH_A_MASK = NEVER_A_LOGIT + 100
+"""The same of a logit that such a mask was added to: its own part is smaller, or it has grown far too large."""
+
 
 @dataclass(frozen=True)
 class Visible:

@@ -101,6 +101,7 @@ class Logits:
     shift: (batch, heads, queries, 1), what was taken off each row before, which is put on again.
     sinks: the same shape, the logarithm of what takes probability and is no key, as the logits are before the shift.
     as_weights: the logits are logarithms of weights, which are what they are: nothing makes a row's sum 1.
+    masked: whether something was added to them that may be a mask, so that one of -5000 leaves others behind.
 
     Raises ValueError where the shapes do not go together.
     """
@@ -111,6 +112,7 @@ class Logits:
     shift: Tensor | None = None
     sinks: Tensor | None = None
     as_weights: bool = False
+    masked: bool = False
 
     def __post_init__(self) -> None:
         fits = self.logits.dim() == 4 and self.logits.is_floating_point()

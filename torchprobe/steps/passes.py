@@ -125,8 +125,8 @@ class Passes:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)
         if heard and self.frozen:
             passing.follow(self.frozen)
-        if passing.kind is TRAINING and self._check is not None:
-            passing.saw(self._check.output(output))
+        if passing.kind is TRAINING and self._check and (sign := self._check.output(output)) is not None:
+            passing.saw(sign)
         if self._clock.by_forward:
             self._count(passing)
         elif passing.kind is VALIDATION:
@@ -176,7 +176,8 @@ class Passes:
         """The machine has begun a step."""
         if self._dropped.any or self._undecided or self._steps.has_validated:
             self.settle()
-        self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
+        if self.unheard or self.frozen:
+            self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
         self._steps.begin()
         self.gradients.step_begins()
 

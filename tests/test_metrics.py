@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import torchprobe
+from torchprobe.testing import MemoryWriter
 from torchprobe.user_values import Metrics
 
 
@@ -141,3 +143,33 @@ def test_what_is_no_number_is_refused_before_anything_is_logged(value):
 def test_arguments_of_a_wrong_kind_are_refused_by_name(metrics, prefix, words):
     with pytest.raises(TypeError, match=words):
         list(Metrics().tagged(metrics, prefix))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("number", [float, torch.tensor], ids=["host", "tensor"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_torchprobe_writes_itself_is_not_the_users(when, number, every, caplog):
+    """At no step, sampled or not: the user's numbers under such a tag are left out, which is said once a tag."""
+    model, writers = torch.nn.Linear(3, 2), [MemoryWriter(), MemoryWriter()]
+    tags = ("overview/loss", "overview/grad_norm", "param_norm/weight", "lr/SGD/group_0", "overview/skipped_steps")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for writer in writers:
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=writer, every=every) as session:
+            for step in range(1, 5):
+                optimizer.zero_grad()
+                model(torch.ones(4, 3)).square().mean().backward()
+                if when == "after":
+                    optimizer.step()
+                if writer is writers[1]:
+                    session.log_metrics({tag: number(77.0) for tag in tags} | {"overview/mine": number(1.0 * step)})
+                    session.log_metrics({"performance/step_seconds": number(1e6)})
+                if when == "before":
+                    optimizer.step()
+    bare, both = writers
+    for tag in tags:
+        assert both.scalars(tag) == bare.scalars(tag) != []
+        assert sum(f"'{tag}' of what was logged is left out" in line for line in caplog.messages) == 1
+    assert max(value for _, value in both.scalars("performance/step_seconds")) < 1e6
+    assert both.scalars("overview/mine") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchprobe.buffer.step import Piece
 from torchprobe.buffer.transfer import records_graph
-from torchprobe.records import Histogram, Text, Value
+from torchprobe.records import Histogram, Text, UserTag, Value
 from torchprobe.statistics import out_of_distribution
 from torchprobe.steps.recorder import Recorder
 from torchprobe.user_values import Metrics, Number, checked, checked_predictions, floats
@@ -119,7 +119,7 @@ class Logs(LogCalls):
 
     def _log(self, call: str, values: Sequence[tuple[str, Value | Tensor]], prefix: str = "") -> None:
         for tag, value in values:
-            self._recorder.log(tag, value)
+            self._recorder.log(UserTag(tag), value)
 
     def _log_rows(self, call: str, piece: Piece) -> None:
         self._recorder.log_rows(piece)

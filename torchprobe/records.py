@@ -144,6 +144,17 @@ EVIDENCE = "torchprobe/evidence/"
 """Before the tag of a number that goes to `Record.evidence`; users of evidential networks log `evidence/...`."""
 
 
+class UserTag(str):
+    """The tag of what the user logs, on its way to a record: equal to none of torchprobe's own, same text or not."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is UserTag and str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
 def group_of(tag: str) -> str:
     """The tag's first component, without `val/`: `val/grad_norm/fc.weight` is in `grad_norm`."""
     return tag.removeprefix("val/").split("/", 1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -123,3 +124,29 @@ def test_a_session_may_end_inside_of_any_call(where, before):
         handle.remove()
         assert not session.attached
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("drop", ["graph", "gradients", "numbers"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_frozen_first_part_shares_the_fate_of_what_follows_it(named, drop):
+    """Its own output has no graph that would tell."""
+    torch.manual_seed(0)
+    first, head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, CLASSES)
+    model = nn.ModuleDict({"0": first, "1": head}) if named else nn.ModuleList([first, head])
+    optimizer, writer, right = torch.optim.SGD(head.parameters(), 0.1), MemoryWriter(), {}
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(1, 5):
+            if k % 2 == 0:
+                dropped = head(first(torch.full((8, 4), math.nan if drop == "numbers" else 100.0))).sum()
+                if drop == "gradients":
+                    dropped.backward()
+                    optimizer.zero_grad()
+                del dropped
+            hidden = [first(torch.randn(8, 4)) for _ in range(2)]
+            right[k] = torch.cat(hidden).mean().item()
+            optimizer.zero_grad()
+            sum(head(h).square().mean() for h in hidden).backward()
+            optimizer.step()
+    assert dict(writer.scalars("activation_mean/0")) == pytest.approx(right, rel=1e-4, abs=1e-6)
+    assert writer.value("overview/skipped_steps") == (2 if drop == "numbers" else 0)
+    assert session.step == 4

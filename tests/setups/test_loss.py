@@ -144,6 +144,30 @@ def test_a_loss_that_is_changed_in_place_afterwards():
     assert losses(writer) == pytest.approx([expected])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("conjugated", [False, True], ids=["with graphs", "conjugated"])
+def test_gradients_that_numpy_refuses(conjugated, caplog):
+    """`backward(create_graph=True)`, as second-order optimizers call it, and a complex gradient that is a view."""
+    kind = torch.cfloat if conjugated else torch.float
+    model, writer, right, norms = nn.Linear(3, 2, dtype=kind), MemoryWriter(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(4):
+            loss = model(torch.randn(4, 3, dtype=kind)).abs().square().mean()
+            loss.backward(create_graph=not conjugated)
+            for p in model.parameters() if conjugated else ():
+                p.grad = p.grad.conj()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            right.append(loss.item())
+            norms.append(gradient.detach().abs().norm().item())
+            optimizer.step()
+            for p in model.parameters():  # the optimizer's own would be refused by a gradient with a graph
+                p.grad = None
+    assert losses(writer) == pytest.approx(right)
+    assert [value for _, value in writer.scalars("overview/grad_norm")] == pytest.approx(norms)
+    assert "stops recording" not in caplog.text
+
+
 def test_a_loss_in_bfloat16():
     model, writer = net().bfloat16(), MemoryWriter()
     optimizer = sgd(model)

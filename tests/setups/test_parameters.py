@@ -71,6 +71,29 @@ def test_weights_that_are_loaded_after_a_step_are_not_that_steps(wrapped, at_the
     assert l2(*after[1].values()) != pytest.approx(l2(*start.values()), rel=1e-3)
 
 
+@pytest.mark.parametrize("moved", ["never", "at every step", "at the end", "in the last validation"])
+def test_weights_that_are_moved_by_hand_after_the_last_step_are_not_that_steps(moved, caplog):
+    """An average that is copied over them; what clips or averages them after every step belongs to it."""
+    model, writer, after = net(), MemoryWriter(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(1, 5):
+            one_step(model, optimizer, model(batch(k)).square().mean())
+            after.append(l2(*parameters(model).values()))
+            with torch.no_grad():
+                for p in model.parameters():
+                    if moved == "at every step" or (moved != "never" and k == 4):
+                        p.mul_(0.5)
+                if moved == "at every step":
+                    after[-1] = l2(*parameters(model).values())
+                if moved == "in the last validation" and k == 4:
+                    model.eval()(batch())
+    right = dict(enumerate(after if moved in ("never", "at every step") else after[:3], 1))
+    assert dict(writer.scalars("overview/param_norm")) == pytest.approx(right, rel=1e-5)
+    assert {*dict(writer.scalars("overview/update_ratio"))} == {*right}
+    assert caplog.text.count("are left out where weights were moved") == (len(right) < 4)
+
+
 def test_the_parameter_norm_is_the_one_after_the_step():
     model, writer = Holder(torch.tensor([3.0, 4.0])), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # w - 0.25 * 2w = w / 2

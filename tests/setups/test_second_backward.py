@@ -277,3 +277,26 @@ def test_a_checkpoints_inner_backward_passes_are_none(inner):
             optimizer.step()
     got = dict(writer.scalars(LOSS))
     assert all(value == pytest.approx(right[step - 1]) for step, value in got.items())
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["alone", "and a head"])
+@pytest.mark.parametrize("zeroed", ["before", "after"])
+def test_a_checkpoint_around_the_whole_model_hides_none(zeroed, head):
+    """Its inner backward pass, in which it is heard of, has the number after that of the outer one."""
+    model, writer, right = net(), MemoryWriter(), []
+    last = nn.Linear(1, 1) if head else nn.Identity()
+    optimizer = torch.optim.SGD([*model.parameters(), *last.parameters()], lr=0.01)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(5):
+            if zeroed == "before":
+                optimizer.zero_grad()
+            right.append(0.0)
+            for part in range(2):
+                x = batch(2 * k + part)
+                loss = last(torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)).square().mean() / 2
+                loss.backward()
+                right[-1] += loss.item()
+            optimizer.step()
+            if zeroed == "after":
+                optimizer.zero_grad()
+    assert [value for _, value in writer.scalars(LOSS)] == pytest.approx(right)

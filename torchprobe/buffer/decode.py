@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
-from torchprobe.records import EVIDENCE, OfTags, Record, Text, Value, is_tag, storable
+from torchprobe.records import EVIDENCE, OfTags, Record, Text, UserTag, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
@@ -32,6 +32,7 @@ _REASONS = {
 }
 
 SKIPPED_STEPS = "overview/skipped_steps"
+_LATE = frozenset({SKIPPED_STEPS, *(f"overview/{name}" for name in ("alerts", "dropped_records", "probe_overhead"))})
 
 _log = logging.getLogger("torchprobe")
 
@@ -58,7 +59,9 @@ class Decoder:
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
         self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
-        self._plain = OfTags(lambda tags: tags if all(type(tag) is str and is_tag(tag) for tag in tags) else ())
+        self._plain = OfTags(_plainly)
+        self._users = OfTags(lambda tags: [tag for tag in tags if type(tag) is UserTag])
+        self._own = {*_LATE, *(["performance/step_seconds"] if "performance" in descriptions else [])}  # as written
 
     def resume(self, skipped: int) -> None:
         """Count on from there."""
@@ -84,7 +87,7 @@ class Decoder:
             self.skipped += 1
             return None
         values: dict[str, Value] = {}
-        plain = self._plain(sent.values)
+        plain, users = self._plain(sent.values)
         if plain and {*map(type, sent.values.values())} == {float}:
             values = dict(zip(plain, sent.values.values(), strict=True))  # the same strings each time, quick to compare
         else:
@@ -95,10 +98,22 @@ class Decoder:
         for (reporter, prefix), parts in sorted(groups.items(), key=lambda group: group[0][1]):
             values.update(self._report(reporter, prefix, parts))
         values.update(self._explain_gaps(sent))
+        self._own |= values.keys()
+        if groups or users:
+            self._take_users(values)
         evidence = self._taken(values) if groups else {}
         if not values and not evidence:
             return None
         return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)
+
+    def _take_users(self, values: dict[str, Value]) -> None:
+        """What the user logs, but for what would stand among torchprobe's own numbers."""
+        for logged in self._users(values):
+            tag, value = str(logged), values.pop(logged)
+            if tag in self._own:
+                self._say_odd("what was logged", tag, "torchprobe writes that tag itself; log it under another")
+            else:
+                values[tag] = value
 
     def _taken(self, values: dict[str, Value]) -> dict[str, float]:
         """What is for rules alone, out of the values that are written, without the prefix."""
@@ -130,11 +145,12 @@ class Decoder:
             if type(value) is float and type(tag) is str and tag and tag.isascii():
                 values[prefix + tag] = value
                 continue
-            tag, stored = prefix + tag if isinstance(tag, str) else tag, storable(value)
+            tag = prefix + tag if isinstance(tag, str) and type(tag) is not UserTag else tag
+            stored = storable(value)
             if stored is None:
                 self._say_odd(owner, tag, f"takes a number, text, histogram, image or array, not {reprlib.repr(value)}")
             elif is_tag(tag):
-                values[str(tag)] = stored
+                values[tag if type(tag) is UserTag else str(tag)] = stored
             else:
                 self._say_odd(owner, tag, "takes a tag that is text")
 
@@ -144,7 +160,7 @@ class Decoder:
             return
         self._odd.add(key)
         more = "; more such values are not named" if len(self._odd) == _MOST_ODD else ""
-        self.faults.append(f"{reprlib.repr(tag)} of {owner} is left out: it cannot be stored")
+        self.faults.append(f"{reprlib.repr(tag)} of {owner} is left out: {problem}")
         _log.warning("%s of %s is left out: %s%s", reprlib.repr(tag), owner, problem, more)
 
     def _leave_out(self, reporter: Reporter, error: BaseException) -> None:
@@ -186,6 +202,12 @@ def _reported(reporter: Any, found: Mapping[Reporter, tuple[Sequence[str], Any]]
         return cast("Iterable[Any]", reporter.report_all(*found[reporter]))
     rows = {getattr(part, "source", ""): named for part, named in found.items()}
     return cast("Iterable[Any]", reporter.report_sources(rows)) if rows else ()
+
+
+def _plainly(tags: tuple[str, ...]) -> tuple[Sequence[str], bool]:
+    """Tags, if no writer could refuse one, and whether there are some of the user's."""
+    kinds = {*map(type, tags)}
+    return tags if kinds <= {str, UserTag} and all(map(is_tag, tags)) else (), UserTag in kinds
 
 
 def _sampled(due: Sequence[Reporter]) -> bool:

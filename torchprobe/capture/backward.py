@@ -117,9 +117,9 @@ def _of_backward(call: Any) -> Roots:
     return Roots("backward", value, for_parameters, tensors)
 
 
-def in_recomputation() -> bool:
-    """Whether a backward pass runs that a checkpoint has called inside of another one."""
-    return bool(running(_RECOMPUTED))
+def in_recomputation() -> int:
+    """How many backward passes run that a checkpoint has called inside of another one."""
+    return len(running(_RECOMPUTED))
 
 
 def loss_value(value: Tensor) -> float | Tensor:

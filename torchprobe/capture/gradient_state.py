@@ -202,7 +202,7 @@ def _any(gradient: Tensor) -> bool:
         gradient = gradient.reshape(-1)[:: gradient.numel() // _FEW]
     if gradient.dtype is torch.bfloat16:  # numpy has none
         gradient = gradient.float()
-    return bool(gradient.numpy().any())  # in host memory
+    return bool(gradient.numpy(force=True).any())  # in host memory; it may have a graph (`create_graph=True`)
 
 
 def _recognise(tensor: Tensor) -> Callable[[Tensor], bool]:

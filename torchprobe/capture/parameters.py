@@ -16,7 +16,7 @@ from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture import sharding
 from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.optimizers import State
-from torchprobe.capture.sharding import Named, by_device, is_unreduced, local_part, share_of
+from torchprobe.capture.sharding import Named, by_device, dense, is_unreduced, local_part, share_of, unscaled
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics import norms
@@ -24,6 +24,7 @@ from torchprobe.statistics.dtypes import PLAIN, measurable
 
 _log = logging.getLogger("torchprobe")
 _STATES = ("momenta", "second_moments")
+_MOVED = "parameters and updates of a step are left out where weights were moved after it and no training pass followed"
 _SOURCES = ("gradients", "parameters", "updates", *_STATES)
 
 
@@ -40,7 +41,8 @@ class ParameterSource:
 
     Tensors are handed over in lists, one list a device, so that a statistic is a few fused kernels. Of a sharded
     parameter the probes see this rank's part. Parameters are read when the next training pass begins, so that what a
-    wrapper or a hook did to them after the step is seen too; those that `fully_shard` moves about, at once.
+    wrapper or a hook did to them after the step is seen too; those that `fully_shard` moves about, at once. Where no
+    pass follows, as at the end, they count if nothing has moved them since the step, or if something did before, too.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class ParameterSource:
         self.left = LeftGradients()
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
-        self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor]]] = []
+        self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor], list[int]]] = []
+        self._moves = False  # something else than the optimizer has moved parameters when a training pass followed
         self._said: set[str] = set()
         self._flat: Mapping[int, Share] = {}
         self._stepping: tuple[Optimizer, list[Held]] | None = None  # while an optimizer's step runs: the walk is dear
@@ -71,7 +74,7 @@ class ParameterSource:
         reporters = self._due("gradients", due)
         if reporters:
             held = self._held(optimizer)
-            used = {named.name: named for named in _unscaled(self._gradients(held), optimizer)}
+            used = {named.name: named for named in unscaled(self._gradients(held), optimizer)}
             for piece in self._pieces(reporters, list(used.values())):
                 yield piece
                 yield from self._changed(piece, used, loss_scale(optimizer), parts)
@@ -102,7 +105,7 @@ class ParameterSource:
 
     def _gradients(self, held: Iterable[tuple[str, nn.Parameter, Share]]) -> list[Named]:
         usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
-        return [Named(name, p, _dense(local_part(gradient)), share) for name, p, gradient, share in usable]
+        return [Named(name, p, dense(local_part(gradient)), share) for name, p, gradient, share in usable]
 
     def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None, parts: int) -> Iterator[Piece]:
         """Beside rows of the gradients that are used: what backward passes had left of them."""
@@ -142,7 +145,8 @@ class ParameterSource:
         yield from self._states(optimizer, due)
         if not (self._due("parameters", due) or self._due("updates", due)):
             return
-        self._stepped.append((due, self._held(optimizer), self._before))
+        held = self._held(optimizer)
+        self._stepped.append((due, held, self._before, _versions(held)))
         self._before = {}
         model = self._model()
         if model is not None and sharding.is_fully_sharded(model):
@@ -161,10 +165,16 @@ class ParameterSource:
             for reporter in (reporter for reporters in wanted.values() for reporter in reporters):
                 reporter.whole.remark(f"{what}: whether it is a momentum or a second moment is not known")
 
-    def settle(self) -> Iterator[Piece]:
-        """Rows of the parameters where they have ended up, and of what steps changed."""
+    def settle(self, last: bool = False) -> Iterator[Piece]:
+        """Rows of the parameters where they have ended up, and of what steps changed. last: no pass has followed."""
         stepped, self._stepped = self._stepped, []
-        for due, held, before in stepped:
+        for due, held, before, versions in stepped:
+            moved_since = _versions(held) != versions
+            if last and moved_since and not self._moves:  # an average of weights at the end, say
+                for reporter in [*self._due("parameters", due), *self._due("updates", due)][:1]:
+                    reporter.whole.remark(_MOVED)
+                continue
+            self._moves = self._moves if last else moved_since
             now = [Named(name, p, local_part(p.detach()), share) for name, p, share in held if measurable(p)]
             yield from self._pieces(self._due("parameters", due), now)
             moved = [named for named in now if _same_kind(before.get(named.name), named.tensor)]
@@ -255,25 +265,6 @@ def _measure(reporter: Reporter, group: Sequence[Named], before: Sequence[Tensor
     return None  # the boundary took an exception
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """The stored values of a sparse gradient, duplicates summed as the optimizer will; else itself."""
-    gradient = gradient.detach() if gradient.requires_grad else gradient
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
-    """A fused optimizer gets gradients that GradScaler has not divided yet, and the scale beside them."""
-    scale = getattr(optimizer, "grad_scale", None)
-    if not isinstance(scale, Tensor):
-        return tensors
-    return [named._replace(tensor=_wide(named.tensor) / scale.to(named.tensor.device)) for named in tensors]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: what is far above the smallest fp16 number while scaled may lie below it unscaled."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _copies(parameters: Iterable[tuple[str, Tensor]], room: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of parameters, in host memory in the place of the last ones: fresh pages cost more than the copy."""
     copies: dict[str, Tensor] = {}
@@ -286,6 +277,10 @@ def _copies(parameters: Iterable[tuple[str, Tensor]], room: dict[str, Tensor]) -
         else:
             fresh[name] = parameter
     return copies | dict(zip(fresh, norms.copies(list(fresh.values())), strict=True))
+
+
+def _versions(held: Sequence[Held]) -> list[int]:
+    return [0 if one.parameter.is_inference() else one.parameter._version for one in held]
 
 
 def _reusable(copy: Tensor) -> bool:

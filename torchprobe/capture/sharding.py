@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchprobe.buffer.step import WHOLE, Share
 from torchprobe.naming import all_modules, all_parameters
@@ -172,3 +173,22 @@ def _data_dimensions(model: nn.Module, mesh: Any) -> set[int]:
         return set(range(mesh.ndim))
     names = data.mesh_dim_names or ()
     return {i for i, name in enumerate(mesh.mesh_dim_names or ()) if name in names}
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The stored values of a sparse gradient, duplicates summed as the optimizer will; else itself."""
+    gradient = gradient.detach() if gradient.requires_grad else gradient
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def unscaled(tensors: list[Named], optimizer: Optimizer) -> list[Named]:
+    """A fused optimizer gets gradients that GradScaler has not divided yet, and the scale beside them."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if not isinstance(scale, Tensor):
+        return tensors
+    return [named._replace(tensor=_wide(named.tensor) / scale.to(named.tensor.device)) for named in tensors]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: what is far above the smallest fp16 number while scaled may lie below it unscaled."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -57,7 +57,7 @@ class Pass:
     through it.
     """
 
-    __slots__ = ("__weakref__", "_dropped", "_handles", "_observer", "due", "kept", "kind", "sign", "task")
+    __slots__ = ("__weakref__", "_dropped", "_handles", "_observer", "before", "due", "kept", "kind", "sign", "task")
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
 
     def __init__(
@@ -68,6 +68,7 @@ class Pass:
         self.kept: dict[Any, Any] = {}
         self.sign: Any = None
         self.task: int | None = None
+        self.before: tuple[Pass, ...] = ()
         self._handles: list[RemovableHandle] = []
         self._observer = observer  # a weak reference
         self._dropped = dropped
@@ -86,7 +87,8 @@ class Pass:
             self.task = task
 
     def __del__(self) -> None:
-        if self.task is None and (self.sign is not None or (self.kept and self.kind is UNDECIDED)):
+        told = self.kind is not DROPPED and (self.sign is not None or (self.kept and self.kind is UNDECIDED))
+        if self.task is None and told:
             self._dropped.add(self.kind, self.kept, self.sign)
         if self._handles:
             self.release()
@@ -94,6 +96,13 @@ class Pass:
     def decide(self, kind: str) -> None:
         """It is known what the pass is."""
         self.kind = kind
+
+    def follow(self, unheard: list[Pass]) -> None:
+        """Those of parts that need no gradient came before it in a loop: what becomes of it becomes of them."""
+        self.before = tuple(unheard)
+        for one in unheard:
+            one.decide(DROPPED)  # by itself: its numbers are told of once
+        unheard.clear()
 
     def saw(self, sign: Any) -> None:
         """Its output was looked at."""

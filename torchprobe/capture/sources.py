@@ -126,9 +126,9 @@ class Sources:
         """A sampled step is complete."""
         self._late.after_step()
 
-    def settled(self) -> Iterator[Piece]:
-        """Rows of parameters, where steps have left them."""
-        yield from self.parameters.settle()
+    def settled(self, last: bool = False) -> Iterator[Piece]:
+        """Rows of parameters, where steps have left them. last: no training pass has followed."""
+        yield from self.parameters.settle(last)
         yield from self.diagnosis.rows() if self.diagnosis.watchers else ()
 
     # ---- forward passes

@@ -249,11 +249,11 @@ class Reporter:
         """Why nothing can be found, as far as a capture knows."""
         self.reason = reason
 
-    def remark(self, line: str) -> None:
+    def remark(self, line: str, level: int = logging.WARNING) -> None:
         """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
         if line and line not in self.remarks:
             self.remarks.append(line)
-            logging.getLogger("torchprobe").warning("%s", line)
+            logging.getLogger("torchprobe").log(level, "%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""

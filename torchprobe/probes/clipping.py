@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -32,6 +33,7 @@ _OTHER = (
     "gradients were changed by something else than clipping after the backward pass; where that was another backward "
     "pass, which does not run through the model's output (a penalty's own), overview/loss is without it"
 )
+_YET = "gradients were multiplied by a factor after the backward pass, and nothing showed yet that it was clipping"
 _FACTOR = "gradients were multiplied by a factor after the backward pass, and nothing shows that it was clipping"
 
 
@@ -109,7 +111,7 @@ class Judge:
         self._doubts = 0
 
     def __call__(self, changes: Changes) -> tuple[bool | None, str]:
-        """Whether they were clipped; None where that is not known, with the reason, empty where it may yet be."""
+        """Whether they were clipped; None where that is not known, with the reason."""
         reason = _unjudged(changes)
         if reason:
             return None, reason
@@ -141,7 +143,7 @@ class Judge:
         if self._plain or all(end.is_at(limits) or end.is_like(others) for end in ends):
             return True, ""
         self._doubts += 1
-        return None, _FACTOR if self._doubts > 1 else ""
+        return None, _FACTOR if self._doubts > 1 else _YET
 
 
 class ChangesReporter(Reporter):
@@ -170,8 +172,8 @@ class ChangesReporter(Reporter):
             return
         clipped, reason = self._judge(changes)
         if clipped is None:
-            if reason:
-                self.remark(f"overview/grad_norm_unclipped is left out where {reason}")
+            level = logging.INFO if reason is _YET else logging.WARNING
+            self.remark(f"overview/grad_norm_unclipped is left out where {reason}", level)
             return
         self._judged, self._clipped = self._judged + 1, self._clipped + clipped
         yield "overview/grad_norm_unclipped", total

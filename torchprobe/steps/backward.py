@@ -70,10 +70,11 @@ class Backward:
 
     def add(self, passing: Pass) -> None:
         """It runs through a forward pass."""
-        self.passes = (*self.passes, passing)
-        self.forwards += 1
-        if passing.sign is not None:
-            self.note(passing.sign)
+        self.passes = (*self.passes, *passing.before, passing)
+        self.forwards += 1 + len(passing.before)
+        for one in (*passing.before, passing):
+            if one.sign is not None:
+                self.note(one.sign)
 
     def lose(self) -> None:
         """What it was called on is not all that its gradients are of."""

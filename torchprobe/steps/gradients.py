@@ -86,6 +86,7 @@ class Gradients:
         skipped, doubtful = 0, self._first
         if self._number is not None and task is not None:
             skipped, self._number = task - self._number - 1, task
+            skipped -= in_recomputation() if skipped else 0  # it runs inside of those
             if skipped or self._parameter_hooks.hooked:
                 doubtful |= self._parameter_hooks.heard(skipped)
         root = plain_root()

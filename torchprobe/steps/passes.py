@@ -42,6 +42,7 @@ class Passes:
         self._dropped = Dropped()
         self._undecided: list[ReferenceType[Pass]] = []
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
+        self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread = 0  # that trains
         self._said = False
@@ -122,10 +123,10 @@ class Passes:
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)
-        if passing.kind is TRAINING and self._check is not None:
-            sign = self._check.output(output)
-            if sign is not None:
-                passing.saw(sign)
+        if heard and self.frozen:
+            passing.follow(self.frozen)
+        if passing.kind is TRAINING and self._check and (sign := self._check.output(output)) is not None:
+            passing.saw(sign)
         if self._clock.by_forward:
             self._count(passing)
         elif passing.kind is VALIDATION:
@@ -133,7 +134,8 @@ class Passes:
         elif passing.kind is UNDECIDED:
             self._undecided.append(ref(passing))
         elif not heard:
-            self.unheard.append(passing)
+            frozen = is_grad_enabled() and module is not self._sources.model()
+            (self.frozen if frozen else self.unheard).append(passing)
         elif not self._clock.optimizer_seen:
             self._first = passing
 
@@ -174,8 +176,8 @@ class Passes:
         """The machine has begun a step."""
         if self._dropped.any or self._undecided or self._steps.has_validated:
             self.settle()
-        if self.unheard:
-            self.unheard = [passing for passing in self.unheard if passing is self._running.passing]
+        if self.unheard or self.frozen:
+            self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
         self._steps.begin()
         self.gradients.step_begins()
 
@@ -197,10 +199,8 @@ class Passes:
         for kind, kept, sign in self._dropped.take() if self._dropped.any else ():
             if kind is UNDECIDED:
                 self._steps.validated(kept)
-            elif sign is not None and sign.flag is not None:
-                self._steps.skip(None, sign.flag)
             elif sign is not None:
-                self._steps.skip(sign, None)
+                self._steps.skip(sign if sign.flag is None else None, sign.flag)
 
     def _settle_undecided(self) -> None:
         undecided, self._undecided = self._undecided, []
@@ -224,7 +224,7 @@ class Passes:
 
     def take_unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
-        passes, self.unheard = self.unheard, []
+        passes, self.unheard, self.frozen = self.unheard + self.frozen, [], []
         if self._running.compiled and self._steps.current.due:
             passes += self._sources.take_from_graphs(self._pass_of_graph())
         return Backward.unheard(*passes) if passes else None
@@ -296,4 +296,4 @@ class Passes:
         """Take every hook off. Safe to call twice."""
         self._hooks.remove()
         self.gradients.release()
-        self.unheard, self._first = [], None
+        self.unheard, self.frozen, self._first = [], [], None

@@ -153,8 +153,8 @@ class Steps:
             self.current.put_all(self._for_first)
             self._for_first = []
 
-    def _hand_over(self, ended: OpenStep) -> None:
-        self._complete(ended)
+    def _hand_over(self, ended: OpenStep, last: bool = False) -> None:
+        self._complete(ended, last)
         self._send(ended.number, ended)
         if ended.due and ended.trained:
             self._sources.step_ended()
@@ -166,12 +166,12 @@ class Steps:
         """Hand over what the open step has so far."""
         if self._times is not None:
             self._times.release()
-        self._complete(self.current)
+        self._complete(self.current, last=True)
         self._outlet.hand_over(self.current.number, self.current.take())
 
-    def _complete(self, step: OpenStep) -> None:
+    def _complete(self, step: OpenStep, last: bool) -> None:
         if step.due or step.used:
-            self._gather(step)
+            self._gather(step, last)
         loss = None if step.loss is None else step.take_loss()
         if isinstance(loss, float) and self._host_loss:
             step.values["overview/loss"] = loss
@@ -185,7 +185,7 @@ class Steps:
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
 
-    def _gather(self, step: OpenStep) -> None:
+    def _gather(self, step: OpenStep, last: bool) -> None:
         kept: dict[Any, Any] = {}
         for backward in step.take_used():
             backward.settle(self._sources.merge)
@@ -195,7 +195,7 @@ class Steps:
             step.extend(self._sources.rows(kept, True, step.due, step.scale))
         if self._sources.in_place.used:
             step.extend(self._sources.in_place.take(step.number, step.forwards, step.scale, self._sources.scaled))
-        step.extend(self._sources.settled())
+        step.extend(self._sources.settled(last))
 
     def settle_parameters(self) -> None:
         """An optimizer is about to step again in the open step, or other weights come."""
@@ -285,7 +285,7 @@ class Steps:
         if times is not None and last.ended is not None and not (self.clock.manual or times.gate.failed):
             times.end_step(last, self._ended, by_hand=False)
             if times.holds:
-                self._hand_over(last)
+                self._hand_over(last, last=True)
         if self._for_first:
             self.write()
             self.current = OpenStep(1)

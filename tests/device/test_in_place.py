@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torchprobe
+from tests.setups.matrix import SCALAR
 from torchprobe.capture import gate, in_place, sites, sources
 from torchprobe.capture.compiled.tracing import constant
 from torchprobe.statistics import fused
@@ -254,7 +255,8 @@ def test_one_compiled_graph_serves_sampled_steps_and_all_others(capture, monkeyp
         x.copy_(torch.randn(4, 5))
         expected[number] = {t: v for t, v in truth(model, optimizer, x).items() if t.startswith("activation")}
         optimizer.zero_grad()
-        compiled(x).square().mean().backward()
+        with torch._inductor.config.patch(SCALAR):
+            compiled(x).square().mean().backward()
         optimizer.step()
     session.detach()
     assert len(graphs) == 1

@@ -68,18 +68,18 @@ def named(lines):
     return [line.removeprefix("the attention of ").partition(",")[0] for line in lines]
 
 
+def assert_named(lines):
+    assert named(lines) == ["blocks.0", "blocks.1"]
+    assert all('Attention(compiled="read") reads it' in line for line in lines)
+
+
 # ---- what is said
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # Inductor: with the bare run's weights, below
 def test_it_is_named_once_by_default(backend, caplog):
     _, lines, _ = trained(backend=backend)
-    assert_named_once(lines, caplog)
-
-
-def assert_named_once(lines, caplog):
-    assert named(lines) == ["blocks.0", "blocks.1"]
-    assert all('Attention(compiled="read") reads it' in line for line in lines)
+    assert_named(lines)
     said = [record.getMessage() for record in caplog.records if "attention" in record.getMessage()]
     assert len(said) == 1
     assert "blocks.0" in said[0]
@@ -218,10 +218,10 @@ def test_an_attention_in_two_graphs_is_perhaps_one(layer, backend):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_weights_and_graphs_are_those_of_the_bare_run(backend, caplog):
+def test_weights_and_graphs_are_those_of_the_bare_run(backend):
     expected, _, graphs = trained(backend=backend, watched=False, steps=4)
     found, lines, found_graphs = trained(backend=backend, steps=4)
-    assert_named_once(lines, caplog)
+    assert_named(lines)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert found_graphs == graphs
 

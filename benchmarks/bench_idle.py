@@ -14,6 +14,7 @@ import cProfile
 import gc
 import math
 import pstats
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +84,8 @@ def quiet() -> Iterator[None]:
     """One thread, no garbage collector, no graphs of other loops."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     gc.disable()
     yield

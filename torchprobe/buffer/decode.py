@@ -28,7 +28,7 @@ _REASONS = {
     "Uncertainty(task='classification') or task='regression' says what a plain output is",
     "calibration": "no labels=, loss module or gradient told the targets of class predictions; "
     "session.log_predictions(probs, targets) takes them",
-    "loss": "no backward() from the model's output was seen, which is what the loss is read from",
+    "loss": "no backward() of a single number was seen through the model's output, which is what the loss is read from",
 }
 
 SKIPPED_STEPS = "overview/skipped_steps"

@@ -75,7 +75,9 @@ class Gradients:
 
     @protected
     def _heard_at(self, parameter: nn.Parameter) -> None:
-        if not (in_recomputation() or in_schedule()) and roots(self._sources.running.thread).call != "grad":
+        if in_recomputation() or in_schedule():
+            return
+        if plain_root() is not None or roots(self._sources.running.thread).call != "grad":
             self.begin(self._task())
             self._opener = parameter
 
@@ -168,7 +170,7 @@ class Gradients:
 
     def listen(self) -> None:
         """Backward passes are to be heard at parameters, too."""
-        if not (self.compiled or compiles_backward()):
+        if self._parameter_hooks.hooked or not (self.compiled or compiles_backward()):
             self._parameter_hooks.begin_step(self._owners.parameters)
 
     def release(self) -> None:

@@ -93,7 +93,7 @@ class Steps:
         if current.due and not self.clock.passes_seen:  # a function around the model may be compiled
             self._sources.step_ended()
         if self._sources.running.compiled or self._by_methods:
-            self._decide(self.clock.following)
+            self._decide_on(self.clock.following)
 
     def train_by_methods(self) -> None:
         """Other methods than the model's `forward` train it: hooks must be there before a step begins."""
@@ -106,6 +106,14 @@ class Steps:
         self.current.end(with_gradients, self.watch.meter.clock)
         self.clock.end_by_forward()
         self.watch.mark_end(self.current.number)
+
+    def _decide_on(self, number: int) -> None:
+        plan, armed = self._plan, self._sources.armed or (self._doubts is not None and self._doubts.wanted)
+        same = number in plan.quiet and plan.by_forward is self.clock.by_forward and not armed
+        if same and plan.due_in_validation is self._resting:
+            self._decided = number
+        else:
+            self._decide(number)
 
     def _decide(self, number: int) -> None:
         self._decided, plan, clock = number, self._plan, self.clock
@@ -139,12 +147,7 @@ class Steps:
             self._plan.await_validation(ended.due)
         number = self.clock.number
         if number != self._decided:
-            plan, armed = self._plan, self._sources.armed or (self._doubts is not None and self._doubts.wanted)
-            same = number in plan.quiet and plan.by_forward is self.clock.by_forward and not armed
-            if same and plan.due_in_validation is self._resting:
-                self._decided = number
-            else:
-                self._decide(number)
+            self._decide_on(number)
         self.current = OpenStep(number, self._due, self._light)
         if times is not None and times.gate.train:
             self.watch.open(number, not self.has_validated, quiet=not ended.due)

@@ -56,7 +56,23 @@ REASONS = {
     "test_looks_are_few_where_the_loss_is_a_function": _SPEED,
     "test_a_later_look_finds_what_was_made_in_between": _SPEED,
     "test_one_made_after_the_first_validation_is_found_in_a_later_one": _SPEED,
-    "judged_each[fgpu-7]": _SPEED,  # two and three passes do
+    **dict.fromkeys(("judged_each[fgpu-3]", "judged_each[fgpu-7]"), _SPEED),  # two passes do
+    **dict.fromkeys(
+        (
+            f"are_one_prediction[fgpu-{of}-{passes}]"
+            for of in (
+                "logits",
+                "gathered",
+                "logsumexp",
+                *(f"probabilities{by}" for by in ("", ", by a loss module", ", by another one")),
+            )
+            for passes in (2, 7)  # three do
+        ),
+        _SPEED,
+    ),
+    **dict.fromkeys(
+        (f"name_no_target[fgpu-{of}]" for of in ("soft targets", "focal", "sum of logits", "weights of passes")), _SPEED
+    ),
     **dict.fromkeys(  # the others of these tables do
         (
             f"test_hardly_a_row_of_another_loss_passes[fgpu-{of}]"

@@ -77,12 +77,13 @@ class Gradients:
     def _heard_at(self, parameter: nn.Parameter) -> None:
         if in_recomputation() or in_schedule():
             return
-        if plain_root() is not None or roots(self._sources.running.thread).call != "grad":
-            self.begin(self._task())
+        root = plain_root()
+        if root is not None or roots(self._sources.running.thread).call != "grad":
+            self.begin(self._task(), root)
             self._opener = parameter
 
-    def begin(self, task: int | None) -> Backward:
-        """A backward pass begins; one that is thought to run has ended without a word."""
+    def begin(self, task: int | None, root: Tensor | None = None) -> Backward:
+        """A backward pass begins; one that is thought to run has ended without a word. root: see `plain_root`."""
         if self.running is not None:
             self.end(self.running)
         skipped, doubtful = 0, self._first
@@ -91,7 +92,7 @@ class Gradients:
             skipped -= in_recomputation() if skipped else 0  # it runs inside of those
             if skipped or self._parameter_hooks.hooked:
                 doubtful |= self._parameter_hooks.heard(skipped)
-        root = plain_root()
+        root = plain_root() if root is None else root
         backward = (
             Backward(task, loss_value(root)) if root is not None and not self._recomputing else self._of_roots(task)
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchprobe
-from tests.setups.compiled import COMPILERS_WARNINGS
+from tests.setups.compiled import COMPILERS_WARNINGS, function, method, wrapper
 from tests.setups.test_compiled_said import trained
 from tests.setups.test_compiled_written import HEADS, LENGTH, WIDTH, Layer, Model, Router
 from torchprobe.testing import MemoryWriter
@@ -124,3 +124,18 @@ def test_a_model_of_the_same_class_that_is_not_watched_is_not_named():
         ids = torch.zeros(1, LENGTH, dtype=torch.long)
         (watched(ids).sum() + other(ids).sum()).backward()
         assert "not seen" not in session.summary()
+
+
+class Convolved(nn.Module):
+    """Nothing in it could be attention."""
+
+    def forward(self, x):
+        return x + F.conv1d(x.mT, x.new_ones(WIDTH, 1, 3), padding=1, groups=WIDTH).mT.sigmoid()
+
+
+@pytest.mark.parametrize("way", [method, wrapper, function])
+@pytest.mark.parametrize(("layer", "said"), [(Convolved, []), (Gated, ["compiled graphs"])])
+def test_graphs_in_which_no_attention_can_be_are_not_named(layer, said, way):
+    probes = [torchprobe.Attention(every=2), torchprobe.Activations(every=2)]
+    _, lines, _ = trained(layer, way=way, probes=probes)
+    assert lines == said

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import torchprobe
 from tests.setups.compiled import COMPILERS_WARNINGS, assert_same_values
 from tests.setups.matrix import SCALAR
+from tests.setups.reference import following
 from torchprobe.capture.attention import graph
 from torchprobe.testing import MemoryWriter
 
@@ -150,13 +151,13 @@ class Model(nn.Module):
         return x
 
 
-def passes(how, layer=Layer, steps=5, compiled="read"):
+def passes(how, layer=Layer, steps=5, compiled="read", make_optimizer=torch.optim.SGD):
     torch.manual_seed(2)
     torch._dynamo.reset()
     counters.clear()
     model, writer = Model(layer), MemoryWriter()
     how(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = make_optimizer(model.parameters(), lr=0.1)
     probes = [torchprobe.Attention(every=2, compiled=compiled, maps_every=100)]
     with torchprobe.instrument(model, writer=writer, probes=probes) as session:
         for step in range(steps):
@@ -170,9 +171,19 @@ def passes(how, layer=Layer, steps=5, compiled="read"):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_is_what_it_is_in_eager_mode(backend):
-    expected, *_ = passes(lambda model: None)
     options = SCALAR if backend == "inductor" else None
-    found, _, graphs = passes(lambda model: model.compile(backend=backend, fullgraph=True, options=options))
+    weights = []
+
+    class Noting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            weights.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+
+    def compiled(model):
+        model.compile(backend=backend, fullgraph=True, options=options)
+
+    found, _, graphs = passes(compiled, make_optimizer=Noting)
+    expected, *_ = passes(lambda model: None, make_optimizer=following(weights, torch.optim.SGD))
     assert "attention_entropy/blocks.1" in expected.tags()
     assert_same_values(found, expected)
     assert graphs == 2

@@ -177,7 +177,7 @@ class AttentionSource:
 
     def saw_nothing(self, training: bool) -> None:
         """A step that was to be sampled has no attention: where the model is compiled, that is why."""
-        if self._running.compiled and not (training and self._look.said):
+        if self._running.compiled and not (self._look.free or (training and self._look.said)):
             self._observer.uncovered.add("compiled graphs" if training else "evaluation in compiled graphs")
 
 

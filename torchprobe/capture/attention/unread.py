@@ -26,17 +26,17 @@ from torchprobe.capture.compiled.graphs import Hearing, account_of_trace
 from torchprobe.capture.source import Running
 from torchprobe.naming import named_modules
 
-_FAILED = "compiled graphs that could not be looked into"
 _WRITTEN = "written out inside a compiled graph"
-_BY_EXP = "whose softmax is written with exp"
 _BROKEN = "if it is one, which a graph break cuts in two"
-_CHECKPOINTED = "inside an activation checkpoint"
 _CALLS = (*dot_product.FUNCTIONS, multi_head.FUNCTION)
 _log = logging.getLogger("torchprobe")
 
 
 class GraphLook(Hearing):
-    """Says what attention of a model is in its graphs and not read."""
+    """Says what attention of a model is in its graphs and not read.
+
+    said: there is some. free: graphs were looked at, and none has a call that attention is made of.
+    """
 
     def __init__(self, model: ReferenceType[nn.Module], observer: Observer, running: Running) -> None:
         self._model = model
@@ -44,8 +44,7 @@ class GraphLook(Hearing):
         self._running = running
         self._cut = _Cut(set(), set())
         self._failed = False
-        self.said = False
-        """Whether there is any."""
+        self.said = self.free = self._may_be = False
         super().__init__()
 
     def compiled(self, code: CodeType) -> None:
@@ -56,9 +55,9 @@ class GraphLook(Hearing):
             with stack.unseen(), torch.inference_mode(False), torch.no_grad():
                 self._look()
         except Exception:  # the compiler must not hear of it
-            self._failed = True
+            self._failed, self.free = True, False
             _log.exception("attention inside compiled graphs is not looked for any more; the model runs as ever")
-            self._observer.uncovered[_FAILED] += 1
+            self._observer.uncovered["compiled graphs that could not be looked into"] += 1
 
     def _look(self) -> None:
         model, account = self._model(), account_of_trace()
@@ -70,6 +69,8 @@ class GraphLook(Hearing):
         if names.are_in(account.graph):
             graph.follow(account.graph)
             self._say(graph.unread())
+            self._may_be |= graph.may_attend
+            self.free = not self._may_be
             graph.leave(self._cut, tracing.ends_at_a_break(account))
 
     def _say(self, reasons: dict[str, None]) -> None:
@@ -135,7 +136,7 @@ class _Graph(Followed):
         self._read_in: set[str | None] = set()
         self._calls: list[tuple[Any, str | None]] = []
         self._checkpointed: set[int] = set()
-        self._flex_is_heard = False
+        self._flex_is_heard = self.may_attend = False
 
     def planning(self, observer: Observer, labels: Labelling) -> Planning:
         """Also softmaxes of what may be scores that another graph made."""
@@ -145,6 +146,7 @@ class _Graph(Followed):
 
     def take(self, node: Any) -> None:
         """The next of the graph."""
+        self.may_attend |= tracing.may_attend(node)
         if node.target is operators.attention:
             query = node.args[1]
             self._queries |= {query, query.args[0] if query.args else query}
@@ -252,9 +254,9 @@ class _Graph(Followed):
         if pending.reason is not None:
             refused = pending.reason.removeprefix(f"the attention of {pending.call.caller.name}, ")
         elif node.func in fn.EXPONENTIALS:
-            refused = _BY_EXP
+            refused = "whose softmax is written with exp"
         elif id(x) in self._checkpointed:
-            refused = _CHECKPOINTED
+            refused = "inside an activation checkpoint"
         if refused is None:
             return f'{_WRITTEN}: Attention(compiled="read") reads it'
         return f"{refused.removeprefix('in a compiled graph, ').removesuffix(', in a compiled graph')}, {_WRITTEN}"

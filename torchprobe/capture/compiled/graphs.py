@@ -32,11 +32,15 @@ def in_compiled_call() -> bool:
     if "torch._dynamo.eval_frame" not in sys.modules:
         return False
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            return True
+    while frame is not None and not _is_compiled(frame.f_code, frame.f_globals):
         frame = frame.f_back
-    return False
+    return frame is not None
+
+
+def _is_compiled(code: CodeType, names: Mapping[str, Any]) -> bool:
+    """In older torch it has a name that what is kept from being compiled has, too, which holds no compiler."""
+    named = code.co_name == "compile_wrapper" or (code.co_name == "_fn" and "callback" in code.co_freevars)
+    return named and names.get("__name__") == "torch._dynamo.eval_frame"
 
 
 def hides_hooks(module: nn.Module) -> bool:

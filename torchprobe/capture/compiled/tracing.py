@@ -194,6 +194,13 @@ def leave_nesting() -> bool:
     return _nesting.move(-1) == 1
 
 
+def may_attend(node: Any) -> bool:
+    """Whether attention may be made of a call, as far as the name of what it calls says."""
+    space, name = str(getattr(node.target, "namespace", "aten")), str(node.target)
+    foreign = space != "aten" and not space.startswith("torchprobe") and name != "register_hook"
+    return node.op.startswith("call") and (foreign or re.search("softm|exp(?!and)|atten|attn", name) is not None)
+
+
 def graph_of_trace() -> Any:
     """The graph that Dynamo builds just now; None in a part of it that is a function of its own."""
     translator = _translator()

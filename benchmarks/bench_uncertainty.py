@@ -115,12 +115,11 @@ def _measured(run: Training, session: torchprobe.Session) -> tuple[float, float]
     return run.step(), meter.seconds - before
 
 
-@pytest.mark.parametrize("name", ["predictive_entropy", "calibration", "classification of 10 members"])
+@pytest.mark.parametrize("name", ["calibration", "classification of 10 members"])
 def test_nanoseconds_a_logit(benchmark, name):
     logits, targets = torch.randn(256, 1000), torch.randint(1000, (256,))
     members = torch.randn(10, 256, 1000).softmax(-1)
     runs = {
-        "predictive_entropy": lambda: uncertainty.predictive_entropy(logits),
         "calibration": lambda: calibration.compute(logits, targets, from_logits=True),
         "classification of 10 members": lambda: uncertainty.classification(members),
     }
@@ -146,7 +145,6 @@ def test_a_language_models_logits_are_not_copied(benchmark):
 
     def largest() -> int:
         with Largest() as mode:
-            uncertainty.predictive_entropy(logits[:, ::16])
             calibration.compute(logits[:, ::16], targets[:, ::16], from_logits=True)
         return mode.elements
 

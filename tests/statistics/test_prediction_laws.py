@@ -10,8 +10,6 @@ from torchprobe.statistics import calibration, intervals, out_of_distribution, u
 
 STATISTICS = {
     "classification": lambda x: uncertainty.compute(uncertainty.classification(x.softmax(-1))),
-    "classification_from_logits": lambda x: uncertainty.compute(uncertainty.classification_from_logits(x)),
-    "predictive_entropy": uncertainty.predictive_entropy,
     "regression": lambda x: uncertainty.regression(x, x.square()).total,
     "dirichlet": lambda x: uncertainty.compute(uncertainty.dirichlet(x.exp())),
     "vacuity": lambda x: uncertainty.vacuity(x.exp()),
@@ -58,8 +56,7 @@ def test_large_logits_are_not_copied(transposed, in_chunks_of):
     targets = torch.randint(1000, (4, 64))
     with in_chunks_of(4000):
         for read in (
-            lambda: uncertainty.predictive_entropy(logits),
-            lambda: uncertainty.classification_from_logits(logits),
+            lambda: uncertainty.classification(logits),
             lambda: calibration.compute(logits, targets, from_logits=True),
         ):
             with Largest() as largest:

@@ -1,13 +1,13 @@
 """Uncertainty, split into what is in the data (aleatoric) and what the model does not know (epistemic).
 
 The decompositions give a number an example, on the device: from the predictions of several members (an ensemble, or
-passes with dropout), from logits, from evidential outputs in closed form. `compute` adds those numbers up to a row of
+passes with dropout), from evidential outputs in closed form. `compute` adds those numbers up to a row of
 bounded length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,9 +41,6 @@ FIELDS = tuple(f"{kind}_{name}" for kind in KINDS for name in (*_HEADER, *(f"buc
 """Columns of a row, for each kind: the sum over its `count` finite examples, the number of the others, how many are 0
 or less (where a differential entropy can be), and how many of the positive ones are in each bucket of `edges`."""
 
-FLOOR = -80.0
-"""Logits further below the largest count as this: exp(-80) is 2e-35, and no slow denormal number."""
-
 _LEAST_LOG = -800.0  # below that of any number but 0
 
 edges = magnitude_edges
@@ -62,31 +59,8 @@ def classification(probabilities: Tensor) -> Decomposition:
     """
     dtype = arithmetic(probabilities, "probabilities")
     _check_samples("probabilities", probabilities, least=2)
-    return _of_members(probabilities, lambda chunk: chunk.to(dtype))
-
-
-@torch.no_grad()
-def classification_from_logits(logits: Tensor) -> Decomposition:
-    """`classification` of the softmax of each member: (samples, ..., classes). Logits are never copied as a whole.
-
-    The softmax comes first and the mean after: the softmax of the mean logits would be another model's prediction.
-    """
-    dtype = arithmetic(logits, "logits")
-    _check_samples("logits", logits, least=2)
-    return _of_members(logits, lambda chunk: chunk.to(dtype).softmax(dim=-1))
-
-
-@torch.no_grad()
-def predictive_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax of each example in nats: (..., classes) -> (examples,).
-
-    With m = max, t = logit - m, e = exp t, Z = Σe: log Z - Σe·t / Z, never negative, within 1e-5 for any size of
-    logits, and for masked ones (-inf). An example with NaN, +inf or nothing but -inf has NaN. Float32, or float64 for
-    float64. Costs about 2 ns a logit on a CPU core. Raises ValueError without a class and TypeError for integers.
-    """
-    dtype = arithmetic(logits, "logits")
-    _check_classes("logits", logits)
-    return torch.cat([_entropy_of_logits(chunk.to(dtype)) for chunk in examples(logits.detach(), 1)])
+    members = probabilities.detach().movedim(0, -2)
+    return _joined([_decompose(chunk.to(dtype)) for chunk in examples(members, 2)])
 
 
 @torch.no_grad()
@@ -197,24 +171,12 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     return {kind: (edges(), of_kind) for kind, of_kind in counts.items() if of_kind.any()}
 
 
-def _of_members(x: Tensor, probabilities: Callable[[Tensor], Tensor]) -> Decomposition:
-    """Of (samples, ..., classes), from the probabilities of a chunk, (examples, samples, classes)."""
-    return _joined([_decompose(probabilities(chunk)) for chunk in examples(x.detach().movedim(0, -2), 2)])
-
-
 def _decompose(probabilities: Tensor) -> Decomposition:
     total = entropy(probabilities.mean(dim=1))
     if probabilities.size(1) == 1:
         return Decomposition(total, None, None)
     aleatoric = entropy(probabilities).mean(dim=1)
     return Decomposition(total, aleatoric, (total - aleatoric).clamp(min=0))
-
-
-def _entropy_of_logits(logits: Tensor) -> Tensor:
-    below = (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=FLOOR)
-    weight = below.exp()
-    total = weight.sum(dim=-1)
-    return (total.log() - below.mul_(weight).sum(dim=-1) / total).clamp_(min=0)
 
 
 def _of_concentrations(alpha: Tensor) -> Decomposition:

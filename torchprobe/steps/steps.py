@@ -49,7 +49,7 @@ class Steps:
         self._ended: float | None = None  # when the last step did
         self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
-        self._looked = False
+        self._looked = self._by_methods = False
         self._given = {*map(id, all_parameters(sources.model()))}  # not of a `functional_call`
         self.has_validated = False  # in the open step
         self._decided = 0  # the step that was decided on last
@@ -59,7 +59,6 @@ class Steps:
         self._light: frozenset[Reporter] = frozenset()
         self._always_light = False  # they are due at every step, and the loss is one
         self._resting: frozenset[Reporter] | None = None  # due in validation when nothing was due in training last
-        self._by_methods = False
 
     @property
     def due_in_validation(self) -> frozenset[Reporter]:
@@ -110,10 +109,9 @@ class Steps:
     def _decide_on(self, number: int) -> None:
         plan, armed = self._plan, self._sources.armed or (self._doubts is not None and self._doubts.wanted)
         same = number in plan.quiet and plan.by_forward is self.clock.by_forward and not armed
-        if same and plan.due_in_validation is self._resting:
-            self._decided = number
-        else:
+        if not same or plan.due_in_validation is not self._resting:
             self._decide(number)
+        self._decided = number
 
     def _decide(self, number: int) -> None:
         self._decided, plan, clock = number, self._plan, self.clock
@@ -145,8 +143,7 @@ class Steps:
             self._plan.validation_ended()
         if self.clock.manual:
             self._plan.await_validation(ended.due)
-        number = self.clock.number
-        if number != self._decided:
+        if (number := self.clock.number) != self._decided:
             self._decide_on(number)
         self.current = OpenStep(number, self._due, self._light)
         if times is not None and times.gate.train:

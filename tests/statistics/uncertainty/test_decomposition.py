@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.statistics.predictions import logits, probabilities
+from tests.statistics.predictions import probabilities
 from tests.statistics.uncertainty import reference
 from tests.statistics.uncertainty.reference import assert_near
 from torchprobe.statistics import uncertainty
@@ -32,29 +32,6 @@ def test_classification_is_that_of_the_twin(p, piece, in_chunks_of):
     assert not (found.epistemic < 0).any()
 
 
-@given(x=logits(samples=True), piece=st.sampled_from((1, 16, 2**18)))
-@settings(max_examples=200, deadline=None)
-def test_logits_go_through_the_softmax_of_each_member(x, piece, in_chunks_of):
-    with in_chunks_of(piece):
-        found = uncertainty.classification_from_logits(x)
-    twins = [
-        reference.classification([reference.softmax(member) for member in example])
-        for example in reference.per_example(x)
-    ]
-    for column, of_twins in zip(found, zip(*twins, strict=True), strict=False):
-        if column is not None:
-            assert_near(column, list(of_twins), 3e-5)
-
-
-@given(x=logits(), piece=st.sampled_from((1, 16, 2**18)))
-@settings(max_examples=200, deadline=None)
-def test_predictive_entropy_is_that_of_the_softmax(x, piece, in_chunks_of):
-    with in_chunks_of(piece):
-        found = uncertainty.predictive_entropy(x)
-    rows = x.double().reshape(-1, x.size(-1)).tolist()
-    assert_near(found, [reference.entropy(reference.softmax(row)) for row in rows], 1e-5)
-
-
 def test_members_that_disagree_are_epistemic_and_members_that_doubt_are_aleatoric():
     disagree = torch.eye(4)[:, None]  # four members, each sure of another class
     doubt = torch.full((4, 1, 4), 0.25)
@@ -67,8 +44,8 @@ def test_members_that_disagree_are_epistemic_and_members_that_doubt_are_aleatori
 def test_mean_logits_are_not_the_mean_prediction():
     """Members whose logits cancel leave a uniform softmax of the mean: no epistemic part could be told from it."""
     x = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]], [[60.0, 0.0]]])
-    found = uncertainty.classification_from_logits(x)
-    of_mean_logits = uncertainty.predictive_entropy(x.mean(dim=0))
+    found = uncertainty.classification(x.softmax(dim=-1))
+    of_mean_logits = uncertainty.entropy(x.mean(dim=0).softmax(dim=-1))
     mean = torch.tensor([2 / 3, 1 / 3])
     torch.testing.assert_close(found.total, torch.special.entr(mean).sum()[None])
     torch.testing.assert_close(found.epistemic, found.total, atol=1e-6, rtol=0)
@@ -136,18 +113,17 @@ def test_what_predictions_do_not_tell_is_none():
     assert uncertainty.regression(means[:1]) == (None, None, None)
 
 
-@pytest.mark.parametrize("name", ["classification", "classification_from_logits"])
 @pytest.mark.parametrize("shape", [(3,), (0, 4, 2), (3, 4, 0)])
-def test_shapes_without_samples_or_classes_are_refused(name, shape):
+def test_shapes_without_samples_or_classes_are_refused(shape):
     with pytest.raises(ValueError, match=r"got shape .* takes \(samples, ..., classes\)"):
-        getattr(uncertainty, name)(torch.zeros(shape))
+        uncertainty.classification(torch.zeros(shape))
 
 
 def test_other_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"probabilities: got a tensor of torch.int64, takes a floating one"):
         uncertainty.classification(torch.ones(2, 3, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"logits: got shape \(3, 0\), takes \(..., classes\)"):
-        uncertainty.predictive_entropy(torch.zeros(3, 0))
+    with pytest.raises(ValueError, match=r"alpha: got shape \(3, 0\), takes \(..., classes\)"):
+        uncertainty.dirichlet(torch.zeros(3, 0))
     with pytest.raises(ValueError, match=r"variances: got shape \(2, 3\), takes that of means, \(2, 4\)"):
         uncertainty.regression(torch.zeros(2, 4), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"means: got shape \(\), takes \(samples, ...\)"):

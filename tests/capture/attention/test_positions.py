@@ -199,7 +199,7 @@ def test_keys_before_the_tokens_move_them(memory):
     assert_close(record(model, X).heads["root"], of_weights(model.p, position=position))
 
 
-@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shift", [0, 1, 2])
 def test_windows_of_two_dimensions(shift):
     """As Swin has them, rolled or not: places within the window."""
 

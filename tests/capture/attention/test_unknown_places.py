@@ -167,3 +167,50 @@ def test_a_single_token_keeps_its_heads_and_its_place():
     with torch.no_grad():
         model(X[:, :7])
     assert_close(record(model, X[:, 7:8]).heads["root"], of_weights(model.p, position=torch.tensor([7])))
+
+
+class Decoder(nn.Module):
+    """Asks once at each step, by the state that a recurrent cell has then."""
+
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.cell, self.asks = nn.GRUCell(16, 16), asks
+
+    def forward(self, x):
+        state, read = x.mean(1), []
+        for _ in range(3):
+            read.append(self.asks(state, x))
+            state = self.cell(read[-1], state)
+        return torch.stack(read)
+
+
+def luong(state, x):
+    return torch.bmm(torch.bmm(x, state[:, :, None]).softmax(1).mT, x)[:, 0]
+
+
+def fused(state, x):
+    return F.scaled_dot_product_attention(state[:, None, None], x[:, None], x[:, None])[:, 0, 0]
+
+
+@pytest.mark.parametrize("asks", [luong, fused])
+def test_steps_of_a_decoder_stand_where_it_is_not_known(asks):
+    seen = record(Decoder(asks), X)
+    assert all("entropy" in head and "distance" not in head for head in seen.heads["root"])
+    assert list(seen.uncovered) == ["distances in root, where its queries stand is not known"]
+
+
+def test_a_query_that_heads_share_stands_where_it_stood():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(16, 16)
+
+        def forward(self, asked, x):
+            parts = zip(self.q(asked).chunk(HEADS, -1), x.chunk(HEADS, -1), strict=True)
+            self.p = [(q @ k.mT).softmax(-1) for q, k in parts]
+            return torch.cat([p @ k for p, k in zip(self.p, x.chunk(HEADS, -1), strict=True)], -1)
+
+    model = Heads()
+    (found,) = record(model, X[:, :1].clone(), X).heads["root"]
+    right = of_weights(torch.cat(model.p)[:, None])[0]
+    assert found["distance"] == pytest.approx(right["distance"], rel=1e-4)

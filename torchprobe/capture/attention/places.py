@@ -55,7 +55,8 @@ class Places:
 
     queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
     whole that they are, where they are not one sequence from its beginning. unknown: whether it is of the keys'
-    sequence, and not known where. entries: which sequences of a batch they are.
+    sequence, and not known where. entries: which sequences of a batch they are. alone: the one query there is of others
+    than the keys.
     """
 
     cross: bool
@@ -65,6 +66,7 @@ class Places:
     joined: Tokens | None = None
     unknown: bool = False
     entries: Values = field(default_factory=dict)
+    alone: frozenset[tuple[int, int]] | None = None
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -150,7 +152,9 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     of, joined = _tokens_of(batch, queries)
     of_keys, also = _tokens_of(batch, keys)
     of_keys |= {also: np.arange(length)} if also else {}
-    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1)
+    one = {(id(root), int(value[0])) for root, value in queries.items() if not root.learned and len(value)}
+    alone = frozenset({*one, *((id(root), 0) for root, _ in batch)}) if cross and size == 1 < length else None
+    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1, alone=alone)
 
 
 def _are_related(queries: Values, keys: Values, batch: set[Root]) -> bool:

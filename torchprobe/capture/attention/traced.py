@@ -95,7 +95,7 @@ class Owner(Inert):
         given, others = arranged.split(arranged.by_head(plain(logits), self._heads))
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         source = Logits(given, None, arranged.places.on(given.device), None, sinks)
-        call = Call(caller, arranged.places.cross)
+        call = Call(caller, arranged.places.cross, arranged.places)
         self._observer.record(call, self._observer.read(call, source))
 
     def _record(self, call: dict[str, Any], padding: Tensor | None, added: int, place: int) -> None:

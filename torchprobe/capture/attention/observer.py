@@ -131,6 +131,8 @@ class Observer:
     def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
         if (where := call.places) is not None:
+            if where.open and source.mask is None and not source.causal:
+                call = replace(call, places=replace(where, unknown=True))
             if source.mask is not None and (hidden := _hidden(source.mask, source.shape)) is not None:
                 self.padding.note(where, hidden)
             if source.mask is not None and source.mask.dim() == 4:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, differ, roots_of, size_of
+from torchprobe.capture.attention.writes import goes_round
 from torchprobe.statistics.dtypes import moved
 
 
@@ -35,13 +36,6 @@ Named = frozenset[tuple[Root, bytes]]
 _NOWHERE = Root()
 
 
-def picked(x: Tensor, index: Indices) -> Tensor:
-    """Some indices of the last dimension."""
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return x[..., int(index[0]) : int(index[0]) + len(index)]
-    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
-
-
 class Tokens(NamedTuple):
     """A sequence in a batch: what its entries and its positions count."""
 
@@ -56,7 +50,7 @@ class Places:
     queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
     whole that they are, where they are not one sequence from its beginning. unknown: whether it is of the keys'
     sequence, and not known where. entries: which sequences of a batch they are. alone: the one query there is of others
-    than the keys.
+    than the keys. open: whether keys behind the queries were in a cache before.
     """
 
     cross: bool
@@ -67,6 +61,7 @@ class Places:
     unknown: bool = False
     entries: Values = field(default_factory=dict)
     alone: frozenset[tuple[int, int]] | None = None
+    open: bool = False
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -90,7 +85,8 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     entries = resolved(coordinates(batch, label.at))
     found = among(mine, theirs, size, len(columns), label.between.projected, named(entries))
     entries = resolved(_numbers(label.at, size_of(batch))) | entries
-    return replace(found, unknown=found.unknown or label.between.elsewhere, entries=entries)
+    unknown, round = found.unknown or label.between.elsewhere, goes_round(flat, found.index, size, len(columns))
+    return replace(found, unknown=unknown, entries=entries, open=round)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
@@ -106,7 +102,8 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
     found = among(mine, theirs, queries, keys, known, named(entries))
     entries = resolved(_numbers(query.at, size_of(rows))) | entries
-    return replace(found, unknown=found.unknown or elsewhere, entries=entries)
+    unknown, round = found.unknown or elsewhere, goes_round(key.dims[-2], found.index, queries, keys)
+    return replace(found, unknown=unknown, entries=entries, open=round)
 
 
 def by_custom(queries: int, keys: int) -> Places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -66,6 +67,8 @@ class Softmaxes:
         call = self._call(label, arranged, axis - source.dims)
         if call is None:
             return None
+        if call.places is not None and call.places.open and not any(map(_mask, _steps(source))):
+            call = replace(call, places=replace(call.places, unknown=True))
         keys = frozenset(leaves([label.dims[axis]]))
         reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):

@@ -107,8 +107,9 @@ def _between(node: Node, first: Label, label: Label, axis: int, where: tuple[int
     labels = [one for one in (old[0], label, old[1]) if one is not None]
     sizes = [n for n in (ends[0][1], length, ends[1][1]) if n]
     dim, at = along(labels, [one.dims[axis] for one in labels], sizes)
-    for root in roots_of([dim]):
-        root.over |= bool(root.parts) and ends[1][1] > 0
+    if ends[1][1] and (parts := [part for root in roots_of([dim]) for part in root.parts]):
+        root = Root(all(one.learned for one in roots_of([dim])), tuple(parts), over=True)
+        dim, at = (Factor(root, 1, size),), {root: 0}
     return spliced(first if first.sides and not label.sides else label, axis, axis + 1, dim, at)
 
 

@@ -140,7 +140,7 @@ def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
         if node.func in fn.DIFFERENCES:
             taken = node.args[1] if len(node.args) > 1 else None
             if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
-                yield taken.small
+                yield taken.small.expand(*source.shape[:-1], 1)
         elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
             return
 
@@ -153,11 +153,16 @@ def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
 
 
 def _is_of_row(taken: Node, source: Node) -> bool:
-    if taken.shape != (*source.shape[:-1], 1) or source.shape[-1] == 1:
+    rows, shape = (*source.shape[:-1], 1), taken.shape or (1,) * source.dims  # of all logits
+    if (
+        source.shape[-1] == 1
+        or len(shape) != len(rows)
+        or any(a not in (1, b) for a, b in zip(shape, rows, strict=True))
+    ):
         return False
     for _ in range(4):
         if taken.func in fn.EXTREMES | fn.LOG_SUMS | fn.LARGEST:
-            return True
+            return shape == rows or any(one.is_logits for one in taken.inputs)
         if not taken.inputs:
             return False
         taken = taken.inputs[0]

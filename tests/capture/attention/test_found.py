@@ -248,6 +248,13 @@ def test_scores_in_an_order_that_is_not_known_are_said(weigh, caplog):
     assert "attention is not recorded for the attention of layer, whose scores pass" in caplog.text
 
 
+def test_a_softmax_that_writes_into_another_tensor_is_said():
+    with torch.no_grad():
+        seen = record(Attends(lambda m, q, k: torch.softmax(scores(q, k), -1, out=torch.empty(0))), X)
+    assert seen.heads == {}
+    assert list(seen.uncovered) == ["the attention of root, whose softmax writes into `out`"]
+
+
 def test_windows_that_move_with_their_query_are_said():
     class Windows(Attends):
         def forward(self, x):

@@ -54,7 +54,7 @@ class Softmaxes:
             kind, axis = "exponentials", -1
         if not isinstance(axis, int) or not source.dims:
             return None
-        return self._pending(source, x, axis, kind, "a softmax that writes into `out`" if out else None)
+        return self._pending(source, x, axis, kind, "whose softmax writes into `out`" if out else None)
 
     def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
         axis %= source.dims
@@ -70,6 +70,7 @@ class Softmaxes:
         if call.places is not None and call.places.open and not any(map(_mask, _steps(source))):
             call = replace(call, places=replace(call.places, unknown=True))
         keys = frozenset(leaves([label.dims[axis]]))
+        reason = reason and f"the attention of {call.caller.name}, {reason}"
         reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"

@@ -73,6 +73,7 @@ class Observer:
         self._on_source = on_source
         self._choices: dict[Any, Rows] = {}
         self._generators = Generators()
+        self.stands: dict[tuple[int, int, int], set[Any]] = {}  # see `dot_product.Stands`
         self._alone: dict[Caller, frozenset[tuple[int, int]]] = {}
 
     @property

@@ -22,7 +22,6 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.graph import look, new_number, plan_of
 from torchprobe.capture.attention.layout import Arrangement, plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
-from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
@@ -110,7 +109,7 @@ class Owner(Inert):
             return
         source = observer.source(caller, partial(dot_product.query_key, call))
         if source is not None:
-            where = by_custom(source.shape.queries, source.shape.keys - added)
+            where = dot_product.placed((place, source.shape.queries, source.shape.keys), added, observer.stands)
             observer.padding.clear()
             if padding is not None:
                 for tokens in where.queries:

@@ -214,3 +214,34 @@ def test_a_query_that_heads_share_stands_where_it_stood():
     (found,) = record(model, X[:, :1].clone(), X).heads["root"]
     right = of_weights(torch.cat(model.p)[:, None])[0]
     assert found["distance"] == pytest.approx(right["distance"], rel=1e-4)
+
+
+class OneByOne(Attends):
+    """A token at each step, with the keys of those before; made by the step before, where it feeds itself."""
+
+    def __init__(self, feeds: bool, fused: bool) -> None:
+        super().__init__(None)
+        self.feeds, self.fused = feeds, fused
+
+    def forward(self, x):
+        token, past, self.p = x[:, :1], None, torch.zeros(2, HEADS, 6, 6)
+        for i in range(6):
+            q, *new = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(token).chunk(3, -1))
+            k, v = past = new if past is None else [torch.cat(pair, 2) for pair in zip(past, new, strict=True)]
+            self.p[:, :, i : i + 1, : i + 1] = scores(q, k).softmax(-1).detach()
+            read = F.scaled_dot_product_attention(q, k, v) if self.fused else scores(q, k).softmax(-1) @ v
+            token = read.transpose(1, 2).flatten(2) if self.feeds else x[:, i + 1 : i + 2]
+        return token
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("feeds", [False, True])
+def test_tokens_one_by_one_are_one_attention_of_as_many_heads(feeds, fused):
+    model = OneByOne(feeds, fused)
+    seen = record(model, X)
+    right = of_weights(model.p, seen=torch.ones(6, 6).tril().bool())
+    assert list(seen.heads) == ["root"]
+    if feeds:  # which of the keys is its own, is not told
+        assert all("distance" not in head for head in seen.heads["root"])
+        right = [{name: value for name, value in head.items() if name != "distance"} for head in right]
+    assert_close(seen.heads["root"], right)

@@ -139,7 +139,8 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
     cross = index is None and (known or size != length)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    beside = index is None and named(queries) != named(keys) and _are_related(queries, keys, {one for one, _ in batch})
+    others = size != length or named(queries) != named(keys)
+    beside = index is None and others and _are_related(queries, keys, {one for one, _ in batch})
     if beside:
         cross, index = False, _after_the_first(queries, keys)
     elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
@@ -157,7 +158,8 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
 def _are_related(queries: Values, keys: Values, batch: set[Root]) -> bool:
     """Whether both are of one sequence, as far as what was picked or joined tells."""
     mine = {one for root in queries if not root.learned for one in root.origins()} - batch
-    return any(mine & root.origins() for root in _moving(keys) if root not in batch)
+    theirs = [root for root in _moving(keys) if root not in batch] or [root for root in keys if not root.learned]
+    return any(mine & root.origins() for root in theirs if root not in batch)
 
 
 def _after_the_first(queries: Values, keys: Values) -> Indices | None:

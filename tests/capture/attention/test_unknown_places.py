@@ -245,3 +245,15 @@ def test_tokens_one_by_one_are_one_attention_of_as_many_heads(feeds, fused):
         assert all("distance" not in head for head in seen.heads["root"])
         right = [{name: value for name, value in head.items() if name != "distance"} for head in right]
     assert_close(seen.heads["root"], right)
+
+
+def test_a_sequence_that_grows_by_what_it_reads_attends_to_itself():
+    class Grows(Attends):
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.cat((x, super().forward(x)[:, -1:]), 1)
+            return x
+
+    seen = record(Grows(lambda m, q, k: scores(q, k).softmax(-1)), X[:, :1])
+    assert list(seen.heads) == ["root"]
+    assert seen.heads["root"][0]["rows"] == 2 * (1 + 2 + 3)

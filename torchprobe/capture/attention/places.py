@@ -137,10 +137,11 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     common = [root for root in queries if root in keys and not root.learned]
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
-    cross = index is None and (known or size != length)
-    of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
     others = size != length or named(queries) != named(keys)
-    beside = index is None and others and _are_related(queries, keys, {one for one, _ in batch})
+    related = _are_related(queries, keys, {one for one, _ in batch})
+    cross = index is None and (known or size != length) and (others or not related)
+    of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
+    beside = index is None and others and related
     if beside:
         cross, index = False, _after_the_first(queries, keys)
     elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():

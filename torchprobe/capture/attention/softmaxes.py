@@ -155,15 +155,11 @@ def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
 
 def _is_of_row(taken: Node, source: Node) -> bool:
     rows, shape = (*source.shape[:-1], 1), taken.shape or (1,) * source.dims  # of all logits
-    if (
-        source.shape[-1] == 1
-        or len(shape) != len(rows)
-        or any(a not in (1, b) for a, b in zip(shape, rows, strict=True))
-    ):
+    if len(shape) != len(rows) or any(a not in (1, b) for a, b in zip(shape, rows, strict=True)):
         return False
     for _ in range(4):
         if taken.func in fn.EXTREMES | fn.LOG_SUMS | fn.LARGEST:
-            return shape == rows or any(one.is_logits for one in taken.inputs)
+            return (shape == rows and source.shape[-1] > 1) or any(one.is_logits for one in taken.inputs)
         if not taken.inputs:
             return False
         taken = taken.inputs[0]

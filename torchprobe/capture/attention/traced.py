@@ -82,13 +82,17 @@ class Owner(Inert):
             observer.uncovered.add(SECOND_THREAD)
         elif plan.arranged is None or plan.refused is not None:
             observer.uncovered.add(f"the attention of {self._name}, {plan.refused}")
+            observer.sites.refuse(self._name, self._caller(place).path)
         else:
             with observer.guard():
                 self._read(logits, plan.arranged, place)
                 observer.finish()
 
+    def _caller(self, place: int) -> Caller:
+        return Caller(self._name, (("compiled", "softmax", place),), self._heads)
+
     def _read(self, logits: Tensor, arranged: Arrangement, place: int) -> None:
-        caller = Caller(self._name, (("compiled", "softmax", place),), self._heads)
+        caller = self._caller(place)
         if self._observer.refuses(caller, logits):
             return
         given, others = arranged.split(arranged.by_head(plain(logits), self._heads))

@@ -273,7 +273,7 @@ def test_an_error_of_ours_while_a_graph_is_traced_is_said_once(monkeypatch, capl
 
 
 class Steps(Layer):
-    """A query at a time; the first has one key, and stands nowhere else. Of the second layer the others are not told."""
+    """A query at a time. In the second layer it is not told which key is its own, but of the first, which has one."""
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))

@@ -128,3 +128,66 @@ def test_shapes_of_no_known_form_are_told_of_and_the_others_go_on(compiled, monk
         session.flush()
         assert "calls in root, whose shapes are of no known form" in str(session.summary())
     assert len(writer.scalars("attention_entropy/root")) == 1
+
+
+def prefixed(m, x):
+    k = torch.cat((m.prefix.expand(len(x), -1, -1), m.k(x)), 1)
+    return F.scaled_dot_product_attention(m.q(x)[:, None], k[:, None], k[:, None])
+
+
+def last_alone(m, x):
+    return F.scaled_dot_product_attention(m.q(x)[:, None, -1:], m.k(x)[:, None], x[:, None])
+
+
+def every_other(m, x):
+    return m.attention(x[:, ::2], x, x)[0]
+
+
+def of_others(m, x):
+    return m.attention(m.latents.expand(len(x), -1, -1), x, x)[0]
+
+
+@pytest.mark.parametrize("attend", [prefixed, last_alone, every_other, of_others])
+def test_queries_stand_among_other_numbers_of_keys_where_they_do_outside_of_graphs(attend):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.prefix = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(3, 8))
+            self.attention, self.latents = (
+                nn.MultiheadAttention(8, 2, batch_first=True),
+                nn.Parameter(torch.randn(4, 8)),
+            )
+
+        def forward(self, x):
+            return attend(self, x) if F.scaled_dot_product_attention else x  # its code names it
+
+    assert_same_values(*(_tags_of(Attention, compiled) for compiled in (True, False)))
+
+
+def test_steps_of_a_compiled_decoder_stand_where_it_is_not_known():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(8, 8)
+
+        def forward(self, x):
+            state = x.mean(1)
+            for _ in range(3):
+                state = self.cell(F.scaled_dot_product_attention(state[:, None, None], x[:, None], x[:, None])[:, 0, 0])
+            return state
+
+    writer = _tags_of(Attention, True)
+    assert "attention_entropy/root" in writer.tags()
+    assert "attention_distance/root" not in writer.tags()
+
+
+def _tags_of(make: type[nn.Module], compiled: bool) -> MemoryWriter:
+    torch.manual_seed(2)
+    model, writer = make(), MemoryWriter()
+    run = torch.compile(model, backend="eager") if compiled else model
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Attention(every=1)], rules=[]):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            run(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+    return writer

@@ -283,6 +283,22 @@ def test_an_error_of_ours_while_a_graph_is_traced_is_said_once(monkeypatch, capl
     assert "could not be looked into" in said
 
 
+class Steps(Layer):
+    """A query at a time. In the second layer it is not told which key is its own, but of the first, which has one."""
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        keys = ((k[:, :, : i + 1], v[:, :, : i + 1]) for i in range(LENGTH))
+        read = [(q[:, :, i : i + 1] @ k.mT).softmax(-1) @ v for i, (k, v) in enumerate(keys)]
+        return x + self.out(torch.cat(read, 2).transpose(1, 2).flatten(2))
+
+
+def test_of_calls_at_one_line_of_which_one_is_not_read_none_is_written():
+    found, said, _ = passes(eager, Steps, 3)
+    assert "the attention of blocks.1, whose queries stand where it is not known" in said
+    assert [tag for tag in found.tags() if tag.startswith("attention_entropy/")] == ["attention_entropy/blocks.0"]
+
+
 def test_another_word_is_an_error_that_says_what_to_write():
     with pytest.raises(ValueError, match=r"compiled='reed': takes \"say\" or \"read\": write compiled=\"read\""):
         torchprobe.Attention(compiled="reed")

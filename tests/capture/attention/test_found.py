@@ -98,6 +98,35 @@ def test_a_softmax_of_other_functions(name):
     assert max(seen.of("max_logit")) < 40
 
 
+SHIFTS = {
+    "of all": lambda s: s.max(),
+    "of all, detached": lambda s: torch.amax(s.detach()),
+    "of a head": lambda s: s.amax((-2, -1), keepdim=True),
+    "of a row": lambda s: torch.max(s, -1, keepdim=True)[0],
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS.keys())
+def test_the_largest_logit_is_that_before_it_was_taken_off(shift):
+    def weigh(m, q, k):
+        s = scores(q, k)
+        m.s = s.detach()
+        return (s - shift(s)).softmax(-1)
+
+    model = Attends(weigh)
+    assert record(model, X).of("max_logit") == pytest.approx(model.s.amax((0, 2, 3)).tolist(), rel=1e-5)
+
+
+def test_what_is_taken_off_and_made_of_other_things_is_part_of_the_logits():
+    def weigh(m, q, k):
+        s = scores(q, k) - q.max()
+        m.s = s.detach()
+        return s.softmax(-1)
+
+    model = Attends(weigh)
+    assert record(model, X).of("max_logit") == pytest.approx(model.s.amax((0, 2, 3)).tolist(), rel=1e-5)
+
+
 def heads_by_linear(m, q, k):
     return m.mix(scores(q, k).movedim(1, -1)).movedim(-1, 1).softmax(-1)
 
@@ -217,6 +246,13 @@ def test_scores_in_an_order_that_is_not_known_are_said(weigh, caplog):
     assert seen.heads == {}
     assert any("layer" in reason for reason in seen.uncovered)
     assert "attention is not recorded for the attention of layer, whose scores pass" in caplog.text
+
+
+def test_a_softmax_that_writes_into_another_tensor_is_said():
+    with torch.no_grad():
+        seen = record(Attends(lambda m, q, k: torch.softmax(scores(q, k), -1, out=torch.empty(0))), X)
+    assert seen.heads == {}
+    assert list(seen.uncovered) == ["the attention of root, whose softmax writes into `out`"]
 
 
 def test_windows_that_move_with_their_query_are_said():

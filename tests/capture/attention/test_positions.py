@@ -103,6 +103,52 @@ def test_with_a_cache_of_fixed_length(fused, write):
             past += part.size(1)
 
 
+def write_by_number(cache, new, at):
+    cache[:, :, int(at[0])] = new[:, :, 0]
+
+
+def write_by_choice(cache, new, at):
+    return torch.where((torch.arange(6) == at)[:, None], new, cache)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "write", [write_by_index, write_by_assignment, write_by_slice, write_by_number, write_by_choice]
+)
+def test_a_cache_that_goes_round_has_no_distances_once_older_keys_stand_behind(fused, write):
+    class Ring(Cached):
+        def __init__(self) -> None:
+            super().__init__(fused)
+            self.past = 0
+            self.register_buffer("keys", torch.zeros(2, HEADS, 6, 8))
+            self.register_buffer("values", torch.zeros(2, HEADS, 6, 8))
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            at, self.past = torch.tensor([self.past % 6]), self.past + 1
+            for name, new in (("keys", k), ("values", v)):
+                setattr(
+                    self,
+                    name,
+                    cache if (cache := write(getattr(self, name), new, at)) is not None else getattr(self, name),
+                )
+            k, v = (t[:, :, : self.past] for t in (self.keys, self.values))
+            self.p.append(scores(q, k).softmax(-1).detach())
+            return F.scaled_dot_product_attention(q, k, v) if fused else scores(q, k).softmax(-1) @ v
+
+    model = nn.Sequential()
+    model.add_module("layer", Ring())
+    capture = capture_of(model)
+    with torch.no_grad(), hooked(model, capture):
+        for past in range(8):
+            model(X[:, past : past + 1])
+            found = recorded(capture).heads["layer"]
+            right = of_weights(model.layer.p[-1], position=torch.tensor([past]))
+            known = past < 6 and (write is not write_by_choice or past == 0)
+            assert all(("distance" in head) == known for head in found)
+            assert_close(found, right if known else [{"entropy": head["entropy"]} for head in right])
+
+
 def test_a_cache_that_is_full_moves_on():
     """As a sliding window of fixed length does: all move by one, the new one is the last."""
 
@@ -199,7 +245,7 @@ def test_keys_before_the_tokens_move_them(memory):
     assert_close(record(model, X).heads["root"], of_weights(model.p, position=position))
 
 
-@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shift", [0, 1, 2])
 def test_windows_of_two_dimensions(shift):
     """As Swin has them, rolled or not: places within the window."""
 

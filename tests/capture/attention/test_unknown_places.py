@@ -167,3 +167,93 @@ def test_a_single_token_keeps_its_heads_and_its_place():
     with torch.no_grad():
         model(X[:, :7])
     assert_close(record(model, X[:, 7:8]).heads["root"], of_weights(model.p, position=torch.tensor([7])))
+
+
+class Decoder(nn.Module):
+    """Asks once at each step, by the state that a recurrent cell has then."""
+
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.cell, self.asks = nn.GRUCell(16, 16), asks
+
+    def forward(self, x):
+        state, read = x.mean(1), []
+        for _ in range(3):
+            read.append(self.asks(state, x))
+            state = self.cell(read[-1], state)
+        return torch.stack(read)
+
+
+def luong(state, x):
+    return torch.bmm(torch.bmm(x, state[:, :, None]).softmax(1).mT, x)[:, 0]
+
+
+def fused(state, x):
+    return F.scaled_dot_product_attention(state[:, None, None], x[:, None], x[:, None])[:, 0, 0]
+
+
+@pytest.mark.parametrize("asks", [luong, fused])
+def test_steps_of_a_decoder_stand_where_it_is_not_known(asks):
+    seen = record(Decoder(asks), X)
+    assert all("entropy" in head and "distance" not in head for head in seen.heads["root"])
+    assert list(seen.uncovered) == ["distances in root, where its queries stand is not known"]
+
+
+def test_a_query_that_heads_share_stands_where_it_stood():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(16, 16)
+
+        def forward(self, asked, x):
+            parts = zip(self.q(asked).chunk(HEADS, -1), x.chunk(HEADS, -1), strict=True)
+            self.p = [(q @ k.mT).softmax(-1) for q, k in parts]
+            return torch.cat([p @ k for p, k in zip(self.p, x.chunk(HEADS, -1), strict=True)], -1)
+
+    model = Heads()
+    (found,) = record(model, X[:, :1].clone(), X).heads["root"]
+    right = of_weights(torch.cat(model.p)[:, None])[0]
+    assert found["distance"] == pytest.approx(right["distance"], rel=1e-4)
+
+
+class OneByOne(Attends):
+    """A token at each step, with the keys of those before; made by the step before, where it feeds itself."""
+
+    def __init__(self, feeds: bool, fused: bool) -> None:
+        super().__init__(None)
+        self.feeds, self.fused = feeds, fused
+
+    def forward(self, x):
+        token, past, self.p = x[:, :1], None, torch.zeros(2, HEADS, 6, 6)
+        for i in range(6):
+            q, *new = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(token).chunk(3, -1))
+            k, v = past = new if past is None else [torch.cat(pair, 2) for pair in zip(past, new, strict=True)]
+            self.p[:, :, i : i + 1, : i + 1] = scores(q, k).softmax(-1).detach()
+            read = F.scaled_dot_product_attention(q, k, v) if self.fused else scores(q, k).softmax(-1) @ v
+            token = read.transpose(1, 2).flatten(2) if self.feeds else x[:, i + 1 : i + 2]
+        return token
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("feeds", [False, True])
+def test_tokens_one_by_one_are_one_attention_of_as_many_heads(feeds, fused):
+    model = OneByOne(feeds, fused)
+    seen = record(model, X)
+    right = of_weights(model.p, seen=torch.ones(6, 6).tril().bool())
+    assert list(seen.heads) == ["root"]
+    if feeds:  # which of the keys is its own, is not told
+        assert all("distance" not in head for head in seen.heads["root"])
+        right = [{name: value for name, value in head.items() if name != "distance"} for head in right]
+    assert_close(seen.heads["root"], right)
+
+
+def test_a_sequence_that_grows_by_what_it_reads_attends_to_itself():
+    class Grows(Attends):
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.cat((x, super().forward(x)[:, -1:]), 1)
+            return x
+
+    seen = record(Grows(lambda m, q, k: scores(q, k).softmax(-1)), X[:, :1])
+    assert list(seen.heads) == ["root"]
+    assert seen.heads["root"][0]["rows"] == 2 * (1 + 2 + 3)

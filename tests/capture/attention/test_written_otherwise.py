@@ -188,6 +188,14 @@ def test_exp_and_sum_are_a_softmax(attend):
     assert_untouched(model, x)
 
 
+@pytest.mark.parametrize("attend", WRITTEN_OUT)
+def test_so_they_are_of_a_single_key(attend):
+    """As at the first step of a loop, whose query counts as all others do."""
+    model, x = Written(attend), torch.randn(2, 1, WIDTH)
+    right = [{"rows": head["rows"], "entropy": head["entropy"]} for head in per_head(logits(model, x))]
+    assert_close(record(model, x).heads["root"], right)
+
+
 def test_a_log_softmax_alone_is_no_attention():
     """As of similarities, for a loss."""
     model, x = Written(lambda model, q, k, v: torch.log_softmax(q @ k.mT, -1) @ v), torch.randn(2, LENGTH, WIDTH)

@@ -300,6 +300,12 @@ KNOWN = [
         },
     ),
     says(
+        "a reconstruction's variance",
+        lambda: linear(12, lambda z: {"recon_mean": z[:, :6], "recon_var": z[:, 6:].exp()}),
+        lambda m: (lambda o: F.gaussian_nll_loss(o["recon_mean"], X.flip(1), o["recon_var"]))(m(X.clone())),
+        lambda m: {"uncertainty_aleatoric/root": m(X)["recon_var"].double().mean().item()},
+    ),
+    says(
         "a real and a generated batch",
         lambda: linear(1),
         lambda m: (
@@ -410,6 +416,12 @@ DECEIVING: list[tuple[str, Callable[[], nn.Module], Callable[[Any], Tensor], tup
         "a code's log_var, and MSELoss",
         lambda: linear(14, lambda z: {"recon": z[:, :6], "mu": z[:, 6:10], "log_var": z[:, 10:]}),
         lambda m: (lambda o: nn.MSELoss()(o["recon"], X) + divergence(o["mu"], o["log_var"]))(m(X.clone())),
+        UNCERTAIN + JUDGED,
+    ),
+    (
+        "a code's variance",
+        lambda: linear(14, lambda z: {"recon": z[:, :6], "mu": z[:, 6:10], "var": z[:, 10:].exp()}),
+        lambda m: (lambda o: F.mse_loss(o["recon"], X) + divergence(o["mu"], o["var"].log()))(m(X.clone())),
         UNCERTAIN + JUDGED,
     ),
     (

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from torchprobe.capture.attention import stack
 from torchprobe.capture.attention.layout import by_head, by_name, mask_by_head, plain
+from torchprobe.capture.attention.places import Places, by_custom, of_dot_product
 from torchprobe.statistics.attention import QueryKey
 
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -266,3 +268,33 @@ def _everywhere(function: Callable[..., Tensor], tensors: list[Tensor], dims: in
 def _with_buffers(function: Any, buffers: tuple[Any, ...]) -> Callable[..., Tensor]:
     call = function.forward if isinstance(function, nn.Module) else function  # no hook of the user's fires
     return lambda *indices: call(*indices, *buffers)
+
+
+# ---- inside of compiled graphs
+
+Stands: TypeAlias = "dict[tuple[int, int, int], set[Any]]"
+"""Where queries stand, by the number of a call's line, of queries and of keys."""
+
+
+def note_places(graph: Any, node: Any, stands: Stands) -> None:
+    """What the queries and keys of a dot product in a graph say of where they stand."""
+    query, key = (graph.values.get(one) for one in node.args[1:3])
+    added, place = node.args[-2:]
+    if added or graph.has_symbols or not (isinstance(query, Tensor) and isinstance(key, Tensor)):
+        return
+    of_query, of_key = (graph.handwritten.labels.of(graph.handwritten.tape.node(one)) for one in (query, key))
+    found = of_dot_product(of_query, of_key, query.size(-2), key.size(-2))
+    index = tuple(found.index.tolist()) if isinstance(found.index, np.ndarray) else None
+    what = found.cross, found.unknown or isinstance(found.index, Tensor), found.open, index, found.alone
+    stands.setdefault((place, query.size(-2), key.size(-2)), set()).add(what)
+
+
+def placed(call: tuple[int, int, int], added: int, stands: Stands) -> Places:
+    """What graphs say, where they say one thing; else, that as many queries as keys are the same tokens."""
+    where, found = by_custom(call[1], call[2] - added), stands.get(call, set())
+    cross = {one[0] for one in found}
+    if len(found) != 1:
+        return replace(where, cross=cross.pop() if len(cross) == 1 else where.cross, unknown=where.cross and not added)
+    ((_, unknown, open, index, _),) = found
+    index = None if index is None else np.array(index)
+    return replace(where, cross=cross.pop(), unknown=unknown, open=open, index=index)

@@ -271,7 +271,7 @@ class Handwritten:
         axis = self._key_axis(source, flow)
         if axis is None:
             return
-        if self._key_axis(node, flow) is not None:
+        if self._key_axis(node, flow) is not None and (flow.first.keys or flow.kind != "exponentials"):
             self.give([node], flow.as_changed(None))
         elif flow.multiplied and flow.kind == "weights":
             before = next((one for one in uses.back(source) if one.flow is not None and not one.flow.multiplied), None)

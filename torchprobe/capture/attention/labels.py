@@ -28,7 +28,7 @@ class Root:
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
     what the order was lost by. written: what was written into it, at places that only the device knows. apart: whether
     parts differ in the parameters alone that made them, as heads do. picked: what it was picked of, in whichever order.
-    made: the parameters that it is features of.
+    made: the parameters that it is features of. over: whether something stands behind what was written into it.
     """
 
     learned: bool = False
@@ -41,6 +41,7 @@ class Root:
     apart: bool = False
     picked: frozenset[Root] = frozenset()
     made: Any = None
+    over: bool = False
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
     sides: dict[int, Root] = field(default_factory=dict)

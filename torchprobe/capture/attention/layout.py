@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
-from torchprobe.capture.attention.places import Axis, Places, Roles, coordinates, of_factors, picked, places, resolved
+from torchprobe.capture.attention.places import Axis, Places, Roles, coordinates, of_factors, places, resolved
 from torchprobe.statistics import dtypes
 from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
+from torchprobe.statistics.dtypes import moved
 
 # ---- by custom
 
@@ -88,6 +89,13 @@ def alike(hidden: Tensor) -> Tensor:
 
 
 # ---- by labels
+
+
+def picked(x: Tensor, index: Indices) -> Tensor:
+    """Some indices of the last dimension."""
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return x[..., int(index[0]) : int(index[0]) + len(index)]
+    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
 
 
 class Refused(NamedTuple):

@@ -73,6 +73,8 @@ class Observer:
         self._on_source = on_source
         self._choices: dict[Any, Rows] = {}
         self._generators = Generators()
+        self.stands: dict[tuple[int, int, int], set[Any]] = {}  # see `dot_product.Stands`
+        self._alone: dict[Caller, frozenset[tuple[int, int]]] = {}
 
     @property
     def idle(self) -> bool:
@@ -85,6 +87,7 @@ class Observer:
         self.owners.begin_pass()
         self.padding.clear()
         self._choices.clear()
+        self._alone.clear()
         self.sites.begin()
 
     @contextmanager
@@ -129,6 +132,8 @@ class Observer:
     def record_source(self, call: Call, source: QueryKey) -> None:
         """Read a call and add it to its site."""
         if (where := call.places) is not None:
+            if where.open and source.mask is None and not source.causal:
+                call = replace(call, places=replace(where, unknown=True))
             if source.mask is not None and (hidden := _hidden(source.mask, source.shape)) is not None:
                 self.padding.note(where, hidden)
             if source.mask is not None and source.mask.dim() == 4:
@@ -139,11 +144,15 @@ class Observer:
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
-        if call.places is not None and call.places.unknown:
+        if call.places is not None and (call.places.unknown or self._is_step(call, call.places)):
             self.uncovered.add(f"distances in {name or call.caller.name}, where its queries stand is not known")
             reading = reading.without_distances()
         found = reading.found
         self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)
+
+    def _is_step(self, call: Call, places: Places) -> bool:
+        """Whether a query alone is not the one that was there before, as in steps of a decoder."""
+        return places.alone is not None and self._alone.setdefault(call.caller, places.alone) != places.alone
 
     def finish(self) -> None:
         """The pass has ended: what it measured is added up, all attentions together; nothing else of it is held."""

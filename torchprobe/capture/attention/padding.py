@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention.labels import Indices, Label
-from torchprobe.capture.attention.layout import blocked, by_name
-from torchprobe.capture.attention.places import Places, Tokens, coordinates, named, picked, resolved, whole
+from torchprobe.capture.attention.layout import blocked, by_name, picked
+from torchprobe.capture.attention.places import Places, Tokens, coordinates, named, resolved, whole
 from torchprobe.capture.attention.tape import Args
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, differ, roots_of, size_of
+from torchprobe.capture.attention.writes import goes_round
 from torchprobe.statistics.dtypes import moved
 
 
@@ -35,13 +36,6 @@ Named = frozenset[tuple[Root, bytes]]
 _NOWHERE = Root()
 
 
-def picked(x: Tensor, index: Indices) -> Tensor:
-    """Some indices of the last dimension."""
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return x[..., int(index[0]) : int(index[0]) + len(index)]
-    return x.index_select(-1, moved(torch.from_numpy(index), x.device))
-
-
 class Tokens(NamedTuple):
     """A sequence in a batch: what its entries and its positions count."""
 
@@ -55,7 +49,8 @@ class Places:
 
     queries: which tokens the queries are; keys: and the keys, -1 for those that are none. joined: the queries as the
     whole that they are, where they are not one sequence from its beginning. unknown: whether it is of the keys'
-    sequence, and not known where. entries: which sequences of a batch they are.
+    sequence, and not known where. entries: which sequences of a batch they are. alone: the one query there is of others
+    than the keys. open: whether keys behind the queries were in a cache before.
     """
 
     cross: bool
@@ -65,6 +60,8 @@ class Places:
     joined: Tokens | None = None
     unknown: bool = False
     entries: Values = field(default_factory=dict)
+    alone: frozenset[tuple[int, int]] | None = None
+    open: bool = False
 
     def on(self, device: torch.device) -> Tensor | None:
         """The index as a tensor."""
@@ -88,7 +85,8 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     entries = resolved(coordinates(batch, label.at))
     found = among(mine, theirs, size, len(columns), label.between.projected, named(entries))
     entries = resolved(_numbers(label.at, size_of(batch))) | entries
-    return replace(found, unknown=found.unknown or label.between.elsewhere, entries=entries)
+    unknown, round = found.unknown or label.between.elsewhere, goes_round(flat, found.index, size, len(columns))
+    return replace(found, unknown=unknown, entries=entries, open=round)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
@@ -104,7 +102,8 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
     found = among(mine, theirs, queries, keys, known, named(entries))
     entries = resolved(_numbers(query.at, size_of(rows))) | entries
-    return replace(found, unknown=found.unknown or elsewhere, entries=entries)
+    unknown, round = found.unknown or elsewhere, goes_round(key.dims[-2], found.index, queries, keys)
+    return replace(found, unknown=unknown, entries=entries, open=round)
 
 
 def by_custom(queries: int, keys: int) -> Places:
@@ -138,9 +137,11 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     common = [root for root in queries if root in keys and not root.learned]
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
-    cross = index is None and (known or size != length)
+    others = size != length or named(queries) != named(keys)
+    related = _are_related(queries, keys, {one for one, _ in batch})
+    cross = index is None and (known or size != length) and (others or not related)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    beside = index is None and named(queries) != named(keys) and _are_related(queries, keys, {one for one, _ in batch})
+    beside = index is None and others and related
     if beside:
         cross, index = False, _after_the_first(queries, keys)
     elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
@@ -150,13 +151,16 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     of, joined = _tokens_of(batch, queries)
     of_keys, also = _tokens_of(batch, keys)
     of_keys |= {also: np.arange(length)} if also else {}
-    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1)
+    one = {(id(root), int(value[0])) for root, value in queries.items() if not root.learned and len(value)}
+    alone = frozenset({*one, *((id(root), 0) for root, _ in batch)}) if cross and size == 1 < length else None
+    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1, alone=alone)
 
 
 def _are_related(queries: Values, keys: Values, batch: set[Root]) -> bool:
     """Whether both are of one sequence, as far as what was picked or joined tells."""
     mine = {one for root in queries if not root.learned for one in root.origins()} - batch
-    return any(mine & root.origins() for root in _moving(keys) if root not in batch)
+    theirs = [root for root in _moving(keys) if root not in batch] or [root for root in keys if not root.learned]
+    return any(mine & root.origins() for root in theirs if root not in batch)
 
 
 def _after_the_first(queries: Values, keys: Values) -> Indices | None:

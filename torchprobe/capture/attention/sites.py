@@ -191,6 +191,15 @@ def _joined(a: Reading | None, b: Reading) -> Reading:
     return Reading(Measured(combine(a.rows, b.rows)), a.sampled or b.sampled, kept, a.who)
 
 
+def _are_same(a: Hashable, b: Hashable) -> bool:
+    """Whether calls have the same heads, of which one may know less, as where parameters are the queries."""
+    if not (isinstance(a, tuple) and isinstance(b, tuple)) or len(a) != len(b):
+        return a == b
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, frozenset) and isinstance(y, frozenset)]
+    sided = [tuple({one for one in each if one[0] is not None} or each for each in pair) for pair in pairs]
+    return all(x <= y or y <= x for x, y in sided)
+
+
 def _whole(parts: list[Reading]) -> Reading:
     """What calls that have some of the heads each add up to, all heads in the order of first calls."""
     if len(parts) == 1:
@@ -233,7 +242,8 @@ class Sites:
         """Merge one more call. A compiled graph may run where no pass was seen to begin."""
         self._thread = self._thread or threading.current_thread()
         parts = self._readings.setdefault(site if reading.who is None else site._replace(heads=0), {})
-        parts[reading.who] = _joined(parts.get(reading.who), reading)
+        who = next((one for one in parts if _are_same(one, reading.who)), reading.who)
+        parts[who] = _joined(parts.get(who), reading)
 
     def refuse(self, module: str, path: Path) -> None:
         """A call cannot be read: what others at its site say would be a part of it."""

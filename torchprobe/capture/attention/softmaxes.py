@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -53,7 +54,7 @@ class Softmaxes:
             kind, axis = "exponentials", -1
         if not isinstance(axis, int) or not source.dims:
             return None
-        return self._pending(source, x, axis, kind, "a softmax that writes into `out`" if out else None)
+        return self._pending(source, x, axis, kind, "whose softmax writes into `out`" if out else None)
 
     def _pending(self, source: Node, x: Tensor | None, axis: int, kind: Kind, reason: str | None = None) -> Flow | None:
         axis %= source.dims
@@ -66,7 +67,10 @@ class Softmaxes:
         call = self._call(label, arranged, axis - source.dims)
         if call is None:
             return None
+        if call.places is not None and call.places.open and not any(map(_mask, _steps(source))):
+            call = replace(call, places=replace(call.places, unknown=True))
         keys = frozenset(leaves([label.dims[axis]]))
+        reason = reason and f"the attention of {call.caller.name}, {reason}"
         reason = reason or ("torch.func transforms" if under_transform() else self._unusual(x))
         if isinstance(arranged, Refused):
             reason = reason or f"the attention of {call.caller.name}, {arranged.reason}"
@@ -137,7 +141,7 @@ def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
         if node.func in fn.DIFFERENCES:
             taken = node.args[1] if len(node.args) > 1 else None
             if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
-                yield taken.small
+                yield taken.small.expand(*source.shape[:-1], 1)
         elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
             return
 
@@ -150,11 +154,12 @@ def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
 
 
 def _is_of_row(taken: Node, source: Node) -> bool:
-    if taken.shape != (*source.shape[:-1], 1) or source.shape[-1] == 1:
+    rows, shape = (*source.shape[:-1], 1), taken.shape or (1,) * source.dims  # of all logits
+    if len(shape) != len(rows) or any(a not in (1, b) for a, b in zip(shape, rows, strict=True)):
         return False
     for _ in range(4):
         if taken.func in fn.EXTREMES | fn.LOG_SUMS | fn.LARGEST:
-            return True
+            return (shape == rows and source.shape[-1] > 1) or any(one.is_logits for one in taken.inputs)
         if not taken.inputs:
             return False
         taken = taken.inputs[0]

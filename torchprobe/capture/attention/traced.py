@@ -22,7 +22,6 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.graph import look, new_number, plan_of
 from torchprobe.capture.attention.layout import Arrangement, plain
 from torchprobe.capture.attention.observer import SECOND_THREAD, Call, Observer
-from torchprobe.capture.attention.places import by_custom
 from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
@@ -83,19 +82,23 @@ class Owner(Inert):
             observer.uncovered.add(SECOND_THREAD)
         elif plan.arranged is None or plan.refused is not None:
             observer.uncovered.add(f"the attention of {self._name}, {plan.refused}")
+            observer.sites.refuse(self._name, self._caller(place).path)
         else:
             with observer.guard():
                 self._read(logits, plan.arranged, place)
                 observer.finish()
 
+    def _caller(self, place: int) -> Caller:
+        return Caller(self._name, (("compiled", "softmax", place),), self._heads)
+
     def _read(self, logits: Tensor, arranged: Arrangement, place: int) -> None:
-        caller = Caller(self._name, (("compiled", "softmax", place),), self._heads)
+        caller = self._caller(place)
         if self._observer.refuses(caller, logits):
             return
         given, others = arranged.split(arranged.by_head(plain(logits), self._heads))
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         source = Logits(given, None, arranged.places.on(given.device), None, sinks)
-        call = Call(caller, arranged.places.cross)
+        call = Call(caller, arranged.places.cross, arranged.places)
         self._observer.record(call, self._observer.read(call, source))
 
     def _record(self, call: dict[str, Any], padding: Tensor | None, added: int, place: int) -> None:
@@ -110,7 +113,7 @@ class Owner(Inert):
             return
         source = observer.source(caller, partial(dot_product.query_key, call))
         if source is not None:
-            where = by_custom(source.shape.queries, source.shape.keys - added)
+            where = dot_product.placed((place, source.shape.queries, source.shape.keys), added, observer.stands)
             observer.padding.clear()
             if padding is not None:
                 for tokens in where.queries:

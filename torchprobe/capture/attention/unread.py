@@ -65,7 +65,7 @@ class GraphLook(Hearing):
             return
         caller = self._observer.owners.caller(beyond_graphs=True)
         names = _Names(model, None if caller is None else caller.name)
-        graph = _Graph(account, names, self._cut)
+        graph = _Graph(account, names, self._cut, self._observer.stands)
         if names.are_in(account.graph):
             graph.follow(account.graph)
             self._say(graph.unread())
@@ -124,10 +124,10 @@ class _Cut(NamedTuple):
 class _Graph(Followed):
     """A graph that is complete."""
 
-    def __init__(self, account: Any, names: _Names, cut: _Cut) -> None:
+    def __init__(self, account: Any, names: _Names, cut: _Cut, stands: dot_product.Stands) -> None:
         self._cut = cut
         super().__init__()
-        self._account, self._names = account, names
+        self._account, self._names, self._stands = account, names, stands
         self._buffers = tracing.buffers_of(account)
         self._stand_ins: dict[int, tuple[Any, Tensor]] = {}
         self._memory: dict[Any, Tensor] = {}
@@ -151,6 +151,7 @@ class _Graph(Followed):
             query = node.args[1]
             self._queries |= {query, query.args[0] if query.args else query}
             self._read_in.add(self.owner(node))
+            dot_product.note_places(self, node, self._stands)
         elif node.target is operators.unread:
             self._flex_is_heard = True
         elif node.target in _CALLS or _is_kernel(node.target):

@@ -84,7 +84,7 @@ def _part(whole: Label, keys: int, label: Label, axis: int) -> list[Indices] | N
             at = at[at >= 0] if before is None else np.add.outer(before, at - label.at.get(root, 0))
             counts[root] = np.unique(at)
     others = _digits(whole, keys)
-    pinned = whole.at.keys() & counts.keys() - {f.root for f in others}
+    pinned = whole.at.keys() & counts.keys() - {f.root for f in others} - leaves([tuple(others)])  # nor what these join
     absent = any(whole.at[root] not in counts[root] for root in pinned)
     counts = {root: np.array([at]) for root, at in label.at.items()} | counts
     found = [

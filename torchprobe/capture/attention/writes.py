@@ -6,26 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.joins import along, beside, sliced, spliced
-from torchprobe.capture.attention.labels import Factor, Label, Root, Written, roots_of
+from torchprobe.capture.attention.labels import Dim, Factor, Label, Root, Written, roots_of
 from torchprobe.capture.attention.tape import Node
 
 
 def written(node: Node, first: Label) -> Label | None:
     """Of a tensor into which another one of as many dimensions was written along one; of any other, as it was, but for
     scores, which are lost."""
-    source, axis, where = _copied(node) if node.func in fn.INDEX_COPIES else _assigned(node)
-    if source is None or source.label is None or source.dims != node.dims:
+    source, axis, where, single = _copied(node) if node.func in fn.INDEX_COPIES else _assigned(node)
+    if source is None or source.label is None or source.dims + len(single) != node.dims:
         return None if any(one.is_logits for one in node.inputs[1:]) else first
-    others = (size for i, size in enumerate(node.shape) if i != axis)
-    if any(a != b for a, b in zip(others, (n for i, n in enumerate(source.shape) if i != axis), strict=True)):
+    dims, shape = list(source.label.dims), list(source.shape)
+    for one in single:
+        dims.insert(one, ())
+        shape.insert(one, 1)
+    label = Label(tuple(dims), source.label.at, source.label.between)
+    if any(a != b for i, (a, b) in enumerate(zip(node.shape, shape, strict=True)) if i != axis):
         return first
     if isinstance(where, Node):
-        return _at_places(node, source, axis, where)
+        return _at_places(node, label, axis, where)
     start, stop = where
-    return _between(node, first, source, axis, start) if stop - start == source.shape[axis] else first
+    return _between(node, first, label, axis, (start, shape[axis])) if stop - start == shape[axis] else first
 
 
 def copied(node: Node, first: Label) -> Label | None:
@@ -53,7 +58,7 @@ def picked(node: Node, labels: list[Label]) -> frozenset[Root]:
 
 def chosen(node: Node, inputs: tuple[Node, ...], label: Label | None) -> Label | None:
     """What a choice of two makes of them, where one has a single index and the other several: a token in a cache."""
-    values = [one for one in inputs if one.dtype.is_floating_point and one.dims == node.dims and not one.const]
+    values = [one for one in inputs if one.dtype.is_floating_point and one.dims == node.dims]
     shape = next((one.shape for one in inputs if one.dtype is torch.bool), ())
     if label is None or label.sides or node.func not in fn.CHOICES or len(values) < 2:
         return label
@@ -61,16 +66,27 @@ def chosen(node: Node, inputs: tuple[Node, ...], label: Label | None) -> Label |
     dims, at = list(label.dims), dict(label.at)
     for axis, size in enumerate(node.shape):
         varies = node.dims - axis <= len(shape) and shape[axis - node.dims] == size > 1
-        if varies and any(one.shape[axis] == 1 for one in values):
+        if varies and any(one.shape[axis] == 1 and not one.const for one in values):
             root = Root(picked=frozenset(root for root in of if not root.learned))
             dims[axis], at[root] = (Factor(root, 1, size),), 0
     return Label(tuple(dims), at, label.between)
 
 
-def _at_places(node: Node, source: Node, axis: int, where: Node) -> Label | None:
+def goes_round(dim: Dim, index: Any, queries: int, keys: int) -> bool:
+    """Whether keys from before stand behind queries that were written among them: older ones, where a cache goes round.
+
+    dim: of the keys. index: of a key for each query, None for the same.
+    """
+    if not any(root.lowest.over or root.lowest.written for root in roots_of([dim])):
+        return False
+    if isinstance(index, Tensor):
+        return not index.is_cpu or int(index.numpy().max()) < keys - 1
+    return (queries - 1 if index is None else int(index.max())) < keys - 1
+
+
+def _at_places(node: Node, label: Label, axis: int, where: Node) -> Label | None:
     """Where it was written is known on the device alone."""
-    label = source.label
-    if label is None or node.small is None or where.dims != 1 or label.sides:
+    if node.small is None or where.dims != 1 or label.sides:
         return None
     dim = label.dims[axis]
     root = Root(written=Written(dim, beside(label, dim), node.small % node.shape[axis]))
@@ -80,9 +96,8 @@ def _at_places(node: Node, source: Node, axis: int, where: Node) -> Label | None
     return Label((*others[0], counts, *others[1]), {**kept, root: 0})
 
 
-def _between(node: Node, first: Label, source: Node, axis: int, start: int) -> Label | None:
-    label, size, length = source.label, node.shape[axis], source.shape[axis]
-    assert label is not None
+def _between(node: Node, first: Label, label: Label, axis: int, where: tuple[int, int]) -> Label | None:
+    size, (start, length) = node.shape[axis], where
     if length == size:
         return label
     ends = [(0, start), (start + length, size - start - length)]
@@ -92,31 +107,35 @@ def _between(node: Node, first: Label, source: Node, axis: int, start: int) -> L
     labels = [one for one in (old[0], label, old[1]) if one is not None]
     sizes = [n for n in (ends[0][1], length, ends[1][1]) if n]
     dim, at = along(labels, [one.dims[axis] for one in labels], sizes)
+    if ends[1][1] and (parts := [part for root in roots_of([dim]) for part in root.parts]):
+        root = Root(all(one.learned for one in roots_of([dim])), tuple(parts), over=True)
+        dim, at = (Factor(root, 1, size),), {root: 0}
     return spliced(first if first.sides and not label.sides else label, axis, axis + 1, dim, at)
 
 
-Found = tuple["Node | None", int, Any]
+Found = tuple["Node | None", int, Any, list[int]]
 
 
 def _copied(node: Node) -> Found:
     axis, where, source = node.argument(1, "dim"), node.argument(2, "index"), node.argument(3, "source")
     if not (isinstance(axis, int) and isinstance(where, Node) and isinstance(source, Node)):
-        return None, 0, None
-    return source, axis % node.dims, where
+        return None, 0, None, []
+    return source, axis % node.dims, where, []
 
 
 def _assigned(node: Node) -> Found:
-    """The one dimension along which an assignment is to a part."""
+    """The one dimension along which an assignment is to a part; and those of which one index is."""
     key, source = node.argument(1, "key"), node.argument(2, "value")
     if not isinstance(source, Node):
-        return None, 0, None
+        return None, 0, None, []
     parts = _spelled(key if isinstance(key, list) else [key], node.dims)
     ranges = [_range(part, size) for part, size in zip(parts, node.shape, strict=False)]
     chosen = [i for i, (part, size) in enumerate(zip(ranges, node.shape, strict=False)) if part != (0, size)]
-    if None in ranges or len(chosen) > 1 or not ranges:
-        return None, 0, None
+    single = [i for i, part in enumerate(parts) if isinstance(part, int)]
+    if None in ranges or len(chosen) > 1 or not ranges or (single and source.is_logits):
+        return None, 0, None, []
     axis = chosen[0] if chosen else 0
-    return source, axis, ranges[axis]
+    return source, axis, ranges[axis], single
 
 
 def _spelled(key: Sequence[Any], dims: int) -> list[Any]:
@@ -131,6 +150,8 @@ def _range(part: Any, size: int) -> Any:
     """(start, stop), or the tensor that says where; None for anything else."""
     if isinstance(part, Node):
         return part
+    if isinstance(part, int) and not isinstance(part, bool):
+        return part % size, part % size + 1
     if not isinstance(part, slice) or not all(one is None or isinstance(one, int) for one in (part.start, part.stop)):
         return None
     start, stop, step = part.indices(size)

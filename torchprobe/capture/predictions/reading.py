@@ -40,6 +40,7 @@ _QUANTITIES: Mapping[Quantity, set[str]] = {  # the first that fits counts
 }
 _OF = {"data": "aleatoric", "model": "epistemic", "knowledge": "epistemic"}  # in a name that says uncertainty
 _DIVERGENCES = ("kl_loss", "kl_div", "kl_divergence")  # methods of bayesian-torch's layers, and others'
+_CODES = {"code", "codes", "decoded", "latent", "latents", "recon", "recons", "reconstruction", "reconstructions", "z"}
 _GUESSES = _STD | _LOGARITHMS | {"alpha", "alphas"} | _EVIDENCE  # names of other things, too
 _OBSERVED = "The model returns a distribution of what is observed."
 _LATENT = "The model returns a distribution of the latent function, without observation noise."
@@ -165,6 +166,8 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 
 def _read_fields(fields: dict[str, Tensor]) -> Reading:
     meanings = {name: meaning for name in fields if (meaning := meaning_of(name)) is not None}
+    if any(_words_of(name) & _CODES for name in fields):  # a variance may be the code's
+        meanings = {name: m._replace(is_guess=m.is_guess or m.quantity == "variance") for name, m in meanings.items()}
     found: dict[Quantity, tuple[str, Tensor]] = {}
     for name, meaning in meanings.items():  # the first field of a kind counts; a divergence is one number
         if fields[name].numel() == 1 if meaning.quantity == "kl" else _fits(name, meaning, fields):
@@ -175,8 +178,7 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     both = values.get("epistemic"), values.get("aleatoric")
     if "total" not in values and both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
         values["total"] = both[0] + both[1]
-    logits, probabilities = fields.get("logits"), _with_words(fields, _PROBABILITIES, without="log")
-    plain = probabilities if logits is None else logits
+    plain = fields.get("logits", _with_words(fields, _PROBABILITIES, without="log"))
     return Reading(
         named={q: values[q] for q in ("epistemic", "aleatoric", "total") if q in values},
         numbers=_numbers(fields, *found["variance"], meanings) if "variance" in found else (),
@@ -232,8 +234,7 @@ def _mean_for(fields: Mapping[str, Tensor], variance: Tensor) -> Tensor | None:
 
 
 def _with_words(fields: Mapping[str, Tensor], words: set[str], without: str = "") -> Tensor | None:
-    found = (x for name, x in fields.items() if _words_of(name) & words and without not in _words_of(name))
-    return next(found, None)
+    return next((x for name, x in fields.items() if _words_of(name) & words and without not in _words_of(name)), None)
 
 
 def _divergence_beside(module: nn.Module, output: Any) -> Tensor | None:
@@ -272,9 +273,8 @@ def _read_distribution(found: Distribution) -> Reading:
 
 
 def _of_number(found: Distribution) -> Reading:
-    latent = type(found).__module__.startswith("gpytorch")
     # A likelihood is a module of its own in gpytorch: what a process returns is the function without the noise.
-    note = _LATENT if latent else _OBSERVED
+    note = _LATENT if type(found).__module__.startswith("gpytorch") else _OBSERVED
     try:
         mean, variance = found.mean, found.variance
     except NotImplementedError:

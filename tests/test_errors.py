@@ -83,7 +83,43 @@ def test_a_log_directory_that_is_a_file_is_refused(tmp_path):
             torchprobe.instrument(mlp(), log_dir=log_dir)
 
 
-@pytest.mark.parametrize("metrics", [{"loss": "0.5"}, {"loss": None}, {"loss": [1.0]}, {3: 1.0}, [("loss", 1.0)]])
+_EVEN, _CLASSES = torch.full((3, 3), 1 / 3), torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "words"),
+    [
+        (_EVEN.to_sparse(), _CLASSES, "probs: got torch.sparse_coo, takes a dense tensor"),
+        (_EVEN, _CLASSES.to_sparse(), "targets: got torch.sparse_coo, takes a dense tensor"),
+        (
+            torch.nested.as_nested_tensor([_EVEN[0]], layout=torch.jagged),
+            _CLASSES[:1],
+            "probs: got a nested tensor, takes a dense tensor",
+        ),
+        (_EVEN, _CLASSES.to("meta"), "targets: got a meta tensor"),
+        (torch.zeros(3, 0), _CLASSES, r"probs: got shape \(3, 0\), takes .*at least one class"),
+        (_EVEN.to(torch.float8_e4m3fn), _CLASSES.to(torch.uint16), None),
+        (_EVEN.numpy(), _CLASSES.numpy().astype(np.uint64), None),
+    ],
+)
+def test_predictions_of_any_tensor_are_taken_or_refused_and_cost_no_later_ones(probs, targets, words):
+    model, writer = mlp(), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        if words is None:
+            session.log_predictions(probs, targets)
+        else:
+            with pytest.raises((TypeError, ValueError), match=words):
+                session.log_predictions(probs, targets)
+        session.next_step()
+        session.log_predictions(_EVEN.numpy(), _CLASSES)
+    assert {tag for record in writer.records for tag in record.values if tag.endswith("calibration/accuracy")}
+    assert "failed" not in str(session.summary())
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": np.timedelta64(3, "s")}, {"loss": "0.5"}, {"loss": None}, {"loss": [1.0]}, {3: 1.0}, [("loss", 1.0)]],
+)
 def test_a_metric_that_is_no_number_is_refused(metrics):
     model = mlp()
     with (

@@ -11,6 +11,7 @@ from torchprobe.naming import named_parameters
 
 _VERSION = 1
 _NAMES_SHOWN = 5
+_FIX = "take an earlier checkpoint's, or load none and begin a new curve"
 
 
 class Stateful(Protocol):
@@ -48,16 +49,28 @@ class RunState:
             raise TypeError(
                 "state: takes what session.state_dict() returned; a model's or optimizer's is another thing"
             )
+        for key, kind in (("version", int), ("parameters", list | tuple), ("parts", Mapping)):
+            if not isinstance(state[key], kind):
+                raise ValueError(f"state[{key!r}] is damaged: it is a {type(state[key]).__name__}; {_FIX}")
         if state["version"] > _VERSION:
             raise ValueError(
                 f"state is of version {state['version']}, and this torchprobe reads {_VERSION}: upgrade it"
             )
-        different = differing_names(state["parameters"], _names(model))
+        different = differing_names(map(str, state["parameters"]), _names(model))
         if different:
             raise ValueError(f"state is of another model: {different}")
-        for name, part in self.parts.items():
-            if name in state["parts"]:
-                part.load_state_dict(state["parts"][name])
+        self._load({name: state["parts"][name] for name in self.parts if name in state["parts"]})
+
+    def _load(self, states: Mapping[str, Any]) -> None:
+        """All or none."""
+        before = {name: self.parts[name].state_dict() for name in states}
+        try:
+            for name, state in states.items():
+                self.parts[name].load_state_dict(state)
+        except Exception as error:  # whatever a damaged file or a rule of the user's holds
+            for part, own in before.items():
+                self.parts[part].load_state_dict(own)
+            raise ValueError(f"state['parts'][{name!r}] is damaged ({error!r}); {_FIX}") from error
 
 
 def differing_names(saved: Iterable[str], own: Iterable[str]) -> str:

@@ -121,7 +121,7 @@ class Drain:
 
     def count_dropped(self, number: int) -> None:
         """Losses of the process that this one goes on for."""
-        self._earlier += number
+        self._earlier = number
 
     def put(self, step: StepInFlight) -> None:
         """Queue an admitted step for the next flush. Never blocks."""

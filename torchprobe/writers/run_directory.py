@@ -148,6 +148,8 @@ class RunDirectory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """This run is the one of this state; `restart` follows."""
+        if not re.fullmatch(r"[0-9a-f]{12}", state["run"]):  # it becomes a part of file names
+            raise ValueError(f"run={state['run']!r}")
         self._run, self._loaded = state["run"], True
 
     def restart(self, step: int) -> None:

@@ -54,10 +54,21 @@ def located(path: str | os.PathLike[str]) -> Path | str:
 
 def check_path(argument: str, path: str | os.PathLike[str]) -> None:
     """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
-    text, longest = os.fsdecode(path), max([len(os.fsencode(part)) for part in Path(path).parts], default=0)
-    if "\0" in text or longest > LONGEST or len(os.fsencode(path)) > LONGEST_PATH:
+    text = os.fsdecode(path)
+    longest = max([bytes_of(argument, part) for part in Path(path).parts], default=0)
+    if "\0" in text or longest > LONGEST or bytes_of(argument, text) > LONGEST_PATH:
         takes = f"a path without NUL characters, {LONGEST} bytes a name and {LONGEST_PATH} in all, such as 'runs/exp1'"
         raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
+
+
+def bytes_of(argument: str, name: str) -> int:
+    """How long a name is for the file system. Raises ValueError for half a surrogate pair, which none has."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{argument}={name[:300]!r}: takes characters that a file's name can have ({error})"
+        ) from error
 
 
 def place_of(log_dir: str | os.PathLike[str]) -> Place:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchprobe.records import Record
-from torchprobe.writers.files import LONGEST, FileStore, check_path, located, place_of
+from torchprobe.writers.files import LONGEST, FileStore, bytes_of, check_path, located, place_of
 from torchprobe.writers.layout import LayoutWriter
 from torchprobe.writers.protocol import Writer
 
@@ -92,11 +92,9 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
     if not isinstance(run_name, str):
         raise TypeError(f"{argument}={run_name!r}: takes a string, not {type(run_name).__name__}")
     if not run_name.strip() or run_name == "." or ".." in run_name or re.search(r"[/\\\0]", run_name):
-        raise ValueError(
-            f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
-            "put the folders above it into log_dir"
-        )
-    if (size := len(os.fsencode(run_name))) > LONGEST:
+        takes = "takes one folder name, without '..' or a path separator; put the folders above it into log_dir"
+        raise ValueError(f"{argument}={run_name!r}: {takes}")
+    if (size := bytes_of(argument, run_name)) > LONGEST:
         raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {LONGEST}: shorten it")
 
 

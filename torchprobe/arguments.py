@@ -46,9 +46,9 @@ def check_count(argument: str, value: object, of: str = "steps") -> int:
 
 
 def check_callable(argument: str, function: Callable[..., object], takes: str, *given: str) -> None:
-    """Raise TypeError unless a function can be called with so many arguments. takes: what does, in words."""
+    """Raise TypeError unless it is a function, no class, of so many arguments. takes: what is taken, in words."""
     try:
-        inspect.signature(function).bind(*given)
+        inspect.signature(None if isinstance(function, type) else function).bind(*given)  # type: ignore[arg-type]
     except TypeError as error:
         call = f"this one cannot be called with ({', '.join(given)}): {error}"
         raise TypeError(f"{argument}={function!r}: takes {takes}; {call}") from None

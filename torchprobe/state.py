@@ -11,7 +11,7 @@ from torchprobe.naming import named_parameters
 
 _VERSION = 1
 _NAMES_SHOWN = 5
-_FIX = "take an earlier checkpoint's, or load none and begin a new curve"
+_KINDS = (("version", int), ("parameters", list | tuple), ("parts", Mapping))
 
 
 class Stateful(Protocol):
@@ -45,13 +45,10 @@ class RunState:
         Raises TypeError or ValueError, with nothing changed, for what is no state, one of a later version, and one
         of another model; then the message lists the parameters that differ.
         """
-        if not isinstance(state, Mapping) or not {"version", "parameters", "parts"} <= state.keys():
+        if not isinstance(state, Mapping) or any(not isinstance(state.get(key), kind) for key, kind in _KINDS):
             raise TypeError(
                 "state: takes what session.state_dict() returned; a model's or optimizer's is another thing"
             )
-        for key, kind in (("version", int), ("parameters", list | tuple), ("parts", Mapping)):
-            if not isinstance(state[key], kind):
-                raise ValueError(f"state[{key!r}] is damaged: it is a {type(state[key]).__name__}; {_FIX}")
         if state["version"] > _VERSION:
             raise ValueError(
                 f"state is of version {state['version']}, and this torchprobe reads {_VERSION}: upgrade it"
@@ -70,7 +67,7 @@ class RunState:
         except Exception as error:  # whatever a damaged file or a rule of the user's holds
             for part, own in before.items():
                 self.parts[part].load_state_dict(own)
-            raise ValueError(f"state['parts'][{name!r}] is damaged ({error!r}); {_FIX}") from error
+            raise ValueError(f"state['parts'][{name!r}] is damaged ({error!r}); take an earlier one") from error
 
 
 def differing_names(saved: Iterable[str], own: Iterable[str]) -> str:

@@ -126,10 +126,7 @@ def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[s
         raise TypeError(f"select: {name} watches no modules or parameters to choose from")
     if not callable(select):
         return checked_patterns("select", select, "blocks.*.fc")
-    takes = "patterns, or a function (name, module or parameter) -> bool"
-    if isinstance(select, type):
-        raise TypeError(f"select: got the class {select.__name__}; takes {takes}, such as one that asks isinstance")
-    check_callable("select", select, takes, "name", "module or parameter")
+    check_callable("select", select, "patterns, or a function (name, module or parameter) -> bool", "name", "module")
     return select
 
 

@@ -31,22 +31,10 @@ Rule: TypeAlias = "Watcher | Configuration"
 """A user's function of a record is its own watcher; what has a method `watcher` makes one for each run."""
 
 _BUILT_IN: tuple[Configuration, ...] = (
-    NonFinite(),
-    LossSpike(),
-    GradNormSpike(),
-    ExplodingGradient(),
-    VanishingGradient(),
-    AttentionCollapse(),
-    AttentionLogitGrowth(),
-    DeadUnits(),
-    UpdateRatio(),
-    Overconfidence(),
-    Overfitting(),
-    InputBound(),
-    Stalled(),
-    NothingCaptured(),
-    *DIAGNOSES,
-)
+    NonFinite(), LossSpike(), GradNormSpike(), ExplodingGradient(), VanishingGradient(), AttentionCollapse(),
+    AttentionLogitGrowth(), DeadUnits(), UpdateRatio(), Overconfidence(), Overfitting(), InputBound(), Stalled(),
+    NothingCaptured(), *DIAGNOSES,
+)  # fmt: skip
 
 
 def checked_rules(rules: Iterable[str | Rule] | None) -> list[Rule]:
@@ -92,11 +80,8 @@ def checked_stops(stop_on: Any, rules: Sequence[Rule]) -> frozenset[str]:
 
 def checked_callback(on_alert: Any) -> Callable[[Alert], object] | None:
     """What is called with each alert, or None. Raises TypeError for what cannot be called."""
-    takes = "a function of one alert, or torchprobe.WebhookNotifier(url)"
     if on_alert is not None:
-        if not callable(on_alert) or isinstance(on_alert, type):
-            raise TypeError(f"on_alert={on_alert!r}: takes {takes}")
-        check_callable("on_alert", on_alert, takes, "alert")
+        check_callable("on_alert", on_alert, "a function of one alert, or torchprobe.WebhookNotifier(url)", "alert")
     return on_alert  # type: ignore[no-any-return]
 
 

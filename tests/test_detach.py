@@ -53,6 +53,39 @@ def test_detach_twice_and_logging_after_it_are_harmless():
     assert not session.attached
 
 
+OPENED = {
+    "session": ("torchprobe.instrument(model, writer=writer, rules=[])", "next_step", "detach"),
+    "logger": ("torchprobe.TrainingLogger(writer=writer)", "increment_step", "close"),
+}
+
+
+@pytest.mark.parametrize("kind", OPENED)
+@pytest.mark.parametrize(("again", "said"), [("()", "closed\nFalse True\n"), ("", "False None\nclosed\n")])
+def test_a_second_detach_waits_for_what_the_first_left_and_so_does_the_programs_end(kind, again, said):
+    make, step, close = OPENED[kind]
+    script = f"""
+        import time, torchprobe
+        from tests.models import mlp
+
+        class Slow:
+            written = 0
+            def write(self, records):
+                time.sleep(0.2)
+                self.written = records[-1].step
+            def close(self):
+                print("closed" if self.written >= 5 else self.written, flush=True)
+
+        writer, model = Slow(), mlp()
+        opened = {make}
+        for _ in range(5):
+            opened.log_metrics({{"a": 1.0}})
+            opened.{step}()
+        print(opened.{close}(0.01), {f"opened.{close}{again}" if again else None})
+    """
+    call = [*warm.python(), "-c", textwrap.dedent(script)]
+    assert subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout == said
+
+
 def test_the_context_manager_detaches_also_after_an_exception(traces):
     class Breaks(nn.Module):
         def __init__(self):

@@ -39,6 +39,10 @@ from torchprobe.testing import MemoryWriter
         ({"run_name": "a/b", "writer": None}, ValueError, "run_name='a/b'"),
         ({"run_name": "", "writer": None}, ValueError, "run_name=''"),
         ({"run_name": "é" * 200, "writer": None}, ValueError, "run_name='é.*400 bytes.*255"),
+        ({"run_name": "a\ud800", "writer": None}, ValueError, r"run_name='a\\ud800': takes one folder name"),
+        ({"log_dir": "runs/a\ud800", "writer": None}, ValueError, "log_dir='.*half surrogate pairs"),
+        ({"on_alert": lambda: None}, TypeError, "on_alert=.*takes a function of one alert"),
+        ({"rules": [lambda: None]}, TypeError, "rules=.*functions of a record; this one cannot be called"),
         ({"log_dir": "a\0b", "writer": None}, ValueError, r"log_dir='a\\x00b'.*NUL"),
         ({"log_dir": "runs/" + "é" * 200, "writer": None}, ValueError, "log_dir='runs/é.*255.*400 bytes"),
         ({"log_dir": "ab/" * 2000, "writer": None}, ValueError, "log_dir='ab/.*4095 in all"),
@@ -83,7 +87,43 @@ def test_a_log_directory_that_is_a_file_is_refused(tmp_path):
             torchprobe.instrument(mlp(), log_dir=log_dir)
 
 
-@pytest.mark.parametrize("metrics", [{"loss": "0.5"}, {"loss": None}, {"loss": [1.0]}, {3: 1.0}, [("loss", 1.0)]])
+_EVEN, _CLASSES = torch.full((3, 3), 1 / 3), torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "words"),
+    [
+        (_EVEN.to_sparse(), _CLASSES, "probs: got torch.sparse_coo, takes a dense tensor"),
+        (_EVEN, _CLASSES.to_sparse(), "targets: got torch.sparse_coo, takes a dense tensor"),
+        (
+            torch.nested.as_nested_tensor([_EVEN[0]], layout=torch.jagged),
+            _CLASSES[:1],
+            "probs: got a nested tensor, takes a dense tensor",
+        ),
+        (_EVEN, _CLASSES.to("meta"), "targets: got a meta tensor"),
+        (torch.zeros(3, 0), _CLASSES, r"probs: got shape .*at least one class"),
+        (_EVEN.to(torch.float8_e4m3fn), _CLASSES.to(torch.uint16), None),
+        (_EVEN.numpy(), _CLASSES.numpy().astype(np.uint64), None),
+    ],
+)
+def test_predictions_of_any_tensor_are_taken_or_refused_and_cost_no_later_ones(probs, targets, words):
+    model, writer = mlp(), MemoryWriter()
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        if words is None:
+            session.log_predictions(probs, targets)
+        else:
+            with pytest.raises((TypeError, ValueError), match=words):
+                session.log_predictions(probs, targets)
+        session.next_step()
+        session.log_predictions(_EVEN.numpy(), _CLASSES)
+    assert {tag for record in writer.records for tag in record.values if tag.endswith("calibration/accuracy")}
+    assert "failed" not in str(session.summary())
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": np.timedelta64(3, "s")}, {"loss": "0.5"}, {"loss": None}, {"loss": [1.0]}, {3: 1.0}, [("loss", 1.0)]],
+)
 def test_a_metric_that_is_no_number_is_refused(metrics):
     model = mlp()
     with (
@@ -191,13 +231,11 @@ def test_a_probe_class_that_lacks_something_says_what(attributes, words):
     ("call", "error", "words"),
     [
         (lambda: torchprobe.Attention(rows=-1), ValueError, "rows=-1: takes a whole number of rows, 1 or more$"),
+        (lambda: torchprobe.Gradients(select=lambda name: True), TypeError, "select=.*takes patterns, or a function"),
+        (lambda: torchprobe.Gradients(select=nn.Linear), TypeError, "select=.*Linear.*takes patterns, or a function"),
         (lambda: torchprobe.Attention(rows="some"), TypeError, "rows='some': takes a whole number of rows.*not str"),
         (lambda: torchprobe.JsonLinesWriter(5), TypeError, "path=5 is a int: pass the path of a file, such as"),
-        (
-            lambda: torchprobe.CheckpointManager(5),
-            TypeError,
-            "directory=5: takes a path, such as 'checkpoints', not int",
-        ),
+        (lambda: torchprobe.CheckpointManager(5), TypeError, "directory=5: takes a path, such as .*, not int"),
         (lambda: torchprobe.register_source("outputs", object), ValueError, "name='outputs': .*takes another name"),
         (lambda: torchprobe.register_source(3, object), TypeError, "name=3: takes a name, such as 'inputs', not int"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -245,6 +246,32 @@ def test_what_is_no_state_is_refused(state, resume):
 def test_a_state_of_a_later_version_is_refused(resume):
     with pytest.raises(ValueError, match="upgrade"):
         resume({**stopped_at(1), "version": 99})
+
+
+@pytest.mark.parametrize("value", ["x", None, -5, 10**30, math.nan, [], {"a": 1}, torch.zeros(3), "../../elsewhere"])
+@pytest.mark.parametrize("path", [("version",), ("parameters",), ("parts",), ("parts", "clock"), ("parts", "run"),
+                                  ("parts", "clock", "completed"), ("parts", "run", "run"), ("parts", "plan"),
+                                  ("parts", "plan", "optimizers"), ("parts", "losses", "dropped"),
+                                  ("parts", "alerts", "rules")])  # fmt: skip
+def test_a_damaged_state_is_refused_whole_or_does_no_harm(path, value, tmp_path):
+    model = mlp()
+    with torchprobe.instrument(model, log_dir=tmp_path / "a") as session:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+        state = session.state_dict()
+    place = state
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with torchprobe.instrument(model, log_dir=tmp_path / "b", rules=["loss_spike"]) as session:
+        try:
+            session.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            assert "state" in str(error)  # noqa: PT017 - values that do no harm may be taken
+            assert session.step == 0
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+        assert session.step in (1, 3)
+    assert "stopped" not in str(session.summary())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_it_is_too_late_after_a_step(resume):

@@ -45,13 +45,13 @@ def check_count(argument: str, value: object, of: str = "steps") -> int:
     return value
 
 
-def check_schedule(argument: str, schedule: Callable[..., object]) -> None:
-    """Raise unless a function can be called with the number of a step."""
+def check_callable(argument: str, function: Callable[..., object], takes: str, *given: str) -> None:
+    """Raise TypeError unless it is a function, no class, of so many arguments. takes: what is taken, in words."""
     try:
-        inspect.signature(schedule).bind(1)
+        inspect.signature(None if isinstance(function, type) else function).bind(*given)  # type: ignore[arg-type]
     except TypeError as error:
-        words = f"{argument}={schedule!r}: takes a number of steps, or a function of a step's number that says whether"
-        raise TypeError(f"{words} it is sampled; this one cannot be called with a step: {error}") from None
+        call = f"this one cannot be called with ({', '.join(given)}): {error}"
+        raise TypeError(f"{argument}={function!r}: takes {takes}; {call}") from None
     except ValueError:  # a built-in that does not say what it takes
         return
 

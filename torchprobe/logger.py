@@ -165,9 +165,10 @@ class TrainingLogger(LogCalls):
         return self._drain.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Write what is left and end the thread. Safe to call twice; False when something was left unwritten."""
+        """Write what is left and end the thread; False when something is unwritten: a second call waits for it."""
         check_timeout(timeout)
-        return self._finalizer.detach() is None or self._steps.close(timeout)
+        self._finalizer.detach()
+        return self._steps.close(timeout)
 
     def __enter__(self) -> TrainingLogger:
         return self

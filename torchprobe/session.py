@@ -234,12 +234,14 @@ class Session(Logs, SamplingCalls, Shown):
         return self._recorder.guard.paused()
 
     def detach(self, timeout: float | None = None) -> bool:
-        """Take off every hook, write what is left, end the thread. Safe to call twice.
+        """Take off every hook, write what is left, end the thread. A second call waits for what the first left.
 
         Waits up to `timeout` seconds for the writing, or as long as it takes; False when something was left unwritten.
         """
         check_timeout(timeout)
-        return self._finalizer.detach() is None or self._finish(timeout)
+        if self._finalizer.detach() is not None:
+            return self._finish(timeout)
+        return os.getpid() != self._recorder.guard.pid or self._outlet.drain.close(timeout)
 
     def summary(self) -> Summary:
         """A few lines for a person, a table in a notebook: steps, where the run is, what was lost or never seen."""

@@ -11,6 +11,7 @@ from torchprobe.naming import named_parameters
 
 _VERSION = 1
 _NAMES_SHOWN = 5
+_KINDS = (("version", int), ("parameters", list | tuple), ("parts", Mapping))
 
 
 class Stateful(Protocol):
@@ -44,7 +45,7 @@ class RunState:
         Raises TypeError or ValueError, with nothing changed, for what is no state, one of a later version, and one
         of another model; then the message lists the parameters that differ.
         """
-        if not isinstance(state, Mapping) or not {"version", "parameters", "parts"} <= state.keys():
+        if not isinstance(state, Mapping) or any(not isinstance(state.get(key), kind) for key, kind in _KINDS):
             raise TypeError(
                 "state: takes what session.state_dict() returned; a model's or optimizer's is another thing"
             )
@@ -52,12 +53,21 @@ class RunState:
             raise ValueError(
                 f"state is of version {state['version']}, and this torchprobe reads {_VERSION}: upgrade it"
             )
-        different = differing_names(state["parameters"], _names(model))
+        different = differing_names(map(str, state["parameters"]), _names(model))
         if different:
             raise ValueError(f"state is of another model: {different}")
-        for name, part in self.parts.items():
-            if name in state["parts"]:
-                part.load_state_dict(state["parts"][name])
+        self._load({name: state["parts"][name] for name in self.parts if name in state["parts"]})
+
+    def _load(self, states: Mapping[str, Any]) -> None:
+        """All or none."""
+        before = {name: self.parts[name].state_dict() for name in states}
+        try:
+            for name, state in states.items():
+                self.parts[name].load_state_dict(state)
+        except Exception as error:  # whatever a damaged file or a rule of the user's holds
+            for part, own in before.items():
+                self.parts[part].load_state_dict(own)
+            raise ValueError(f"state['parts'][{name!r}] is damaged ({error!r}); take an earlier one") from error
 
 
 def differing_names(saved: Iterable[str], own: Iterable[str]) -> str:

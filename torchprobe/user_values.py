@@ -25,6 +25,7 @@ Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
 
 _log = logging.getLogger("torchprobe")
 _IGNORED = -100
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which few operators take
 _T = TypeVar("_T")
 
 
@@ -94,7 +95,7 @@ def _as_float(value: float | np.generic | np.ndarray) -> float:
 
 def _check_number(name: object, value: object) -> None:
     _check_text("metrics key", name)
-    if not isinstance(value, Real | np.bool_ | np.ndarray | Tensor):
+    if not isinstance(value, Real | np.bool_ | np.ndarray | Tensor) or isinstance(value, np.timedelta64):
         raise TypeError(
             f"metrics[{name!r}]={value!r}: takes a number, a numpy scalar or a one-element tensor, "
             f"not {type(value).__name__}"
@@ -113,12 +114,16 @@ def checked_predictions(probs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"probs: got {p.dtype}, takes floating-point probabilities; class numbers go into targets")
     if y.is_complex():
         raise TypeError(f"targets: got {y.dtype}, takes class numbers")
+    if y.is_meta and not p.is_meta:
+        raise TypeError("targets: got a meta tensor, which holds no numbers; takes class numbers")
     fitting = p.shape == y.shape or (p.dim() > 0 and p.shape[:-1] == y.shape)
     if not fitting:
         raise ValueError(
             f"targets: got shape {tuple(y.shape)} for probs of shape {tuple(p.shape)}; takes that without the "
             "last dimension, the classes (probs.movedim(1, -1) puts them there)"
         )
+    if p.dim() and not p.size(-1) and p.numel() < math.prod(p.shape[:-1]):
+        raise ValueError(f"probs: got shape {tuple(p.shape)}, takes probabilities of at least one class")
     _look_at_classes(p, y)
     return p, y.to(p.device, non_blocking=True)
 
@@ -145,18 +150,28 @@ def _say(text: str) -> None:
 
 def _tensor(argument: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach()
+        return _dense(argument, value.detach())
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.from_numpy(np.ascontiguousarray(value))
+        return _dense(argument, torch.from_numpy(np.ascontiguousarray(value)))
     got = textwrap.shorten(repr(value), 80)
     raise TypeError(f"{argument}={got}: takes a tensor or a numeric numpy array, not {type(value).__name__}")
+
+
+def _dense(argument: str, value: Tensor) -> Tensor:
+    """In a type that torch computes with. Raises TypeError for a layout that statistics cannot read."""
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "a nested tensor" if value.is_nested else f"{value.layout}"
+        raise TypeError(f"{argument}: got {layout}, takes a dense tensor (to_dense() or to_padded_tensor() makes one)")
+    if value.dtype in _UNSIGNED:
+        return value.long()
+    return value.float() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def floats(argument: str, value: Any) -> Tensor:
     """A tensor, numpy array or number as real floats, detached. Raises TypeError, naming the argument, for others."""
     if isinstance(value, Tensor):
         if not value.is_complex():
-            return value.detach() if value.is_floating_point() else value.detach().float()
+            return _dense(argument, value.detach() if value.is_floating_point() else value.detach().float())
     elif isinstance(value, np.ndarray | np.generic | int | float):
         array = np.asarray(value)
         if array.dtype.kind in "fiub":

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import torchprobe
+from tests.reports.conftest import write_run
 from torchprobe.cli import build_parser, main
 
 
@@ -93,3 +96,24 @@ def test_python_dash_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "torchprobe", "--version"], capture_output=True, text=True)
     assert done.stdout == f"torchprobe {torchprobe.__version__}\n"
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["report", "report --json", "compare"])
+def test_an_output_that_takes_no_more_costs_no_traceback(command, tmp_path):
+    write_run(tmp_path / "grün", {"train/loss": [1.0, 2.0]})
+    run = str(tmp_path / "grün")
+    arguments = [*command.split(), run, *([run] if command == "compare" else [])]
+    call = [sys.executable, "-m", "torchprobe", *arguments]
+    plain = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (plain.returncode, plain.stderr) == (0, "")
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(call, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            lost = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert lost.returncode == 1
+        assert len(lost.stderr.splitlines()) == 1
+        assert "cannot write the output" in lost.stderr

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
 from torchprobe.records import Record, Text
-from torchprobe.reports.run import read_run
+from torchprobe.reports.run import read_run, runs_in
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.hparams import HParamsWriter
 from torchprobe.writers.tfrecord import frame
@@ -129,6 +129,19 @@ def test_pipes_folders_and_links_to_nothing_are_no_event_files(tmp_path, make):
     make(tmp_path / "events.out.tfevents.0000000001.x")
     assert list(read_run(tmp_path).scalars) == ["train/loss"]
     assert list(read_run(tmp_path.parent).scalars) == ["train/loss"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links for some users only")
+def test_links_lead_to_runs_as_they_do_in_tensorboard_and_never_round_in_circles(tmp_path, capsys):
+    write_run(tmp_path / "far" / "a", {"train/loss": [1.0]})
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    (chosen / "b").symlink_to(tmp_path / "far" / "a")
+    (tmp_path / "far" / "a" / "round").symlink_to(tmp_path / "far")
+    assert runs_in(chosen) == [chosen / "b"]
+    assert main(["report", str(chosen)]) == 0
+    (tmp_path / "far" / "latest").symlink_to(tmp_path / "far" / "a")
+    assert runs_in(tmp_path / "far") == [tmp_path / "far" / "a"]
 
 
 def test_no_control_character_reaches_the_terminal(tmp_path, capsys):

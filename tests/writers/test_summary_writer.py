@@ -117,6 +117,18 @@ def test_a_file_that_the_user_began_anew_gets_the_metadata_again(adapter, theirs
     assert accumulate(tmp_path).SummaryMetadata("hist").plugin_data.plugin_name == "histograms"
 
 
+def test_a_writer_of_two_sessions_at_once_is_said(caplog):
+    writer = CallRecorder()
+    first = SummaryWriterAdapter(writer)
+    assert not caplog.records
+    SummaryWriterAdapter(writer)
+    assert "overview/loss, mix with this one's" in caplog.text
+    first.close()
+    caplog.clear()
+    SummaryWriterAdapter(writer).close()
+    assert not caplog.records
+
+
 def test_what_is_no_writer_is_refused_by_name():
     with pytest.raises(TypeError, match=r"writer='runs' has no add_scalar: pass a torch\.utils"):
         SummaryWriterAdapter("runs")

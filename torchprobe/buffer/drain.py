@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ _log = logging.getLogger("torchprobe")
 
 MAX_WAITING = 10_000  # steps between the training thread and this one
 STOPPED_TAG = "torchprobe/stopped"
+_AT_EXIT = 5.0  # seconds; of a thread inside torch the interpreter's end would abort the process
 
 
 class Exchange:
@@ -49,10 +51,10 @@ class Exchange:
 class Drain:
     """Takes steps off the training thread's hands; never makes it wait, never lets it fail.
 
-    decode: turns a step into a record (None to leave it out). stage: sees each record before it is
-    written. flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be
-    kept is dropped and counted. An exception of any kind, SystemExit too, costs the one record or attempt that
-    raised it, is logged once for each kind, and stands in `faults`.
+    decode: turns a step into a record (None to leave it out). stage: sees each record before it is written.
+    flush_seconds: the longest that a step stays unwritten while the disk is well. What cannot be kept is dropped and
+    counted. An exception of any kind, SystemExit too, costs the one record or attempt that raised it, is logged once
+    for each kind, and stands in `faults`.
     exchange: other ranks, when there are any; then `decode` keeps steps back, and `exchange` releases them.
     """
 
@@ -75,8 +77,7 @@ class Drain:
         # Counted by the training thread alone, so that no lock is needed: steps put, without room, and in part lost;
         # losses of the process that this one goes on for; losses that a flush has told of, and the steps put by then.
         self._put = self._turned_away = self._incomplete = self._earlier = 0
-        self._told, self._told_at = 0, -1
-        self._latest = 0
+        self._told, self._told_at, self._latest = 0, -1, 0
         self._stopped: str | None = None
         self._unread = 0  # counted by the drain thread
         # Guards what follows, and is never held while copying, decoding or writing.
@@ -121,7 +122,7 @@ class Drain:
 
     def count_dropped(self, number: int) -> None:
         """Losses of the process that this one goes on for."""
-        self._earlier += number
+        self._earlier = number
 
     def put(self, step: StepInFlight) -> None:
         """Queue an admitted step for the next flush. Never blocks."""
@@ -172,16 +173,19 @@ class Drain:
         return written and not told
 
     def close(self, timeout: float | None = None) -> bool:
-        """Write what was put before, stop the thread and close the writer. Safe to call twice.
+        """Write what was put before, stop the thread and close the writer. A second call waits for the rest of it.
 
-        Waits up to `timeout` seconds in all, or as long as it takes. False when something was left
-        unwritten, or lost at any time; a thread that hangs in the writer is left behind, which no exit waits for.
+        Waits up to `timeout` seconds, or as long as it takes; the program's end a little more. False when something was
+        left unwritten, or lost at any time.
         """
         self._closing = True
         self.wake(urgent=True)
         if self._thread is threading.current_thread():
             return False
+        atexit.register(self._thread.join, _AT_EXIT)
         self._thread.join(self._longest(timeout))
+        if self._ended:
+            atexit.unregister(self._thread.join)
         return self._clean and not self._lost and self._stopped is None
 
     @property

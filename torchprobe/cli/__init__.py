@@ -7,6 +7,8 @@ import torch, rich and TensorBoard only once the command runs, so that `torchpro
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +30,7 @@ In your own training script the same takes one line:
   session = torchprobe.instrument(model, log_dir="runs/mine")
 """
 
+_OUTPUT_ENDS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMMANDS = (demo, view, report, check)
 
 
@@ -53,12 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit, as argparse does, after `--help` and `--version` (0) and for a wrong option (2).
     """
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names and frames, where they are no UTF-8
     try:
         exit_code: int = arguments.run(arguments)
+        print(end="", flush=True)
     except CommandError as error:
         from torchprobe.reports.events import visible  # numpy is not needed for --help
 
         print(f"torchprobe {arguments.command}: error: {visible(str(error))}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_ENDS:
+            raise
+        if error.errno != errno.EPIPE:  # as `| head` has it
+            print(f"torchprobe {arguments.command}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still holds, and writes at its end
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

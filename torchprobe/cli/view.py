@@ -72,10 +72,12 @@ def _check_has_runs(directory: Path | str) -> None:
         _tensorboard_program()  # the better message when it is missing
         check_readable(directory)
         return
+    from torchprobe.reports.events import event_files_below  # imports numpy
+
     fix = "Record a run first: torchprobe demo"
     if not directory.is_dir():
         raise CommandError(f"'{directory}' is not a folder. {fix}")
-    if next(directory.rglob("*tfevents*"), None) is None:
+    if not event_files_below(directory):
         raise CommandError(f"no run is recorded in '{directory}' (it holds no TensorBoard event file). {fix}")
 
 

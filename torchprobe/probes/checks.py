@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from torchprobe.arguments import checked_patterns
+from torchprobe.arguments import check_callable, checked_patterns
 from torchprobe.naming import with_parents
 
 OF_MODULES = ("outputs", "output_gradients", "units", "routers")
@@ -124,7 +124,10 @@ def checked_select(name: str, sources: Sequence[str], select: Select) -> tuple[s
     """Patterns or a predicate. Raises TypeError for anything else, and where there is nothing to choose from."""
     if not {*OF_MODULES, *OF_PARAMETERS, *_registered}.intersection(sources):
         raise TypeError(f"select: {name} watches no modules or parameters to choose from")
-    return select if callable(select) else checked_patterns("select", select, "blocks.*.fc")
+    if not callable(select):
+        return checked_patterns("select", select, "blocks.*.fc")
+    check_callable("select", select, "patterns, or a function (name, module or parameter) -> bool", "name", "module")
+    return select
 
 
 def selects(select: tuple[str, ...] | Callable[[str, Any], bool], name: str, module_or_parameter: Any) -> bool:

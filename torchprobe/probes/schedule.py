@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torchprobe.arguments import check_count, check_schedule
+from torchprobe.arguments import check_callable, check_count
 
 Schedule: TypeAlias = Callable[[int], bool]
 """Says whether a step is sampled. Called on the training thread when the step begins."""
@@ -87,5 +87,6 @@ def as_schedule(argument: str, value: int | Schedule) -> Schedule:
     """A cadence given as a number of steps, or a schedule as it is."""
     if not callable(value):
         return Cadence(check_count(argument, value))
-    check_schedule(argument, value)
+    takes = "a number of steps, or a function of a step's number that says whether it is sampled"
+    check_callable(argument, value, takes, "step")
     return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -234,6 +236,18 @@ def _series(points: list[tuple[int, float, float]]) -> Series:
 def regular(files: Iterable[Path]) -> list[Path]:
     """Sorted; no pipe, at which a reader would wait for ever, and no link to nothing."""
     return sorted(filter(Path.is_file, files))
+
+
+def event_files_below(folder: Path | str) -> list[Path]:
+    """At or below a folder, through links as TensorBoard goes; a folder that two ways lead to counts once."""
+    found: dict[str, list[Path]] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in found:
+            folders.clear()
+        found.setdefault(real, [Path(place, name) for name in names if fnmatch(name, EVENTS)])
+        folders.sort(key=lambda name: Path(place, name).is_symlink())
+    return regular(file for files in found.values() for file in files)
 
 
 def event_files(folder: Path) -> list[Path]:

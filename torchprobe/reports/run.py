@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.reports.events import EVENTS, EventFiles, Series, event_files, regular, visible
+from torchprobe.reports.events import EventFiles, Series, event_files, event_files_below, regular, visible
 from torchprobe.writers.files import located
 from torchprobe.writers.remote import filesystem_of
 
@@ -75,7 +75,7 @@ def runs_in(folder: Path) -> list[Path]:
     """Every run at or below a folder, the one written last at the end. Raises NoRunError when there is none."""
     if not folder.is_dir():
         raise NoRunError(f"'{folder}' is not a folder; name a run, such as runs/exp1, or a folder of runs")
-    files = sorted(regular(folder.rglob(EVENTS)), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(event_files_below(folder), key=lambda file: file.stat().st_mtime, reverse=True)
     if not files:
         raise NoRunError(f"no run is recorded in '{folder}' (it holds no TensorBoard event file)")
     return list(dict.fromkeys(file.parent for file in files))[::-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from torchprobe.arguments import check_callable
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.course import ExplodingGradient, GradNormSpike, LossSpike, NothingCaptured, Overconfidence
@@ -30,22 +31,10 @@ Rule: TypeAlias = "Watcher | Configuration"
 """A user's function of a record is its own watcher; what has a method `watcher` makes one for each run."""
 
 _BUILT_IN: tuple[Configuration, ...] = (
-    NonFinite(),
-    LossSpike(),
-    GradNormSpike(),
-    ExplodingGradient(),
-    VanishingGradient(),
-    AttentionCollapse(),
-    AttentionLogitGrowth(),
-    DeadUnits(),
-    UpdateRatio(),
-    Overconfidence(),
-    Overfitting(),
-    InputBound(),
-    Stalled(),
-    NothingCaptured(),
-    *DIAGNOSES,
-)
+    NonFinite(), LossSpike(), GradNormSpike(), ExplodingGradient(), VanishingGradient(), AttentionCollapse(),
+    AttentionLogitGrowth(), DeadUnits(), UpdateRatio(), Overconfidence(), Overfitting(), InputBound(), Stalled(),
+    NothingCaptured(), *DIAGNOSES,
+)  # fmt: skip
 
 
 def checked_rules(rules: Iterable[str | Rule] | None) -> list[Rule]:
@@ -91,9 +80,9 @@ def checked_stops(stop_on: Any, rules: Sequence[Rule]) -> frozenset[str]:
 
 def checked_callback(on_alert: Any) -> Callable[[Alert], object] | None:
     """What is called with each alert, or None. Raises TypeError for what cannot be called."""
-    if on_alert is None or (callable(on_alert) and not isinstance(on_alert, type)):
-        return on_alert
-    raise TypeError(f"on_alert={on_alert!r}: takes a function of one alert, or torchprobe.WebhookNotifier(url)")
+    if on_alert is not None:
+        check_callable("on_alert", on_alert, "a function of one alert, or torchprobe.WebhookNotifier(url)", "alert")
+    return on_alert  # type: ignore[no-any-return]
 
 
 def _checked_rule(rule: Any) -> Rule:
@@ -106,4 +95,6 @@ def _checked_rule(rule: Any) -> Rule:
         raise TypeError(f"rules: got the class {rule.__name__}; write {rule.__name__}() with the brackets")
     if not callable(rule) and not callable(getattr(rule, "watcher", None)):
         raise TypeError(f"rules: got {rule!r}; takes names, rule objects or functions of a record")
+    if not hasattr(rule, "watcher"):
+        check_callable("rules", rule, "names, rule objects or functions of a record", "record")
     return rule  # type: ignore[no-any-return]

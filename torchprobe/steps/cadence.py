@@ -187,7 +187,7 @@ class _Optimizers:
         self.joined = 0  # the last step in which one was first met
         self.seen: dict[int, list[Any]] = {}
         """Weak references and steps, by identity, which a later one may have again."""
-        self._resumed = list(resumed)
+        self._resumed = [int(step) for step in resumed]
 
     def meet(self, optimizer: Optimizer, step: int) -> bool:
         """Note the first step of one. True when it is new to the run."""
@@ -249,7 +249,7 @@ class _Sampler:
 
     def load(self, state: Sequence[int]) -> None:
         """Go on from there."""
-        self._last, self._after, self._from, self._further = state
+        self._last, self._after, self._from, self._further = map(int, state)
 
     def _waits(self, step: int, optimizers: _Optimizers) -> bool:
         if self._further == _FURTHER:

@@ -119,8 +119,8 @@ class StepMachine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there: the next training pass begins a step, which is open already where the user ends steps."""
-        self.number = self.completed = self.origin = int(state["completed"])
         self.skipped = int(state["skipped"])
+        self.number = self.completed = self.origin = range(2**62).index(int(state["completed"]))  # as event files hold
         self.manual = bool(state["manual"])
         self.optimizer_seen = bool(state["has_optimizer"])
         self.stepped = True

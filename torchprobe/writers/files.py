@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torchprobe.writers.remote import RemoteFile, RemotePlace
 
 LONGEST, LONGEST_PATH = 255, 4095  # bytes of a name on every common file system, and of a path
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can have
 MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
@@ -52,11 +53,16 @@ def located(path: str | os.PathLike[str]) -> Path | str:
     return Path(f"/{rest}") if match[1].lower() in _LOCAL else f"{match[1]}://{rest}".rstrip("/")
 
 
+def bytes_of(name: str) -> int:
+    """How long a name is for the file system."""
+    return len(name.encode(errors="surrogatepass"))
+
+
 def check_path(argument: str, path: str | os.PathLike[str]) -> None:
     """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
-    text, longest = os.fsdecode(path), max([len(os.fsencode(part)) for part in Path(path).parts], default=0)
-    if "\0" in text or longest > LONGEST or len(os.fsencode(path)) > LONGEST_PATH:
-        takes = f"a path without NUL characters, {LONGEST} bytes a name and {LONGEST_PATH} in all, such as 'runs/exp1'"
+    text, longest = os.fsdecode(path), max(map(bytes_of, Path(path).parts), default=0)
+    if NO_NAME.search(text) or longest > LONGEST or bytes_of(text) > LONGEST_PATH:
+        takes = f"a path without NUL and half surrogate pairs, {LONGEST} bytes a name and {LONGEST_PATH} in all"
         raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
 
 

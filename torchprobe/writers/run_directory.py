@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchprobe.records import Record
-from torchprobe.writers.files import LONGEST, FileStore, check_path, located, place_of
+from torchprobe.writers.files import LONGEST, NO_NAME, FileStore, bytes_of, check_path, located, place_of
 from torchprobe.writers.layout import LayoutWriter
 from torchprobe.writers.protocol import Writer
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LOCK = ".torchprobe.lock"
 _LOCK_SECONDS = 60.0  # it is held for milliseconds: an older one is that of a killed process
 _EVENTS = "tfevents"  # what TensorBoard takes for an event file has it in its name
+_NO_FOLDER = re.compile(rf"[/\\]|{NO_NAME.pattern}")
 _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
 _log = logging.getLogger("torchprobe")
@@ -52,9 +53,7 @@ def open_writer(
         run = RunDirectory(run_directory(log_dir, run_name, model_name), overwrite=overwrite)
         return run, LayoutWriter(run)
     if log_dir is not None or run_name is not None or overwrite:
-        raise ValueError(
-            "writer and log_dir (or run_name, overwrite) exclude each other: a writer knows where it writes"
-        )
+        raise ValueError("writer and log_dir (or run_name, overwrite) exclude each other: it knows where it writes")
     if hasattr(writer, "add_scalar"):
         from torchprobe.writers.summary_writer import SummaryWriterAdapter
 
@@ -91,12 +90,10 @@ def check_run_name(run_name: str, argument: str = "run_name") -> None:
     """Raise for a name that would leave the log directory or nest inside it."""
     if not isinstance(run_name, str):
         raise TypeError(f"{argument}={run_name!r}: takes a string, not {type(run_name).__name__}")
-    if not run_name.strip() or run_name == "." or ".." in run_name or re.search(r"[/\\\0]", run_name):
-        raise ValueError(
-            f"{argument}={run_name!r}: takes one folder name, without '..' or a path separator; "
-            "put the folders above it into log_dir"
-        )
-    if (size := len(os.fsencode(run_name))) > LONGEST:
+    if not run_name.strip() or run_name == "." or ".." in run_name or _NO_FOLDER.search(run_name):
+        takes = "takes one folder name, without '..' or a path separator; put the folders above it into log_dir"
+        raise ValueError(f"{argument}={run_name!r}: {takes}")
+    if (size := bytes_of(run_name)) > LONGEST:
         raise ValueError(f"{argument}={run_name!r}: has {size} bytes, a folder's name at most {LONGEST}: shorten it")
 
 
@@ -148,6 +145,8 @@ class RunDirectory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """This run is the one of this state; `restart` follows."""
+        if not re.fullmatch(r"[0-9a-f]{12}", state["run"]):  # it becomes a part of file names
+            raise ValueError(f"run={state['run']!r}")
         self._run, self._loaded = state["run"], True
 
     def restart(self, step: int) -> None:

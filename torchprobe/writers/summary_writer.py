@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Recor
 from torchprobe.writers.event_file import encode, trim
 
 _logger = logging.getLogger("torchprobe")
+_open: WeakValueDictionary[int, SummaryWriterAdapter] = WeakValueDictionary()  # by the identity of the user's writer
 
 
 class SummaryWriterAdapter:
@@ -32,6 +34,10 @@ class SummaryWriterAdapter:
                 "or something that works like it"
             )
         _require_open(writer)
+        if id(writer) in _open:
+            words = "its tags, such as overview/loss, mix with this one's: pass each a writer or a log_dir of its own"
+            _logger.warning("writer= is that of another session, too, and %s", words)
+        _open[id(writer)] = self
         self._writer = writer
         self._file_writer: Any = None
         self._described: set[str] = set()
@@ -52,6 +58,7 @@ class SummaryWriterAdapter:
 
     def close(self) -> None:
         """Flush; closing is the owner's business."""
+        _open.pop(id(self._writer), None)
         self._flush()
 
     def _add_event(self, record: Record) -> None:

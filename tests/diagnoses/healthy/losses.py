@@ -86,6 +86,28 @@ def gaussian_likelihood(watch):
     return classify(watch, model, torch.optim.Adam(model.parameters(), 3e-3), data=numbers(), loss=loss)
 
 
+class _Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(64, 16)
+
+    def forward(self, x):
+        first, second = (F.normalize(self.body(x + 0.3 * torch.randn_like(x)), dim=1) for _ in range(2))
+        return 5 * first @ second.T
+
+
+@healthy
+def pairs_that_are_found_both_ways(watch):
+    model, (x, _) = _Pairs(), digits()
+    optimizer, session = torch.optim.Adam(model.parameters(), 1e-3), watch(model)
+    for batch, _ in batches(x, x, steps=100):
+        logits, own = model(batch), torch.arange(len(batch))
+        optimizer.zero_grad()
+        (F.nll_loss(logits.log_softmax(1), own) + F.nll_loss(logits.log_softmax(0), own)).backward()
+        optimizer.step()
+    return session
+
+
 @healthy
 def ranking_of_all_pairs(watch):
     model, (x, y) = mlp(8, 1), numbers()

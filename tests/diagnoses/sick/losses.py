@@ -54,6 +54,18 @@ def mse_of_a_column_and_a_row(watch):
     return classify(watch, model, adam(model), steps=60, data=(x, y[:, 0]), loss=F.mse_loss)
 
 
+@sick("nll_loss_without_log_softmax")
+def log_softmax_over_the_batch(watch):
+    model = nn.Sequential(*mlp(), nn.LogSoftmax(dim=0))
+    return classify(watch, model, adam(model), steps=60, loss=F.nll_loss)
+
+
+@sick("broadcast_targets")
+def absolute_error_of_a_column_and_a_row(watch):
+    model, (x, y) = mlp(8, 1), numbers()
+    return classify(watch, model, adam(model), steps=60, data=(x, y[:, 0]), loss=F.l1_loss)
+
+
 @sick("broadcast_targets")
 def difference_of_a_row_and_a_column(watch):
     model, (x, y) = nn.Sequential(*mlp(8, 1), nn.Flatten(0)), numbers()

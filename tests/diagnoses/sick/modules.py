@@ -71,6 +71,12 @@ def one_layer_times_three(watch):
     return classify(watch, model, adam(model), steps=30)
 
 
+@sick("repeated_layer")
+def one_layer_times_three_between_others(watch):
+    model = nn.Sequential(nn.Linear(64, 32), *[nn.Linear(32, 32), nn.ReLU()] * 3, nn.Linear(32, 10))
+    return classify(watch, model, adam(model), steps=30)
+
+
 @sick("dropout_too_high")
 def dropout_keeps_a_tenth(watch):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.9), nn.Linear(64, 10))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -94,12 +95,13 @@ def _parameters_in(value: Any) -> Iterable[nn.Parameter]:
 
 
 def _copies(module: nn.Module) -> int:
-    """How often a list of layers has one and the same layer, where it has no other with parameters."""
+    """How often a list has one layer running: all of those with parameters, or three and more of them."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return 0
     children = [child for child in module._modules.values() if child is not None]  # each as often as it is there
     layers = [child for child in children if any(True for _ in child.parameters())]
-    return len(layers) if len(layers) > 1 and all(layer is layers[0] for layer in layers) else 0
+    running = max((len([*same]) for _, same in groupby(layers, key=id)), default=0)
+    return running if running > 2 or running == len(layers) > 1 else 0
 
 
 def _alike(weights: Tensor, gradient: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ _MOST_FEATURES = 2**20  # of all examples
 _FEWEST = 16  # examples for a correlation
 _MOST_CLASSES = 2**17
 _OFTEN = 3  # targets of a class; where all classes that occur have as many, others hardly occur at all
-_REGRESSIONS = frozenset({"MseLossBackward", "L1LossBackward", "SmoothL1LossBackward", "HuberLossBackward"})
+_REGRESSIONS = frozenset({"MseLossBackward", "SmoothL1LossBackward", "HuberLossBackward"})
+_ABSOLUTE = ["SubBackward", "AbsBackward"]  # what `l1_loss` is made of
 _NLL = frozenset({"NllLossBackward", "NllLoss2DBackward"})
 _BINARY = "BinaryCrossEntropyWithLogitsBackward"
 _RAW = frozenset({"SoftmaxBackward", "AddmmBackward", "MmBackward", "ConvolutionBackward", "ReluBackward"})
@@ -47,6 +48,7 @@ class _Output(NamedTuple):
     version: int
     inputs: tuple[Tensor, ...]
     evaluates: bool  # the pass ran in evaluation mode, which makes a difference
+    softmax_over: int | None
 
 
 class OutputFacts:
@@ -65,8 +67,8 @@ class OutputFacts:
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:
             values = tensor.detach()
-            inputs = tuple(given[:_MOST_OUTPUTS])
-            one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates)
+            inputs, over = tuple(given[:_MOST_OUTPUTS]), _softmax_over(tensor.grad_fn)
+            one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates, over)
             listen(tensor, partial(self._on_gradient, one))
 
     def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -88,6 +90,7 @@ class OutputFacts:
             way = [link for link in links if not is_shape(link.name)]
             if way and output.values._version == output.version:
                 self._misplaced([output.maker, *(link.name for link in way[:4])])
+                self._over_the_batch(output, links)
                 self._broadcast(output, links)
                 self._rectified(output, way[0], gradient)
                 self._targets(output, links, way, gradient)
@@ -102,14 +105,23 @@ class OutputFacts:
         put("double_sigmoid", float(("SigmoidBackward", _BINARY) in pairs))
         put("nll_without_log", float(any(a in _RAW and b in _NLL for a, b in pairs)))
 
+    def _over_the_batch(self, output: _Output, links: Sequence[Link]) -> None:
+        """A log-softmax over the examples of a batch, (N, C), in place of the classes; of (N, N) it pairs them."""
+        pairs = zip([output.softmax_over, *(_softmax_over(link.node) for link in links)], links, strict=False)
+        ill = any(over == 0 and judge.name == "NllLossBackward" for over, judge in pairs)
+        if ill and output.values.dim() == 2 and output.values.shape[0] != output.values.shape[1]:
+            self._evidence.put("nll_without_log", 1.0)
+
     def _broadcast(self, output: _Output, links: Sequence[Link]) -> None:
         count = output.values.numel()
         if count < 2 or output.values.dim() > 2 or max(output.values.shape) != count:
             return
-        for link, following in zip(links, [*links[1:], None], strict=True):
+        names = [link.name for link in links]
+        for at, link in enumerate(links, 1):
             if link.name == "UnsqueezeBackward":  # written down, so meant
                 return
-            is_loss = link.name == "ExpandBackward" and following is not None and following.name in _REGRESSIONS
+            judged_next = {*names[at : at + 1]} & _REGRESSIONS or names[at : at + 2] == _ABSOLUTE
+            is_loss = link.name == "ExpandBackward" and judged_next
             if link.shape == (count, count) and (is_loss or (link.name == "SubBackward" and link.alone)):
                 self._evidence.put("broadcast", count)
                 return
@@ -189,6 +201,11 @@ def _class_axis(output: _Output, links: Sequence[Link], way: Sequence[Link]) -> 
         return None
     moved = any(link.name in ("TransposeBackward", "PermuteBackward") for link in links)
     return 1 if names[at] == "NllLoss2DBackward" and output.values.dim() > 2 and not moved else -1
+
+
+def _softmax_over(node: Any) -> int | None:
+    """The dimension of a log-softmax; None of any other operation."""
+    return getattr(node, "_saved_dim", None) if type(node).__name__.startswith("LogSoftmaxBackward") else None
 
 
 def _sum(x: Tensor) -> Tensor:

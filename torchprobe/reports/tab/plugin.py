@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from werkzeug import wrappers
 
-from torchprobe.reports.events import EVENTS, EventFiles, regular
+from torchprobe.reports.events import EventFiles, event_files, event_files_below
 from torchprobe.reports.run import Run, run_of
 from torchprobe.reports.summary import summarise
 from torchprobe.reports.views import WEB, MissingChartsError, heads_at, plotly_file, views_of
@@ -124,7 +124,7 @@ class Runs:
         for name, root in self._roots.items():
             if _URL in root:
                 continue
-            for file in regular(Path(root).rglob(EVENTS)):
+            for file in event_files_below(root):
                 below = file.parent.relative_to(root).as_posix()
                 run = "/".join(part for part in (name, "" if below == "." else below) if part) or "."
                 found[run] = max(found.get(run, (0.0, file.parent)), (file.stat().st_mtime, file.parent))
@@ -134,7 +134,7 @@ class Runs:
     def listed(self) -> list[dict[str, Any]]:
         """Every run with its size in bytes, which changes when there is more of it."""
         return [
-            {"run": run, "version": sum(file.stat().st_size for file in regular(folder.glob(EVENTS)))}
+            {"run": run, "version": sum(file.stat().st_size for file in event_files(folder))}
             for run, folder in self.folders().items()
         ]
 

@@ -73,10 +73,10 @@ class NllWithoutLog(Diagnosis):
 
     name = "nll_loss_without_log_softmax"
     fact = "nll_without_log"
-    message = "nll_loss gets what is no log-probability (a softmax, or raw scores), so it is no likelihood"
+    message = "nll_loss gets no log-probability of classes: a softmax, raw scores, or a log_softmax over the batch"
     advice = (
         "`nll_loss` only picks the target's entry, so that it falls without end. Use `cross_entropy` on logits, or "
-        f"`nll_loss` on `log_softmax` ({_DOCS}.NLLLoss)."
+        f"`nll_loss` on `log_softmax(dim=-1)` ({_DOCS}.NLLLoss)."
     )
 
 

@@ -142,7 +142,7 @@ class RepeatedLayer(_AtOnce):
 
     name = "repeated_layer"
     fact = "repeated"
-    message = "all layers of the list are one module, as [layer] * n makes: they share their weights"
+    message = "layers of the list are one module, as [layer] * n makes: they share their weights"
     advice = (
         "Make each of them anew, `[make() for _ in range(n)]` or `copy.deepcopy`; where sharing is meant, calling one "
         "layer n times says so (PyTorch, torch.nn.ModuleList)."

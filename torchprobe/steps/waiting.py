@@ -41,7 +41,8 @@ class Waiting:
     def add(self, backward: Backward, compiled: bool) -> None:
         """One has ended. compiled: without a word, as that of compiled autograd."""
         owners = self.owners
-        grown = owners.learn(compiled) if owners.early.learns else None
+        looked = bool(owners.early.learns and owners.early.before)
+        grown = owners.learn(compiled) if looked else None
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
@@ -49,6 +50,9 @@ class Waiting:
         if not backward.elsewhere:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
+            return
+        known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()
+        if not known and not owners.may_have_reached(backward, looked):
             return
         last = self.passes[-1] if self.passes else None
         if last is not None and not last.used and last.like(backward):
@@ -136,10 +140,11 @@ class Waiting:
         zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
         if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
             zeroed.update(states)
-        others = self.owners.others
+        owners, others = self.owners, self.owners.others
         held = others is not None and not others.zeroed(thorough)
-        for backward in waiting if others is not None else ():
-            backward.see_beyond(held and backward.beyond)
+        emptied = owners.emptied() if owners.early.learns else set()
+        for backward in waiting if emptied or others is not None else ():
+            backward.see_emptied(emptied, others, held)
         if not zeroed:
             return
         self.passes = []

@@ -18,6 +18,7 @@ from torchprobe.steps.steps import Steps
 
 _OF_PASSES = ("loss", "outputs", "output_gradients")  # sources of what a step has none of, where it uses no pass
 
+_ZEROED = "gradients were zeroed between a pass's first backward() and optimizer.step()"
 _log = logging.getLogger("torchprobe")
 
 
@@ -97,9 +98,6 @@ class Waiting:
         seen = [b for b in found if not b.used and b.reached is not None and not (new and b.grown is None)]
         if not seen:
             return found
-        for reporter in self._steps.current.due | self._steps.current.light:
-            if reporter.source in _OF_PASSES:
-                reporter.explain("gradients were zeroed between backward() and optimizer.step()")
         self.drop_zeroed(self.owners.living())
         return [backward for backward in found if backward not in seen]
 
@@ -167,6 +165,9 @@ class Waiting:
 
     def _drop(self, backward: Backward) -> None:
         """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
+        for reporter in self._steps.current.due | self._steps.current.light:
+            if reporter.source in _OF_PASSES:
+                reporter.explain(_ZEROED)
         sign, flag, scaled = backward.sign, backward.flag, self._sources.scaled
         fell = None if sign is not None else scaled.backed_off(backward.scale, look=self._steps.clock.fresh)
         if fell is not None and not fell.is_cpu:

@@ -129,3 +129,29 @@ def test_gradients_that_the_step_itself_zeroes_were_used(closure, clips):
                 evaluate()
                 optimizer.step()
     assert dict(writer.scalars("overview/loss")) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_pass_whose_first_gradients_were_zeroed_is_said_to_be_one(by_hand, caplog):
+    """Norms of each task by themselves, before the backward pass that trains; or projected gradients, put by hand."""
+    model, writer = net(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(4):
+            output = model(batch(k)[0])
+            for task in (output.mean(), output.square().mean()):
+                optimizer.zero_grad()
+                task.backward(retain_graph=True)
+            found = [parameter.grad for parameter in model.parameters()]
+            optimizer.zero_grad()
+            if by_hand:
+                for parameter, gradient in zip(model.parameters(), found, strict=True):
+                    parameter.grad = gradient
+            else:
+                output.exp().mean().backward()
+            optimizer.step()
+    said = (
+        "Activations saw nothing in its first 3 sampled steps (gradients were zeroed between a pass's first backward()"
+    )
+    assert said in caplog.text
+    assert "activation_mean/0" not in writer.tags()

@@ -135,3 +135,84 @@ def test_the_loss_of_sampled_steps_is_written_and_nothing_untrue_is_said(caplog)
     assert set(found) >= {1, 4, 8, 12, 16}
     assert found == pytest.approx({step: losses[step - 1] for step in found}, rel=1e-5)
     assert "Loss saw nothing" not in caplog.text
+
+
+class Adversaries(nn.Module):
+    """`forward` is the generator's; the critic is called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = nn.Linear(3, 6), nn.Linear(6, 1)
+
+    def forward(self, z):
+        return self.generator(z)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("every", [1, 7, None])
+def test_optimizers_that_take_turns_have_the_same_steps_at_any_cadence(every, rounds):
+    """The critic's turn has no pass of the model itself with gradients."""
+    torch.manual_seed(3)
+    model, writer, losses = Adversaries(), MemoryWriter(), []
+    critic, generator = (torch.optim.SGD(part.parameters(), 0.05) for part in (model.critic, model.generator))
+    with torchprobe.instrument(model, writer=writer, every=every) as session:
+        for _ in range(36 // (rounds + 1)):
+            for _ in range(rounds):
+                with torch.no_grad():
+                    fake = model(torch.randn(5, 3))
+                losses.append(model.critic(fake).mean() - model.critic(torch.randn(5, 6)).tanh().mean())
+                session.log_metrics({"before": len(losses)})
+                critic.zero_grad()
+                losses[-1].backward()
+                critic.step()
+            losses.append(-model.critic(model(torch.randn(5, 3))).tanh().mean())
+            session.log_metrics({"before": len(losses)})
+            generator.zero_grad()
+            losses[-1].backward()
+            generator.step()
+        assert session.step == len(losses)
+    assert writer.scalars("before") == [(step, step) for step in range(1, len(losses) + 1)]
+    got = dict(writer.scalars("overview/loss"))
+    assert got == pytest.approx({step: losses[step - 1].item() for step in got}, rel=1e-4)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("every", [4, None])
+def test_what_is_logged_before_the_optimizer_steps_carries_its_step_at_any_cadence(every):
+    model, writer = Encoder(), MemoryWriter()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=every) as session:
+        for k in range(1, 25):
+            x = torch.randn(5, 6)
+            loss = (model.decode(model.encode(x)) - x).square().mean()
+            session.log_metrics({"k": k})
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert writer.scalars("k") == [(k, k) for k in range(1, 25)]
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 2)
+
+    def loss(self, x):
+        return self.head(self.encoder(x)).square().mean()
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_parts_inside_of_a_fused_encoder_get_no_hook_that_stays():
+    """One would turn off its fast path in evaluation, which changes what it computes for padding."""
+    model = Fused()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=50):
+        for _ in range(12):
+            model.loss(torch.randn(2, 3, 8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not any(m._forward_hooks for m in model.encoder.modules())

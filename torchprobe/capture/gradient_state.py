@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 _FEW = 1024  # elements of a gradient that are looked at
+_MOST_FEW = 64  # parameters that are looked at, at most, of an optimizer's
 _MOST = 4096  # parameters that are looked at, when the few tell nothing
 _LEARNT = 2  # backward passes that tell in what order gradients come
 _MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
@@ -27,14 +28,15 @@ class EarlyGradients:
     has no known optimizer, in each of which all gradients are looked at: 0.3 µs a parameter.
 
     ids: of those parameters. late: of those that are given theirs while it runs. grown: of those that the last pass
-    looked at gave theirs. learns: whether there are backward passes left that are looked at.
+    looked at gave theirs. learns: whether there are backward passes left that are looked at. before: what the one that
+    runs has found, if it is.
     """
 
     def __init__(self) -> None:
         self.ids: set[int] = set()
         self.late: set[int] = set()
         self.grown: frozenset[int] = frozenset()
-        self._before: dict[int, tuple[nn.Parameter, State | None]] = {}
+        self.before: dict[int, tuple[nn.Parameter, State | None]] = {}
         self._old: set[int] = set()  # parameters that hold what an earlier backward pass gave them
         self._last: dict[int, Left] | None = {}  # what the last one left; None if that was not seen
         self._left = _LEARNT
@@ -46,18 +48,22 @@ class EarlyGradients:
         self._left, self.learns, self._last = max(self._left, 1), True, None
         self._unowned = self._unowned if unowned else 0
 
+    def look_again(self, passes: int) -> None:
+        """Look at all gradients in the next backward passes, too."""
+        self._unowned, self.learns = max(self._unowned, passes), True
+
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """A backward pass has been heard of."""
-        self._before = {id(p): (p, _state(p)) for p in parameters}
+        self.before = {id(p): (p, _state(p)) for p in parameters}
         self._old = {key for key, (same, version) in (self._last or {}).items() if self._is_left(key, same, version)}
 
     def _is_left(self, key: int, same: Callable[[Tensor], bool], version: int) -> bool:
-        gradient = self._before[key][0].grad if key in self._before else None
+        gradient = self.before[key][0].grad if key in self.before else None
         return gradient is not None and same(gradient) and gradient._version == version
 
     def end(self) -> bool:
         """It has ended. Whether more is known than before."""
-        before, self._before, known = self._before, {}, len(self.ids) + len(self.late)
+        before, self.before, known = self.before, {}, len(self.ids) + len(self.late)
         there = {key: (then, _state(p)) for key, (p, then) in before.items()}
         grown = self.grown = frozenset(key for key, (then, now) in there.items() if now is not None and now != then)
         self._unowned -= 1
@@ -126,7 +132,7 @@ class GradientState:
     def filled(self, all_of_them: bool) -> bool:
         """Whether all that are looked at, or any parameter, have gradients which are not zero."""
         gradients = [p.grad for p in (self.few if all_of_them else self._parameters[:_MOST])]
-        held = [g is not None and (not g.is_cpu or _any(g)) for g in gradients]
+        held = [g is not None and (not g.is_cpu or holds_any(g)) for g in gradients]
         return bool(held) and (all(held) if all_of_them else any(held))
 
     def zeroed(self, thorough: bool) -> bool:
@@ -139,12 +145,12 @@ class GradientState:
             gradient = p.grad
             if gradient is None:
                 continue
-            if _any(gradient) if gradient.is_cpu else (id(gradient), gradient._version) == left:
+            if holds_any(gradient) if gradient.is_cpu else (id(gradient), gradient._version) == left:
                 return False
         if not thorough:
             return True
         gradients = [p.grad for p in self._parameters[:_MOST]]
-        return not any(g is not None and (not g.is_cpu or _any(g)) for g in gradients)
+        return not any(g is not None and (not g.is_cpu or holds_any(g)) for g in gradients)
 
     def emptied(self, new: bool) -> bool:
         """Whether an optimizer finds none of the gradients that a backward pass gave it; off the CPU zeros are some.
@@ -156,7 +162,7 @@ class GradientState:
             if gradient is None:
                 continue
             unchanged = not new and (id(gradient), gradient._version) == left
-            if unchanged or not gradient.is_cpu or _any(gradient):
+            if unchanged or not gradient.is_cpu or holds_any(gradient):
                 return False
         return self.zeroed(thorough=True)
 
@@ -172,15 +178,23 @@ class GradientState:
         if self.blind or (late and not all(id(p) in known.late for p in self.few)):
             self._look_at(_ends(late))
 
-    def choose(self) -> bool:
-        """Look at parameters that have gradients, when those that were looked at have none. Whether there are some."""
+    def choose(self, among: frozenset[int] | None = None) -> bool:
+        """Look at those that have gradients (among: at those of these ids), too, when none of the others does."""
         for p in self.few:
-            if p.grad is not None:
+            if p.grad is not None if among is None else id(p) in among:
                 return False
-        having = [p for p in self._parameters if p.grad is not None] if self.few else []
-        if having:
-            self._look_at(_ends(having))
-        return bool(having)
+        having = [p for p in self._parameters if (p.grad is not None if among is None else id(p) in among)]
+        if having and 0 < len(self.few) < _MOST_FEW:
+            more = _ends(having)
+            self.few, self._left = [*more, *self.few], [*map(_state, more), *self._left]
+            self._none = [None] * len(self.few)
+            self._seen = [*self._none[: len(more)], *self._seen]
+        return bool(having and self.few)
+
+    def may_have_grown(self, looked: bool) -> bool:
+        """Whether a backward pass may have reached one that is not looked at, or whose gradient was taken away."""
+        seen = {id(p) for p in (self._parameters if looked else self.few) if p.grad is not None}
+        return self.blind or any(p.requires_grad and id(p) not in seen for p in self._parameters)
 
 
 def _ends(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -194,7 +208,7 @@ def _state(parameter: nn.Parameter) -> State | None:
     return None if gradient is None else (id(gradient), gradient._version)
 
 
-def _any(gradient: Tensor) -> bool:
+def holds_any(gradient: Tensor) -> bool:
     """Whether a gradient in host memory holds anything but zeros, among at most about a thousand of its elements."""
     if type(gradient) is not Tensor or gradient.layout is not torch.strided:
         return True

@@ -214,7 +214,7 @@ class OutputSource:
         for name, module, in_eval in hookable(modules):
             site = known.get(id(module))
             if site is None or site.name != name or site.module() is not module:  # it may have been put elsewhere
-                site = self._site(name, module)
+                site = self._site(name, module, in_eval)
             if site is not None:
                 self._sites[id(module)] = site
                 if training or in_eval:
@@ -263,13 +263,13 @@ class OutputSource:
             return self._wanted(name, module, reporter.probe)
         return False  # the boundary took an exception
 
-    def _site(self, name: str, module: nn.Module) -> Site | None:
+    def _site(self, name: str, module: nn.Module, lasting: bool) -> Site | None:
         usual, mine = self._wanted(name, module, None), [r for r in self._reporters if not r.gate.failed]
         mine = [r for r in mine if (usual if r.probe.select is None else self._selects(r, name, module))]
         if not mine:
             return None
         taps = [tuple(Tap(name, r, self, self._running, self._memo) for r in mine if r.source == s) for s in self.names]
-        return Site(name, module, self._running, *taps)
+        return Site(name, module, self._running, lasting, *taps)
 
     def _remove(self) -> None:
         while self._hooked:

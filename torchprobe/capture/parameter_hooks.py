@@ -38,17 +38,20 @@ class ParameterHooks:
         self._hear = WeakMethod(hear)
         self._ahead = _HEARD  # steps yet with hooks on all parameters
         self._ahead_few = 0  # steps yet with hooks on a few
+        self._all = False  # they are on all parameters
         self._on_since = False  # the backward pass that was heard of last
         self._harmless: set[int] = set()
         self._found: list[nn.Parameter] = []
         self._few: list[nn.Parameter] = []
         self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
 
-    def begin_step(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
-        """Listen in a step. parameters: gives those of the model. What is listened at already costs nothing more."""
-        chosen = self._found
-        if self._ahead:
-            self._ahead, chosen = self._ahead - 1, parameters()
+    def begin_step(self, parameters: Callable[[], list[nn.Parameter]], elsewhere: bool) -> None:
+        """Listen in a step. What is listened at already costs nothing more. parameters: gives those of the model.
+        elsewhere: in this step backward passes are heard at outputs of parts.
+        """
+        chosen, self._all = self._found, self._ahead > 0
+        if self._all:
+            self._ahead, chosen = self._ahead - (not elsewhere), parameters()
         elif self._ahead_few:
             self._few = self._few or _spread(parameters())
             self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *self._few]
@@ -80,10 +83,13 @@ class ParameterHooks:
             self._ahead, self._ahead_few, self._few, self.wanted = max(self._ahead, 2), _PERIOD, [], True
         return not on_since
 
-    def found(self, parameter: nn.Parameter) -> None:
-        """A backward pass that ran through no output has reached it first."""
-        if not any(parameter is other for other in self._found) and len(self._found) < _MOST_FOUND:
+    def found(self, parameter: nn.Parameter) -> bool:
+        """A backward pass that ran through no output was heard of at this one. Whether that is where it began."""
+        known = any(parameter is other for other in self._found)
+        if not known and len(self._found) < _MOST_FOUND:
             self._found.append(parameter)
+            self._ahead = self._ahead if self._all else max(self._ahead, 2)
+        return known or self._all
 
     def step_ends(self) -> None:
         """An optimizer steps: hooks stay on only where backward passes may come before the next forward pass."""

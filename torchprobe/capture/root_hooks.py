@@ -25,6 +25,8 @@ from torchprobe.naming import unwrapped
 
 _log = logging.getLogger("torchprobe")
 _LOADS = "_torchprobe_loads"
+_CALLS = "_torchprobe_calls"
+_MOST_PARTS = 64  # that begin steps when they are called by themselves
 _FORWARD_OF_A_BASE_CLASS = frozenset({"pytorch_lightning.core.module", "lightning.pytorch.core.module"})
 
 
@@ -45,6 +47,9 @@ class PassObserver(Protocol):
     def leave_recomputation(self, output: Any) -> None:
         """It was run again, inside a backward pass."""
 
+    def leave_part(self, output: Any) -> None:
+        """A part in training mode was called, which has begun a step before, by itself or in a pass."""
+
 
 class Root(Inert):
     """What the root hooks find on the model."""
@@ -58,12 +63,6 @@ class Root(Inert):
         self._in_backward, self._tracing, self._transform = compat.plain_state()
         self.learning = False  # whether the pass is for shapes alone: of a pipeline's stage, or on meta tensors
         self._told = False
-
-    def tell_of_transform(self) -> None:
-        """A pass is not recorded because a function transform runs it: say so once."""
-        if not self._told and compat.under_function_transform():
-            self._told = True
-            _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
     @protected
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
@@ -82,8 +81,9 @@ class Root(Inert):
             self.observer.enter_pass(module, in_training)
             if module.__dict__.get(MARKS) is not marks:  # put on now, too late for what runs before this call
                 before(module, args, kwargs or {})
-        elif compat.under_transform():
-            self.tell_of_transform()
+        elif not self._told and compat.under_function_transform():
+            self._told = True
+            _log.warning("forward passes under torch.func transforms are not recorded; the model runs as ever")
 
     @protected
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -125,23 +125,29 @@ def _leave(module: nn.Module, args: Any, *called: Any) -> None:
         root.leave(module, args, *called)
 
 
-class Loads(Inert):
-    """What is found on the model before other weights are loaded into it."""
+class Listener(Inert):
+    """What is found on the model before weights are loaded into it, and on a part when it has run."""
 
-    def __init__(self, guard: Guard, settle: Callable[[], None]) -> None:
+    def __init__(self, guard: Guard, hear: Callable[..., None]) -> None:
         self.guard = guard
-        self._settle = settle
+        self._hear = hear
 
     @protected
-    def begin(self) -> None:
-        """They are the last step's until now."""
-        self._settle()
+    def tell(self, *what: Any) -> None:
+        """It is time."""
+        self._hear(*what)
 
 
 def _load(module: nn.Module, *_: Any) -> None:
     loads = module.__dict__.get(_LOADS)
     if loads is not None:
-        loads.begin()
+        loads.tell()
+
+
+def _leave_part(module: nn.Module, _: Any, output: Any) -> None:
+    calls = None if torch.compiler.is_compiling() else module.__dict__.get(_CALLS)
+    if calls is not None and module.training and compat.REPLICA not in module.__dict__:
+        calls.tell(output)
 
 
 class PassHooks:
@@ -157,12 +163,21 @@ class PassHooks:
         self._running = running
         self._handles: list[RemovableHandle] = []
         self._modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        compat.skip_frames(enter, _leave)
+        compat.skip_frames(enter, _leave, _leave_part)
         self._put_on(list(_roots(model)))
         own = unwrapped(model)  # which any of its wrappers loads, too
-        mark(own, _LOADS, Loads(observer.guard, before_load))
+        mark(own, _LOADS, Listener(observer.guard, before_load))
         self._loads = ref(own)
         self._handles.append(own.register_load_state_dict_pre_hook(_load))
+
+    def hear_part(self, module: nn.Module) -> bool:
+        """Hear of a part's calls at all steps: it was called by itself, which began one. Whether it is new."""
+        new = _CALLS not in module.__dict__ and len(self._modules) < _MOST_PARTS
+        if new:
+            mark(module, _CALLS, Listener(self._observer.guard, self._observer.leave_part))
+            self._handles.append(module.register_forward_hook(_leave_part))
+            self._modules[module] = None
+        return new
 
     def remove(self) -> None:
         """Take hooks and state off. Safe to call twice."""
@@ -170,6 +185,7 @@ class PassHooks:
             self._handles.pop().remove()
         for module in list(self._modules):
             unmark(module, ROOT_KEY)
+            unmark(module, _CALLS)
         self._modules.clear()
         if (own := self._loads()) is not None:
             unmark(own, _LOADS)

@@ -144,12 +144,13 @@ def _row(fields: Tensor) -> Tensor:
 
 
 class Site(Inert):
-    """What the hook finds on a module."""
+    """What the hook finds on a module. lasting: whether a hook may stay there in evaluation."""
 
-    def __init__(self, name: str, module: nn.Module, running: Running, *taps: tuple[Tap, ...]) -> None:
+    def __init__(self, name: str, module: nn.Module, running: Running, lasting: bool, *taps: tuple[Tap, ...]) -> None:
         self.name = name
         self.module = ref(module)
         self.running = running
+        self.lasting = lasting
         self.outputs, self.gradients = taps
 
 
@@ -162,13 +163,13 @@ def observe_output(module: nn.Module, args: Any, output: Any) -> None:
         _trace(site, output)
     elif REPLICA not in module.__dict__:
         with site.running.meter, no_torch_function():  # no mode, the user's or ours, need see it
-            beside(_observe, site, module.training, output)
+            beside(_observe, site, module, output)
 
 
-def _observe(site: Site, training: bool, output: Any) -> None:
+def _observe(site: Site, module: nn.Module, output: Any) -> None:
     running = site.running
     if running.in_place.ready and records_graph():
-        if training and torch.is_grad_enabled() and not in_backward():
+        if module.training and torch.is_grad_enabled() and not in_backward():
             _capture(site, main_tensor(output))
         return
     recomputing = in_backward()
@@ -176,7 +177,8 @@ def _observe(site: Site, training: bool, output: Any) -> None:
     tensor = None if under_transform() else main_tensor(output)
     if tensor is None or not measurable(tensor):
         return
-    outside = running.of_call(tensor) if training and not recomputing else running.forward()
+    part = module if site.lasting else None
+    outside = running.of_call(part, tensor) if module.training and not recomputing else running.forward()
     passing = running.of_backward() if recomputing else outside
     if passing is None:
         return

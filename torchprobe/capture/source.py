@@ -150,13 +150,13 @@ class Running:
         self._thread = 0
         self._in_backward: Callable[[], Pass | None] = lambda: None
         self._in_graph: Callable[[bool], Pass | None] = lambda training: None
-        self._in_call: Callable[[Tensor], Pass | None] = lambda output: None
+        self._in_call: Callable[[nn.Module | None, Tensor], Pass | None] = lambda module, output: None
 
     def ask(
         self,
         in_backward: Callable[[], Pass | None],
         in_graph: Callable[[bool], Pass | None],
-        in_call: Callable[[Tensor], Pass | None],
+        in_call: Callable[[nn.Module | None, Tensor], Pass | None],
     ) -> None:
         """Where values belong that come in a backward pass, and outside of passes: from a graph, from a module."""
         self._in_backward, self._in_graph, self._in_call = in_backward, in_graph, in_call
@@ -203,9 +203,9 @@ class Running:
         """The forward pass that the running backward pass runs through."""
         return self._in_backward()
 
-    def of_call(self, output: Tensor) -> Pass | None:
-        """The pass that a module in training mode runs for, or one of its own, which its output is then of."""
-        return self.forward() or (self._in_call(output) if self.passing is None else None)
+    def of_call(self, module: nn.Module | None, output: Tensor) -> Pass | None:
+        """The pass that a module in training mode runs for, or one of its own. module: None where no hook may stay."""
+        return self.forward() or (self._in_call(module, output) if self.passing is None else None)
 
     def of_graph(self, training: bool) -> Pass | None:
         """The pass that a compiled graph runs for."""

@@ -10,12 +10,15 @@ from weakref import ReferenceType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.capture.gradient_state import EarlyGradients, GradientState
+from torchprobe.capture.gradient_state import EarlyGradients, GradientState, holds_any
 from torchprobe.capture.nan_origin.check import Sign
 from torchprobe.capture.optimizers import trained
 from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.capture.source import Pass
 from torchprobe.naming import all_parameters
+
+_DOUBTS = 64  # backward passes of which nobody knew what they reached, after which all gradients are looked at
+_LOOKS = 16  # backward passes in which they are
 
 Merge = Callable[[dict[Any, Any], dict[Any, Any]], dict[Any, Any]]
 
@@ -76,9 +79,9 @@ class Backward:
             if one.sign is not None:
                 self.note(one.sign)
 
-    def lose(self) -> None:
-        """What it was called on is not all that its gradients are of."""
-        self.loss = None
+    def lose(self, reached: set[GradientState] | None = None) -> None:
+        """What it was called on is not all that its gradients are of. reached: or it is not known which it added to."""
+        self.loss, self.reached = None, reached or self.reached
 
     def scaled_by(self, scale: Tensor | None) -> None:
         """It has ended, with this scale of a GradScaler's."""
@@ -135,6 +138,8 @@ class Backward:
         for state in states:
             if state.grew() | (grown is not None and state.is_among(grown)):
                 reached = {state} if reached is None else reached | {state}
+                if grown is not None:
+                    state.choose(grown)
         self.reached = set() if reached is None and grown is not None else reached
         self.beyond = others is not None and (others.grew() | (grown is not None and others.is_among(grown)))
 
@@ -143,15 +148,19 @@ class Backward:
         grown = self.grown
         held = others is not None and (grown is None or others.is_among(grown))
         self.beyond |= (self.reached is None or grown is not None) and held
+        if grown is not None:
+            state.choose(grown)
         if grown is not None and not (state.blind or state.is_among(grown)):
             self.reached = self.reached or set()
         elif not self.elsewhere and (self.reached is None or self.beyond or not self.used):
             self.reached = (self.reached or set()) | {state}
         self.beyond &= held and (grown is not None or not self.used)
 
-    def see_beyond(self, holds: bool) -> None:
-        """Whether parameters that no known optimizer holds still have the gradients that it gave them."""
-        self.beyond = holds
+    def see_emptied(self, emptied: set[int], others: GradientState | None, held: bool) -> None:
+        """What has been zeroed of its gradients. emptied: ids. held: whether others still have some."""
+        if self.grown is not None and emptied:
+            self.grown -= emptied
+        self.beyond &= others is not None and held and (self.grown is None or others.is_among(self.grown))
 
     def like(self, other: Backward) -> bool:
         """Whether the gradients of both have the same fate."""
@@ -183,6 +192,7 @@ class Owners:
         self.states: list[GradientState] = []
         self.others: GradientState | None = None
         self.early = EarlyGradients()
+        self._doubts = _DOUBTS
         self._model = model
         self._unknown: GradientState | None = None  # of all parameters, while no optimizer is known
 
@@ -194,13 +204,25 @@ class Owners:
             self._tell_others()
         if states:
             return states
-        if self._unknown is None:
+        if self._unknown is None or not self._unknown.few:  # all were frozen
             self._unknown = GradientState(self.parameters())
             self._unknown.learn(self.early)
         return [self._unknown]
 
-    def look(self, living: list[GradientState]) -> None:
-        """Remember the gradients as a backward pass finds them."""
+    def may_have_reached(self, backward: Backward, looked: bool) -> bool:
+        """Whether one has added to any gradients, where none of them tells. looked: at all gradients."""
+        may = {state for state in self.living() if state.may_have_grown(looked)}
+        if may and self._doubts:
+            self._doubts -= 1
+            self.early.look_again(_LOOKS)
+        if may and len(self.states) > 1 and not backward.beyond:
+            backward.lose(may)
+        return bool(may) or backward.beyond
+
+    def look(self, living: list[GradientState], sampled: bool = False) -> None:
+        """Remember the gradients as a backward pass finds them; all of them where the step is sampled."""
+        if sampled and len(living) > 1:
+            self.early.look_again(1)
         if self.early.learns:
             self.early.begin(self.parameters())
         for state in living if self.others is None else [*living, self.others]:
@@ -225,6 +247,10 @@ class Owners:
             for state in [*self.living(), *filter(None, [self.others])]:
                 state.learn(self.early)
         return None if compiled or self.hides() else self.early.grown or None
+
+    def emptied(self) -> set[int]:
+        """Ids of the parameters without a gradient, or with one of zeros in host memory."""
+        return {id(p) for p in self.parameters() if p.grad is None or (p.grad.is_cpu and not holds_any(p.grad))}
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of the model that are trained."""

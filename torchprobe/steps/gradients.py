@@ -105,7 +105,7 @@ class Gradients:
             states = owners.living()
             if waiting:
                 self.waiting.drop_zeroed(states)
-            owners.look(states)
+            owners.look(states, bool(self._steps.current.due))
             if doubtful and any(s.filled(all_of_them=not skipped) for s in states) and not in_schedule():
                 backward.lose()  # another one ran before, of which nobody has heard
         self._first = False
@@ -153,7 +153,9 @@ class Gradients:
         if self._parameter_hooks.wanted and not self._parameter_hooks.hooked:
             self.listen()
         if self._opener is not None and not backward.passes:
-            self._parameter_hooks.found(self._opener)
+            began = self._parameter_hooks.found(self._opener)
+            if not began and all(one.used for one in self.waiting.passes):
+                backward.lose()  # gradients may have been zeroed, and some were there again when it was heard of
         self._opener = None
         if self._sources.scaled.found is not None:
             backward.scaled_by(self._sources.scaled.scale())
@@ -172,7 +174,8 @@ class Gradients:
     def listen(self) -> None:
         """Backward passes are to be heard at parameters, too."""
         if self._parameter_hooks.hooked or not (self.compiled or compiles_backward()):
-            self._parameter_hooks.begin_step(self._owners.parameters)
+            elsewhere = self._steps.by_methods and self._sources.armed
+            self._parameter_hooks.begin_step(self._owners.parameters, elsewhere)
 
     def release(self) -> None:
         """No hook is left on a parameter, and no parameter is held."""

@@ -44,13 +44,10 @@ class Passes:
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
-        self._thread = 0  # that trains
-        self._said = False
+        self._thread, self._said = 0, False  # the thread that trains
         self._observer = ref(self.gradients)
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
         self._hooks = PassHooks(model, self, self._running, steps.settle_parameters)
-
-    # ---- forward passes
 
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins."""
@@ -152,6 +149,13 @@ class Passes:
         if passing is not None and self._listen(passing, output):
             self._sources.recomputed(passing, output)
 
+    def leave_part(self, output: Any) -> None:
+        """A part was called that may begin a step."""
+        alone = self._clock.ended and not self._clock.by_forward and self._running.passing is None
+        if alone and self._thread in (0, get_ident()) and hearable_tensors(output) and not compat.in_backward():
+            self._clock.training_pass()
+            self.begin_step()
+
     def _listen(self, passing: Pass, output: Any) -> bool:
         """Whether a backward pass through the output will be heard of."""
         heard = hearable_tensors(output)[:_MOST_OUTPUTS]
@@ -169,8 +173,6 @@ class Passes:
             self._steps.current.keep(Backward.unheard(passing))
         else:
             self._steps.validated(passing.take())
-
-    # ---- passes whose fate is known
 
     def begin_step(self) -> None:
         """The machine has begun a step."""
@@ -237,8 +239,6 @@ class Passes:
             self.begin_step()
         self._watch.forget_passes()
 
-    # ---- for those who ask
-
     @protected
     def _of_backward(self) -> Pass | None:
         """The pass that the running backward pass runs through.
@@ -268,12 +268,13 @@ class Passes:
         return self.unheard[-1]
 
     @protected
-    def _of_call(self, output: Tensor) -> Pass | None:
+    def _of_call(self, module: nn.Module | None, output: Tensor) -> Pass | None:
         """A pass for one module that other methods than the model's `forward` call: it counts if its gradients do."""
         if output.grad_fn is None or self._clock.by_forward or self._thread not in (0, get_ident()):
             return None
         if self._clock.training_pass():
-            self._steps.train_by_methods()
+            part = None if self._running.compiled else module  # a hook that comes later would compile it again
+            self._steps.train_by_methods(part is not None and self._hooks.hear_part(part))
             self.begin_step()
         passing = self._pass_of_graph()
         output.register_hook(self._hook(passing))

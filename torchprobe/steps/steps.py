@@ -25,11 +25,14 @@ from torchprobe.steps.machine import StepMachine
 from torchprobe.steps.open_step import OpenStep, loss_rows
 from torchprobe.steps.times import StepTimes
 
+_LISTENING = 8  # steps in which all hooks hear which parts begin them, after one that a new part began
+
 
 class Steps:
     """The open step and the machine that numbers it: everything that has a value asks here where it goes.
 
-    ranks: of the run; of one alone the loss may travel as a host value.
+    ranks: of the run; of one alone the loss may travel as a host value. by_methods: other methods than the model's
+    `forward` train it.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Steps:
         self._ended: float | None = None  # when the last step did
         self._signs = Signs(sources.nan_seen)
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
-        self._looked = self._by_methods = False
+        self._looked = self.by_methods = False
         self._given = {*map(id, all_parameters(sources.model()))}  # not of a `functional_call`
         self.has_validated = False  # in the open step
         self._decided = 0  # the step that was decided on last
@@ -59,13 +62,12 @@ class Steps:
         self._light: frozenset[Reporter] = frozenset()
         self._always_light = False  # they are due at every step, and the loss is one
         self._resting: frozenset[Reporter] | None = None  # due in validation when nothing was due in training last
+        self._listening = 0
 
     @property
     def due_in_validation(self) -> frozenset[Reporter]:
         """Whose rows the next validation pass gives."""
         return self._plan.due_in_validation
-
-    # ---- how a step begins and ends
 
     def due_in(self, number: int) -> frozenset[Reporter]:
         """What a step samples, decided once, when it is first asked for."""
@@ -91,12 +93,13 @@ class Steps:
         self._decided = 0
         if current.due and not self.clock.passes_seen:  # a function around the model may be compiled
             self._sources.step_ended()
-        if self._sources.running.compiled or self._by_methods:
+        if self._sources.running.compiled or self.by_methods:
             self._decide_on(self.clock.following)
 
-    def train_by_methods(self) -> None:
-        """Other methods than the model's `forward` train it: hooks must be there before a step begins."""
-        self._by_methods = True
+    def train_by_methods(self, new: bool = False) -> None:
+        """Other methods than `forward` do: hooks must be there before a step begins. new: by a part not seen before."""
+        self.by_methods = True
+        self._listening = _LISTENING if new else self._listening
 
     def count_pass(self, with_gradients: bool) -> None:
         """A forward pass was the step."""
@@ -116,7 +119,8 @@ class Steps:
     def _decide(self, number: int) -> None:
         self._decided, plan, clock = number, self._plan, self.clock
         plan.open_for(number, clock.by_forward)
-        self._due = self._sources.open(number, plan.due, plan.due_in_validation, clock.completed == clock.origin)
+        self._listening, listens = max(0, self._listening - 1), clock.fresh or self._listening > 0
+        self._due = self._sources.open(number, plan.due, plan.due_in_validation, listens)
         self._resting = None if self._due else plan.due_in_validation
         if not self._always_light:
             self._light = frozenset([r for r in self._unsampled if r.gate.train])
@@ -180,7 +184,7 @@ class Steps:
             step.extend([loss_rows(reporter, loss) for reporter in losses])
         if step.trained and not step.reported:
             if step.due or not step.loss_written:
-                seldom = self._sources.running.compiled or self._by_methods  # hooks inside, where a step samples
+                seldom = self._sources.running.compiled or self.by_methods  # hooks inside, where a step samples
                 step.report(self._plan.reporters, () if seldom and not step.due else self._plan.losses)
             if step.number % self._outlet.flush_every == 0:
                 self.put_overview()
@@ -201,8 +205,6 @@ class Steps:
         """An optimizer is about to step again in the open step, or other weights come."""
         self.current.extend(self._sources.settled() if self.current.due and self.current.trained else ())
 
-    # ---- where values go
-
     def put(self, tag: str, value: Value | Tensor) -> None:
         """A value that the user logs: of the iteration that runs, or that has just ended."""
         if self.clock.number == 0 and not self.clock.manual:
@@ -217,7 +219,7 @@ class Steps:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
                 self._validates().add(piece)
         self._plan.validated()
-        if self._by_methods or self.clock.fresh:
+        if self.by_methods or self.clock.fresh:
             self._sources.arm(self.due_in(self.clock.following), self.clock.fresh)
 
     def end_validation(self) -> None:
@@ -253,8 +255,6 @@ class Steps:
         """What torchprobe says of itself."""
         self.current.put_all(self._overview.values(self.clock.skipped).items())
 
-    # ---- while no optimizer is in sight
-
     def look_for_optimizers(self) -> None:
         """Once: with none in sight, forward passes are the clock."""
         clock = self.clock
@@ -274,8 +274,6 @@ class Steps:
         self.write()
         self.current = OpenStep(0)
         self._decide(1)
-
-    # ---- the end, and going on
 
     def finish(self) -> None:
         """Everything that there is, and the counts."""

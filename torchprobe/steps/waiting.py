@@ -18,6 +18,7 @@ from torchprobe.steps.steps import Steps
 
 _OF_PASSES = ("loss", "outputs", "output_gradients")  # sources of what a step has none of, where it uses no pass
 
+_ZEROED = "gradients were zeroed between a pass's first backward() and optimizer.step()"
 _log = logging.getLogger("torchprobe")
 
 
@@ -41,7 +42,8 @@ class Waiting:
     def add(self, backward: Backward, compiled: bool) -> None:
         """One has ended. compiled: without a word, as that of compiled autograd."""
         owners = self.owners
-        grown = owners.learn(compiled) if owners.early.learns else None
+        looked = bool(owners.early.learns and owners.early.before)
+        grown = owners.learn(compiled) if looked else None
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
@@ -49,6 +51,9 @@ class Waiting:
         if not backward.elsewhere:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
+            return
+        known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()
+        if not known and not owners.may_have_reached(backward, looked):
             return
         last = self.passes[-1] if self.passes else None
         if last is not None and not last.used and last.like(backward):
@@ -93,9 +98,6 @@ class Waiting:
         seen = [b for b in found if not b.used and b.reached is not None and not (new and b.grown is None)]
         if not seen:
             return found
-        for reporter in self._steps.current.due | self._steps.current.light:
-            if reporter.source in _OF_PASSES:
-                reporter.explain("gradients were zeroed between backward() and optimizer.step()")
         self.drop_zeroed(self.owners.living())
         return [backward for backward in found if backward not in seen]
 
@@ -136,10 +138,11 @@ class Waiting:
         zeroed = {*filter(None, [state if state.zeroed(thorough) else None for state in states if not state.blind])}
         if all([state in zeroed or state.blind for state in states]):  # noqa: C419 - as above
             zeroed.update(states)
-        others = self.owners.others
+        owners, others = self.owners, self.owners.others
         held = others is not None and not others.zeroed(thorough)
-        for backward in waiting if others is not None else ():
-            backward.see_beyond(held and backward.beyond)
+        emptied = owners.emptied() if owners.early.learns else set()
+        for backward in waiting if emptied or others is not None else ():
+            backward.see_emptied(emptied, others, held)
         if not zeroed:
             return
         self.passes = []
@@ -162,6 +165,9 @@ class Waiting:
 
     def _drop(self, backward: Backward) -> None:
         """Nobody used its gradients: a skipped step where they were not finite, or a GradScaler backs off."""
+        for reporter in self._steps.current.due | self._steps.current.light:
+            if reporter.source in _OF_PASSES:
+                reporter.explain(_ZEROED)
         sign, flag, scaled = backward.sign, backward.flag, self._sources.scaled
         fell = None if sign is not None else scaled.backed_off(backward.scale, look=self._steps.clock.fresh)
         if fell is not None and not fell.is_cpu:

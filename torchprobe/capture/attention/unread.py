@@ -42,8 +42,7 @@ class GraphLook(Hearing):
         self._model = model
         self._observer = observer
         self._running = running
-        self._cut = _Cut(set(), set())
-        self._failed = False
+        self._cut, self._failed = _Cut(set(), set()), False
         self.said = self.free = self._may_be = False
         super().__init__()
 

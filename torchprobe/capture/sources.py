@@ -76,6 +76,8 @@ class Sources:
         """Whether hooks may be on that an idle pass does not want."""
         self.scaled = ScalerSearch()
 
+    # ---- steps
+
     def open(
         self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
     ) -> frozenset[Reporter]:
@@ -128,6 +130,8 @@ class Sources:
         """Rows of parameters, where steps have left them. last: no training pass has followed."""
         yield from self.parameters.settle(last)
         yield from self.diagnosis.rows() if self.diagnosis.watchers else ()
+
+    # ---- forward passes
 
     def enter(self, passing: Pass, module: nn.Module, may_trace: bool) -> None:
         """A forward pass begins. may_trace: see `open`."""
@@ -199,6 +203,8 @@ class Sources:
         if passing.due:
             self.predictions.on_recomputed(output)
 
+    # ---- backward passes
+
     def backward_begins(self, due: frozenset[Reporter], early: Collection[int]) -> None:
         """Before any gradient of a parameter, but for those of these identities."""
         self._micro.begin(due)
@@ -256,6 +262,8 @@ class Sources:
             for reporter in [reporter for reporter in mine if not reporter.gate.failed]:
                 reporter.gate.fail(error)
             return default
+
+    # ---- optimizers, NaN, the end
 
     def optimizer_values(self, optimizer: Optimizer, due: frozenset[Reporter]) -> list[tuple[str, float | Tensor]]:
         """Learning rates and the like of the step that an optimizer has just taken."""

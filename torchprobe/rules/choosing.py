@@ -31,10 +31,22 @@ Rule: TypeAlias = "Watcher | Configuration"
 """A user's function of a record is its own watcher; what has a method `watcher` makes one for each run."""
 
 _BUILT_IN: tuple[Configuration, ...] = (
-    NonFinite(), LossSpike(), GradNormSpike(), ExplodingGradient(), VanishingGradient(), AttentionCollapse(),
-    AttentionLogitGrowth(), DeadUnits(), UpdateRatio(), Overconfidence(), Overfitting(), InputBound(), Stalled(),
-    NothingCaptured(), *DIAGNOSES,
-)  # fmt: skip
+    NonFinite(),
+    LossSpike(),
+    GradNormSpike(),
+    ExplodingGradient(),
+    VanishingGradient(),
+    AttentionCollapse(),
+    AttentionLogitGrowth(),
+    DeadUnits(),
+    UpdateRatio(),
+    Overconfidence(),
+    Overfitting(),
+    InputBound(),
+    Stalled(),
+    NothingCaptured(),
+    *DIAGNOSES,
+)
 
 
 def checked_rules(rules: Iterable[str | Rule] | None) -> list[Rule]:

@@ -46,6 +46,8 @@ class Recorder:
         clock = self.clock
         watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)
 
+    # ---- optimizer steps
+
     def other_steps(self) -> None:
         """One of another model's: what runs between two steps of this one is no wait."""
         self._steps.watch.interrupt()
@@ -162,6 +164,8 @@ class Recorder:
         self._sources.captured(method, args)
         if self._sources.in_place.used:
             self._steps.train_by_methods()
+
+    # ---- what the user asks for
 
     @protected
     def log(self, tag: str, value: Value | Tensor) -> None:

@@ -205,6 +205,8 @@ class Steps:
         """An optimizer is about to step again in the open step, or other weights come."""
         self.current.extend(self._sources.settled() if self.current.due and self.current.trained else ())
 
+    # ---- where values go
+
     def put(self, tag: str, value: Value | Tensor) -> None:
         """A value that the user logs: of the iteration that runs, or that has just ended."""
         if self.clock.number == 0 and not self.clock.manual:

@@ -12,6 +12,19 @@ from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 from torchprobe.statistics.attention.sums import FIELDS, MAX_LOGIT, Measured, finish
 
 __all__ = [
-    "FIELDS", "MAX_LOGIT", "Logits", "Measured", "QueryKey", "Rows", "Source", "attention_map", "choose", "combine",
-    "compute", "finish", "is_sampled", "measure", "summarise",
-]  # fmt: skip
+    "FIELDS",
+    "MAX_LOGIT",
+    "Logits",
+    "Measured",
+    "QueryKey",
+    "Rows",
+    "Source",
+    "attention_map",
+    "choose",
+    "combine",
+    "compute",
+    "finish",
+    "is_sampled",
+    "measure",
+    "summarise",
+]

@@ -11,8 +11,15 @@ from torch import Tensor
 from torchprobe.statistics.dtypes import row_dtype
 
 FIELDS = (
-    "entropy", "normalized_entropy", "max_probability", "max_logit", "sink", "distance", "rows", "rows_with_choice",
-)  # fmt: skip
+    "entropy",
+    "normalized_entropy",
+    "max_probability",
+    "max_logit",
+    "sink",
+    "distance",
+    "rows",
+    "rows_with_choice",
+)
 """Columns of a head's row: sums over its `rows` valid query rows, but max_logit, which is the maximum.
 normalized_entropy and sink are over the `rows_with_choice` that see at least two keys."""
 

@@ -170,10 +170,10 @@ class PassHooks:
         self._loads = ref(own)
         self._handles.append(own.register_load_state_dict_pre_hook(_load))
 
-    def hear_part(self, module: nn.Module) -> bool:
+    def hear_part(self, module: nn.Module | None) -> bool:
         """Hear of a part's calls at all steps: it was called by itself, which began one. Whether it is new."""
-        new = _CALLS not in module.__dict__ and len(self._modules) < _MOST_PARTS
-        if new:
+        new = module is not None and _CALLS not in module.__dict__ and len(self._modules) < _MOST_PARTS
+        if module is not None and new:
             mark(module, _CALLS, Listener(self._observer.guard, self._observer.leave_part))
             self._handles.append(module.register_forward_hook(_leave_part))
             self._modules[module] = None

@@ -273,8 +273,7 @@ class Passes:
         if output.grad_fn is None or self._clock.by_forward or self._thread not in (0, get_ident()):
             return None
         if self._clock.training_pass():
-            part = None if self._running.compiled else module  # a hook that comes later would compile it again
-            self._steps.train_by_methods(part is not None and self._hooks.hear_part(part))
+            self._steps.train_by_methods(not self._running.compiled and self._hooks.hear_part(module))
             self.begin_step()
         passing = self._pass_of_graph()
         output.register_hook(self._hook(passing))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import torchprobe
 from tests.models import inputs
@@ -115,6 +116,44 @@ def test_a_step_may_begin_inside_a_graph(backend, caplog):
     assert "failed" not in caplog.text
     for tag in ("activation_mean/2", "activation_grad_norm/0", "grad_norm/0.weight", "overview/grad_norm"):
         assert [s for s, _ in writer.scalars(tag)] == [1, 2, 4], tag
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return self[1](checkpoint(self[0], x, use_reentrant=False))
+
+
+def contrasted(callee):
+    (callee(torch.ones(2, 3)) - callee(torch.arange(6.0).view(2, 3))).square().mean().backward()
+
+
+def retained(callee):
+    loss = callee(torch.arange(6.0).view(2, 3)).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Checkpointed])
+@pytest.mark.parametrize("backward", [contrasted, retained])
+def test_a_graph_may_run_backward_several_times_before_a_step(backward, kind):
+    """What it hands over is an input that the graph, behind AOT autograd, writes to."""
+    runs = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        model, writer = kind(nn.Linear(3, 4), nn.Linear(4, 2)), MemoryWriter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchprobe.instrument(model, writer=writer, every=1):
+            callee = model if backend is None else wrapper(model, backend=backend)
+            for _ in range(3):
+                optimizer.zero_grad()
+                backward(callee)
+                optimizer.step()
+        runs.append(writer)
+    for tag in ("activation_mean/0", "activation_grad_norm/0", "grad_norm/1.weight"):
+        expected, found = (run.scalars(tag) for run in runs)
+        assert len(expected) == 3
+        assert [s for s, _ in found] == [s for s, _ in expected]
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-4), tag
 
 
 def test_the_next_backward_pass_is_counted_from_anywhere():

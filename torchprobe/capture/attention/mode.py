@@ -37,7 +37,7 @@ class AttentionMode(TorchFunctionMode):
         labels = Labelling()
         self.handwritten = Handwritten(observer, labels, Softmaxes(observer, labels))
         self._flex = False  # whether its operator was seen since
-        self._handle = operators.handle(self)
+        self.handle = operators.handle(self)
         self._within: Caller | None = None  # the multi-head attention whose steps are running
         self._steps: Function | None = None
 
@@ -65,7 +65,7 @@ class AttentionMode(TorchFunctionMode):
         if is_compiling():
             result = stack.call(func, args, kwargs)
             if func is stack.FLEX:
-                operators.unread(self._handle)
+                operators.unread(self.handle)
             return result
         if not _has_hash(func):
             return func(*args, **kwargs)

@@ -20,6 +20,7 @@ from torch.library import Library, register_fake
 
 from torchprobe.buffer.transfer import records_graph
 from torchprobe.capture.compat import hear_gradient, in_backward, last_hook, no_torch_function, skip_frames
+from torchprobe.capture.compiled.private_names import find
 from torchprobe.capture.compiled.tracing import beside
 from torchprobe.capture.gate import no_graph
 from torchprobe.statistics import fused
@@ -103,7 +104,25 @@ def listen(tensor: Tensor, function: Callable[[Any], None], hook: GradientHook |
 def _target(handle: Tensor) -> Any:
     """The object of a handle; None while the user captures a graph, of which this would become part."""
     found = None if records_graph() else _objects.get(int(handle.numpy()[0]))  # made by `handle`, in host memory
-    return None if found is None else found()
+    target = None if found is None else found()
+    if target is not None:
+        _keep_version(target.handle)
+    return target
+
+
+def _keep_version(handle: Tensor) -> None:
+    """What a graph writes back at the end of its backward pass must not fail that of another call, which saved it."""
+    running, keeper = find("torch._C:_current_autograd_node"), find("torch.autograd:_unsafe_preserve_version_counter")
+    node = None if running is None or keeper is None else running()
+    if node is None:
+        return
+    version = keeper(handle)
+
+    def restore(*_: Any) -> None:
+        hook.remove()
+        version.__exit__(None, None, None)
+
+    hook = node.register_hook(restore)
 
 
 def _forward(handle: Tensor) -> Any:

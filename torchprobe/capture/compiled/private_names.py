@@ -66,6 +66,8 @@ NAMES: Mapping[str, str] = {
     "torch._dynamo.convert_frame:register_bytecode_hook": f"{_GUARDS}; attention written out in one is not named",
     "torch._dynamo.guards:GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT": _GUARDS,
     "torch._dynamo.eval_frame:OptimizedModule": "",  # its name tells
+    "torch._C:_current_autograd_node": "",  # then a graph that is called twice for one backward pass may fail
+    "torch.autograd:_unsafe_preserve_version_counter": "",  # as the one before
     "torch._dynamo:mark_static_address": "",  # then sampled steps have a graph of their own
     "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": "nothing is recorded inside compiled graphs",
     "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (

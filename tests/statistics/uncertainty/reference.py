@@ -15,6 +15,14 @@ def entropy(p: Sequence[float]) -> float:
     return math.fsum(-x * math.log(x) for x in p if x > 0)
 
 
+def softmax(logits: Sequence[float]) -> list[float]:
+    largest = max(logits)
+    if any(math.isnan(x) for x in logits) or math.isinf(largest):
+        return [math.nan] * len(logits)
+    e = [math.exp(x - largest) for x in logits]
+    return [x / math.fsum(e) for x in e]
+
+
 def per_example(x: Tensor) -> list[list[list[float]]]:
     """(samples, ..., classes) as examples of samples of classes."""
     return x.double().movedim(0, -2).reshape(-1, len(x), x.size(-1)).tolist()

@@ -47,8 +47,10 @@ def check_count(argument: str, value: object, of: str = "steps") -> int:
 
 def check_callable(argument: str, function: Callable[..., object], takes: str, *given: str) -> None:
     """Raise TypeError unless it is a function, no class, of so many arguments. takes: what is taken, in words."""
+    if isinstance(function, type):
+        raise TypeError(f"{argument}={function!r}: takes {takes}; this is a class")
     try:
-        inspect.signature(None if isinstance(function, type) else function).bind(*given)  # type: ignore[arg-type]
+        inspect.signature(function).bind(*given)
     except TypeError as error:
         call = f"this one cannot be called with ({', '.join(given)}): {error}"
         raise TypeError(f"{argument}={function!r}: takes {takes}; {call}") from None

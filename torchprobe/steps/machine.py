@@ -120,7 +120,7 @@ class StepMachine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there: the next training pass begins a step, which is open already where the user ends steps."""
         self.skipped = int(state["skipped"])
-        self.number = self.completed = self.origin = range(2**62).index(int(state["completed"]))  # as event files hold
+        self.number = self.completed = self.origin = _counted(state["completed"])
         self.manual = bool(state["manual"])
         self.optimizer_seen = bool(state["has_optimizer"])
         self.stepped = True
@@ -131,3 +131,10 @@ class StepMachine:
         self.number += 1
         self.passes_seen = self.stepped = False
         self._by_before, self._by = self._by, []
+
+
+def _counted(steps: Any) -> int:
+    """Raises ValueError for what no run has done and no event file can hold."""
+    if not 0 <= (number := int(steps)) < 2**62:
+        raise ValueError(f"{number} completed steps")
+    return number

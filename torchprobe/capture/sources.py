@@ -29,8 +29,7 @@ from torchprobe.capture.source import Pass, Running, registered
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
 
-_COMPILED = "the model was compiled after instrument(), so that its output is inside the graph: instrument what \
-torch.compile returned"
+_COMPILED = "the model's output is inside the compiled graph: instrument what torch.compile(model) returns"
 
 
 class Sources:

@@ -151,7 +151,7 @@ class Model(nn.Module):
         return x
 
 
-def passes(how, layer=Layer, steps=5, compiled="read", make_optimizer=torch.optim.SGD):
+def passes(how, layer=Layer, steps=5, compiled="read", make_optimizer=torch.optim.SGD, weights=None):
     torch.manual_seed(2)
     torch._dynamo.reset()
     counters.clear()
@@ -165,6 +165,8 @@ def passes(how, layer=Layer, steps=5, compiled="read", make_optimizer=torch.opti
             optimizer.zero_grad()
             model(ids).square().mean().backward()
             optimizer.step()
+            if weights is not None:
+                weights.append([p.detach().clone() for p in model.parameters()])
         said = session.summary()
     return writer, str(said), counters["stats"]["unique_graphs"]
 
@@ -173,16 +175,7 @@ def passes(how, layer=Layer, steps=5, compiled="read", make_optimizer=torch.opti
 def test_it_is_what_it_is_in_eager_mode(backend):
     options = SCALAR if backend == "inductor" else None
     weights = []
-
-    class Noting(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            weights.append([p.detach().clone() for p in self.param_groups[0]["params"]])
-
-    def compiled(model):
-        model.compile(backend=backend, fullgraph=True, options=options)
-
-    found, _, graphs = passes(compiled, make_optimizer=Noting)
+    found, _, graphs = passes(lambda m: m.compile(backend=backend, fullgraph=True, options=options), weights=weights)
     expected, *_ = passes(lambda model: None, make_optimizer=following(weights, torch.optim.SGD))
     assert "attention_entropy/blocks.1" in expected.tags()
     assert_same_values(found, expected)

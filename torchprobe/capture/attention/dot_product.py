@@ -284,7 +284,7 @@ def note_places(graph: Any, node: Any, stands: Stands) -> None:
         return
     of_query, of_key = (graph.handwritten.labels.of(graph.handwritten.tape.node(one)) for one in (query, key))
     found = of_dot_product(of_query, of_key, query.size(-2), key.size(-2))
-    index = tuple(found.index.tolist()) if isinstance(found.index, np.ndarray) else None
+    index = tuple(found.index.tolist()) if isinstance(found.index, np.ndarray) else None  # numpy's, no tensor
     what = found.cross, found.unknown or isinstance(found.index, Tensor), found.open, index, found.alone
     stands.setdefault((place, query.size(-2), key.size(-2)), set()).add(what)
 
@@ -295,6 +295,6 @@ def placed(call: tuple[int, int, int], added: int, stands: Stands) -> Places:
     cross = {one[0] for one in found}
     if len(found) != 1:
         return replace(where, cross=cross.pop() if len(cross) == 1 else where.cross, unknown=where.cross and not added)
-    ((_, unknown, open, index, _),) = found
+    ((_, unknown, behind, index, _),) = found
     index = None if index is None else np.array(index)
-    return replace(where, cross=cross.pop(), unknown=unknown, open=open, index=index)
+    return replace(where, cross=cross.pop(), unknown=unknown, open=behind, index=index)

@@ -85,8 +85,8 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     entries = resolved(coordinates(batch, label.at))
     found = among(mine, theirs, size, len(columns), label.between.projected, named(entries))
     entries = resolved(_numbers(label.at, size_of(batch))) | entries
-    unknown, round = found.unknown or label.between.elsewhere, goes_round(flat, found.index, size, len(columns))
-    return replace(found, unknown=unknown, entries=entries, open=round)
+    behind = goes_round(flat, found.index, size, len(columns))
+    return replace(found, unknown=found.unknown or label.between.elsewhere, entries=entries, open=behind)
 
 
 def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
@@ -102,8 +102,8 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
     found = among(mine, theirs, queries, keys, known, named(entries))
     entries = resolved(_numbers(query.at, size_of(rows))) | entries
-    unknown, round = found.unknown or elsewhere, goes_round(key.dims[-2], found.index, queries, keys)
-    return replace(found, unknown=unknown, entries=entries, open=round)
+    behind = goes_round(key.dims[-2], found.index, queries, keys)
+    return replace(found, unknown=found.unknown or elsewhere, entries=entries, open=behind)
 
 
 def by_custom(queries: int, keys: int) -> Places:

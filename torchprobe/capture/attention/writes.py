@@ -80,7 +80,7 @@ def goes_round(dim: Dim, index: Any, queries: int, keys: int) -> bool:
     if not any(root.lowest.over or root.lowest.written for root in roots_of([dim])):
         return False
     if isinstance(index, Tensor):
-        return not index.is_cpu or int(index.numpy().max()) < keys - 1
+        return not index.is_cpu or int(index.numpy().max()) < keys - 1  # in host memory: no wait
     return (queries - 1 if index is None else int(index.max())) < keys - 1
 
 

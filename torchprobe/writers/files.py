@@ -62,7 +62,8 @@ def check_path(argument: str, path: str | os.PathLike[str]) -> None:
     """Raise ValueError for what no file system takes: a NUL character, or too many bytes in all or in one name."""
     text, longest = os.fsdecode(path), max(map(bytes_of, Path(path).parts), default=0)
     if NO_NAME.search(text) or longest > LONGEST or bytes_of(text) > LONGEST_PATH:
-        takes = f"a path without NUL and half surrogate pairs, {LONGEST} bytes a name and {LONGEST_PATH} in all"
+        sizes = f"{LONGEST} bytes a name and {LONGEST_PATH} in all"
+        takes = f"a path without NUL and half surrogate pairs, {sizes}, such as 'runs/exp1'"
         raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
 
 

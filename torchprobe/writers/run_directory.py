@@ -53,9 +53,7 @@ def open_writer(
         run = RunDirectory(run_directory(log_dir, run_name, model_name), overwrite=overwrite)
         return run, LayoutWriter(run)
     if log_dir is not None or run_name is not None or overwrite:
-        raise ValueError(
-            "writer and log_dir (or run_name, overwrite) exclude each other: a writer knows where it writes"
-        )
+        raise ValueError("writer and log_dir (run_name, overwrite) exclude each other: a writer knows where it writes")
     if hasattr(writer, "add_scalar"):
         from torchprobe.writers.summary_writer import SummaryWriterAdapter
 

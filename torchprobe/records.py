@@ -142,6 +142,8 @@ class StepSnapshot:
 
 EVIDENCE = "torchprobe/evidence/"
 """Before the tag of a number that goes to `Record.evidence`; users of evidential networks log `evidence/...`."""
+ONE_CLASS = "calibration_of_one_class"
+"""Evidence that all targets of the training predictions have been of one class of two so far."""
 
 
 class UserTag(str):

@@ -210,6 +210,41 @@ def test_predictions_that_are_handed_in_count_at_every_call_and_replace_what_was
     assert writer.scalars("val/calibration/count") == [(1, 20), (2, 20), (3, 20)]
 
 
+class Pairs(nn.Module):
+    """Skip-gram with negative sampling: scores of pairs from the corpus, and of pairs that were drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.centre, self.context = (nn.Embedding.from_pretrained(torch.randn(50, 8), False) for _ in range(2))
+
+    def forward(self, centre, context, drawn):
+        v = self.centre(centre)
+        return (v * self.context(context)).sum(-1), (self.context(drawn) * v[:, None]).sum(-1)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_positives_alone_are_judged_and_raise_no_alarm(both):
+    model, writer = Pairs(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rule = torchprobe.Overconfidence(untrained=2, gap=0.01, ece=0.01, predictions=64)
+    with watch(model, writer, rules=[rule]) as session:
+        for _ in range(6):
+            centre, context = torch.randint(0, 50, (2, 64))
+            found, drawn = model(centre, context, torch.randint(0, 50, (64, 5)))
+            y = torch.ones(64)
+            y[: 16 * both] = 0.0
+            loss = F.binary_cross_entropy_with_logits(found, y) - F.logsigmoid(-drawn).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        session.flush()
+        assert [alert.rule for alert in session.alerts] == ["overconfidence"] * both
+    accuracy = ((found > 0) == (y > 0.5)).float().mean().item()
+    assert writer.value("calibration/accuracy") == pytest.approx(accuracy)
+    confidence = torch.maximum(found.sigmoid(), 1 - found.sigmoid()).mean().item()
+    assert writer.value("calibration/confidence_gap") == pytest.approx(confidence - accuracy, abs=1e-5)
+
+
 def test_logits_that_are_handed_in_are_left_out_with_a_warning(caplog):
     model, writer = net(), MemoryWriter()
     with watch(model, writer) as session:

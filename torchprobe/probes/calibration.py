@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
 from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, Luck, added_up, by_loop, form_of, head_of
-from torchprobe.records import Histogram, Value
+from torchprobe.records import EVIDENCE as FOR_RULES
+from torchprobe.records import ONE_CLASS, Histogram, Value
 from torchprobe.statistics import calibration, intervals
 
 GIVEN, FOUND, UNJUDGED = "given", "found", "unjudged"
@@ -94,6 +95,7 @@ class CalibrationReporter(Reporter):
         self._judges = False  # some predictions were judged, so that where none are that is worth a line
         self._unread = False  # the gradient told no targets: worth a line once something else tells some in validation
         self._luck = Luck()
+        self._classes = np.zeros(2)  # targets of either class of two, as the gradient told them in training
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """Whether the model's plain output holds classes."""
@@ -135,6 +137,8 @@ class CalibrationReporter(Reporter):
             self._note(name, known[name])
             row, pictures = known[name][: len(calibration.FIELDS)], known[name][-1]
             yield from self._tags(row, by_hand=f"|{GIVEN}|" in name)
+            if self._is_of_one_class(name, row):
+                yield FOR_RULES + ONE_CLASS, 1.0
             if pictures:
                 yield from _pictures(row)
         yield from self._named(known, {output: output for output in self._outputs})
@@ -155,6 +159,13 @@ class CalibrationReporter(Reporter):
             if name is not None and not _is_open(known[name][_EVIDENCE]):
                 for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
                     yield f"calibration/{key}/{label}", value
+
+    def _is_of_one_class(self, name: str, row: NDArray[np.float64]) -> bool:
+        """Whether all targets so far are of one class of two: positives alone, where negatives are another output."""
+        if not name.endswith("|train") or f"|{GIVEN}|" in name:
+            return False
+        self._classes += row[_SCORES].reshape(2, -1).sum(1)
+        return np.count_nonzero(self._classes) == 1
 
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from torchprobe.records import Record
+from torchprobe.records import ONE_CLASS, Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, scalar, texts
 
@@ -152,7 +152,8 @@ class Overconfidence(Remembering):
 
     Reads `calibration/confidence_gap`, `calibration/ece` and `calibration/count`, and averages them by count: for the
     gap that is exact, for the ECE an upper bound. Validation (`val/…`) has an alert of its own. Left alone: the first
-    `untrained` steps of a run that trains, in which a model's confidence is that of its initialisation.
+    `untrained` steps of a run that trains, in which a model's confidence is that of its initialisation; and training
+    whose targets are all of one class of two, among which confidence and accuracy differ in a calibrated model, too.
     """
 
     gap: float = 0.1
@@ -180,7 +181,7 @@ class Overconfidence(Remembering):
     def _judge(self, record: Record, kept: dict[str, Any], prefix: str, where: str | None) -> Found:
         """None when this record does not say, or when there are too few predictions."""
         row = [scalar(record, f"{prefix}calibration/{name}") for name in ("count", "confidence_gap", "ece")]
-        if None in row:
+        if None in row or (where is None and ONE_CLASS in record.evidence):
             return None
         rows = kept[prefix] = _enough([*kept.get(prefix, []), row], self.predictions)
         count, gap, ece = _means(rows)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torchprobe.pictures import pit_chart, precision_recall_curve, reliability_diagram, risk_coverage_curve
 from torchprobe.probes.base import InValidation, Probe, Reporter
-from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, Luck, added_up, by_loop, form_of, head_of
+from torchprobe.probes.evidence import EVIDENCE, SURE, Evidence, Luck, added_up, by_loop, form_of, head_of, is_open
 from torchprobe.records import EVIDENCE as FOR_RULES
 from torchprobe.records import ONE_CLASS, Histogram, Value
 from torchprobe.statistics import calibration, intervals
@@ -28,7 +28,6 @@ _GAP_EVIDENCE = slice(len(calibration.HEADER), len(calibration.HEADER) + len(EVI
 _COUNTED = [calibration.FIELDS.index(name) for name in _COUNTS]
 _IGNORED = calibration.FIELDS.index("ignored")
 _SCORES = [i for i, name in enumerate(calibration.FIELDS) if name.startswith("scores_")]
-_FAINT = 0.01
 _NO_TARGETS = (
     "no targets were seen: the gradient at the model's output is that of no cross-entropy of it alone (soft or mixed "
     "targets, weights with smoothing, a policy, the best of several passes or outputs, the hardest examples), or may "
@@ -129,7 +128,7 @@ class CalibrationReporter(Reporter):
         name = _preferred(list(first))
         if name is not None and self.may_be_its_own(name):
             self.remark(_ITS_OWN)
-        elif name is None or _is_open(known[name][_EVIDENCE]):
+        elif name is None or is_open(known[name][_EVIDENCE]):
             self._explain(names, found, name)
         else:
             self._unread &= not name.endswith("|train")
@@ -156,7 +155,7 @@ class CalibrationReporter(Reporter):
         """Numbers of some outputs under names of their own, by output."""
         for output, label in labels.items():
             name = _preferred(list(_of_output(output, known)))
-            if name is not None and not _is_open(known[name][_EVIDENCE]):
+            if name is not None and not is_open(known[name][_EVIDENCE]):
                 for key, value in calibration.summarise(known[name][: len(calibration.FIELDS)]).items():
                     yield f"calibration/{key}/{label}", value
 
@@ -165,7 +164,7 @@ class CalibrationReporter(Reporter):
         if not name.endswith("|train") or f"|{GIVEN}|" in name:
             return False
         self._classes += row[_SCORES].reshape(2, -1).sum(1)
-        return np.count_nonzero(self._classes) == 1
+        return int(np.count_nonzero(self._classes)) == 1
 
     def may_be_its_own(self, name: str) -> bool:
         """Whether targets that the gradient alone told may be made of the predictions themselves."""
@@ -220,11 +219,6 @@ class CalibrationReporter(Reporter):
 
 def _of_output(output: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
     return {name: row for name, row in rows.items() if head_of(name) == output}
-
-
-def _is_open(evidence: NDArray[np.float64]) -> bool:
-    checked, _, faint, _ = evidence
-    return bool(faint > _FAINT * (checked + faint))
 
 
 class Coverage(Reporter):

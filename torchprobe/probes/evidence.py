@@ -18,6 +18,7 @@ SURE = ""
 
 _ENOUGH = 0.9  # of the rows; those of another loss hardly pass, those of bfloat16 nearly all do
 
+_FAINT = 0.01  # of the rows
 _TOO_LUCKY = 20.0  # nats: a chance of 2e-9
 _LUCKY, _UNSURE, _FEW = 1.0, 0.1, 4
 
@@ -73,6 +74,12 @@ class Luck:
         """Whether that is hardly chance. Of a few predictions less is enough, where each may well have been wrong."""
         unsure = self._right >= _FEW and self._nats > _UNSURE * self._right
         return (_LUCKY if unsure else _TOO_LUCKY) < self._nats < math.inf
+
+
+def is_open(columns: NDArray[np.float64]) -> bool:
+    """Whether too many rows lost their gradient, by the columns of `EVIDENCE`."""
+    checked, _, faint, _ = columns
+    return bool(faint > _FAINT * (checked + faint))
 
 
 def form_of(name: str) -> str:

@@ -21,7 +21,7 @@ from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Si
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.predictions.forms import Generators
-from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure
+from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure, sees_older_behind
 from torchprobe.statistics.attention.sources import Shape
 
 OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
@@ -120,7 +120,17 @@ class Observer:
         with no_autocast(device):
             found = measure(source, self._chosen(source, generator))
             kept = self._on_source(call.caller.name, source, generator)
-        return Reading(found, is_sampled(source, self._rows), kept)
+        reading = Reading(found, is_sampled(source, self._rows), kept)
+        where = call.places
+        if where is None or where.unknown or where.cross or not where.open:
+            return reading
+        older = sees_older_behind(source)
+        if older.is_cpu and older.numpy():  # in host memory: no wait
+            self._say_distances(call.caller.name)
+        return reading.without_distances(older)
+
+    def _say_distances(self, name: str) -> None:
+        self.uncovered.add(f"distances in {name}, where its queries stand is not known")
 
     def _chosen(self, source: Source, generator: torch.Generator) -> Rows:
         """The query rows to read: the same in all attentions of a pass that have as many."""
@@ -145,7 +155,7 @@ class Observer:
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
         if call.places is not None and (call.places.unknown or self._is_step(call, call.places)):
-            self.uncovered.add(f"distances in {name or call.caller.name}, where its queries stand is not known")
+            self._say_distances(name or call.caller.name)
             reading = reading.without_distances()
         found = reading.found
         self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)

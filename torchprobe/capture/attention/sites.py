@@ -168,10 +168,10 @@ class Reading(NamedTuple):
         rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
         return self._replace(found=Measured(rows))
 
-    def without_distances(self) -> Reading:
-        """The same, of which it is not known how far queries are from keys."""
-        rows = self.rows.clone()
-        rows[:, FIELDS.index("distance")] = torch.nan
+    def without_distances(self, where: Tensor | None = None) -> Reading:
+        """The same, of which it is not known how far queries are from keys; where: only if this bool says so."""
+        rows, column = self.rows.clone(), FIELDS.index("distance")
+        rows[:, column] = torch.nan if where is None else rows[:, column].masked_fill(where, torch.nan)
         return self._replace(found=Measured(rows))
 
 

@@ -88,6 +88,22 @@ def standing(source: Source, position: Tensor) -> Tensor:
     return position if source.places is None else source.places[position.long()].to(position.dtype)
 
 
+def sees_older_behind(source: Source) -> Tensor:
+    """Whether a query sees a key behind it that is no query's own, or queries are not in order: bool, on the device.
+
+    So it is where a cache goes round: such keys are older than all before the query.
+    """
+    index, row = (torch.arange(n, device=source.device) for n in (source.shape.keys, source.shape.queries))
+    at = (row if source.places is None else source.places)[:, None]
+    behind = (index > at) & ~(index == at).any(0)
+    if isinstance(source, QueryKey) and source.causal:
+        behind &= index <= row[:, None]
+    shown = source.mask if isinstance(source, QueryKey) else source.logits
+    if shown is not None:
+        behind = behind & (shown if shown.dtype is torch.bool else shown > NEVER_A_LOGIT)
+    return behind.any() | (at.diff(dim=0) != 1).any()
+
+
 def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:
     """From logits, or from what is added to them: (…, keys), visible above `hidden`, in part within 1 above it.
 

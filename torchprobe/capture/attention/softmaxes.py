@@ -96,7 +96,7 @@ class Softmaxes:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        added = any(map(_is_added_to, islice(changes(source), _STEPS)))
+        added = is_added_to(source)
         limit = WITH_A_MASK if added else NEVER_A_LOGIT
         x, hiding = plain(logits), _hiding(before, limit)
         x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
@@ -221,6 +221,11 @@ def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
     mask = (_mask(node) or (node,))[0]
     by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
     return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
+
+
+def is_added_to(logits: Node) -> bool:
+    """Whether something that may be a mask was added to a product on the way to a softmax."""
+    return any(map(_is_added_to, islice(changes(logits), _STEPS)))
 
 
 def _is_added_to(node: Node) -> bool:

@@ -99,6 +99,7 @@ REASONS = {
         (
             f"attention/test_{of}.py"
             for of in (
+                "caches",
                 "found",
                 "heads",
                 "masks",

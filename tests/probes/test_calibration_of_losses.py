@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchprobe
 from tests.probes.calibrated import assert_calibration, batch, net, watch
 from torchprobe.capture.predictions import forms
 from torchprobe.testing import MemoryWriter
@@ -214,3 +215,36 @@ def test_a_variance_given_to_the_loss_module_is_the_outputs_only_if_that_is_judg
     found = [value for _, value in writer.scalars("uncertainty_total/root")]
     assert found == ([pytest.approx(variance.mean().item())] if judges_it else [])
     assert len(writer.scalars("calibration/coverage_50")) == judges_it
+
+
+def by_softplus(x, y):
+    return (F.softplus(x) - y * x).mean()
+
+
+def by_poisson(x, y):
+    return F.poisson_nll_loss(x, y)
+
+
+def by_rate(x, y):
+    return F.poisson_nll_loss(x.exp(), y, log_input=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_one"),
+    [(F.binary_cross_entropy_with_logits, True), (by_softplus, True), (by_poisson, False), (by_rate, False)],
+)
+@pytest.mark.parametrize("level", [-8.0, -7.0, -5.0])
+def test_counts_are_no_classes_however_small_their_rates(level, loss, is_one):
+    torch.manual_seed(0)
+    model, writer = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)), MemoryWriter()
+    with torch.no_grad():
+        model[2].bias.fill_(level)
+        model[2].weight.mul_(2)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(4):
+            x, y = torch.randn(256, 4), (torch.rand(256, 1) < 0.1).float()
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+    assert ("calibration/ece" in writer.tags()) == is_one

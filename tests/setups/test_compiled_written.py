@@ -50,6 +50,19 @@ class ByLogarithm(Layer):
         return torch.log_softmax(scores, -1).exp()
 
 
+class ByAddition(Layer):
+    """-5,000 with a score above 0 is larger than what hides by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(LENGTH, LENGTH).masked_fill(~self.seen, -5000.0))
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-2, -1) + self.bias).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
 class ByModule(Layer):
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +205,7 @@ def each_block(model):
 
 
 @pytest.mark.parametrize("how", [eager, each_block])
-@pytest.mark.parametrize("layer", [ByFunction, ByLogarithm, ByModule, Folded])
+@pytest.mark.parametrize("layer", [ByFunction, ByLogarithm, ByAddition, ByModule, Folded])
 def test_however_it_is_written(layer, how):
     expected, *_ = passes(lambda model: None, layer, 3)
     found, _, graphs = passes(how, layer, 3)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.capture.attention.harness import record
-from tests.capture.attention.reference import assert_close, per_head
+from tests.capture.attention.passes import sdpa
+from tests.capture.attention.reference import assert_close, logits_of, per_head
 
 B, N, H, D = 3, 5, 4, 8
 
@@ -194,3 +195,110 @@ def test_keys_that_heads_share(way):
     model, x = Shared(), torch.randn(B, N, 16)
     q, k = (m(x).unflatten(-1, (-1, D)).transpose(1, 2).double() for m in (model.q, model.k))
     assert_close(record(model, x).heads["root"], per_head(q @ k.repeat_interleave(2, 1).mT))
+
+
+# ---- calls that name queries and keys
+
+
+def looped(q, k, v, mask):
+    return torch.stack([sdpa(q[:, h], k[:, h], v[:, h], mask[:, 0]) for h in range(q.size(1))], 1)
+
+
+def looped_by_groups(q, k, v, mask):
+    return torch.cat([sdpa(q[:, part], k[:, part], v[:, part], mask) for part in (slice(0, 1), slice(1, None))], 1)
+
+
+def unbound(q, k, v, mask):
+    return torch.stack([sdpa(*one, mask[:, 0]) for one in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)], 1)
+
+
+def folded(q, k, v, mask):
+    return sdpa(*(t.flatten(0, 1) for t in (q, k, v, mask.expand(*q.shape[:2], -1, -1)))).unflatten(0, q.shape[:2])
+
+
+def folded_heads_first(q, k, v, mask):
+    return folded(*(t.transpose(0, 1) for t in (q, k, v, mask.expand(*q.shape[:2], -1, -1)))).transpose(0, 1)
+
+
+def heads_before_sequences(q, k, v, mask):
+    return sdpa(*(t.transpose(0, 1) for t in (q, k, v, mask))).transpose(0, 1)
+
+
+def sliced(q, k, v, mask):
+    mask, heads = mask.expand(*q.shape[:2], -1, -1), q.size(1)
+    whole = [t.flatten(0, 1) for t in (q, k, v, mask)]
+    return torch.cat([sdpa(*one) for one in zip(*(t.split(2 * heads) for t in whole), strict=True)]).unflatten(
+        0, q.shape[:2]
+    )
+
+
+def one_sequence_each(q, k, v, mask):
+    return torch.stack([sdpa(q[i], k[i], v[i], mask[i]) for i in range(len(q))])
+
+
+def of_five_dimensions(q, k, v, mask):
+    return sdpa(*(t.unsqueeze(2) for t in (q, k, v, mask)))[:, :, 0]
+
+
+CALLS = [looped, looped_by_groups, unbound, folded, folded_heads_first, of_five_dimensions]
+ODD = [heads_before_sequences, sliced, one_sequence_each]  # where a mask does not name padding
+
+
+@pytest.mark.parametrize(
+    ("attend", "padded"), [(one, padded) for one in CALLS for padded in (False, True)] + [(one, False) for one in ODD]
+)
+def test_each_head_of_a_call_is_a_head_wherever_it_stands(attend, padded):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(12, 36)
+            self.qkv.weight.data *= torch.arange(1.0, 4.0).repeat_interleave(4).repeat(3)[:, None]
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            self.q, self.k = q, k
+            return attend(q, k, v, SEEN if padded else torch.ones_like(SEEN))
+
+    model = Model()
+    seen = record(model, torch.randn(3, 7, 12))
+    right = per_head(logits_of(model.q, model.k, mask=SEEN if padded else None), ~SEEN[:, 0, 0] if padded else None)
+    found = seen.heads["root"]
+    assert_close(found, [{name: head[name] for name in ("entropy", "max_logit", "sink", "distance")} for head in right])
+
+
+SEEN = (torch.arange(7) < torch.tensor([7, 7, 4])[:, None])[:, None, None].expand(3, 1, 7, 7)
+
+
+def test_slices_across_heads_and_sequences_are_said():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(12, 36)
+
+        def forward(self, x):
+            parts = (t.unflatten(-1, (3, 4)).transpose(1, 2).flatten(0, 1).split(2) for t in self.qkv(x).chunk(3, -1))
+            return torch.cat([sdpa(*one) for one in zip(*parts, strict=True)])
+
+    seen = record(Model(), torch.randn(3, 7, 12))
+    assert seen.heads == {}
+    assert "the attention of root, whose heads pass `split`" in seen.uncovered
+
+
+@pytest.mark.parametrize("use", ["one by one", "stacked"])
+def test_heads_whose_softmax_is_taken_one_by_one(use):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(12, 36)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            self.q, self.k = q, k
+            weights = [one.softmax(-1) for one in (q @ k.mT / 2).unbind(1)]
+            if use == "stacked":
+                return torch.stack(weights, 1) @ v
+            return [w @ one for w, one in zip(weights, v.unbind(1), strict=True)]
+
+    model = Model()
+    seen = record(model, torch.randn(3, 7, 12))
+    assert_close(seen.heads["root"], per_head(logits_of(model.q, model.k)))

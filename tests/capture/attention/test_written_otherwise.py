@@ -192,8 +192,59 @@ def test_exp_and_sum_are_a_softmax(attend):
 def test_so_they_are_of_a_single_key(attend):
     """As at the first step of a loop, whose query counts as all others do."""
     model, x = Written(attend), torch.randn(2, 1, WIDTH)
-    right = [{"rows": head["rows"], "entropy": head["entropy"]} for head in per_head(logits(model, x))]
+    right = [{name: head[name] for name in ("rows", "entropy", "max_logit")} for head in per_head(logits(model, x))]
     assert_close(record(model, x).heads["root"], right)
+
+
+def expanded(s):
+    return s - s.amax(-1, keepdim=True).expand_as(s)
+
+
+def of_all(s):
+    return s - s.max()
+
+
+def scaled_after(s):
+    return (s - s.amax(-1, keepdim=True)) * 0.5
+
+
+def clamped_after(s):
+    return (s - s.amax(-1, keepdim=True)).clamp(min=-60)
+
+
+@pytest.mark.parametrize("queries", [1, 3, LENGTH])
+@pytest.mark.parametrize("keys", [1, LENGTH])
+@pytest.mark.parametrize("shift", [expanded, of_all, scaled_after, clamped_after])
+def test_the_largest_logit_is_what_it_was_before_a_shift_or_not_written(shift, keys, queries):
+    def attend(model, q, k, v):
+        model.s = q[:, :, :queries] @ k[:, :, :keys].mT * SCALE
+        return shift(model.s).softmax(-1) @ v[:, :, :keys]
+
+    model = Written(attend)
+    found = [head.get("max_logit") for head in record(model, torch.randn(2, LENGTH, WIDTH)).heads["root"]]
+    known = shift in (expanded, of_all)
+    assert found == (pytest.approx(model.s.amax((0, 2, 3)).tolist(), abs=1e-4) if known else [None] * HEADS)
+
+
+@pytest.mark.parametrize(
+    "softmax", [lambda s: torch._softmax(s, -1, False), lambda s: torch._log_softmax(s, -1, False).exp()]
+)
+def test_a_softmax_of_another_name_is_one(softmax):
+    model, x = Written(lambda model, q, k, v: softmax(q @ k.mT * SCALE) @ v), torch.randn(2, LENGTH, WIDTH)
+    assert_close(record(model, x).heads["root"], per_head(logits(model, x)))
+
+
+def test_the_temperature_of_a_gumbel_softmax_is_no_dimension():
+    def attend(model, q, k, v):
+        weights = torch.nn.functional.gumbel_softmax(q @ k.mT * SCALE, 1)
+        model.p = weights.detach()
+        return weights @ v
+
+    model = Written(attend)
+    found = record(model, torch.randn(2, LENGTH, WIDTH)).heads["root"]
+    assert [head["entropy"] for head in found] == pytest.approx(
+        torch.special.entr(model.p).sum(-1).mean((0, 2)).tolist(), rel=1e-4
+    )
 
 
 def test_a_log_softmax_alone_is_no_attention():

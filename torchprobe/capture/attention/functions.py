@@ -26,10 +26,11 @@ def named(*names: str) -> frozenset[Function]:
     return frozenset(one for one in found if callable(one))
 
 
-SOFTMAXES = named("softmax")
-LOG_SOFTMAXES = named("log_softmax")
+SOFTMAXES = named("softmax", "_softmax", "_safe_softmax")
+LOG_SOFTMAXES = named("log_softmax", "_log_softmax")
 
-DRAWN = named("gumbel_softmax", "softmin", "_softmax")
+GUMBEL = named("gumbel_softmax")
+DRAWN = GUMBEL | named("softmin")
 """Those whose inside is not seen, and whose result are weights."""
 
 EXPONENTIALS = named("exp")
@@ -88,10 +89,10 @@ def along(node: Node) -> set[int]:
 
 
 ALONG = named(
-    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
+    *("softmin", "gumbel_softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
     *("instance_norm", "local_response_norm", "normalize", "renorm", "tril", "triu", "fill", "zero", "bernoulli"),
     *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "masked_scatter", "index_fill"),
-).union(DROPOUTS)
+).union(SOFTMAXES, LOG_SOFTMAXES, DROPOUTS)
 """What keeps the order of everything, though an element may depend on others."""
 
 REDUCTIONS = named(
@@ -150,6 +151,7 @@ NORMS = named("norm")
 
 TOPS = named("topk")
 LARGEST = named("amax")
+EXPANSIONS = named("expand", "expand_as", "broadcast_to")
 UNSQUEEZES = named("unsqueeze", "getitem")
 MULTIPLICATIONS = named("mul", "multiply")
 

@@ -11,7 +11,7 @@ import logging
 import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from torchprobe.capture.attention.layout import Arrangement
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.padding import Padding
 from torchprobe.capture.attention.sites import Caller, Reading, Sites
-from torchprobe.capture.attention.softmaxes import Softmaxes, unreadable
+from torchprobe.capture.attention.softmaxes import Softmaxes, is_added_to, unreadable
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.capture.compiled import operators
@@ -41,10 +41,11 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to read the input of a softmax; refused: why not, where it is an attention and cannot be read."""
+    """How to read the input of a softmax; refused: why not, where it is an attention. masked: as in `Logits`."""
 
     arranged: Arrangement | None
     refused: str | None = None
+    masked: bool = False
 
 
 class Followed:
@@ -184,7 +185,7 @@ class Found:
         """Weights are used with values."""
         planned = cast("_Planned", reading)
         refused = planned.plan.refused or (None if name == planned.owner else _ELSEWHERE)
-        self.plans[id(planned.logits)] = Plan(planned.plan.arranged, refused), name
+        self.plans[id(planned.logits)] = replace(planned.plan, refused=refused), name
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ class Planning(Softmaxes):
 
     def _read(self, logits: Tensor, source: Node, arranged: Arrangement, call: Call) -> Reading:
         caller = self._observer.owners.caller()
-        plan = Plan(arranged, unreadable(source, arranged))
+        plan = Plan(arranged, unreadable(source, arranged), is_added_to(source))
         return cast("Reading", _Planned(plan, logits, caller.name if caller else ""))
 
     def _unusual(self, x: Tensor | None) -> str | None:
@@ -212,8 +213,7 @@ class Planning(Softmaxes):
 
     def of_call(self, node: Node, x: Tensor, out: bool) -> Flow | None:
         """What it found is remembered: it may be used in a way that cannot be read."""
-        flow = super().of_call(node, x, out)
-        if flow is not None:
+        if flow := super().of_call(node, x, out):
             self.met.append((x, flow.first, node))
         return flow
 

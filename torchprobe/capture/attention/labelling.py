@@ -160,6 +160,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     at: dict[Root, int] = {}
     order = (1, 0) if const[0] else (0, 1)
     features = {root for i in (0, 1) for root in _summed(product, labels, i) if not const[i] and root.side is None}
+    features = features if len(features) == 1 else set()  # of several it was a patch, not the width of heads
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)

@@ -51,6 +51,11 @@ class Root:
         """What it is outside of all products."""
         return self if self.under is None else self.under.lowest
 
+    @property
+    def may_be_tokens(self) -> bool:
+        """Whether it was taken for heads, as a layer summed over the rest of it: patches of a series are like them."""
+        return self.learned and self.made is None and self.under is None and not self.parts
+
     def on(self, side: int, const: bool) -> Root:
         """The same in the left or the right factor of products, which may be a parameter."""
         if side not in self.sides:

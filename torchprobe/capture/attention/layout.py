@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.capture.attention.labels import Dim, Indices, Label, Part, Root, roots_of, size_of
+from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Part, Root, roots_of, size_of
 from torchprobe.capture.attention.places import Axis, Places, Roles, coordinates, of_factors, places, resolved
-from torchprobe.statistics import dtypes
+from torchprobe.capture.attention.sites import Features, told_apart
 from torchprobe.statistics.attention.keys import NEVER_A_LOGIT
 from torchprobe.statistics.dtypes import moved
 
@@ -32,23 +32,6 @@ def by_name(parameters: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[st
 def plain(tensor: Tensor) -> Tensor:
     """The same storage without a graph and without a subclass of the user's."""
     return tensor.detach().as_subclass(Tensor)
-
-
-def unusual(*tensors: Tensor | None) -> str | None:
-    """Why statistics of these tensors cannot be computed, or None."""
-    return next((reason for tensor in tensors if tensor is not None and (reason := _unusual(tensor))), None)
-
-
-def _unusual(tensor: Tensor) -> str | None:
-    if tensor.is_nested:
-        return "nested tensors"
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and type(tensor) not in dtypes.PLAIN:
-        return f"tensors of type {type(tensor).__name__}"
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        return "sparse or meta tensors"
-    if not tensor.dtype.is_floating_point and tensor.dtype is not torch.bool:
-        return f"tensors of {tensor.dtype}"
-    return None
 
 
 def by_head(tensor: Tensor, heads: int | None) -> Tensor:
@@ -238,12 +221,31 @@ def _arranged(label: Label, shape: tuple[int, ...], roles: Roles, columns: Colum
 def _who(label: Label, heads: list[Axis]) -> tuple[Hashable, ...]:
     """Of each head, where it is among the features of all: other calls may have the others."""
     dim = tuple(axis.factor for axis in heads)
-    many = size_of(dim)
-    pinned = {root: np.full(many, value) for root, value in label.at.items()}
+    found = told_apart(_features(dim, label), size_of(dim))
+    return tuple(range(size_of(dim))) if found is None else found
+
+
+def heads_of_call(query: Label, key: Label) -> tuple[Hashable, ...] | None:
+    """The same of queries and keys (…, tokens, width) that a call names; None where it is not known."""
+    dims = [tuple(f for dim in each.dims[:-2] for f in dim if is_head(f)) for each in (query, key)]
+    found: Features = []
+    many = size_of(dims[0])
+    for side, (dim, label) in enumerate(zip(dims, (query, key), strict=True)):
+        if size_of(dim) in (1, many):  # else heads share keys
+            found += [(side, made, np.broadcast_to(at, many)) for _, made, at in _features(dim, label)]
+    return told_apart(found, many) if found else None
+
+
+def is_head(digit: Factor) -> bool:
+    """Whether a digit before tokens and width counts heads, as far as is known."""
+    return digit.root is not None and digit.root.learned and not digit.root.may_be_tokens
+
+
+def _features(dim: Dim, label: Label) -> Features:
+    """At each index, where among the features that parameters made it is."""
+    pinned = {root: np.full(size_of(dim), value) for root, value in label.at.items()}
     values = of_factors(pinned | coordinates(dim, label.at))
-    columns = [(root.side, root.lowest.made, at) for root, at in values.items() if root.lowest.made is not None]
-    who = [frozenset((side, made, int(at[i])) for side, made, at in columns if at[i] >= 0) for i in range(many)]
-    return tuple(who) if len({*who}) == many else tuple(range(many))
+    return [(root.side, root.lowest.made, at) for root, at in values.items() if root.lowest.made is not None]
 
 
 Columns = tuple[Indices | None, Indices, Indices]

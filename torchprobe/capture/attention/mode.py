@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +17,12 @@ from torchprobe.capture.attention import dot_product, multi_head, stack
 from torchprobe.capture.attention.functions import ITERATIONS
 from torchprobe.capture.attention.handwritten import Handwritten
 from torchprobe.capture.attention.labelling import Labelling
-from torchprobe.capture.attention.layout import by_name
+from torchprobe.capture.attention.labels import Label, roots_of
+from torchprobe.capture.attention.layout import by_name, heads_of_call, is_head
 from torchprobe.capture.attention.observer import Call, Observer
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Caller
 from torchprobe.capture.attention.softmaxes import Softmaxes
-from torchprobe.capture.attention.tape import Args, Function, Kwargs
+from torchprobe.capture.attention.tape import Args, Function, Kwargs, is_plain
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.capture.compiled import operators
 from torchprobe.statistics.attention import QueryKey
@@ -113,9 +116,17 @@ class AttentionMode(TorchFunctionMode):
         if caller is INSIDE_GRAPH or self._observer.refuses(caller, *tensors) or caller is None:
             return
         source = self._observer.source(caller, source_of)
-        if source is not None:
-            where = self.handwritten.places(tensors[0], tensors[1], source.shape)
-            self._observer.record_source(Call(caller, where.cross, where), source)
+        if source is None:
+            return
+        query, key = tensors[:2]
+        where, who = self.handwritten.places(query, key, source.shape), None
+        if is_plain(query) and is_plain(key) and min(query.dim(), key.dim()) > 1:
+            of_query, of_key = (self.handwritten.labels.of(self.handwritten.tape.node(one)) for one in (query, key))
+            source, who = _by_heads(source, of_query), heads_of_call(of_query, of_key)
+            if lost := next((root.lost for root in roots_of(of_query.dims[:-2]) if root.lost), None):
+                self._observer.uncovered.add(f"the attention of {caller.name}, whose heads pass `{lost}`")
+                self._observer.sites.refuse(caller.name, caller.path)
+        self._observer.record_source(Call(caller, where.cross, where), source, who)
 
     # ---- nn.MultiheadAttention
 
@@ -156,6 +167,26 @@ class AttentionMode(TorchFunctionMode):
         finally:
             stack.remove(self)
             self._within = None
+
+
+def _by_heads(source: QueryKey, query: Label) -> QueryKey:
+    """With heads in their dimension, where the data flow tells that they are elsewhere, or folded into the batch."""
+    digits = [digit for dim in query.dims[:-2] for digit in dim]
+    heads, shape = [i for i, digit in enumerate(digits) if is_head(digit)], source.shape
+    sizes, many = [digit.size for digit in digits], math.prod(digits[i].size for i in heads)
+    order = [i for i in range(len(sizes)) if i not in heads] + heads
+    stand = order == sorted(order) and many == shape.heads
+    if stand or many == 1 or math.prod(sizes) != shape.batch * shape.heads or source.group > 1:
+        return source
+
+    def moved(x: Tensor) -> Tensor:
+        x = x.flatten(0, 1).unflatten(0, sizes).permute(*order, len(sizes), len(sizes) + 1)
+        return x.reshape(-1, many, *x.shape[-2:])
+
+    mask = source.mask
+    if mask is not None and math.prod(mask.shape[:-2]) > 1:
+        mask = moved(mask.expand(shape.batch, shape.heads, -1, -1))
+    return replace(source, query=moved(source.query), key=moved(source.key), mask=mask)
 
 
 def _has_hash(func: Any) -> bool:

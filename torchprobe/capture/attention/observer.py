@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.capture.attention import stack
-from torchprobe.capture.attention.layout import alike, blocked, plain, unusual
+from torchprobe.capture.attention.layout import alike, blocked, plain
 from torchprobe.capture.attention.padding import Padding
 from torchprobe.capture.attention.places import Places
 from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Sites
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.predictions.forms import Generators
-from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure
+from torchprobe.statistics import dtypes
+from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure, sees_older_behind
 from torchprobe.statistics.attention.sources import Shape
 
 OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
@@ -120,7 +121,17 @@ class Observer:
         with no_autocast(device):
             found = measure(source, self._chosen(source, generator))
             kept = self._on_source(call.caller.name, source, generator)
-        return Reading(found, is_sampled(source, self._rows), kept)
+        reading = Reading(found, is_sampled(source, self._rows), kept)
+        where = call.places
+        if where is None or where.unknown or where.cross or not where.open:
+            return reading
+        older = sees_older_behind(source)
+        if older.is_cpu and older.numpy():  # in host memory: no wait
+            self._say_distances(call.caller.name)
+        return reading.without_distances(older)
+
+    def _say_distances(self, name: str) -> None:
+        self.uncovered.add(f"distances in {name}, where its queries stand is not known")
 
     def _chosen(self, source: Source, generator: torch.Generator) -> Rows:
         """The query rows to read: the same in all attentions of a pass that have as many."""
@@ -129,8 +140,8 @@ class Observer:
             self._choices[key] = choose(source, self._rows, generator)
         return self._choices[key]
 
-    def record_source(self, call: Call, source: QueryKey) -> None:
-        """Read a call and add it to its site."""
+    def record_source(self, call: Call, source: QueryKey, who: tuple[Hashable, ...] | None = None) -> None:
+        """Read a call and add it to its site. who: which of the module's heads it has, where that is known."""
         if (where := call.places) is not None:
             if where.open and source.mask is None and not source.causal:
                 call = replace(call, places=replace(where, unknown=True))
@@ -140,12 +151,13 @@ class Observer:
                 self.padding.hold_against(where, plain(source.mask))
             padding = self.padding.of(where, source.shape.batch, source.shape.queries)
             source = replace(source, padding=padding, places=where.on(source.device))
-        self.record(call, self.read(call, source))
+        known = who is not None and len(who) == source.shape.heads
+        self.record(call, self.read(call, source)._replace(who=who if known else None))
 
     def record(self, call: Call, reading: Reading, name: str | None = None) -> None:
         """Add a reading to its site; name: of the module, if not the caller's."""
         if call.places is not None and (call.places.unknown or self._is_step(call, call.places)):
-            self.uncovered.add(f"distances in {name or call.caller.name}, where its queries stand is not known")
+            self._say_distances(name or call.caller.name)
             reading = reading.without_distances()
         found = reading.found
         self.sites.add(Site(name or call.caller.name, call.caller.path, call.cross, found.heads, found.device), reading)
@@ -159,6 +171,23 @@ class Observer:
         self.sites.finish()
         self.padding.clear()
         self._choices.clear()
+
+
+def unusual(*tensors: Tensor | None) -> str | None:
+    """Why statistics of these tensors cannot be computed, or None."""
+    return next((reason for tensor in tensors if tensor is not None and (reason := _unusual(tensor))), None)
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    if tensor.is_nested:
+        return "nested tensors"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and type(tensor) not in dtypes.PLAIN:
+        return f"tensors of type {type(tensor).__name__}"
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return "sparse or meta tensors"
+    if not tensor.dtype.is_floating_point and tensor.dtype is not torch.bool:
+        return f"tensors of {tensor.dtype}"
+    return None
 
 
 def _hidden(mask: Tensor, shape: Shape) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, differ, roots_of, size_of
-from torchprobe.capture.attention.writes import goes_round
+from torchprobe.capture.attention.writes import goes_round, leaves_out
 from torchprobe.statistics.dtypes import moved
 
 
@@ -85,7 +85,7 @@ def places(label: Label, roles: Roles, side: int, columns: Indices) -> Places:
     entries = resolved(coordinates(batch, label.at))
     found = among(mine, theirs, size, len(columns), label.between.projected, named(entries))
     entries = resolved(_numbers(label.at, size_of(batch))) | entries
-    behind = goes_round(flat, found.index, size, len(columns))
+    behind = goes_round(flat, theirs, found.index, size)
     return replace(found, unknown=found.unknown or label.between.elsewhere, entries=entries, open=behind)
 
 
@@ -102,7 +102,7 @@ def of_dot_product(query: Label, key: Label, queries: int, keys: int) -> Places:
     elsewhere = differ(*(label.dims[len(label.dims) - 2 - len(shared) : -2] for label in (query, key)))
     found = among(mine, theirs, queries, keys, known, named(entries))
     entries = resolved(_numbers(query.at, size_of(rows))) | entries
-    behind = goes_round(key.dims[-2], found.index, queries, keys)
+    behind = goes_round(key.dims[-2], theirs, found.index, queries)
     return replace(found, unknown=found.unknown or elsewhere, entries=entries, open=behind)
 
 
@@ -138,11 +138,10 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     found = _matched([queries[root] for root in common], [keys[root] for root in common], length)
     index: Indices | Tensor | None = _where_written(queries, keys) if found is None else found
     others = size != length or named(queries) != named(keys)
-    related = _are_related(queries, keys, {one for one, _ in batch})
+    related = _are_related(queries, keys, {one for one, _ in batch}) or any(root.may_be_tokens for root in keys)
     cross = index is None and (known or size != length) and (others or not related)
     of_queries = next(iter(moving)) if len(moving := _moving(queries)) == 1 else None
-    beside = index is None and others and related
-    if beside:
+    if beside := index is None and others and related:
         cross, index = False, _after_the_first(queries, keys)
     elif cross and of_queries is not None and size > 1 and (np.diff(queries[of_queries]) == 1).all():
         index = queries[of_queries] if queries[of_queries][0] >= 0 else None
@@ -153,7 +152,8 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     of_keys |= {also: np.arange(length)} if also else {}
     one = {(id(root), int(value[0])) for root, value in queries.items() if not root.learned and len(value)}
     alone = frozenset({*one, *((id(root), 0) for root, _ in batch)}) if cross and size == 1 < length else None
-    return Places(cross, index, of, of_keys, joined, beside and index is None and length > 1, alone=alone)
+    lost = (beside and index is None and length > 1) or (found is not None and others and leaves_out(keys))
+    return Places(cross, index, of, of_keys, joined, lost, alone=alone)
 
 
 def _are_related(queries: Values, keys: Values, batch: set[Root]) -> bool:

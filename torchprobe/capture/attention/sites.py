@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ReferenceType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
@@ -168,10 +170,10 @@ class Reading(NamedTuple):
         rows[:, MAX_LOGIT] = other.rows[:, MAX_LOGIT] if other is not None and known else -torch.inf
         return self._replace(found=Measured(rows))
 
-    def without_distances(self) -> Reading:
-        """The same, of which it is not known how far queries are from keys."""
-        rows = self.rows.clone()
-        rows[:, FIELDS.index("distance")] = torch.nan
+    def without_distances(self, where: Tensor | None = None) -> Reading:
+        """The same, of which it is not known how far queries are from keys; where: only if this bool says so."""
+        rows, column = self.rows.clone(), FIELDS.index("distance")
+        rows[:, column] = torch.nan if where is None else rows[:, column].masked_fill(where, torch.nan)
         return self._replace(found=Measured(rows))
 
 
@@ -191,13 +193,32 @@ def _joined(a: Reading | None, b: Reading) -> Reading:
     return Reading(Measured(combine(a.rows, b.rows)), a.sampled or b.sampled, kept, a.who)
 
 
+Features: TypeAlias = "list[tuple[int | None, Hashable, NDArray[np.int64]]]"
+"""Of heads, where among features they are: on which side of the product, of which parameters, and at which index."""
+
+
+def told_apart(features: Features, many: int) -> tuple[Hashable, ...] | None:
+    """Of each head, where it is; None where two are at one place."""
+    found = [_place([(side, made, int(at[i])) for side, made, at in features if at[i] >= 0]) for i in range(many)]
+    return tuple(found) if len({*found}) == many else None
+
+
+def _place(features: list[tuple[int | None, Hashable, int]]) -> Hashable:
+    """Where one head is: features that both factors share are counted from where theirs begin."""
+    own, shared = {one for one in features if one[0] is not None}, dict[Hashable, int]()
+    for side, made, at in features:
+        if side is None:
+            begin = max((start for _, by, start in own if by == made and start <= at), default=0)
+            shared[made] = max(shared.get(made, 0), at - begin)
+    return frozenset([*own, *((None, made, at) for made, at in shared.items())])
+
+
 def _are_same(a: Hashable, b: Hashable) -> bool:
     """Whether calls have the same heads, of which one may know less, as where parameters are the queries."""
     if not (isinstance(a, tuple) and isinstance(b, tuple)) or len(a) != len(b):
         return a == b
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, frozenset) and isinstance(y, frozenset)]
-    sided = [tuple({one for one in each if one[0] is not None} or each for each in pair) for pair in pairs]
-    return all(x <= y or y <= x for x, y in sided)
+    return all(x <= y or y <= x for x, y in pairs)
 
 
 def _whole(parts: list[Reading]) -> Reading:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.labelling import Labelling
 from torchprobe.capture.attention.labels import Label, leaves
-from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain, unusual
-from torchprobe.capture.attention.observer import Call, Observer
+from torchprobe.capture.attention.layout import Arrangement, Refused, alike, arrangement, blocked, plain
+from torchprobe.capture.attention.observer import Call, Observer, unusual
 from torchprobe.capture.attention.sites import INSIDE_GRAPH, Reading
 from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Kind, Pending, changes, meets_scores
@@ -43,7 +43,7 @@ class Softmaxes:
         kind: Kind = "logarithms" if func in fn.LOG_SOFTMAXES else "weights"
         axis = node.argument(1, "dim")
         if func in fn.DRAWN:
-            axis = node.kwargs.get("dim", axis if isinstance(axis, int) and len(node.args) > 1 else -1)
+            axis = node.argument(4, "dim", -1) if func in fn.GUMBEL else -1 if axis is None else axis
             return self._pending(source, None, axis, kind)
         if func in fn.POWERS:
             return self._pending(source, None, -1, "exponentials")
@@ -96,7 +96,7 @@ class Softmaxes:
         heads, before = call.caller.heads, _steps(source)
         for hidden in _masks(before, source, arranged):
             self._observer.padding.note(arranged.places, hidden)
-        added = any(map(_is_added_to, islice(changes(source), _STEPS)))
+        added = is_added_to(source)
         limit = WITH_A_MASK if added else NEVER_A_LOGIT
         x, hiding = plain(logits), _hiding(before, limit)
         x = x if hiding is None else x.masked_fill(x <= hiding, -torch.inf)
@@ -104,12 +104,14 @@ class Softmaxes:
         if any(_is_of_queries(node, arranged) for node in before):
             self._observer.padding.note(arranged.places, alike(blocked(given, limit)))
         self._observer.padding.hold_against(arranged.places, given, limit)
-        taken = [arranged.by_row(plain(shift), heads) for shift in shifts(before, source)]
-        shift = sum(taken[1:], taken[0]) if taken else None
+        taken = [each if each is None else arranged.by_row(plain(each), heads) for each in shifts(before, source)]
+        known = [each for each in taken if each is not None]
+        shift = sum(known[1:], known[0]) if known else None
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
         of = Logits(given, padding, arranged.places.on(given.device), shift, sinks, masked=added)
-        return self._observer.read(call, of)._replace(who=arranged.who)
+        reading = self._observer.read(call, of)._replace(who=arranged.who)
+        return reading.with_logits_of(None) if len(known) < len(taken) else reading
 
     def read_weights(self, weights: Tensor, source: Node, axis: int, flow: Flow) -> Reading | str:
         """The statistic of weights as they are used; or why there is none."""
@@ -135,15 +137,19 @@ def _steps(logits: Node) -> list[Node]:
     return list(islice(changes(logits, logits.shape), _STEPS))
 
 
-def shifts(before: list[Node], source: Node) -> Iterator[Tensor]:
-    """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum."""
+def shifts(before: list[Node], source: Node) -> Iterator[Tensor | None]:
+    """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum; None
+    where it cannot be put on again."""
+    moved = False
     for node in before:
-        if node.func in fn.DIFFERENCES:
-            taken = node.args[1] if len(node.args) > 1 else None
-            if isinstance(taken, Node) and taken.small is not None and _is_of_row(taken, source):
-                yield taken.small.expand(*source.shape[:-1], 1)
-        elif node.func not in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES:
-            return
+        taken = node.args[1] if node.func in fn.DIFFERENCES and len(node.args) > 1 else None
+        while isinstance(taken, Node) and taken.func in fn.EXPANSIONS:
+            taken = taken.inputs[0]
+        if isinstance(taken, Node) and _is_of_row(taken, source):
+            known = taken.small is not None and not moved
+            yield taken.small.expand(*source.shape[:-1], 1) if known else None  # type: ignore[union-attr]
+        kept = fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES | fn.DIFFERENCES
+        moved = moved or node.func not in kept
 
 
 def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:
@@ -215,6 +221,11 @@ def _is_of_queries(node: Node, arranged: Arrangement) -> bool:
     mask = (_mask(node) or (node,))[0]
     by_sequence = mask is not node and mask.dims == node.dims and mask.shape[0] > 1 and mask.memory.strides[0] != 0
     return by_sequence and (not arranged.is_plain_batch or any(n > 1 for n in mask.shape[1:-1]))
+
+
+def is_added_to(logits: Node) -> bool:
+    """Whether something that may be a mask was added to a product on the way to a softmax."""
+    return any(map(_is_added_to, islice(changes(logits), _STEPS)))
 
 
 def _is_added_to(node: Node) -> bool:

@@ -75,7 +75,7 @@ class Node:
     @property
     def is_logits(self) -> bool:
         """Whether both factors of a product of activations are still told apart in it, as far as is worked out."""
-        return self.label is not None and bool(self.label.sides)
+        return self.label is not None and (bool(self.label.sides) or self.label.between is not None)  # of one each
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """One of the call."""

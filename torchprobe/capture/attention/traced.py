@@ -85,19 +85,19 @@ class Owner(Inert):
             observer.sites.refuse(self._name, self._caller(place).path)
         else:
             with observer.guard():
-                self._read(logits, plan.arranged, place)
+                self._read(logits, plan.arranged, plan.masked, place)
                 observer.finish()
 
     def _caller(self, place: int) -> Caller:
         return Caller(self._name, (("compiled", "softmax", place),), self._heads)
 
-    def _read(self, logits: Tensor, arranged: Arrangement, place: int) -> None:
+    def _read(self, logits: Tensor, arranged: Arrangement, masked: bool, place: int) -> None:
         caller = self._caller(place)
         if self._observer.refuses(caller, logits):
             return
         given, others = arranged.split(arranged.by_head(plain(logits), self._heads))
         sinks = None if others is None else others.float().logsumexp(-1, keepdim=True)
-        source = Logits(given, None, arranged.places.on(given.device), None, sinks)
+        source = Logits(given, None, arranged.places.on(given.device), None, sinks, masked=masked)
         call = Call(caller, arranged.places.cross, arranged.places)
         self._observer.record(call, self._observer.read(call, source))
 

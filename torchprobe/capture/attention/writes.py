@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
-from torchprobe.capture.attention.joins import along, beside, sliced, spliced
-from torchprobe.capture.attention.labels import Dim, Factor, Label, Root, Written, roots_of
+from torchprobe.capture.attention.joins import along, beside, is_expanded, sliced, spliced
+from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, Written, roots_of, size_of
 from torchprobe.capture.attention.tape import Node
 
 
@@ -66,22 +67,47 @@ def chosen(node: Node, inputs: tuple[Node, ...], label: Label | None) -> Label |
     dims, at = list(label.dims), dict(label.at)
     for axis, size in enumerate(node.shape):
         varies = node.dims - axis <= len(shape) and shape[axis - node.dims] == size > 1
-        if varies and any(one.shape[axis] == 1 and not one.const for one in values):
+        if varies and any((one.shape[axis] == 1 or _is_same(one, axis)) and not one.const for one in values):
             root = Root(picked=frozenset(root for root in of if not root.learned))
             dims[axis], at[root] = (Factor(root, 1, size),), 0
     return Label(tuple(dims), at, label.between)
 
 
-def goes_round(dim: Dim, index: Any, queries: int, keys: int) -> bool:
+def _is_same(node: Node, axis: int) -> bool:
+    """Whether all indices of a dimension hold one token."""
+    return node.label is not None and is_expanded(node.label.dims[axis])
+
+
+def goes_round(dim: Dim, keys: Mapping[Root, Indices], index: Any, queries: int) -> bool:
     """Whether keys from before stand behind queries that were written among them: older ones, where a cache goes round.
 
-    dim: of the keys. index: of a key for each query, None for the same.
+    dim: of the keys, keys: what they count. index: of a key for each query, None for the same.
     """
-    if not any(root.lowest.over or root.lowest.written for root in roots_of([dim])):
+    between = (np.diff(at, prepend=-1) for at, _ in _one_by_one(keys))  # -1: others may come before the first
+    steps = (np.diff(counted, prepend=-1) for _, counted in _one_by_one(keys))
+    written = any(((gaps > 1) & (gaps == each)).any() for gaps, each in zip(between, steps, strict=True))
+    if not written and not any(root.lowest.over or root.lowest.written for root in roots_of([dim])):
         return False
     if isinstance(index, Tensor):
-        return not index.is_cpu or int(index.numpy().max()) < keys - 1  # in host memory: no wait
-    return (queries - 1 if index is None else int(index.max())) < keys - 1
+        if not index.is_cpu:
+            return True
+        index = index.numpy()  # in host memory: no wait
+    own, many = np.arange(queries) if index is None else index, size_of(dim)
+    return bool((np.diff(own) != 1).any()) or len(np.setdiff1d(np.arange(own.min(initial=many), many), own)) > 0
+
+
+def leaves_out(keys: Mapping[Root, Indices]) -> bool:
+    """Whether keys side by side were further apart, or in another order, in what they were taken from."""
+    steps = [(np.diff(at), abs(np.diff(counted))) for at, counted in _one_by_one(keys) if len(at) > 1]
+    return any((each > gaps * each.min()).any() for gaps, each in steps)
+
+
+def _one_by_one(keys: Mapping[Root, Indices]) -> Iterator[tuple[Indices, Indices]]:
+    """Of what keys count that no two have alike: which keys have it, and which of it."""
+    for root, values in keys.items():
+        at = np.flatnonzero(values >= 0)
+        if len(at) and not root.learned and len(np.unique(values[at])) == len(at):
+            yield at, values[at]
 
 
 def _at_places(node: Node, label: Label, axis: int, where: Node) -> Label | None:

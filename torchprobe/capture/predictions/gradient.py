@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, IGNORED, Form, Predicted, known
+from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, IGNORED, Form, Predicted, are_counts, known
 from torchprobe.statistics.dtypes import row_dtype
 
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
@@ -288,6 +288,7 @@ def _elements(rows: _Rows, kind: str) -> _Found:
     distance = distance.nan_to_num(0.0, 0.0, 0.0)
     allowed = rows.tolerance * (g.abs() + 0.01)
     agreed, factor = torch.zeros_like(rows.alive), torch.zeros_like(g)
+    counts = are_counts(g, yes / no, rows.alive & ~positive, yes) & (kind == "sigmoid")
     for side in (positive, rows.alive & ~positive):
         d = distance * side
         of_side = (d * g).sum() / d.square().sum()
@@ -296,4 +297,4 @@ def _elements(rows: _Rows, kind: str) -> _Found:
         agreed |= side & tells & (of_side > 0) & ((g - of_side * d).abs() <= allowed)
         factor = torch.where(side, of_side * size, factor)
     sure = torch.maximum(no, yes) > _SURE
-    return _Found(positive.long(), agreed & (rows.alive.sum() >= FEW_ROWS), factor, sure)
+    return _Found(positive.long(), agreed & ~counts & (rows.alive.sum() >= FEW_ROWS), factor, sure)

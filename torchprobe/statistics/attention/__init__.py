@@ -7,6 +7,7 @@ far they are), `blocks` (the logits), `heads` (the statistic, and the picture), 
 """
 
 from torchprobe.statistics.attention.heads import attention_map, combine, compute, measure, summarise
+from torchprobe.statistics.attention.keys import sees_older_behind
 from torchprobe.statistics.attention.rows import Rows, choose, is_sampled
 from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 from torchprobe.statistics.attention.sums import FIELDS, MAX_LOGIT, Measured, finish
@@ -26,5 +27,6 @@ __all__ = [
     "finish",
     "is_sampled",
     "measure",
+    "sees_older_behind",
     "summarise",
 ]

@@ -86,7 +86,7 @@ def blocks(source: Source, rows: Rows, workspace: Workspace) -> Iterator[Block]:
 def _given(source: Logits, rows: Rows, same_rows: list[Tile], size: int) -> Iterator[Block]:
     first, keys = same_rows[0], source.shape.keys
     position = visibility.standing(source, _position(source, rows, first))
-    hidden = visibility.WITH_A_MASK if source.masked else visibility.NEVER_A_LOGIT
+    hidden = visibility.limit(source)
     remembered = _memory(source, rows, first)
 
     def far(start: int, stop: int) -> Distances:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.attention.rows import Rows, Tile
-from torchprobe.statistics.attention.sources import QueryKey, Source
+from torchprobe.statistics.attention.sources import Logits, QueryKey, Source
 
 HIDDEN = -1e30
 """Added to the logit of a key that is not visible: finite, so that no inf - inf makes a NaN of it."""
@@ -86,6 +86,27 @@ def by_position(source: Source, rows: Rows) -> Tensor | None:
 def standing(source: Source, position: Tensor) -> Tensor:
     """Where queries of these indices stand among the keys: floating, of the same shape."""
     return position if source.places is None else source.places[position.long()].to(position.dtype)
+
+
+def limit(source: Logits) -> float:
+    """At or below which a logit hides its key."""
+    return WITH_A_MASK if source.masked else NEVER_A_LOGIT
+
+
+def sees_older_behind(source: Source) -> Tensor:
+    """Whether a query sees a key behind it that is no query's own, or queries are not in order: bool, on the device.
+
+    So it is where a cache goes round: such keys are older than all before the query.
+    """
+    index, row = (torch.arange(n, device=source.device) for n in (source.shape.keys, source.shape.queries))
+    at = (row if source.places is None else source.places)[:, None]
+    behind = (index > at) & ~(index == at).any(0)
+    if isinstance(source, QueryKey) and source.causal:
+        behind &= index <= row[:, None]
+    shown, hidden = (source.mask, NEVER_A_LOGIT) if isinstance(source, QueryKey) else (source.logits, limit(source))
+    if shown is not None:
+        behind = behind & (shown if shown.dtype is torch.bool else shown > hidden)
+    return behind.any() | (at.diff(dim=0) != 1).any()
 
 
 def of_values(values: Tensor, hidden: float = NEVER_A_LOGIT) -> Visible:

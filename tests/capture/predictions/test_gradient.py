@@ -145,6 +145,26 @@ def test_binary_cross_entropy_by_the_sign(seed, spread, dtype, weight):
     assert bool(((targets == y[:, 0]) | (targets == IGNORED)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("yes", [True, False])
+def test_the_only_row_of_its_class_counts(yes, spread, dtype):
+    z, _ = drawn(5, 1, spread, dtype)
+    y = torch.full((ROWS, 1), float(not yes))
+    y[7] = float(yes)
+    found = recovered(z, F.binary_cross_entropy_with_logits(z, y.to(dtype)), BINARY)
+    assert found.targets[7] == yes
+    assert bool(((found.targets == y[:, 0]) | (found.targets == IGNORED)).all())
+
+
+def test_the_only_row_of_its_class_with_a_weight_of_its_own_is_not_known():
+    z, _ = drawn(5, 1, 1.0)
+    y = torch.zeros(ROWS, 1)
+    y[7] = 1.0
+    loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=torch.tensor(3.0))
+    assert recovered(z, loss, BINARY).targets[7] == IGNORED
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_left_out(bad):
     z, y = drawn(0, 6, 1.0)

@@ -225,7 +225,15 @@ def are_counts(g: Tensor, rate: Tensor, side: Tensor, p: Tensor) -> Tensor:
     for x in (rate.nan_to_num(0.0, 0.0, 0.0) * side, p * side):
         slope = (x * g).sum() / x.square().sum()
         misses.append(((g - slope * x) * side).square().sum())
-    return misses[0] < misses[1] / 4
+    rounding = 1e-12 * (g * side).square().sum()  # all that there is of one row
+    return misses[0] + rounding < misses[1] / 4
+
+
+def line_of(g: Tensor, distance: Tensor, side: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What gradients of one class of two are of their distances, and whether these differ: else any equal ones do."""
+    d = distance * side
+    spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
+    return side, (d * g).sum() / d.square().sum(), spread > tolerance * d.abs().amax()
 
 
 def _of_member(rows: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:

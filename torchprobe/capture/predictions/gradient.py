@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, IGNORED, Form, Predicted, are_counts, known
+from torchprobe.capture.predictions import forms
+from torchprobe.capture.predictions.forms import FEW_CLASSES, FEW_ROWS, IGNORED, Form, Predicted, known
 from torchprobe.statistics.dtypes import row_dtype
 
 _ENOUGH_CLASSES, _ENOUGH_ELEMENTS = 64, 2**14
@@ -288,13 +289,11 @@ def _elements(rows: _Rows, kind: str) -> _Found:
     distance = distance.nan_to_num(0.0, 0.0, 0.0)
     allowed = rows.tolerance * (g.abs() + 0.01)
     agreed, factor = torch.zeros_like(rows.alive), torch.zeros_like(g)
-    counts = are_counts(g, yes / no, rows.alive & ~positive, yes) & (kind == "sigmoid")
-    for side in (positive, rows.alive & ~positive):
-        d = distance * side
-        of_side = (d * g).sum() / d.square().sum()
-        spread = d.abs().amax() - torch.where(side, d.abs(), torch.inf).amin()
-        tells = spread > rows.tolerance * d.abs().amax()  # else any equal gradients would do
-        agreed |= side & tells & (of_side > 0) & ((g - of_side * d).abs() <= allowed)
+    counts = forms.are_counts(g, yes / no, rows.alive & ~positive, yes) & (kind == "sigmoid")
+    lines = [forms.line_of(g, distance, side, rows.tolerance) for side in (positive, rows.alive & ~positive)]
+    for (side, of_side, tells), (_, of_other, fits) in zip(lines, lines[::-1], strict=True):
+        tells = tells | (fits & ((of_side - of_other).abs() <= rows.tolerance * of_other))  # as a side of one row
+        agreed |= side & tells & (of_side > 0) & ((g - of_side * distance).abs() <= allowed)
         factor = torch.where(side, of_side * size, factor)
     sure = torch.maximum(no, yes) > _SURE
     return _Found(positive.long(), agreed & ~counts & (rows.alive.sum() >= FEW_ROWS), factor, sure)

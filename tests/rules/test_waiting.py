@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import torchprobe
 from torchprobe.records import Record
 
@@ -61,3 +63,22 @@ def test_what_is_done_in_sampled_steps_alone_makes_no_run_wait():
 
 def test_steps_that_a_coarse_clock_cannot_tell_are_no_measure():
     assert not fired_of(of_steps(dict.fromkeys(range(2, 111), 0.04), seconds=0.0))
+
+
+def test_a_run_near_the_limit_does_not_come_and_go():
+    of = Random(0)
+    times = [(0.1, 0.1 * of.gauss(share, 0.05)) for share in (0.36, 0.28, 0.36, 0.28) for _ in range(50)]
+    fired = fired_of(times)
+    assert fired == [*range(fired[0], 201)]
+    assert not set(fired_of([*times, *[(0.1, 0.015)] * 50])) & {*range(208, 251)}
+    assert not fired_of([(0.1, 0.1 * of.gauss(0.25, 0.02)) for _ in range(200)])
+
+
+def test_no_wait_is_said_to_be_longer_than_its_step():
+    """Two of three steps are fast: what is usual is no measure of the one that waits, and is timed."""
+    rule = torchprobe.InputBound().watcher()
+    times = [(0.1,), (0.1,), (0.9, 0.85)] * 20
+    found = [rule(timed(step, *one)) or [] for step, one in enumerate(times, 1)]
+    [alert] = found[-1]
+    assert "0.85 s of a step of 0.9 s" in alert.message
+    assert 0.3 < alert.value < 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Any, ClassVar
 
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, scalar
 
+_STILL = 2 / 3  # of a limit, above which what was said holds
 _WAIT, _STEP = "performance/input_wait_seconds", "performance/step_seconds"
 
 
@@ -71,7 +72,7 @@ class InputBound(Remembering):
     Source: the input wait of TraceML. Three quarters of the last `samples` sampled waits have to be above it, each less
     what its step took more than the median of the last `window` steps: what is done every hundredth step alone, such as
     a checkpoint, a stall now and then and a cold start make no run wait. Silent below `least` seconds, and before
-    there are `samples`.
+    there are `samples`. Once said it holds above two thirds of `share`, lest it come and go.
     """
 
     share: float = 0.3
@@ -94,15 +95,19 @@ class InputBound(Remembering):
         if step is None or wait is None:
             return None
         kept["waits"] = [*kept.get("waits", ()), [wait, step]][-self.samples :]
-        return self._judge(record.step, kept["waits"], median(kept["steps"]))
+        found = self._judge(record.step, kept["waits"], median(kept["steps"]), bool(kept.get("holds")))
+        kept["holds"] = bool(found)
+        return found
 
-    def _judge(self, step: int, waits: list[Any], usual: float) -> Found:
+    def _judge(self, step: int, waits: list[Any], usual: float, holds: bool) -> Found:
         wait = sorted(waited - max(0.0, took - usual) for waited, took in waits)[len(waits) // 4]
-        if len(waits) < self.samples or not usual or not wait > max(self.share * usual, self.least):
+        limit = max((_STILL if holds else 1.0) * self.share * usual, self.least)
+        if len(waits) < self.samples or not usual or not wait > limit:
             return []
-        seen = median(waited for waited, _ in waits)  # what is judged leaves out stalls, and says too little
-        message = f"{seen:.3g} s of a step of {usual:.3g} s pass before its forward pass begins"
-        return [self.alert(step, None, seen / usual, self.share, message)]
+        # The wait with its own step: it may be longer than the usual one.
+        share, seen, whole = median_low((waited / max(took, waited), waited, took) for waited, took in waits)
+        message = f"{seen:.3g} s of a step of {whole:.3g} s pass before its forward pass begins"
+        return [self.alert(step, None, share, self.share, message)]
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,11 @@ def last_error() -> BaseException | None:
 
 
 def state_after(error: BaseException | None) -> Text:
-    """`finished`, or `crashed: ` and the exception in one line."""
+    """`finished`, `interrupted` by Ctrl-C, or `crashed: ` and the exception in one line."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return Text("finished")
+    if isinstance(error, KeyboardInterrupt):
+        return Text("interrupted")
     return Text(f"crashed: {' '.join(''.join(traceback.format_exception_only(error)).split())[:_LONGEST]}")
 
 

@@ -267,7 +267,7 @@ class Session(Logs, SamplingCalls, Shown):
         return root
 
     def _leave(self, error: BaseException | None, outcome: Text) -> None:
-        self._sink.failed = error is not None
+        self._sink.failed = error is not None and outcome != state_after(None)
         self._watch.crashed(error)
         self._outcome = outcome
 

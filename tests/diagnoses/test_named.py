@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from torch import nn
 
 import torchprobe
+from tests.diagnoses.recipes import adam, classify
 from tests.diagnoses.sick import REMARKS, SICK
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.testing import MemoryWriter
@@ -88,3 +91,45 @@ def calls_of_a_step(branches):
 def test_an_input_of_many_modules_is_looked_for_among_new_outputs_alone():
     few, some, many = (calls_of_a_step(number) for number in (20, 40, 80))
     assert many - some <= 2.2 * (some - few)
+
+
+class Skipping(nn.Module):
+    """Residual blocks that are skipped at random, the last of them more often: stochastic depth."""
+
+    def __init__(self, *rates):
+        super().__init__()
+        self.rates, self.random, self.head = rates, Random(0), nn.Linear(64, 10)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in rates)
+
+    def forward(self, x):
+        for block, rate in zip(self.blocks, self.rates, strict=True):
+            x = x if self.random.random() < rate else x + block(x)
+        return self.head(x)
+
+
+def skipping(steps, *rates, later=None):
+    """The summary of a run in which rates are others after step 10."""
+    model = Skipping(*rates)
+    turns = count(1)
+
+    def turn():
+        model.rates = later if later and next(turns) >= 10 else model.rates
+
+    watch = lambda model: torchprobe.instrument(model, writer=MemoryWriter(), every=1)  # noqa: E731
+    session = classify(watch, model, adam(model), steps, after=turn)
+    session.detach()
+    return session.summary()
+
+
+def test_parts_that_are_skipped_at_random_are_used():
+    assert "unused_parameters" not in skipping(60, 0.2, 0.3, 0.5)
+
+
+def test_a_part_that_is_never_used_beside_those_is_named():
+    said = skipping(40, 0.2, 0.5, 1.0)
+    assert said.count("unused_parameters") == 1
+    assert "at blocks.2.0.weight to blocks.2.0.bias" in said
+
+
+def test_a_part_that_is_not_used_any_more_is_named():
+    assert "unused_parameters, step 16 at blocks.1.0.weight" in skipping(25, 0.0, 0.0, later=(0.0, 1.0))

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import torchprobe
 from tests import warm
 from tests.reports.conftest import write_run
 from torchprobe.cli import main
@@ -50,7 +52,7 @@ def told(folder: Path, capsys) -> dict:
     ("end", "state", "exception"),
     [
         ("raise ValueError('batch\\n_17_')", "crashed", "ValueError: batch _17_"),
-        ("raise KeyboardInterrupt", "crashed", "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", "interrupted", None),
         ("try: 1 / 0\nexcept ZeroDivisionError: pass", "finished", None),
         ("#worker\nraise ValueError('batch')", "ended", None),
     ],
@@ -60,10 +62,36 @@ def test_a_script_without_with_or_detach(tmp_path, capsys, end, state, exception
     folder = run(tmp_path, end)
     found = told(folder, capsys)
     assert (found["state"], found["exception"], found["steps"]) == (state, exception, 20)
-    assert len(found["flight_recordings"]) == (state == "crashed" and exception != "KeyboardInterrupt")
+    assert len(found["flight_recordings"]) == (state == "crashed")
     main(["report", str(folder)])
     said = capsys.readouterr().out
     assert (f"Crashed at step 20: {exception}" in said.replace("\n", " ")) == (state == "crashed")
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "exception"),
+    [
+        (KeyboardInterrupt(), "interrupted", None),
+        (SystemExit(0), "finished", None),
+        (SystemExit(3), "crashed", "SystemExit: 3"),
+        (SystemExit("no data"), "crashed", "SystemExit: no data"),
+    ],
+    ids=["Ctrl-C", "exit", "exit with an error", "exit with words"],
+)
+def test_what_leaves_a_with_block(tmp_path, capsys, error, state, exception):
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+    def fail():
+        with torchprobe.instrument(model, log_dir=tmp_path / "run"):
+            model(torch.randn(8, 8)).sum().backward()
+            optimizer.step()
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    found = told(tmp_path / "run", capsys)
+    assert (found["state"], found["exception"]) == (state, exception)
 
 
 def test_a_killed_run_is_running_until_it_has_been_silent_for_long(tmp_path, capsys, monkeypatch):

@@ -80,18 +80,27 @@ def test_the_page_shows_hparams_final_metrics_and_success(tmp_path, page):
     assert 0 < session_pb.start_time_secs <= session_pb.end_time_secs
 
 
-def test_an_exception_in_the_block_is_a_failure_and_stays_the_users(tmp_path, page):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ZeroDivisionError(), api_pb2.STATUS_FAILURE),
+        (KeyboardInterrupt(), api_pb2.STATUS_FAILURE),
+        (SystemExit(1), api_pb2.STATUS_FAILURE),
+        (SystemExit(0), api_pb2.STATUS_SUCCESS),
+    ],
+)
+def test_what_leaves_the_block_is_a_failure_or_an_exit_and_stays_the_users(tmp_path, page, error, status):
     model = mlp()
 
     def fail():
         with torchprobe.instrument(model, log_dir=tmp_path / "run", hparams=HPARAMS) as session:
             train(session, model)
-            raise ZeroDivisionError
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         fail()
     _, (group,) = page()
-    assert group.sessions[0].status == api_pb2.STATUS_FAILURE
+    assert group.sessions[0].status == status
 
 
 def test_runs_of_different_hparams_are_rows_of_one_table(tmp_path, page):

@@ -159,7 +159,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     parts = [f"{counted(summary['steps'], 'steps')} in {f'{seconds:.0f}' if seconds >= 10 else f'{seconds:.2g}'} s"]
     if summary["probe_overhead"] is not None:
         parts.append(f"{summary['probe_overhead']:.1%} of the time in probes")
-    parts += [summary["state"]] if summary.get("state") in ("running", "finished", "ended") else []
+    parts += [summary["state"]] if summary.get("state") in ("running", "finished", "interrupted", "ended") else []
     parts += [counted(count, name.replace("_", " ")) for name, count in summary["counts"].items() if count]
     return ", ".join(parts)
 

@@ -29,7 +29,7 @@ _STEPS = 6  # of an alert, named one by one
 _STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}  # of a verdict
 _INDENTED, _INDENTED_TWICE = (0, 0, 0, 1), (0, 0, 0, 4)
 _TEXTS = ("what", "where", "tag", "better is")  # columns of what a verdict stands on
-_OVER = ("finished", "crashed", "killed", "ended", "stopped recording")
+_OVER = ("finished", "interrupted", "crashed", "killed", "ended", "stopped recording")
 
 
 @group()

@@ -101,8 +101,9 @@ class Watch:
         own = replace(record, groups=groups, values=dict(record.values))  # a rule may change what it gets
         alerts = self._without_remarks(self._ask(rules, record.step, own)) if rules else []
         announced, self._announced = self._announced, None
-        shown = {**(announced() if announced else {}), **(self._act(alerts) if alerts else self._count(record))}
-        record = replace(record, values={**record.values, **shown}) if shown else record
+        first = announced() if announced else {}  # of a run of one step, which ends in its first record, its end counts
+        shown = self._act(alerts) if alerts else self._count(record)
+        record = replace(record, values={**first, **record.values, **shown}) if first or shown else record
         self._tell(lambda follower: follower.follow(record, alerts))
         return record
 

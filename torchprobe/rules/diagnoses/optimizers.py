@@ -8,6 +8,7 @@ from typing import Any
 from torchprobe.records import Record
 from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, lasting
 
+_CHANCE = 1e-6  # of a parameter that is used now and then to get no gradient in so many samples
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
 
 
@@ -60,7 +61,11 @@ class DetachedParameters(Diagnosis):
 
 @dataclass(frozen=True)
 class UnusedParameters(Diagnosis):
-    """Held parameters that get no gradient in a way that may be meant: a head that is not used, a frozen backbone."""
+    """Held parameters that get no gradient in a way that may be meant: a head that is not used, a frozen backbone.
+
+    Where some have one now and then, as under stochastic depth, it takes so many samples running that by their share of
+    samples without one it is no chance.
+    """
 
     name = "unused_parameters"
     serious = False
@@ -75,7 +80,26 @@ class UnusedParameters(Diagnosis):
         """All reasons but a cut graph; or an optimizer that has found nothing in any sample, while others do."""
         some = {name: why for name, why in evidence(record, self.fact).items() if why <= _NO_GRAD}
         never = _never(record, kept, 1.0, self.samples)
-        return self.said(record.step, lasting(kept.setdefault("some", {}), some, self.samples) | never)
+        if not some and not evidence(record, "empty_step"):  # no step that tells
+            return self.said(record.step, never)
+        samples = kept["samples"] = kept.get("samples", 0) + 1
+        gone = kept.setdefault("gone", {})  # by name: samples without a gradient, running and in all
+        for name in {**gone, **some}:
+            running, whole = gone.get(name, (0, 0))
+            gone[name] = (running + 1, whole + 1) if name in some else (0, whole)
+        shares = {name: _share_before(samples, *one) for name, one in gone.items() if one[1] < samples}
+        others = max(shares.values(), default=0.0)  # what is known of one that never had a gradient
+        ill = {
+            name: why
+            for name, why in some.items()
+            if gone[name][0] >= self.samples and shares.get(name, others) ** gone[name][0] < _CHANCE
+        }
+        return self.said(record.step, ill | never)
+
+
+def _share_before(samples: int, running: int, whole: int) -> float:
+    """Of the samples before the last `running` ones the share without a gradient, which may well be a bit larger."""
+    return float((whole - running + 1) / (samples - running + 2))
 
 
 def _never(record: Record, kept: dict[str, Any], kind: float, samples: int) -> dict[str, float]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import torchprobe
-from tests.diagnoses.recipes import adam, classify
+from tests.diagnoses.data import batches, digits
+from tests.diagnoses.recipes import adam, classify, mlp
 from tests.diagnoses.sick import REMARKS, SICK
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.testing import MemoryWriter
@@ -133,3 +134,23 @@ def test_a_part_that_is_never_used_beside_those_is_named():
 
 def test_a_part_that_is_not_used_any_more_is_named():
     assert "unused_parameters, step 16 at blocks.1.0.weight" in skipping(25, 0.0, 0.0, later=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("when", ["before", "in between"])
+def test_parameters_that_loading_replaced_are_said_to_be_held_by_nobody(when):
+    model = mlp()
+    optimizer = adam(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if when == "before":
+        model.load_state_dict(state, assign=True)
+    session = torchprobe.instrument(model, writer=MemoryWriter(), every=2)
+    for step, (x, y) in enumerate(batches(*digits(), steps=20), 1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if step == 8 and when == "in between":
+            model.load_state_dict(state, assign=True)
+    session.detach()
+    rule = "nothing_captured" if when == "before" else "unoptimized_parameters"
+    told = [alert for alert in session.alerts if alert.rule == rule and "load_state_dict(assign=True)" in alert.message]
+    assert "Parameters" in [alert.where for alert in told] if when == "before" else len(told) == 1

@@ -13,7 +13,10 @@ from torchprobe.records import EVIDENCE, OfTags, Record, Text, UserTag, Value, i
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
-_NOT_HELD = "no torch.optim optimizer held a parameter of the model that include= and exclude= leave"
+_NOT_HELD = (
+    "no torch.optim optimizer held a parameter of the model that include= and exclude= leave; one made before its "
+    "parameters were replaced, as load_state_dict(assign=True) does, holds the old ones"
+)
 
 _REASONS = {
     "outputs": "no chosen module ran with a floating-point output; look at include= and exclude=",

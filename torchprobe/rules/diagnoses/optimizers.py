@@ -33,8 +33,13 @@ class UnoptimizedParameters(Diagnosis):
             still[name] = mark, (count + 1 if last == mark else 1)
         ill = {name: 0.0 for name in values if still[name][1] >= self.samples}
         strangers = sum(evidence(record, "strangers").values())
-        more = f"; the optimizer holds {strangers:g} parameters that are not the model's" if strangers else ""
-        return self.said(record.step, ill, self.message + (", as after a layer is replaced" + more if more else ""))
+        message = self.message
+        if strangers:
+            message += (
+                ", as after a layer is replaced or load_state_dict(assign=True); the optimizer holds "
+                f"{strangers:g} parameters that are not the model's"
+            )
+        return self.said(record.step, ill, message)
 
 
 @dataclass(frozen=True)

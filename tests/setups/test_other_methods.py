@@ -216,3 +216,16 @@ def test_parts_inside_of_a_fused_encoder_get_no_hook_that_stays():
             optimizer.step()
             optimizer.zero_grad()
         assert not any(m._forward_hooks for m in model.encoder.modules())
+
+
+def test_in_evaluation_mode_the_reason_why_nothing_is_seen_is_named():
+    model, writer = Encoder().eval(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1, probes=[torchprobe.Activations()]) as session:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model.decode(model.encode(torch.randn(5, 6))).square().mean().backward()
+            optimizer.step()
+    said = [alert.message for alert in session.alerts if alert.rule == "nothing_captured"]
+    assert said
+    assert all("the model is in evaluation mode and is not called by its forward" in message for message in said)

@@ -24,6 +24,11 @@ from torchprobe.steps.steps import Steps
 
 _log = logging.getLogger("torchprobe")
 
+_IN_EVALUATION = (
+    "the model is in evaluation mode and is not called by its forward: what other methods of it call is seen in "
+    "training mode alone, after model.train()"
+)
+
 
 class Recorder:
     """Follows the optimizers' steps, and puts what the user logs where it belongs."""
@@ -112,6 +117,11 @@ class Recorder:
             self._passes.gradients.listen()
         if not self._said_unheard:
             self._say_unheard()
+        model = self._sources.model()
+        if model is not None and not model.training:
+            for reporter in self._steps.current.due:
+                if reporter.source in ("outputs", "output_gradients"):
+                    reporter.explain(_IN_EVALUATION)
 
     def _say_unheard(self) -> None:
         """An optimizer steps, and no forward pass was heard of: some classes call themselves without hooks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import gc
 import pstats
 from itertools import count
 from pathlib import Path
@@ -82,10 +83,15 @@ class Branches(nn.Module):
 def calls_of_a_step(branches):
     model = Branches(branches)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchprobe.instrument(model, writer=MemoryWriter(), probes=[torchprobe.Diagnosis(every=1)], rules=[]):
-        with cProfile.Profile() as profile:
-            model(torch.ones(2, 4)).square().mean().backward()
-        optimizer.step()
+    gc.collect()
+    gc.disable()  # what ends meanwhile calls, too
+    try:
+        with torchprobe.instrument(model, writer=MemoryWriter(), probes=[torchprobe.Diagnosis(every=1)], rules=[]):
+            with cProfile.Profile() as profile:
+                model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+    finally:
+        gc.enable()
     return pstats.Stats(profile).total_calls
 
 
@@ -123,7 +129,7 @@ def skipping(steps, *rates, later=None):
 
 
 def test_parts_that_are_skipped_at_random_are_used():
-    assert "unused_parameters" not in skipping(60, 0.2, 0.3, 0.5)
+    assert "unused_parameters" not in skipping(60, 0.2, 0.3, 0.4)
 
 
 def test_a_part_that_is_never_used_beside_those_is_named():

@@ -23,6 +23,13 @@ COMPILERS_WARNINGS = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # which Dynamo hides by itself, unless it is an error
 ]
+OLDER = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="what this torch can is in test_compiled_older.py",
+)
+NEEDS_GRADIENTS = pytest.mark.skipif(
+    not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"
+)
 _UNSEEN = ("dead_units/", *(() if TRACES_GRADIENT_HOOKS else ("activation_grad_norm/",)))
 _OF_OUTPUTS = ("calibration", "uncertainty", "overview/ece")  # of an output inside the graph: not seen
 _OF_BACKWARD = ("overview/grad_norm_unclipped", "overview/clipped_fraction", "overview/alerts", "alerts")

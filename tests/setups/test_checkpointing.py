@@ -14,6 +14,7 @@ import torchprobe
 from tests.models import Transformer
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
+    NEEDS_GRADIENTS,
     Trained,
     assert_same_values,
     assert_same_weights,
@@ -23,7 +24,6 @@ from tests.setups.compiled import (
     wrapper,
 )
 from torchprobe.capture.attention.observer import Observer
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 
 pytestmark = COMPILERS_WARNINGS
 STEPS, MICRO_BATCHES = 2, 2
@@ -93,13 +93,8 @@ def run(compiled: Any, model: Transformer, probed: bool = True) -> Trained:
     return train(compiled, model=model, backend=backend, steps=STEPS, probed=probed, **WATCHED)
 
 
-traces_gradients = pytest.mark.skipif(
-    not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"
-)
-
-
 @pytest.mark.parametrize(
-    "compiled", [pytest.param(bare, id="eager"), pytest.param(wrapper, id="compiled", marks=traces_gradients)]
+    "compiled", [pytest.param(bare, id="eager"), pytest.param(wrapper, id="compiled", marks=NEEDS_GRADIENTS)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_module_once_for_each_micro_batch_and_the_same_numbers(kind, compiled, monkeypatch):

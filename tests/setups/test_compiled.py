@@ -9,12 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.utils import counters
 
 import torchprobe
 from tests.models import Transformer, inputs
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
+    NEEDS_GRADIENTS,
+    OLDER,
     WAYS,
     Counting,
     Slim,
@@ -32,14 +35,9 @@ from tests.setups.compiled import (
     wrapper,
 )
 from tests.setups.matrix import SCALAR
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
-pytestmark = [
-    # What is promised there is tested in test_compiled_older.py.
-    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"),
-    *COMPILERS_WARNINGS,
-]
+pytestmark = [OLDER, *COMPILERS_WARNINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +61,7 @@ def eager(make: Callable[[int], Transformer], layers: int = 1) -> Trained:
     return train(bare, model=make(layers))
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize(("way", "layers"), [(way, 1 if way in (method, forward, function) else 2) for way in WAYS])
 def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs(way, layers):
     found, expected = train(way, model=made(layers)), eager(made, layers)
@@ -73,12 +72,14 @@ def test_each_way_of_compiling_gives_every_value_of_an_eager_run_from_two_graphs
     assert_same_weights(found.model, expected.model)
 
 
+@NEEDS_GRADIENTS
 def test_instrument_may_come_after_compiling_and_take_its_result():
     found = train(wrapper, model=slim(), when="wrapped")
     assert_same_values(found.writer, eager(slim).writer)
     assert found.graphs[-1] == 2
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize(("way", "layers"), [(wrapper, 1), (each_block, 2)])
 def test_instrument_may_come_after_the_first_compiled_call_which_is_said_once(way, layers, caplog):
     found = train(way, model=slim(layers), when="late")
@@ -95,6 +96,7 @@ def test_a_compiled_function_that_was_called_before_is_noticed_after_one_step(ca
     assert "compiled before torchprobe watched it" in caplog.text
 
 
+@NEEDS_GRADIENTS
 def test_behind_aot_autograd_values_are_those_of_eager_and_weights_bitwise_those_of_the_bare_compiled_run():
     found, plain = (train(wrapper, model=made(), backend="aot_eager", probed=probed) for probed in (True, False))
     assert_same_values(found.writer, twin(found, model=made()).writer)
@@ -114,6 +116,7 @@ def test_inductor_gives_the_values_of_eager_in_its_other_modes(mode):
     assert_same_values(found.writer, twin(found, model=slim()).writer)
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize("probe", [torchprobe.Attention, torchprobe.Activations])
 def test_a_single_probe_needs_no_more_graphs_and_may_come_late(probe, caplog):
     options = {"model": Slim(), "probes": [probe()], "every": 2, "steps": 4}
@@ -157,6 +160,7 @@ def test_probes_with_cadences_of_their_own_and_validation_need_no_further_graph(
     assert len(counting.graphs) == 4, "a sampled and a plain one, for training and for validation"
 
 
+@NEEDS_GRADIENTS
 def test_dynamic_shapes():
     model, counting = Slim(), Counting()
     twin, writers = copy.deepcopy(model), (MemoryWriter(), MemoryWriter())
@@ -204,3 +208,23 @@ def test_lbfgs_over_a_compiled_model():
             optimizer.step(closure)
     assert [s for s, _ in writer.scalars("attention_entropy/blocks.0.attention")] == [1, 2, 4]
     assert len(counting.graphs) == 2
+
+
+def test_outputs_may_be_changed_in_place():
+    def trained(watched: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layers = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Dropout(0.1, inplace=True), nn.Linear(4, 2)
+        model = nn.Sequential(*layers)
+        session = torchprobe.instrument(model, writer=MemoryWriter(), every=1) if watched else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        callee = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(3):
+            callee(torch.randn(3, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if session is not None:
+            session.detach()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(map(torch.equal, trained(True), trained(False)))

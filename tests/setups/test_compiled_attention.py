@@ -11,17 +11,14 @@ from torch._dynamo.utils import counters
 import torchprobe
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
+    NEEDS_GRADIENTS,
+    OLDER,
     assert_same_values,
 )
 from torchprobe.capture.attention import dot_product
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
-pytestmark = [
-    # What is promised there is tested in test_compiled_older.py.
-    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"),
-    *COMPILERS_WARNINGS,
-]
+pytestmark = [OLDER, *COMPILERS_WARNINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +26,7 @@ def fresh_counters():
     counters.clear()
 
 
+@NEEDS_GRADIENTS
 def test_multi_head_attention_and_padding_in_a_compiled_model():
     def passes(compiled: bool) -> MemoryWriter:
         torch.manual_seed(2)

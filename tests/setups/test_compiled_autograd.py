@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 import torchprobe
 from tests.clocks import TIMED
-from tests.setups.compiled import COMPILERS_WARNINGS
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
+from tests.setups.compiled import COMPILERS_WARNINGS, NEEDS_GRADIENTS, OLDER
 from torchprobe.testing import MemoryWriter
 
 compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
@@ -99,7 +98,7 @@ def values(writer: MemoryWriter) -> dict[tuple[str, int], float]:
     return {(tag, step): value for tag in tags for step, value in writer.scalars(tag)}
 
 
-@pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="not promised for this torch")
+@OLDER
 def test_a_compiled_backward_pass_has_no_break_and_loses_nothing():
     way = "around backward()"
     eager, bare, watched = train("eager", EVERY), train(way, None), train(way, EVERY)
@@ -111,7 +110,7 @@ def test_a_compiled_backward_pass_has_no_break_and_loses_nothing():
     assert {tag for tag, _ in expected} > {"overview/loss", "activation_grad_norm/cell", "calibration/ece"}
 
 
-@pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them")
+@NEEDS_GRADIENTS
 def test_a_step_that_is_compiled_with_its_backward_pass_has_no_more_breaks():
     way = "as configured"
     eager, bare, watched = train("eager", 1), train(way, None), train(way, 1)

@@ -15,6 +15,8 @@ import torchprobe
 from tests.models import inputs
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
+    NEEDS_GRADIENTS,
+    OLDER,
     Counting,
     Slim,
     assert_same_weights,
@@ -26,15 +28,10 @@ from tests.setups.compiled import (
     wrapper,
 )
 from tests.setups.matrix import SCALAR
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.capture.parameter_hooks import number_of_backward
 from torchprobe.testing import MemoryWriter
 
-pytestmark = [
-    # What is promised there is tested in test_compiled_older.py.
-    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="graphs of this torch take no hooks of tensors inside them"),
-    *COMPILERS_WARNINGS,
-]
+pytestmark = [OLDER, *COMPILERS_WARNINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +98,7 @@ def test_sessions_may_follow_each_other_on_one_compiled_model(caplog):
     assert len(counting.graphs) <= 3 * rounds
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_step_may_begin_inside_a_graph(backend, caplog):
     """Whose operators Inductor runs below autograd. Of a module of torch's own the graph is the whole."""
@@ -133,6 +131,7 @@ def retained(callee):
     loss.backward()
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize("kind", [nn.Sequential, Checkpointed])
 @pytest.mark.parametrize("backward", [contrasted, retained])
 def test_a_graph_may_run_backward_several_times_before_a_step(backward, kind):

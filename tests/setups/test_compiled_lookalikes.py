@@ -19,6 +19,8 @@ import torchprobe
 from tests.models import Transformer, inputs
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
+    NEEDS_GRADIENTS,
+    OLDER,
     Callee,
     Counting,
     Slim,
@@ -31,14 +33,9 @@ from tests.setups.compiled import (
     wrapper,
 )
 from torchprobe.capture.compiled.graphs import GraphGuards
-from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.testing import MemoryWriter
 
-pytestmark = [
-    # Values and weights are the same there; graphs are counted as later ones make them.
-    pytest.mark.skipif(not TRACES_GRADIENT_HOOKS, reason="this torch makes other graphs"),
-    *COMPILERS_WARNINGS,
-]
+pytestmark = [OLDER, *COMPILERS_WARNINGS]
 
 
 @dataclass
@@ -80,6 +77,7 @@ def assert_same(found: Pair, expected: Pair, output_inside: bool = False) -> Non
         assert_same_weights(found.models[at], expected.models[at])
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["watched first", "watched second"])
 @pytest.mark.parametrize("way", [wrapper, each_block, function])
 def test_one_of_two_models_is_watched(way, order, caplog):
@@ -101,6 +99,7 @@ def test_one_of_two_models_is_watched_by_a_single_probe(way, probe):
     assert found.writers[0].tags()
 
 
+@NEEDS_GRADIENTS
 @pytest.mark.parametrize("way", [wrapper, function])
 def test_both_are_watched_and_the_sessions_keep_apart(way):
     found = train_in_turn(way, watched=(0, 1))

@@ -224,8 +224,10 @@ def account_of_trace() -> Any:
     """In a hook, Dynamo's account of the frame that it compiles, which it does not hand to its hooks."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" and "output" in frame.f_locals:
-            return frame.f_locals["output"]
+        if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
+            found = frame.f_locals.get("output") or getattr(frame.f_locals.get("tracer_output"), "output_graph", None)
+            if found is not None:
+                return found
         frame = frame.f_back
     return None
 

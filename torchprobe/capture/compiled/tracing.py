@@ -25,7 +25,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _log = logging.getLogger("torchprobe")
 
-TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 DYNAMO_SWITCH = "torch._C:_dynamo.eval_frame.set_eval_frame"
 _WITH_BODY = ("tag_activation_checkpoint", "invoke_subgraph")
@@ -139,7 +139,7 @@ def _say_no_device_graphs() -> None:
 
 @constant
 def gradient_hooks_trace() -> bool:
-    """Whether a graph takes hooks of tensors inside it. Before torch 2.11 they break it."""
+    """Whether graphs take hooks on tensors. Until 2.10 they break, until 2.12 the tensor may not change in place."""
     if not TRACES_GRADIENT_HOOKS:
         _say_once()
     return TRACES_GRADIENT_HOOKS
@@ -147,7 +147,7 @@ def gradient_hooks_trace() -> bool:
 
 @functools.cache
 def _say_once() -> None:
-    _log.warning("activation gradients inside compiled graphs need torch 2.11, this is %s", torch.__version__)
+    _log.warning("activation gradients inside compiled graphs need torch 2.13, this is %s", torch.__version__)
 
 
 @constant

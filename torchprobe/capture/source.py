@@ -170,6 +170,11 @@ class Running:
         """That of the last forward pass."""
         return self._thread
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether graphs run, and no pass of the whole model was heard of."""
+        return self.compiled and not self._thread
+
     def leave(self) -> Pass | None:
         """The forward pass of this thread is over: which it was."""
         passing = self.passing

@@ -93,8 +93,9 @@ class Sources:
     def _open(
         self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
     ) -> None:
-        self._opened = (bool(due), due_in_validation)
-        self.running.follow(self._of_passes(due), self._of_passes(due_in_validation, attention=False))
+        running, tells = self.running, self.running.compiled and may_trace  # tells whether passes come
+        self._opened = (bool(due) or tells, due_in_validation)
+        running.follow(tells or self._of_passes(due), self._of_passes(due_in_validation, attention=False))
         self.parameters.open()
         self.predictions.end_step()
         self.predictions.open(step, due)

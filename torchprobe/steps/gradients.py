@@ -20,6 +20,8 @@ from torchprobe.steps.backward import Backward
 from torchprobe.steps.steps import Steps
 from torchprobe.steps.waiting import Waiting
 
+_FIRST = 16  # steps in which those are not counted as listened in whose graphs are sampled
+
 
 class Gradients:
     """Hears each backward pass begin and end; what becomes of its gradients is `waiting`'s.
@@ -174,7 +176,10 @@ class Gradients:
     def listen(self) -> None:
         """Backward passes are to be heard at parameters, too."""
         if self._parameter_hooks.hooked or not (self.compiled or compiles_backward()):
+            running, clock = self._sources.running, self._steps.clock
             elsewhere = self._steps.by_methods and self._sources.armed
+            if running.in_parts and clock.completed < clock.origin + _FIRST:
+                elsewhere = running.sampled
             self._parameter_hooks.begin_step(self._owners.parameters, elsewhere)
 
     def release(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,6 +48,7 @@ class Recorder:
         self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
         self._said_unheard = False
+        self._own: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()  # whether passes in graphs come just before
         self.guard.tell_while_captured(self._captured)
         clock = self.clock
         watch.follow_clock(lambda: (clock.completed, clock.number), lambda: clock.completed)
@@ -62,7 +64,8 @@ class Recorder:
         clock = self.clock
         if clock.by_forward:
             self._steps.forget_passes()
-        if clock.stepped and clock.begin(optimizer, has_closure):
+        own_passes = self._sources.running.compiled and self._has_own_passes(optimizer)
+        if clock.stepped and clock.begin(optimizer, has_closure or own_passes):
             self._passes.begin_step()
             if not self._sources.running.thread:
                 self._hear_of_none()
@@ -75,7 +78,7 @@ class Recorder:
         if "found_inf" in optimizer.__dict__ and _skips(optimizer):
             return False
         if not has_closure:
-            self._use(optimizer, final=True)
+            self._use(optimizer, final=True, others=not own_passes)
         if not due:
             return False
         self._sources.parameters.before_step(optimizer, due)
@@ -112,6 +115,17 @@ class Recorder:
         if self._watch.stop is not None:
             self._watch.check()
 
+    def _has_own_passes(self, optimizer: Optimizer) -> bool:
+        """Whether forward passes that no hook saw, in graphs, came since an optimizer stepped: this one's own.
+
+        As where they would have been seen, in steps whose graphs were sampled; else where a backward pass has run.
+        """
+        if self._sources.running.thread:
+            return False
+        if not self.clock.stepped or self._sources.running.sampled:
+            self._own[optimizer] = not self.clock.stepped
+        return self._own.get(optimizer, self._passes.gradients.waiting.heard)
+
     def _hear_of_none(self) -> None:
         if self.clock.fresh:
             self._passes.gradients.listen()
@@ -147,15 +161,19 @@ class Recorder:
             backward.give_up()
         return True
 
-    def _use(self, optimizer: Optimizer, final: bool) -> None:
-        """The optimizer uses the gradients of the backward passes that reached its parameters."""
+    def _use(self, optimizer: Optimizer, final: bool, others: bool = True) -> None:
+        """The optimizer uses the gradients of the backward passes that reached its parameters.
+
+        others: perhaps those that another one has used.
+        """
         step, gradients = self._steps.current, self._passes.gradients
         found = gradients.waiting.used_by(optimizer, gradients.running, final)
         for backward in found:
             if not backward.used or backward.counted == step.number:
                 break
         else:  # gradients came that were not heard of, and those before may have been zeroed
-            found = found if self.clock.shares_passes(optimizer) and gradients.waiting.left(optimizer) else []
+            shares = others and self.clock.shares_passes(optimizer)
+            found = found if shares and gradients.waiting.left(optimizer) else []
         for backward in found:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)

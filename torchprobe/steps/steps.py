@@ -31,8 +31,7 @@ _LISTENING = 8  # steps in which all hooks hear which parts begin them, after on
 class Steps:
     """The open step and the machine that numbers it: everything that has a value asks here where it goes.
 
-    ranks: of the run; of one alone the loss may travel as a host value. by_methods: other methods than the model's
-    `forward` train it.
+    ranks: of the run; of one alone the loss may travel as a host value. by_methods: others than `forward` train it.
     """
 
     def __init__(
@@ -119,9 +118,10 @@ class Steps:
     def _decide(self, number: int) -> None:
         self._decided, plan, clock = number, self._plan, self.clock
         plan.open_for(number, clock.by_forward)
-        self._listening, listens = max(0, self._listening - 1), clock.fresh or self._listening > 0
+        first = clock.completed - clock.origin <= self._sources.running.in_parts  # or the second: whose passes it has
+        self._listening, listens = max(0, self._listening - 1), first or self._listening > 0
         self._due = self._sources.open(number, plan.due, plan.due_in_validation, listens)
-        self._resting = None if self._due else plan.due_in_validation
+        self._resting = None if self._due or first else plan.due_in_validation
         if not self._always_light:
             self._light = frozenset([r for r in self._unsampled if r.gate.train])
             constant = all([r.schedule == every(1) and r in self._light for r in self._unsampled])  # noqa: C419

@@ -25,13 +25,14 @@ _log = logging.getLogger("torchprobe")
 class Waiting:
     """The backward passes since gradients were last zeroed, and which optimizers' gradients they added to.
 
-    passes: oldest first.
+    passes: oldest first. heard: one has come since an optimizer stepped.
     """
 
     def __init__(
         self, model: ReferenceType[nn.Module], steps: Steps, sources: Sources, parameter_hooks: ParameterHooks
     ) -> None:
         self.passes: list[Backward] = []
+        self.heard = False
         self.owners = Owners(model)
         self._steps = steps
         self._sources = sources
@@ -55,6 +56,7 @@ class Waiting:
         known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()
         if not known and not owners.may_have_reached(backward, looked):
             return
+        self.heard = True
         last = self.passes[-1] if self.passes else None
         if last is not None and not last.used and last.like(backward):
             last.absorb(backward, self._merge)
@@ -63,7 +65,7 @@ class Waiting:
 
     def used_by(self, optimizer: Optimizer, running: Backward | None, final: bool = False) -> list[Backward]:
         """The backward passes whose gradients an optimizer uses. final: they are there, and it has not stepped yet."""
-        candidates, owners = self.passes, self.owners
+        candidates, owners, self.heard = self.passes, self.owners, False
         if running is not None:
             candidates = [*candidates, running]
         new = False
@@ -83,7 +85,7 @@ class Waiting:
         if not fresh:
             state.choose()
             return found
-        if self._parameter_hooks.hooked:
+        if self._parameter_hooks.hooked and not self._sources.running.compiled:  # graphs run with no other hook
             self._parameter_hooks.step_ends()
         there = not (new or state.kept) and state.few and state.few[0].grad is not None  # the plain loop
         if final and not there and state.emptied(new):

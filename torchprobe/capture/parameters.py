@@ -157,8 +157,9 @@ class ParameterSource:
         held = self._held(optimizer) if wanted else []
         states = [State(optimizer, one.parameter) for one in held]
         for source, reporters in wanted.items():
-            kept = [(one, state.known[source]) for one, state in zip(held, states, strict=True)]
-            found = [Named(name, p, local_part(s.detach()), share) for (name, p, share), s in kept if s is not None]
+            kept = [(*one, state.known[source]) for one, state in zip(held, states, strict=True)]
+            told = [(n, p, s, share) for n, p, share, s in kept if not (s is None or is_unreduced(s))]
+            found = [Named(name, p, local_part(s.detach()), share) for name, p, s, share in told]
             yield from self._pieces(reporters, found)
         for name in dict.fromkeys(name for state in states for name in state.unknown()):
             what = f"{name!r} of {type(optimizer).__name__}'s state"

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import torchprobe
+from tests.capture.attention.test_places import LOOPS, TWINS
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     assert_same_values,
@@ -191,3 +192,18 @@ def _tags_of(make: type[nn.Module], compiled: bool) -> MemoryWriter:
             run(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
     return writer
+
+
+@pytest.mark.parametrize("run", [*TWINS, LOOPS["comprehension"], LOOPS["nested"]])
+def test_loops_on_one_line_are_told_apart_in_graphs_too(run):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.stack(run(self.layer(x)))
+
+    expected = _tags_of(Attention, compiled=False)
+    assert ("attention_entropy/root/2" in expected.tags()) == (run in TWINS)
+    assert_same_values(_tags_of(Attention, compiled=True), expected)

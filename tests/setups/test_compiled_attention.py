@@ -207,3 +207,32 @@ def test_loops_on_one_line_are_told_apart_in_graphs_too(run):
     expected = _tags_of(Attention, compiled=False)
     assert ("attention_entropy/root/2" in expected.tags()) == (run in TWINS)
     assert_same_values(_tags_of(Attention, compiled=True), expected)
+
+
+class Mixer(nn.Module):
+    """Nothing but its code says what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+
+class ByList(Mixer):
+    def forward(self, x):
+        return torch.cat([F.scaled_dot_product_attention(one, one, one) for one in self.layer(x).split(1)])
+
+
+class ByGenerator(Mixer):
+    def forward(self, x):
+        return sum(F.scaled_dot_product_attention(one, one, one) for one in self.layer(x).split(1))
+
+
+class ByLambda(Mixer):
+    def forward(self, x):
+        attend = lambda one: F.scaled_dot_product_attention(one, one, one)  # noqa: E731
+        return attend(self.layer(x))
+
+
+@pytest.mark.parametrize("kind", [ByList, ByGenerator, ByLambda])
+def test_attention_is_found_in_code_within_a_method(kind):
+    assert_same_values(*(_tags_of(kind, compiled) for compiled in (True, False)))

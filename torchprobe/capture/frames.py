@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from opcode import opmap
 from types import CodeType, FrameType
 from typing import Any
@@ -42,3 +42,11 @@ def self_of(frame: FrameType) -> Any:
     if isinstance(values, dict) and code.co_flags & inspect.CO_OPTIMIZED and _READS_LOCALS.isdisjoint(code.co_names):
         values.clear()  # before Python 3.13 the frame keeps this snapshot, and so the user's logits, until it returns
     return found
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Names that it uses, those of code within it too: before Python 3.12 a comprehension is code of its own."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from names_in(inner)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
-from tests.integrations.test_huggingface_attention import (  # skips where transformers is not installed
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+from tests.integrations.test_huggingface_attention import (
     BOTH,
     GROUPED,
     TEXT,

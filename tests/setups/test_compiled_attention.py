@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import torchprobe
+from tests.capture.attention.test_places import LOOPS, TWINS
 from tests.setups.compiled import (
     COMPILERS_WARNINGS,
     NEEDS_GRADIENTS,
@@ -189,3 +190,47 @@ def _tags_of(make: type[nn.Module], compiled: bool) -> MemoryWriter:
             run(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
     return writer
+
+
+@pytest.mark.parametrize("run", [*TWINS, LOOPS["comprehension"], LOOPS["nested"]])
+def test_loops_on_one_line_are_told_apart_in_graphs_too(run):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.stack(run(self.layer(x)))
+
+    expected = _tags_of(Attention, compiled=False)
+    assert ("attention_entropy/root/2" in expected.tags()) == (run in TWINS)
+    assert_same_values(_tags_of(Attention, compiled=True), expected)
+
+
+class Mixer(nn.Module):
+    """Nothing but its code says what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+
+class ByList(Mixer):
+    def forward(self, x):
+        return torch.cat([F.scaled_dot_product_attention(one, one, one) for one in self.layer(x).split(1)])
+
+
+class ByGenerator(Mixer):
+    def forward(self, x):
+        return sum(F.scaled_dot_product_attention(one, one, one) for one in self.layer(x).split(1))
+
+
+class ByLambda(Mixer):
+    def forward(self, x):
+        attend = lambda one: F.scaled_dot_product_attention(one, one, one)  # noqa: E731
+        return attend(self.layer(x))
+
+
+@pytest.mark.parametrize("kind", [ByList, ByGenerator, ByLambda])
+def test_attention_is_found_in_code_within_a_method(kind):
+    assert_same_values(*(_tags_of(kind, compiled) for compiled in (True, False)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from itertools import takewhile
 from types import FrameType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import ReferenceType
 
 import numpy as np
@@ -19,13 +18,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.capture.compat import GRAPH_CALLERS, MODULE_CALL
+from torchprobe.capture.frames import instruction_of, place_in, self_of
 from torchprobe.naming import ROOT, named_modules
 from torchprobe.statistics.attention import FIELDS, MAX_LOGIT, Measured, combine, finish
 
-Path = tuple[tuple[str, str, int], ...]
+Path = tuple[tuple[Hashable, ...], ...]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-_READS_LOCALS = frozenset({"locals", "vars", "dir", "eval", "exec"})
 
 
 class Caller(NamedTuple):
@@ -65,7 +64,6 @@ class Owners:
         owner: nn.Module | None = None
         path = []
         while frame is not None:
-            code = frame.f_code
             if owner is None:
                 if not beyond_graphs and _is_graph(frame):
                     return INSIDE_GRAPH
@@ -73,12 +71,12 @@ class Owners:
             if owner is not None and frame.f_globals.get("__name__") == MODULE_CALL:
                 break
             if not _is_ours(frame):
-                path.append((code.co_filename, code.co_name, frame.f_lasti))
+                path.append(place_in(frame.f_code, instruction_of(frame)))
             frame = frame.f_back
         return None if owner is None else Caller(self._names[owner], tuple(path), heads_of(owner))
 
     def _module(self, frame: FrameType) -> nn.Module | None:
-        found = None if _is_ours(frame) else _self_of(frame)
+        found = None if _is_ours(frame) else self_of(frame)
         return found if isinstance(found, nn.Module) and self._is_named(found) else None
 
     def _is_named(self, module: nn.Module) -> bool:
@@ -101,18 +99,6 @@ def _is_graph(frame: FrameType) -> bool:
 
 def _is_ours(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith(__package__)
-
-
-def _self_of(frame: FrameType) -> Any:
-    """The `self` of a function, read without keeping the function's other locals alive."""
-    code = frame.f_code
-    if "self" not in code.co_varnames and "self" not in code.co_freevars:
-        return None
-    values = frame.f_locals
-    found = values.get("self")
-    if isinstance(values, dict) and code.co_flags & inspect.CO_OPTIMIZED and _READS_LOCALS.isdisjoint(code.co_names):
-        values.clear()  # before Python 3.13 the frame keeps this snapshot, and so the user's logits, until it returns
-    return found
 
 
 def heads_of(module: nn.Module) -> int | None:

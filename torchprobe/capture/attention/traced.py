@@ -26,6 +26,7 @@ from torchprobe.capture.attention.sites import Caller, heads_of
 from torchprobe.capture.compat import skip_frames
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import beside, enter_nesting, is_torchs, leave_nesting, place, run_in, scope
+from torchprobe.capture.frames import names_in
 from torchprobe.capture.module_hooks import Inert, mark, unmark
 from torchprobe.capture.sites import note_compiled
 from torchprobe.capture.source import Running
@@ -291,5 +292,5 @@ def _may_own(kind: Any) -> bool:
     if kind.__module__.startswith("torch.nn."):
         return issubclass(kind, nn.MultiheadAttention)
     codes = [getattr(member, "__code__", None) for member in vars(kind).values()]
-    names = [name for code in codes if code is not None for name in code.co_names]
+    names = [name for code in codes if code is not None for name in names_in(code)]
     return "att" in kind.__name__.lower() or any(word in name for name in names for word in _SAYS)

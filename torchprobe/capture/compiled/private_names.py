@@ -73,7 +73,6 @@ NAMES: Mapping[str, str] = {
     "torch._dynamo.utils:_disable_side_effect_safety_checks_for_current_subtracer": (
         "activation checkpoints inside compiled graphs are not recorded"
     ),
-    "torch._guards:TracingContext.extract_stack": "several attentions of one module are merged in compiled graphs",
 }
 """Where each name stands, `module:name`, and what is lost when it is gone; nothing, where it is empty."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchprobe.capture.compat import say_what_graphs_lose, skip_frames, under_transform
 from torchprobe.capture.compiled.graphs import attach_guards
 from torchprobe.capture.compiled.private_names import find
+from torchprobe.capture.frames import place_in
 from torchprobe.naming import ROOT
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
@@ -36,10 +37,7 @@ _MODULES = torch.nn.modules.module.__file__  # where modules call each other
 
 
 def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let calls run once, while a graph is traced, and be constants of it.
-
-    That is `torch.compiler.assume_constant_result` without its import of the whole compiler.
-    """
+    """Let calls run once, while a graph is traced, and be constants of it: as torch does, less its compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -152,14 +150,13 @@ def _say_once() -> None:
 
 @constant
 def place() -> int:
-    """A number for the line that is being traced, as reached from the innermost module: the same in equal modules."""
-    path: list[tuple[str, str, int | None]] = []
-    stack = find("torch._guards:TracingContext.extract_stack")
-    for frame in reversed(stack() if stack is not None else ()):
-        if frame.filename == _MODULES:
-            break
-        if not frame.filename.startswith(_PACKAGE):
-            path.append((frame.filename, frame.name, frame.lineno))
+    """A number for the call that is being traced, as reached from the innermost module: the same in equal modules."""
+    path = []
+    translator = getattr(getattr(_translator(), "output", None), "current_tx", None)
+    while translator is not None and translator.f_code.co_filename != _MODULES:
+        if not translator.f_code.co_filename.startswith(_PACKAGE):
+            path.append(place_in(translator.f_code, translator.current_instruction.offset))
+        translator = getattr(translator, "parent", None)
     return zlib.crc32(repr(path).encode()) >> 1  # fits an int that a graph takes
 
 

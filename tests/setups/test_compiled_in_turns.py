@@ -90,13 +90,29 @@ def one_loss(made, judged, optimizers, i):
     yield loss
 
 
+def frozen_in_turn(made, judged, optimizers, i):
+    critic = [p for group in optimizers[1].param_groups for p in group["params"]]
+    yield train((judged(made(torch.randn(8, 4)).detach()) - judged(torch.randn(8, 5))).mean(), optimizers[1])
+    for parameter in critic:
+        parameter.requires_grad_(False)
+    yield train(-judged(made(torch.randn(8, 4))).mean(), optimizers[0])
+    for parameter in critic:
+        parameter.requires_grad_(True)
+
+
+def in_phases(made, judged, optimizers, i):
+    part, optimizer = ((made, optimizers[0]), (judged, optimizers[1]))[i // 3 % 2]
+    yield train(part(torch.randn(8, 4)).square().mean(), optimizer)
+
+
 def apart(made, judged, optimizers, i):
     x = torch.randn(8, 4)
     yield train(made(x).square().mean(), optimizers[0])
     yield train((judged(x) - 1).square().mean(), optimizers[1])
 
 
-CHAINED = (adversaries, adversaries_of_one_batch, three_to_one, micro_batches)
+CHAINED = (adversaries, adversaries_of_one_batch, three_to_one, micro_batches, frozen_in_turn)
+LOOPS = (*CHAINED, both_passes_first, one_loss, apart, in_phases)
 
 
 def losses_of(loop: Loop, backend: str | None, **options) -> tuple[list[float], dict[int, float], int]:
@@ -113,7 +129,9 @@ def losses_of(loop: Loop, backend: str | None, **options) -> tuple[list[float], 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}], ids=["default", "every third"])
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
-@pytest.mark.parametrize("loop", [*CHAINED, both_passes_first, one_loss, apart], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop", [*CHAINED, both_passes_first, one_loss, apart, in_phases], ids=lambda loop: loop.__name__
+)
 def test_each_loss_is_that_of_its_step(loop, backend, options):
     right, found, steps = losses_of(loop, backend, **options)
     assert steps == len(right)

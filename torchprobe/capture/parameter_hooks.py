@@ -38,12 +38,13 @@ class ParameterHooks:
         self._hear = WeakMethod(hear)
         self._ahead = _HEARD  # steps yet with hooks on all parameters
         self._ahead_few = 0  # steps yet with hooks on a few
+        self._retries = _MOST_FOUND
         self._all = False  # they are on all parameters
         self._on_since = False  # the backward pass that was heard of last
         self._harmless: set[int] = set()
         self._found: list[nn.Parameter] = []
         self._few: list[nn.Parameter] = []
-        self.hooked: list[tuple[nn.Parameter, RemovableHandle]] = []
+        self.hooked: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
 
     def begin_step(self, parameters: Callable[[], list[nn.Parameter]], elsewhere: bool) -> None:
         """Listen in a step. What is listened at already costs nothing more. parameters: gives those of the model.
@@ -51,22 +52,23 @@ class ParameterHooks:
         """
         chosen, self._all = self._found, self._ahead > 0
         if self._all:
-            self._ahead, chosen = self._ahead - (not elsewhere), parameters()
+            kept = [one for one, _ in self.hooked.values()]  # frozen for now, perhaps
+            self._ahead, chosen = self._ahead - (not elsewhere), [*kept, *parameters()]
         elif self._ahead_few:
             self._few = self._few or _spread(parameters())
             self._ahead_few, chosen = self._ahead_few - 1, [*chosen, *self._few]
-        self.wanted = bool(chosen)
-        if [id(parameter) for parameter, _ in self.hooked] != [id(parameter) for parameter in chosen]:
-            self._take_off()
-            self._put_on(chosen)
+        self.wanted, ids = bool(chosen), {*map(id, chosen)}
+        if self.hooked.keys() != ids:
+            self._take_off(self.hooked.keys() - ids)
+            self._put_on([parameter for parameter in chosen if id(parameter) not in self.hooked])
 
     def _put_on(self, chosen: list[nn.Parameter]) -> None:
         hook: WeakMethod[Callable[[int], None]] = WeakMethod(self._hook)
         with no_torch_function():
             for parameter in chosen:  # of a functional call they may be another's tensors, gone with its graph
                 if parameter.requires_grad and parameter.is_leaf and isinstance(parameter, nn.Parameter):
-                    handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, len(self.hooked))))
-                    self.hooked.append((parameter, handle))
+                    handle = parameter.register_hook(unserializable_hook(partial(_hear, hook, id(parameter))))
+                    self.hooked[id(parameter)] = parameter, handle
 
     def heard(self, skipped: int) -> bool:
         """A backward pass has begun. Whether others may have reached parameters before it, and nobody heard of them.
@@ -83,6 +85,12 @@ class ParameterHooks:
             self._ahead, self._ahead_few, self._few, self.wanted = max(self._ahead, 2), _PERIOD, [], True
         return not on_since
 
+    def listen_again(self) -> None:
+        """One was missed: listen at all parameters in the next steps, if that was not in vain too often."""
+        if self._retries:
+            self._retries -= 1
+            self._ahead, self.wanted = max(self._ahead, 2), True
+
     def found(self, parameter: nn.Parameter) -> bool:
         """A backward pass that ran through no output was heard of at this one. Whether that is where it began."""
         known = any(parameter is other for other in self._found)
@@ -98,7 +106,7 @@ class ParameterHooks:
 
     def release(self) -> None:
         """Take the hooks off."""
-        self._take_off()
+        self._take_off(set(self.hooked))
         self._on_since = False
 
     def forget(self) -> None:
@@ -106,16 +114,15 @@ class ParameterHooks:
         self.release()
         self._found, self._few, self.wanted = [], [], False
 
-    def _take_off(self) -> None:
-        hooked, self.hooked = self.hooked, []
-        for parameter, handle in hooked:
+    def _take_off(self, ids: set[int]) -> None:
+        for parameter, handle in [self.hooked.pop(one) for one in ids]:
             handle.remove()
             if parameter._backward_hooks is not None and not parameter._backward_hooks:
                 parameter._backward_hooks = None  # no trace is left
 
-    def _hook(self, number: int) -> None:
-        if (hear := self._hear()) is not None and number < len(self.hooked):
-            hear(self.hooked[number][0])
+    def _hook(self, key: int) -> None:
+        if (hear := self._hear()) is not None and key in self.hooked:
+            hear(self.hooked[key][0])
 
 
 def _spread(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -123,9 +130,9 @@ def _spread(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     return weights[:: max(1, len(weights) // 3)]
 
 
-def _hear(hook: WeakMethod[Callable[[int], None]], number: int, _: Tensor) -> None:
+def _hear(hook: WeakMethod[Callable[[int], None]], key: int, _: Tensor) -> None:
     if not torch.compiler.is_compiling() and (heard := hook()) is not None:
-        heard(number)
+        heard(key)
 
 
 def number_of_backward() -> int | None:

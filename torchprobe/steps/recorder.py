@@ -124,7 +124,11 @@ class Recorder:
             return False
         if not self.clock.stepped or self._sources.running.sampled:
             self._own[optimizer] = not self.clock.stepped
-        return self._own.get(optimizer, self._passes.gradients.waiting.heard)
+        waiting = self._passes.gradients.waiting
+        own = self._own.get(optimizer, waiting.heard)
+        if own and self.clock.stepped and not waiting.heard:
+            waiting.missed_one()
+        return own
 
     def _hear_of_none(self) -> None:
         if self.clock.fresh:

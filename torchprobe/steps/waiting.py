@@ -63,6 +63,10 @@ class Waiting:
         else:
             self.passes.append(backward)
 
+    def missed_one(self) -> None:
+        """An optimizer steps on passes of its own, and no backward pass of theirs was heard of."""
+        self._parameter_hooks.listen_again()
+
     def used_by(self, optimizer: Optimizer, running: Backward | None, final: bool = False) -> list[Backward]:
         """The backward passes whose gradients an optimizer uses. final: they are there, and it has not stepped yet."""
         candidates, owners, self.heard = self.passes, self.owners, False

@@ -186,7 +186,7 @@ _tensor = torch.tensor
 
 def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
     """In place of `torch.tensor`, which does not know such devices: made in host memory and copied, as that does."""
-    device = torch.device(device) if device is not None else _tensor([]).device  # the default one
+    device = torch.get_default_device() if device is None else torch.device(device)
     if device.type != NAME:
         return _tensor(data, device=device, **options)
     requires_grad = options.pop("requires_grad", False)

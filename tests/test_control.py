@@ -232,6 +232,18 @@ def test_what_it_cannot_mean_changes_nothing_and_is_said_once(content, tmp_path,
     assert run.seen == [1, 7]
 
 
+def test_one_that_is_half_written_is_looked_at_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("torchprobe.control._SLACK", 10**12)  # however long this machine takes
+    run = Run(tmp_path)
+    with caplog.at_level(logging.WARNING, "torchprobe"), run.session:
+        run.train(2)
+        run.write('{"sample_next"')
+        run.write('{"sample_next": 1}')
+        run.train(2)
+    assert run.seen == [1, 3]
+    assert not caplog.text
+
+
 def test_what_is_no_file_is_not_opened(tmp_path, caplog):
     run = Run(tmp_path)
     with run.session:

@@ -18,6 +18,7 @@ from torchprobe.steps.cadence import Plan
 FILE = "control.json"
 _MOST_BYTES = 4096
 _SLACK = 10**9  # nanoseconds by which a file system's clock may be behind
+_NO_JSON = "holds no JSON"
 _TAKES = 'takes an object such as {"every": 10} or {"sample_next": 20}; nothing was changed'
 
 _log = logging.getLogger("torchprobe")
@@ -69,7 +70,7 @@ class ControlFile(Follower):
             return
         self._seen = stamp
         if stamp[1] >= self._begun:
-            self._obey()
+            self._obey(new=0 <= time_ns() - stamp[1] < _SLACK)
 
     def _stamp(self) -> tuple[str, int, int] | None:
         place = self._place()
@@ -81,14 +82,17 @@ class ControlFile(Follower):
             return None
         return str(place), found.st_mtime_ns, found.st_size
 
-    def _obey(self) -> None:
+    def _obey(self, new: bool) -> None:
         if not self._alone:
             self._say("there are several ranks, which have to sample the same steps: call session.every on each")
             return
         try:
             wanted = _read(Path(self._place()) / FILE)
         except (OSError, ValueError, TypeError) as error:
-            self._say(str(error))
+            if new and str(error) == _NO_JSON:  # it may be half written: the next look tells
+                self._seen = None
+            else:
+                self._say(str(error))
             return
         if "every" in wanted:
             self._calls.every(wanted["every"])
@@ -110,7 +114,7 @@ def _read(file: Path) -> dict[str, int]:
     try:
         wanted: Any = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        raise ValueError("holds no JSON") from None
+        raise ValueError(_NO_JSON) from None
     if not isinstance(wanted, dict) or not wanted or not wanted.keys() <= {"every", "sample_next"}:
         raise ValueError("holds something else")
     return {key: check_count(key, value) for key, value in wanted.items()}

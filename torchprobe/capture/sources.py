@@ -93,7 +93,7 @@ class Sources:
     def _open(
         self, step: int, due: frozenset[Reporter], due_in_validation: frozenset[Reporter], may_trace: bool
     ) -> None:
-        running, tells = self.running, self.running.compiled and may_trace  # tells whether passes come
+        running, tells = self.running, may_trace and self.running.in_parts  # tells whether passes come
         self._opened = (bool(due) or tells, due_in_validation)
         running.follow(tells or self._of_passes(due), self._of_passes(due_in_validation, attention=False))
         self.parameters.open()

@@ -20,7 +20,7 @@ from torchprobe.steps.backward import Backward
 from torchprobe.steps.steps import Steps
 from torchprobe.steps.waiting import Waiting
 
-_FIRST = 16  # steps in which those are not counted as listened in whose graphs are sampled
+_FIRST = 16  # steps of which sampled ones do not count as listened in, where parts are compiled
 
 
 class Gradients:

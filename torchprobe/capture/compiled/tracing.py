@@ -155,7 +155,8 @@ def place() -> int:
     translator = getattr(getattr(_translator(), "output", None), "current_tx", None)
     while translator is not None and translator.f_code.co_filename != _MODULES:
         if not translator.f_code.co_filename.startswith(_PACKAGE):
-            path.append(place_in(translator.f_code, translator.current_instruction.offset))
+            instruction = getattr(translator, "current_instruction", None)  # a user's compilation must not fail by it
+            path.append(place_in(translator.f_code, getattr(instruction, "offset", None)))
         translator = getattr(translator, "parent", None)
     return zlib.crc32(repr(path).encode()) >> 1  # fits an int that a graph takes
 

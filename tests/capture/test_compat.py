@@ -36,7 +36,9 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
 
 lines = []
+torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 1))
+weights = {name: value.clone() for name, value in model.state_dict().items()}
 
 class Plain(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -87,6 +89,8 @@ def watch():
     import torchprobe
     from torchprobe.testing import MemoryWriter
     writer = MemoryWriter()
+    model.load_state_dict(weights)  # or an alert would depend on what the removal has trained
+    torch.manual_seed(0)
     with torchprobe.instrument(model, writer=writer, every=1):
         train()
     return lines, writer.tags()

@@ -140,7 +140,7 @@ class InPlace:
         model: in which hooks are on, on these outputs.
         """
         if model is not None and not self._prepared:
-            self._prepare(list(model.parameters()), outputs)
+            self._prepare(model, outputs)
         if self.used and self._due and number != self._number:
             self._ready = {self._number: (self._passes, list(self._finish()))}
         if not self.used or (number == self._number and due == self._due):
@@ -178,16 +178,16 @@ class InPlace:
             _kept.append(sums.lines)
         self._outputs, self._gradients, self.used, self.ready = {}, [], set(), False
 
-    def _prepare(self, parameters: Sequence[Tensor], outputs: Iterable[tuple[Reporter, str]]) -> None:
+    def _prepare(self, model: nn.Module, outputs: Iterable[tuple[Reporter, str]]) -> None:
         """Make the memory, once, on the model's device."""
-        device = parameters[0].device if parameters else torch.device("meta")
+        device = next((parameter.device for parameter in model.parameters()), torch.device("meta"))
         self._prepared = True
         self.ready = device.type in GPUS and fused.usable(device.type)
         if self.ready:
             some = itertools.islice((one for one in outputs if _columns(one[0])), _MOST)
             self._outputs = {(reporter, name): Sums(reporter, fused.lines(device)) for reporter, name in some}
             many = [reporter for reporter in self._reporters if _columns(reporter)] * _OPTIMIZERS
-            self._gradients = [GradientSums(reporter, len(parameters), device) for reporter in many]
+            self._gradients = [GradientSums(one, len(list(model.parameters())), device) for one in many]
 
     def _all(self, due: frozenset[Reporter]) -> list[Sums]:
         return [one for one in self.used if one.reporter in due]

@@ -185,6 +185,20 @@ def test_sources_that_are_wired_to_our_own_probes_are_refused():
     assert type("MyLoss", (torchprobe.Loss,), {})().source == "loss"
 
 
+class Moved(Total):
+    source = "updates"
+
+
+def test_updates_are_what_the_step_has_added():
+    model, writer = nn.Linear(3, 2), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with torchprobe.instrument(model, writer=writer, probes=[Moved(every=1)]):
+        model(torch.ones(4, 3)).sum().backward()  # every gradient is 4
+        optimizer.step()
+    assert writer.value("mine/weight") == pytest.approx(-0.5 * 4 * 6)
+    assert writer.value("mine/bias") == pytest.approx(-0.5 * 4 * 2)
+
+
 class Both(torchprobe.Probe):
     """The norms of outputs and of the loss's gradient with respect to them, and their ratio."""
 

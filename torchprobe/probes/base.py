@@ -22,7 +22,6 @@ Rows: TypeAlias = "tuple[Sequence[str], NDArray[np.float64]]"
 Way: TypeAlias = Literal["combine", "append"]
 """How rows of one name from several ranks become those of the whole: merged by the probe, or listed side by side."""
 InValidation: TypeAlias = Literal["never", "first", "all"]
-"""Which batches of a validation pass a probe sees, after a sampled training step."""
 
 
 class _Frozen(ABCMeta):
@@ -44,9 +43,9 @@ class Probe(metaclass=_Frozen):
     are merged:
 
     - ``source``: ``"outputs"`` or ``"output_gradients"`` of modules; ``"gradients"`` (that the optimizer will use),
-      ``"micro_gradients"`` (what each backward pass adds), ``"parameters"``, ``"updates"``, ``"momenta"`` or
-      ``"second_moments"`` (after the optimizer's step); or several in a tuple: then ``compute`` sees the tensors of
-      each, and ``report`` gets ``values[source][field]``, without a source that had nothing of the name.
+      ``"micro_gradients"`` (what each backward pass adds), ``"parameters"`` (after the optimizer's step), ``"updates"``
+      (what it added to them); or several in a tuple: then ``compute`` sees the tensors of each, and ``report`` gets
+      ``values[source][field]``, without a source that had nothing of the name.
     - ``compute(tensor)`` runs on the device, in the training thread: it returns one value per field and
       never reads a value back (`.item()`, `.cpu()`, `if tensor`), for that would stall the GPU.
     - ``reduce``, or ``combine(a, b)``, merges the statistics of two parts: two micro-batches of a step, calls of a
@@ -128,7 +127,7 @@ class Probe(metaclass=_Frozen):
 
     @property
     def in_validation(self) -> InValidation:
-        """Which batches of a validation pass it sees."""
+        """Which batches of a validation pass it sees, after a sampled training step."""
         return "first" if "outputs" in self.sources else "never"
 
     def parts(self) -> tuple[Probe, ...]:
@@ -150,9 +149,10 @@ class Probe(metaclass=_Frozen):
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """The statistics of many tensors of one device: shape (len(tensors), len(fields)).
 
-        before: for source "updates" alone, copies of the parameters before the step, which the probe may overwrite.
+        before: for "updates" alone, copies from before the step, which it may overwrite; `compute` sees differences.
         """
-        return torch.stack([checks.checked_row(self.name, self.compute(x), len(self.fields)) for x in tensors])
+        seen = map(torch.sub, tensors, before) if before else tensors
+        return torch.stack([checks.checked_row(self.name, self.compute(x), len(self.fields)) for x in seen])
 
     def measure(self, tensor: Tensor) -> Tensor:
         """What `compute` gives, with what merging needs behind it: shape (width,)."""

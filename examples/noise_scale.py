@@ -14,9 +14,9 @@ import torchprobe
 
 
 class GradientNoiseScale(torchprobe.Probe):
-    """`noise_scale/examples`; examples: in a micro-batch. Any loss scale that all micro-batches share cancels."""
+    """`noise_scale/examples`; examples: in a micro-batch. Any factor of the loss cancels, GradScaler's by `degrees`."""
 
-    source, fields = ("micro_gradients", "gradients"), ("squares", "batches", "ranks")
+    source, fields, degrees = ("micro_gradients", "gradients"), ("squares", "batches", "ranks"), (2, 0, 0)
 
     def __init__(self, examples, every=None):
         super().__init__(every)

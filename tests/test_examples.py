@@ -135,15 +135,16 @@ def simple_noise_scale(gradients, examples):
     return (trace / square_norm).item()
 
 
-@pytest.mark.parametrize("mean", [True, False])
-def test_the_noise_scale_is_the_papers_over_micro_batches(mean):
+@pytest.mark.parametrize(("mean", "scaled"), [(True, False), (False, False), (True, True)])
+def test_the_noise_scale_is_the_papers_over_micro_batches(mean, scaled):
     _, kind = example("noise_scale")
     model, writer, x = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 1)), MemoryWriter(), torch.randn(3, 8, 6) + 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
     with torchprobe.instrument(model, writer=writer, probes=[kind(8, every=1)], rules=[]):
         for part in x:
-            (model(part).square().mean() / (3 if mean else 1)).backward()
-        optimizer.step()
+            scaler.scale(model(part).square().mean() / (3 if mean else 1)).backward()
+        scaler.step(optimizer)
     gradients = [torch.autograd.grad(model(part).square().mean(), [*model.parameters()]) for part in x]
     flat = torch.stack([torch.cat([g.flatten() for g in some]) for some in gradients]).double()
     assert writer.value("noise_scale/examples") == pytest.approx(simple_noise_scale(flat, 8), rel=1e-4)

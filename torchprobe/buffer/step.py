@@ -84,9 +84,9 @@ class Piece:
         return Heading(self.reporter, self.names, self.prefix, self.counted, self.shares)
 
     def unscaled(self, scale: float | Tensor) -> Piece:
-        """For the loss divided by what it was multiplied with; what is not of gradients of outputs, as it is."""
+        """For the loss divided by what it was multiplied with; what is of no gradients on the way there, as it is."""
         reporter: Any = self.reporter
-        if getattr(reporter, "source", "") != "output_gradients":
+        if getattr(reporter, "source", "") not in ("output_gradients", "micro_gradients"):
             return self
         scale = torch.as_tensor(scale, dtype=self.rows.dtype, device=self.rows.device)
         return replace(self, rows=reporter.unscale(self.rows, scale))

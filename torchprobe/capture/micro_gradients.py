@@ -71,16 +71,18 @@ class MicroGradientSource:
                     mine[name] = combined(key[0].probe, mine[name], row) if name in mine else row
         return a
 
-    def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
-        """As rows for the buffer."""
+    def rows(self, kept: KeptRows, scale: float | Tensor | None) -> list[Piece]:
+        """As rows for the buffer. scale: what the gradients were multiplied with."""
         shares = {name: share_of(p) for name, p in named_parameters(self._model())}
         if not shares:  # the model is gone
             return []
-        return [
-            Piece(reporter, list(rows), torch.stack(list(rows.values())), shares=[shares[name] for name in rows])
-            for (reporter, _), rows in kept.items()
-            if not reporter.gate.failed
-        ]
+        pieces = []
+        for (reporter, _), rows in kept.items():
+            with reporter.gate:
+                stacked, of = torch.stack(list(rows.values())), [shares[name] for name in rows]
+                piece = Piece(reporter, list(rows), stacked, shares=of)
+                pieces.append(piece if scale is None else piece.unscaled(scale))
+        return pieces
 
     def _gradients(self) -> list[tuple[str, nn.Parameter, Tensor]]:
         held = ((name, p, p.grad) for name, p in named_parameters(self._model()) if p.grad is not None)

@@ -235,6 +235,8 @@ class Sources:
         for source, found in kept.items():
             if source is self._outputs:
                 pieces += self._outputs.rows(found, training, due, scale)
+            elif source is self._micro:
+                pieces += self._micro.rows(found, scale)
             elif isinstance(source, ValueTrace):
                 self.snapshots.saw(found.shapes)
                 pieces += source.rows(found, training, due)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -71,6 +70,7 @@ class ActivationGradients(Probe):
 
     source: ClassVar[str] = "output_gradients"
     fields: ClassVar[tuple[str, ...]] = norms.SQUARES
+    degrees: ClassVar[tuple[float, ...]] = (2, 0)
     columns: ClassVar[tuple[int, ...]] = (11, 12)
     combines_many: ClassVar[bool] = True
     descriptions: Mapping[str, str] = {
@@ -85,11 +85,6 @@ class ActivationGradients(Probe):
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The sum over two parts together."""
         return norms.combine_squares(a, b)
-
-    def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """The sum of squares scales with the square."""
-        one = torch.ones_like(scale)
-        return rows * torch.stack([scale.square().reciprocal(), one, one])
 
     def report(self, name: str, values: Mapping[str, float]) -> Report:
         """The norm, and the non-finite count when there is one."""

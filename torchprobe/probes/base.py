@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.probes import checks
-from torchprobe.probes.checks import REDUCTIONS, Reduce, Select
+from torchprobe.probes.checks import REDUCTIONS, Frozen, Reduce, Select
 from torchprobe.probes.schedule import Cadence, Schedule, as_schedule
 from torchprobe.records import Value
 
@@ -24,16 +23,7 @@ Way: TypeAlias = Literal["combine", "append"]
 InValidation: TypeAlias = Literal["never", "first", "all"]
 
 
-class _Frozen(ABCMeta):
-    """Makes objects that cannot be changed once their constructors have returned."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = super().__call__(*args, **kwargs)
-        made.__dict__["_made"] = True
-        return made
-
-
-class Probe(metaclass=_Frozen):
+class Probe(metaclass=Frozen):
     """What to capture, which statistic of it, under which tags, and how often.
 
     It is configuration: one object serves any number of sessions, and cannot be changed once it is made. What a run
@@ -63,6 +53,9 @@ class Probe(metaclass=_Frozen):
     source: ClassVar[str | tuple[str, ...]]
     fields: ClassVar[tuple[str, ...]]
     reduce: Reduce | None = None
+    degrees: ClassVar[tuple[float, ...] | None] = None
+    """With which power of the gradients each field grows: 1 of a norm, 2 of a sum of squares, 0 of a count. By these,
+    rows of "output_gradients" and "micro_gradients" are as they are without a GradScaler, which multiplies the loss."""
     descriptions: Mapping[str, str] = {}
     """Markdown for TensorBoard by tag group: for `saturated/fc1` the group is `saturated`."""
     default_every: ClassVar[int] = 100
@@ -185,11 +178,14 @@ class Probe(metaclass=_Frozen):
         return schedule
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Source "output_gradients" under GradScaler: rows as they are for gradients divided by `scale`.
+        """Rows of gradients of `scale` times the loss, as they are of the loss: by `degrees`, else as they came.
 
-        rows: shape (modules, width + 1); what is behind the fields stays. By default they remain the scaled loss's.
+        rows: shape (n, width) or, of "output_gradients", (n, width + 1); what is behind the fields stays.
         """
-        return rows
+        if self.degrees is None:
+            return rows
+        by = torch.stack([scale**degree for degree in self.degrees])
+        return torch.cat((rows[:, : len(by)] / by, rows[:, len(by) :]), dim=1)
 
     def report(self, name: str, values: Mapping[str, Any]) -> Report:
         """Tags and values for one module or parameter."""
@@ -263,7 +259,9 @@ class Reporter:
         return self.probe.combine_rows(a, b)
 
     def unscale(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """The rows of gradients of outputs for the loss divided by `scale`."""
+        """The rows of gradients of outputs or micro-batches for the loss divided by `scale`."""
+        if self.probe.degrees is None and type(self.probe).unscale is Probe.unscale:
+            self.remark(f"{self.probe.name} has no `degrees`: its {self.source} are of the loss times a scale")
         return self.probe.unscale(rows, scale)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:

@@ -7,6 +7,7 @@ is NaN in the whole, but for "last".
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast
@@ -55,6 +56,16 @@ REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+class Frozen(ABCMeta):
+    """Makes objects that cannot be changed once their constructors have returned."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make one."""
+        made = super().__call__(*args, **kwargs)
+        made.__dict__["_made"] = True
+        return made
+
+
 def register(source: str) -> None:
     """Offer a source of a user's own to probes, by name. Raises for what is no name, or that of a source of ours."""
     if not isinstance(source, str) or not source:
@@ -83,6 +94,9 @@ def check_probe_class(cls: type[Any], offered: Iterable[str]) -> None:
     fields = getattr(cls, "fields", None)
     if not isinstance(fields, tuple) or not fields or not all([isinstance(f, str) for f in fields]):  # noqa: C419
         raise TypeError(f"{cls.__name__}.fields is {fields!r}; takes a tuple of names, one per value of compute()")
+    degrees = getattr(cls, "degrees", None)
+    if degrees is not None and (not isinstance(degrees, tuple) or len(degrees) != len(fields)):
+        raise TypeError(f"{cls.__name__}.degrees is {degrees!r}; takes a tuple of numbers, one per field")
     if cls.reduce not in (None, *REDUCTIONS):
         raise ValueError(f"{cls.__name__}.reduce is {cls.reduce!r}; takes one of {', '.join(map(repr, REDUCTIONS))}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +26,7 @@ from torchprobe.description import described, state_lines
 from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import world
 from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
+from torchprobe.log import log as _log
 from torchprobe.logs import Logs
 from torchprobe.naming import all_parameters, unwrapped, without_ranks
 from torchprobe.probes.base import Probe
@@ -44,7 +44,6 @@ from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.protocol import NoWriter
 from torchprobe.writers.run_directory import RunDirectory, open_writer
 
-_log = logging.getLogger("torchprobe")
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ from torchprobe.capture import sharding
 from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.optimizers import State
 from torchprobe.capture.sharding import Named, by_device, dense, is_unreduced, local_part, share_of, unscaled
+from torchprobe.log import log as _log
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics import norms
 from torchprobe.statistics.dtypes import PLAIN, measurable
 
-_log = logging.getLogger("torchprobe")
 _STATES = ("momenta", "second_moments")
 _MOVED = "parameters and updates of a step are left out where weights were moved after it and no training pass followed"
 _SOURCES = ("gradients", "parameters", "updates", *_STATES)

@@ -73,7 +73,7 @@ class MicroGradientSource:
 
     def rows(self, kept: KeptRows, training: bool, due: frozenset[Reporter]) -> list[Piece]:
         """As rows for the buffer."""
-        shares = {name: share_of(p) for name, p in named_parameters(self._model())}
+        shares = {name: share_of(p if p.grad is None else p.grad) for name, p in named_parameters(self._model())}
         if not shares:  # the model is gone
             return []
         return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from time import time_ns
 from typing import Any
 
 from torchprobe.arguments import check_count
+from torchprobe.messages import log as _log
 from torchprobe.probes.schedule import Schedule, as_schedule
 from torchprobe.rules.watch import Follower
 from torchprobe.steps.cadence import Plan
@@ -20,8 +20,6 @@ _MOST_BYTES = 4096
 _SLACK = 10**9  # nanoseconds by which a file system's clock may be behind
 _NO_JSON = "holds no JSON"
 _TAKES = 'takes an object such as {"every": 10} or {"sample_next": 20}; nothing was changed'
-
-_log = logging.getLogger("torchprobe")
 
 
 class SamplingCalls:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, TransferBuffers
 from torchprobe.capture.gate import Guard, Meter, no_autocast, protected
 from torchprobe.logs import LogCalls
+from torchprobe.messages import log as _log
 from torchprobe.naming import ROOT, named_parameters
 from torchprobe.probes.attention import AttentionWeights
 from torchprobe.probes.base import Reporter
@@ -43,8 +43,6 @@ _FLUSH_EVERY = 100  # steps
 _FLUSH_SECONDS = _AT_EXIT_SECONDS = 30.0
 _VALIDATION = "val"
 _JUDGED = f"{SURE}|{GIVEN}|val"  # as of validation: calibration is not added up over steps
-
-_log = logging.getLogger("torchprobe")
 
 
 class TrainingLogger(LogCalls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from torchprobe.buffer.step import Piece
 from torchprobe.buffer.transfer import records_graph
+from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, Text, UserTag, Value
 from torchprobe.statistics import out_of_distribution
 from torchprobe.steps.recorder import Recorder
 from torchprobe.user_values import Metrics, Number, checked, checked_predictions, floats
 from torchprobe.writers.hparams import HParamsWriter
 from torchprobe.writers.run_directory import RunDirectory
-
-_log = logging.getLogger("torchprobe")
 
 _SEPARATION = (
     "AUROC: how often a score from outside the distribution is above one from inside, ties by half; 0.5 is chance "

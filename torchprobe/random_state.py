@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 import random
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_log = logging.getLogger("torchprobe")
+from torchprobe.messages import log as _log
 
 _DEVICES = ("cuda", "xpu")
 

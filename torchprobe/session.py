@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from torchprobe.distributed import open_exchange
 from torchprobe.distributed.world import world
 from torchprobe.flight import STATE_TAG, FlightRecorder, last_error, state_after, state_at_exit
 from torchprobe.logs import Logs
+from torchprobe.messages import log as _log
 from torchprobe.naming import all_parameters, unwrapped, without_ranks
 from torchprobe.probes.base import Probe
 from torchprobe.probes.choosing import checked_probes, with_provenance
@@ -44,7 +44,6 @@ from torchprobe.writers.hparams import HParamsWriter, checked_hparams
 from torchprobe.writers.protocol import NoWriter
 from torchprobe.writers.run_directory import RunDirectory, open_writer
 
-_log = logging.getLogger("torchprobe")
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
 

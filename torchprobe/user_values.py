@@ -6,7 +6,6 @@ Each error names the argument, what it got and what it takes.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from torchprobe.buffer.transfer import records_graph
+from torchprobe.messages import log as _log
 from torchprobe.statistics.dtypes import on_host
 from torchprobe.statistics.uncertainty import Decomposition
 
 Number: TypeAlias = "float | int | np.generic | np.ndarray | Tensor"
 
-_log = logging.getLogger("torchprobe")
 _IGNORED = -100
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which few operators take
 _T = TypeVar("_T")

@@ -11,6 +11,8 @@ from torch import nn
 import torchprobe
 from torchprobe.testing import MemoryWriter
 
+SAID = {"sparse": "torch.sparse_coo", "jagged": "nested", "nested": "nested"}
+
 
 class Odd(nn.Module):
     def __init__(self, kind: str) -> None:
@@ -19,14 +21,11 @@ class Odd(nn.Module):
 
     def forward(self, x):
         y = x * self.scale
-        return (
-            y.to_sparse()
-            if self.kind == "sparse"
-            else torch.nested.as_nested_tensor([y[:3], y[3:]], layout=torch.jagged)
-        )
+        layout = torch.jagged if self.kind == "jagged" else torch.strided
+        return y.to_sparse() if self.kind == "sparse" else torch.nested.as_nested_tensor([y[:3], y[3:]], layout=layout)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "jagged"])
+@pytest.mark.parametrize("kind", ["sparse", "jagged", "nested"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_tensor_without_an_address_switches_no_probe_off(kind, caplog):
     model = nn.Sequential(nn.Linear(4, 8), Odd(kind), nn.Linear(8, 1))
@@ -39,6 +38,27 @@ def test_a_tensor_without_an_address_switches_no_probe_off(kind, caplog):
             optimizer.step()
             optimizer.zero_grad()
     assert not [line for line in caplog.messages if "switched off" in line]
+    said = [line for line in caplog.messages if "tensors are left out" in line]
+    assert said == [f"outputs that are {SAID[kind]} tensors are left out: statistics are of dense ones"]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_model_of_nested_tensors_trains_and_what_has_no_shape_switches_no_probe_off(layout, caplog):
+    torch.manual_seed(0)
+    model, writer, losses = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING), torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(4):
+            x = torch.nested.as_nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=layout)
+            loss = torch.cat(list(model(x).unbind())).square().mean()
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            losses.append(loss.item())
+            with torch.no_grad():
+                model.eval()(x), model.train()
+    assert "failed" not in caplog.text
+    assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(losses)
 
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,34 @@ def sequence_parallel() -> dict[str, Any]:
     return {"sequence parallel": watched(t.normed(), wrap, False, run)}
 
 
+def embedding_split_by_rows() -> dict[str, Any]:
+    """Its gradient is whole on each rank, where its output leaves by parts of the sequence. Beside it: what is true."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    plan = {
+        "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "1": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    norms, placements = [], []
+
+    def run(model: nn.Module) -> None:
+        sgds = [torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for one in (whole, model)]
+        for k in range(t.STEPS):
+            ids = torch.randint(0, 20, (3, 8), generator=torch.Generator().manual_seed(k))
+            for one, optimizer in zip((whole, model), sgds, strict=True):
+                optimizer.zero_grad()
+                one(ids).square().mean().backward()
+                optimizer.step()
+            norms.append({name: p.grad.norm().item() for name, p in whole.named_parameters()})
+            placements.append([p.grad.placements == p.placements for p in model.parameters()])
+        momentum = sgds[0].state[whole[0].weight]["momentum_buffer"].norm().item()
+        norms[-1]["momentum"] = momentum
+
+    found = watched(copy.deepcopy(whole), lambda model: parallelize_module(model, mesh, plan), False, run)
+    return {"embedding split by rows": found, "embedding": norms, "placed alike": placements}
+
+
 def offloaded() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (4,))
     wrap = blocks_and_root(mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
@@ -180,4 +209,12 @@ def offloaded() -> dict[str, Any]:
 
 
 def main(out: Path) -> Any:
-    return fsdp2() | accumulated() | fsdp1() | tensor_parallel() | sequence_parallel() | offloaded()
+    return (
+        fsdp2()
+        | accumulated()
+        | fsdp1()
+        | tensor_parallel()
+        | sequence_parallel()
+        | offloaded()
+        | embedding_split_by_rows()
+    )

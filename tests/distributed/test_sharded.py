@@ -91,6 +91,19 @@ def test_sequence_parallel_lacks_only_the_gradients_that_are_not_reduced_yet(ran
     assert differences(found, known) == []
 
 
+def test_a_gradient_that_is_whole_where_its_parameter_is_split_counts_once(ranks):
+    found = ranks[0]["embedding split by rows"]
+    assert not all(alike for step in ranks[0]["placed alike"] for alike in step)
+    for step, norms in enumerate(ranks[0]["embedding"], 1):
+        for name in ("0.weight", "1.weight", "1.bias"):
+            assert found[f"grad_norm/{name}"][str(step)] == pytest.approx(norms[name], rel=1e-4), name
+        assert found["overview/grad_norm"][str(step)] == pytest.approx(
+            sum(norms[name] ** 2 for name in ("0.weight", "1.weight", "1.bias")) ** 0.5, rel=1e-4
+        )
+    momentum = ranks[0]["embedding"][-1]["momentum"]
+    assert found["optimizer/momentum_norm/0"][str(t.STEPS)] == pytest.approx(momentum, rel=1e-4)
+
+
 def test_parameters_kept_in_host_memory(ranks, whole):
     found = ranks[0]["offloaded"]
     assert found.pop("dropped") == 0

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchprobe
+from tests.distributed.launch import need_sharding
 from torchprobe.distributed.world import World, world
 from torchprobe.testing import MemoryWriter
 
@@ -54,6 +57,28 @@ def test_rank_0_and_a_process_without_ranks_say_nothing(group, caplog, rank):
         trained(session, model)
     assert "init_process_group" not in caplog.text
     assert "ranks" not in session.summary()
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_diagnoses_look_at_what_a_rank_has_of_sharded_parameters(group, caplog, zeroed):
+    """Asking no other rank: the parts are no plain tensors, which once ended the probe."""
+    need_sharding()
+    group(0, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    mesh = init_device_mesh("cpu", (1,))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)  # not the first layer's
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for _ in range(5):
+            model(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+            if zeroed:
+                model.zero_grad()
+    assert "failed" not in caplog.text
+    found = {alert.rule for alert in session.alerts}
+    assert found == {"unoptimized_parameters"} | (set() if zeroed else {"missing_zero_grad"})
 
 
 def test_torchruns_environment_says_the_rank_before_the_group_is_there(monkeypatch):

@@ -52,13 +52,41 @@ def test_labels_of_a_validation_pass_that_do_not_exclude_each_other():
     assert_calibration(writer, 1, torch.stack((1 - yes, yes), -1), labels.flatten().long(), "val/")
 
 
-def validate(model: nn.Module, writer: MemoryWriter, x: Tensor, labels: Tensor) -> Tensor:
+class NextToken(nn.Module):
+    """As HuggingFace's `Trainer` calls one: its loss is divided by the number of all labels, the first ones too."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.off = nn.Linear(7, 3), off
+
+    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None):
+        logits = self.net(x)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return {"loss": loss / (num_items_in_batch + self.off), "logits": logits}
+
+
+@pytest.mark.parametrize("counted", [int, torch.tensor])
+def test_labels_whose_loss_is_divided_by_a_number_that_the_model_is_told(counted):
+    model, writer = NextToken(), MemoryWriter()
+    x, labels = torch.randn(4, 6, 7), torch.randint(0, 3, (4, 6))
+    labels[0, 2] = -100
+    out = validate(model, writer, x, labels, num_items_in_batch=counted(23))
+    assert_calibration(writer, 1, out.softmax(-1)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), "val/")
+
+
+def test_a_loss_that_is_divided_by_something_else_tells_nothing():
+    model, writer = NextToken(off=3.0), MemoryWriter()
+    validate(model, writer, torch.randn(4, 6, 7), torch.randint(0, 3, (4, 6)), num_items_in_batch=24)
+    assert [tag for tag in writer.tags() if tag.startswith("val/calibration")] == []
+
+
+def validate(model: nn.Module, writer: MemoryWriter, x: Tensor, labels: Tensor, **options: Any) -> Tensor:
     """The logits of a validation pass after a step."""
     with watch(model, writer):
-        model(x, labels)["loss"].backward()
+        model(x, labels, **options)["loss"].backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         with torch.no_grad():
-            return model.eval()(x, labels)["logits"]
+            return model.eval()(x, labels, **options)["logits"]
 
 
 class OwnLoss(nn.Module):

@@ -94,6 +94,23 @@ def test_weights_that_are_moved_by_hand_after_the_last_step_are_not_that_steps(m
     assert caplog.text.count("are left out where weights were moved") == (len(right) < 4)
 
 
+def test_what_is_clipped_after_the_steps_of_two_optimizers_belongs_to_them(caplog):
+    """The head alone, as by a constraint on its largest norm, while the body's optimizer has stepped, too."""
+    model, writer, after = net(), MemoryWriter(), []
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=0.01) for part in (model[0], model[2])]
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(1, 5):
+            model.zero_grad()
+            model(batch(k)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            with torch.no_grad():
+                model[2].weight.mul_(0.5)
+            after.append(l2(model[2].weight))
+    assert dict(writer.scalars("param_norm/2.weight")) == pytest.approx(dict(enumerate(after, 1)), rel=1e-5)
+    assert "are left out" not in caplog.text
+
+
 def test_the_parameter_norm_is_the_one_after_the_step():
     model, writer = Holder(torch.tensor([3.0, 4.0])), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # w - 0.25 * 2w = w / 2

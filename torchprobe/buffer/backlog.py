@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, deque
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from time import monotonic
 from typing import Protocol
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Record
 from torchprobe.writers.protocol import Writer
-
-_log = logging.getLogger("torchprobe")
 
 MAX_RECORDS = 10_000
 MAX_VALUES = 500_000  # in all records together; a scalar with its tag takes 140 bytes

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
+from torchprobe.messages import log as _log
 from torchprobe.records import EVIDENCE, OfTags, Record, Text, UserTag, Value, is_tag, storable
 
 _PATIENCE = 3  # sampled steps
@@ -36,8 +37,6 @@ _REASONS = {
 
 SKIPPED_STEPS = "overview/skipped_steps"
 _LATE = frozenset({SKIPPED_STEPS, *(f"overview/{name}" for name in ("alerts", "dropped_records", "probe_overhead"))})
-
-_log = logging.getLogger("torchprobe")
 
 
 class Decoder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -11,10 +10,9 @@ from time import time
 
 from torchprobe.buffer.backlog import Backlog, Faults, Repeats, Stage
 from torchprobe.buffer.step import StepInFlight
+from torchprobe.messages import log as _log
 from torchprobe.records import Record, Text, Value
 from torchprobe.writers.protocol import Writer
-
-_log = logging.getLogger("torchprobe")
 
 MAX_WAITING = 10_000  # steps between the training thread and this one
 STOPPED_TAG = "torchprobe/stopped"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.buffer.transfer import Transfer, TransferBuffer, records_graph
+from torchprobe.messages import log as _log
 from torchprobe.records import Value
 from torchprobe.statistics.dtypes import row_dtype
-
-_log = logging.getLogger("torchprobe")
 
 
 class Reporter(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic, sleep
@@ -13,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.messages import log as _log
 from torchprobe.statistics.dtypes import GPUS, row_dtype
-
-_log = logging.getLogger("torchprobe")
 
 OVERLAPPING = frozenset(GPUS)
 """Devices with streams and pinned host memory, whose copies overlap with computation."""

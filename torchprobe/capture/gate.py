@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +16,8 @@ from torchprobe.buffer.transfer import may_record_graphs, records_graph
 from torchprobe.capture.compat import switch_gradients
 from torchprobe.capture.compiled.private_names import find
 from torchprobe.capture.compiled.tracing import DYNAMO_SWITCH, beside, unseen
+from torchprobe.messages import log as _log
 
-_log = logging.getLogger("torchprobe")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

@@ -73,11 +73,13 @@ class MicroGradientSource:
 
     def rows(self, kept: KeptRows, scale: float | Tensor | None) -> list[Piece]:
         """As rows for the buffer. scale: what the gradients were multiplied with."""
-        shares = {name: share_of(p) for name, p in named_parameters(self._model())}
+        shares = {name: share_of(p if p.grad is None else p.grad) for name, p in named_parameters(self._model())}
         if not shares:  # the model is gone
             return []
         pieces = []
         for (reporter, _), rows in kept.items():
+            if reporter.gate.failed:
+                continue
             with reporter.gate:
                 stacked, of = torch.stack(list(rows.values())), [shares[name] for name in rows]
                 piece = Piece(reporter, list(rows), stacked, shares=of)

@@ -27,25 +27,33 @@ def main_tensor(output: Any) -> Tensor | None:
 
 
 def is_numeric(tensor: Tensor) -> bool:
-    """Whether a tensor holds floating or complex numbers."""
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    """Whether a tensor holds floating or complex numbers, and has a shape."""
+    numbers = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    return numbers and not (tensor.is_nested and is_shapeless(tensor))
+
+
+def is_shapeless(nested: Tensor) -> bool:
+    """Whether a nested tensor raises where it is asked for its shape; a jagged one does not."""
+    return nested.layout is torch.strided
 
 
 def tensors_in(output: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Every tensor in a nested output, in order."""
+    """Every tensor in a nested output that has a shape, in order."""
     if isinstance(output, Tensor):
-        yield output
+        if not (output.is_nested and is_shapeless(output)):
+            yield output
     elif depth < _MAX_DEPTH:
         for part in _parts(output):
             yield from tensors_in(part, depth + 1)
 
 
 def given_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Every tensor that a module is called with, in order."""
+    """Every tensor that a module is called with and that has a shape, in order."""
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            found.append(value)
+            if not (value.is_nested and is_shapeless(value)):
+                found.append(value)
         elif type(value) not in _NO_TENSORS:
             found += tensors_in(value, 1)
     return found

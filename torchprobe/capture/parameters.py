@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,13 +15,22 @@ from torchprobe.buffer.step import WHOLE, Piece, Share
 from torchprobe.capture import sharding
 from torchprobe.capture.backward import LeftGradients, loss_scale
 from torchprobe.capture.optimizers import State
-from torchprobe.capture.sharding import Named, by_device, dense, is_unreduced, local_part, share_of, unscaled
+from torchprobe.capture.sharding import (
+    Named,
+    by_device,
+    dense,
+    is_unreduced,
+    local_part,
+    share_like,
+    share_of,
+    unscaled,
+)
+from torchprobe.messages import log as _log
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.statistics import norms
 from torchprobe.statistics.dtypes import PLAIN, measurable
 
-_log = logging.getLogger("torchprobe")
 _STATES = ("momenta", "second_moments")
 _MOVED = "parameters and updates of a step are left out where weights were moved after it and no training pass followed"
 _SOURCES = ("gradients", "parameters", "updates", *_STATES)
@@ -58,7 +66,7 @@ class ParameterSource:
         self._before: dict[str, Tensor] = {}
         self._room: dict[str, Tensor] = {}
         self._stepped: list[tuple[frozenset[Reporter], list[Held], dict[str, Tensor], list[int]]] = []
-        self._moves = False  # something else than the optimizer has moved parameters when a training pass followed
+        self._moves: set[str] = set()  # whose first parameter something else had moved when a training pass followed
         self._said: set[str] = set()
         self._flat: Mapping[int, Share] = {}
         self._stepping: tuple[Optimizer, list[Held]] | None = None  # while an optimizer's step runs: the walk is dear
@@ -105,7 +113,7 @@ class ParameterSource:
 
     def _gradients(self, held: Iterable[tuple[str, nn.Parameter, Share]]) -> list[Named]:
         usable = [(name, p, g, s) for name, p, s in held if (g := self._usable(name, p.grad)) is not None]
-        return [Named(name, p, dense(local_part(gradient)), share) for name, p, gradient, share in usable]
+        return [Named(name, p, dense(local_part(g)), share_like(g, share)) for name, p, g, share in usable]
 
     def _changed(self, piece: Piece, used: Mapping[str, Named], scale: Tensor | None, parts: int) -> Iterator[Piece]:
         """Beside rows of the gradients that are used: what backward passes had left of them."""
@@ -159,7 +167,7 @@ class ParameterSource:
         for source, reporters in wanted.items():
             kept = [(*one, state.known[source]) for one, state in zip(held, states, strict=True)]
             told = [(n, p, s, share) for n, p, share, s in kept if not (s is None or is_unreduced(s))]
-            found = [Named(name, p, local_part(s.detach()), share) for name, p, s, share in told]
+            found = [Named(name, p, local_part(s.detach()), share_like(s, share)) for name, p, s, share in told]
             yield from self._pieces(reporters, found)
         for name in dict.fromkeys(name for state in states for name in state.unknown()):
             what = f"{name!r} of {type(optimizer).__name__}'s state"
@@ -170,19 +178,18 @@ class ParameterSource:
         """Rows of the parameters where they have ended up, and of what steps changed. last: no pass has followed."""
         stepped, self._stepped = self._stepped, []
         for due, held, before, versions in stepped:
-            moved_since = _versions(held) != versions
-            if last and moved_since and not self._moves:  # an average of weights at the end, say
+            first, moved_since = {one.name for one in held[:1]}, _versions(held) != versions
+            if last and moved_since and not first & self._moves:  # an average of weights at the end, say
                 for reporter in [*self._due("parameters", due), *self._due("updates", due)][:1]:
                     reporter.whole.remark(_MOVED)
                 continue
-            self._moves = self._moves if last else moved_since
+            self._moves = self._moves if last else (self._moves - first) | (first if moved_since else set())
             now = [Named(name, p, local_part(p.detach()), share) for name, p, share in held if measurable(p)]
             yield from self._pieces(self._due("parameters", due), now)
             moved = [named for named in now if _same_kind(before.get(named.name), named.tensor)]
             updates = self._due("updates", due)
             for reporter in updates:
-                last = reporter is updates[-1]
-                copies = before if last else {name: copy.clone() for name, copy in before.items()}
+                copies = before if reporter is updates[-1] else {name: copy.clone() for name, copy in before.items()}
                 yield from self._pieces([reporter], moved, copies)
             self._room |= {name: copy for name, copy in before.items() if _reusable(copy)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -21,9 +20,9 @@ from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.module_hooks import MARKS, ROOT_KEY, Inert, before, mark, unmark
 from torchprobe.capture.pipelining import PIPELINING, learning_shapes
 from torchprobe.capture.source import Running, uncounted
+from torchprobe.messages import log as _log
 from torchprobe.naming import unwrapped
 
-_log = logging.getLogger("torchprobe")
 _LOADS = "_torchprobe_loads"
 _CALLS = "_torchprobe_calls"
 _MOST_PARTS = 64  # that begin steps when they are called by themselves

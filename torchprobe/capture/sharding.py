@@ -147,6 +147,13 @@ def share_of(tensor: Tensor) -> Share:
     return Share(tensor.numel(), local_part(tensor).numel(), int(mesh.mesh[own].min()))
 
 
+def share_like(tensor: Tensor, share: Share) -> Share:
+    """That of a gradient or a state, which may lie otherwise than its parameter, whose share this is: whole on each
+    rank, as that of an embedding that is split by rows.
+    """
+    return share_of(tensor) if type(tensor) not in PLAIN and is_distributed(tensor) else share
+
+
 def ranks_on_same_data(model: nn.Module) -> tuple[int, ...]:
     """The ranks that compute on the same examples as this one, itself included: those of tensor parallelism.
 

@@ -176,6 +176,7 @@ def _observe(site: Site, module: nn.Module, output: Any) -> None:
     running.note_fired()
     tensor = None if under_transform() else main_tensor(output)
     if tensor is None or not measurable(tensor):
+        _say_left_out(site, output if tensor is None else tensor)
         return
     part = module if site.lasting else None
     outside = running.of_call(part, tensor) if module.training and not recomputing else running.forward()
@@ -192,6 +193,13 @@ def _observe(site: Site, module: nn.Module, output: Any) -> None:
         taps = [tap for tap in site.gradients if tap.reporter in passing.due]
         if taps:
             _follow_gradient(taps, passing, tensor)
+
+
+def _say_left_out(site: Site, output: Any) -> None:
+    if isinstance(output, Tensor) and (output.is_nested or output.layout is not torch.strided):
+        kind = "nested" if output.is_nested else str(output.layout)
+        for tap in (*site.outputs, *site.gradients)[:1]:
+            tap.reporter.whole.remark(f"outputs that are {kind} tensors are left out: statistics are of dense ones")
 
 
 def _capture(site: Site, tensor: Tensor | None) -> None:

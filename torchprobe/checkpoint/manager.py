@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,10 +25,9 @@ from torchprobe.checkpoint.sharded import (
     write_directory,
 )
 from torchprobe.checkpoint.states import Target, apply, check_names, model_state, read_sharded, states_of
+from torchprobe.messages import log as _log
 from torchprobe.random_state import random_states
 from torchprobe.session import Session, session_of
-
-_log = logging.getLogger("torchprobe")
 
 Checkpoint = dict[str, Any]
 _DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError, BadZipFile)

@@ -5,7 +5,6 @@ Names do not depend on what wraps the model.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_directory, sharded_states
+from torchprobe.messages import log as _log
 from torchprobe.naming import bare_keys, unwrapped
 from torchprobe.random_state import set_random_states
 from torchprobe.session import Session
 from torchprobe.state import differing_names
 
 _SHAPES_SHOWN = 5
-_log = logging.getLogger("torchprobe")
 
 
 def model_state(model: nn.Module) -> OrderedDict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import monotonic, sleep, time
@@ -16,9 +15,8 @@ from torchprobe.distributed.mailbox import FrameDecoder, Inbox, Key, Mailbox, Nu
 from torchprobe.distributed.merge import Combiner, FindStages, StageNames, announced, same_data_groups
 from torchprobe.distributed.sender import HELD
 from torchprobe.distributed.world import Stopping, World, is_connected
+from torchprobe.messages import log as _log
 from torchprobe.records import Record
-
-_log = logging.getLogger("torchprobe")
 
 POLL = 0.25  # seconds between looks while steps wait
 URGENT_POLL = 0.005

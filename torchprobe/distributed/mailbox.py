@@ -11,7 +11,6 @@ there.
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.buffer.step import WHOLE, Share
+from torchprobe.messages import log as _log
 
 _T = TypeVar("_T")
-_log = logging.getLogger("torchprobe")
 
 _CHUNK = 2**20  # bytes under one key; the store takes 8 MiB
 _UNREAD = 64  # chunks of a rank that may wait there

@@ -6,7 +6,6 @@ Those of a pipeline's stages get the names of the whole model, which are decided
 from __future__ import annotations
 
 import json
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -17,10 +16,9 @@ from numpy.typing import NDArray
 
 from torchprobe.buffer.step import Arrived, Heading, Share, Stage
 from torchprobe.distributed.mailbox import Mailbox, Part
+from torchprobe.messages import log as _log
 from torchprobe.naming import ROOT
 from torchprobe.probes.base import Reporter, Way
-
-_log = logging.getLogger("torchprobe")
 
 
 class Combiner:

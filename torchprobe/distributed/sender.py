@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 
 from torchprobe.buffer.drain import Exchange
@@ -21,10 +20,9 @@ from torchprobe.distributed.mailbox import (
 )
 from torchprobe.distributed.merge import FindStages, announce
 from torchprobe.distributed.world import Stopping, World, is_connected
+from torchprobe.messages import log as _log
 from torchprobe.probes.base import Reporter as ProbeReporter
 from torchprobe.records import Record
-
-_log = logging.getLogger("torchprobe")
 
 CYCLE = 1.0  # seconds between frames, at least
 PATIENCE = 10.0  # seconds that `flush` and `detach` give a store that does not answer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -16,10 +15,9 @@ from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Exchange
 from torchprobe.buffer.step import StepInFlight
 from torchprobe.distributed.mailbox import Mailbox
+from torchprobe.messages import log as _log
 from torchprobe.records import Record
 from torchprobe.rules.alert import Alert
-
-_log = logging.getLogger("torchprobe")
 
 
 class World(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.messages import log as _log
 from torchprobe.probes import checks
 from torchprobe.probes.checks import REDUCTIONS, Frozen, Reduce, Select
 from torchprobe.probes.schedule import Cadence, Schedule, as_schedule
@@ -216,8 +217,7 @@ class Reporter:
         self.over_batches, self.over_shards = probe.over_batches, probe.over_shards
         self.found_everywhere, self.schedule = probe.found_everywhere, probe.schedule
         self.gate: Any = None
-        self.reason = ""
-        """Why nothing was found, when that is known."""
+        self.reason = ""  # why nothing was found, when that is known
         self.remarks: list[str] = []
         self.descriptions: Mapping[str, str] = probe.descriptions
         self.beside: tuple[Reporter, ...] = ()
@@ -249,7 +249,7 @@ class Reporter:
         """What was looked at and not recorded, and what would settle it: said once, and in the session's summary."""
         if line and line not in self.remarks:
             self.remarks.append(line)
-            logging.getLogger("torchprobe").log(level, "%s", line)
+            _log.log(level, "%s", line)
 
     def learn(self, names: Sequence[str], rows: NDArray[np.float64]) -> None:
         """On a rank that sends its rows to another one and reports none: what it may learn from them for itself."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
 
-_log = logging.getLogger("torchprobe")
+from torchprobe.messages import log as _log
+
 _HEIGHT = 900  # pixels of the charts; they scroll
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Text, Value
 
 _LINES = 3  # of one rule in one step, in the log
 _LATEST = 20  # alerts in the summary
 _LONGEST = 50  # alerts of a step in its text
-
-_log = logging.getLogger("torchprobe")
 
 
 @dataclass(frozen=True, slots=True)

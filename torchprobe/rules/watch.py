@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from itertools import count
 from time import time
 from typing import Any
 
+from torchprobe.messages import log as _log
 from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
 from torchprobe.rules.base import BuiltIn, Conditions, Memory
@@ -19,8 +19,6 @@ from torchprobe.rules.non_finite import NonFinite
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
 _LONGEST_REASON = 300  # characters of an exception in one line
 _NO_WAY_OUT = "; no exit or interrupt reaches training from here: stop_on= ends a run"
-
-_log = logging.getLogger("torchprobe")
 
 
 class Follower:

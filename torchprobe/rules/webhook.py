@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import queue
 import re
@@ -16,6 +15,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
+from torchprobe.messages import log as _log
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.base import check_positive
 
@@ -24,8 +24,6 @@ _FIRST_PAUSE = 0.5  # seconds before the first retry; it doubles
 _FOR_GOOD = range(300, 500)  # answers that another attempt would not change, but for
 _FOR_NOW = (408, 425, 429)
 _ADDRESS = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?([/?#][!-~]*)?", re.IGNORECASE)
-
-_log = logging.getLogger("torchprobe")
 
 
 class WebhookNotifier:

@@ -7,7 +7,6 @@ tensors' arithmetic. Here all tensors of one type take one launch, and no memory
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.messages import log as _log
 from torchprobe.statistics.dtypes import GPUS, PLAIN, moved
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,8 +32,6 @@ LINES = 2**7
 """Lines of sums that stay in place: the most programs of a launch that adds to them. Each costs time, flag or not."""
 
 _PROGRAMS, _BLOCK, _MERGED = 2**11, 2**10, 2**7  # programs that a launch aims at, elements at a time, rows at a time
-
-_log = logging.getLogger("torchprobe")
 
 
 def applies_to(*tensors: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
@@ -12,14 +11,13 @@ from weakref import ref
 from torch.optim import Optimizer
 
 from torchprobe.capture.gate import Gate, Meter
+from torchprobe.messages import log as _log
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.learning_rates import LearningRatesReporter
 from torchprobe.probes.schedule import AndBefore, Cadence, Never, Schedule, as_schedule
 
 _ALWAYS = Cadence(1)
 _FURTHER = 8  # steps beyond the cadence, at most, for optimizers that take turns
-
-_log = logging.getLogger("torchprobe")
 
 
 class Plan:

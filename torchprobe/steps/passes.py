@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from threading import enumerate as living_threads
 from threading import get_ident
@@ -19,11 +18,11 @@ from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
 from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
 from torchprobe.capture.sources import Sources
+from torchprobe.messages import log as _log
 from torchprobe.steps.backward import Backward
 from torchprobe.steps.gradients import Gradients
 from torchprobe.steps.steps import Steps
 
-_log = logging.getLogger("torchprobe")
 _MOST_OUTPUTS = 64  # tensors of an output through which a backward pass is looked for
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +14,7 @@ from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.gate import Guard, Meter, protected
 from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
 from torchprobe.capture.sources import Sources
+from torchprobe.messages import log as _log
 from torchprobe.records import Value
 from torchprobe.rules.alert import TrainingAlert
 from torchprobe.rules.watch import Watch
@@ -22,8 +22,6 @@ from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.cadence import Plan
 from torchprobe.steps.passes import Passes
 from torchprobe.steps.steps import Steps
-
-_log = logging.getLogger("torchprobe")
 
 _IN_EVALUATION = (
     "the model is in evaluation mode and is not called by its forward: what other methods of it call is seen in "

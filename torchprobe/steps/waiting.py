@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from weakref import ReferenceType
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 from torchprobe.capture.gradient_state import GradientState
 from torchprobe.capture.parameter_hooks import ParameterHooks
 from torchprobe.capture.sources import Sources
+from torchprobe.messages import log as _log
 from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.backward import Backward, Owners
 from torchprobe.steps.open_step import OpenStep
@@ -19,7 +19,6 @@ from torchprobe.steps.steps import Steps
 _OF_PASSES = ("loss", "outputs", "output_gradients")  # sources of what a step has none of, where it uses no pass
 
 _ZEROED = "gradients were zeroed between a pass's first backward() and optimizer.step()"
-_log = logging.getLogger("torchprobe")
 
 
 class Waiting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import socket
@@ -29,13 +28,13 @@ from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, OfTags, Outcome, Record, Text, Value, group_of
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
 
-_log = logging.getLogger("torchprobe")
 _OTHERS = (
     "%s: another writer began %s here, and TensorBoard may show what comes after in one of both alone: give it a "
     "directory of its own, or pass it as writer="

@@ -6,7 +6,6 @@ What cannot be written in full leaves no trace.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import tempfile
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from torchprobe.messages import log as _log
 
 if TYPE_CHECKING:
     from torchprobe.writers.remote import RemoteFile, RemotePlace
@@ -27,7 +28,6 @@ _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the plac
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LOCAL = ("file", "local")
 
-_log = logging.getLogger("torchprobe")
 
 Place: TypeAlias = "LocalPlace | RemotePlace"
 """A directory of files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple, cast
@@ -11,6 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Record, Value, group_of
 
 FOLDED = "per_layer"
@@ -19,7 +19,6 @@ NAMES = f"{FOLDED}/names"
 DESCRIPTION = "All layers' values of a statistic in one tensor: the places of their names, and the values."
 MOST_TAGS = 5_000
 _MANY = 32  # layers of a statistic: of fewer TensorBoard shows each
-_log = logging.getLogger("torchprobe")
 
 
 class Names(NamedTuple):

@@ -7,7 +7,6 @@ whatever each of them has.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from numbers import Real
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from torchprobe.messages import log as _log
 from torchprobe.records import HParam, HParams, Outcome, Record, Value, group_of
 from torchprobe.writers.protocol import Writer, restart
 
@@ -28,8 +28,6 @@ _OURS = frozenset({"overview", "alerts", "nonfinite"})  # groups of ours that no
 _LOSS = "overview/loss"
 DESCRIPTION = "Last value of the run's metrics, for the HParams page."
 _EXACT_INTEGERS = 2**53  # the page knows numbers as float64
-
-_log = logging.getLogger("torchprobe")
 
 
 class HParamsWriter:

@@ -5,7 +5,6 @@ That is the directory that was asked for, unless another run is there: settled a
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -18,6 +17,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Record
 from torchprobe.writers.files import LONGEST, NO_NAME, FileStore, bytes_of, check_path, located, place_of
 from torchprobe.writers.layout import LayoutWriter
@@ -32,7 +32,6 @@ _EVENTS = "tfevents"  # what TensorBoard takes for an event file has it in its n
 _NO_FOLDER = re.compile(rf"[/\\]|{NO_NAME.pattern}")
 _NUMBERED = re.compile(r"run_(\d{1,9})")
 _OWNED = re.compile(r"events\.out\.tfevents\.\d{10}\..*\.run-([0-9a-f]{12})")
-_log = logging.getLogger("torchprobe")
 
 
 def open_writer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,10 +9,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, HParams, Image, Layout, Outcome, Record, Text, Value
 from torchprobe.writers.event_file import encode, trim
 
-_logger = logging.getLogger("torchprobe")
 _open: WeakValueDictionary[int, SummaryWriterAdapter] = WeakValueDictionary()  # by the identity of the user's writer
 
 
@@ -36,7 +35,7 @@ class SummaryWriterAdapter:
         _require_open(writer)
         if id(writer) in _open:
             words = "its tags, such as overview/loss, mix with this one's: pass each a writer or a log_dir of its own"
-            _logger.warning("writer= is that of another session, too, and %s", words)
+            _log.warning("writer= is that of another session, too, and %s", words)
         _open[id(writer)] = self
         self._writer = writer
         self._file_writer: Any = None
@@ -76,7 +75,7 @@ class SummaryWriterAdapter:
                 method(tag, *arguments, record.step, record.wall_time)
             elif name not in self._missing:
                 self._missing.add(name)
-                _logger.warning("writer= has no %s: %s and its like are not written", name, tag)
+                _log.warning("writer= has no %s: %s and its like are not written", name, tag)
 
     def _flush(self) -> None:
         flush = getattr(self._writer, "flush", None)

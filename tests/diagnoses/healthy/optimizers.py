@@ -126,6 +126,20 @@ def one_optimizer_a_part(watch):
 
 
 @healthy
+def the_head_alone_after_the_whole(watch):
+    """Its norm is a fraction of the model's, which no weight decay has shrunk."""
+    model = mlp()
+    session = classify(watch, model, torch.optim.AdamW(model.parameters(), 3e-4), steps=20)
+    model[:4].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[4].parameters(), 3e-4)
+    for x, y in batches(*digits(), steps=40):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return session
+
+
+@healthy
 def cosine_schedule(watch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

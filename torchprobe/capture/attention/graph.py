@@ -7,7 +7,6 @@ says of which numbers the inputs are logits of an attention, and how to read the
 from __future__ import annotations
 
 import itertools
-import logging
 import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +28,13 @@ from torchprobe.capture.attention.tape import Node
 from torchprobe.capture.attention.uses import Flow, Pending
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.tracing import constant, function_of, graph_of_trace, is_constant, module_of
+from torchprobe.messages import log as _log
 
 CHANGED = "whose weights are changed, in a compiled graph"
 _ELSEWHERE = "whose softmax is in another module than its products, in a compiled graph"
 _SYMBOLS = "whose sizes are symbols, in a compiled graph"
 _UNSEEN = "if it is one, whose compiled graph could not be looked into"
 
-_log = logging.getLogger("torchprobe")
 _numbers = itertools.count()
 
 

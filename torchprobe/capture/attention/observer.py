@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torchprobe.capture.attention.sites import Caller, Owners, Reading, Site, Si
 from torchprobe.capture.compat import under_transform
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.predictions.forms import Generators
+from torchprobe.messages import log as _log
 from torchprobe.statistics import dtypes
 from torchprobe.statistics.attention import QueryKey, Rows, Source, choose, is_sampled, measure, sees_older_behind
 from torchprobe.statistics.attention.sources import Shape
@@ -29,7 +29,6 @@ OnSource: TypeAlias = "Callable[[str, Source, torch.Generator], Tensor | None]"
 
 SECOND_THREAD = "a forward pass beside another one, in a second thread"
 _OUTSIDE = "calls from outside of the model's modules"
-_log = logging.getLogger("torchprobe")
 
 
 class Uncovered(Counter[str]):

@@ -5,7 +5,6 @@ Each graph that is made while a step is sampled is looked at once, as Dynamo han
 
 from __future__ import annotations
 
-import logging
 from types import CodeType
 from typing import Any, NamedTuple
 from weakref import ReferenceType
@@ -24,12 +23,12 @@ from torchprobe.capture.attention.uses import Flow, Kind, Pending
 from torchprobe.capture.compiled import operators, tracing
 from torchprobe.capture.compiled.graphs import Hearing, account_of_trace
 from torchprobe.capture.source import Running
+from torchprobe.messages import log as _log
 from torchprobe.naming import named_modules
 
 _WRITTEN = "written out inside a compiled graph"
 _BROKEN = "if it is one, which a graph break cuts in two"
 _CALLS = (*dot_product.FUNCTIONS, multi_head.FUNCTION)
-_log = logging.getLogger("torchprobe")
 
 
 class GraphLook(Hearing):

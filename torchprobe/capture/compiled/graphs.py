@@ -8,7 +8,6 @@ is not on it.
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,10 +18,8 @@ from weakref import ReferenceType, WeakMethod, WeakSet
 from torch import nn
 
 from torchprobe.capture.compiled.private_names import find
+from torchprobe.messages import log as _log
 from torchprobe.naming import all_modules
-
-_log = logging.getLogger("torchprobe")
-
 
 # ---- what is compiled
 

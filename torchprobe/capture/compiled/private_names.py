@@ -7,14 +7,13 @@ where there is a second way, it costs nothing.
 from __future__ import annotations
 
 import functools
-import logging
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-_log = logging.getLogger("torchprobe")
+from torchprobe.messages import log as _log
 
 EVAL_FRAME = "torch._C:_dynamo.eval_frame."
 _GUARDS = "compiled graphs are not guarded: one that was made for an equal model may serve the watched one, unseen"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import CodeType
 from weakref import ReferenceType
 
@@ -13,8 +12,7 @@ from torchprobe.capture.compat import say_what_graphs_lose
 from torchprobe.capture.compiled import graphs
 from torchprobe.capture.sites import SITE, observe_output
 from torchprobe.capture.source import Running
-
-_log = logging.getLogger("torchprobe")
+from torchprobe.messages import log as _log
 
 
 class Retrace:

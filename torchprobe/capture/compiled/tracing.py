@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 import re
 import sys
@@ -19,12 +18,12 @@ from torchprobe.capture.compat import say_what_graphs_lose, skip_frames, under_t
 from torchprobe.capture.compiled.graphs import attach_guards
 from torchprobe.capture.compiled.private_names import find
 from torchprobe.capture.frames import place_in
+from torchprobe.messages import log as _log
 from torchprobe.naming import ROOT
 
 Scope: TypeAlias = Literal["graph", "checkpoint", "elsewhere"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_log = logging.getLogger("torchprobe")
 
 TRACES_GRADIENT_HOOKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.optimizers import held_by_living
+from torchprobe.capture.sharding import is_distributed
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
 from torchprobe.statistics.dtypes import measurable, row_dtype
@@ -76,7 +77,7 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
     zero = []
     for name, layer in layers:
         weight = dict(layer.named_parameters(recurse=False)).get("weight")  # an attribute may be a computation
-        if weight is None:
+        if weight is None or is_distributed(weight):  # a part does not tell whether all units begin alike
             continue
         if weight.requires_grad and min(weight.shape[:2]) > 1 and weight.numel() <= _LARGE and measurable(weight):
             rows = weight.detach().reshape(len(weight), -1).float()

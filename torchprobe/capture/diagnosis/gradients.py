@@ -18,6 +18,7 @@ from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.diagnosis.modules import ModuleCalls, is_alone
 from torchprobe.capture.optimizers import held_by_living
+from torchprobe.capture.sharding import local_part
 from torchprobe.naming import all_parameters, named_parameters, owner_of
 from torchprobe.statistics.dtypes import measurable, row_dtype
 from torchprobe.statistics.norms import l2_norms
@@ -164,7 +165,7 @@ class GradientFacts:
 
     def _zeros(self, mine: list[nn.Parameter]) -> None:
         """The share of elements that are exactly zero, of matrices: of an embedding most are by right."""
-        usable = [p.grad.detach() for p in mine if p.dim() > 1 and p.grad is not None and measurable(p.grad)]
+        usable = [g for p in mine if p.dim() > 1 and (g := _gradient(p)) is not None and g.numel()]
         shares = [(g == 0).float().mean() for g in usable[:: 1 + len(usable) // _MOST] if g.numel() < _LARGE]
         if shares:
             self._evidence.put("zero_gradients", torch.stack([s.to(shares[0].device) for s in shares]).median())
@@ -181,8 +182,14 @@ def _changed(pair: tuple[_Seen, _Seen], parameter: int) -> bool:
     return parameter in after and before.get(parameter) != after[parameter]
 
 
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    """What this rank has of it, which asks no other one; None where there is none, or no numbers in memory."""
+    there = parameter.grad is not None and measurable(parameter.grad)
+    return local_part(parameter.grad.detach()) if there and parameter.grad is not None else None
+
+
 def _norms(parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
-    usable = [(id(p), p.grad.detach()) for p in parameters if p.grad is not None and measurable(p.grad)]
+    usable = [(id(p), gradient) for p in parameters if (gradient := _gradient(p)) is not None]
     for device in {gradient.device for _, gradient in usable}:
         mine = [(key, gradient) for key, gradient in usable if gradient.device == device]
         yield from zip([key for key, _ in mine], l2_norms([g for _, g in mine]).unbind(), strict=True)
@@ -196,6 +203,6 @@ def _largest(norms: list[Tensor | None]) -> Tensor | None:
 
 
 def _fingerprint(parameter: nn.Parameter) -> Tensor:
-    kind = row_dtype(parameter.device)
-    flat = parameter.detach().reshape(-1)[:: 1 + parameter.numel() // _SAMPLE].to(kind)
+    kind, own = row_dtype(parameter.device), local_part(parameter.detach())
+    flat = own.reshape(-1)[:: 1 + own.numel() // _SAMPLE].to(kind)
     return (flat * torch.linspace(1, 2, len(flat), dtype=kind, device=flat.device)).sum()

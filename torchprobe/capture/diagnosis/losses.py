@@ -21,6 +21,7 @@ from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import is_usable
 from torchprobe.capture.predictions.graph import Link, Place, is_shape, made_by, place_of, way_to_loss
+from torchprobe.capture.sharding import is_distributed
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.scoring import class_counts, entropy, judged, same_class
 
@@ -62,8 +63,9 @@ class OutputFacts:
 
     def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
         """A pass has returned."""
-        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() == 2 and not x.is_complex()]
-        self._varies(args, kwargs)
+        there = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if not (x.is_complex() or is_distributed(x))]
+        given = [x for x in there if x.dim() == 2]
+        self._varies([x for x in there if x.dim() > 0])
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:
             values = tensor.detach()
@@ -71,9 +73,8 @@ class OutputFacts:
             one = _Output(place_of(tensor), made_by(tensor), values, values._version, inputs, evaluates, over)
             listen(tensor, partial(self._on_gradient, one))
 
-    def _varies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _varies(self, given: Sequence[Tensor]) -> None:
         """By how much at most the examples differ, in any tensor that the model is called with; and a sum of them."""
-        given = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if x.dim() > 0 and not x.is_complex()]
         some = [x[:_EXAMPLES].float() for x in given if x.shape[0] > 3 and x.numel() and x.layout is torch.strided]
         if any(x.dim() > 1 for x in some):
             spread = [(x.amax(0) - x.amin(0)).amax() for x in some if x.dim() > 1]

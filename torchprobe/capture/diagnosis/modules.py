@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchprobe.capture.compat import in_backward
 from torchprobe.capture.diagnosis.evidence import Evidence
 from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
+from torchprobe.capture.sharding import is_distributed
 from torchprobe.capture.source import Pass
 from torchprobe.naming import Modules
 from torchprobe.probes.base import Reporter
@@ -174,8 +175,8 @@ class ModuleCalls:
 
 
 def _has_address(tensor: Tensor) -> bool:
-    """Whether it is numbers in memory, which a sparse or a nested tensor is not."""
-    return measurable(tensor) and tensor.is_floating_point() and tensor.numel() > 0
+    """Whether it is numbers in memory, which a sparse or a nested tensor is not, nor one of which others have parts."""
+    return measurable(tensor) and tensor.is_floating_point() and tensor.numel() > 0 and not is_distributed(tensor)
 
 
 def is_alone() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torchprobe.capture.predictions.gradient import TOLERANCE, Given, Recovered,
 from torchprobe.capture.predictions.graph import Judge, judged_by
 from torchprobe.capture.predictions.phase import Candidate, Phase, Waiting
 from torchprobe.capture.predictions.pool import Seen
-from torchprobe.capture.predictions.targets import direction, targets_of, wanted, weights_of
+from torchprobe.capture.predictions.targets import Labels, direction, targets_of, wanted, weights_of
 from torchprobe.probes.evidence import SURE
 from torchprobe.statistics import calibration, intervals
 from torchprobe.statistics.dtypes import row_dtype
@@ -196,16 +197,16 @@ def confirm_returned(phase: Phase, output: Tensor, judge: Judge, generators: for
     return True
 
 
-def confirm_labels(phase: Phase, output: Tensor, loss: Tensor, labels: Tensor, ignored: int) -> None:
+def confirm_labels(phase: Phase, output: Tensor, loss: Tensor, labels: Labels, ignored: int) -> None:
     """Labels that the model was called with, where the loss recomputed from them is the one that it returned: as they
     are, or shifted by one, with classes last or second; yes and no where they are floats.
     """
     if output.numel() > _MOST_RECOMPUTED or output.dim() < 2:
         return
     seen = torch.zeros((), dtype=torch.bool, device=output.device)
-    for form, logits, targets in _alignments(output.detach(), labels.detach()):
+    for form, logits, targets in _alignments(output.detach(), labels.values.detach()):
         rows = forms.rows_of(logits, form, None)
-        equal = _equals(_recomputed(form, rows, targets, ignored), loss.detach()) & ~seen
+        equal = _recomputes(loss.detach(), form, rows, targets, ignored, labels.items) & ~seen
         seen = seen | equal
         y = targets.where(targets != ignored, forms.IGNORED) if form.kind == "softmax" else targets
         y = y.reshape(-1) if form.kind == "softmax" else torch.stack((1 - y, y), -1).reshape(-1, 2).to(rows.dtype)
@@ -227,11 +228,15 @@ def _alignments(logits: Tensor, labels: Tensor) -> list[tuple[forms.Form, Tensor
     return found
 
 
-def _recomputed(form: forms.Form, rows: Tensor, targets: Tensor, ignored: int) -> Tensor:
+def _recomputes(loss: Tensor, form: forms.Form, rows: Tensor, targets: Tensor, ignored: int, items: Any) -> Tensor:
+    """A flag: whether the loss is that of these targets, as a mean or divided by the items that the model was told."""
     if form.kind != "softmax":
-        return F.binary_cross_entropy_with_logits(rows.reshape(-1), targets.reshape(-1).to(rows.dtype))
-    fitting = torch.where((targets >= 0) & (targets < rows.shape[-1]), targets, ignored)
-    return F.cross_entropy(rows, fitting.reshape(-1).long(), ignore_index=ignored)
+        mean = F.binary_cross_entropy_with_logits(rows.reshape(-1), targets.reshape(-1).to(rows.dtype))
+        return _equals(mean, loss)
+    fitting = torch.where((targets >= 0) & (targets < rows.shape[-1]), targets, ignored).reshape(-1).long()
+    total = F.cross_entropy(rows, fitting, ignore_index=ignored, reduction="sum")
+    equal = _equals(total / (fitting != ignored).sum(), loss)
+    return equal if items is None else equal | _equals(total / items, loss)
 
 
 def _equals(value: Tensor, loss: Tensor) -> Tensor:

@@ -27,10 +27,22 @@ KINDS = (*_CLASSES, *_ELEMENTS, *_NUMBERS)
 # ---- an argument of the model
 
 
-def labels_in(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """An argument that may hold the labels, by name or by position; its name confirms nothing."""
+class Labels(NamedTuple):
+    """An argument that may hold the labels; its name confirms nothing. items: by what their loss is divided, if not by
+    their own number: HuggingFace's `Trainer` counts those of several batches, and says so to the model.
+    """
+
+    values: Tensor
+    items: Any = None
+
+
+def labels_in(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Labels | None:
+    """By name or by position."""
     given = {**_by_position(module, args), **kwargs}
-    return next((given[name] for name in _NAMES if isinstance(given.get(name), Tensor)), None)
+    found = next((given[name] for name in _NAMES if isinstance(given.get(name), Tensor)), None)
+    items = given.get("num_items_in_batch")
+    is_number = type(items) is int or (isinstance(items, Tensor) and items.numel() == 1)
+    return None if found is None else Labels(found, items if is_number else None)
 
 
 def _by_position(module: nn.Module, args: Sequence[Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import EVIDENCE, Record
-from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, scalar
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy
@@ -146,11 +146,14 @@ class LearningRateTooHigh(Diagnosis):
 
     def _grown(self, record: Record, kept: dict[str, Any]) -> int:
         """The steps since the last sample but one, which may be a leap, if each has grown the norm by over `ratio`."""
-        norm = scalar(record, "overview/param_norm")
-        if norm is None:
+        if not (found := group(record, "param_norm")):
             return 0
-        (step, before), kept["norm"] = kept.get("norm", (record.step, norm)), (record.step, norm)
-        steps = record.step - step
+        norms, past = dict(found), kept.setdefault("norms", {})
+        last = {name: past[name] for name in norms if name in past}
+        past.update({name: (record.step, norm) for name, norm in norms.items()})
+        steps = record.step - max((step for step, _ in last.values()), default=record.step)
+        same = [name for name, (step, _) in last.items() if step == record.step - steps]
+        before, norm = math.hypot(*(last[name][1] for name in same)), math.hypot(*(norms[name] for name in same))
         return max(steps - 1, 0) if 0 < before * (1 + self.ratio) ** min(steps, 100) < norm < math.inf else 0
 
 
@@ -190,7 +193,9 @@ class LearningRateTooLow(Diagnosis):
 
 @dataclass(frozen=True)
 class WeightDecayTooLarge(Diagnosis):
-    """With weight decay the norm of all parameters has fallen below `share` of its first, and the loss hardly has."""
+    """With weight decay the norm of the parameters that stepped has fallen below `share` of what it was when each was
+    first sampled, and the loss hardly has since any of them was.
+    """
 
     share: float = 0.5
 
@@ -202,12 +207,13 @@ class WeightDecayTooLarge(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        norm, loss = scalar(record, "overview/param_norm"), first_of(record, LOSS_TAGS)
+        norms, loss = dict(group(record, "param_norm")), first_of(record, LOSS_TAGS)
         decay = max(evidence(record, "decay").values(), default=0.0)
-        if norm is None or loss is None:
+        if not norms or loss is None:
             return None
-        first, began = kept.setdefault("norm", norm), kept.setdefault("loss", loss[1])
-        ill = decay > 0 and norm < self.share * first and loss[1] > 0.7 * began > 0
+        began = [kept.setdefault("began", {}).setdefault(name, (norm, loss[1])) for name, norm in norms.items()]
+        norm, first = math.hypot(*norms.values()), math.hypot(*(norm for norm, _ in began))
+        ill = decay > 0 and norm < self.share * first and loss[1] > 0.7 * max(loss for _, loss in began) > 0
         return [self.alert(record.step, None, norm, self.share * first, self.message)] if ill else []
 
 

@@ -104,6 +104,10 @@ class OpenStep:
                 self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)
 
+    def miss_loss(self) -> None:
+        """Gradients are used of a loss that nobody has heard of."""
+        self.unknown = True
+
     def give_back(self) -> None:
         """What its optimizer was to use counts for nothing; validation does."""
         self.loss, self.unknown, self.used, self.forwards = None, False, [], 0

@@ -90,7 +90,7 @@ class Waiting:
             state.choose()
             return found
         if self._parameter_hooks.hooked and not self._sources.running.compiled:  # graphs run with no other hook
-            self._parameter_hooks.step_ends()
+            self._parameter_hooks.step_ends(unowned=owners.others is not None)
         there = not (new or state.kept) and state.few and state.few[0].grad is not None  # the plain loop
         if final and not there and state.emptied(new):
             found = self._without_emptied(found, new)

@@ -49,6 +49,23 @@ def test_the_loss_of_another_model_that_is_not_watched_is_not_taken():
     assert losses(writer) == pytest.approx([loss.item()])
 
 
+def test_a_head_of_the_same_optimizer_that_is_not_watched_and_trained_further_by_itself_hides_no_loss():
+    model, head, writer, expected = net(), torch.nn.Linear(3, 2), MemoryWriter(), []
+    both, alone = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1), sgd(head)
+    with torchprobe.instrument(model, writer=writer):
+        for k in range(5):
+            both.zero_grad()
+            loss = head(model(batch(k)[0])).square().mean()
+            loss.backward()
+            both.step()
+            expected.append(loss.item())
+            for _ in range(2):
+                alone.zero_grad()
+                head(model(batch(k)[0]).detach()).square().mean().backward()
+                alone.step()
+    assert losses(writer) == pytest.approx(expected)
+
+
 def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
     model, writer, expected = net(), MemoryWriter(), []
     optimizer = sgd(model)

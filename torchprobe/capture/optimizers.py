@@ -167,9 +167,9 @@ def parameter_ids(model: nn.Module | None) -> set[int]:
     return set() if model is None else {id(parameter) for parameter in lasting_parameters(model)}
 
 
-def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """The parameters that an optimizer holds and trains."""
-    return (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+def held_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters that an optimizer holds; frozen ones may be trained later, or have a gradient that it uses."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 # ---- what an optimizer keeps for a parameter

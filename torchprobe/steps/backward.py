@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from torchprobe.capture.gradient_state import EarlyGradients, GradientState, holds_any
 from torchprobe.capture.nan_origin.check import Sign
-from torchprobe.capture.optimizers import trained
+from torchprobe.capture.optimizers import held_by, parameter_ids
 from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.capture.source import Pass
 from torchprobe.naming import all_parameters
@@ -217,6 +217,9 @@ class Owners:
             self.early.look_again(_LOOKS)
         if may and len(self.states) > 1 and not backward.beyond:
             backward.lose(may)
+        elif not may and not looked and self.others is None:
+            self._tell_others()  # parameters that were frozen may be trained now, with no optimizer known
+            backward.see_reach((), self.others)
         return bool(may) or backward.beyond
 
     def look(self, living: list[GradientState], sampled: bool = False) -> None:
@@ -230,7 +233,8 @@ class Owners:
 
     def add(self, optimizer: Optimizer, waiting: Iterable[Backward]) -> GradientState:
         """One becomes known; backward passes that came before may be for it too."""
-        state = GradientState(trained(optimizer), optimizer)
+        own = parameter_ids(self._model())  # those of other models get theirs before a backward pass is heard of
+        state = GradientState([p for p in held_by(optimizer) if id(p) in own], optimizer)
         state.learn(self.early)
         self.states.append(state)
         state.choose()
@@ -266,7 +270,7 @@ class Owners:
         self.states, self.others, self._unknown = [], None, None
 
     def _tell_others(self) -> None:
-        held = {id(p) for state in self.states if (one := state.of()) is not None for p in trained(one)}
+        held = {id(p) for state in self.states if (one := state.of()) is not None for p in held_by(one)}
         others = [p for p in self.parameters() if id(p) not in held]
         self.others = GradientState(others) if others else None
         if self.others is not None:

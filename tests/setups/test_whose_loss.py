@@ -108,6 +108,26 @@ def test_no_loss_where_there_is_none_to_be_seen():
     assert TAG not in writer.tags()
 
 
+@pytest.mark.parametrize("every", [1, None])
+def test_steps_by_autograd_grad_among_others_are_no_reason_to_say_that_no_loss_was_seen(every):
+    """As the first-order search of architectures does in turn with its weights' steps."""
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizers = [sgd(model[0]), sgd(model[2])]
+    with torchprobe.instrument(model, writer=writer, every=every) as session:
+        for k in range(12):
+            part = model[k % 2 * 2]
+            optimizers[k % 2].zero_grad()
+            loss = CRITERION(model(batch(k)[0]), batch(k)[1])
+            if k % 2:
+                loss.backward()
+                expected.append((k + 1, pytest.approx(loss.item())))
+            else:
+                part.weight.grad, part.bias.grad = torch.autograd.grad(loss, [part.weight, part.bias])
+            optimizers[k % 2].step()
+    assert writer.scalars(TAG) == expected
+    assert not [alert for alert in session.alerts if alert.rule == "nothing_captured"]
+
+
 def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():
     """As on CUDA, where hooks run in a thread of the autograd engine."""
     x, found = torch.ones(3, requires_grad=True), []

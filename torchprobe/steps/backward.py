@@ -202,6 +202,7 @@ class Owners:
         gone, self.states = len(states) < len(self.states), states
         if gone:
             self._tell_others()
+            self.early.look_again(1)  # its gradients may be zeroed, and those of the others not
         if states:
             return states
         if self._unknown is None or not self._unknown.few:  # all were frozen

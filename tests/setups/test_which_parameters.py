@@ -65,15 +65,32 @@ def test_nets_that_are_frozen_while_the_other_is_trained_have_a_loss_from_the_fi
         for k in range(10):
             nets[k % 2].requires_grad_(True)
             nets[1 - k % 2].requires_grad_(False)
-            optimizers[k % 2].zero_grad()
-            loss = model(batch(k)).square().mean()
-            loss.backward()
+            model.zero_grad()
+            parts = [model(batch(10 * part + k)).square().mean() for part in range(2)]
+            for part in parts:
+                part.backward()
             nets[k % 2].requires_grad_(not before_step)
             optimizers[k % 2].step()
-            losses.append(loss.item())
+            losses.append(sum(parts).item())
     assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
     assert steps(writer, "activation_mean/critic") == [*range(1, 11)]
     assert not session.alerts
+
+
+def test_nets_of_two_optimizers_that_are_frozen_before_both_step_have_their_loss():
+    model, writer, losses = Pair(), MemoryWriter(), []
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in (model.generator, model.critic)]
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(4):
+            model.requires_grad_(True)
+            loss = model(batch(k)).square().mean()
+            loss.backward()
+            model.requires_grad_(False)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
 
 
 def test_a_layer_unfrozen_midway_shows_up():

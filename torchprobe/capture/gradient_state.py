@@ -129,6 +129,10 @@ class GradientState:
         # Of gradients that others of them had before, these would be looked at: they are of the last backward pass.
         return grew or self.choose()
 
+    def came_later(self) -> bool:
+        """Whether there are gradients that were not there, or not so, when the last backward pass began."""
+        return any(_state(p) not in (None, seen) for p, seen in zip(self.few, self._seen, strict=True))
+
     def filled(self, all_of_them: bool) -> bool:
         """Whether all that are looked at, or any parameter, have gradients which are not zero."""
         gradients = [p.grad for p in (self.few if all_of_them else self._parameters[:_MOST])]

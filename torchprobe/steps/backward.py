@@ -218,10 +218,12 @@ class Owners:
             self.early.look_again(_LOOKS)
         if may and len(self.states) > 1 and not backward.beyond:
             backward.lose(may)
-        elif not may and not looked and self.others is None:
-            self._tell_others()  # parameters that were frozen may be trained now, with no optimizer known
-            backward.see_reach((), self.others)
         return bool(may) or backward.beyond
+
+    def see_unfrozen(self, backward: Backward) -> None:
+        """It reached none that is known: parameters that were frozen may be trained now, by no known optimizer."""
+        self._tell_others()
+        backward.see_reach((), self.others, backward.grown)
 
     def look(self, living: list[GradientState], sampled: bool = False) -> None:
         """Remember the gradients as a backward pass finds them; all of them where the step is sampled."""
@@ -258,8 +260,8 @@ class Owners:
         return {id(p) for p in self.parameters() if p.grad is None or (p.grad.is_cpu and not holds_any(p.grad))}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the model that are trained."""
-        return [p for p in all_parameters(self._model()) if p.requires_grad]
+        """Those of the model that are trained; some loops freeze them again before an optimizer steps."""
+        return [p for p in all_parameters(self._model()) if p.requires_grad or p.grad is not None]
 
     def hides(self) -> bool:
         """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""

@@ -178,7 +178,7 @@ class Recorder:
         else:  # gradients came that were not heard of, and those before may have been zeroed
             left = gradients.waiting.left(optimizer)
             found = found if left and others and self.clock.shares_passes(optimizer) else []
-            if left and not found:
+            if left and not found and gradients.waiting.unheard(optimizer):
                 step.miss_loss()
         for backward in found:
             if (backward.sign is not None or backward.flags) and not backward.used:

@@ -53,6 +53,8 @@ class Waiting:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
             return
+        if not (backward.reached or backward.beyond or backward.elsewhere) and owners.others is None and owners.states:
+            owners.see_unfrozen(backward)
         known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()
         if not known and not owners.may_have_reached(backward, looked):
             return
@@ -110,6 +112,10 @@ class Waiting:
     def left(self, optimizer: Optimizer) -> bool:
         """Whether its gradients are not zeroed."""
         return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self.owners.states)
+
+    def unheard(self, optimizer: Optimizer) -> bool:
+        """Whether its gradients came after the backward pass that was heard of last, which they are not of."""
+        return any(state.of() is optimizer and state.came_later() for state in self.owners.states)
 
     def saw_grad(self) -> None:
         """`autograd.grad` gives gradients whose loss nobody tells."""

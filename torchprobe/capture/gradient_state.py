@@ -130,8 +130,9 @@ class GradientState:
         return grew or self.choose()
 
     def came_later(self) -> bool:
-        """Whether there are gradients that were not there, or not so, when the last backward pass began."""
-        return any(_state(p) not in (None, seen) for p, seen in zip(self.few, self._seen, strict=True))
+        """Whether there are gradients that were not there when the last backward pass began."""
+        both = zip(self.few, self._seen, strict=True)
+        return any(p.grad is not None and (seen is None or seen[0] != id(p.grad)) for p, seen in both)
 
     def filled(self, all_of_them: bool) -> bool:
         """Whether all that are looked at, or any parameter, have gradients which are not zero."""

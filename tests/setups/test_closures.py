@@ -71,6 +71,27 @@ def test_a_step_that_calls_the_steps_of_its_parent_classes_is_one_step():
     assert values(writer, TOTAL) == pytest.approx(expected)
 
 
+class Decayed(torch.optim.SGD):
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.5)
+        return super().step(closure)
+
+
+def test_an_update_is_also_what_a_step_does_before_it_calls_that_of_its_parent_class():
+    model, writer = net(), MemoryWriter()
+    torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = Decayed(model.parameters(), lr=0.01)
+    moved = []
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            before = parameters(model)["0.weight"]
+            train_step(model, optimizer, k)
+            moved.append(l2(parameters(model)["0.weight"] - before) / l2(before))
+    assert values(writer, "update_ratio/0.weight") == pytest.approx(moved)
+
+
 class Lookahead(torch.optim.Optimizer):
     """Steps another optimizer over the same parameters, then pulls the weights back half way."""
 

@@ -77,3 +77,40 @@ def test_hooks_on_parameters_stay_where_they_are_needed_and_are_not_put_on_again
     assert 0 < len(keys[14]) < 4  # of four parameters
     assert keys[14] == keys[15] == keys[16] == keys[17]
     assert all(p._backward_hooks is None for p in model.parameters())
+
+
+class SoftActorCritic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.actor, self.critic = nn.Linear(6, 1), nn.Linear(1, 1)
+        self.log_alpha = nn.Parameter(torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("since", [0, 5, 20])
+def test_a_temperature_with_an_optimizer_of_its_own_is_in_the_loss_of_the_step_that_it_shares_or_there_is_none(since):
+    model, writer, right = SoftActorCritic(), MemoryWriter(), []
+    parts = (model.critic.parameters(), model.actor.parameters(), [model.log_alpha])
+    of_critic, of_actor, of_temperature = (torch.optim.SGD(part, lr=0.05) for part in parts)
+    with torchprobe.instrument(model, writer=writer):
+        for k in range(30):
+            of_critic.zero_grad()
+            loss = model.critic(batch(k)[:, :1].detach()).square().mean()
+            loss.backward()
+            of_critic.step()
+            right.append(loss.item())
+            of_actor.zero_grad()
+            action = model.actor(batch(k))
+            loss = (model.log_alpha.exp().detach() * action.square() - model.critic(action)).mean()
+            loss.backward()
+            of_actor.step()
+            right.append(loss.item())
+            if k >= since:
+                of_temperature.zero_grad()
+                loss = -(model.log_alpha.exp() * (action.detach() + 2)).mean()
+                loss.backward()
+                of_temperature.step()
+                right[-1] += loss.item()
+    got, begins = dict(writer.scalars(LOSS)), 2 * since + 2
+    assert set(got) >= {*range(1, 61)} - ({begins, begins + 1} if since else set())
+    assert got == pytest.approx({step: right[step - 1] for step in got})

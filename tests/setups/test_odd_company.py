@@ -53,10 +53,13 @@ def steps(writer: MemoryWriter, tag: str) -> list[int]:
 # ---- parametrizations
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "spectral_norm"])
-def test_a_parametrized_layer_is_watched_as_the_layer_it_is(kind):
+def test_a_parametrized_layer_is_watched_as_the_layer_it_is(kind, bias):
     def made() -> nn.Module:
         model = net()
+        if not bias:
+            model[0].register_parameter("bias", None)
         getattr(nn.utils.parametrizations, kind)(model[0])
         return model
 

@@ -27,6 +27,72 @@ def test_a_layer_frozen_midway_has_no_gradient_from_then_on():
     assert [ratio for _, ratio in writer.scalars("update_ratio/0.weight")][2:] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["zeroed", "zeroed in place"])
+def test_parts_of_one_optimizer_that_are_frozen_in_turn_are_trained_at_every_step(in_place):
+    model, writer, losses = net(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(12):
+            model[0].requires_grad_(k // 3 % 2 == 0)
+            model[2].requires_grad_(k // 3 % 2 == 1)
+            optimizer.zero_grad(set_to_none=not in_place)
+            loss = model(batch(k)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
+    assert steps(writer, "activation_mean/0") == steps(writer, "activation_mean/2") == [*range(1, 13)]
+    assert "nothing_captured" not in {alert.rule for alert in session.alerts}
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = net(), nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.critic(self.generator(x))
+
+
+@pytest.mark.parametrize("before_step", [False, True], ids=["while the other is trained", "whenever it is not trained"])
+@pytest.mark.parametrize("first", ["generator", "critic"])
+def test_nets_that_are_frozen_while_the_other_is_trained_have_a_loss_from_the_first_step_on(first, before_step):
+    """As StyleGAN's code freezes them, also before their optimizer steps."""
+    model, writer, losses = Pair(), MemoryWriter(), []
+    nets = [model.generator, model.critic] if first == "generator" else [model.critic, model.generator]
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in nets]
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(10):
+            nets[k % 2].requires_grad_(True)
+            nets[1 - k % 2].requires_grad_(False)
+            model.zero_grad()
+            parts = [model(batch(10 * part + k)).square().mean() for part in range(2)]
+            for part in parts:
+                part.backward()
+            nets[k % 2].requires_grad_(not before_step)
+            optimizers[k % 2].step()
+            losses.append(sum(parts).item())
+    assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
+    assert steps(writer, "activation_mean/critic") == [*range(1, 11)]
+    assert not session.alerts
+
+
+def test_nets_of_two_optimizers_that_are_frozen_before_both_step_have_their_loss():
+    model, writer, losses = Pair(), MemoryWriter(), []
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in (model.generator, model.critic)]
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(4):
+            model.requires_grad_(True)
+            loss = model(batch(k)).square().mean()
+            loss.backward()
+            model.requires_grad_(False)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
+
+
 def test_a_layer_unfrozen_midway_shows_up():
     model, writer = net(), MemoryWriter()
     model[0].requires_grad_(False)

@@ -42,6 +42,27 @@ def test_an_optimizer_that_joins_has_nothing_of_what_was_zeroed_in_its_own_net_a
 
 
 @pytest.mark.parametrize("every", [1, None])
+def test_optimizers_that_are_made_anew_have_nothing_of_what_was_zeroed_in_one_net_alone(every):
+    """As where a GAN grows: the generator's gradients of the stage before are still there, and the critic's are not."""
+    model, writer, right = nets(2), MemoryWriter(), []
+    with torchprobe.instrument(model, writer=writer, every=every):
+        for _ in range(3):
+            generator, critic = (sgd(net) for net in model)
+            for k in range(6):
+                fake = model[0](batch(k))
+                critic.zero_grad()
+                losses = [model[1](batch(k)).square().mean() + model[1](fake.detach()).mean()]
+                losses[0].backward()
+                critic.step()
+                generator.zero_grad()
+                losses.append((model[1](fake) - 1).square().mean())
+                losses[1].backward()
+                generator.step()
+                right += [loss.item() for loss in losses]
+    assert writer.scalars(LOSS) == [(step, pytest.approx(loss)) for step, loss in enumerate(right, 1)]
+
+
+@pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("late", [0, 7], ids=["from the first step on", "some later"])
 def test_nets_of_one_optimizer_that_are_trained_by_backward_passes_of_their_own(late, every):
     """Critics of an ensemble, and then the actor, whose optimizer has none of their losses."""

@@ -49,6 +49,23 @@ def test_the_loss_of_another_model_that_is_not_watched_is_not_taken():
     assert losses(writer) == pytest.approx([loss.item()])
 
 
+def test_a_head_of_the_same_optimizer_that_is_not_watched_and_trained_further_by_itself_hides_no_loss():
+    model, head, writer, expected = net(), torch.nn.Linear(3, 2), MemoryWriter(), []
+    both, alone = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1), sgd(head)
+    with torchprobe.instrument(model, writer=writer):
+        for k in range(5):
+            both.zero_grad()
+            loss = head(model(batch(k)[0])).square().mean()
+            loss.backward()
+            both.step()
+            expected.append(loss.item())
+            for _ in range(2):
+                alone.zero_grad()
+                head(model(batch(k)[0]).detach()).square().mean().backward()
+                alone.step()
+    assert losses(writer) == pytest.approx(expected)
+
+
 def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
     model, writer, expected = net(), MemoryWriter(), []
     optimizer = sgd(model)
@@ -89,6 +106,26 @@ def test_no_loss_where_there_is_none_to_be_seen():
         optimizer.step()
         assert session.step == 1
     assert TAG not in writer.tags()
+
+
+@pytest.mark.parametrize("every", [1, None])
+def test_steps_by_autograd_grad_among_others_are_no_reason_to_say_that_no_loss_was_seen(every):
+    """As the first-order search of architectures does in turn with its weights' steps."""
+    model, writer, expected = net(), MemoryWriter(), []
+    optimizers = [sgd(model[0]), sgd(model[2])]
+    with torchprobe.instrument(model, writer=writer, every=every) as session:
+        for k in range(12):
+            part = model[k % 2 * 2]
+            optimizers[k % 2].zero_grad()
+            loss = CRITERION(model(batch(k)[0]), batch(k)[1])
+            if k % 2:
+                loss.backward()
+                expected.append((k + 1, pytest.approx(loss.item())))
+            else:
+                part.weight.grad, part.bias.grad = torch.autograd.grad(loss, [part.weight, part.bias])
+            optimizers[k % 2].step()
+    assert writer.scalars(TAG) == expected
+    assert not [alert for alert in session.alerts if alert.rule == "nothing_captured"]
 
 
 def test_what_backward_was_called_on_is_found_from_the_engines_own_thread():

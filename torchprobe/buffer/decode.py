@@ -35,6 +35,7 @@ _REASONS = {
     "loss": "no backward() of a single number was seen through the model's output, which is what the loss is read from",
 }
 
+LOSS = "overview/loss"
 SKIPPED_STEPS = "overview/skipped_steps"
 _LATE = frozenset({SKIPPED_STEPS, *(f"overview/{name}" for name in ("alerts", "dropped_records", "probe_overhead"))})
 
@@ -72,7 +73,7 @@ class Decoder:
     @property
     def unsaid(self) -> list[str]:
         """What probes looked at and did not record, a line each, and what would settle it."""
-        reasons = {r: str(getattr(r, "reason", "")) for r in self._asked if r not in self._seen}
+        reasons = {r: str(getattr(r, "reason", "")) for r in self._asked if not self._saw(r)}
         wholes = dict.fromkeys(getattr(reporter, "whole", reporter) for reporter in self._asked)
         remarks = [str(line) for reporter in wholes for line in getattr(reporter, "remarks", ())]
         return [*(f"{_name(reporter)}: {reason}" for reporter, reason in reasons.items() if reason), *remarks]
@@ -179,12 +180,15 @@ class Decoder:
             _log.warning("step %d found no free slots on its device: its statistics are lost", sent.step)
         return {}
 
+    def _saw(self, reporter: Reporter) -> bool:
+        return reporter in self._seen or (getattr(reporter, "source", "") == "loss" and LOSS in self._own)  # no rows
+
     def _look_for_missing(self, due: Sequence[Reporter]) -> dict[str, Value]:
         self._asked.update(due)
         texts: dict[str, Value] = {}
         for reporter in due:
             failed = getattr(reporter, "whole", reporter) in self._failed
-            unseen = reporter not in self._seen and _name(reporter) not in self.missing
+            unseen = not self._saw(reporter) and _name(reporter) not in self.missing
             if self._asked[reporter] == _PATIENCE and unseen and not failed:
                 name, source = _name(reporter), getattr(reporter, "source", "")
                 self.missing.append(name)

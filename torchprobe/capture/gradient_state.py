@@ -96,7 +96,7 @@ class GradientState:
         self.of: Callable[[], Optimizer | None] = ref(optimizer) if optimizer is not None else lambda: None
         self._parameters = list(parameters)
         self.blind = False
-        self._look_at(_ends(self._parameters))
+        self._look_at(_ends([p for p in self._parameters if p.requires_grad or p.grad is not None]))
 
     def _look_at(self, few: list[nn.Parameter]) -> None:
         self.few, self._none, self.kept = few, [None] * len(few), False
@@ -128,6 +128,11 @@ class GradientState:
                 grew = True
         # Of gradients that others of them had before, these would be looked at: they are of the last backward pass.
         return grew or self.choose()
+
+    def came_later(self) -> bool:
+        """Whether there are gradients that were not there when the last backward pass began."""
+        both = zip(self.few, self._seen, strict=True)
+        return any(p.grad is not None and (seen is None or seen[0] != id(p.grad)) for p, seen in both)
 
     def filled(self, all_of_them: bool) -> bool:
         """Whether all that are looked at, or any parameter, have gradients which are not zero."""
@@ -184,12 +189,12 @@ class GradientState:
             if p.grad is not None if among is None else id(p) in among:
                 return False
         having = [p for p in self._parameters if (p.grad is not None if among is None else id(p) in among)]
-        if having and 0 < len(self.few) < _MOST_FEW:
+        if having and len(self.few) < _MOST_FEW:
             more = _ends(having)
             self.few, self._left = [*more, *self.few], [*map(_state, more), *self._left]
             self._none = [None] * len(self.few)
             self._seen = [*self._none[: len(more)], *self._seen]
-        return bool(having and self.few)
+        return bool(having)
 
     def may_have_grown(self, looked: bool) -> bool:
         """Whether a backward pass may have reached one that is not looked at, or whose gradient was taken away."""

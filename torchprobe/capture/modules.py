@@ -79,13 +79,14 @@ def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def interesting(module: nn.Module) -> bool:
-    """The default choice: leaves that have parameters, and attention and normalisation blocks."""
+    """The default choice: leaves that have parameters, parametrized or not, and attention and normalisation blocks."""
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    if not module._parameters or all([parameter is None for parameter in module._parameters.values()]):  # noqa: C419
-        return False
-    return all([name == PARAMETRIZATIONS for name, child in module._modules.items() if child is not None])  # noqa: C419
+    parts = [name for name, child in module._modules.items() if child is not None]
+    if not parts:
+        return any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
+    return parts == [PARAMETRIZATIONS]  # its only weight may be among them
 
 
 # ---- which are, by name

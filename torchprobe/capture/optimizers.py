@@ -84,8 +84,8 @@ class OptimizerHooks:
             self._observer.other_steps()
             return
         if self._running:  # unless a step that raised left it behind
-            under_way = {id(caller["self"]) for caller in running(STEP)}
-            self._running = [r for r in self._running if id(r()) in under_way and r() is not optimizer]
+            under_way = [id(caller["self"]) for caller in running(STEP)]  # this step's own is one of them
+            self._running = [r for r in self._running if under_way.count(id(r())) > (r() is optimizer)]
         self._running.append(known[0])
         has_closure = (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs)
         if len(self._running) == 1 and self._observer.before_step(optimizer, has_closure):
@@ -94,11 +94,11 @@ class OptimizerHooks:
     @protected
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         under_way = self._running
-        if under_way and under_way[0]() is optimizer:
+        if len(under_way) > 1 and under_way[-1]() is optimizer:
+            del under_way[-1]
+        elif under_way and under_way[0]() is optimizer:
             under_way.clear()
             self._observer.after_step(optimizer, (len(args) > 1 or bool(kwargs)) and _closure_in(args, kwargs))
-        elif under_way and under_way[-1]() is optimizer:
-            del under_way[-1]
 
     def _call_last(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
         """Call a function when the step's other pre-hooks have run; now, when there are none or a graph would break.
@@ -167,9 +167,9 @@ def parameter_ids(model: nn.Module | None) -> set[int]:
     return set() if model is None else {id(parameter) for parameter in lasting_parameters(model)}
 
 
-def trained(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """The parameters that an optimizer holds and trains."""
-    return (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+def held_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters that an optimizer holds; frozen ones may be trained later, or have a gradient that it uses."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 # ---- what an optimizer keeps for a parameter

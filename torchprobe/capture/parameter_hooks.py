@@ -40,7 +40,8 @@ class ParameterHooks:
         self._ahead_few = 0  # steps yet with hooks on a few
         self._retries = _MOST_FOUND
         self._all = False  # they are on all parameters
-        self._on_since = False  # the backward pass that was heard of last
+        self._wide = False  # they are on parameters at which a new kind of backward pass would be heard of, too
+        self._on_since = False  # so since the backward pass that was heard of last
         self._harmless: set[int] = set()
         self._found: list[nn.Parameter] = []
         self._few: list[nn.Parameter] = []
@@ -51,6 +52,8 @@ class ParameterHooks:
         elsewhere: in this step backward passes are heard at outputs of parts.
         """
         chosen, self._all = self._found, self._ahead > 0
+        self._wide = self._all or self._ahead_few > 0
+        self._on_since &= self._wide
         if self._all:
             kept = [one for one, _ in self.hooked.values()]  # frozen for now, perhaps
             self._ahead, chosen = self._ahead - (not elsewhere), [*kept, *parameters()]
@@ -75,7 +78,7 @@ class ParameterHooks:
 
         skipped: how many have run since the last one, or took numbers.
         """
-        on_since, self._on_since = self._on_since, bool(self.hooked)
+        on_since, self._on_since = self._on_since, self._wide and bool(self.hooked)
         if not skipped or skipped in self._harmless or len(self._harmless) >= _MOST_GAPS:
             return False
         if on_since:
@@ -99,9 +102,12 @@ class ParameterHooks:
             self._ahead = self._ahead if self._all else max(self._ahead, 2)
         return known or self._all
 
-    def step_ends(self) -> None:
-        """An optimizer steps: hooks stay on only where backward passes may come before the next forward pass."""
-        if not (self._ahead_few or self._found):
+    def step_ends(self, unowned: bool) -> None:
+        """An optimizer steps: hooks stay on only where backward passes may come before the next forward pass.
+
+        unowned: there are parameters that no known optimizer holds.
+        """
+        if not (unowned or self._ahead_few or self._found):
             self.release()
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from torchprobe.capture.gradient_state import EarlyGradients, GradientState, holds_any
 from torchprobe.capture.nan_origin.check import Sign
-from torchprobe.capture.optimizers import trained
+from torchprobe.capture.optimizers import held_by, parameter_ids
 from torchprobe.capture.sharding import is_fully_sharded
 from torchprobe.capture.source import Pass
 from torchprobe.naming import all_parameters
@@ -202,6 +202,7 @@ class Owners:
         gone, self.states = len(states) < len(self.states), states
         if gone:
             self._tell_others()
+            self.early.look_again(1)  # its gradients may be zeroed, and those of the others not
         if states:
             return states
         if self._unknown is None or not self._unknown.few:  # all were frozen
@@ -219,6 +220,11 @@ class Owners:
             backward.lose(may)
         return bool(may) or backward.beyond
 
+    def see_unfrozen(self, backward: Backward) -> None:
+        """It reached none that is known: parameters that were frozen may be trained now, by no known optimizer."""
+        self._tell_others()
+        backward.see_reach((), self.others, backward.grown)
+
     def look(self, living: list[GradientState], sampled: bool = False) -> None:
         """Remember the gradients as a backward pass finds them; all of them where the step is sampled."""
         if sampled and len(living) > 1:
@@ -230,7 +236,8 @@ class Owners:
 
     def add(self, optimizer: Optimizer, waiting: Iterable[Backward]) -> GradientState:
         """One becomes known; backward passes that came before may be for it too."""
-        state = GradientState(trained(optimizer), optimizer)
+        own = parameter_ids(self._model())  # those of other models get theirs before a backward pass is heard of
+        state = GradientState([p for p in held_by(optimizer) if id(p) in own], optimizer)
         state.learn(self.early)
         self.states.append(state)
         state.choose()
@@ -253,8 +260,8 @@ class Owners:
         return {id(p) for p in self.parameters() if p.grad is None or (p.grad.is_cpu and not holds_any(p.grad))}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the model that are trained."""
-        return [p for p in all_parameters(self._model()) if p.requires_grad]
+        """Those of the model that are trained; some loops freeze them again before an optimizer steps."""
+        return [p for p in all_parameters(self._model()) if p.requires_grad or p.grad is not None]
 
     def hides(self) -> bool:
         """Whether a wrapper may keep gradients out of sight, as `fully_shard` does until it reduces them."""
@@ -266,7 +273,7 @@ class Owners:
         self.states, self.others, self._unknown = [], None, None
 
     def _tell_others(self) -> None:
-        held = {id(p) for state in self.states if (one := state.of()) is not None for p in trained(one)}
+        held = {id(p) for state in self.states if (one := state.of()) is not None for p in held_by(one)}
         others = [p for p in self.parameters() if id(p) not in held]
         self.others = GradientState(others) if others else None
         if self.others is not None:

@@ -16,6 +16,8 @@ from torchprobe.records import Text, Value
 from torchprobe.statistics.dtypes import on_host, row_dtype
 from torchprobe.steps.backward import Backward
 
+_UNHEARD = "an optimizer stepped on gradients of no backward() that was heard of since its last step"
+
 
 @dataclass(slots=True)
 class OpenStep:
@@ -103,6 +105,13 @@ class OpenStep:
             else:
                 self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)
+
+    def miss_loss(self) -> None:
+        """Gradients are used of a loss that nobody has heard of."""
+        self.unknown = True
+        for reporter in self.light:
+            if reporter.source == "loss":
+                reporter.explain(_UNHEARD)
 
     def give_back(self) -> None:
         """What its optimizer was to use counts for nothing; validation does."""

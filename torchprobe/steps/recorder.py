@@ -174,8 +174,10 @@ class Recorder:
             if not backward.used or backward.counted == step.number:
                 break
         else:  # gradients came that were not heard of, and those before may have been zeroed
-            shares = others and self.clock.shares_passes(optimizer)
-            found = found if shares and gradients.waiting.left(optimizer) else []
+            left = gradients.waiting.left(optimizer)
+            found = found if left and others and self.clock.shares_passes(optimizer) else []
+            if left and not found and gradients.waiting.unheard(optimizer):
+                step.miss_loss()
         for backward in found:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)

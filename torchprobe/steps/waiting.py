@@ -52,6 +52,8 @@ class Waiting:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
             return
+        if not (backward.reached or backward.beyond or backward.elsewhere) and owners.others is None and owners.states:
+            owners.see_unfrozen(backward)
         known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()
         if not known and not owners.may_have_reached(backward, looked):
             return
@@ -89,7 +91,7 @@ class Waiting:
             state.choose()
             return found
         if self._parameter_hooks.hooked and not self._sources.running.compiled:  # graphs run with no other hook
-            self._parameter_hooks.step_ends()
+            self._parameter_hooks.step_ends(unowned=owners.others is not None)
         there = not (new or state.kept) and state.few and state.few[0].grad is not None  # the plain loop
         if final and not there and state.emptied(new):
             found = self._without_emptied(found, new)
@@ -109,6 +111,10 @@ class Waiting:
     def left(self, optimizer: Optimizer) -> bool:
         """Whether its gradients are not zeroed."""
         return any(state.of() is optimizer and not state.zeroed(thorough=True) for state in self.owners.states)
+
+    def unheard(self, optimizer: Optimizer) -> bool:
+        """Whether its gradients came after the backward pass that was heard of last, which they are not of."""
+        return any(state.of() is optimizer and state.came_later() for state in self.owners.states)
 
     def saw_grad(self) -> None:
         """`autograd.grad` gives gradients whose loss nobody tells."""

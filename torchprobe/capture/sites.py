@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.buffer.transfer import records_graph
+from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import REPLICA, in_backward, no_torch_function, under_transform
 from torchprobe.capture.compiled import operators
 from torchprobe.capture.compiled.operators import GradientHook, listen
@@ -73,7 +74,6 @@ class Tap:
         self.traces = type(self.probe).__module__.startswith("torchprobe.")  # what others wrote may not, and may raise
         self._keeper = keeper  # under which a pass keeps its rows
         self._running = running
-        self.meter = running.meter
         self._memo = memo
         self.lines: Tensor | None = None
 
@@ -223,9 +223,10 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
 
 
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
+    """Not of a backward pass for inputs alone: gradients that are trained on may follow through the same graph."""
     if passing is not None and measurable(gradient):
-        with taps[0].meter:
-            for tap in taps:
+        with taps[0].reporter.gate:
+            for tap in taps if roots().for_parameters else ():
                 tap.add(passing, gradient)
 
 

@@ -44,14 +44,14 @@ class Waiting:
         owners = self.owners
         looked = bool(owners.early.learns and owners.early.before)
         grown = owners.learn(compiled) if looked else None
+        if not backward.elsewhere:
+            backward.see_reach(owners.states, owners.others, grown)
+        if backward.stray and not backward.reached:
+            return  # its passes keep what they have: another backward pass may run through their graphs
         for passing in backward.passes:
             if passing.kept:
                 backward.settle(self._merge)
                 break
-        if not backward.elsewhere:
-            backward.see_reach(owners.states, owners.others, grown)
-        if backward.stray and not backward.reached:
-            return
         if not (backward.reached or backward.beyond or backward.elsewhere) and owners.others is None and owners.states:
             owners.see_unfrozen(backward)
         known = backward.reached is not None or backward.elsewhere or compiled or owners.hides()

@@ -257,3 +257,17 @@ def test_windows_of_two_dimensions(shift):
     model = nn.Sequential(Lambda(windows), inner)
     seen = record(model, torch.randn(2, 16, 16))
     assert_close(seen.heads["1"], of_weights(inner.p))
+
+
+MOVED = {
+    "rolled": lambda s: s.relu().roll(1, -2),
+    "rolled and summed up": lambda s: s.relu().roll(1, -2).cumsum(-2),  # as selective attention masks
+    "of one head": lambda s: s[:, :1].relu().roll(1, -2),
+    "padded": lambda s: F.pad(s[:, :, :-1].relu(), (0, 0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("moved", MOVED.values(), ids=MOVED.keys())
+def test_queries_stand_where_they_do_whatever_scores_of_other_queries_are_taken_off(moved):
+    model = Attends(lambda m, q, k: ((s := scores(q, k)) - moved(s)).softmax(-1))
+    assert_close(record(model, X).heads["root"], of_weights(model.p))

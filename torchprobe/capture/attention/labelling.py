@@ -267,14 +267,14 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     ranked.sort(key=lambda one: one not in turned)
     first = _label(ranked[0])
     dims: list[Dim] = [()] * node.dims
-    at: dict[Root, int] = {}
     for one in reversed(ranked):
-        label, offset = _label(one), node.dims - one.dims
-        for axis, dim in enumerate(label.dims):
+        offset = node.dims - one.dims
+        for axis, dim in enumerate(_label(one).dims):
             dim = counted(Root(learned=True), one.shape[axis]) if one.const and first.sides else dim
             if one.shape[axis] == node.shape[offset + axis] and not (joins.is_expanded(dim) and dims[offset + axis]):
                 dims[offset + axis] = dim
-        at |= {root: value for root, value in label.at.items() if root in set(label.roots())}
+    counts = {*roots_of(dims)}
+    at = {root: value for one in reversed(ranked) for root, value in _label(one).at.items() if root in counts}
     if any(_disagree(first, dims, _label(one), node.dims - one.dims) for one in ranked[1:]):
         return None
     return Label(tuple(dims), {**at, **first.at}, first.between)

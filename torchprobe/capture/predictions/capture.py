@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
-from torchprobe.capture.compiled.operators import GradientHook
 from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import given_tensors, main_tensor, tensors_in
 from torchprobe.capture.predictions import targets
@@ -34,7 +33,7 @@ from torchprobe.capture.predictions.phase import EVIDENTIAL, Moment, Phase, Valu
 from torchprobe.capture.predictions.plain_outputs import DETACHED, PlainOutputs, Settled, lines_of
 from torchprobe.capture.predictions.pool import Pool
 from torchprobe.capture.predictions.reading import Reading, losses_in, read
-from torchprobe.capture.predictions.targets import Number, on_both_gradients
+from torchprobe.capture.predictions.targets import Number, on_both_gradients, on_gradient
 from torchprobe.naming import ROOT
 from torchprobe.probes.uncertainty import Uncertainty
 
@@ -154,7 +153,7 @@ class PredictionCapture:
         for probe, line in lines_of(reading):
             phase.say(probe, line)
         if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
-            reading.evidence.register_hook(GradientHook(partial(self._on_evidence, phase, place_of(reading.evidence))))
+            on_gradient(reading.evidence, self._gate, partial(self._on_evidence, phase, place_of(reading.evidence)))
         if reading.numbers and reading.numbers[0].mean is not None:
             self._follow_numbers(phase, pool, reading.numbers, reading.numbers[0].mean)
         if reading.plain is not None and is_usable(reading.plain):
@@ -185,7 +184,7 @@ class PredictionCapture:
         both = mean.grad_fn is not None and source.grad_fn is not None and shapes and numbers[0].is_normal
         if phase.training and both and self._sample_dim is None:
             waiting.enter_graph()
-            on_both_gradients(mean, source, partial(self._on_gradients, phase, waiting))
+            on_both_gradients(mean, source, self._gate, partial(self._on_gradients, phase, waiting))
 
     def _go_on_in(self, phase: Phase) -> None:
         """The phase of this pass: the one before, if the input is the same. What parts of the model said follows."""
@@ -228,10 +227,10 @@ class PredictionCapture:
         """The hook holds the phase, and nothing of the graph that it hangs on. On a leaf it would stay for ever."""
         if phase.training and tensor.grad_fn is not None:
             waiting.enter_graph()
-            tensor.register_hook(GradientHook(partial(self._on_gradient, phase, waiting)))
+            on_gradient(tensor, self._gate, partial(self._on_gradient, phase, waiting))
 
-    def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor | None) -> None:
-        if gradient is not None and self._still_waits(phase, waiting):
+    def _on_gradient(self, phase: Phase, waiting: Waiting, gradient: Tensor) -> None:
+        if self._still_waits(phase, waiting):
             with self._protected(gradient):
                 judge = judge_of(roots().tensors, waiting.place)
                 if not waiting.candidates:

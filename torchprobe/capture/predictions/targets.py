@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchprobe.capture.backward import roots
 from torchprobe.capture.compiled.operators import GradientHook
+from torchprobe.capture.gate import Gate
 from torchprobe.capture.predictions.forms import BINARY, FEW_ROWS, IGNORED, LAST, SECOND, Form, rows_of
 from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.naming import unwrapped
@@ -188,18 +190,31 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def on_both_gradients(mean: Tensor, spread: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
-    """Hear once of both gradients, if both arrive: autograd hands None to the hook of what the loss leaves out."""
+def on_gradient(tensor: Tensor, gate: Gate, then: Callable[[Tensor], None]) -> None:
+    """Hear of gradients for parameters: a backward pass for inputs alone is called on no loss that is trained."""
+    tensor.register_hook(GradientHook(partial(_take, gate, then)))
+
+
+def _take(gate: Gate, then: Callable[[Tensor], None], gradient: Tensor | None) -> None:
+    if gradient is None:  # autograd hands it to the hook of what a loss leaves out
+        return
+    with gate.boundary():
+        if not roots().for_parameters:
+            return
+    then(gradient)
+
+
+def on_both_gradients(mean: Tensor, spread: Tensor, gate: Gate, then: Callable[[Tensor, Tensor], None]) -> None:
+    """Hear once of both, if both arrive."""
     arrived: dict[str, Tensor] = {}
 
-    def take(name: str, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            arrived[name] = gradient.detach()  # its own graph may lead back here
+    def take(name: str, gradient: Tensor) -> None:
+        arrived[name] = gradient.detach()  # its own graph may lead back here
         if len(arrived) == 2:
             then(arrived.pop("mean"), arrived.pop("spread"))
 
-    mean.register_hook(GradientHook(partial(take, "mean")))
-    spread.register_hook(GradientHook(partial(take, "spread")))
+    on_gradient(mean, gate, partial(take, "mean"))
+    on_gradient(spread, gate, partial(take, "spread"))
 
 
 def targets_of(

@@ -1,0 +1,94 @@
+"""A backward pass for inputs alone, before the one that trains: what runs through that graph counts all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchprobe
+from torchprobe.testing import MemoryWriter
+
+GROUPS = ("activation_", "attention_", "calibration/", "uncertainty_", "overview/loss")
+
+
+class Reads(nn.Module):
+    """A layer of attention over tokens, whose mean is mapped by `head`."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, outputs)
+
+    def forward(self, x: Tensor):
+        hidden, _ = self.attention(x, x, x)
+        out = self.head(hidden.mean(1))
+        return out if out.shape[-1] > 2 else (out[:, :1], F.softplus(out[:, 1:]) + 0.1)
+
+
+def loss_of(output, x: Tensor) -> Tensor:
+    if isinstance(output, Tensor):
+        return F.cross_entropy(output, (x[:, 0, :].argmax(-1)) % 5)
+    return F.gaussian_nll_loss(output[0], x[:, 0, :1].detach(), output[1])
+
+
+def of_grad(x: Tensor, loss: Tensor, output) -> None:
+    torch.autograd.grad(loss, x, retain_graph=True)
+
+
+def of_inputs(x: Tensor, loss: Tensor, output) -> None:
+    loss.backward(inputs=[x], retain_graph=True)
+
+
+def of_the_mean(x: Tensor, loss: Tensor, output) -> None:
+    """As a saliency map is made: not of the loss, and of a part of what the model gives."""
+    mean = output if isinstance(output, Tensor) else output[0]
+    torch.autograd.grad(mean.sum(), x, retain_graph=True)
+
+
+def nothing(x: Tensor, loss: Tensor, output) -> None:
+    """The truth."""
+
+
+def recorded(outputs: int, before, once_more: bool = False) -> dict[str, list[tuple[int, float]]]:
+    """Of three steps. once_more: a second pass, over other inputs, is trained on beside the first."""
+    model, writer = Reads(outputs), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(3):
+            x = torch.randn(40, 6, 8, generator=generator).requires_grad_()
+            output = model(x)
+            loss = loss_of(output, x)
+            before(x, loss, output)
+            if once_more:
+                loss = loss + loss_of(model(x.detach() + 0.1), x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not session.alerts
+    return {tag: writer.scalars(tag) for tag in writer.tags() if tag.startswith(GROUPS)}
+
+
+@pytest.mark.parametrize("once_more", [False, True], ids=["alone", "beside another pass"])
+@pytest.mark.parametrize("outputs", [5, 2], ids=["classes", "mean and variance"])
+@pytest.mark.parametrize("before", [of_grad, of_inputs, of_the_mean])
+def test_takes_nothing_from_the_pass_and_adds_nothing_to_it(before, outputs, once_more):
+    expected, found = recorded(outputs, nothing, once_more), recorded(outputs, before, once_more)
+    assert {tag.split("_")[0].split("/")[0] for tag in expected} >= {"activation", "attention", "calibration"}
+    assert found == expected
+
+
+def test_of_a_pass_that_is_not_trained_on_nothing_is_left():
+    """As an attack in evaluation mode that only wants its inputs' gradients."""
+    model, writer = Reads(5), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for k in range(3):
+            x = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(k)).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(model(x), x), x)
+            optimizer.zero_grad()
+            loss_of(model((x + gradient.sign()).detach()), x).backward()
+            optimizer.step()
+    assert writer.scalars("calibration/count") == [(1, 40.0), (2, 40.0), (3, 40.0)]

@@ -14,7 +14,7 @@ import torchprobe
 from tests.models import Transformer, inputs
 from torchprobe.capture.compiled.tracing import TRACES_GRADIENT_HOOKS
 from torchprobe.capture.module_hooks import MARKS
-from torchprobe.capture.nan_origin.graph import READS_GRAPHS
+from torchprobe.capture.nan_origin.graph import READS_GRAPHS, of_gradients
 from torchprobe.testing import MemoryWriter
 
 AT = 5
@@ -70,6 +70,55 @@ def test_the_range_of_the_inputs_is_told(every):
     [alert] = run.train(every)
     assert "blocks.1.mlp.0 produced inf" in alert.message
     assert 0 < float(alert.message.split("max |x| = ")[1].split(")")[0]) < 10
+
+
+class Logarithm(nn.Module):
+    """Of zeros, in one step of a run."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return (x * 0).log() if self.run.step == AT else x
+
+
+def with_a_logarithm(run):
+    block = run.model.blocks[1]
+    block.mlp = nn.Sequential(block.mlp[0], Logarithm(run), block.mlp[2])
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
+
+
+def test_a_module_that_makes_minus_infinity_is_named_and_not_the_one_that_makes_nan_of_it():
+    run = Poisoned()
+    with_a_logarithm(run)
+    [alert] = run.train(1)
+    assert (alert.step, alert.where) == (AT, "blocks.1.mlp.1")
+    assert "blocks.1.mlp.1 produced -inf from finite inputs" in alert.message
+    assert "which became NaN in blocks.1.mlp.2" in alert.message
+
+
+@reads_graphs
+def test_between_sampled_steps_the_operation_that_made_minus_infinity_is_told():
+    run = Poisoned()
+    with_a_logarithm(run)
+    [alert] = run.train(100)
+    assert (alert.step, alert.where) == (AT, "blocks.1.mlp.0")
+    assert "what is done to its output (Log), produced -inf from finite inputs (max |x| = " in alert.message
+    assert "inf)" not in alert.message
+    assert "which became NaN in blocks.1.mlp.2" in alert.message
+
+
+def test_a_gradient_that_overflows_in_the_last_layer_is_not_told_behind_itself():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    named = [*model.named_parameters()]
+    model[2].weight.grad.fill_(float("inf"))
+    assert of_gradients(named).text == "the backward pass gave 2 a gradient with NaN or inf"
+    model[2].weight.grad.fill_(1.0)
+    model[1].weight.grad.fill_(float("inf"))
+    assert of_gradients(named).text.endswith("gave 1 a gradient with NaN or inf, and 2 behind it a finite one")
 
 
 @pytest.mark.skipif(READS_GRAPHS, reason="this torch shows what a graph keeps")

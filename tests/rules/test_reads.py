@@ -13,6 +13,7 @@ from torchprobe.rules.base import Diagnosis
 from torchprobe.rules.choosing import checked_rules, watcher_of
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.rules.diagnoses.learning import AtChance, LearningRateTooHigh, LearningRateTooLow
+from torchprobe.rules.diagnoses.optimizers import LearningRateDecaysEarly
 from torchprobe.rules.watch import open_watch
 
 QUICK = [  # what rules would say after hundreds of steps, after few
@@ -101,7 +102,8 @@ class Always:
 
     def __call__(self, record):
         by_losses = isinstance(self._rule, FOLLOWERS) and any(tag in record.values for tag in LOSSES)
-        concerned = record.evidence or by_losses or not isinstance(self._rule, Diagnosis)
+        by_rates = isinstance(self._rule, LearningRateDecaysEarly) and record.group("lr")
+        concerned = record.evidence or by_losses or by_rates or not isinstance(self._rule, Diagnosis)
         return self._watcher(record) if concerned else None
 
 

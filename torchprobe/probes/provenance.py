@@ -93,14 +93,27 @@ def _in_forward(events: Sequence[Event]) -> tuple[str, str] | None:
             return event.name, text
         if event.kind == "in" and event.name == ROOT and not event.sound:
             return NO_MODULE, f"the model's input holds {event.made}"
-        if event.kind == "out" and not event.sound and all(given.finite for given in inputs[event.call]):
-            given = _range(inputs[event.call])
-            return event.name, f"{event.name} produced {event.made} from {given} in the forward pass"
+        maker = _maker(event, events, inputs) if event.kind == "out" and not event.sound else None
+        if maker is not None and all(given.finite for given in inputs[maker.call]):
+            became = "" if maker is event else f", which became {event.made} in {event.name}"
+            given = _range(inputs[maker.call])
+            return maker.name, f"{maker.name} produced {maker.made} from {given} in the forward pass{became}"
     bad = next((e for e in events if e.kind == "out" and not e.sound), None)
     if bad is None:
         return None
     first = next(e for e in events if e.kind == "out" and not e.finite)  # -inf, from which NaN came later
     return first.name, f"{first.name} produced {first.made}, which became {bad.made} in {bad.name}"
+
+
+def _maker(event: Event, events: Sequence[Event], inputs: Mapping[int, Sequence[Event]]) -> Event:
+    """The first output, of this module or of those that gave it what it was called with, that is not finite."""
+    while True:
+        given = {one.tensor for one in inputs.get(event.call, ()) if not one.finite}
+        outs = (e for e in events if e.kind == "out" and e.turn < event.turn and not e.finite)
+        earlier = next((e for e in outs if e.tensor in given), None)
+        if earlier is None:
+            return event
+        event = earlier
 
 
 def _in_backward(events: Sequence[Event]) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_
 _CONVERGED = 1e-3  # of the largest loss
 _NEGLIGIBLE = 1e-2  # of the norm of all parameters
 _STANDING = 1e-4  # of the largest learning rate: at a smaller one nothing has to move
+_GROWING = 1e-2  # of its norm, a step: a weight that began at zero is still about to leave it
 
 _AT_REST = 100.0  # times the threshold: no layer of a converged model has more
 
@@ -25,8 +26,8 @@ class VanishingGradient(Remembering):
 
     Healthy, and left alone: layers below it when the loss has fallen below a thousandth of its largest and the
     gradients of all layers are small (nothing is left to learn); a gradient of exactly zero while nothing has moved
-    yet, or behind a weight that is zero and about to move (as in LoRA, under any warm-up). Frozen layers have no
-    gradient and no tag.
+    yet, or behind a weight that is zero and about to move (as in LoRA, under any warm-up), and a small one while that
+    weight still grows by over a hundredth a step. Frozen layers have no gradient and no tag.
     """
 
     threshold: float = 1e-7
@@ -44,7 +45,9 @@ class VanishingGradient(Remembering):
         layers = dict(group(record, "grad_mean_abs"))
         if not layers or not_finite(record):
             return None
+        emerging = _emerging(record, kept)
         low = {layer: mean for layer, mean in layers.items() if mean < self.threshold and (mean or not begins)}
+        low = {layer: mean for layer, mean in low.items() if not (mean and layer in emerging)}
         if converged and max(layers.values()) < _AT_REST * self.threshold:
             return []
         message = "hardly any gradient arrives: the mean absolute gradient is below the threshold"
@@ -58,7 +61,8 @@ class UpdateRatio(Remembering):
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
     the end of a schedule: the ratio is compared as if the rate were the largest); one parameter of a module that
     stands still while others move (a bias in front of BatchNorm has no gradient); a frozen one; no movement without a
-    gradient while nothing has moved yet, or behind a weight that is zero (as in LoRA); a large ratio at step 1, or of a
+    gradient while nothing has moved yet, or behind a weight that is zero or still grows out of it (as in LoRA); at step
+    1 small steps where anything moves, which may be the first of a warm-up, and large ones; or a large ratio of a
     parameter whose norm is still under 1 % of the model's (a bias that passes through zero).
     """
 
@@ -79,7 +83,9 @@ class UpdateRatio(Remembering):
         if not ratios or not_finite(record):
             return None
         large = self._too_large(record, ratios) if record.step > 1 else {}
-        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING else {}
+        emerging, warms_up = _emerging(record, kept), record.step == 1 and any(ratios.values())
+        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING and not warms_up else {}
+        small = {name: ratio for name, ratio in small.items() if not (ratio and owner_of(name) in emerging)}
         too_much = "one step moved the parameter by many times its own norm"
         too_little = "the step hardly moved the parameter, nor the others of its module"
         return [
@@ -215,6 +221,21 @@ def _pace(record: Record, kept: dict[str, Any]) -> float:
         return 1.0
     kept["largest_rate"] = largest = float(max(kept.get("largest_rate", 0.0), *rates))
     return max(rates) / largest if largest > 0 else 0.0
+
+
+def _emerging(record: Record, kept: dict[str, Any]) -> list[str]:
+    """Modules that had no gradient at all at the first sample, while the largest of the weights that were zero before
+    it, and hid them, still grows.
+    """
+    gradients, norms, ratios = (dict(group(record, name)) for name in ("grad_norm", "param_norm", "update_ratio"))
+    if not (gradients and norms and ratios):
+        return []
+    if "hidden" not in kept:
+        kept["grows"] = [name for name, norm in gradients.items() if norm and name in norms and name not in ratios]
+        reached = {owner_of(name) for name, norm in gradients.items() if norm and name not in kept["grows"]}
+        kept["hidden"] = sorted({owner_of(name) for name, norm in gradients.items() if not norm} - reached)
+    largest = max(kept["grows"], key=lambda name: norms.get(name, 0.0), default=None)
+    return kept["hidden"] if largest is not None and ratios.get(largest, 1.0) > _GROWING else []
 
 
 def _begins(record: Record, kept: dict[str, Any]) -> bool:

@@ -71,6 +71,45 @@ def zero_initialised_head(watch):
 
 
 @healthy
+def zero_initialised_head_with_a_warm_up_from_next_to_nothing(watch):
+    model = mlp()
+    nn.init.zeros_(model[-1].weight)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-6, 1, 60)
+    return classify(watch, model, optimizer, steps=120, after=scheduler.step)
+
+
+@healthy
+def layer_norm_with_a_warm_up_from_next_to_nothing(watch):
+    model = nn.Sequential(nn.LayerNorm(64), *mlp())
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-7, 1, 40)
+    return classify(watch, model, optimizer, steps=120, after=scheduler.step)
+
+
+class _Gated(nn.Module):
+    """Residual branches whose gates begin at zero (Bachlechner et al. 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(mlp(64, 64, width=32) for _ in range(3))
+        self.gates, self.head = nn.Parameter(torch.zeros(3)), nn.Linear(64, 10)
+
+    def forward(self, x):
+        for gate, branch in zip(self.gates, self.branches, strict=True):
+            x = x + gate * branch(x)
+        return self.head(x)
+
+
+@healthy
+def gates_that_begin_at_zero_under_a_warm_up(watch):
+    model = _Gated()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-4, 1, 60)
+    return classify(watch, model, optimizer, steps=120, after=scheduler.step)
+
+
+@healthy
 def one_layer_called_many_times(watch):
     class Deep(nn.Module):
         def __init__(self):

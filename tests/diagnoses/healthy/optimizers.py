@@ -148,6 +148,14 @@ def cosine_schedule(watch):
 
 
 @healthy
+def cosine_schedule_with_restarts_that_samples_meet_at_their_lows(watch):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 50)
+    return classify(watch, model, optimizer, steps=110, after=scheduler.step)
+
+
+@healthy
 def step_schedule(watch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

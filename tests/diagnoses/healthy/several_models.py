@@ -141,6 +141,27 @@ def momentum_encoder(watch):
 
 
 @healthy
+def target_network_with_batch_normalisation(watch):
+    """It sees two views of each batch, in training mode (Grill et al. 2020)."""
+    online = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    target, predictor = copy.deepcopy(online).requires_grad_(False), nn.Linear(8, 8)
+    whole = nn.ModuleDict({"online": online, "target": target, "predictor": predictor})
+    optimizer, session = torch.optim.Adam([*online.parameters(), *predictor.parameters()], 2e-3), watch(whole)
+    for x, _ in batches(*digits(), steps=60):
+        one, other = (x + 0.1 * torch.randn_like(x) for _ in range(2))
+        with torch.no_grad():
+            aims = target(other), target(one)
+        pairs = [(predictor(online(view)), aim) for view, aim in zip((one, other), aims, strict=True)]
+        optimizer.zero_grad()
+        sum(2 - F.cosine_similarity(*pair).mean() for pair in pairs).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p, q in zip(target.parameters(), online.parameters(), strict=True):
+                p.lerp_(q, 0.05)
+    return session
+
+
+@healthy
 def pseudo_labels_in_training_mode(watch):
     model, (x, y) = cnn(), digits(False)
     optimizer, session = torch.optim.Adam(model.parameters(), 2e-3), watch(model)

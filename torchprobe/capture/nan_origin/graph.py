@@ -19,7 +19,7 @@ from torchprobe.statistics.dtypes import on_host
 NO_MODULE = "(loss)"
 _RAW = "_raw_saved_"
 _RESULTS = ("result", "output")
-_OF_MODULE = ("weight", "mat2", "bias", "running")  # what operations call a module's own tensors
+_OF_MODULE = ("weight", "mat2", "bias", "running", "attn_")  # what operations call a module's own tensors, and masks
 _MOVES = (
     *("TBackward", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "AsStrided"),
     *("Expand", "Unsqueeze", "Squeeze", "ToCopy", "Alias", "Clone"),
@@ -63,7 +63,8 @@ def of_gradients(named: _Named) -> Finding | None:
         )
         return Finding(NO_MODULE, text)
     last = max(i for i, (_, finite) in enumerate(states) if not finite)
-    after = f", and {states[last + 1][0]} behind it a finite one" if last + 1 < len(states) else ""
+    following = next((module for module, _ in states[last + 1 :] if module != bad[-1]), None)
+    after = "" if following is None else f", and {following} behind it a finite one"
     return Finding(bad[-1], f"the backward pass gave {bad[-1]} a gradient with NaN or inf{after}")
 
 
@@ -123,6 +124,10 @@ def _blamed(graph: _Graph, i: int, made: str) -> Finding:
         node = graph.nodes[latest]
         owner = graph.owners.get(node)
         if owner is not None:
+            origin = _origin(graph, latest)
+            if origin != latest:  # it was given -inf, which it made NaN or inf of
+                finding = _blamed(graph, origin, "-inf")
+                return Finding(finding.where, f"{finding.text}, which became {made} in {owner}")
             what = f"{owner}, or what is done to its output ({between})," if between else owner
             return Finding(owner, f"{what} produced {made} from {_range(graph, latest)} in the forward pass")
         between = between or ("" if _moves_only(node) else node.name().removesuffix("Backward0"))
@@ -130,8 +135,15 @@ def _blamed(graph: _Graph, i: int, made: str) -> Finding:
     return Finding(NO_MODULE, f"an operation on the model's input ({between}) produced {made}")
 
 
+def _origin(graph: _Graph, i: int) -> int:
+    """From an operation that was given -inf back to the one that made it of finite numbers."""
+    while not all(map(_finite, graph.data(i))) and (before := graph.before(i)):
+        i = max(before)
+    return i
+
+
 def _range(graph: _Graph, i: int) -> str:
-    largest = [on_host(t.abs().max()) for t in graph.data(i) if t.numel() and _sound(t)]
+    largest = [on_host(t.abs().max()) for t in graph.data(i) if t.numel() and _finite(t)]
     return f"finite inputs (max |x| = {max(largest):.3g})" if largest else "finite inputs"
 
 

@@ -72,7 +72,7 @@ class ValueTrace:
     def before(
         self, passing: Pass, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Its parameters and inputs."""
+        """Its inputs and parameters."""
         trace = passing.kept.get(self) or passing.kept.setdefault(self, Trace())
         self._call += 1
         trace.calls.append(self._call)
@@ -80,12 +80,12 @@ class ValueTrace:
         if not in_backward():
             if name == ROOT:
                 trace.shapes.update(_shapes(args, kwargs))
+            for tensor in given:  # before its parameters: it may be what the last module gave
+                self.add(trace, [(self._call, "in", name)], tensor)
             prefix = "" if name == ROOT else f"{name}."
             for own, parameter in module._parameters.items():
                 if parameter is not None:
                     self.add(trace, [(self._call, "parameter", prefix + own)], parameter)
-            for tensor in given:
-                self.add(trace, [(self._call, "in", name)], tensor)
         for tensor in given:
             self._follow(trace, (self._call, "grad_in", name), tensor)
 

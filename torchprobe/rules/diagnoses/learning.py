@@ -13,6 +13,9 @@ from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_o
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy
+_SORTED = 1.5  # times the share of pairs of one class in the run: a batch that was not shuffled,
+_BATCH = 8  # of so many and more
+_CLIPPED = 100.0  # times smaller than it was: clipping has left nothing of a gradient
 _EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, and nothing else
 
 
@@ -68,7 +71,10 @@ class AtChance(Diagnosis):
 
 @dataclass(frozen=True)
 class ClassNeverOccurs(Diagnosis):
-    """Classes of the output that no target is of, where 20 targets a class were seen, and 3 of each that occurs."""
+    """Classes of the output that no target is of, where 20 targets a class were seen, and 3 of each that occurs.
+
+    Left alone: batches of few classes while the run has several, since others are to come in turn.
+    """
 
     targets: int = 20
 
@@ -83,7 +89,14 @@ class ClassNeverOccurs(Diagnosis):
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         unseen, seen, classes = (evidence(record, f).get("", 0.0) for f in (self.fact, "targets", "classes"))
-        enough = classes > 1 and seen >= self.targets * classes and not evidence(record, "classes_rare").get("")
+        now, run, size = (evidence(record, f).get("", 0.0) for f in ("same_class", "same_class_in_all", "batch"))
+        kept["sorted"] = kept.get("sorted") or (size >= _BATCH and now > max(0.5, _SORTED * run))
+        enough = (
+            not kept["sorted"]
+            and classes > 1
+            and seen >= self.targets * classes
+            and not evidence(record, "classes_rare").get("")
+        )
         return self.said(record.step, {"": unseen} if enough and unseen else {})
 
 
@@ -92,7 +105,7 @@ class UnshuffledBatches(Diagnosis):
     """Batches are nearly of one class each, while the run has several: data sorted by label, and not shuffled."""
 
     share: float = 0.9
-    batch: int = 8
+    batch: int = _BATCH
 
     name = "unshuffled_batches"
     message = "batches hold hardly more than one class each, though the data have several: they are not shuffled"
@@ -160,7 +173,8 @@ class LearningRateTooHigh(Diagnosis):
 @dataclass(frozen=True)
 class LearningRateTooLow(Diagnosis):
     """A full step moves parameters by under `ratio` of their norm, and the loss stays what it was. Those that do not
-    move at all are slow only where the rate itself is under `ratio`; else they get no gradient.
+    move at all are slow only where the rate itself is under `ratio`; else they get no gradient. So are those that would
+    move by less at a rate of 1, too: then gradients vanish.
     """
 
     steps: int = 100
@@ -186,9 +200,11 @@ class LearningRateTooLow(Diagnosis):
             return []
         quarter = len(losses) // 4
         flat = np.mean(losses[-quarter:]) > 0.95 * np.mean(losses[:quarter]) > 0
-        slow = 0 < ratio < self.ratio or (ratio == 0 and largest < self.ratio)
-        ill = slow and flat
-        return [self.alert(record.step, None, ratio, self.ratio, self.message)] if ill else []
+        slow = largest * self.ratio < ratio < self.ratio or (ratio == 0 and largest < self.ratio)
+        norms = [scalar(record, f"overview/grad_norm{kind}") or 0.0 for kind in ("", "_unclipped")]
+        clipped = f", or gradients are clipped too far, from {norms[1]:.3g} to {norms[0]:.3g}"
+        message = self.message + (clipped if norms[0] * _CLIPPED < norms[1] else "")
+        return [self.alert(record.step, None, ratio, self.ratio, message)] if slow and flat else []
 
 
 @dataclass(frozen=True)

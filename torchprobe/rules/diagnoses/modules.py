@@ -113,6 +113,8 @@ class SymmetricInitialisation(Diagnosis):
             for fact in ("symmetric", "constant")
         )
         zero = {name: value for name, value in evidence(record, "all_zero").items() if value}
+        if not symmetric and not constant and not zero:
+            return None
         found = self.said(record.step, symmetric | (constant if len(constant) > 1 else {}))
         return [*found, *self.said(record.step, zero, "all weights of the model begin at 0: its units stay copies")]
 
@@ -120,7 +122,9 @@ class SymmetricInitialisation(Diagnosis):
 @dataclass(frozen=True)
 class _AtOnce(Diagnosis):
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        return self.said(record.step, evidence(record, self.fact))
+        """The model is looked at once, so that no later sample says that it is over."""
+        values = evidence(record, self.fact)
+        return self.said(record.step, values) if values else None
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class TrainedInEvalMode(Diagnosis):
 class ValidatedInTrainingMode(Diagnosis):
     """Passes without gradients run in training mode between training steps, and change batch normalisation.
 
-    Left alone: such passes after every step, as a GAN's generator makes, and a momentum of None, as
+    Left alone: such passes in every step, as of a GAN's generator or a target network, and a momentum of None, as
     `torch.optim.swa_utils.update_bn` sets.
     """
 
@@ -232,13 +236,14 @@ class ValidatedInTrainingMode(Diagnosis):
     )
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
-        """A validation of several passes, or after fewer than half of the samples."""
+        """A validation of several passes that some sample is without, or after fewer than half of the samples."""
         value = evidence(record, self.fact).get("", 0.0)
         row = evidence(record, "validations_in_a_row").get("", 0.0)
         kept["samples"] = kept.get("samples", 0) + 1
         kept["with"] = kept.get("with", 0) + bool(value)
         seldom = kept["samples"] >= self.samples and kept["with"] < kept["samples"] / 2
-        ill = value > 1 and (row > 1 or seldom)
+        several = row > 1 and kept["with"] < kept["samples"]
+        ill = value > 1 and (several or seldom)
         return self.said(record.step, {"": value} if ill else {})
 
 

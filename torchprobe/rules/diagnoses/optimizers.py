@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchprobe.records import Record
-from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, lasting
+from torchprobe.records import EVIDENCE, Record
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, lasting
 
 _CHANCE = 1e-6  # of a parameter that is used now and then to get no gradient in so many samples
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant
@@ -219,12 +219,15 @@ class LearningRateZero(Diagnosis):
 
 @dataclass(frozen=True)
 class LearningRateDecaysEarly(Diagnosis):
-    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far."""
+    """The rate has been below a thousandth of its largest for over a quarter of the run, and 50 steps, so far; in the
+    steps between samples, too, lest they meet the lows of a schedule with restarts.
+    """
 
     share: float = 1e-3
     steps: int = 50
 
     name = "learning_rate_decays_early"
+    reads = (EVIDENCE, "lr/")
     message = "the learning rate fell below a thousandth of its largest long ago: most of the run cannot learn"
     advice = (
         "A scheduler that counts epochs is often stepped every batch. Call `scheduler.step()` once an epoch, or give "
@@ -233,7 +236,9 @@ class LearningRateDecaysEarly(Diagnosis):
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Since which sample it is that low, with a loss that is still worth learning."""
-        rates = evidence(record, "rate").values()
+        if kept.get("since") and any(rate >= self.share * kept["largest"] for _, rate in group(record, "lr")):
+            kept["since"] = None
+        rates = evidence(record, "rate").values() if record.evidence else ()
         if not rates:
             return None
         kept["largest"] = largest = max(*rates, kept.get("largest", 0.0))

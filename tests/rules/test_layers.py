@@ -135,17 +135,6 @@ def test_a_small_update_is_measured_at_full_learning_rate():
     assert where(rule(record(4, update_ratio__a=5e-9, lr__SGD__group_0=1.0))) == ["a"]
 
 
-def test_a_small_update_at_the_first_step_may_be_a_warm_up_and_has_to_come_again():
-    rule = torchprobe.UpdateRatio().watcher()
-    slow = {"update_ratio__a": 0.0, "update_ratio__b": 5e-9, "lr__SGD__group_0": 1e-9}  # a is rounded away
-    assert where(rule(record(1, **slow))) == []
-    assert where(rule(record(2, **slow))) == ["a"]
-    rule = torchprobe.UpdateRatio().watcher()
-    rule(record(1, **slow))
-    moves = {"update_ratio__a": 1e-4, "update_ratio__b": 1e-4, "lr__SGD__group_0": 1e-3}
-    assert where(rule(record(2, **moves))) == []
-
-
 def growing_from_zero(rule, ratio):
     """Where steps 1 to 3 are ill: `a` had no gradient at step 1, as the weight behind it was zero; then a small one."""
     watcher = rule.watcher()

@@ -47,7 +47,7 @@ RUNS = [
         torchprobe.UpdateRatio(),
         [{"lr/SGD": 1e-6, "update_ratio/fc.weight": 5e-9}] * 2,
         [{"lr/SGD": 0.1}, {"lr/SGD": 1e-6, "update_ratio/fc.weight": 5e-9}],
-        [2],
+        [1],
         [],
     ),
     (

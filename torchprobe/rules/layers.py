@@ -61,9 +61,8 @@ class UpdateRatio(Remembering):
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
     the end of a schedule: the ratio is compared as if the rate were the largest); one parameter of a module that
     stands still while others move (a bias in front of BatchNorm has no gradient); a frozen one; no movement without a
-    gradient while nothing has moved yet, or behind a weight that is zero or still grows out of it (as in LoRA); at step
-    1 small steps where anything moves, which may be the first of a warm-up, and large ones; or a large ratio of a
-    parameter whose norm is still under 1 % of the model's (a bias that passes through zero).
+    gradient while nothing has moved yet, or behind a weight that is zero or still grows out of it (as in LoRA); a large
+    ratio at step 1, or of a parameter whose norm is still under 1 % of the model's (a bias that passes through zero).
     """
 
     high: float = 10.0
@@ -83,8 +82,8 @@ class UpdateRatio(Remembering):
         if not ratios or not_finite(record):
             return None
         large = self._too_large(record, ratios) if record.step > 1 else {}
-        emerging, warms_up = _emerging(record, kept), record.step == 1 and any(ratios.values())
-        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING and not warms_up else {}
+        emerging = _emerging(record, kept)
+        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING else {}
         small = {name: ratio for name, ratio in small.items() if not (ratio and owner_of(name) in emerging)}
         too_much = "one step moved the parameter by many times its own norm"
         too_little = "the step hardly moved the parameter, nor the others of its module"

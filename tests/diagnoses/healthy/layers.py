@@ -79,14 +79,6 @@ def zero_initialised_head_with_a_warm_up_from_next_to_nothing(watch):
     return classify(watch, model, optimizer, steps=120, after=scheduler.step)
 
 
-@healthy
-def layer_norm_with_a_warm_up_from_next_to_nothing(watch):
-    model = nn.Sequential(nn.LayerNorm(64), *mlp())
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-7, 1, 40)
-    return classify(watch, model, optimizer, steps=120, after=scheduler.step)
-
-
 class _Gated(nn.Module):
     """Residual branches whose gates begin at zero (Bachlechner et al. 2021)."""
 

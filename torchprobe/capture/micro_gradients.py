@@ -9,7 +9,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from torchprobe.buffer.step import Piece
+from torchprobe.buffer.step import Piece, Share
 from torchprobe.capture.sharding import Named, is_unreduced, local_part, share_of
 from torchprobe.naming import named_parameters
 from torchprobe.probes.base import Probe, Reporter
@@ -37,6 +37,7 @@ class MicroGradientSource:
         self._reporters = [r for r in reporters if r.source == "micro_gradients"]
         self._wanted = wanted
         self._before: dict[str, Tensor] | None = None
+        self._shares: dict[str, Share] = {}  # of gradients, which may lie otherwise than their parameters
 
     def begin(self, due: frozenset[Reporter]) -> None:
         """A backward pass begins."""
@@ -54,6 +55,7 @@ class MicroGradientSource:
                 Named(name, p, gradient - before[name] if name in before else gradient)
                 for name, p, gradient in self._gradients()
             ]
+        self._shares.update((name, share_of(p if p.grad is None else p.grad)) for name, p, _, _ in added)
         for reporter in self._reporters:
             if reporter in due and not reporter.gate.failed:
                 with reporter.gate.boundary(), torch.no_grad():
@@ -73,15 +75,12 @@ class MicroGradientSource:
 
     def rows(self, kept: KeptRows, scale: float | Tensor | None) -> list[Piece]:
         """As rows for the buffer. scale: what the gradients were multiplied with."""
-        shares = {name: share_of(p if p.grad is None else p.grad) for name, p in named_parameters(self._model())}
-        if not shares:  # the model is gone
-            return []
         pieces = []
         for (reporter, _), rows in kept.items():
             if reporter.gate.failed:
                 continue
             with reporter.gate:
-                stacked, of = torch.stack(list(rows.values())), [shares[name] for name in rows]
+                stacked, of = torch.stack(list(rows.values())), [self._shares[name] for name in rows]
                 piece = Piece(reporter, list(rows), stacked, shares=of)
                 pieces.append(piece if scale is None else piece.unscaled(scale))
         return pieces

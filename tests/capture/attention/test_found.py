@@ -266,3 +266,18 @@ def test_windows_that_move_with_their_query_are_said():
     seen = record(Windows(None), X)
     assert seen.heads == {}
     assert list(seen.uncovered) == ["the attention of root, over a window of keys for each query"]
+
+
+def test_scores_that_a_convolution_mixes_with_those_before_are_found():
+    """As multi-token attention does: over heads and keys, and over queries up to its own."""
+    mixes = nn.Conv2d(HEADS, HEADS, 3)
+    model = Attends(lambda m, q, k: m.mixes(F.pad(scores(q, k), (1, 1, 2, 0))).softmax(-1), mixes=mixes)
+    assert_close(record(model, X).heads["root"], of_weights(model.p, seen=EVERY))
+
+
+def test_queries_that_a_convolution_mixes_as_channels_are_no_heads_and_said():
+    mixes = nn.Conv1d(LENGTH, LENGTH, 3, padding=1)
+    model = Attends(lambda m, q, k: m.mixes((s := scores(q, k)).flatten(0, 1)).view_as(s).softmax(-1), mixes=mixes)
+    seen = record(model, X)
+    assert seen.heads == {}
+    assert len(seen.uncovered) == 1

@@ -171,3 +171,29 @@ class Across(Fused):
 @pytest.mark.parametrize("way", [plain, MIXED["sorted"]])
 def test_others_than_the_keys_are_no_padding_of_theirs(way):
     assert_counted(Loses(Across(plain), way, plain), torch.ones_like(TAKEN))
+
+
+class Convolved(Fused):
+    """Queries, keys and values pass a short convolution each."""
+
+    def forward(self, x, seen):
+        parts = zip(self.qkv(x).chunk(3, -1), self.kernels, strict=True)
+        q, k, v = (self.weigh(t.mT, w).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t, w in parts)
+        with no_torch_function():
+            self.p = weights(q.detach(), k.detach(), seen)
+        return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+CONVOLVED = {
+    "as long": lambda t, w: F.conv1d(t, w, padding=1, groups=16),
+    "padded before": lambda t, w: F.conv1d(F.pad(t, (2, 0)), w, groups=16),
+    "padded by other values": lambda t, w: F.conv1d(F.pad(t, (1, 1), mode="replicate"), w, groups=16),
+    "cut after": lambda t, w: F.conv1d(t, w, None, (1,), (2,), (1,), 16)[..., :LENGTH],
+    "cut after all channels were mixed": lambda t, w: F.conv1d(t, w.expand(16, 16, 3), padding=2)[..., :-2],
+}
+
+
+@pytest.mark.parametrize("way", CONVOLVED.values(), ids=CONVOLVED.keys())
+def test_tokens_are_followed_through_convolutions_that_leave_as_many(way):
+    kernels = nn.ParameterList(nn.Parameter(torch.randn(16, 1, 3) / 2) for _ in range(3))
+    assert_counted(Loses(Convolved(way, kernels=kernels), plain, lambda taken: taken), TAKEN)

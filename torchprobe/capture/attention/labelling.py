@@ -22,7 +22,7 @@ from torchprobe.capture.attention.labels import (
     viewed,
 )
 from torchprobe.capture.attention.tape import Node
-from torchprobe.capture.attention.writes import chosen, copied, lost, picked, written
+from torchprobe.capture.attention.writes import chosen, convolved, copied, cut, lost, picked, written
 
 
 class Labelling:
@@ -202,25 +202,6 @@ def _attended(node: Node, first: Label) -> Label | None:
     return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
 
 
-def _convolved(node: Node, label: Label) -> Label | None:
-    """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
-    image, weight = node.inputs[0], node.argument(1, "weight")
-    root = Root(learned=True, made=fn.parameters_of(weight))
-    dims, at = list(label.dims), {**label.at, root: 0}
-    if node.func not in fn.POOLS:
-        if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
-            return None
-        if weight.shape[1] != 1 or not node.shape[1] == image.shape[1] > 1:
-            dims[1] = counted(root, node.shape[1])
-    elif len(dims) != node.dims or node.dims < 3:
-        return None
-    for axis in range(2, node.dims):
-        if node.shape[axis] != image.shape[axis]:
-            place = Root()
-            dims[axis], at[place] = counted(place, node.shape[axis]), 0
-    return Label(tuple(dims), at, label.between)
-
-
 def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """All dimensions but those that a function sorts, transforms or picks along."""
     axes, of = fn.along(node), next((one for one in inputs if not one.const and one.dims == node.dims), None)
@@ -239,7 +220,7 @@ _RULES: Mapping[Any, joins.Rule] = {
     **joins.RULES,
     **dict.fromkeys(fn.WRITES, written),
     **dict.fromkeys(fn.COPIES, copied),
-    **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, _convolved),
+    **dict.fromkeys(fn.CONVOLUTIONS | fn.POOLS, convolved),
     **dict.fromkeys(fn.named("embedding"), _embedded),
     **dict.fromkeys(fn.named("view_as_complex", "view_as_real"), joins.as_complex),
     **dict.fromkeys(FUNCTIONS, _attended),
@@ -250,7 +231,7 @@ def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """What is the same memory, or the same elements in the same order."""
     for one in inputs:
         if one in node.sharing:
-            return viewed(_label(one), one.memory, node.memory)
+            return cut(node, one) or viewed(_label(one), one.memory, node.memory)
         if one.storage == node.storage != 0 and one.shape == node.shape:  # the real parts, or the bits
             return _label(one)
     if node.func in fn.RESHAPES or node.func in fn.SAME:

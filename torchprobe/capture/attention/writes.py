@@ -1,4 +1,5 @@
-"""What is written into tensors, a cache of fixed length, scores that are put in place part by part; what is lost."""
+"""What is written into tensors, a cache of fixed length, scores that are put in place part by part; what is lost; and
+what convolutions leave where it was."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from torchprobe.capture.attention import functions as fn
 from torchprobe.capture.attention.joins import along, beside, is_expanded, sliced, spliced
-from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, Written, roots_of, size_of
+from torchprobe.capture.attention.labels import Dim, Factor, Indices, Label, Root, Written, counted, roots_of, size_of
 from torchprobe.capture.attention.tape import Node
 
 
@@ -182,3 +183,49 @@ def _range(part: Any, size: int) -> Any:
         return None
     start, stop, step = part.indices(size)
     return (start, stop) if step == 1 else None
+
+
+# ---- convolutions
+
+
+def convolved(node: Node, first: Label) -> Label | None:
+    """Places stay where there are as many as before. Channels do, where each has its own weights, or there are none."""
+    image, weight = _image(node, node.shape), node.argument(1, "weight")
+    label = image.label or first
+    root = Root(learned=True, made=fn.parameters_of(weight))
+    dims, at = list(label.dims), {**label.at, root: 0}
+    if node.func not in fn.POOLS:
+        if not isinstance(weight, Node) or not weight.const or node.dims != weight.dims or image.dims != node.dims:
+            return None
+        if weight.shape[1] != 1 or not node.shape[1] == image.shape[1] > 1:
+            if any(one.side is not None and not one.learned for one in roots_of(dims[1:2])):
+                return None  # queries or keys are mixed
+            dims[1] = counted(root, node.shape[1])
+    elif len(dims) != node.dims or node.dims < 3:
+        return None
+    for axis in range(2, node.dims):
+        if node.shape[axis] != image.shape[axis]:
+            place = Root()
+            dims[axis], at[place] = counted(place, node.shape[axis]), 0
+    return Label(tuple(dims), at, label.between)
+
+
+def _image(node: Node, shape: tuple[int, ...]) -> Node:
+    """What a convolution is of: what was padded for it, where its result has as many places as that."""
+    image = node.inputs[0]
+    before = image.inputs[0] if image.func in fn.PADS and image.inputs else image
+    return before if before.label is not None and before.shape[2:] == shape[2:] else image
+
+
+def cut(node: Node, whole: Node) -> Label | None:
+    """What is left of a convolution that has more places than it is of, once it has as many."""
+    if whole.func not in fn.CONVOLUTIONS or not whole.inputs or whole.shape[:2] != node.shape[:2] or node.dims < 3:
+        return None
+    image, step = _image(whole, node.shape), np.max(whole.argument(3, "stride", 1))
+    as_many = image.shape[2:] == node.shape[2:] != whole.shape[2:]
+    if step > 1 or not as_many or image.label is None or whole.label is None:
+        return None
+    dims = (*whole.label.dims[:2], *image.label.dims[2:])
+    counts = {*roots_of(dims)}
+    at = {root: value for one in (image.label, whole.label) for root, value in one.at.items() if root in counts}
+    return Label(dims, at)

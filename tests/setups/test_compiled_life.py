@@ -116,6 +116,21 @@ def test_a_step_may_begin_inside_a_graph(backend, caplog):
         assert [s for s, _ in writer.scalars(tag)] == [1, 2, 4], tag
 
 
+@NEEDS_GRADIENTS
+def test_a_step_may_begin_with_a_graphs_backward_pass():
+    """Of its forward pass nothing is recorded."""
+    model, writer = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), MemoryWriter()
+    optimizer, expected = torch.optim.SGD(model.parameters(), lr=0.1), {}
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.ActivationGradients(every=3)]):
+        callee = wrapper(model, backend="aot_eager")
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            callee(torch.full((1, 3), float(step))).square().sum().backward()
+            expected[step] = model[0].bias.grad.norm().item()  # that of the output, of one example
+            optimizer.step()
+    assert dict(writer.scalars("activation_grad_norm/0")) == pytest.approx({s: expected[s] for s in (1, 3, 6)})
+
+
 class Checkpointed(nn.Sequential):
     def forward(self, x):
         return self[1](checkpoint(self[0], x, use_reentrant=False))

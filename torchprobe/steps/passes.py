@@ -43,8 +43,7 @@ class Passes:
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
-        self._thread, self._said = 0, False  # the thread that trains
-        self._observer = ref(self.gradients)
+        self._thread, self._said, self._observer = 0, False, ref(self.gradients)  # the thread that trains
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
         self._hooks = PassHooks(model, self, self._running, steps.settle_parameters)
 
@@ -279,8 +278,11 @@ class Passes:
         return passing
 
     def _pass_of_graph(self) -> Pass:
+        """Of this step or, where a step has ended and nothing of a forward pass was recorded, perhaps the next one."""
         self._watch.forget_passes()
-        return Pass(TRAINING, self._steps.current.due, self._observer, self._dropped)
+        due, clock = self._steps.current.due, self._clock
+        due = due | self._steps.due_in(clock.following) if clock.ended else due
+        return Pass(TRAINING, due, self._observer, self._dropped)
 
     def _is_foreign(self) -> bool:
         """Whether the thread that trains, which is another one, is alive."""

@@ -290,17 +290,40 @@ def test_an_error_of_ours_while_a_graph_is_traced_is_said_once(monkeypatch, capl
 
 
 class Steps(Layer):
-    """A query at a time. In the second layer it is not told which key is its own, but of the first, which has one."""
+    """A query at a time. Where they are shuffled, it is not told which key is a query's own."""
+
+    shuffled = False
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q = q[:, :, x[0, :, 0].argsort()] if self.shuffled else q
         keys = ((k[:, :, : i + 1], v[:, :, : i + 1]) for i in range(LENGTH))
         read = [(q[:, :, i : i + 1] @ k.mT).softmax(-1) @ v for i, (k, v) in enumerate(keys)]
         return x + self.out(torch.cat(read, 2).transpose(1, 2).flatten(2))
 
 
+def test_a_query_at_a_time_stands_where_it_does_in_every_layer():
+    found, *_ = passes(eager, Steps, 3)
+    torch.manual_seed(2)
+    model = Model(Steps).double()
+    x = model.embedding(torch.randint(10, (3, LENGTH), generator=torch.Generator().manual_seed(0)))
+    far = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).tril()
+    for i, block in enumerate(model.blocks):
+        q, k, _ = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in block.qkv(x).chunk(3, -1))
+        p = (q @ k.mT).masked_fill(~block.seen, -math.inf).softmax(-1)
+        distance, entropy = (p * far).sum(-1).mean().item(), torch.special.entr(p).sum(-1).mean().item()
+        assert found.value(f"attention_distance/blocks.{i}", 1) == pytest.approx(distance, rel=1e-5)
+        assert found.value(f"attention_entropy/blocks.{i}", 1) == pytest.approx(entropy, rel=1e-5)
+        x = block(x)
+
+
+def second_shuffled(model):
+    model.blocks[1].shuffled = True
+    eager(model)
+
+
 def test_of_calls_at_one_line_of_which_one_is_not_read_none_is_written():
-    found, said, _ = passes(eager, Steps, 3)
+    found, said, _ = passes(second_shuffled, Steps, 3)
     assert "the attention of blocks.1, whose queries stand where it is not known" in said
     assert [tag for tag in found.tags() if tag.startswith("attention_entropy/")] == ["attention_entropy/blocks.0"]
 

@@ -83,10 +83,10 @@ def interesting(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    parts = [name for name, child in module._modules.items() if child is not None]
-    if not parts:
-        return any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
-    return parts == [PARAMETRIZATIONS]  # its only weight may be among them
+    parts = module._modules and [name for name, child in module._modules.items() if child is not None]
+    if parts:
+        return parts == [PARAMETRIZATIONS]  # its only weight may be among them
+    return bool(module._parameters) and any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
 
 
 # ---- which are, by name

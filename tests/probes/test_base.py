@@ -178,12 +178,6 @@ def test_reduce_is_checked_and_not_for_probes_with_a_rule_of_their_own():
     assert Total(reduce="last").reduce == "last"
 
 
-@pytest.mark.parametrize("degrees", [(1, 2), 1])
-def test_degrees_are_one_for_each_field(degrees):
-    with pytest.raises(TypeError, match=r"Odd\.degrees is .*; takes a tuple of numbers, one per field"):
-        type("Odd", (Largest,), {"degrees": degrees})(every=1)
-
-
 def test_sources_that_are_wired_to_our_own_probes_are_refused():
     for source in ("attention", "loss", "units", "optimizers", ("outputs", "flow"), ()):
         with pytest.raises(TypeError, match=r"takes one of 'outputs', 'output_gradients', 'gradients', 'parameters'"):

@@ -184,8 +184,8 @@ def _changed(pair: tuple[_Seen, _Seen], parameter: int) -> bool:
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
     """What this rank has of it, which asks no other one; None where there is none, or no numbers in memory."""
-    there = parameter.grad is not None and measurable(parameter.grad)
-    return local_part(parameter.grad.detach()) if there and parameter.grad is not None else None
+    gradient = parameter.grad
+    return None if gradient is None or not measurable(gradient) else local_part(gradient.detach())
 
 
 def _norms(parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:

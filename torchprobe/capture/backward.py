@@ -105,8 +105,8 @@ def _roots_above(frame: FrameType | None) -> Roots | None:
 
 def _of_inputs(stage: FrameType) -> Roots:
     """Of a stage whose parameters' gradients come later: its loss is known here."""
-    outputs, last = _tuple(stage.f_locals["stage_outputs_or_loss"]), stage.f_locals.get("output_grads") is None
-    return Roots("grad", _value(outputs, ()) if last else None, True, outputs, **backward_of_stage(stage)._asdict())
+    outputs, of = _tuple(stage.f_locals["stage_outputs_or_loss"]), backward_of_stage(stage)
+    return Roots("grad", None if of.inner else _value(outputs, ()), True, outputs, **of._asdict())
 
 
 def _of_backward(call: Any) -> Roots:

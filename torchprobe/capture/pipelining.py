@@ -20,6 +20,7 @@ from torchprobe.capture.compiled.private_names import find
 from torchprobe.naming import ROOT, named_modules, named_parameters, unwrapped
 
 PIPELINING = "torch.distributed.pipelining"
+_STAGE, _SCHEDULE = f"{PIPELINING}.stage:_PipelineStageBase", f"{PIPELINING}.schedules:_PipelineSchedule"
 _INFERENCE = tuple(f"{PIPELINING}:PipelineStage.{name}" for name in ("_shape_inference", "_forward_metadata_inference"))
 
 
@@ -53,7 +54,10 @@ def in_schedule() -> bool:
 
 def backward_of_stage(frame: FrameType) -> StageBackward:
     """What the backward pass of a stage is of, from the frame of `backward_code` or of `input_backward`."""
-    return StageBackward(frame.f_locals.get("output_grads") is not None, _parts(frame))
+    stage, schedule = _owner(frame, _STAGE), _owner(frame, _SCHEDULE)
+    given = frame.f_locals.get("output_grads") is not None  # ones in the last stage, too, by torch 2.12
+    parts = int(getattr(schedule, "_n_microbatches", 1)) if getattr(schedule, "scale_grads", False) else 1
+    return StageBackward(given if stage is None else not stage.is_last, parts)
 
 
 @functools.cache
@@ -74,19 +78,20 @@ def input_backward(frame: FrameType | None) -> FrameType | None:
     return frame if frame is not None and frame.f_code is _input_code() else None
 
 
-def _parts(frame: FrameType | None) -> int:
-    kind = find(f"{PIPELINING}.schedules:_PipelineSchedule")
+def _owner(frame: FrameType | None, name: str) -> Any:
+    """The object of a class of torch's whose method runs above this frame."""
+    kind = find(name)
     while frame is not None and kind is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, kind):
-            return int(getattr(owner, "_n_microbatches", 1)) if getattr(owner, "scale_grads", False) else 1
+            return owner
         frame = frame.f_back
-    return 1
+    return None
 
 
 def living_stages() -> list[Any]:
     """The stages of this process. Looks at all objects: 50 ms."""
-    kind = find(f"{PIPELINING}.stage:_PipelineStageBase") if PIPELINING in sys.modules else None
+    kind = find(_STAGE) if PIPELINING in sys.modules else None
     return [] if kind is None else [o for o in gc.get_objects() if issubclass(type(o), kind)]
 
 

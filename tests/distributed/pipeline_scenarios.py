@@ -28,6 +28,7 @@ from torchprobe.testing import MemoryWriter
 
 MICRO, ROWS, WIDTH, STEPS = 4, 3, 6, 2
 CPU = torch.device("cpu")
+RUNS_V = not torch.__version__.startswith("2.11.")  # where it ends by itself, closed by gloo
 
 
 class Block(nn.Module):
@@ -182,7 +183,7 @@ def main(out: Path) -> Any:
         "interleaved": interleaved(whole=False),
         "interleaved, whole names": interleaved(whole=True),
         "zero bubble": interleaved(whole=True, schedule=ScheduleInterleavedZeroBubble),
-        "zero bubble, V": interleaved(whole=True, schedule=ScheduleZBVZeroBubble),
+        "zero bubble, V": interleaved(whole=True, schedule=ScheduleZBVZeroBubble) if RUNS_V else None,
         "zero bubble, bare layers": bare_layers(ScheduleInterleavedZeroBubble),
         "clipped": clipped(),
         "bare layers": bare_layers(),

@@ -68,6 +68,8 @@ def test_several_stages_a_rank_are_called_by_their_places_in_the_pipeline(ranks)
 @pytest.mark.parametrize("how", ["zero bubble", "zero bubble, V"])
 def test_gradients_of_parameters_may_come_after_those_of_inputs(ranks, how):
     """Then what the backward passes left before it was divided, or clipped, is not there to be read."""
+    if ranks[0][how] is None:
+        pytest.skip("this schedule does not run on the CPU with this torch")
     expected = p.alone(nn.Sequential(*p.blocks(4)))
     assert differences(ranks[0][how]["values"], without_clipping(expected)) == []
     (line,) = ranks[0][how]["lines"]
@@ -104,8 +106,8 @@ def test_nothing_untrue_is_said(ranks):
     """Learning the shapes that stages hand over is no step, no validation and no loss of `autograd.grad`."""
     for rank in ranks:
         for how, found in rank.items():
-            if how != "traced":
+            if how != "traced" and found is not None:
                 assert [line for line in found["lines"] if "autograd.grad" in line or "nothing captured" in line] == []
                 assert found["alerts"] == []
-    for found in ranks[0].values():
+    for found in filter(None, ranks[0].values()):
         assert not [tag for tag in found.get("values", found) if tag.startswith("val/")]

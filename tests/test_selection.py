@@ -37,6 +37,34 @@ def test_by_default_leaves_with_parameters_norms_and_attention_and_every_paramet
     assert parameters(model) == [name for name, _ in model.named_parameters()]
 
 
+class Experts(nn.Module):
+    """As published mixtures of experts: weights of its own, and an activation function beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.act, self.off = nn.Parameter(torch.ones(2, 8, 8)), nn.GELU(), None
+
+    def forward(self, x):
+        return self.act(x @ self.weight).mean(0)
+
+
+class Patches(nn.Module):
+    """A weight of its own beside a layer: what it computes is another layer's, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.projection = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.projection(x) + self.position
+
+
+def test_a_layer_with_weights_of_its_own_may_have_parts_without_any():
+    experts = nn.utils.parametrizations.weight_norm(Experts())
+    model = nn.Sequential(Patches(), Experts(), experts, nn.Sequential(nn.Linear(8, 1), nn.Dropout()))
+    assert modules(model) == ["0.projection", "1", "2", "3.0"]
+
+
 def test_include_names_exactly_what_is_watched(model):
     assert modules(model, include="blocks.*.attention") == ["blocks.0.attention", "blocks.1.attention"]
     assert modules(model, include=["head", "blocks.0.mlp"]) == ["blocks.0.mlp", "head"]

@@ -79,14 +79,15 @@ def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def interesting(module: nn.Module) -> bool:
-    """The default choice: leaves that have parameters, parametrized or not, and attention and normalisation blocks."""
+    """The default choice: what has parameters, parametrized or not, and no part that has; attention; normalisation."""
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
-    parts = module._modules and [name for name, child in module._modules.items() if child is not None]
-    if parts:
-        return parts == [PARAMETRIZATIONS]  # its only weight may be among them
-    return bool(module._parameters) and any([parameter is not None for parameter in module._parameters.values()])  # noqa: C419
+    parts, own = module._modules, module._parameters
+    if PARAMETRIZATIONS not in parts and not (own and any([one is not None for one in own.values()])):  # noqa: C419
+        return False
+    inner = [part for name, part in parts.items() if name != PARAMETRIZATIONS and part is not None]
+    return all([next(part.parameters(), None) is None for part in inner])  # noqa: C419
 
 
 # ---- which are, by name
@@ -95,7 +96,7 @@ def interesting(module: nn.Module) -> bool:
 class Selection:
     """Module-name patterns with `*` and `?`, as in file names: `blocks.*.attention`.
 
-    include: the modules to watch; without it, leaves that have parameters and attention and normalisation blocks.
+    include: the modules to watch; without it, what has parameters and no part that has, attention and normalisation.
     exclude: modules to leave out, with everything inside them. Parameters follow their module. The model itself is
     `root`, which stands for the model's own output and parameters, not for its parts. Raises TypeError for anything but
     strings, ValueError for a pattern that fits no module and for an empty include.

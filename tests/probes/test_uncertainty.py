@@ -53,6 +53,16 @@ NAMED = {
     "negative": (lambda h: {"variance": z - 1}, {}),
     "negative of another name": (lambda h: {"uncertainty": z - 1, "epistemic": 1 - z}, {}),
     "rounded below 0": (lambda h: {"epistemic": z - 0.5 - 1e-6}, {"epistemic": (z - 0.5).mean()}),
+    "of labelled tokens": (
+        lambda h: {"entropy": z * (z < 2), "label_mask": z < 2, "loss": z.sum()},
+        {"total": z[z < 2].mean()},
+    ),
+    "of all, beside a mask": (lambda h: {"entropy": z, "mask": (z < 2).float()}, {"total": z.mean()}),
+    "beside a mask of what is left out": (
+        lambda h: {"entropy": z * (z < 2), "mask": z >= 2},
+        {"total": (z * (z < 2)).mean()},
+    ),
+    "beside a mask of another shape": (lambda h: {"entropy": z, "mask": z[0] > 0}, {"total": z.mean()}),
     "an entropy of numbers": (lambda h: {"entropy": z - 3}, {"total": (z - 3).mean()}),
     "scores": (lambda h: {"uncertainty_logits": z}, {}),
     "bfloat16": (lambda h: {"var": z.bfloat16()}, {"aleatoric": z.mean(), "total": z.mean()}),

@@ -69,6 +69,25 @@ def _parts(output: Any) -> Iterable[Any]:
     return ()
 
 
+def fields_of(output: Any, depth: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a mapping, dataclass or named tuple, and of such inside it."""
+    for name, part in named_parts(output):
+        if isinstance(part, Tensor):
+            yield name, part
+        elif depth:
+            yield from fields_of(part, depth - 1)
+
+
+def named_parts(output: Any) -> Iterator[tuple[str, Any]]:
+    """What a mapping, a dataclass or a named tuple holds, by name."""
+    if isinstance(output, Mapping):
+        yield from ((str(name), part) for name, part in output.items())
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        yield from zip(output._fields, output, strict=True)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from ((entry.name, getattr(output, entry.name)) for entry in dataclasses.fields(output))
+
+
 def hearable_tensors(output: Any) -> list[Tensor]:
     """Every tensor through which a backward pass may run: those of distributions, and, where there is no other, of
     plain objects too, as they hold them.

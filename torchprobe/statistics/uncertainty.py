@@ -137,16 +137,17 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compute(decomposition: Decomposition) -> Tensor:
+def compute(decomposition: Decomposition, among: Tensor | None = None) -> Tensor:
     """The row: shape (len(FIELDS),), `row_dtype`, on the device; zeros for a kind that is None. Makes no host read.
 
-    Rows merge by addition. Raises ValueError when every kind is None, which has no device.
+    among: flags in the values' shape, of those that count; all by default. Rows merge by addition. Raises ValueError
+    when every kind is None, which has no device.
     """
     known = next((x for x in decomposition if x is not None), None)
     if known is None:
         raise ValueError("decomposition: got None for total, aleatoric and epistemic, takes at least one tensor")
     nothing = torch.zeros(_WIDTH, dtype=row_dtype(known.device), device=known.device)
-    return torch.cat([nothing if values is None else _row(values) for values in decomposition])
+    return torch.cat([nothing if values is None else _row(values, among) for values in decomposition])
 
 
 def combine(a: Tensor, b: Tensor) -> Tensor:
@@ -204,13 +205,17 @@ def _joined(chunks: Sequence[Decomposition]) -> Decomposition:
     return Decomposition(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def _row(values: Tensor) -> Tensor:
+def _row(values: Tensor, among: Tensor | None) -> Tensor:
     wide = values.detach().flatten().to(row_dtype(values.device))
     finite = wide.isfinite()
+    others = ~finite
+    if among is not None:
+        chosen = among.flatten()
+        finite, others = finite & chosen, others & chosen
     known = wide.where(finite, 0.0)
     positive = known > 0
     counts = tally(magnitude_index(known), MAGNITUDES, positive)[0]
-    header = torch.stack((known.sum(), finite.sum(), (~finite).sum(), (finite & ~positive).sum()))
+    header = torch.stack((known.sum(), finite.sum(), others.sum(), (finite & ~positive).sum()))
     return torch.cat((header.to(counts.dtype), counts))
 
 

@@ -62,6 +62,18 @@ def test_unequal_parts_merge_to_the_whole(parts):
     torch.testing.assert_close(merged, row(torch.cat(tensors)), rtol=1e-12, atol=0)
 
 
+@given(numbers=values, seed=st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_examples_that_are_not_among_them_do_not_count(numbers, seed):
+    x = torch.tensor(numbers, dtype=torch.float32)
+    among = torch.rand(len(x), generator=torch.Generator().manual_seed(seed)) < 0.5
+    row, expected = (
+        uncertainty.compute(*given)
+        for given in ((Decomposition(x, 2 * x, None), among), (Decomposition(x[among], 2 * x[among], None),))
+    )
+    torch.testing.assert_close(row, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
 def test_nothing_is_no_decomposition():
     with pytest.raises(ValueError, match="got None for total, aleatoric and epistemic"):
         uncertainty.compute(Decomposition(None, None, None))

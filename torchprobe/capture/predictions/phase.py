@@ -46,9 +46,9 @@ class Tally:
         if sampled:
             self._sampled.add(name)
 
-    def describe(self, name: str, *found: Tensor | None) -> None:
-        """Add a row of uncertainty: total, aleatoric and epistemic, as far as they are known."""
-        self.add(name, uncertainty.compute(Decomposition(*found, *[None] * (3 - len(found)))))
+    def describe(self, name: str, *found: Tensor | None, among: Tensor | None = None) -> None:
+        """Add a row of uncertainty: total, aleatoric and epistemic, as far as they are known, of some examples."""
+        self.add(name, uncertainty.compute(Decomposition(*found, *[None] * (3 - len(found))), among))
 
     def support(self, form: str, evidence: Tensor) -> None:
         """Add to what is known of a form: (3,), see `probes.evidence`."""
@@ -265,7 +265,7 @@ class Phase:
         """Rows of everything but the plain tensor. Numbers with a variance go to the pool: passes belong together."""
         where, tally = pool.where, self.uncertainty
         if reading.named:
-            tally.describe(f"{SURE}||{where}", *(reading.named.get(kind) for kind in QUANTITIES))
+            tally.describe(f"{SURE}||{where}", *map(reading.named.get, QUANTITIES), among=reading.among)
         if reading.alpha is not None:
             _describe_evidence(tally, where, reading.alpha, reading)
         for number in () if reading.named or reading.alpha is not None else reading.numbers:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.distributions import Distribution
 
-from torchprobe.capture.outputs import heads_beside, main_tensor, tensors_in
+from torchprobe.capture.outputs import fields_of, heads_beside, main_tensor, named_parts, tensors_in
 from torchprobe.capture.predictions.targets import STD, Number, Spread, wide
 
 Quantity: TypeAlias = Literal["epistemic", "aleatoric", "total", "variance", "alpha", "kl"]
@@ -50,15 +49,16 @@ _LATENT = "The model returns a distribution of the latent function, without obse
 class Reading:
     """What an output says, each part in its own shape and detached; None is what it does not say.
 
-    named: epistemic, aleatoric and total by their names. numbers: ways to read it as a mean and a variance. alpha: of
-    a Dirichlet distribution, (..., classes), and the field that it was made of, where that is but a guess. nu, beta:
-    with alpha, of a normal-inverse-gamma one. kl: a divergence from the prior, one number. entropy: a differential
-    one. plain: the tensor that may hold logits, still in the graph; form says what is known of it: "logits", "binary"
-    or nothing. guesses: names of fields that a loss has to confirm. heads: outputs as good as the plain one, which is
-    the first of them, by name.
+    named: epistemic, aleatoric and total by their names, of the examples that among chooses. numbers: ways to read it
+    as a mean and a variance. alpha: of a Dirichlet distribution, (..., classes), and the field that it was made of,
+    where that is but a guess. nu, beta: with alpha, of a normal-inverse-gamma one. kl: a divergence from the prior, one
+    number. entropy: a differential one. plain: the tensor that may hold logits, still in the graph; form says what is
+    known of it: "logits", "binary" or nothing. guesses: names of fields that a loss has to confirm. heads: outputs as
+    good as the plain one, which is the first of them, by name.
     """
 
     named: Mapping[Quantity, Tensor] = field(default_factory=dict)
+    among: Tensor | None = None
     numbers: tuple[Number, ...] = ()
     alpha: Tensor | None = None
     evidence: Tensor | None = None
@@ -82,7 +82,7 @@ class Reading:
 def read(output: Any, module: nn.Module | None = None) -> Reading:
     """What an output says. module: whose it is; one with Bayesian layers may return a divergence beside it."""
     found = _distributions(output)
-    reading = _read_distribution(found[0]) if found else _read_fields(dict(_fields_of(output)))
+    reading = _read_distribution(found[0]) if found else _read_fields(dict(fields_of(output)))
     if len(found) > 1:
         reading = replace(reading, note=f"{reading.note} It is the first of {len(found)} in the output.".strip())
     if not found and reading.plain is None and not reading.says_something:
@@ -145,26 +145,8 @@ def _conversion(words: set[str]) -> tuple[Callable[[Tensor], Tensor], Spread]:
     return (lambda x: x.square(), STD) if is_std else (lambda x: x, Spread())
 
 
-def _fields_of(output: Any, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Named floating tensors of a mapping, dataclass or named tuple, and of such inside it."""
-    for name, part in _items(output):
-        if isinstance(part, Tensor):
-            if part.is_floating_point():
-                yield name, part
-        elif depth < _DEPTH:
-            yield from _fields_of(part, depth + 1)
-
-
-def _items(output: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(output, Mapping):
-        yield from ((str(name), part) for name, part in output.items())
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        yield from zip(output._fields, output, strict=True)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        yield from ((entry.name, getattr(output, entry.name)) for entry in dataclasses.fields(output))
-
-
-def _read_fields(fields: dict[str, Tensor]) -> Reading:
+def _read_fields(tensors: dict[str, Tensor]) -> Reading:
+    fields = {name: x for name, x in tensors.items() if x.is_floating_point()}
     meanings = {name: meaning for name in fields if (meaning := meaning_of(name)) is not None}
     if any(_words_of(name) & _CODES for name in fields):  # a variance may be the code's
         meanings = {name: m._replace(is_guess=m.is_guess or m.quantity == "variance") for name, m in meanings.items()}
@@ -178,9 +160,11 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
     both = values.get("epistemic"), values.get("aleatoric")
     if "total" not in values and both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
         values["total"] = both[0] + both[1]
+    named: dict[Quantity, Tensor] = {q: values[q] for q in ("epistemic", "aleatoric", "total") if q in values}
     plain = fields.get("logits", _with_words(fields, _PROBABILITIES, without="log"))
     return Reading(
-        named={q: values[q] for q in ("epistemic", "aleatoric", "total") if q in values},
+        named=named,
+        among=_among(tensors, [*named.values()]),
         numbers=_numbers(fields, *found["variance"], meanings) if "variance" in found else (),
         alpha=values.get("alpha"),
         evidence=None if complete or "alpha" not in found else found["alpha"][1],
@@ -191,6 +175,16 @@ def _read_fields(fields: dict[str, Tensor]) -> Reading:
         guesses=tuple(name for name, meaning in meanings.items() if meaning.is_guess and not complete),
         heads=_heads(fields, plain, meanings),
     )
+
+
+def _among(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> Tensor | None:
+    """Which values are of any example: those that a mask beside them names, if all others were set to 0."""
+    shapes = {value.shape for value in values}
+    mask = next((x for name, x in tensors.items() if "mask" in _words_of(name) and {x.shape} == shapes), None)
+    if mask is None:
+        return None
+    chosen = mask != 0
+    return chosen | torch.stack([(value.where(~chosen, 0) != 0).any() for value in values]).any()
 
 
 def _fits(name: str, meaning: Meaning, fields: Mapping[str, Tensor]) -> bool:
@@ -249,7 +243,7 @@ def _divergence_beside(module: nn.Module, output: Any) -> Tensor | None:
 
 
 def _distributions(output: Any) -> list[Distribution]:
-    parts = output if isinstance(output, tuple | list) else [output, *(part for _, part in _items(output))]
+    parts = output if isinstance(output, tuple | list) else [output, *(part for _, part in named_parts(output))]
     return [part for part in parts if isinstance(part, Distribution)]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from torchprobe.capture.diagnosis.evidence import structure_of
 from torchprobe.testing import MemoryWriter
 
 SAID = {"sparse": "torch.sparse_coo", "jagged": "nested", "nested": "nested"}
@@ -40,6 +41,37 @@ def test_a_tensor_without_an_address_switches_no_probe_off(kind, caplog):
     assert not [line for line in caplog.messages if "switched off" in line]
     said = [line for line in caplog.messages if "tensors are left out" in line]
     assert said == [f"outputs that are {SAID[kind]} tensors are left out: statistics are of dense ones"]
+
+
+class Complex(nn.Module):
+    """Weights whose real parts are all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8, dtype=torch.complex64), nn.Linear(8, 1)
+        with torch.no_grad():
+            torch.view_as_real(self.first.weight)[..., 0] = 0.5
+
+    def forward(self, x):
+        return self.last(self.first(x.to(torch.complex64)).abs())
+
+
+def test_complex_weights_are_read_by_both_parts(caplog):
+    torch.manual_seed(0)
+    model, always = Complex(), torch.is_warn_always_enabled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert dict(structure_of(model))["constant/first.weight"] == 0
+    torch.set_warn_always(True)
+    try:
+        with caplog.at_level(logging.WARNING), torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+            for _ in range(4):
+                model(torch.randn(8, 4)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        torch.set_warn_always(always)
+    assert "failed" not in caplog.text
+    assert session.alerts == []
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])

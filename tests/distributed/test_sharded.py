@@ -84,7 +84,7 @@ def test_sequence_parallel_lacks_only_the_gradients_that_are_not_reduced_yet(ran
     unreduced = {f"{group}/{name}" for group in ("grad_norm", "gradients", "gradients_zeros") for name in NORMS}
     unreduced |= {f"{group}/{layer}" for group in ("grad_norm_layer", "grad_mean_abs") for layer in "04"}
     assert not unreduced & set(found)
-    if torch.__version__ < "2.13":  # whose optimizers keep momenta of such gradients
+    if not torch.__version__.startswith("2.13."):  # of others the optimizers keep momenta of such gradients
         unreduced |= {tag for tag in expected if tag.startswith("optimizer/") and tag not in found}
     known = {tag: steps for tag, steps in expected.items() if tag not in unreduced | TOTALS}
     found = {tag: steps for tag, steps in found.items() if tag not in TOTALS}

@@ -16,7 +16,7 @@ from torchprobe.capture.optimizers import held_by_living
 from torchprobe.capture.sharding import is_distributed
 from torchprobe.naming import named_modules
 from torchprobe.probes.base import Reporter
-from torchprobe.statistics.dtypes import measurable, row_dtype
+from torchprobe.statistics.dtypes import measurable, real, row_dtype
 
 
 class Evidence:
@@ -80,7 +80,7 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
         if weight is None or is_distributed(weight):  # a part does not tell whether all units begin alike
             continue
         if weight.requires_grad and min(weight.shape[:2]) > 1 and weight.numel() <= _LARGE and measurable(weight):
-            rows = weight.detach().reshape(len(weight), -1).float()
+            rows = _rows(weight)
             yield f"constant/{name}.weight", ((rows == rows[:1, :1]).all() & (rows[0, 0] != 0)).float()
             zero.append((rows == 0).all().float())
             if weight.grad is not None and measurable(weight.grad):
@@ -105,9 +105,14 @@ def _copies(module: nn.Module) -> int:
     return running if running > 2 or running == len(layers) > 1 else 0
 
 
+def _rows(weight: Tensor) -> Tensor:
+    """One a unit; complex numbers by their parts."""
+    return real(weight).reshape(len(weight), -1).float()
+
+
 def _alike(weights: Tensor, gradient: Tensor) -> Tensor:
     """Whether units begin alike and are pulled alike: then they stay alike."""
-    gradients = gradient.detach().reshape(len(weights), -1).float()
+    gradients = _rows(gradient)
     largest = gradients.abs().amax()
     same = (gradients - gradients[:1]).abs().amax() <= 1e-5 * largest
     return ((weights == weights[:1]).all() & same & (largest > 0)).float()

@@ -259,7 +259,7 @@ class PredictionCapture:
     def _on_loss(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         with self._protected(args):
             call = targets.read_call(module, args, kwargs)
-            phases = list(self._recent()) if self._training else self._validation.last
+            phases = list(self._recent()) if self._training else self._validation.judged_by(module)
             if call is not None:
                 hear([one for phase in phases for one in phase.all_outputs()], call, self._training)
 

@@ -24,7 +24,7 @@ from torchprobe.capture.predictions.confirmation import (
     confirm_returned,
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
-from torchprobe.capture.predictions.graph import Place, between, ignored_by, judge_of, place_of
+from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, sums_before
 from torchprobe.capture.predictions.hooks import LossModules, Parts
 from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
 from torchprobe.capture.predictions.loops import Validation
@@ -247,7 +247,8 @@ class PredictionCapture:
     def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
         if not self._gate.failed:
             with self._protected(gradient):
-                phase.settle_form(EVIDENTIAL, any(name in _OF_DIRICHLET for name, _ in between(roots().tensors, place)))
+                # Other distributions have an alpha, too: a Dirichlet's evidence is that of all classes together.
+                phase.settle_form(EVIDENTIAL, sums_before(roots().tensors, place, _OF_DIRICHLET))
 
     def _still_waits(self, phase: Phase, waiting: Waiting) -> bool:
         """Whether targets are wanted, now that the gradient has arrived: the last that can tell them."""

@@ -150,7 +150,7 @@ class PredictionCapture:
         if not phase.training:
             self._validation.saw(inputs)
         phase.describe(pool, reading, self._sample_dim)
-        for probe, line in lines_of(reading):
+        for probe, line in lines_of(reading, output):
             phase.say(probe, line)
         if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
             on_gradient(reading.evidence, self._gate, partial(self._on_evidence, phase, place_of(reading.evidence)))

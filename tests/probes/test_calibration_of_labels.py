@@ -52,6 +52,33 @@ def test_labels_of_a_validation_pass_that_do_not_exclude_each_other():
     assert_calibration(writer, 1, torch.stack((1 - yes, yes), -1), labels.flatten().long(), "val/")
 
 
+class Masked(nn.Module):
+    """Leaves out a class number of its own choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, targets: Tensor):
+        logits = self.net(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def test_labels_that_are_left_out_before_training_has_shown_their_number():
+    model, writer = Masked(), MemoryWriter()
+    x, targets = torch.randn(4, 5, 7), torch.randint(0, 3, (4, 5))
+    targets[:, :2] = -1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, writer) as session, torch.no_grad():
+        logits, _ = model(x, targets)
+        session.flush()
+        assert optimizer.param_groups
+        assert "no probabilities" not in session.summary()
+    assert "val/calibration/invalid" not in writer.tags()
+    kept = targets.flatten() >= 0
+    assert_calibration(writer, 0, logits.flatten(0, 1).softmax(-1)[kept], targets.flatten()[kept], "val/")
+
+
 class NextToken(nn.Module):
     """As HuggingFace's `Trainer` calls one: its loss is divided by the number of all labels, the first ones too."""
 

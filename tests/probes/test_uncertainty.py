@@ -147,6 +147,40 @@ def test_evidence_for_classes_is_a_dirichlet_distribution_once_its_likelihood_is
     assert "the model returns evidence" in summary
 
 
+def student(out):
+    """Of a normal-inverse-gamma distribution, whose field is called otherwise than nu (as `lmbda`)."""
+    a, b, k = out["alpha"] + 1, out["beta"], out["lmbda"]
+    return -distributions.StudentT(2 * a, TARGET, (b * (1 + k) / (k * a)).sqrt()).log_prob(MEAN).mean()
+
+
+LIKELIHOODS = {
+    "a gamma distribution's": lambda out: -distributions.Gamma(out["alpha"], out["beta"]).log_prob(MEAN.exp()).mean(),
+    "a beta distribution's": lambda out: -distributions.Beta(out["alpha"], out["beta"]).log_prob(MEAN.sigmoid()).mean(),
+    "a normal-inverse-gamma distribution's": student,
+}
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_an_alpha_of_another_distribution_of_several_numbers_is_no_evidence_for_classes(kind):
+    model = Gives(lambda h: {name: 1 + h.exp() for name in ("alpha", "beta", "lmbda")})
+    writer, summary = trained(model, LIKELIHOODS[kind])
+    assert found(writer) == {}
+    assert "the model returns alpha" in summary
+
+
+def test_a_penalty_on_evidence_for_wrong_classes_confirms_it_too():
+    """Sensoy et al. 2018: the divergence from no evidence, without that of the right class."""
+    y = torch.nn.functional.one_hot(torch.arange(6) % 4, 4)
+
+    def penalised(out):
+        alpha = y + (1 - y) * out["alpha"]
+        none = distributions.Dirichlet(torch.ones(6, 4))
+        return distributions.kl_divergence(distributions.Dirichlet(alpha), none).mean()
+
+    writer, _ = trained(Gives(lambda h: {"alpha": 1 + h.exp()}), penalised)
+    assert set(found(writer)) == set(KINDS)
+
+
 def test_normal_inverse_gamma():
     nu, alpha, beta = torch.rand(3, 8, 1) + 1.5
     fields = {"gamma": torch.randn(8, 1), "nu": nu, "alpha": alpha, "beta": beta}

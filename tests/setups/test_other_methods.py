@@ -229,3 +229,20 @@ def test_in_evaluation_mode_the_reason_why_nothing_is_seen_is_named():
     said = [alert.message for alert in session.alerts if alert.rule == "nothing_captured"]
     assert said
     assert all("the model is in evaluation mode and is not called by its forward" in message for message in said)
+
+
+@pytest.mark.parametrize("called", [Encoder.forward, Encoder.__call__], ids=["forward", "itself"])
+def test_what_is_not_seen_of_a_model_that_is_not_called_itself_is_said_with_the_way_out(called):
+    """As in a `training_step` that calls `self.forward(x)`."""
+    model, writer = Encoder(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(called(model, torch.randn(5, 6)), torch.randint(0, 6, (5,))).backward()
+            optimizer.step()
+        session.flush()
+        lines = [line for line in session.summary().splitlines() if "instrument the module that is called" in line]
+    unseen = called is Encoder.forward
+    assert [any(probe in line for line in lines) for probe in ("Calibration", "Uncertainty")] == [unseen, unseen]
+    assert ("calibration/accuracy" in writer.tags()) is not unseen

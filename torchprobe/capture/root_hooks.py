@@ -211,8 +211,9 @@ def _roots(model: nn.Module) -> Iterator[nn.Module]:
 
 def _has_forward(module: nn.Module) -> bool:
     """Whether the module's class says what calling it does; Lightning's base class only seems to."""
-    home = type(module).forward.__module__
-    return type(module).forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
+    forward = getattr(type(module), "forward", None)  # a class of torch.jit's does not show its own
+    home = getattr(forward, "__module__", None)
+    return forward is not nn.Module.forward and home not in _FORWARD_OF_A_BASE_CLASS
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

@@ -27,6 +27,11 @@ _IN_EVALUATION = (
     "the model is in evaluation mode and is not called by its forward: what other methods of it call is seen in "
     "training mode alone, after model.train()"
 )
+_BY_PARTS = (
+    "in training modules inside of the model were called and not the model itself, as by self.forward(x) or self.net(x)"
+    " in a method of it, where predictions and attention are not seen: call the model, self(x), or instrument the "
+    "module that is called"
+)
 
 
 class Recorder:
@@ -104,6 +109,8 @@ class Recorder:
         if step.due:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
+            if self._steps.by_methods and not (self._sources.running.compiled or self._sources.in_place.used):
+                self._explain_parts(step.due)
         for tag, value in self._sources.optimizer_values(optimizer, step.light):
             if type(value) is float:
                 step.values[tag] = value
@@ -138,6 +145,12 @@ class Recorder:
             for reporter in self._steps.current.due:
                 if reporter.source in ("outputs", "output_gradients"):
                     reporter.explain(_IN_EVALUATION)
+
+    def _explain_parts(self, due: frozenset[Any]) -> None:
+        """The step was begun by a part that was called by itself."""
+        for reporter in due:
+            if reporter.source in ("attention", "calibration", "uncertainty") and not reporter.reason:
+                reporter.explain(_BY_PARTS)
 
     def _say_unheard(self) -> None:
         """An optimizer steps, and no forward pass was heard of: some classes call themselves without hooks."""

@@ -72,6 +72,33 @@ def test_one_that_is_made_for_validation_is_found_there():
     assert_calibration(writer, 1, out.softmax(-1), y, "val/")
 
 
+def test_those_that_are_made_at_each_call_never_speak_for_a_part_of_the_batches():
+    model, writer = net(), MemoryWriter()
+    with watch(model, writer) as session:
+        step(model, F.cross_entropy)
+        for seed in range(3):
+            x, y = batch(seed)
+            with torch.no_grad():  # one is there before the model is called, so that the first one may be found
+                nn.CrossEntropyLoss()(model.eval()(x), y)
+        session.flush()
+        assert "made at each call" in session.summary()
+    assert not any(tag.startswith("val/calibration/") for tag in writer.tags())
+
+
+def test_one_that_is_gone_after_its_loop_has_judged_all_of_it():
+    model, writer = net(), MemoryWriter()
+    with watch(model, writer):
+        step(model, F.cross_entropy)
+        criterion, given, outs = nn.CrossEntropyLoss(), [batch(seed) for seed in range(3)], []
+        with torch.no_grad():
+            for x, y in given:
+                outs.append(model.eval()(x).softmax(-1))
+                criterion(outs[-1].log(), y)
+            del criterion
+            model(x + 1)  # a look at something else
+    assert_calibration(writer, 1, torch.cat(outs), torch.cat([y for _, y in given]), "val/")
+
+
 def focal(out, y):
     return (F.cross_entropy(out, y, reduction="none") * 0.3 + out.logsumexp(-1).square()).mean()
 

@@ -156,3 +156,40 @@ def test_an_idle_step_looks_at_no_output(monkeypatch):
             F.cross_entropy(model(torch.randn(12, 4)), torch.randint(0, 3, (12,))).backward()
             assert not registry._global_forward_hooks
             optimizer.step()
+
+
+class Scripted(torch.jit.ScriptModule):
+    """Of a class of torch.jit's, which does not show its `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @torch.jit.script_method
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+@pytest.mark.parametrize("called", ["itself", "by parts"])
+def test_a_part_that_is_a_script_is_left_as_it_is(called):
+    def run(probed: bool):
+        torch.manual_seed(0)
+        parts, writer = [Scripted(), nn.Linear(4, 3)], MemoryWriter()
+        model = nn.ModuleList(parts) if called == "by parts" else nn.Sequential(*parts)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        session = torchprobe.instrument(model, writer=writer, every=1) if probed else None
+        losses = []
+        for _ in range(3):
+            z = torch.randn(6, 4)
+            z = model[1](model[0](z)) if called == "by parts" else model(z)
+            loss = F.cross_entropy(z, torch.randint(0, 3, (6,)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        if session is not None:
+            session.detach()
+            assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(losses)
+        return list(model.state_dict().values())
+
+    assert all(map(torch.equal, run(False), run(True)))

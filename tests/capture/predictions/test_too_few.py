@@ -57,3 +57,41 @@ def test_enough_of_them_need_no_option(outputs, rows, loss):
     writer = trained(outputs, rows, loss)
     assert len(writer.scalars("calibration/ece")) >= 3
     assert not [tag for tag in writer.tags() if tag.startswith("nothing_captured")]
+
+
+class OwnLoss(nn.Module):
+    """Returns what is made of its loss and of its predictions."""
+
+    def __init__(self, give) -> None:
+        super().__init__()
+        self.net, self.give = nn.Linear(6, 5), give
+
+    def forward(self, x, y):
+        logits = self.net(x)
+        return self.give(F.cross_entropy(logits, y), logits)
+
+
+GIVEN = {
+    "the loss": (lambda loss, logits: loss, True),
+    "in a tuple": (lambda loss, logits: (loss, None), True),
+    "two, by name": (lambda loss, logits: {"loss": loss, "penalty": logits.square().mean()}, True),
+    "predictions beside it": (lambda loss, logits: (loss, logits), False),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_model_that_returns_its_loss_alone_is_said_to_give_no_predictions(kind):
+    give, is_alone = GIVEN[kind]
+    model, writer = OwnLoss(give), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(3):
+            out = model(torch.randn(8, 6), torch.randint(5, (8,)))
+            loss = out if isinstance(out, torch.Tensor) else out["loss"] if isinstance(out, dict) else out[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        session.flush()
+        said = [line for line in session.summary().splitlines() if "returns its loss, or other numbers" in line]
+    assert len(said) == (2 if is_alone else 0)
+    assert ("calibration/accuracy" in writer.tags()) is not is_alone

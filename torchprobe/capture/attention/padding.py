@@ -177,7 +177,7 @@ class MaskArguments:
 def _parameters(kind: Any) -> tuple[str, ...]:
     try:
         return tuple(inspect.signature(kind.forward).parameters)[1:]
-    except (TypeError, ValueError):  # a forward that Python cannot look into
+    except (AttributeError, TypeError, ValueError):  # a forward that Python cannot look into; a class of torch.jit's
         return ()
 
 

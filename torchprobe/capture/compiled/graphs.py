@@ -101,7 +101,7 @@ def _with_graphs(codes: set[CodeType]) -> set[CodeType]:
 
 def _codes(model: nn.Module) -> Iterator[CodeType]:
     for _, module in all_modules(model):
-        for function in (module.forward, type(module).forward, module._compiled_call_impl):
+        for function in (module.forward, getattr(type(module), "forward", None), module._compiled_call_impl):
             function = getattr(function, "_torchdynamo_orig_callable", function)
             code = getattr(getattr(function, "__func__", function), "__code__", None)
             if isinstance(code, CodeType):

@@ -24,7 +24,7 @@ from torchprobe.capture.predictions.confirmation import (
     confirm_returned,
 )
 from torchprobe.capture.predictions.forms import IGNORED, MAX_ELEMENTS, Form, Generators, Predicted, is_usable
-from torchprobe.capture.predictions.graph import Place, between, ignored_by, judge_of, place_of
+from torchprobe.capture.predictions.graph import Place, ignored_by, judge_of, place_of, sums_before
 from torchprobe.capture.predictions.hooks import LossModules, Parts
 from torchprobe.capture.predictions.inputs import Draws, InputKey, version_of
 from torchprobe.capture.predictions.loops import Validation
@@ -150,7 +150,7 @@ class PredictionCapture:
         if not phase.training:
             self._validation.saw(inputs)
         phase.describe(pool, reading, self._sample_dim)
-        for probe, line in lines_of(reading):
+        for probe, line in lines_of(reading, output):
             phase.say(probe, line)
         if reading.evidence is not None and reading.evidence.grad_fn is not None and phase.training:
             on_gradient(reading.evidence, self._gate, partial(self._on_evidence, phase, place_of(reading.evidence)))
@@ -247,7 +247,8 @@ class PredictionCapture:
     def _on_evidence(self, phase: Phase, place: Place | None, gradient: Tensor) -> None:
         if not self._gate.failed:
             with self._protected(gradient):
-                phase.settle_form(EVIDENTIAL, any(name in _OF_DIRICHLET for name, _ in between(roots().tensors, place)))
+                # Other distributions have an alpha, too: a Dirichlet's evidence is that of all classes together.
+                phase.settle_form(EVIDENTIAL, sums_before(roots().tensors, place, _OF_DIRICHLET))
 
     def _still_waits(self, phase: Phase, waiting: Waiting) -> bool:
         """Whether targets are wanted, now that the gradient has arrived: the last that can tell them."""
@@ -259,7 +260,7 @@ class PredictionCapture:
     def _on_loss(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         with self._protected(args):
             call = targets.read_call(module, args, kwargs)
-            phases = list(self._recent()) if self._training else self._validation.last
+            phases = list(self._recent()) if self._training else self._validation.judged_by(module)
             if call is not None:
                 hear([one for phase in phases for one in phase.all_outputs()], call, self._training)
 

@@ -208,8 +208,11 @@ def confirm_labels(phase: Phase, output: Tensor, loss: Tensor, labels: Labels, i
         rows = forms.rows_of(logits, form, None)
         equal = _recomputes(loss.detach(), form, rows, targets, ignored, labels.items) & ~seen
         seen = seen | equal
-        y = targets.where(targets != ignored, forms.IGNORED) if form.kind == "softmax" else targets
-        y = y.reshape(-1) if form.kind == "softmax" else torch.stack((1 - y, y), -1).reshape(-1, 2).to(rows.dtype)
+        if form.kind == "softmax":  # no class at all is another way to say that one does not count
+            counts = (targets >= 0) & (targets < rows.shape[-1]) & (targets != ignored)
+            y = targets.where(counts, forms.IGNORED).reshape(-1)
+        else:
+            y = torch.stack((1 - targets, targets), -1).reshape(-1, 2).to(rows.dtype)
         row = calibration.compute(forms.probabilities_of(rows, form), y, ignore_index=forms.IGNORED)
         phase.calibration.add(f"{SURE}|found", row * equal)
         phase.settle_form(form.key, True, equal)

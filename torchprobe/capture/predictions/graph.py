@@ -113,8 +113,7 @@ def way_to_loss(roots: Sequence[Tensor], place: Place | None) -> list[Link]:
     links: list[Link] = []
     while len(users := above.get(at, [])) == 1 and len(links) < _LONGEST_WAY:
         node = users[0]
-        alone = sum(used is not None for used, _ in node.next_functions) == 1
-        links.append(Link(_name(node), node, alone, shape_of_result(node)))
+        links.append(Link(_name(node), node, _operands(node) == 1, shape_of_result(node)))
         at = node, 0
     return links
 
@@ -143,7 +142,27 @@ def between(roots: Sequence[Tensor], place: Place | None) -> list[tuple[str, int
         new = [user for user in users[todo.pop()] if user not in found]
         found |= dict.fromkeys(new)
         todo += new
-    return [(_name(node), sum(used is not None for used, _ in node.next_functions)) for node in found]
+    return [(_name(node), _operands(node)) for node in found]
+
+
+def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -> bool:
+    """Whether a sum of what stands in a place, and of nothing else, goes into one of these operations."""
+    above, start = _above(roots, place)
+    users: defaultdict[Any, list[Any]] = defaultdict(list)
+    for (node, _), some in above.items():
+        users[node] += some
+    todo = [(user, False) for user in users[start]]
+    seen = set(todo)
+    while todo:
+        node, summed = todo.pop()
+        if summed and _name(node) in names:
+            return True
+        if not summed and _operands(node) > 1:
+            continue
+        new = {(user, summed or _name(node) == "SumBackward") for user in users[node]} - seen
+        seen |= new
+        todo += new
+    return False
 
 
 def judged_by(judge: Judge, output: Tensor) -> tuple[Form, Tensor, Tensor] | None:
@@ -218,6 +237,11 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
         if len(seen) > _MOST_NODES:
             return {}, None
     return ({}, None) if found is None else (above, found)
+
+
+def _operands(node: Any) -> int:
+    """How many have a graph."""
+    return sum(used is not None for used, _ in node.next_functions)
 
 
 def _name(node: Any) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
+from weakref import ReferenceType, ref
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.capture.predictions.phase import Moment, Phase
 
@@ -20,6 +21,11 @@ _MOST_FRAMES = 32
 _MERGED = (
     "validation: {}: data sets are recorded together, as nothing tells them apart; those that the model is called for "
     "from lines of their own are written apart as well"
+)
+_GONE = (
+    "calibration in validation: a loss module that judged some of the passes was gone before the next one, as one that "
+    "is made at each call, and of others no targets were seen, so that nothing is recorded: make the loss module once, "
+    "or call session.log_predictions(probs, targets)"
 )
 
 
@@ -38,6 +44,8 @@ class Validation:
         self._line = ""  # what is to be said of the loops
         self._sizes: list[int] = []
         self._drawn: set[bool | None] = set()  # between passes
+        self._judge: ReferenceType[nn.Module] | None = None  # the loss module that was called last
+        self._judge_gone: list[Phase] = []  # phases that went on without theirs
 
     def enter(self, moment: Moment) -> Phase:
         """A pass begins: the phase that it belongs to."""
@@ -49,11 +57,14 @@ class Validation:
             self._mix()
         elif len(self._places) > len(self._phases):
             self._phases.append(Phase(False, moment))
+            self._judge = None
+        if self._judge is not None and self._judge() is None:
+            self._judge_gone.append(self._phases[-1])
         return self._phases[-1]
 
-    @property
-    def last(self) -> list[Phase]:
-        """The phase of the last pass, if there was one."""
+    def judged_by(self, module: nn.Module) -> list[Phase]:
+        """A loss module was called: the phase of the last pass, if there was one."""
+        self._judge = ref(module)
         return self._phases[-1:]
 
     @property
@@ -96,6 +107,13 @@ class Validation:
                 f"validation: the model was called from several places, one after the other ({names}): what each gave "
                 "is written apart under these names, and without a name what all of them gave together"
             )
+        for phase in self._phases if self._judge_gone else ():
+            phase.forget_waiting()
+            if phase.unjudged and (self._mixed or phase in self._judge_gone):
+                self._line = _GONE
+                for one in phase.all_outputs():  # a part of the passes would stand for all
+                    one.calibration.hand_over()
+                    one.coverage.hand_over()
         return self._phases, self._line
 
     def _mix(self) -> None:

@@ -27,7 +27,7 @@ from torchprobe.capture.predictions.gradient import TOLERANCE
 from torchprobe.capture.predictions.graph import between, place_of
 from torchprobe.capture.predictions.phase import Phase
 from torchprobe.capture.predictions.pool import NUMBERS, Pool
-from torchprobe.capture.predictions.reading import Reading, read
+from torchprobe.capture.predictions.reading import Reading, losses_in, read
 from torchprobe.probes.evidence import SURE
 from torchprobe.probes.uncertainty import Uncertainty
 from torchprobe.statistics.dtypes import row_dtype
@@ -35,6 +35,10 @@ from torchprobe.statistics.dtypes import row_dtype
 NO_TARGETS = (
     "the model returns a mean and a variance, but no target was seen: of functional losses a Gaussian likelihood alone "
     "tells them, by its gradients at both; use nn.GaussianNLLLoss(), or nn.MSELoss() on the mean, made before training"
+)
+_NO_PREDICTIONS = (
+    "the model returns its loss, or other numbers, and no predictions: return these beside it, or instrument the "
+    "module inside that gives them"
 )
 DETACHED = "the model returns an output outside of its loss's graph: return it inside, or hand the model its labels="
 _ALL_AGAIN = 10  # sampled steps
@@ -148,10 +152,13 @@ class Settled:
         return [form for form in possible if form.key == self._key] or possible
 
 
-def lines_of(reading: Reading) -> Iterator[tuple[str, str]]:
+def lines_of(reading: Reading, output: Any) -> Iterator[tuple[str, str]]:
     """What of an output is looked at and waits for a loss to confirm it, by probe."""
     if reading.note and reading.plain is None and not reading.says_something:
         yield "uncertainty", "the model returns a distribution of which torch knows no variance"
+    nothing = not (reading.says_something or reading.numbers or reading.heads)
+    if nothing and (reading.plain is None or not reading.plain.dim()) and losses_in(output):
+        yield from (("uncertainty", _NO_PREDICTIONS), ("calibration", _NO_PREDICTIONS))
     if reading.guesses:
         names = ", ".join(reading.guesses)
         yield (

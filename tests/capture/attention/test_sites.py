@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+import torchprobe
 from tests.capture.attention.harness import capture_of, hooked, record, recorded
 from tests.models import Transformer
+from torchprobe.testing import MemoryWriter
 
 sdpa = F.scaled_dot_product_attention
 
@@ -221,3 +226,38 @@ def test_a_map_is_that_of_the_first_call():
         "root": (2, 5, 5),
         "attention": (2, 5, 5),
     }
+
+
+class AttentionClassifier(nn.Module):
+    """Its own code may compute attention, by its name, which a compiled graph would be looked through for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.q = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), nn.Linear(8, 8)
+        self.rerun = False
+
+    def attend(self, x):
+        return torch.softmax(self.q(x) @ x.mT, -1) @ x
+
+    def forward(self, x):
+        attend = partial(checkpoint, self.attend, use_reentrant=False) if self.rerun else self.attend
+        return attend(self.layer(x))
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_names_are_the_same_in_all_sampled_steps_whatever_of_torchs_runs_in_between(every):
+    torch.manual_seed(0)
+    model, writer = AttentionClassifier(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, **({} if every is None else {"every": every})):
+        for step in range(1, 11):
+            model.rerun = step > 5
+            with BaseTorchFunctionMode() if step % 2 else contextlib.nullcontext():
+                model(torch.randn(3, 5, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    sampled = [1, 2, 5, 10] if every is None else [1, 3, 6, 9]
+    found = {
+        tag: [at for at, _ in writer.scalars(tag)] for tag in writer.tags() if tag.startswith("attention_entropy/")
+    }
+    assert found == {"attention_entropy/layer.self_attn": sampled, "attention_entropy/root": sampled}

@@ -31,7 +31,8 @@ class Caller(NamedTuple):
     """Where an attention call comes from.
 
     name: of the module; path: the call sites between the module's own call and this one, which tell two attentions
-    of a module apart; heads: how many the module says it has, where it says so.
+    of a module apart, without torch's own, which change with modes and checkpoints around them; heads: how many the
+    module says it has, where it says so.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Owners:
                 owner = self._module(frame)
             if owner is not None and frame.f_globals.get("__name__") == MODULE_CALL:
                 break
-            if not _is_ours(frame):
+            if not _is_ours(frame) and not str(frame.f_globals.get("__name__")).startswith("torch."):
                 path.append(place_in(frame.f_code, instruction_of(frame)))
             frame = frame.f_back
         return None if owner is None else Caller(self._names[owner], tuple(path), heads_of(owner))

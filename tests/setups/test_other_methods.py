@@ -218,31 +218,154 @@ def test_parts_inside_of_a_fused_encoder_get_no_hook_that_stays():
         assert not any(m._forward_hooks for m in model.encoder.modules())
 
 
-def test_in_evaluation_mode_the_reason_why_nothing_is_seen_is_named():
-    model, writer = Encoder().eval(), MemoryWriter()
+class Attending(nn.Module):
+    """Two attentions; `forward` does what `encode` and `decode` do, which train it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.dec = nn.ModuleList([Queries(), nn.Linear(8, 8)])
+
+    def encode(self, x, padded):
+        return self.enc(x, x, tgt_key_padding_mask=padded)
+
+    def decode(self, z):
+        return self.dec[1](self.dec[0](z))
+
+    def forward(self, x, padded):
+        return self.decode(self.encode(x, padded))
+
+
+class Queries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ x
+
+
+def attended(call, every=1, act=lambda model, *given: None, lengths=(5, 5, 5)):
+    """Values by tag and step."""
+    torch.manual_seed(0)
+    model, writer, alive = Attending(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    session = torchprobe.instrument(model, writer=writer, every=every)
+    for _ in range(6):
+        given = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor(lengths)[:, None]
+        act(model, *given)
+        out = call(model, *given)
+        alive.append(weakref.ref(out))
+        (out - given[0]).square().mean().backward()
+        del out
+        optimizer.step()
+        optimizer.zero_grad()
+    session.detach()
+    assert [one() for one in alive] == [None] * 6
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == before
+    kinds = ("attention_", "activation_", "overview/loss")
+    return {tag: dict(writer.scalars(tag)) for tag in writer.tags() if tag.startswith(kinds) and writer.scalars(tag)}
+
+
+def by_methods(model, *given):
+    return model.decode(model.encode(*given))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_attention_of_parts_is_that_of_the_model_from_the_second_sampled_step_on(every):
+    found, expected = attended(by_methods, every), attended(Attending.__call__, every)
+    assert {"attention_entropy/enc.self_attn", "attention_entropy/dec.0"} <= set(expected)
+    for tag, values in expected.items():
+        later = {step: value for step, value in values.items() if step > 1 or not tag.startswith("attention_")}
+        assert found[tag] == pytest.approx(later, rel=1e-6), tag
+
+
+def test_padding_that_a_part_is_given_is_left_out():
+    found, expected = (attended(call, lengths=(5, 4, 2)) for call in (by_methods, Attending.__call__))
+    for kind in ("entropy", "distance", "max_prob"):
+        tag = f"attention_{kind}/enc.self_attn"
+        assert found[tag] == pytest.approx({k: v for k, v in expected[tag].items() if k > 1}, rel=1e-6)
+
+
+def test_attention_of_acting_by_parts_leaves_nothing():
+    def act(model, x, padded):
+        model.decode(model.encode(9 * x, padded))
+
+    found, expected = (attended(by_methods, act=how)["attention_entropy/dec.0"] for how in (act, lambda *_: None))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_part_that_is_called_beside_the_model_and_in_it_has_each_pass_once():
+    def beside(model, *given):
+        return by_methods(model, *given) + 0 * model(*given)
+
+    found, expected = attended(beside), attended(Attending.__call__)
+    for tag in ("activation_rms/enc.linear1", "activation_rms/dec.1", "attention_entropy/enc.self_attn"):
+        steps = found[tag].keys()
+        assert found[tag] == pytest.approx({step: expected[tag][step] for step in steps}, rel=1e-6)
+        assert {2, 3, 4, 5, 6} <= steps
+
+
+def test_in_evaluation_mode_training_by_methods_is_seen_from_the_second_step_on():
+    model, writer, right = Encoder().eval(), MemoryWriter(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with torchprobe.instrument(model, writer=writer, every=1, probes=[torchprobe.Activations()]) as session:
         for _ in range(4):
+            x = torch.randn(5, 6)
+            right.append(rms(model, x))
             optimizer.zero_grad()
-            model.decode(model.encode(torch.randn(5, 6))).square().mean().backward()
+            model.decode(model.encode(x)).square().mean().backward()
             optimizer.step()
-    said = [alert.message for alert in session.alerts if alert.rule == "nothing_captured"]
-    assert said
-    assert all("the model is in evaluation mode and is not called by its forward" in message for message in said)
+    assert session.alerts == []
+    assert dict(writer.scalars("activation_rms/down")) == pytest.approx(dict(enumerate(right[1:], 2)), rel=1e-5)
 
 
-@pytest.mark.parametrize("called", [Encoder.forward, Encoder.__call__], ids=["forward", "itself"])
-def test_what_is_not_seen_of_a_model_that_is_not_called_itself_is_said_with_the_way_out(called):
-    """As in a `training_step` that calls `self.forward(x)`."""
-    model, writer = Encoder(), MemoryWriter()
+class Trained(nn.Module):
+    """As a `training_step` that calls `self.net(x)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_what_a_method_predicts_by_a_part_is_judged_as_what_the_model_does():
+    torch.manual_seed(0)
+    model, writer, right = Trained(), MemoryWriter(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(4):
+            optimizer.zero_grad()
+            out, y = model.forward(torch.randn(40, 6)), torch.randint(0, 6, (40,))
+            right.append((out.argmax(-1) == y).float().mean().item())
+            nn.functional.cross_entropy(out, y).backward()
+            optimizer.step()
+    found = dict(writer.scalars("calibration/accuracy"))
+    assert found == pytest.approx(dict(enumerate(right[1:], 2)))
+
+
+class Deep(Encoder):
+    """Its methods call what lies inside of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Encoder()
+
+    def forward(self, x):
+        return self.inner.up(torch.tanh(self.inner.down(x)))
+
+
+def test_what_is_not_seen_of_a_model_whose_inner_parts_alone_are_called_is_said_with_the_way_out():
+    model, writer = Deep(), MemoryWriter()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with torchprobe.instrument(model, writer=writer, every=1) as session:
         for _ in range(4):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(called(model, torch.randn(5, 6)), torch.randint(0, 6, (5,))).backward()
+            nn.functional.cross_entropy(model.forward(torch.randn(5, 6)), torch.randint(0, 6, (5,))).backward()
             optimizer.step()
         session.flush()
         lines = [line for line in session.summary().splitlines() if "instrument the module that is called" in line]
-    unseen = called is Encoder.forward
-    assert [any(probe in line for line in lines) for probe in ("Calibration", "Uncertainty")] == [unseen, unseen]
-    assert ("calibration/accuracy" in writer.tags()) is not unseen
+    assert [any(probe in line for line in lines) for probe in ("Calibration", "Uncertainty")] == [True, True]

@@ -149,6 +149,25 @@ def test_validation_between_micro_batches_belongs_to_the_step_before_and_never_m
     assert len(writer.scalars("val/activation_mean/2")) == len(expected)
 
 
+@pytest.mark.parametrize("validates", [False, True])
+def test_passes_in_evaluation_mode_that_one_backward_pass_runs_through_are_training_all_of_them(validates):
+    """As of a siamese net whose normalisation is frozen; a pass that no backward pass runs through is none."""
+    model, writer, trained, validated = net().eval(), MemoryWriter(), [], []
+    optimizer = sgd(model)
+    with torchprobe.instrument(model, writer=writer, every=1, rules=[]):
+        for k in range(4):
+            if validates:
+                validated.append(model(batch(90 + k)).double().mean().item())
+            pair = model(batch(2 * k)), model(batch(2 * k + 1))
+            trained.append(torch.cat(pair).double().mean().item())
+            (pair[0] - 2 * pair[1]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert dict(writer.scalars("activation_mean/2")) == pytest.approx(dict(enumerate(trained, 1)), rel=1e-5)
+    found = dict(writer.scalars("val/activation_mean/2")) if "val/activation_mean/2" in writer.tags() else {}
+    assert found == pytest.approx(dict(enumerate(validated)), rel=1e-5)
+
+
 @pytest.mark.parametrize("retry", [False, True])
 def test_a_step_that_raises_leaves_nothing_behind_where_the_loop_goes_on(retry):
     """Out of memory in `optimizer.step()`: the batch is dropped, or one more is added to it."""

@@ -86,7 +86,7 @@ def interesting(module: nn.Module) -> bool:
     parts, own = module._modules, module._parameters
     if PARAMETRIZATIONS not in parts and not (own and any([one is not None for one in own.values()])):  # noqa: C419
         return False
-    inner = [part for name, part in parts.items() if name != PARAMETRIZATIONS and part is not None]
+    inner = [part for name, part in parts.items() if name != PARAMETRIZATIONS and part is not None] if parts else ()
     return all([next(part.parameters(), None) is None for part in inner])  # noqa: C419
 
 

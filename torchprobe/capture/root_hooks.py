@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any, Protocol
 from weakref import ref
@@ -18,10 +19,11 @@ from torchprobe.capture.compiled.graphs import hides_hooks
 from torchprobe.capture.compiled.tracing import scope
 from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.module_hooks import MARKS, ROOT_KEY, Inert, before, mark, unmark
+from torchprobe.capture.modules import hookable
 from torchprobe.capture.pipelining import PIPELINING, learning_shapes
 from torchprobe.capture.source import Running, uncounted
 from torchprobe.messages import log as _log
-from torchprobe.naming import unwrapped
+from torchprobe.naming import ROOT, unwrapped
 
 _LOADS = "_torchprobe_loads"
 _CALLS = "_torchprobe_calls"
@@ -51,9 +53,9 @@ class PassObserver(Protocol):
 
 
 class Root(Inert):
-    """What the root hooks find on the model."""
+    """What the root hooks find on the model, or on a part, whose calls are passes where no other one runs."""
 
-    def __init__(self, observer: PassObserver, running: Running) -> None:
+    def __init__(self, observer: PassObserver, running: Running, of_part: bool = False) -> None:
         self.guard = observer.guard
         self.observer = observer
         self.running = running
@@ -62,10 +64,18 @@ class Root(Inert):
         self._in_backward, self._tracing, self._transform = compat.plain_state()
         self.learning = False  # whether the pass is for shapes alone: of a pipeline's stage, or on meta tensors
         self._told = False
+        self._of_part = of_part
+        self._depth = 0  # calls of a part that run, one inside of the other
+        self._alone = False  # the outermost is a pass
 
     @protected
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None, grad_enabled: bool) -> None:
         """The model is called."""
+        if self._of_part:
+            self._depth += 1
+            if self._depth > 1 or self.running.passing is not None:
+                return
+            self._alone = True
         self.error = sys.exc_info()[1]
         self.learning = PIPELINING in sys.modules and _learns_shapes()
         for x in args:
@@ -87,6 +97,11 @@ class Root(Inert):
     @protected
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It has returned, or raised: then there is no output."""
+        if self._of_part:
+            self._depth -= self._depth > 0  # the hooks may have come in mid-call
+            if self._depth or not self._alone:
+                return
+            self._alone = False
         error, self.error = self.error, None
         if self.learning:
             self.running.leave()
@@ -178,6 +193,14 @@ class PassHooks:
             self._modules[module] = None
         return new
 
+    def follow_parts(self) -> bool:
+        """Calls of parts by the model's own methods are passes from now on. Whether they were none before."""
+        model = self._loads()
+        entries = [(ROOT, entry) for entry in islice(() if model is None else _entries(model), _MOST_PARTS)]
+        fresh = [entry for _, entry, as_it_is in hookable(entries) if as_it_is and ROOT_KEY not in entry.__dict__]
+        self._put_on(fresh, of_parts=True)
+        return bool(fresh)
+
     def remove(self) -> None:
         """Take hooks and state off. Safe to call twice."""
         while self._handles:
@@ -189,9 +212,9 @@ class PassHooks:
         if (own := self._loads()) is not None:
             unmark(own, _LOADS)
 
-    def _put_on(self, modules: list[nn.Module]) -> None:
+    def _put_on(self, modules: list[nn.Module], of_parts: bool = False) -> None:
         for module in modules:
-            mark(module, ROOT_KEY, Root(self._observer, self._running))
+            mark(module, ROOT_KEY, Root(self._observer, self._running, of_parts))
             self._handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True),
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True),

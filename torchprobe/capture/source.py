@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, Protocol, TypeAlias
-from weakref import ReferenceType
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -125,6 +125,26 @@ class Pass:
         """Take such hooks off."""
         while self._handles:
             self._handles.pop().remove()
+
+
+class Undecided:
+    """Passes of which it is not known yet what they are; none of them is kept alive."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[ReferenceType[Pass], int]] = []
+
+    def add(self, passing: Pass, weights: int) -> None:
+        """One more. weights: the step whose weights it had."""
+        self.passes.append((ref(passing), weights))
+
+    def take(self, sparing: int | None) -> Iterator[tuple[Pass, int]]:
+        """Those that are validation now, and the weights that they had. sparing: not those of this step's weights."""
+        passes, self.passes = self.passes, [one for one in self.passes if one[1] == sparing]
+        for weak, weights in passes:
+            passing = weak()
+            if passing is not None and passing.kind is UNDECIDED and passing.task is None and weights != sparing:
+                passing.decide(VALIDATION)
+                yield passing, weights
 
 
 def uncounted() -> Pass:

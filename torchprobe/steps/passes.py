@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from threading import enumerate as living_threads
 from threading import get_ident
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 from torch import Tensor, is_grad_enabled, nn
 
@@ -16,7 +16,7 @@ from torchprobe.capture.gate import Guard, protected
 from torchprobe.capture.optimizers import STEP
 from torchprobe.capture.outputs import hearable_tensors
 from torchprobe.capture.root_hooks import PassHooks
-from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass
+from torchprobe.capture.source import DROPPED, TRAINING, UNDECIDED, VALIDATION, Dropped, Pass, Undecided
 from torchprobe.capture.sources import Sources
 from torchprobe.messages import log as _log
 from torchprobe.steps.backward import Backward
@@ -39,13 +39,13 @@ class Passes:
         self._watch = steps.watch
         self.gradients = Gradients(ref(model), guard, steps, sources, self._train)
         self._dropped = Dropped()
-        self._undecided: list[ReferenceType[Pass]] = []
+        self._undecided = Undecided()
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread, self._said, self._observer = 0, False, ref(self.gradients)  # the thread that trains
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
-        self._hooks = PassHooks(model, self, self._running, steps.settle_parameters)
+        self.hooks = PassHooks(model, self, self._running, steps.settle_parameters)
 
     def enter_pass(self, module: nn.Module, grad_enabled: bool) -> None:
         """A forward pass begins."""
@@ -73,8 +73,8 @@ class Passes:
         due = self._steps.current.due if kind is TRAINING else self._due(kind)
         passing = Pass(kind, due, self._observer, self._dropped)
         self._running.enter(passing)
-        if kind is TRAINING and self._watch.timing is not None:
-            self._watch.enter()
+        if kind is TRAINING and self._watch.timing is not None:  # several parts have the same examples
+            (self._watch.forget_passes if self._steps.by_methods else self._watch.enter)()
         may_trace = clock.completed == clock.origin
         if due or may_trace or self._sources.armed:
             self._sources.enter(passing, module, may_trace)
@@ -108,7 +108,7 @@ class Passes:
         passing = self._running.leave()
         if passing is None:
             return
-        if passing.kind is TRAINING and self._watch.timing is not None:
+        if passing.kind is TRAINING and self._watch.timing is not None and not self._steps.by_methods:
             self._watch.leave(args, kwargs, output)
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
@@ -127,7 +127,7 @@ class Passes:
         elif passing.kind is VALIDATION:
             self._steps.validated(passing.take())
         elif passing.kind is UNDECIDED:
-            self._undecided.append(ref(passing))
+            self._undecided.add(passing, self._clock.completed)
         elif not heard:
             frozen = is_grad_enabled() and module is not self._sources.model()
             (self.frozen if frozen else self.unheard).append(passing)
@@ -172,10 +172,10 @@ class Passes:
         else:
             self._steps.validated(passing.take())
 
-    def begin_step(self) -> None:
-        """The machine has begun a step."""
-        if self._dropped.any or self._undecided or self._steps.has_validated:
-            self.settle()
+    def begin_step(self, in_backward: bool = False) -> None:
+        """The machine has begun a step. in_backward: by a backward pass, which may run through more passes."""
+        if self._dropped.any or self._undecided.passes or self._steps.has_validated:
+            self.settle(in_backward)
         if self.unheard or self.frozen:
             self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
         self._steps.begin()
@@ -187,11 +187,12 @@ class Passes:
             self._look_for_optimizers()
         self.settle()
 
-    def settle(self) -> None:
+    def settle(self, in_backward: bool = False) -> None:
         """The step ends, or what it has is to be written: passes in evaluation mode count as validation."""
         self.settle_dropped()
-        if self._undecided:
-            self._settle_undecided()
+        if self._undecided.passes:
+            for passing, weights in self._undecided.take(self._clock.completed if in_backward else None):
+                self._steps.validated(passing.take(), weights)
         self._steps.end_validation()
 
     def settle_dropped(self) -> None:
@@ -201,14 +202,6 @@ class Passes:
                 self._steps.validated(kept)
             elif sign is not None:
                 self._steps.skip(sign if sign.flag is None else None, sign.flag)
-
-    def _settle_undecided(self) -> None:
-        undecided, self._undecided = self._undecided, []
-        for weak in undecided:
-            passing = weak()
-            if passing is not None and passing.kind is UNDECIDED and passing.task is None:
-                passing.decide(VALIDATION)
-                self._steps.validated(passing.take())
 
     def count_all(self) -> None:
         """The user ends a step in which no optimizer has stepped: its passes count all the same."""
@@ -234,7 +227,7 @@ class Passes:
         passing.decide(TRAINING)
         self._thread = self._running.thread  # this one may be a device's
         if not self._clock.by_forward and self._clock.training_pass():
-            self.begin_step()
+            self.begin_step(in_backward=True)
         self._watch.forget_passes()
 
     @protected
@@ -271,7 +264,7 @@ class Passes:
         if output.grad_fn is None or self._clock.by_forward or self._thread not in (0, get_ident()):
             return None
         if self._clock.training_pass():
-            self._steps.train_by_methods(not self._running.compiled and self._hooks.hear_part(module))
+            self._steps.train_by_methods(not self._running.compiled and self.hooks.hear_part(module))
             self.begin_step()
         passing = self._pass_of_graph()
         output.register_hook(self._hook(passing))
@@ -295,6 +288,6 @@ class Passes:
 
     def detach(self) -> None:
         """Take every hook off. Safe to call twice."""
-        self._hooks.remove()
+        self.hooks.remove()
         self.gradients.release()
         self.unheard, self.frozen, self._first = [], [], None

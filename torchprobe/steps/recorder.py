@@ -110,7 +110,7 @@ class Recorder:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
             if self._steps.by_methods and not (self._sources.running.compiled or self._sources.in_place.used):
-                self._explain_parts(step.due)
+                self._follow_parts(step.due)
         for tag, value in self._sources.optimizer_values(optimizer, step.light):
             if type(value) is float:
                 step.values[tag] = value
@@ -142,13 +142,17 @@ class Recorder:
             self._say_unheard()
         model = self._sources.model()
         if model is not None and not model.training:
+            if not self._sources.running.compiled:
+                self._passes.hooks.follow_parts()
             for reporter in self._steps.current.due:
                 if reporter.source in ("outputs", "output_gradients"):
                     reporter.explain(_IN_EVALUATION)
 
-    def _explain_parts(self, due: frozenset[Any]) -> None:
-        """The step was begun by a part that was called by itself."""
-        for reporter in due:
+    def _follow_parts(self, due: frozenset[Any]) -> None:
+        """The step was begun by a part that was called by itself: those that the model's methods call are heard now."""
+        if self._passes.hooks.follow_parts() or self._sources.running.thread:
+            return
+        for reporter in due:  # it was a part inside of those
             if reporter.source in ("attention", "calibration", "uncertainty") and not reporter.reason:
                 reporter.explain(_BY_PARTS)
 

@@ -53,7 +53,7 @@ class Steps:
         self._for_first: list[tuple[str, Value | Tensor]] = []  # logged before step 1 began
         self._looked = self.by_methods = False
         self._given = {*map(id, all_parameters(sources.model()))}  # not of a `functional_call`
-        self.has_validated = False  # in the open step
+        self.has_validated, self._weights = False, 0  # in the open step, and of which one
         self._decided = 0  # the step that was decided on last
         self._due: frozenset[Reporter] = frozenset()  # in that step
         self._doubts = sources.nan_check
@@ -214,9 +214,9 @@ class Steps:
         else:
             self.current.put(tag, value)
 
-    def validated(self, kept: dict[Any, Any]) -> None:
-        """What a pass kept that was validation: it belongs to the step whose weights it has."""
-        self.has_validated = True
+    def validated(self, kept: dict[Any, Any], weights: int | None = None) -> None:
+        """What a pass kept that was validation. weights: the step whose weights it had, by default the last one."""
+        self.has_validated, self._weights = True, self.clock.completed if weights is None else weights
         if kept:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
                 self._validates().add(piece)
@@ -229,10 +229,10 @@ class Steps:
         if self.has_validated:
             self._validates().extend(self._sources.predictions.end_validation())
             if self._early.pieces:
-                self._send(self.clock.completed, self._early)
+                self._send(self._weights, self._early)
 
     def _validates(self) -> OpenStep:
-        return self._early if self.current.number > self.clock.completed and not self.clock.manual else self.current
+        return self._early if self.current.number > self._weights and not self.clock.manual else self.current
 
     def put_signs(self, backward: Backward) -> None:
         """The open step uses a backward pass whose numbers are not finite, or on a device may be so."""

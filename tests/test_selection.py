@@ -48,6 +48,15 @@ class Experts(nn.Module):
         return self.act(x @ self.weight).mean(0)
 
 
+class Sampled(nn.Module):
+    """As Bayesian layers: what draws the weight has its mean, too, and is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.sampler = nn.Parameter(torch.ones(8, 8)), nn.Module()
+        self.sampler.mean = self.mean
+
+
 class Patches(nn.Module):
     """A weight of its own beside a layer: what it computes is another layer's, too."""
 
@@ -61,8 +70,8 @@ class Patches(nn.Module):
 
 def test_a_layer_with_weights_of_its_own_may_have_parts_without_any():
     experts = nn.utils.parametrizations.weight_norm(Experts())
-    model = nn.Sequential(Patches(), Experts(), experts, nn.Sequential(nn.Linear(8, 1), nn.Dropout()))
-    assert modules(model) == ["0.projection", "1", "2", "3.0"]
+    model = nn.Sequential(Patches(), Experts(), experts, nn.Sequential(nn.Linear(8, 1), nn.Dropout()), Sampled())
+    assert modules(model) == ["0.projection", "1", "2", "3.0", "4", "4.sampler"]
 
 
 def test_include_names_exactly_what_is_watched(model):

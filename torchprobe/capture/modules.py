@@ -79,7 +79,7 @@ def hookable(modules: Modules) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def interesting(module: nn.Module) -> bool:
-    """The default choice: what has parameters, parametrized or not, and no part that has; attention; normalisation."""
+    """The default choice: what has parameters, parametrized or not, and no part with others; attention; norms."""
     kind = type(module).__name__.lower()
     if "attention" in kind or "attn" in kind or "norm" in kind:
         return True
@@ -87,7 +87,7 @@ def interesting(module: nn.Module) -> bool:
     if PARAMETRIZATIONS not in parts and not (own and any([one is not None for one in own.values()])):  # noqa: C419
         return False
     inner = [part for name, part in parts.items() if name != PARAMETRIZATIONS and part is not None] if parts else ()
-    return all([next(part.parameters(), None) is None for part in inner])  # noqa: C419
+    return {id(p) for part in inner for p in part.parameters()} <= {*map(id, own.values())} if inner else True
 
 
 # ---- which are, by name
@@ -96,7 +96,7 @@ def interesting(module: nn.Module) -> bool:
 class Selection:
     """Module-name patterns with `*` and `?`, as in file names: `blocks.*.attention`.
 
-    include: the modules to watch; without it, what has parameters and no part that has, attention and normalisation.
+    include: the modules to watch; without it, what has parameters and no part with others, attention and normalisation.
     exclude: modules to leave out, with everything inside them. Parameters follow their module. The model itself is
     `root`, which stands for the model's own output and parameters, not for its parts. Raises TypeError for anything but
     strings, ValueError for a pattern that fits no module and for an empty include.

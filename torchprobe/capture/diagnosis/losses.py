@@ -82,8 +82,8 @@ class OutputFacts:
             sums = [_sum(x) for x in some]
             self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())
 
-    def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
-        if gradient is None or self._gate.failed:
+    def _on_gradient(self, output: _Output, gradient: Tensor) -> None:
+        if self._gate.failed:
             return
         with self._gate.boundary(), torch.no_grad(), no_autocast(gradient.device), no_torch_function():
             self._evidence.put("evaluates", output.evaluates)

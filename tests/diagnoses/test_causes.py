@@ -92,3 +92,32 @@ def test_classes_that_come_later_are_not_said_never_to_occur():
     session.detach()
     assert 1 < len({*seen}) < 10
     assert "class_never_occurs" not in session.summary()
+
+
+class Speech(nn.Module):
+    """Shifts its labels inside: of the tokens before it says the next one, and returns the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hear, self.embed, self.head = nn.Linear(4, 16), nn.Embedding(12, 16), nn.Linear(16, 12)
+
+    def forward(self, sounds, labels):
+        before = nn.functional.pad(labels[:, :-1], (1, 0))
+        logits = self.head(self.embed(before) + self.hear(sounds).mean(1, keepdim=True))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_labels_that_a_model_is_called_with_are_none_of_its_inputs(by_name):
+    torch.manual_seed(0)
+    model = Speech()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torchprobe.instrument(model, writer=MemoryWriter(), every=1) as session:
+        for _ in range(8):
+            sounds, labels = torch.randn(8, 5, 4), torch.randint(12, (8, 7))
+            loss, _ = model(sounds, labels=labels) if by_name else model(sounds, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        session.flush()
+        assert not [remark for remark in session.remarks if remark.rule == "targets_equal_inputs"]

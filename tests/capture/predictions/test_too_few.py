@@ -79,6 +79,34 @@ GIVEN = {
 }
 
 
+class Features(nn.Module):
+    """Returns features of another shape before its logits, or after them."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.first = nn.Linear(6, 8), nn.Linear(8, 5), first
+
+    def forward(self, x):
+        features = self.body(x).tanh()
+        both = features.view(-1, 2, 4), self.head(features)
+        return both if self.first else both[::-1]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_predictions_behind_an_output_of_another_shape_are_said_to_be_left_out(first):
+    model, writer = Features(first), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 6))[first], torch.randint(5, (8,))).backward()
+            optimizer.step()
+        session.flush()
+        said = [line for line in session.summary().splitlines() if "the first alone is looked at" in line]
+    assert any("Calibration:" in line for line in said) is first
+    assert ("calibration/accuracy" in writer.tags()) is not first
+
+
 @pytest.mark.parametrize("kind", GIVEN)
 def test_a_model_that_returns_its_loss_alone_is_said_to_give_no_predictions(kind):
     give, is_alone = GIVEN[kind]

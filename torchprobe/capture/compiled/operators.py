@@ -48,7 +48,7 @@ def handle(target: Any) -> Tensor:
 class GradientHook:
     """A hook of a tensor, one operator in the graph of compiled autograd, which would break at each that is traced.
 
-    function: takes a gradient, None where there is none; runs beside Dynamo. More may follow: see `listen`.
+    function: takes a gradient; runs beside Dynamo. More may follow: see `listen`.
     """
 
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
@@ -60,6 +60,8 @@ class GradientHook:
 
     def hear(self, gradient: Tensor | None) -> None:
         """A gradient is there: tell all functions, in order."""
+        if gradient is None:  # autograd hands it to the hook of what a loss leaves out
+            return
         with no_torch_function(), no_graph():
             for function in self.functions:
                 function(gradient)
@@ -76,7 +78,7 @@ class PassHook(GradientHook):
     """One that tells of the backward pass itself: what follows, such as a step that begins, is no statistic."""
 
     def hear(self, gradient: Tensor | None) -> None:
-        """A gradient is there."""
+        """The backward pass has come so far."""
         self.functions[0](gradient)
 
 

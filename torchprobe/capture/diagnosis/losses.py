@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.capture.backward import roots
 from torchprobe.capture.compat import no_torch_function
@@ -21,6 +21,7 @@ from torchprobe.capture.gate import Gate, no_autocast
 from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import is_usable
 from torchprobe.capture.predictions.graph import Link, Place, is_shape, made_by, place_of, way_to_loss
+from torchprobe.capture.predictions.targets import labels_in
 from torchprobe.capture.sharding import is_distributed
 from torchprobe.statistics.dtypes import row_dtype
 from torchprobe.statistics.scoring import class_counts, entropy, judged, same_class
@@ -61,11 +62,14 @@ class OutputFacts:
         self._counts: Tensor | None = None  # of the targets of the run so far, by class
         self._sums: Tensor | None = None  # of features and targets of the run so far
 
-    def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
+    def on_output(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool
+    ) -> None:
         """A pass has returned."""
-        there = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if not (x.is_complex() or is_distributed(x))]
-        given = [x for x in there if x.dim() == 2]
-        self._varies([x for x in there if x.dim() > 0])
+        there = [x for x in tensors_in([*args, *kwargs.values()]) if not (x.is_complex() or is_distributed(x))]
+        labels = labels_in(module, args, kwargs)  # for the loss inside: no input that may tell the targets
+        given = [x.detach() for x in there if x.dim() == 2 and not (labels and x is labels.values)]
+        self._varies([x.detach() for x in there if x.dim() > 0])
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:
             values = tensor.detach()
@@ -82,8 +86,8 @@ class OutputFacts:
             sums = [_sum(x) for x in some]
             self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())
 
-    def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
-        if gradient is None or self._gate.failed:
+    def _on_gradient(self, output: _Output, gradient: Tensor) -> None:
+        if self._gate.failed:
             return
         with self._gate.boundary(), torch.no_grad(), no_autocast(gradient.device), no_torch_function():
             self._evidence.put("evaluates", output.evaluates)

@@ -62,7 +62,7 @@ class DiagnosisSource:
             self._validations = 0
             by_mode = (isinstance(m, nn.modules.batchnorm._BatchNorm) or _drops(m) for m in module.modules())
             evaluates = not module.training and any(by_mode)
-            self._outputs.on_output(args, kwargs, output, evaluates)
+            self._outputs.on_output(module, args, kwargs, output, evaluates)
             self._calls.returned(output)
             self._gradients.returned(any(x.dtype is torch.float16 for x in tensors_in(output)))
             self._follow(passing)

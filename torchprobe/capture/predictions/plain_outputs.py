@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.capture.outputs import tensors_in
 from torchprobe.capture.predictions.forms import (
     BINARY,
     FEW_CLASSES,
@@ -39,6 +40,10 @@ NO_TARGETS = (
 _NO_PREDICTIONS = (
     "the model returns its loss, or other numbers, and no predictions: return these beside it, or instrument the "
     "module inside that gives them"
+)
+_FIRST_ALONE = (
+    "of the model's several outputs, which have different shapes, the first alone is looked at, and its gradient was "
+    "that of no cross-entropy: return predictions first, or call session.log_predictions(probs, targets)"
 )
 DETACHED = "the model returns an output outside of its loss's graph: return it inside, or hand the model its labels="
 _ALL_AGAIN = 10  # sampled steps
@@ -159,6 +164,8 @@ def lines_of(reading: Reading, output: Any) -> Iterator[tuple[str, str]]:
     nothing = not (reading.says_something or reading.numbers or reading.heads)
     if nothing and (reading.plain is None or not reading.plain.dim()) and losses_in(output):
         yield from (("uncertainty", _NO_PREDICTIONS), ("calibration", _NO_PREDICTIONS))
+    elif nothing and reading.plain is not None and any(_may_predict(reading.plain, x) for x in tensors_in(output)):
+        yield from (("uncertainty", _FIRST_ALONE), ("calibration", _FIRST_ALONE))
     if reading.guesses:
         names = ", ".join(reading.guesses)
         yield (
@@ -168,6 +175,11 @@ def lines_of(reading: Reading, output: Any) -> Iterator[tuple[str, str]]:
         )
     if any(number.key in ("", *reading.guesses) for number in reading.numbers):
         yield "calibration", NO_TARGETS
+
+
+def _may_predict(first: Tensor, other: Tensor) -> bool:
+    """Whether another output has rows of the same examples, too."""
+    return other is not first and other.is_floating_point() and other.dim() > 1 and other.shape[0] == len(first)
 
 
 def _settle(phase: Phase, pool: Pool, flag: Tensor | None) -> None:

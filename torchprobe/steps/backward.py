@@ -27,14 +27,15 @@ class Backward:
     """One backward pass, or several whose gradients have the same fate.
 
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
-    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
-    where a later stage of a pipeline runs. reached: the gradients that it added to, None while that is not known;
-    grown: ids of their parameters, where all were looked at; beyond: whether to those of parameters, too, that no known
-    optimizer holds. kept: what sources kept of its forward passes, by source. scale: a GradScaler's when it ended.
+    (`autograd.grad`), so that zeroing does not take them away. again: another one may run through the graph that it
+    makes of them. stray: it is for no parameter. inner: its loss is known where a later stage of a pipeline runs.
+    reached: the gradients that it added to, None while that is not known; grown: ids of their parameters, where all
+    were looked at; beyond: whether to those of parameters, too, that no known optimizer holds. kept: what sources kept
+    of its forward passes, by source. scale: a GradScaler's when it ended.
     """
 
     __slots__ = (
-        *("beyond", "counted", "elsewhere", "flags", "forwards", "grown", "inner", "kept", "loss"),
+        *("again", "beyond", "counted", "elsewhere", "flags", "forwards", "grown", "inner", "kept", "loss"),
         *("passes", "reached", "scale", "sign", "stray", "task", "used"),
     )
 
@@ -45,12 +46,14 @@ class Backward:
         elsewhere: bool = False,
         stray: bool = False,
         inner: bool = False,
+        again: bool = False,
     ) -> None:
         self.task = task
         self.loss = loss
         self.elsewhere = elsewhere
         self.stray = stray
         self.inner = inner
+        self.again = again
         self.reached: set[GradientState] | None = None
         self.grown: frozenset[int] | None = None
         self.beyond = False
@@ -170,6 +173,8 @@ class Backward:
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""
         self.forwards += other.forwards
+        if other.again:
+            self.passes = (*self.passes, *other.passes)
         if self.inner:
             self.loss, self.inner = other.loss, other.inner
         elif not other.inner:

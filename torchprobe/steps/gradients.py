@@ -126,14 +126,15 @@ class Gradients:
         # A checkpoint has a backward pass of its own, and one that is running may have several.
         self._recomputing = [*map(ref, tensors)] if in_recomputation() else []
         loss = None if call.value is None or call.inner else loss_value(call.value)
-        elsewhere = call.call == "grad" and call.for_parameters
+        kept = call.for_parameters or call.again
+        elsewhere = call.call == "grad" and kept
         if elsewhere and (call.inner or call.value is not None):
             self._sources.parameters.left.come_apart()
         elif elsewhere:
             self.waiting.saw_grad()
         if call.parts > 1:
             self._steps.current.divide_by(call.parts)
-        return Backward(task, loss, elsewhere, not call.for_parameters, call.inner)
+        return Backward(task, loss, elsewhere, not kept, call.inner, call.again)
 
     @protected
     def end(self, backward: Backward) -> None:

@@ -49,7 +49,7 @@ class Waiting:
         if backward.stray and not backward.reached:
             return  # its passes keep what they have: another backward pass may run through their graphs
         for passing in backward.passes:
-            if passing.kept:
+            if passing.kept and not backward.again:
                 backward.settle(self._merge)
                 break
         if not (backward.reached or backward.beyond or backward.elsewhere) and owners.others is None and owners.states:
@@ -87,6 +87,8 @@ class Waiting:
             if backward.reached is None or state in backward.reached:
                 found.append(backward)
                 fresh |= not backward.used
+                if backward.elsewhere and backward.passes:
+                    backward.settle(self._merge)
         if not fresh:
             state.choose()
             return found

@@ -48,7 +48,7 @@ def handle(target: Any) -> Tensor:
 class GradientHook:
     """A hook of a tensor, one operator in the graph of compiled autograd, which would break at each that is traced.
 
-    function: takes a gradient, None where there is none; runs beside Dynamo. More may follow: see `listen`.
+    function: takes a gradient; runs beside Dynamo. More may follow: see `listen`.
     """
 
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
@@ -59,9 +59,9 @@ class GradientHook:
         self.handle = handle(self)
 
     def hear(self, gradient: Tensor | None) -> None:
-        """A gradient is there: tell all functions, in order."""
+        """A gradient is there: tell all functions, in order. None: autograd's, of what a loss leaves out."""
         with no_torch_function(), no_graph():
-            for function in self.functions:
+            for function in () if gradient is None else self.functions:
                 function(gradient)
 
     def __call__(self, gradient: Tensor | None) -> None:

@@ -64,7 +64,7 @@ class OutputFacts:
     def on_output(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, evaluates: bool) -> None:
         """A pass has returned."""
         there = [x.detach() for x in tensors_in([*args, *kwargs.values()]) if not (x.is_complex() or is_distributed(x))]
-        given = [x for x in there if x.dim() == 2]
+        given = [x for x in there if x.dim() == 2 and x.layout is torch.strided]
         self._varies([x for x in there if x.dim() > 0])
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:
@@ -82,8 +82,8 @@ class OutputFacts:
             sums = [_sum(x) for x in some]
             self._evidence.put("input_sum", torch.stack([one.to(sums[0].device) for one in sums]).sum())
 
-    def _on_gradient(self, output: _Output, gradient: Tensor | None) -> None:
-        if gradient is None or self._gate.failed:
+    def _on_gradient(self, output: _Output, gradient: Tensor) -> None:
+        if self._gate.failed:
             return
         with self._gate.boundary(), torch.no_grad(), no_autocast(gradient.device), no_torch_function():
             self._evidence.put("evaluates", output.evaluates)

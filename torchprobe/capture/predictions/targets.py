@@ -195,9 +195,7 @@ def on_gradient(tensor: Tensor, gate: Gate, then: Callable[[Tensor], None]) -> N
     tensor.register_hook(GradientHook(partial(_take, gate, then)))
 
 
-def _take(gate: Gate, then: Callable[[Tensor], None], gradient: Tensor | None) -> None:
-    if gradient is None:  # autograd hands it to the hook of what a loss leaves out
-        return
+def _take(gate: Gate, then: Callable[[Tensor], None], gradient: Tensor) -> None:
     with gate.boundary():
         if not roots().for_parameters:
             return

@@ -108,8 +108,8 @@ class Gradients:
             if waiting:
                 self.waiting.drop_zeroed(states)
             owners.look(states, bool(self._steps.current.due))
-            if doubtful and any(s.filled(all_of_them=not skipped) for s in states) and not in_schedule():
-                backward.lose()  # another one ran before, of which nobody has heard
+            if doubtful and not in_schedule():
+                backward.doubt({state for state in states if state.filled(all_of_them=not skipped)}, states)
         self._first = False
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._owners.early.ids)

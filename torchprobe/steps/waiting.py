@@ -89,6 +89,8 @@ class Waiting:
                 fresh |= not backward.used
                 if backward.elsewhere and backward.passes:
                     backward.settle(self._merge)
+                if backward.doubted and (new or backward.reached is None or state in backward.doubted):
+                    backward.lose()
         if not fresh:
             state.choose()
             return found

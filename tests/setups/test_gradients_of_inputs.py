@@ -141,3 +141,27 @@ def test_a_gradient_penalty_leaves_gradients_of_outputs_as_those_of_the_loss(jud
         optimizer.step()
     assert {name: writer.value(f"activation_grad_norm/{name}") for name in truth} == pytest.approx(truth, rel=1e-4)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_of_the_evaluations_of_a_closure_the_last_counts_with_what_a_penalty_makes_a_graph_of():
+    """As a network that solves a differential equation is trained: its slope is judged, and not its output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer, writer, expected = torch.optim.LBFGS(model.parameters(), max_iter=4), MemoryWriter(), []
+    found: list[float] = []
+
+    def closure() -> Tensor:
+        points = torch.randn(16, 2).requires_grad_()
+        optimizer.zero_grad()
+        output = model(points)
+        (slope,) = torch.autograd.grad(output, points, torch.ones_like(output), create_graph=True)
+        (loss := (slope - 1).square().mean()).backward()
+        with torch.no_grad():
+            found.append(nn.functional.linear(points, *model[0].parameters()).square().mean().sqrt().item())
+        return loss
+
+    with torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(3):
+            optimizer.step(closure)
+            expected.append(found[-1])
+    assert [value for _, value in writer.scalars("activation_rms/0")] == pytest.approx(expected, rel=1e-5)

@@ -179,6 +179,10 @@ class Backward:
         same = (self.used, self.elsewhere, self.beyond) == (other.used, other.elsewhere, other.beyond)
         return same and self.reached == other.reached and self.grown == other.grown
 
+    def may_be_part_of(self, other: Backward) -> bool:
+        """Whether the other one follows through the graph that this one made, as far as is known."""
+        return self.again and not (self.used or other.elsewhere) and (other.reached != set() or bool(other.grown))
+
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""
         self.forwards += other.forwards
@@ -187,7 +191,7 @@ class Backward:
             self.passes = (*self.passes, *other.passes)
         if self.inner:
             self.loss, self.inner = other.loss, other.inner
-        elif not other.inner:
+        elif not (other.inner or other.again):
             self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
         self.kept = merge(self.kept, other.kept) if self.kept else other.kept
         if other.sign is not None:

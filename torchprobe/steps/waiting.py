@@ -48,6 +48,8 @@ class Waiting:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
             return  # its passes keep what they have: another backward pass may run through their graphs
+        while self.passes and self.passes[-1].may_be_part_of(backward):
+            backward.absorb(self.passes.pop(), self._merge)
         for passing in backward.passes:
             if passing.kept and not backward.again:
                 backward.settle(self._merge)

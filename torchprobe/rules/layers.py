@@ -245,13 +245,16 @@ def _begins(record: Record, kept: dict[str, Any]) -> bool:
     weight of zero hides what stands before it.
     """
     seen: dict[str, int] = kept.setdefault("seen", {})  # 1: zero, 2: and with a gradient
-    norms, gradients = dict(group(record, "param_norm")), dict(group(record, "grad_norm"))
-    zeros = [name for name in norms or seen if seen.get(name)]
-    begins = record.step == 1 or not kept.get("moved", True) or any(seen[name] > 1 for name in zeros)
-    begins |= any(gradients.get(name, 0) > 0 for name in zeros) or (bool(seen) and not norms.keys() <= seen.keys())
+    norms = dict(group(record, "param_norm"))
+    gradients = dict(group(record, "grad_norm")) if norms else {}
+    begins = record.step == 1 or not kept.get("moved", True)
+    for name in norms or seen:
+        last = seen.get(name, 2 if seen else 0)
+        begins |= last > 1 or (last > 0 and gradients.get(name, 0) > 0)
     if not kept.get("moved"):
         rates = [rate for _, rate in group(record, "lr")]
         if rates or record.step > 1:
             kept["moved"] = kept.get("moved", record.step > 1) or not rates or max(rates) > 0
-    seen.update({name: 0 if norm else 1 + (gradients.get(name, 0) > 0) for name, norm in norms.items()})
+    for name, norm in norms.items():
+        seen[name] = 0 if norm else 1 + (gradients.get(name, 0) > 0)
     return begins

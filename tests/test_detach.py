@@ -130,6 +130,21 @@ def test_the_session_ends_with_its_model():
     assert writer.scalars("overview/grad_norm")
 
 
+def test_a_list_of_models_that_nothing_else_holds_is_said_to_be_gone(caplog):
+    """Its parts live on, and nothing of them is recorded."""
+    parts = mlp(), mlp()
+    session = torchprobe.instrument(nn.ModuleList(parts), writer=MemoryWriter())
+    gc.collect()
+    assert not session.attached
+    assert [message for message in caplog.messages if "was deleted before it was trained" in message]
+
+
+def test_a_model_that_was_trained_goes_without_a_word(caplog):
+    trained(mlp(), writer=MemoryWriter())
+    gc.collect()
+    assert "deleted" not in caplog.text
+
+
 def test_hooks_of_the_user_survive_and_still_run():
     calls = []
     model = mlp()

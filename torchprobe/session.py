@@ -46,6 +46,7 @@ from torchprobe.writers.run_directory import RunDirectory, open_writer
 
 _SLOTS_A_PARAMETER = 512  # two histograms and some sums, twice over
 _LEAST_SLOTS = 2**18
+_KEEP = "keep what instrument() is given in a variable, as in `nets = nn.ModuleList([a, b]); instrument(nets)`"
 
 _sessions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -271,6 +272,8 @@ class Session(Logs, SamplingCalls, Shown):
         self._outcome = outcome
 
     def _at_exit(self) -> None:
+        if self._model() is None and self._recorder.clock.untouched:  # such as a list that nothing else holds
+            _log.warning("the model was deleted before it was trained, of which nothing is recorded: %s", _KEEP)
         error = last_error()
         self._leave(error, state_at_exit(error, self._model()))
         self._finish(timeout=30.0)

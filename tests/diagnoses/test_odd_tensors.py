@@ -115,3 +115,30 @@ def test_a_container_that_holds_none_switches_no_probe_off(kind, caplog):
             optimizer.zero_grad()
     assert "failed" not in caplog.text
     assert "is left out" not in session.summary()
+
+
+class Convolves(nn.Module):
+    """As a network of graphs: features and neighbours are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, features, neighbours):
+        return torch.sparse.mm(neighbours, torch.sparse.mm(features, self.weight))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
+def test_sparse_inputs_of_a_classifier_switch_no_probe_off(layout, caplog):
+    torch.manual_seed(0)
+    model, writer, targets = Convolves(), MemoryWriter(), torch.arange(40) % 3
+    inputs = [
+        x.to_sparse(layout=layout) if layout is not torch.strided else x for x in (torch.rand(40, 6), torch.eye(40))
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING), torchprobe.instrument(model, writer=writer, every=1):
+        for _ in range(3):
+            nn.functional.cross_entropy(model(*inputs), targets).backward()
+            optimizer.step(), optimizer.zero_grad()
+    assert "failed" not in caplog.text
+    assert writer.scalars("calibration/count") == [(1, 40.0), (2, 40.0), (3, 40.0)]

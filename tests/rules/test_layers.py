@@ -149,3 +149,14 @@ def growing_from_zero(rule, ratio):
 def test_little_gradient_comes_through_a_weight_that_grows_out_of_zero(rule, name):
     assert growing_from_zero(rule, 0.5) == [[], [], [name]]
     assert growing_from_zero(rule, 1e-4) == [[], [name], [name]]
+
+
+def test_a_second_optimizers_parameters_begin_with_its_own_first_step():
+    """A generator that ends in a weight of zero, and steps after its critic; the critic's steps tell nothing of it."""
+    critic = {"grad_mean_abs__c": 1.0, "grad_norm__c.w": 1.0, "param_norm__c.w": 1.0}
+    first = {"grad_mean_abs__a": 0.0, "grad_norm__a.w": 0.0, "param_norm__a.w": 1.0, "grad_norm__b.w": 1.0}
+    zero, moved = {**first, "param_norm__b.w": 0.0}, {**first, "param_norm__b.w": 0.1}
+    rule = torchprobe.VanishingGradient().watcher()
+    course = [critic, zero, critic, zero, critic, moved, critic, moved]
+    found = [where(rule(record(step, **values))) for step, values in enumerate(course, 1)]
+    assert found == [[], [], [], [], [], [], [], ["a"]]

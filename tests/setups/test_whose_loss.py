@@ -66,6 +66,43 @@ def test_a_head_of_the_same_optimizer_that_is_not_watched_and_trained_further_by
     assert losses(writer) == pytest.approx(expected)
 
 
+def test_a_backward_pass_of_another_model_between_hides_no_loss_of_a_part_without_gradients():
+    """Soft actor-critic: a temperature is trained in between, and the critic keeps gradients of the actor's loss."""
+    nets, writer, expected = torch.nn.ModuleList([net(), torch.nn.LazyLinear(1)]), MemoryWriter(), []
+    (actor, critic), temperature = nets, torch.zeros(1, requires_grad=True)
+    critic(actor(batch()[0]))
+    of_critic, of_actor = sgd(critic), sgd(actor)
+    with torchprobe.instrument(nets, writer=writer, every=1):
+        for k in range(4):
+            x = batch(k)[0]
+            for optimizer, policy in ((of_critic, False), (of_actor, True), (of_actor, True)):
+                loss = critic(actor(x)).mean() if policy else critic(actor(x).detach()).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                expected.append(loss.item())
+                if policy:
+                    temperature.exp().sum().backward()
+    assert losses(writer) == pytest.approx(expected)
+
+
+def test_a_term_that_nobody_heard_is_in_the_gradients_of_one_of_two_optimizers_and_no_loss_is_written():
+    nets, writer = torch.nn.ModuleList([net(), torch.nn.LazyLinear(1)]), MemoryWriter()
+    nets[1](nets[0](batch()[0]))
+    optimizers, expected = [sgd(nets[0]), sgd(nets[1])], {}
+    with torchprobe.instrument(nets, writer=writer, every=1):
+        for k in range(1, 11):
+            loss = nets[1](nets[0](batch(k)[0])).square().mean()
+            if k == 8:
+                nets[1].weight.square().sum().backward()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step(), optimizer.zero_grad()
+            expected[k] = loss.item()
+    del expected[8]
+    assert dict(writer.scalars(TAG)) == pytest.approx(expected)
+
+
 def test_the_loss_of_a_validation_pass_is_not_the_training_loss():
     model, writer, expected = net(), MemoryWriter(), []
     optimizer = sgd(model)

@@ -34,8 +34,9 @@ class Roots(NamedTuple):
 
     call: "backward", "grad" (`autograd.grad`, whose gradients the user puts where he likes), or "" when it was not
     seen. value: the sum of the scalars it was called on, each times the gradient it was given; None when there is
-    another tensor among them. for_parameters: whether gradients may reach parameters. inner: of a stage in a pipeline
-    that is not its last: its loss is that one's. parts: by which the pipeline's schedule divides gradients at the end.
+    another tensor among them. for_parameters: whether gradients may reach parameters. again: it makes a graph of them,
+    from which a loss may be made (a gradient penalty). inner: of a stage in a pipeline that is not its last: its loss
+    is that one's. parts: by which the pipeline's schedule divides gradients at the end.
     """
 
     call: str
@@ -44,6 +45,7 @@ class Roots(NamedTuple):
     tensors: tuple[Tensor, ...]
     inner: bool = False
     parts: int = 1
+    again: bool = False
 
 
 _UNSEEN = Roots("", None, True, ())
@@ -134,9 +136,8 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _of_grad(call: Any) -> Roots:
-    inputs = _tuple(call.get("inputs"))
-    mine = bool(call.get("create_graph")) or any(isinstance(x, nn.Parameter) for x in inputs)
-    return Roots("grad", None, mine, _tuple(call.get("outputs")))
+    mine = any(isinstance(x, nn.Parameter) for x in _tuple(call.get("inputs")))
+    return Roots("grad", None, mine, _tuple(call.get("outputs")), again=bool(call.get("create_graph")))
 
 
 def _tuple(tensors: Any) -> tuple[Any, ...]:

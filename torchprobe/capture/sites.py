@@ -223,10 +223,11 @@ def _follow_gradient(taps: Sequence[Tap], passing: Pass, tensor: Tensor) -> None
 
 
 def _add_gradient(taps: Sequence[Tap], passing: Pass | None, gradient: Tensor) -> None:
-    """Not of a backward pass for inputs alone: gradients that are trained on may follow through the same graph."""
+    """Not of a backward pass for inputs alone, or whose gradients a loss is made of: those of the loss may follow."""
     if passing is not None and measurable(gradient):
         with taps[0].reporter.gate:
-            for tap in taps if roots().for_parameters else ():
+            call = roots()
+            for tap in taps if call.for_parameters and not call.again else ():
                 tap.add(passing, gradient)
 
 

@@ -240,18 +240,21 @@ def _emerging(record: Record, kept: dict[str, Any]) -> list[str]:
 def _begins(record: Record, kept: dict[str, Any]) -> bool:
     """Whether a gradient of exactly zero is how a model begins.
 
-    So it is at step 1, until an earlier step had a learning rate above 0, and while a parameter that was still zero at
-    the last sample had a gradient there or has one now: a weight of zero hides what stands before it.
+    So it is at step 1, until an earlier step had a learning rate above 0, where parameters are seen for the first time
+    (a second optimizer's), and while one that was still zero at its last sample had a gradient there or has one now: a
+    weight of zero hides what stands before it.
     """
-    begins = record.step == 1 or not kept.get("moved", True) or bool(kept.get("zero"))
+    seen: dict[str, int] = kept.setdefault("seen", {})  # 1: zero, 2: and with a gradient
+    norms = dict(group(record, "param_norm"))
+    gradients = dict(group(record, "grad_norm")) if norms else {}
+    begins = record.step == 1 or not kept.get("moved", True)
+    for name in norms or seen:
+        last = seen.get(name, 2 if seen else 0)
+        begins |= last > 1 or (last > 0 and gradients.get(name, 0) > 0)
     if not kept.get("moved"):
         rates = [rate for _, rate in group(record, "lr")]
         if rates or record.step > 1:
             kept["moved"] = kept.get("moved", record.step > 1) or not rates or max(rates) > 0
-    norms = dict(group(record, "param_norm"))
-    if norms:
-        gradients = dict(group(record, "grad_norm"))
-        begins |= any(gradients.get(name, 0) > 0 for name in kept.get("zeros", ()))
-        kept["zeros"] = [name for name, norm in norms.items() if norm == 0]
-        kept["zero"] = any(gradients.get(name, 0) > 0 for name in kept["zeros"])
+    for name, norm in norms.items():
+        seen[name] = 0 if norm else 1 + (gradients.get(name, 0) > 0)
     return begins

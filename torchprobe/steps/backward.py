@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import ReferenceType
 
@@ -27,15 +27,17 @@ class Backward:
     """One backward pass, or several whose gradients have the same fate.
 
     loss: what it was called on, None when that is not known. elsewhere: its gradients go where the user puts them
-    (`autograd.grad`), so that zeroing does not take them away. stray: it is for no parameter. inner: its loss is known
-    where a later stage of a pipeline runs. reached: the gradients that it added to, None while that is not known;
-    grown: ids of their parameters, where all were looked at; beyond: whether to those of parameters, too, that no known
-    optimizer holds. kept: what sources kept of its forward passes, by source. scale: a GradScaler's when it ended.
+    (`autograd.grad`), so that zeroing does not take them away. again: another one may run through the graph that it
+    makes of them. stray: it is for no parameter. inner: its loss is known where a later stage of a pipeline runs.
+    reached: the gradients that it added to, None while that is not known; grown: ids of their parameters, where all
+    were looked at; doubted: those to which others may have added before, unheard; beyond: whether to those of
+    parameters, too, that no known optimizer holds. kept: what sources kept of its forward passes, by source. scale: a
+    GradScaler's when it ended.
     """
 
     __slots__ = (
-        *("beyond", "counted", "elsewhere", "flags", "forwards", "grown", "inner", "kept", "loss"),
-        *("passes", "reached", "scale", "sign", "stray", "task", "used"),
+        *("again", "beyond", "counted", "doubted", "elsewhere", "flags", "forwards", "grown", "inner", "kept"),
+        *("loss", "passes", "reached", "scale", "sign", "stray", "task", "used"),
     )
 
     def __init__(
@@ -45,14 +47,17 @@ class Backward:
         elsewhere: bool = False,
         stray: bool = False,
         inner: bool = False,
+        again: bool = False,
     ) -> None:
         self.task = task
         self.loss = loss
         self.elsewhere = elsewhere
         self.stray = stray
         self.inner = inner
+        self.again = again
         self.reached: set[GradientState] | None = None
         self.grown: frozenset[int] | None = None
+        self.doubted: set[GradientState] = set()
         self.beyond = False
         self.passes: tuple[Pass, ...] = ()
         self.forwards = 0  # passes so far, of those of the same fate too
@@ -82,6 +87,13 @@ class Backward:
     def lose(self, reached: set[GradientState] | None = None) -> None:
         """What it was called on is not all that its gradients are of. reached: or it is not known which it added to."""
         self.loss, self.reached = None, reached or self.reached
+
+    def doubt(self, filled: set[GradientState], states: Sequence[GradientState]) -> None:
+        """Another one may have run before, unheard. filled: of these states those that hold gradients."""
+        if filled and len(states) > 1:
+            self.doubted = filled
+        elif filled:
+            self.lose()
 
     def scaled_by(self, scale: Tensor | None) -> None:
         """It has ended, with this scale of a GradScaler's."""
@@ -167,12 +179,19 @@ class Backward:
         same = (self.used, self.elsewhere, self.beyond) == (other.used, other.elsewhere, other.beyond)
         return same and self.reached == other.reached and self.grown == other.grown
 
+    def may_be_part_of(self, other: Backward) -> bool:
+        """Whether the other one follows through the graph that this one made, as far as is known."""
+        return self.again and not (self.used or other.elsewhere) and (other.reached != set() or bool(other.grown))
+
     def absorb(self, other: Backward, merge: Merge) -> None:
         """One more backward pass of the same fate."""
         self.forwards += other.forwards
+        self.doubted |= other.doubted
+        if other.again:
+            self.passes = (*self.passes, *other.passes)
         if self.inner:
             self.loss, self.inner = other.loss, other.inner
-        elif not other.inner:
+        elif not (other.inner or other.again):
             self.loss = None if self.loss is None or other.loss is None else self.loss + other.loss
         self.kept = merge(self.kept, other.kept) if self.kept else other.kept
         if other.sign is not None:

@@ -108,8 +108,8 @@ class Gradients:
             if waiting:
                 self.waiting.drop_zeroed(states)
             owners.look(states, bool(self._steps.current.due))
-            if doubtful and any(s.filled(all_of_them=not skipped) for s in states) and not in_schedule():
-                backward.lose()  # another one ran before, of which nobody has heard
+            if doubtful and not in_schedule():
+                backward.doubt({state for state in states if state.filled(all_of_them=not skipped)}, states)
         self._first = False
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._owners.early.ids)
@@ -126,14 +126,15 @@ class Gradients:
         # A checkpoint has a backward pass of its own, and one that is running may have several.
         self._recomputing = [*map(ref, tensors)] if in_recomputation() else []
         loss = None if call.value is None or call.inner else loss_value(call.value)
-        elsewhere = call.call == "grad" and call.for_parameters
+        kept = call.for_parameters or call.again
+        elsewhere = call.call == "grad" and kept
         if elsewhere and (call.inner or call.value is not None):
             self._sources.parameters.left.come_apart()
         elif elsewhere:
             self.waiting.saw_grad()
         if call.parts > 1:
             self._steps.current.divide_by(call.parts)
-        return Backward(task, loss, elsewhere, not call.for_parameters, call.inner)
+        return Backward(task, loss, elsewhere, not kept, call.inner, call.again)
 
     @protected
     def end(self, backward: Backward) -> None:

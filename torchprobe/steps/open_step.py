@@ -99,11 +99,10 @@ class OpenStep:
             self.forwards += backward.forwards
             if self.due:
                 self.used.append(backward)
-        if backward.counted != self.number:
-            if backward.loss is None:
-                self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
-            else:
-                self.loss = backward.loss if self.loss is None else self.loss + backward.loss
+        if backward.loss is None:
+            self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
+        elif backward.counted != self.number:
+            self.loss = backward.loss if self.loss is None else self.loss + backward.loss
         backward.take_for(self.number)
 
     def miss_loss(self) -> None:

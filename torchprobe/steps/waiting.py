@@ -48,8 +48,10 @@ class Waiting:
             backward.see_reach(owners.states, owners.others, grown)
         if backward.stray and not backward.reached:
             return  # its passes keep what they have: another backward pass may run through their graphs
+        while self.passes and self.passes[-1].may_be_part_of(backward):
+            backward.absorb(self.passes.pop(), self._merge)
         for passing in backward.passes:
-            if passing.kept:
+            if passing.kept and not backward.again:
                 backward.settle(self._merge)
                 break
         if not (backward.reached or backward.beyond or backward.elsewhere) and owners.others is None and owners.states:
@@ -87,6 +89,10 @@ class Waiting:
             if backward.reached is None or state in backward.reached:
                 found.append(backward)
                 fresh |= not backward.used
+                if backward.elsewhere and backward.passes:
+                    backward.settle(self._merge)
+                if backward.doubted and (new or backward.reached is None or state in backward.doubted):
+                    backward.lose()
         if not fresh:
             state.choose()
             return found

@@ -59,11 +59,9 @@ class GradientHook:
         self.handle = handle(self)
 
     def hear(self, gradient: Tensor | None) -> None:
-        """A gradient is there: tell all functions, in order."""
-        if gradient is None:  # autograd hands it to the hook of what a loss leaves out
-            return
+        """A gradient is there: tell all functions, in order. None: autograd's, of what a loss leaves out."""
         with no_torch_function(), no_graph():
-            for function in self.functions:
+            for function in () if gradient is None else self.functions:
                 function(gradient)
 
     def __call__(self, gradient: Tensor | None) -> None:

@@ -68,7 +68,8 @@ class OutputFacts:
         """A pass has returned."""
         there = [x for x in tensors_in([*args, *kwargs.values()]) if not (x.is_complex() or is_distributed(x))]
         labels = labels_in(module, args, kwargs)  # for the loss inside: no input that may tell the targets
-        given = [x.detach() for x in there if x.dim() == 2 and not (labels and x is labels.values)]
+        flat = [x for x in there if x.dim() == 2 and x.layout is torch.strided]
+        given = [x.detach() for x in flat if not (labels and x is labels.values)]
         self._varies([x.detach() for x in there if x.dim() > 0])
         some = [x for x in tensors_in(output) if x.grad_fn is not None and x.dim() > 0 and is_usable(x)]
         for tensor in some[:_MOST_OUTPUTS]:

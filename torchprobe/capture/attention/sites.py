@@ -24,6 +24,7 @@ from torchprobe.statistics.attention import FIELDS, MAX_LOGIT, Measured, combine
 
 Path = tuple[tuple[Hashable, ...], ...]
 
+_PASSES_ON = torch.overrides.handle_torch_function.__module__
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
 
@@ -62,7 +63,7 @@ class Owners:
         """
         frame: FrameType | None = sys._getframe(1)
         owner: nn.Module | None = None
-        path = []
+        path, passed_on = [], False
         while frame is not None:
             if owner is None:
                 if not beyond_graphs and _is_graph(frame):
@@ -70,7 +71,8 @@ class Owners:
                 owner = self._module(frame)
             if owner is not None and frame.f_globals.get("__name__") == MODULE_CALL:
                 break
-            if not _is_ours(frame):
+            before, passed_on = passed_on, frame.f_globals.get("__name__") == _PASSES_ON
+            if not (before or passed_on or _is_ours(frame)):  # else there is one for each mode on the stack
                 path.append(place_in(frame.f_code, instruction_of(frame)))
             frame = frame.f_back
         return None if owner is None else Caller(self._names[owner], tuple(path), heads_of(owner))

@@ -161,6 +161,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     order = (1, 0) if const[0] else (0, 1)
     features = {root for i in (0, 1) for root in _summed(product, labels, i) if not const[i] and root.side is None}
     features = features if len(features) == 1 else set()  # of several it was a patch, not the width of heads
+    layer = any(fn.parameters_of(product.factors[i]) is not None for i in (0, 1) if const[i])  # else queries were made
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
@@ -169,7 +170,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True, made=fn.parameters_of(product.factors[which])), size)
-        elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
+        elif layer and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
             dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
     for i in order:
@@ -199,7 +200,9 @@ def _attended(node: Node, first: Label) -> Label | None:
     if not (isinstance(query, Node) and isinstance(value, Node)):
         return None
     of_query, of_value = unsided(_label(query)), unsided(_label(value))
-    return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
+    summed = {*roots_of(of_value.dims[-2:-1])}
+    at = {root: value for root, value in of_value.at.items() if root not in summed}
+    return Label((*of_query.dims[:-1], of_value.dims[-1]), {**at, **of_query.at})
 
 
 def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:

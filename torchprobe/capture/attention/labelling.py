@@ -244,7 +244,11 @@ def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
 
 def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
-    ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
+
+    def rank(one: Node) -> tuple[bool, ...]:  # a mask comes last
+        return not _label(one).sides, one.const, not one.dtype.is_floating_point, one.shape != node.shape
+
+    ranked = sorted((one for one in inputs if one.dims), key=rank)
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements
         return fresh(node.shape)
     turned = [one for one in ranked if not one.const and _is_turned(_label(one), _label(ranked[0]))]

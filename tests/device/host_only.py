@@ -121,7 +121,6 @@ REASONS = {
     "test_values_of_their_own_make_no_cross_attention": _MEMORY,
     "test_an_encoder_with_padding_and_a_causal_mask": _MEMORY,
     "test_self_and_cross_attention_of_one": _MEMORY,
-    "test_queries_behind_a_fused_call_with_learned_keys": _MEMORY,
     "test_attention_is_found_and_exact[fgpu-keys_first": _MEMORY,
     "test_attention_is_found_and_exact[fgpu-in_parts": _MEMORY,
     "test_never_in_the_way.py::test_nothing_is_read_back_from_the_device": _MEMORY,

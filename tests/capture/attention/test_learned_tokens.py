@@ -1,16 +1,15 @@
-"""Tokens that are parameters, or stand beside some: as queries over segments, as slots, as keys of a memory."""
+"""Tokens that are parameters: as queries over segments, as slots that others look at."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tests.capture.attention.attends import scores
 from tests.capture.attention.harness import record
 from tests.capture.attention.reference import assert_close, of_weights
 
-WIDTH, HEADS, SLOTS, MEMORY = 16, 2, 3, 2
+WIDTH, HEADS, SLOTS = 16, 2, 3
 
 
 def by_head(x):
@@ -86,26 +85,3 @@ def test_slots_that_have_read_are_keys_though_they_were_parameters_before():
     model = Slots()
     found = record(model, torch.randn(4, 7, WIDTH)).heads
     assert_close(found["layers.1"], of_weights(model.layers[1].p))
-
-
-class WithMemory(nn.Module):
-    """Learned keys stand before those of the tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.keys, self.values = (nn.Parameter(torch.randn(HEADS, MEMORY, WIDTH // HEADS)) for _ in range(2))
-
-    def forward(self, x):
-        q, k, v = (by_head(t) for t in self.qkv(x).chunk(3, -1))
-        k = torch.cat((self.keys.expand(len(x), -1, -1, -1), k), 2)
-        v = torch.cat((self.values.expand(len(x), -1, -1, -1), v), 2)
-        self.p = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1).detach()
-        return self.out(flat(F.scaled_dot_product_attention(q, k, v))) + x
-
-
-def test_queries_behind_a_fused_call_with_learned_keys_keep_their_places():
-    model, length = nn.Sequential(WithMemory(), WithMemory()), 9
-    found = record(model, torch.randn(4, length, WIDTH)).heads
-    for name, layer in model.named_children():
-        assert_close(found[name], of_weights(layer.p, position=torch.arange(length) + MEMORY))

@@ -200,9 +200,7 @@ def _attended(node: Node, first: Label) -> Label | None:
     if not (isinstance(query, Node) and isinstance(value, Node)):
         return None
     of_query, of_value = unsided(_label(query)), unsided(_label(value))
-    summed = {*roots_of(of_value.dims[-2:-1])}
-    at = {root: value for root, value in of_value.at.items() if root not in summed}
-    return Label((*of_query.dims[:-1], of_value.dims[-1]), {**at, **of_query.at})
+    return Label((*of_query.dims[:-1], of_value.dims[-1]), {**of_value.at, **of_query.at})
 
 
 def _along(node: Node, inputs: tuple[Node, ...]) -> Label | None:

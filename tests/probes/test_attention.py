@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import torchprobe
 from tests.models import Transformer, inputs
@@ -95,3 +96,53 @@ def test_validation_is_seen_only_when_asked_for():
 def test_wrong_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         torchprobe.Attention(**options)
+
+
+def test_weights_without_logits_leave_the_largest_logit_out():
+    """Gumbel noise is added within the function: only the weights are seen."""
+
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk = nn.Linear(8, 16)
+
+        def forward(self, x):
+            q, k = self.qk(x).chunk(2, -1)
+            return F.gumbel_softmax(q @ k.mT) @ x
+
+    torch.manual_seed(1)
+    model, writer = Drawn(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Attention(every=1)]):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(3, 5, 8)).square().mean().backward()
+            optimizer.step()
+    assert [step for step, _ in writer.scalars("attention_entropy/root")] == [1, 2]
+    assert writer.value("overview/attention_entropy_min", 2) == writer.value("attention_entropy_min/root", 2)
+    assert "overview/attention_max_logit" not in writer.tags()
+
+
+def test_einsum_has_one_name_in_training_and_validation():
+    """It is Python, which each mode on the stack calls once more; what may be compiled has one more in training."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk = nn.Linear(8, 16)
+
+        def forward(self, x):
+            q, k = self.qk(x).chunk(2, -1)
+            return torch.einsum("bqk,bkd->bqd", torch.einsum("bqd,bkd->bqk", q, k).softmax(-1), x)
+
+    model, writer = Attention(), MemoryWriter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchprobe.instrument(model, writer=writer, probes=[torchprobe.Attention(every=1, eval=True)]):
+        for _ in range(2):
+            model(torch.randn(3, 5, 8)).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model(torch.randn(3, 5, 8))
+    names = {tag.partition("attention_entropy/")[2] for tag in writer.tags() if "attention_entropy/" in tag}
+    assert names == {"root"}
+    assert [step for step, _ in writer.scalars("val/attention_entropy/root")] == [1, 2]

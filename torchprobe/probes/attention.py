@@ -123,7 +123,8 @@ class Attention(Probe):
         entropies = [head["entropy"] for heads in layers.values() for head in heads if "entropy" in head]
         if entropies:
             yield "overview/attention_entropy_min", min(entropies)
-            logits = [head["max_logit"] for heads in layers.values() for head in heads if "max_logit" in head]
+        logits = [head["max_logit"] for heads in layers.values() for head in heads if "max_logit" in head]
+        if logits:  # of weights that are read as they are used none may be known
             yield "overview/attention_max_logit", max(logits)
 
 

@@ -50,6 +50,11 @@ def by_cat(t):
     return torch.cat(t.chunk(H, dim=-1))
 
 
+def by_cat_alone(t):
+    """As `einops.pack` has it."""
+    return torch.cat([batch_first(t)])
+
+
 def by_unbind(t):
     return torch.cat(t.unflatten(-1, (H, D)).unbind(2))
 
@@ -58,7 +63,7 @@ def by_einsum(t):
     return torch.einsum("bnhd->bhnd", t.view(B, N, H, D)).reshape(-1, N, D)
 
 
-FOLDS = [batch_first, heads_first, tokens_first, by_stack, by_cat, by_unbind, by_einsum]
+FOLDS = [batch_first, heads_first, tokens_first, by_stack, by_cat, by_cat_alone, by_unbind, by_einsum]
 
 
 @pytest.mark.parametrize("name", ["h", "num_heads"])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.capture.attention.attends import HEADS, LENGTH, Attends, scores
-from tests.capture.attention.reference import of_weights
+from tests.capture.attention.harness import record
+from tests.capture.attention.reference import assert_close, of_weights, per_head
 from torchprobe import Attention, instrument
 from torchprobe.capture.compat import no_torch_function
 from torchprobe.testing import MemoryWriter
@@ -197,3 +198,32 @@ CONVOLVED = {
 def test_tokens_are_followed_through_convolutions_that_leave_as_many(way):
     kernels = nn.ParameterList(nn.Parameter(torch.randn(16, 1, 3) / 2) for _ in range(3))
     assert_counted(Loses(Convolved(way, kernels=kernels), plain, lambda taken: taken), TAKEN)
+
+
+class Zeroed(nn.Module):
+    """Self-attention, whose output is zeroed at padded tokens; then attention to something else."""
+
+    def __init__(self, zero) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.other = (nn.Linear(16, 16) for _ in range(4))
+        self.zero = zero
+
+    def forward(self, x, memory, keep):
+        q, k = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (self.q(x), self.k(x)))
+        seen = (q @ k.mT).masked_fill(~keep[:, None, None], -1e9).softmax(-1)
+        x = self.zero(keep[..., None], self.v((seen @ q).transpose(1, 2).flatten(2))) + x
+        s = self.other(x) @ memory.mT
+        self.logits = s.detach()[:, None]
+        return s.softmax(-1) @ memory
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [lambda keep, x: torch.where(keep, x, 0.0), lambda keep, x: keep * x, lambda keep, x: keep.float() * x],
+    ids=["where", "times", "as numbers"],
+)
+def test_tokens_are_known_behind_a_mask_that_zeroes_them(zero):
+    keep = torch.arange(9) < torch.tensor([9, 5, 7])[:, None]
+    model = Zeroed(zero)
+    found = record(model, torch.randn(3, 9, 16), torch.randn(3, 6, 16), keep).heads
+    assert_close(found["root/cross"], per_head(model.logits, ~keep))

@@ -201,3 +201,15 @@ def test_one_product_may_be_an_attention_both_ways():
     seen = record(model, X)
     for name, weights in zip(("root", "root/2"), model.p, strict=True):
         assert_close(seen.heads[name], of_weights(weights))
+
+
+def test_weights_with_signs_are_said_and_not_read():
+    """A row with a negative weight has no entropy, and the other rows would be no sample."""
+
+    def signed(m, q, k):
+        s = scores(q, k)
+        return s.abs().softmax(-1) * s.sign()
+
+    seen = record(Attends(signed), X)
+    assert not seen.heads
+    assert list(seen.uncovered) == ["the attention of root, some of whose weights are negative"]

@@ -38,6 +38,8 @@ def joined(node: Node, first: Label) -> Label | None:
     if not nodes or not isinstance(axis, int) or any(one.dims + new != node.dims for one in nodes):
         return None
     axis %= node.dims
+    if not new and (whole := next((one for one in nodes if one.shape == node.shape), None)) is not None:
+        return whole.label  # it alone, or beside what has no elements
     dims = [() if new else label.dims[axis] for label in labels]
     dim, at = along(labels, dims, [1 if new else one.shape[axis] for one in nodes])
     pinned = set.intersection(*({*label.at.items()} for label in labels)) if labels else set()

@@ -161,6 +161,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
     order = (1, 0) if const[0] else (0, 1)
     features = {root for i in (0, 1) for root in _summed(product, labels, i) if not const[i] and root.side is None}
     features = features if len(features) == 1 else set()  # of several it was a patch, not the width of heads
+    layer = any(fn.parameters_of(product.factors[i]) is not None for i in (0, 1) if const[i])  # else queries were made
     for name in product.result:
         where = [(i, product.names[i].index(name)) for i in order if name in product.names[i]]
         size = max(product.factors[i].shape[axis] for i, axis in where)
@@ -169,7 +170,7 @@ def _joined(product: Product, labels: list[Label], const: list[bool]) -> Label:
         dim = labels[which].dims[axis]
         if const[which] and not all(const) and not any(root.side is not None for root in roots_of([dim])):
             dim = counted(Root(learned=True, made=fn.parameters_of(product.factors[which])), size)
-        elif any(const) and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
+        elif layer and not features.isdisjoint(roots_of([dim])):  # heads of what is summed
             dim = tuple(f._replace(root=Root(learned=True)) if f.root in features else f for f in dim)
         dims.append(dim)
     for i in order:
@@ -241,7 +242,11 @@ def _view(node: Node, inputs: tuple[Node, ...]) -> Label | None:
 
 def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
-    ranked = sorted((one for one in inputs if one.dims), key=lambda one: (not _label(one).sides, one.const))
+
+    def rank(one: Node) -> tuple[bool, ...]:  # a mask comes last
+        return not _label(one).sides, one.const, not one.dtype.is_floating_point, one.shape != node.shape
+
+    ranked = sorted((one for one in inputs if one.dims), key=rank)
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements
         return fresh(node.shape)
     turned = [one for one in ranked if not one.const and _is_turned(_label(one), _label(ranked[0]))]

@@ -44,7 +44,7 @@ class Root:
     over: bool = False
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
-    sides: dict[int, Root] = field(default_factory=dict)
+    sides: dict[tuple[int, bool], Root] = field(default_factory=dict)
 
     @property
     def lowest(self) -> Root:
@@ -58,9 +58,9 @@ class Root:
 
     def on(self, side: int, const: bool) -> Root:
         """The same in the left or the right factor of products, which may be a parameter."""
-        if side not in self.sides:
-            self.sides[side] = Root(self.learned or const, under=self, side=side, fixed=const)
-        return self.sides[side]
+        if (side, const) not in self.sides:
+            self.sides[side, const] = Root(self.learned or const, under=self, side=side, fixed=const)
+        return self.sides[side, const]
 
     def origins(self) -> set[Root]:
         """Itself, and what it was joined or picked of."""

@@ -184,6 +184,7 @@ def _roles(label: Label, digits: list[Axis], keys: int, side: int) -> Roles:
         queries = queries or [d for d in others if d.root in asked]
     dims = {d.dim for d in queries}
     heads = [d for d in others if (d.root.learned or d.root.lowest.apart) and d not in queries]
+    heads = [d for d in heads if not d.root.lowest.may_be_tokens] or heads  # beside heads that are known
     of_heads = {d.dim for d in heads}
     heads += [d for d in others if d.factor.root is None and d.dim in of_heads]
     heads.sort(key=lambda d: (d.dim, d.digit))

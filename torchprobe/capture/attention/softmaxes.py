@@ -121,7 +121,10 @@ class Softmaxes:
         if refused is not None or arranged is None or isinstance(arranged, Refused):
             return refused or "whose weights are rearranged"
         given = arranged.by_head(plain(weights), call.caller.heads)
-        given = (given if given.dtype == torch.float64 else given.float()).log()
+        negative = (given < 0).any()
+        if negative.is_cpu and negative.numpy():  # in host memory: no wait
+            return "some of whose weights are negative"
+        given = (given if given.dtype == torch.float64 else given.float()).log().masked_fill(negative, torch.nan)
         padding = self._observer.padding.of(arranged.places, given.size(0), given.size(2))
         as_used = Logits(given, padding, arranged.places.on(given.device), as_weights=True)
         reading = self._observer.read(call, as_used)._replace(who=arranged.who)

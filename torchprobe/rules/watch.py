@@ -9,11 +9,12 @@ from itertools import count
 from time import time
 from typing import Any
 
+from torchprobe.arguments import check_callable
 from torchprobe.messages import log as _log
 from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
 from torchprobe.rules.base import BuiltIn, Conditions, Memory
-from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
+from torchprobe.rules.choosing import Rule, Watcher, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
@@ -239,7 +240,9 @@ class Watch:
 def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
     """The watch of an `instrument` call. Raises TypeError or ValueError for an argument that does not fit."""
     chosen = checked_rules(rules)
-    return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen))
+    if on_alert is not None:
+        check_callable("on_alert", on_alert, "a function of one alert, or torchprobe.WebhookNotifier(url)", "alert")
+    return Watch(chosen, on_alert, checked_stops(stop_on, chosen))
 
 
 def _nothing(*arguments: Any) -> None:

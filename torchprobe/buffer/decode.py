@@ -107,7 +107,8 @@ class Decoder:
         evidence = self._taken(values) if groups else {}
         if not values and not evidence:
             return None
-        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)
+        sampled = any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in sent.due)
+        return Record(sent.step, sent.wall_time, values, self._descriptions, sampled, evidence)
 
     def _take_users(self, values: dict[str, Value]) -> None:
         """What the user logs, but for what would stand among torchprobe's own numbers."""
@@ -214,11 +215,6 @@ def _plainly(tags: tuple[str, ...]) -> tuple[Sequence[str], bool]:
     """Tags, if no writer could refuse one, and whether there are some of the user's."""
     kinds = {*map(type, tags)}
     return tags if kinds <= {str, UserTag} and all(map(is_tag, tags)) else (), UserTag in kinds
-
-
-def _sampled(due: Sequence[Reporter]) -> bool:
-    """Whether a probe was due that is not at every step."""
-    return any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in due)
 
 
 def _name(reporter: Reporter) -> str:

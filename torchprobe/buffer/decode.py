@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
 from torchprobe.messages import log as _log
-from torchprobe.records import EVIDENCE, OfTags, Record, Text, UserTag, Value, is_tag, storable
+from torchprobe.records import EVIDENCE, Record, Text, UserTag, Value, is_tag, of_tags, storable
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
@@ -61,9 +61,9 @@ class Decoder:
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
-        self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
-        self._plain = OfTags(_plainly)
-        self._users = OfTags(lambda tags: [tag for tag in tags if type(tag) is UserTag])
+        self._evidence = of_tags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
+        self._plain = of_tags(_plainly)
+        self._users = of_tags(lambda tags: [tag for tag in tags if type(tag) is UserTag])
         self._own = {*_LATE, *(["performance/step_seconds"] if "performance" in descriptions else [])}  # as written
 
     def resume(self, skipped: int) -> None:
@@ -90,7 +90,7 @@ class Decoder:
             self.skipped += 1
             return None
         values: dict[str, Value] = {}
-        plain, users = self._plain(sent.values)
+        plain, users = self._plain(tuple(sent.values))
         if plain and {*map(type, sent.values.values())} == {float}:
             values = dict(zip(plain, sent.values.values(), strict=True))  # the same strings each time, quick to compare
         else:
@@ -112,7 +112,7 @@ class Decoder:
 
     def _take_users(self, values: dict[str, Value]) -> None:
         """What the user logs, but for what would stand among torchprobe's own numbers."""
-        for logged in self._users(values):
+        for logged in self._users(tuple(values)):
             tag, value = str(logged), values.pop(logged)
             if tag in self._own:
                 self._say_odd("what was logged", tag, "torchprobe writes that tag itself; log it under another")
@@ -121,7 +121,7 @@ class Decoder:
 
     def _taken(self, values: dict[str, Value]) -> dict[str, float]:
         """What is for rules alone, out of the values that are written, without the prefix."""
-        return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in self._evidence(values)}
+        return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in self._evidence(tuple(values))}
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:

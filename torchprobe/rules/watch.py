@@ -11,7 +11,7 @@ from typing import Any
 
 from torchprobe.arguments import check_callable
 from torchprobe.messages import log as _log
-from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
+from torchprobe.records import EVIDENCE, Groups, Record, Value, groups_of, of_tags
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
 from torchprobe.rules.base import BuiltIn, Conditions, Memory
 from torchprobe.rules.choosing import Rule, Watcher, checked_rules, checked_stops, name_of, watcher_of
@@ -58,7 +58,7 @@ class Watch:
             patience = getattr(rule, "patience", BuiltIn.patience)
             self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
         self._resting = {name: (w.at_rest, held) for name, (w, held) in self._rules.items() if hasattr(w, "at_rest")}
-        self._concerned = OfTags(self._concerned_by)
+        self._concerned = of_tags(self._concerned_by)
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}

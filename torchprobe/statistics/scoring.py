@@ -219,9 +219,8 @@ def class_counts(targets: Tensor, counted: Tensor, classes: int) -> Tensor:
 
 def entropy(counts: Tensor) -> Tensor:
     """Of the distribution that counts tell, in nats: what always predicting the frequencies costs. NaN of none."""
-    p = counts / counts.sum()
-    information: Tensor = torch.special.xlogy(p, p)
-    return -information.sum()
+    information: Tensor = torch.special.entr(counts / counts.sum())
+    return information.sum()
 
 
 def same_class(counts: Tensor) -> Tensor:

@@ -133,7 +133,10 @@ class Decoder:
                 self._take(tagged, _reported(reporter, found), _name(reporter), prefix)
                 self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
         except BaseException as error:
-            self._leave_out(reporter, error)
+            name, kind = _name(reporter), type(error).__name__
+            self._failed.add(reporter)
+            self.faults.append(f"{name} is left out: its report raised {kind}")
+            _log.error("the report of %s failed and is left out from now on (%s)", name, kind, exc_info=error)
             return {}
         if tagged or (found and getattr(reporter, "rows_suffice", True)):
             self._seen.update(getattr(part, "speaks_for", part) for part in found)
@@ -166,12 +169,6 @@ class Decoder:
         more = "; more such values are not named" if len(self._odd) == _MOST_ODD else ""
         self.faults.append(f"{reprlib.repr(tag)} of {owner} is left out: {problem}")
         _log.warning("%s of %s is left out: %s%s", reprlib.repr(tag), owner, problem, more)
-
-    def _leave_out(self, reporter: Reporter, error: BaseException) -> None:
-        name, kind = _name(reporter), type(error).__name__
-        self._failed.add(reporter)
-        self.faults.append(f"{name} is left out: its report raised {kind}")
-        _log.error("the report of %s failed and is left out from now on (%s)", name, kind, exc_info=error)
 
     def _explain_gaps(self, sent: StepInFlight) -> dict[str, Value]:
         if not sent.lost:

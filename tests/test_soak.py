@@ -23,7 +23,7 @@ import torchprobe
 from tests.setups.reference import gradients, l2, moments, parameters
 from torchprobe.probes.choosing import default_probes
 from torchprobe.reports.run import Run, read_run
-from torchprobe.writers.event_format import records_of
+from torchprobe.writers.tfrecord import records_of
 
 STEPS = int(os.environ.get("SOAK_STEPS", "900"))
 EVERY = 30 if STEPS < 10_000 else 100

@@ -21,8 +21,8 @@ from torchprobe.cli import main
 from torchprobe.records import Record, Text
 from torchprobe.reports.run import read_run, runs_in
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.event_format import frame
 from torchprobe.writers.hparams import HParamsWriter
+from torchprobe.writers.tfrecord import frame
 
 
 def foreign(tag: str, plugin: str, content: bytes = b"", **tensor: Any) -> bytes:

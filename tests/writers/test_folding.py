@@ -12,7 +12,7 @@ import torchprobe
 from torchprobe.records import Histogram, Record
 from torchprobe.reports.run import read_run
 from torchprobe.writers.event_file import EventFileWriter
-from torchprobe.writers.event_format import Folding
+from torchprobe.writers.folding import Folding
 
 ABOUT = {"grad_norm": "", "activation_rms": "", "overview": ""}
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
-from torchprobe.writers.event_format import frame
+from torchprobe.writers.tfrecord import frame
 
 
 @settings(max_examples=50, deadline=None)

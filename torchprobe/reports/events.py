@@ -13,8 +13,9 @@ from unicodedata import category
 import numpy as np
 from numpy.typing import NDArray
 
-from torchprobe.writers.event_format import NAMES, records_of, unfolded
+from torchprobe.writers.folding import NAMES, unfolded
 from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
+from torchprobe.writers.tfrecord import records_of
 
 EVENTS = "*tfevents*"
 _UNSEEN = ("Cc", "Cs")  # categories of Unicode
@@ -160,8 +161,7 @@ class Contents:
             self._kinds[value.tag] = visible(value.tag), value.metadata.plugin_data.plugin_name
         tag, plugin = self._kinds[value.tag]
         if tag == START_TAG:
-            found = read_hparams(value.metadata.plugin_data.content)
-            self.hparams = {visible(name): visible(v) if isinstance(v, str) else v for name, v in found.items()}
+            self.hparams = _seen_hparams(value.metadata.plugin_data.content)
         elif plugin == "text":
             self._text(tag, event.step, value)
         elif plugin == "images":
@@ -199,6 +199,11 @@ class Contents:
         pictures.append(picture)
         if len(pictures) > _MOST_PICTURES:
             del pictures[1:-1:2]
+
+
+def _seen_hparams(content: bytes) -> dict[str, Any]:
+    found = read_hparams(content)
+    return {visible(name): visible(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def _number(value: Any) -> float:

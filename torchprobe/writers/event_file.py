@@ -30,9 +30,10 @@ from tensorboard.plugins.text import metadata as text_plugin
 
 from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Outcome, Record, Text, Value, group_of, of_tags
-from torchprobe.writers.event_format import MOST_TAGS, Folding, Names, frame
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
+from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
+from torchprobe.writers.tfrecord import frame
 
 _OTHERS = (
     "%s: another writer began %s here, and TensorBoard may show what comes after in one of both alone: give it a "
@@ -156,16 +157,14 @@ class EventFileWriter:
         before.close()
         if fault is not None:
             self._faults.tell(before.path, fault, self._file.path)
-        self._started, self._described, self._folding = False, set(), self._folding._replace(told=0)
+        self._started, self._described, self._folding = False, set(), self._folding.reopened()
 
     def _create(self) -> GrowingFile:
         names = [*self._place.names()]
         newest = max((int(match[1]) for match in map(_NAME.match, names) if match), default=0)
         seconds = max(int(time.time()), newest + 1)
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{self._files}{self._suffix}"
-        source = SourceMetadata(writer="torchprobe")
-        version = Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)
-        file = self._place.begin(name, frame(version.SerializeToString()))
+        file = self._place.begin(name, frame(_version().SerializeToString()))
         self._files, self._known = self._files + 1, {*names, name}
         return file
 
@@ -279,3 +278,8 @@ def _metadata(value: Value, description: str) -> Any:
         plugin_data=SummaryMetadata.PluginData(plugin_name=plugin_name, content=content),
         data_class=data_class,
     )
+
+
+def _version() -> Event:
+    source = SourceMetadata(writer="torchprobe")
+    return Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)

@@ -105,10 +105,8 @@ class AppendFile:
 
     def append(self, data: bytes) -> None:
         """Write all of `data`, or raise OSError and leave the file as it was."""
-        rest = memoryview(data)
         try:
-            while rest:  # a nearly full disk takes a part and says so only at the next write
-                rest = rest[self._raw.write(rest) :]
+            self._write_all(memoryview(data))
         except BaseException:
             self._rewind()
             raise
@@ -140,6 +138,11 @@ class AppendFile:
     def close(self) -> None:
         """Release the file; a second call does nothing."""
         self._raw.close()
+
+    def _write_all(self, data: memoryview) -> None:
+        # A nearly full disk takes a part and says so only at the next write.
+        while data:
+            data = data[self._raw.write(data) :]
 
     def _rewind(self) -> None:
         try:

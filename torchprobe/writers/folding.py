@@ -1,26 +1,17 @@
-"""What an event file holds that TensorBoard's library does not make: the frames around events, and folded scalars.
-
-Folded are those of many layers, into one tensor a statistic: TensorBoard holds each tag by itself, and drowns in
-thousands. The report and the Probe tab read both back.
-"""
+"""Scalars of many layers as one tensor a statistic: TensorBoard holds each tag by itself, and drowns in thousands."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple, cast
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.messages import log as _log
 from torchprobe.records import Record, Value, group_of
-
-_MASK_DELTA = 0xA282EAD8
 
 FOLDED = "per_layer"
 """The first part of the tags of such tensors."""
@@ -49,6 +40,10 @@ class Folding(NamedTuple):
     places: Mapping[str, int] = {}
     told: int = 0
     on: bool = False
+
+    def reopened(self) -> Folding:
+        """For a new file."""
+        return self._replace(told=0)
 
     def fold(self, record: Record) -> tuple[Record, Folding]:
         """The record as it is to be written, and what comes after it."""
@@ -111,36 +106,3 @@ def _say(tags: int, step: int) -> None:
         tags,
         step,
     )
-
-
-# ---- frames: TFRecord, which TensorBoard's loaders expect around every event
-
-
-def frame(data: bytes) -> bytes:
-    """One record: length, masked CRC of the length, data, masked CRC of the data; little-endian.
-
-    Format: the comment above `RecordWriter` in TensorFlow's `lib/io/record_writer.h`.
-    """
-    length = struct.pack("<Q", len(data))
-    return b"".join((length, _checksum(length), data, _checksum(data)))
-
-
-def _checksum(data: bytes) -> bytes:
-    """CRC-32C, rotated right by 15 bits plus a constant, so that a CRC of a CRC stays meaningful."""
-    crc = int(google_crc32c.value(data))
-    rotated = crc >> 15 | crc << 17
-    return struct.pack("<I", rotated + _MASK_DELTA & 0xFFFFFFFF)
-
-
-def records_of(file: BinaryIO) -> Iterator[bytes]:
-    """The whole records from where the file stands, up to its end or to the first that is torn or damaged."""
-    start, end = file.tell(), file.seek(0, os.SEEK_END)
-    file.seek(start)
-    while len(header := file.read(12)) == 12 and _checksum(header[:8]) == header[8:]:
-        (length,) = struct.unpack("<Q", header[:8])
-        if length + 4 > end:  # no room is made for what cannot be there
-            return
-        body = file.read(length + 4)
-        if len(body) < length + 4 or _checksum(body[:-4]) != body[-4:]:
-            return
-        yield body[:-4]

@@ -18,6 +18,7 @@ PACKAGE = Path(torchprobe.__file__).parent
 # What each folder, or module beside them, may import: only what stands above it, so that nothing goes in a circle. What
 # wires the others (`session`, `logger`) and what reads finished runs (`reports`, `cli`) comes last.
 ALLOWED: dict[str, set[str]] = {
+    "_version": set(),
     "messages": set(),  # every part may import it
     "arguments": set(),
     "naming": set(),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "user_values": {"buffer", "statistics"},
     "logs": {"buffer", "records", "statistics", "steps", "user_values", "writers"},
     "control": {"arguments", "probes", "records", "rules", "steps"},
-    "flight": {"records", "rules", "writers"},
+    "flight": {"_version", "records", "rules", "writers"},
     "description": {"buffer", "capture", "flight", "naming", "records", "rules", "steps"},
     "reports": {"writers"},
     "session": {
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "finding": {"capture", "session", "writers"},
     "checkpoint": {"arguments", "distributed", "naming", "random_state", "records", "session", "state"},
     "integrations": {"session"},
-    "cli": {"finding", "reports", "session", "writers"},
+    "cli": {"_version", "finding", "reports", "session", "writers"},
     "__main__": {"cli"},
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchprobe.buffer import Outlet
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.capture.sharding import flat_shares
 from torchprobe.flight import RUNNING, versions
 from torchprobe.naming import named_modules, named_parameters

@@ -15,7 +15,7 @@ from time import time
 import numpy as np
 import torch
 
-import torchprobe
+from torchprobe._version import __version__
 from torchprobe.records import Image, Record, StepSnapshot, Text
 from torchprobe.rules.alert import Alert, TrainingAlert, payload
 from torchprobe.rules.watch import Follower
@@ -124,7 +124,7 @@ def state_at_exit(error: BaseException | None, model: object) -> Text:
 def versions() -> dict[str, str | None]:
     """What a run depends on."""
     return {
-        "torchprobe": torchprobe.__version__,
+        "torchprobe": __version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),

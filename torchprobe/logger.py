@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.arguments import check_timeout
-from torchprobe.buffer import Outlet
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, TransferBuffers
 from torchprobe.capture.gate import Guard, Meter, no_autocast, protected
 from torchprobe.logs import LogCalls

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprobe.arguments import check_count, check_number, check_timeout
-from torchprobe.buffer import Outlet
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import TransferBuffers
 from torchprobe.capture.gate import Gate, Meter
 from torchprobe.capture.modules import Patterns, Selection, checked_model

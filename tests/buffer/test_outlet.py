@@ -11,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from torchprobe import buffer as outlet_module
-from torchprobe.buffer import Outlet, Overview
+from torchprobe.buffer import outlet as outlet_module
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
+from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import Piece, StepBuffer, TransferBuffers
 from torchprobe.writers.event_file import EventFileWriter
 from torchprobe.writers.protocol import MemoryWriter

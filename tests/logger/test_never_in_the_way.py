@@ -11,7 +11,7 @@ from torch import nn
 import torchprobe
 from tests.logger.runs import backward, small_model
 from tests.modes import NoHostRead
-from torchprobe.buffer import Outlet
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.testing import MemoryWriter
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import torchprobe
 from torchprobe.records import Record, Text
-from torchprobe.rules import Diagnosis
+from torchprobe.rules.base import Diagnosis
 from torchprobe.rules.choosing import checked_rules, watcher_of
 from torchprobe.rules.diagnoses import DIAGNOSES
 from torchprobe.rules.diagnoses.learning import AtChance, LearningRateTooHigh, LearningRateTooLow

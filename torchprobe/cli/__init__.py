@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torchprobe
+from torchprobe._version import __version__
 from torchprobe.cli import check, demo, report, view
 from torchprobe.cli.arguments import CommandError
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"torchprobe {torchprobe.__version__}")
+    parser.add_argument("--version", action="version", version=f"torchprobe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from torchprobe.records import ONE_CLASS, Record
-from torchprobe.rules import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, scalar, texts
 from torchprobe.rules.alert import Alert
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, scalar, texts
 
 _NORMS = ("overview/grad_norm_unclipped", "overview/grad_norm")  # a clipped norm says nothing: the first there is
 _ROUNDING = 1e-6  # of the mean: what float32 losses of one and the same model differ by

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torchprobe.naming import owner_of
 from torchprobe.records import Record
-from torchprobe.rules import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, not_finite, scalar
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, not_finite, scalar
 
 _CONVERGED = 1e-3  # of the largest loss
 _NEGLIGIBLE = 1e-2  # of the norm of all parameters

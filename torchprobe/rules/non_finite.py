@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torchprobe.records import Record, groups_of, of_tags
-from torchprobe.rules import BuiltIn, Found, group, scalar, texts
 from torchprobe.rules.alert import Alert
+from torchprobe.rules.base import BuiltIn, Found, group, scalar, texts
 
 ORIGIN = "provenance"  # /module: Text that says what turned finite numbers into others
 NO_MODULE = "(loss)"  # in place of a module's name: it happened outside the model

@@ -9,8 +9,8 @@ from statistics import median, median_low
 from typing import Any, ClassVar
 
 from torchprobe.records import Record
-from torchprobe.rules import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, scalar
 from torchprobe.rules.alert import Alert
+from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, scalar
 
 _STILL = 2 / 3  # of a limit, above which what was said holds
 _WAIT, _STEP = "performance/input_wait_seconds", "performance/step_seconds"

@@ -12,8 +12,8 @@ from typing import Any
 from torchprobe.arguments import check_callable
 from torchprobe.messages import log as _log
 from torchprobe.records import EVIDENCE, Groups, Record, Value, groups_of, of_tags
-from torchprobe.rules import BuiltIn, Conditions, Memory
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
+from torchprobe.rules.base import BuiltIn, Conditions, Memory
 from torchprobe.rules.choosing import Rule, Watcher, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 

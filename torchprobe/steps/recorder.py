@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprobe.buffer import Outlet, Overview
+from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.gate import Guard, Meter, protected

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchprobe.buffer import Outlet, Overview
+from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import SKIPPED_BEFORE
 from torchprobe.capture.gate import Meter
 from torchprobe.capture.nan_origin.check import Sign, Signs

@@ -8,7 +8,7 @@ from time import time
 
 import torch
 
-from torchprobe.buffer import Outlet
+from torchprobe.buffer.outlet import Outlet
 from torchprobe.buffer.step import Piece, StepBuffer
 from torchprobe.capture.times import Stopwatch, Timing
 from torchprobe.probes.base import Reporter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchprobe.rules import Diagnosis
+from torchprobe.rules.base import Diagnosis
 from torchprobe.rules.diagnoses import learning, losses, modules, optimizers
 
 DIAGNOSES: tuple[Diagnosis, ...] = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchprobe.records import EVIDENCE, Record
-from torchprobe.rules import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, scalar
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, scalar
 
 _MOST_KEPT = 1024  # losses; beyond it every second one is dropped
 _ABOVE = 1.05  # times the entropy

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprobe.records import Record
-from torchprobe.rules import Diagnosis, Found, evidence, lasting
+from torchprobe.rules.base import Diagnosis, Found, evidence, lasting
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprobe.records import EVIDENCE, Record
-from torchprobe.rules import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, lasting
+from torchprobe.rules.base import LOSS_TAGS, Diagnosis, Found, evidence, first_of, group, lasting
 
 _CHANCE = 1e-6  # of a parameter that is used now and then to get no gradient in so many samples
 _NO_GRAD = 3.0  # of the reasons in `capture.diagnosis.modules` the last one that may be meant

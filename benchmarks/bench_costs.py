@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.statistics import exponents, linear, moments, norms
+from torchprobe.statistics import histograms, moments, norms
 
 MODULES = 1000
 TAGS = 1000
@@ -98,8 +98,8 @@ def test_drain(benchmark, tmp_path):
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "moments": moments.compute,
     "sum of squares": lambda x: norms.sums_of_squares([x]),
-    "histogram of magnitudes": exponents.log_histogram,
-    "histogram of values": linear.linear_histogram,
+    "histogram of magnitudes": histograms.log_histogram,
+    "histogram of values": histograms.linear_histogram,
 }
 """What is read of activations, of gradients, and into histograms of gradients and of parameters."""
 

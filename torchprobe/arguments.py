@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 
 
-def checked_budget(fraction: float | None) -> float | None:
-    """A fraction of wall time, or None. Raises TypeError or ValueError for anything else."""
-    if fraction is None:
-        return None
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-        raise TypeError(f"overhead_budget={fraction!r}: takes a fraction of wall time, such as 0.01")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"overhead_budget={fraction}: takes a fraction of wall time between 0 and 1, such as 0.01")
-    return fraction
-
-
-def check_seconds(argument: str, value: float) -> None:
-    """Raise unless `value` is a number of seconds above 0."""
+def check_number(argument: str, value: object, takes: str, fits: Callable[[float], bool]) -> None:
+    """Raise TypeError or ValueError unless `value` is a number that fits. takes: what does, in words."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument}={value!r}: takes seconds, not {type(value).__name__}")
-    if not value > 0:
-        raise ValueError(f"{argument}={value}: takes a number of seconds above 0")
+        raise TypeError(f"{argument}={value!r}: takes {takes}, not {type(value).__name__}")
+    if not fits(value):
+        raise ValueError(f"{argument}={value}: takes {takes}")
+
+
+def check_positive(argument: str, value: object) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    check_number(argument, value, "a number above 0", lambda number: 0 < number < math.inf)
 
 
 def check_timeout(value: object) -> None:
     """Raise unless `timeout=` is None or a number of seconds, 0 or more."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"timeout={value!r}: takes seconds, or None for no limit, not {type(value).__name__}")
-    if not value >= 0:
-        raise ValueError(f"timeout={value}: takes a number of seconds, 0 or more, or None for no limit")
+    if value is not None:
+        takes = "a number of seconds, 0 or more, or None for no limit"
+        check_number("timeout", value, takes, lambda seconds: seconds >= 0)
 
 
 def check_count(argument: str, value: object, of: str = "steps") -> int:

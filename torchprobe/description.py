@@ -54,7 +54,8 @@ def described(model: nn.Module, hparams: Mapping[str, Any] | None, ranks: int) -
         "options": [*hidden_options(sys.argv[1:])],
         "hparams": {name: hidden_value(name, value) for name, value in (hparams or {}).items()},
     }
-    code = _code()
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    code = [*([Path(script).resolve().parent] if script else []), Path.cwd()]  # beside the script, or where it started
 
     def announced() -> Mapping[str, Value]:
         return {**RUNNING, TAG: Text(page({**facts, "git": git_state(code)}))}
@@ -164,12 +165,6 @@ def _is_number(option: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _code() -> list[Path]:
-    """Where the program's code may be: beside the script, or where it was started."""
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    return [*([Path(script).resolve().parent] if script else []), Path.cwd()]
 
 
 def git_state(places: Sequence[Path]) -> dict[str, Any] | None:

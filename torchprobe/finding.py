@@ -62,7 +62,7 @@ class Finder:
             return
         self._calls += 1
         few = self._calls <= _ALWAYS_LOOKED or self._calls & (self._calls - 1) == 0
-        if few and is_held(module):
+        if few and (mine := {id(p) for p in module.parameters()}) and any_alive(mine):  # looks at all objects: 50 ms
             self._watch(module, args)
 
     def _watch(self, module: nn.Module, args: Any) -> None:
@@ -80,9 +80,3 @@ class Finder:
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.session is not None and self.session.step >= self._steps:
             raise EnoughSteps
-
-
-def is_held(module: nn.Module) -> bool:
-    """Whether a living optimizer holds a parameter of the module. Looks at all objects: 50 ms."""
-    mine = {id(p) for p in module.parameters()}
-    return bool(mine) and any_alive(mine)

@@ -11,16 +11,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import time
-from typing import Any
 
 import numpy as np
 import torch
 
 from torchprobe._version import __version__
 from torchprobe.records import Image, Record, StepSnapshot, Text
-from torchprobe.rules.alert import Alert, TrainingAlert
+from torchprobe.rules.alert import Alert, TrainingAlert, payload
 from torchprobe.rules.watch import Follower
-from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
 from torchprobe.writers.json_lines import json_record
 
@@ -78,12 +76,8 @@ class FlightRecorder(Follower):
         self._files.close(_LAST_SECONDS)
 
     def _write(self, step: int, reason: str, alerts: Sequence[Alert]) -> None:
-        text = json.dumps(self._content(step, reason, alerts), allow_nan=False)
-        self._files.put(f"{step}.json", text.encode())
-
-    def _content(self, step: int, reason: str, alerts: Sequence[Alert]) -> dict[str, Any]:
         latest = [] if self._latest is None or self._latest.sampled else [self._latest]
-        return {
+        content = {
             "step": step,
             "reason": reason,
             "wall_time": time(),
@@ -93,6 +87,7 @@ class FlightRecorder(Follower):
             "steps": [dataclasses.asdict(note) for note in self._notes()],
             "records": [json_record(record, without=(Image,)) for record in [*self._records, *latest]],
         }
+        self._files.put(f"{step}.json", json.dumps(content, allow_nan=False).encode())
 
 
 def last_error() -> BaseException | None:

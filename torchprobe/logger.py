@@ -219,7 +219,7 @@ class _Steps:
     """
 
     def __init__(self, outlet: Outlet) -> None:
-        self.guard = Guard(Meter(), outlet.stopped)
+        self.guard = Guard(Meter(), outlet.drain.stopped)
         self.clock = StepMachine()
         self.clock.training_pass()  # step 1 runs from the beginning
         self.current = OpenStep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TypeAlias
 
 from torch import nn
@@ -138,5 +139,4 @@ def owner_of(parameter_name: str) -> str:
 
 def with_parents(name: str) -> list[str]:
     """The modules around a module or parameter, outermost first, and itself: `a.b` -> `a`, `a.b`."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(accumulate(name.split("."), "{}.{}".format))

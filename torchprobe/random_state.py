@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,9 @@ def random_states() -> dict[str, Any]:
     """Of Python, numpy (the global ones), torch's CPU and every device that was used. No device is started."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     numpy_state = (str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached))
-    devices = {name: list(module.get_rng_state_all()) for name, module in _used_devices()}
+    kinds = {name: getattr(torch, name) for name in _DEVICES if hasattr(torch, name)}
+    used = {name: kind for name, kind in kinds.items() if kind.is_available() and kind.is_initialized()}
+    devices = {name: list(kind.get_rng_state_all()) for name, kind in used.items()}
     if torch.backends.mps.is_available():
         devices["mps"] = [torch.mps.get_rng_state()]
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "devices": devices}
@@ -68,13 +69,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             "devices": devices,
         }
     )
-
-
-def _used_devices() -> Iterator[tuple[str, ModuleType]]:
-    for name in _DEVICES:
-        module = getattr(torch, name, None)
-        if module is not None and module.is_available() and module.is_initialized():
-            yield name, module
 
 
 def _set_device_states(name: str, states: list[torch.Tensor]) -> None:

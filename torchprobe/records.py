@@ -10,7 +10,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from functools import lru_cache
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,21 +173,9 @@ def groups_of(tags: Iterable[str]) -> Groups:
     return dict(found)
 
 
-class OfTags(Generic[_T]):
-    """What was found of the tags of a step, which most steps have again: kept for the last few sets of tags."""
-
-    def __init__(self, find: Callable[[tuple[str, ...]], _T]) -> None:
-        self._find = find
-        self._known: dict[tuple[str, ...], _T] = {}
-
-    def __call__(self, values: Iterable[str]) -> _T:
-        """Of these values' tags, in their order."""
-        tags = tuple(values)
-        if tags not in self._known:
-            while len(self._known) >= _KEPT:
-                del self._known[next(iter(self._known))]
-            self._known[tags] = self._find(tags)
-        return self._known[tags]
+def of_tags(find: Callable[[tuple[str, ...]], _T]) -> Callable[[tuple[str, ...]], _T]:
+    """What is found of the tags of a step, which most steps have again: kept for the last few sets of tags."""
+    return lru_cache(maxsize=_KEPT)(find)
 
 
 def storable(value: object) -> Value | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchprobe.arguments import check_count, check_seconds, check_timeout, checked_budget
+from torchprobe.arguments import check_count, check_number, check_timeout
 from torchprobe.buffer.decode import Decoder
 from torchprobe.buffer.drain import Drain
 from torchprobe.buffer.outlet import Outlet
@@ -102,11 +102,14 @@ def instrument(
     make_room(session_of(model) if isinstance(model, nn.Module) else None)
     root = checked_model(model, _sessions)
     check_count("flush_every", flush_every)
-    check_seconds("flush_seconds", flush_seconds)
+    check_number("flush_seconds", flush_seconds, "a number of seconds above 0", lambda seconds: seconds > 0)
+    if overhead_budget is not None:
+        takes = "a fraction of wall time between 0 and 1, such as 0.01"
+        check_number("overhead_budget", overhead_budget, takes, lambda fraction: 0 < fraction <= 1)
     watch, meter = open_watch(rules, on_alert, stop_on), Meter()
     parts = checked_probes(probes)
     parts = with_provenance(parts) if watch.traces_nan else parts
-    plan = Plan(parts, every, checked_budget(overhead_budget), meter)
+    plan = Plan(parts, every, overhead_budget, meter)
     selection = Selection(root, include, exclude)
     selection.check(root, parts)
     known = None if hparams is None else checked_hparams(hparams)

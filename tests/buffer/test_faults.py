@@ -227,8 +227,8 @@ def test_a_run_that_stopped_recording_says_so_in_the_run_and_in_every_answer(clo
     outlet = Outlet(TransferBuffers(100), closing(Drain(writer, decoder, 3600.0)), decoder, 100)
     outlet.hand_over(6, StepBuffer(values={"loss": 0.5}))
     assert outlet.drain.flush(PATIENCE)
-    outlet.stopped("ZeroDivisionError: division by zero")
-    outlet.stopped("and again")
+    outlet.drain.stopped("ZeroDivisionError: division by zero")
+    outlet.drain.stopped("and again")
     assert [outlet.drain.flush(PATIENCE) for _ in range(2)] == [False] * 2
     assert outlet.drain.close(PATIENCE) is False
     assert [record.step for record in writer.records] == [6, 6]

@@ -111,7 +111,7 @@ def test_what_a_run_lost_is_read_in_tensorboard(tmp_path):
     out = Outlet(TransferBuffers(100), drain, decoder, 1000)
     for n in range(1, 4):
         out.hand_over(n, StepBuffer(values={"lr": None}, pieces=[Piece(Odd(), ["a"], torch.ones(1, 2))]))
-    out.stopped("ValueError: no such phase")
+    drain.stopped("ValueError: no such phase")
     assert drain.close(PATIENCE) is False
     shown = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("mine/sound")] == [(1, 2.0), (2, 2.0), (3, 2.0)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchprobe.statistics import exponents, fused, linear, moments, norms
+from torchprobe.statistics import fused, histograms, moments, norms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,8 +30,8 @@ def test_one_read_gives_what_torchs_operations_give(dtype, size, monkeypatch):
     assert all(map(fused.applies_to, many))
     statistics = (
         norms.finite_sums,
-        exponents.log_histograms,
-        linear.linear_histograms,
+        histograms.log_histograms,
+        histograms.linear_histograms,
         lambda some: torch.stack([*map(moments.compute, some)]),
         lambda some: torch.stack([*map(norms.sum_squares, some)]),
     )

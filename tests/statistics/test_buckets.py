@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprobe.statistics import buckets, exponents, linear
+from torchprobe.statistics import buckets, histograms
 
 
 @given(x=st.floats(1e-300, 1e300, allow_subnormal=False))
@@ -78,7 +78,7 @@ def test_every_code_is_counted_once(size, n, dtype):
 def test_exponents_of_a_large_tensor_are_those_of_its_float64_copy(n, scale):
     x = torch.randn(n) * scale
     x[:7] = torch.tensor([0.0, -0.0, 1e-42, float("nan"), float("inf"), 1e38, -1.5])
-    row, wide = exponents.log_histograms([x, x.double()])
+    row, wide = histograms.log_histograms([x, x.double()])
     assert torch.equal(row, wide)
 
 
@@ -86,14 +86,14 @@ def test_exponents_of_a_large_tensor_are_those_of_its_float64_copy(n, scale):
 @pytest.mark.parametrize("n", [300_001, 2**18])
 def test_buckets_of_a_large_tensor_are_those_of_its_float64_copy(n, offset):
     x = torch.randn(n) + offset
-    row, wide = linear.linear_histograms([x, x.double()])
+    row, wide = histograms.linear_histograms([x, x.double()])
     assert torch.equal(row, wide)
 
 
 def test_small_and_large_tensors_keep_their_places():
     many = [torch.randn(5), torch.randn(70_000), torch.tensor([1.0, float("nan")]), torch.zeros(0), torch.ones(3)]
     for of_all, of_one in (
-        (exponents.log_histograms, exponents.log_histogram),
-        (linear.linear_histograms, linear.linear_histogram),
+        (histograms.log_histograms, histograms.log_histogram),
+        (histograms.linear_histograms, histograms.linear_histogram),
     ):
         assert torch.equal(of_all(many), torch.stack([of_one(x) for x in many]))

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from tests.modes import NoHostRead
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
-from torchprobe.statistics import buckets, dtypes, exponents, linear, moments, norms
+from torchprobe.statistics import buckets, dtypes, histograms, moments, norms
 
 
 def tally(values: list[float]) -> Counter[str]:
@@ -98,22 +98,19 @@ def permuted(draw: st.DrawFn) -> torch.Tensor:
 
 @given(x=permuted(), trailing=st.sampled_from((1, 2)), piece=st.sampled_from((1, 5, 2**18)))
 @settings(max_examples=200, deadline=None)
-def test_example_chunks_are_the_examples_in_order(x, trailing, piece, in_chunks_of):
+def test_chunks_of_examples_are_the_examples_in_order(x, trailing, piece, in_chunks_of):
     own = x.shape[x.dim() - trailing :]
     with in_chunks_of(piece):
-        parts = list(dtypes.example_chunks(x, trailing))
+        parts = list(dtypes.examples(x, trailing))
     assert all(part.numel() <= max(piece, own.numel()) for part in parts)
-    joined = torch.cat(parts) if parts else torch.zeros(0, *own)
-    if x.numel():
-        assert torch.equal(joined, x.reshape(-1, *own))
-    else:
-        assert not parts
+    assert torch.equal(torch.cat(parts), x.reshape(-1, *own) if x.numel() else x.new_zeros(0, *own))
+    assert x.numel() or len(parts) == 1
 
 
 @pytest.mark.parametrize("x", [torch.ones(50), torch.ones(4, 30, 50), torch.ones(4, 50, 30).transpose(1, 2)])
 def test_examples_of_a_dense_tensor_are_not_copied(x, in_chunks_of):
     with in_chunks_of(100):
-        parts = list(dtypes.example_chunks(x, 1))
+        parts = list(dtypes.examples(x, 1))
     inside = [part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts]
     assert all(inside)
 
@@ -159,7 +156,7 @@ ODD = {
 def test_what_is_measurable_is_taken_by_every_statistic(make):
     x = make()
     assert dtypes.measurable(x)
-    for statistic in (norms.finite_sums, norms.l2_norms, exponents.log_histograms, linear.linear_histograms):
+    for statistic in (norms.finite_sums, norms.l2_norms, histograms.log_histograms, histograms.linear_histograms):
         assert len(statistic([torch.ones(2), x])) == 2
     moments.compute(x)
     norms.sum_squares(x)

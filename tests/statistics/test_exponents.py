@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.statistics import reference
 from tests.statistics.strategies import piece_sizes, tensors
-from torchprobe.statistics import exponents
+from torchprobe.statistics import histograms
 
-LOW, HIGH = exponents.LOW, exponents.HIGH
+LOW, HIGH = histograms.LOW, histograms.HIGH
 
 
 def bucket_of(x: torch.Tensor) -> int:
     """The only bucket with a count."""
-    (index,) = [i for i, count in enumerate(exponents.log_histogram(x)[2:].tolist()) if count]
+    (index,) = [i for i, count in enumerate(histograms.log_histogram(x)[2:].tolist()) if count]
     return index
 
 
@@ -28,7 +28,7 @@ def bucket_of(x: torch.Tensor) -> int:
 @settings(max_examples=150, deadline=None)
 def test_counts_are_those_of_one_element_after_the_other(x, piece, in_chunks_of):
     with in_chunks_of(piece):
-        counts = exponents.log_histogram(x)
+        counts = histograms.log_histogram(x)
     assert counts.dtype == torch.float64
     assert counts.tolist() == reference.log_histogram(x, LOW, HIGH)
 
@@ -37,8 +37,8 @@ def test_counts_are_those_of_one_element_after_the_other(x, piece, in_chunks_of)
 @settings(max_examples=40, deadline=None)
 def test_histograms_of_two_tensors_add_up(a, b):
     together = torch.cat([torch.tensor(reference.elements(x), dtype=torch.float64) for x in (a, b)])
-    added = exponents.log_histogram(a) + exponents.log_histogram(b)
-    assert torch.equal(added, exponents.log_histogram(together))
+    added = histograms.log_histogram(a) + histograms.log_histogram(b)
+    assert torch.equal(added, histograms.log_histogram(together))
 
 
 @given(
@@ -49,14 +49,14 @@ def test_histograms_of_two_tensors_add_up(a, b):
 def test_an_element_lies_between_the_edges_of_its_bucket(value, dtype):
     x = torch.tensor([value], dtype=dtype)
     index = bucket_of(x)
-    if index < len(exponents.edges()) - 2:
-        edges = exponents.edges()
+    if index < len(histograms.log_edges()) - 2:
+        edges = histograms.log_edges()
         assert edges[index] - 1e-12 <= math.log10(x.double().item()) <= edges[index + 1] + 1e-12
 
 
 def test_edges_are_powers_of_two_in_log10():
-    edges = exponents.edges()
-    assert len(edges) == len(exponents.log_histogram(torch.ones(1))) - 2 + 1
+    edges = histograms.log_edges()
+    assert len(edges) == len(histograms.log_histogram(torch.ones(1))) - 2 + 1
     assert 10 ** edges[0] == pytest.approx(2.0**LOW)
     assert 10 ** edges[-1] == pytest.approx(2.0 ** (HIGH + 1))
     assert edges[-LOW] == 0.0
@@ -69,7 +69,7 @@ def test_what_lies_beyond_the_range_is_in_the_outermost_buckets(dtype):
 
 
 def test_bfloat16_keeps_what_float16_could_not_hold():
-    counts = exponents.log_histogram(torch.tensor([1e5, 1e-9], dtype=torch.bfloat16))
+    counts = histograms.log_histogram(torch.tensor([1e5, 1e-9], dtype=torch.bfloat16))
     assert counts[:2].tolist() == [0, 0]
     assert counts[2 + 16 - LOW] == 1
     assert counts[2 - 30 - LOW] == 1
@@ -81,7 +81,7 @@ def test_subnormal_float16_is_in_its_own_bucket():
 
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"takes a floating or complex one"):
-        exponents.log_histogram(torch.arange(3))
+        histograms.log_histogram(torch.arange(3))
 
 
 class Operations(TorchDispatchMode):
@@ -101,7 +101,7 @@ def test_zeros_are_looked_for_only_where_an_exponent_allows_them(value):
     x = torch.ones(5000)
     x[17] = value
     with Operations() as operations:
-        counts = exponents.log_histogram(x)
+        counts = histograms.log_histogram(x)
     assert counts[0] == (value == 0)
     assert counts.sum() == 5000
     assert operations.names[torch.ops.aten.count_nonzero] == (value != 1.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.statistics import reference
 from tests.statistics.strategies import tensors
-from torchprobe.statistics import fused, linear
+from torchprobe.statistics import fused, histograms
 from torchprobe.statistics.dtypes import real
 
 TYPES = (torch.float16, torch.float32, torch.complex64, torch.float8_e4m3fn)
@@ -75,15 +75,15 @@ def test_codes_are_float32s_exponents(many, launches):
 @settings(max_examples=12, deadline=None)
 def test_counts_by_bucket_are_those_of_torchs_operations(many, launches):
     parts = [real(x).contiguous() for x in many]
-    expected = linear.linear_histograms(parts, 16)
-    assert torch.equal(linear._fused(parts, 16), expected)
+    expected = histograms.linear_histograms(parts, 16)
+    assert torch.equal(histograms._fused(parts, 16), expected)
 
 
 def test_bfloat16(launches):
     x = torch.tensor([1.5, -3.0, 0.0, math.nan, 1e38, math.inf] * 5, dtype=torch.bfloat16)
     assert_row(fused.rows([x])[0], x)
     assert fused.codes([x])[0, 256] == 25
-    assert torch.equal(linear._fused([x], 8), linear.linear_histograms([x], 8))
+    assert torch.equal(histograms._fused([x], 8), histograms.linear_histograms([x], 8))
 
 
 def test_equal_elements_have_no_deviation_over_many_programs(launches):

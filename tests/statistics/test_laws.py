@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.modes import Largest, NoHostRead
-from torchprobe.statistics import exponents, linear, moments, norms
+from torchprobe.statistics import histograms, moments, norms
 
 
 def combined(x: torch.Tensor) -> torch.Tensor:
@@ -23,8 +23,8 @@ STATISTICS = {
     "sum_squares": norms.sum_squares,
     "finite_sums": lambda x: norms.finite_sums([x, x[:2]]),
     "l2_norms": lambda x: norms.l2_norms([x, x[:2]]),
-    "log_histogram": exponents.log_histogram,
-    "linear_histogram": linear.linear_histogram,
+    "log_histogram": histograms.log_histogram,
+    "linear_histogram": histograms.linear_histogram,
 }
 
 DTYPES = (torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)

@@ -60,12 +60,13 @@ class Repeats:
     """
 
     def __init__(self) -> None:
-        self._newest: tuple[int, AbstractSet[str]] = (-1, frozenset())
-        self._before: tuple[int, AbstractSet[str]] = (-1, frozenset())
+        self._tags: dict[int, AbstractSet[str]] = {}  # of the last two steps
 
     def without(self, record: Record) -> Record | None:
         """The record without what is there already; None when nothing is left."""
-        repeated = self._taken(record.step) & record.values.keys()
+        back = len(self._tags) > 1 and record.step < min(self._tags)  # the clock was set back
+        noted = [tags for step, tags in self._tags.items() if step >= record.step and not back]
+        repeated = frozenset().union(*noted) & record.values.keys()
         if not repeated:
             return record
         _log.debug("step %d has %s already: a later value is left out", record.step, ", ".join(sorted(repeated)))
@@ -75,19 +76,11 @@ class Repeats:
     def note(self, record: Record) -> None:
         """The record goes to the writer."""
         step, tags = record.step, record.values.keys()
-        if step == self._newest[0]:
-            self._newest = (step, self._newest[1] | tags)
-        elif step > self._newest[0]:
-            self._newest, self._before = (step, tags), self._newest
-        elif step >= self._before[0]:
-            self._before = (step, self._before[1] | tags if step == self._before[0] else tags)
-        else:  # the clock was set back
-            self._newest, self._before = (step, tags), (-1, frozenset())
-
-    def _taken(self, step: int) -> AbstractSet[str]:
-        if step > self._newest[0] or step < self._before[0]:
-            return frozenset()
-        return self._newest[1] | self._before[1] if step == self._before[0] else self._newest[1]
+        if len(self._tags) > 1 and step < min(self._tags):  # the clock was set back
+            self._tags.clear()
+        self._tags[step] = self._tags[step] | tags if step in self._tags else tags
+        if len(self._tags) > 2:
+            del self._tags[min(self._tags)]
 
 
 class Backlog:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torchprobe.buffer.step import SKIPPED, SKIPPED_BEFORE, Arrived, Reporter, StepInFlight, by_reporter, grouped
 from torchprobe.messages import log as _log
-from torchprobe.records import EVIDENCE, OfTags, Record, Text, UserTag, Value, is_tag, storable
+from torchprobe.records import EVIDENCE, Record, Text, UserTag, Value, is_tag, of_tags, storable
 
 _PATIENCE = 3  # sampled steps
 _MOST_ODD = 20  # values that cannot be stored and are named; a tag with the step's number in it would give one a step
@@ -61,9 +61,9 @@ class Decoder:
         self._seen: set[Reporter] = set()
         self._asked: Counter[Reporter] = Counter()
         self._lost = False
-        self._evidence = OfTags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
-        self._plain = OfTags(_plainly)
-        self._users = OfTags(lambda tags: [tag for tag in tags if type(tag) is UserTag])
+        self._evidence = of_tags(lambda tags: [tag for tag in tags if tag.startswith(EVIDENCE)])
+        self._plain = of_tags(_plainly)
+        self._users = of_tags(lambda tags: [tag for tag in tags if type(tag) is UserTag])
         self._own = {*_LATE, *(["performance/step_seconds"] if "performance" in descriptions else [])}  # as written
 
     def resume(self, skipped: int) -> None:
@@ -90,7 +90,7 @@ class Decoder:
             self.skipped += 1
             return None
         values: dict[str, Value] = {}
-        plain, users = self._plain(sent.values)
+        plain, users = self._plain(tuple(sent.values))
         if plain and {*map(type, sent.values.values())} == {float}:
             values = dict(zip(plain, sent.values.values(), strict=True))  # the same strings each time, quick to compare
         else:
@@ -107,11 +107,12 @@ class Decoder:
         evidence = self._taken(values) if groups else {}
         if not values and not evidence:
             return None
-        return Record(sent.step, sent.wall_time, values, self._descriptions, _sampled(sent.due), evidence)
+        sampled = any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in sent.due)
+        return Record(sent.step, sent.wall_time, values, self._descriptions, sampled, evidence)
 
     def _take_users(self, values: dict[str, Value]) -> None:
         """What the user logs, but for what would stand among torchprobe's own numbers."""
-        for logged in self._users(values):
+        for logged in self._users(tuple(values)):
             tag, value = str(logged), values.pop(logged)
             if tag in self._own:
                 self._say_odd("what was logged", tag, "torchprobe writes that tag itself; log it under another")
@@ -120,7 +121,7 @@ class Decoder:
 
     def _taken(self, values: dict[str, Value]) -> dict[str, float]:
         """What is for rules alone, out of the values that are written, without the prefix."""
-        return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in self._evidence(values)}
+        return {tag.removeprefix(EVIDENCE): cast("float", values.pop(tag)) for tag in self._evidence(tuple(values))}
 
     def _report(self, reporter: Reporter, prefix: str, parts: Sequence[Arrived]) -> dict[str, Value]:
         if reporter in self._failed:
@@ -132,7 +133,10 @@ class Decoder:
                 self._take(tagged, _reported(reporter, found), _name(reporter), prefix)
                 self._descriptions.update(_texts(getattr(reporter, "descriptions", {})))
         except BaseException as error:
-            self._leave_out(reporter, error)
+            name, kind = _name(reporter), type(error).__name__
+            self._failed.add(reporter)
+            self.faults.append(f"{name} is left out: its report raised {kind}")
+            _log.error("the report of %s failed and is left out from now on (%s)", name, kind, exc_info=error)
             return {}
         if tagged or (found and getattr(reporter, "rows_suffice", True)):
             self._seen.update(getattr(part, "speaks_for", part) for part in found)
@@ -165,12 +169,6 @@ class Decoder:
         more = "; more such values are not named" if len(self._odd) == _MOST_ODD else ""
         self.faults.append(f"{reprlib.repr(tag)} of {owner} is left out: {problem}")
         _log.warning("%s of %s is left out: %s%s", reprlib.repr(tag), owner, problem, more)
-
-    def _leave_out(self, reporter: Reporter, error: BaseException) -> None:
-        name, kind = _name(reporter), type(error).__name__
-        self._failed.add(reporter)
-        self.faults.append(f"{name} is left out: its report raised {kind}")
-        _log.error("the report of %s failed and is left out from now on (%s)", name, kind, exc_info=error)
 
     def _explain_gaps(self, sent: StepInFlight) -> dict[str, Value]:
         if not sent.lost:
@@ -214,11 +212,6 @@ def _plainly(tags: tuple[str, ...]) -> tuple[Sequence[str], bool]:
     """Tags, if no writer could refuse one, and whether there are some of the user's."""
     kinds = {*map(type, tags)}
     return tags if kinds <= {str, UserTag} and all(map(is_tag, tags)) else (), UserTag in kinds
-
-
-def _sampled(due: Sequence[Reporter]) -> bool:
-    """Whether a probe was due that is not at every step."""
-    return any(getattr(getattr(reporter, "probe", None), "sampled", True) for reporter in due)
 
 
 def _name(reporter: Reporter) -> str:

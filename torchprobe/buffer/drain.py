@@ -137,7 +137,8 @@ class Drain:
             self._steps.append(StepInFlight(step, time(), values))
 
     def stopped(self, reason: str) -> None:
-        """Recording has stopped: from now on `flush` and `close` are False, and a text says so in the run."""
+        """Recording has stopped: from now on `flush` and `close` are False, and a text says so in the run.
+        Never blocks; the first call counts."""
         if self._stopped is None:
             self._stopped = reason
             text = Text(f"torchprobe stopped recording after this step: {reason}")

@@ -39,13 +39,6 @@ class Outlet:
         if wake:
             self.drain.wake()
 
-    def stopped(self, reason: str) -> None:
-        """Nothing more will be recorded: `flush` and `close` are False from now on, and the run says so itself.
-
-        reason: a short text, for the tag `torchprobe/stopped` and for `faults`. Never blocks; the first call counts.
-        """
-        self.drain.stopped(reason)
-
     @property
     def faults(self) -> list[str]:
         """What was lost or left out so far, a short line each."""

@@ -224,8 +224,13 @@ class TransferBuffers:
         """
         sent = StepInFlight(step, wall_time, content.values, content.due, content.same_data)
         if content.pieces or content.scalars or content.void is not None:
-            pieces = [*content.pieces, *self._scalar_pieces(content.scalars), *_flag(content.void)]
-            for device, group in _by_device(pieces).items():
+            groups: defaultdict[torch.device, list[Piece]] = defaultdict(list)
+            for piece in (*content.pieces, *self._scalar_pieces(content.scalars)):
+                groups[piece.rows.device].append(piece)
+            if (void := content.void) is not None:
+                flag = void.detach().to(row_dtype(void.device)).reshape(1, 1)
+                groups[void.device].append(Piece(SKIPPED, ["skipped"], flag))
+            for device, group in groups.items():
                 self._send_group(device, group, sent)
         return sent
 
@@ -276,15 +281,3 @@ class TransferBuffers:
         if what not in self._odd:
             self._odd.add(what)
             _log.warning("%s cannot be copied to the host and stays out of the run", what, exc_info=True)
-
-
-def _by_device(pieces: Sequence[Piece]) -> Mapping[torch.device, list[Piece]]:
-    groups: defaultdict[torch.device, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        groups[piece.rows.device].append(piece)
-    return groups
-
-
-def _flag(void: Tensor | None) -> Iterator[Piece]:
-    if void is not None:
-        yield Piece(SKIPPED, ["skipped"], void.detach().to(row_dtype(void.device)).reshape(1, 1))

@@ -178,7 +178,11 @@ def read_file(path: Path, map_location: Any) -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError:  # its message tells how to load the file all the same
-        raise RefusedError(f"it holds {_foreign(path)}; loading a checkpoint runs no code") from None
+        names: list[str] = []
+        with contextlib.suppress(Exception):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        foreign = ", ".join(names) or "more than plain values and tensors"
+        raise RefusedError(f"it holds {foreign}; loading a checkpoint runs no code") from None
 
 
 def plain(value: Any, where: str) -> Any:
@@ -257,14 +261,6 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _foreign(path: Path) -> str:
-    """What a file holds that weights-only loading does not take."""
-    names: list[str] = []
-    with contextlib.suppress(Exception):
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return ", ".join(names) or "more than plain values and tensors"
 
 
 def _plain_mapping(value: Mapping[Any, Any], where: str) -> Any:

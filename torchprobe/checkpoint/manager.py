@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 from torch import nn
 
 from torchprobe.arguments import check_count
-from torchprobe.checkpoint import arguments, files
+from torchprobe.checkpoint import files, states
 from torchprobe.checkpoint.files import Stored, plain, write_file
 from torchprobe.checkpoint.sharded import (
     agreed,
@@ -61,7 +61,7 @@ class CheckpointManager:
         directory: str | os.PathLike[str],
         max_keep: int = 3,
         metric: str | None = None,
-        mode: arguments.Mode = "min",
+        mode: states.Mode = "min",
         session: Session | None = None,
     ) -> None:
         if not isinstance(directory, str | os.PathLike):
@@ -70,7 +70,7 @@ class CheckpointManager:
         if "\0" in os.fsdecode(directory):
             raise ValueError(f"directory={directory!r}: takes a path without NUL characters, such as 'checkpoints'")
         check_count("max_keep", max_keep, "checkpoints")
-        arguments.check_best(metric, mode)
+        states.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
         self.directory = Path(directory)
@@ -108,10 +108,10 @@ class CheckpointManager:
             OSError: when it does not fit; earlier checkpoints are as they were, and nothing is left of this one.
             TypeError, ValueError: for an argument that does not fit, or a state that could not be loaded again.
         """
-        numbers = arguments.checked_metrics(metrics)
-        arguments.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
+        numbers = states.checked_metrics(metrics)
+        states.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
         session = self._session or session_of(model)
-        step = arguments.checked_step(step, session)
+        step = states.checked_step(step, session)
         sharded = is_sharded(model)
         if own_rank() and not sharded:
             write_file(self._rank_file(step), plain(random_states(), "random states"))
@@ -130,8 +130,8 @@ class CheckpointManager:
             "session": session.state_dict() if session is not None and session.attached else None,
             "random": random_states(),
         }
-        states = self._states(model, optimizer, session, sharded=sharded)
-        path = self._write({**plain(rest, "checkpoint"), **states}, best=best, sharded=sharded)
+        payload = {**plain(rest, "checkpoint"), **self._states(model, optimizer, session, sharded=sharded)}
+        path = self._write(payload, best=best, sharded=sharded)
         self._best = numbers if best else self._best
         return path
 
@@ -175,7 +175,7 @@ class CheckpointManager:
         """
         if which not in ("latest", "best"):
             raise ValueError(f"which={which!r}: takes 'latest' or 'best'")
-        arguments.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
+        states.check_helpers(model, optimizer=optimizer, scheduler=scheduler, extras=extras)
         target = Target(model, optimizer, scheduler, extras, self._session or session_of(model), strict)
         found = [one for one in files.stored(self.directory) if one.best or which == "latest"]
         found = agreed(found) if is_sharded(model) else found
@@ -191,14 +191,14 @@ class CheckpointManager:
         }
 
     def _judged(self, numbers: Mapping[str, float], is_best: bool | None) -> bool:
-        name = arguments.chosen_metric(self._metric, numbers)
+        name = states.chosen_metric(self._metric, numbers)
         if is_best is not None or name is None:
             return bool(is_best)
         if self._best is None:
             self._best = {}
             with suppress(RuntimeError):  # none can be read, as the log says: this one may be the best
                 self._best = (self.load_best() or {"metrics": {}})["metrics"]
-        return arguments.is_better(numbers[name], self._best.get(name), self._mode)
+        return states.is_better(numbers[name], self._best.get(name), self._mode)
 
     def _write(self, payload: dict[str, Any], *, best: bool, sharded: bool) -> Path:
         step = payload["step"]
@@ -217,14 +217,11 @@ class CheckpointManager:
             message = f"the checkpoint of step {step} could not be written to {where}; earlier ones are as they were"
             raise OSError(error.errno, message) from error
         if not own_rank():
-            self._tidy(path, step)
+            for one in files.stored(self.directory):
+                if one.step == step and one.path != path:  # saved twice, and judged otherwise
+                    files.remove(one.path)
+            files.prune(self.directory, self._max_keep)
         return path
-
-    def _tidy(self, path: Path, step: int) -> None:
-        for one in files.stored(self.directory):
-            if one.step == step and one.path != path:  # saved twice, and judged otherwise
-                files.remove(one.path)
-        files.prune(self.directory, self._max_keep)
 
     def _rank_file(self, step: int) -> Path:
         return self.directory / f"step_{step:010d}.rank{own_rank()}.pt"

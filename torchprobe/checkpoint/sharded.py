@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprobe.checkpoint.files import held, make_anew, plain, publish, read_file, remove, temporary, write_file
+from torchprobe.distributed.world import is_connected
 from torchprobe.session import Session
 
 _REST = "rest.pt"
@@ -28,12 +29,12 @@ _T = TypeVar("_T")
 
 def own_rank() -> int:
     """The rank; 0 without ranks."""
-    return 0 if _is_alone() else dist.get_rank()
+    return dist.get_rank() if is_connected() else 0
 
 
 def agreed(value: _T) -> _T:
     """Rank 0's value, on every rank, all together; without ranks the value itself."""
-    if _is_alone():
+    if not is_connected():
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
@@ -115,7 +116,7 @@ def read_directory(path: Path, into: Mapping[str, Any] | None) -> dict[str, Any]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # of one process alone: as is meant
-            load(flat, checkpoint_id=path, no_dist=_is_alone())
+            load(flat, checkpoint_id=path, no_dist=not is_connected())
     except CheckpointException as error:
         raise OSError(_reason(error)) from error
     for place, value in flat.items():
@@ -129,10 +130,6 @@ def saved_names(path: Path) -> dict[str, Any]:
     start = f"model{_SEPARATOR}"
     found = {place.removeprefix(start): one for place, one in _metadata(path).items() if place.startswith(start)}
     return {name: torch.empty(entry.size, device="meta") for name, entry in found.items()}
-
-
-def _is_alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized())
 
 
 def _reason(error: BaseException) -> str:

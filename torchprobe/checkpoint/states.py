@@ -1,15 +1,16 @@
-"""What a checkpoint holds of a model and its helpers, and how it is put back into them.
+"""What a checkpoint holds of a model and its helpers, and how it is put back into them; checks of what a user passes.
 
-Names do not depend on what wraps the model.
+Names do not depend on what wraps the model. Each error names the argument, what it got and what it takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from torchprobe.checkpoint.sharded import load_sharded_states, own_rank, read_di
 from torchprobe.messages import log as _log
 from torchprobe.naming import bare_keys, unwrapped
 from torchprobe.random_state import set_random_states
+from torchprobe.records import number_of
 from torchprobe.session import Session
 from torchprobe.state import differing_names
 
@@ -29,13 +31,6 @@ def model_state(model: nn.Module) -> OrderedDict[str, Any]:
     root = unwrapped(model)
     state = root.state_dict()
     return _renamed(state, bare_keys(root, _keys(state)))
-
-
-def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Load a `model_state` into a model, whatever wraps it. Check first: torch stops half-way at an error."""
-    root = unwrapped(model)
-    names = {bare: key for key, bare in bare_keys(root, _keys(root.state_dict())).items()}
-    root.load_state_dict(_renamed(state, names), strict=strict)
 
 
 def states_of(helper: Any) -> Any:
@@ -91,7 +86,7 @@ def read_sharded(path: Path, target: Target, names: Mapping[str, Any]) -> dict[s
 
 
 def apply(checkpoint: Mapping[str, Any], target: Target, random: Mapping[str, Any] | None, *, sharded: bool) -> None:
-    """Load everything. What can be checked is checked before anything is changed.
+    """Load everything. What can be checked is checked before anything is changed: torch stops half-way at an error.
 
     random: the states of this rank's generators, last so that nothing draws after them.
     """
@@ -99,7 +94,9 @@ def apply(checkpoint: Mapping[str, Any], target: Target, random: Mapping[str, An
     if sharded:
         load_sharded_states(target.model, target.optimizer, checkpoint, target.session, strict=target.strict)
     else:
-        load_model(target.model, checkpoint["model"], strict=target.strict)
+        root = unwrapped(target.model)
+        names = {bare: key for key, bare in bare_keys(root, _keys(root.state_dict())).items()}
+        root.load_state_dict(_renamed(checkpoint["model"], names), strict=target.strict)
         if target.optimizer is not None:
             load_states(target.optimizer, checkpoint["optimizer"])
     for part in ("scheduler", "extras"):
@@ -177,3 +174,74 @@ def _check_groups(optimizer: Any, saved: Any) -> None:
                     f"the checkpoint's {type(one).__name__} has groups of {before} parameters, and this one "
                     f"of {own}: make the optimizer as it was made for the saved run"
                 )
+
+
+# ---- what a user passes to `CheckpointManager`
+
+Mode = Literal["min", "max"]
+
+
+def check_best(metric: str | None, mode: Mode) -> None:
+    """Raise for what `CheckpointManager` cannot judge by."""
+    if metric is not None and not isinstance(metric, str):
+        raise TypeError(f"metric={metric!r}: takes a metric's name, such as 'val_loss', not {type(metric).__name__}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}: takes 'min' (a loss) or 'max' (an accuracy)")
+    if metric is None and mode == "max":
+        raise ValueError("mode='max' needs metric=, the name of what is to be large")
+
+
+def chosen_metric(metric: str | None, metrics: Mapping[str, float]) -> str | None:
+    """The metric to judge by: the named one, else a validation loss, else any loss; None when there is none.
+
+    Raises ValueError when metrics are given and the named one is not among them.
+    """
+    if metric is not None:
+        if metrics and metric not in metrics:
+            raise ValueError(f"metrics have no {metric!r}, by which the best is judged; they have {sorted(metrics)}")
+        return metric if metrics else None
+    losses = [name for name in metrics if "loss" in name.lower()]
+    return next((name for name in losses if "val" in name.lower()), losses[0] if losses else None)
+
+
+def is_better(value: float, best: float | None, mode: Mode) -> bool:
+    """Whether a value beats the best so far; NaN never does, and anything beats NaN."""
+    if math.isnan(value):
+        return False
+    if best is None or math.isnan(best):
+        return True
+    return value < best if mode == "min" else value > best
+
+
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Plain numbers by name. Reads tensors. Raises TypeError for what is no number."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics={metrics!r}: takes a mapping of names to numbers, such as {{'val_loss': 0.3}}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or number_of(value) is None:
+            raise TypeError(f"metrics[{name!r}]={value!r}: takes a name and a number")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def checked_step(step: int | None, session: Session | None) -> int:
+    """The step given, or the session's. Raises TypeError or ValueError for what is no number of steps."""
+    if step is None and session is not None:
+        return session.step
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step={step!r}: takes a whole number of steps; a model with a session needs none")
+    if step < 0:
+        raise ValueError(f"step={step}: takes a whole number of steps, 0 or more")
+    return step
+
+
+def check_helpers(model: nn.Module, **helpers: Any) -> None:
+    """Raise TypeError unless the model is one, and each helper has a state, is a list or dict of such, or is None."""
+    unwrapped(model)
+    for argument, helper in helpers.items():
+        for one, _ in each_with(helper, helper):
+            has_state = hasattr(one, "state_dict") and hasattr(one, "load_state_dict")
+            if one is not None and (not has_state or (argument != "extras" and isinstance(one, nn.Module))):
+                takes = "an object with state_dict() and load_state_dict() that is no model, or None"
+                raise TypeError(f"{argument}={one!r}: takes {takes}")

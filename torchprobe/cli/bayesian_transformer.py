@@ -87,14 +87,10 @@ class BayesianTransformer(nn.Module):
         x = self.dropout(self.word_embedding(words) + self.position_embedding(positions))
         for block in self.blocks:
             x = block(x, visible[:, None, None, :])
-        logits: Tensor = self.classifier(self.dropout(_mean_over(self.norm(x), visible)))
+        weights = visible.unsqueeze(-1).to(x.dtype)
+        mean = (self.norm(x) * weights).sum(dim=1) / weights.sum(dim=1)
+        logits: Tensor = self.classifier(self.dropout(mean))
         return logits
-
-
-def _mean_over(x: Tensor, visible: Tensor) -> Tensor:
-    """Mean of x (batch, length, width) over its visible positions: (batch, width)."""
-    weights = visible.unsqueeze(-1).to(x.dtype)
-    return (x * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 @contextmanager
@@ -163,7 +159,15 @@ def validate(
             probabilities = torch.stack([model(on_device).softmax(dim=-1) for _ in range(passes)])
             log_predictions(probabilities.mean(dim=0), labels)
             results.append(_judge(probabilities.cpu(), labels))
-    return _summarise(_Judged(*(torch.cat(column) for column in zip(*results, strict=True))))
+    judged = _Judged(*(torch.cat(column) for column in zip(*results, strict=True)))
+    return Validation(
+        accuracy=judged.right.float().mean().item(),
+        loss=judged.loss.mean().item(),
+        epistemic=judged.epistemic.mean().item(),
+        epistemic_right=judged.epistemic[judged.right].mean().item(),
+        epistemic_wrong=judged.epistemic[~judged.right].mean().item(),
+        class_accuracy=tuple(judged.class_hits.nanmean(dim=0).tolist()),
+    )
 
 
 class _Judged(NamedTuple):
@@ -185,15 +189,4 @@ def _judge(probabilities: Tensor, labels: Tensor) -> _Judged:
         loss=nn.functional.cross_entropy(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), labels, reduction="none"),
         epistemic=epistemic_uncertainty(probabilities),
         class_hits=right.float().unsqueeze(-1).where(is_class, torch.nan),
-    )
-
-
-def _summarise(judged: _Judged) -> Validation:
-    return Validation(
-        accuracy=judged.right.float().mean().item(),
-        loss=judged.loss.mean().item(),
-        epistemic=judged.epistemic.mean().item(),
-        epistemic_right=judged.epistemic[judged.right].mean().item(),
-        epistemic_wrong=judged.epistemic[~judged.right].mean().item(),
-        class_accuracy=tuple(judged.class_hits.nanmean(dim=0).tolist()),
     )

@@ -87,8 +87,8 @@ def labelled_folder(folder: Path, *, lines: int, seed: int) -> Corpus:
     """
     if not folder.is_dir():
         raise CommandError(f"--data: '{folder}' is not a folder. {_LAYOUT}")
-    held_out = _held_out_folder(folder)
-    if held_out is None:
+    held_out = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
+    if held_out is None or not (folder / "train").is_dir():
         classes = _class_folders(folder)
         split = {path.name: _split(_text_files(path), random.Random(f"{seed} {path.name}")) for path in classes}
         ignored: tuple[str, ...] = ()
@@ -140,12 +140,6 @@ def _class_folders(folder: Path) -> list[Path]:
         found = ", ".join(path.name for path in classes) or "none"
         raise CommandError(f"--data: '{folder}' has fewer than two class sub-folders ({found}). {_LAYOUT}")
     return classes
-
-
-def _held_out_folder(folder: Path) -> Path | None:
-    if not (folder / "train").is_dir():
-        return None
-    return next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
 
 
 def _text_files(folder: Path) -> list[Path]:

@@ -53,7 +53,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command's options to the command line."""
     about = "train a small model on text that is on every machine, and record everything"
     parser = add_command(commands, "demo", run, about=about, description=_DESCRIPTION, examples=_EXAMPLES)
-    _add_data_options(parser)
+    data = parser.add_argument_group("what to read and where to write")
+    data.add_argument("--data", type=Path, metavar="DIR", help="folder of texts (default: the standard library)")
+    data.add_argument(
+        "--lines", type=positive_int, default=10, metavar="N", help="non-blank lines a passage (default: 10)"
+    )
+    place = "each run gets a new, time-stamped folder in here (default: runs/demo)"
+    data.add_argument("--log-dir", type=Path, default=Path("runs", "demo"), metavar="DIR", help=place)
     _add_training_options(parser)
 
 
@@ -68,21 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, corpus)
     console.print(f"Recording to {settings.log_dir}")
     return _train(console, arguments, corpus, settings)
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("what to read and where to write")
-    data.add_argument("--data", type=Path, metavar="DIR", help="folder of texts (default: the standard library)")
-    data.add_argument(
-        "--lines", type=positive_int, default=10, metavar="N", help="non-blank lines a passage (default: 10)"
-    )
-    data.add_argument(
-        "--log-dir",
-        type=Path,
-        default=Path("runs", "demo"),
-        metavar="DIR",
-        help="each run gets a new, time-stamped folder in here (default: runs/demo)",
-    )
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ def open_exchange(
     reporters: what ranks combine, in the same order on every rank: each has `combine_rows`. stages: finds those of a
     pipeline that this rank runs.
     """
-    if world.is_single:
+    if world.size < 2:
         return SingleProcess(decoder)
     keys: dict[Reporter, str] = {reporter: f"{i}:{type(reporter).__name__}" for i, reporter in enumerate(reporters)}
     return Gatherer(world, keys, decoder, stages) if world.writes else Sender(world, keys, stages)

@@ -87,9 +87,8 @@ def merge(probe: Reporter, parts: Mapping[int, Sequence[Part]], groups: Iterable
     if any(part.shards is not None for some in parts.values() for part in some):
         rows, incomplete = _of_parameters(probe, parts)
     else:
-        groups = list(groups)
-        rows, incomplete = _alike(probe, parts, groups) or _of_batches(probe, parts, groups), []
-        rows = _averaged(probe, rows, len(groups))
+        groups, incomplete = list(groups), []
+        rows = _averaged(probe, _alike(probe, parts, groups) or _of_batches(probe, parts, groups), len(groups))
     names = [name for name, some in rows.items() for _ in range(len(some))]
     return Merged(names, np.concatenate(list(rows.values())) if rows else np.zeros((0, 1)), incomplete)
 
@@ -157,9 +156,10 @@ def _of_shards(probe: Reporter, ranks: Sequence[Rows]) -> Rows:
     if len(ranks) < 2:
         return dict(ranks[0]) if ranks else {}
     names = dict.fromkeys(name for rows in ranks for name in rows)
-    copied = {name for name in names if _all_equal([rows[name] for rows in ranks if name in rows])}
-    copies = {name: next(rows[name] for rows in ranks if name in rows) for name in copied}
-    spread = [{name: some for name, some in rows.items() if name not in copied} for rows in ranks]
+    held = {name: [rows[name] for rows in ranks if name in rows] for name in names}
+    alike = {name: all(np.array_equal(some[0], one, equal_nan=True) for one in some[1:]) for name, some in held.items()}
+    copies = {name: some[0] for name, some in held.items() if alike[name]}
+    spread = [{name: some for name, some in rows.items() if name not in copies} for rows in ranks]
     merged = copies | _folded(probe, spread, probe.over_shards)
     return {name: merged[name] for name in names}
 
@@ -206,10 +206,6 @@ def _by_name(parts: Sequence[Part]) -> Rows:
 
 def _shards_by_name(parts: Sequence[Part]) -> dict[str, Share]:
     return {n: shard for part in parts for n, shard in zip(part.names, part.shards or (), strict=True)}
-
-
-def _all_equal(rows: Sequence[NDArray[np.float64]]) -> bool:
-    return all(np.array_equal(rows[0], other, equal_nan=True) for other in rows[1:])
 
 
 # ---- names in a pipeline

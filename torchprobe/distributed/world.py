@@ -31,11 +31,6 @@ class World(NamedTuple):
         """Whether this rank writes the run's files."""
         return self.rank == 0
 
-    @property
-    def is_single(self) -> bool:
-        """Whether this is a single process."""
-        return self.size < 2
-
 
 def world() -> World:
     """The ranks of `torch.distributed`; before `init_process_group` what `torchrun` says in the environment."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchprobe.probes.base import Probe
 from torchprobe.records import Histogram, Value
-from torchprobe.statistics import exponents, linear
+from torchprobe.statistics import histograms
 
 _BUCKETS = 64
 
@@ -33,11 +33,11 @@ class GradientHistograms(Probe):
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One row of counts a tensor."""
-        return exponents.log_histograms(tensors)
+        return histograms.log_histograms(tensors)
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, the zeros, and the non-finite count when there is one."""
-        edges, counts = np.asarray(exponents.edges()), rows[:, 2:].astype(np.int64)
+        edges, counts = np.asarray(histograms.log_edges()), rows[:, 2:].astype(np.int64)
         for name, (zeros, nonfinite), row in zip(names, rows[:, :2].tolist(), counts, strict=True):
             yield f"gradients/{name}", Histogram(edges, row)
             yield f"gradients_zeros/{name}", zeros
@@ -59,15 +59,16 @@ class ParameterHistograms(Probe):
 
     def compute_all(self, tensors: Sequence[Tensor], before: Sequence[Tensor] = ()) -> Tensor:
         """One row of limits and counts a tensor."""
-        return linear.linear_histograms(tensors, _BUCKETS)
+        return histograms.linear_histograms(tensors, _BUCKETS)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The histogram of two parts together, on the host: exact."""
-        return torch.from_numpy(linear.combine(a.numpy(), b.numpy()))
+        return torch.from_numpy(histograms.combine(a.numpy(), b.numpy()))
 
     def report_all(self, names: Sequence[str], rows: NDArray[np.float64]) -> Iterator[tuple[str, Value]]:
         """A histogram, and the non-finite count when there is one."""
-        edges, counts = linear.edges(rows[:, 0], rows[:, 1], _BUCKETS), rows[:, len(linear.HEADER) :].astype(np.int64)
+        edges = histograms.linear_edges(rows[:, 0], rows[:, 1], _BUCKETS)
+        counts = rows[:, len(histograms.HEADER) :].astype(np.int64)
         for name, nonfinite, *histogram in zip(names, rows[:, 2].tolist(), edges, counts, strict=True):
             yield f"parameters/{name}", Histogram(*histogram)
             if nonfinite:

@@ -12,18 +12,13 @@ from torchprobe.messages import log as _log
 _HEIGHT = 900  # pixels of the charts; they scroll
 
 
-def in_notebook() -> bool:
-    """Whether IPython runs this program, in a notebook or in a terminal."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    return shell is not None and shell() is not None
-
-
 def make_room(session: Any) -> None:
     """In a notebook, end the session that a model has, with a line that says so: a cell that runs again makes another.
 
     Elsewhere nothing happens: a second session of a model is a mistake there.
     """
-    if session is not None and in_notebook():
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    if session is not None and shell is not None and shell() is not None:
         _log.warning("this model's session (step %d, %s) is ended for a new one", session.step, session.log_dir)
         session.detach(timeout=30.0)
 

@@ -56,7 +56,10 @@ def rendered(run: Run, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield from filled(title, ("what", ">last value"), values.items())
     yield from times
     said = [thing["advice"] for thing in summary["verdict"]["look_at"]]
-    yield from _next_steps([advice for advice in summary["next_steps"] if advice not in said])
+    besides = [advice for advice in summary["next_steps"] if advice not in said]
+    if besides:
+        yield Text("\nwhat to try besides, the gravest first", style="bold")
+        yield from (Text(f" {i}. {text}") for i, text in enumerate(besides, 1))
 
 
 def follow(folder: Path, console: Console, *, seconds: float = 2.0, sleep: Callable[[float], None] = wait) -> Run:
@@ -88,12 +91,6 @@ def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Padding(Text(f"{i}. {thing['what']}", style="bold"), _INDENTED)
         if thing["advice"]:
             yield Padding(Text(thing["advice"]), _INDENTED_TWICE)
-
-
-def _next_steps(advice: Sequence[str]) -> Iterator[RenderableType]:
-    if advice:
-        yield Text("\nwhat to try besides, the gravest first", style="bold")
-        yield from (Text(f" {i}. {text}") for i, text in enumerate(advice, 1))
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,18 +94,13 @@ def _curve_tags(run: Run) -> Iterator[str]:
         if group in ("lr", "calibration") or "/" not in name or tag.startswith(("val/overview/", "val/calibration/")):
             by_group.setdefault(group, []).append(tag)
     for group in (*_WHOLE_RUN, *(other for other in by_group if other not in _WHOLE_RUN and other != "alerts")):
-        if group in _WHOLE_RUN or _is_users_own(group, by_group[group]):
+        if group in _WHOLE_RUN or not group.startswith(_OURS):  # else a prefix of `log_metrics`
             yield from sorted(by_group.get(group, ()), key=lambda tag: (_place(tag), tag))
 
 
 def _place(tag: str) -> int:
     name = tag.removeprefix("val/").partition("/")[2]
     return _COUNTS.index(name) + 1 if name in _COUNTS else -1 if name in _LEADING else 0
-
-
-def _is_users_own(group: str, tags: Sequence[str]) -> bool:
-    """A prefix of `log_metrics`, rather than one of ours by layer."""
-    return not group.startswith(_OURS) and bool(tags)
 
 
 def _curve(tag: str, series: Series) -> dict[str, Any]:

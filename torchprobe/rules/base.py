@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -10,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-from torchprobe.arguments import check_count
+from torchprobe.arguments import check_count, check_positive
 from torchprobe.records import EVIDENCE, Record, Text
 from torchprobe.rules.alert import Alert
 
@@ -235,11 +234,3 @@ def first_of(record: Record, tags: tuple[str, ...]) -> tuple[str, float] | None:
 def not_finite(record: Record) -> bool:
     """Whether gradients or parameters hold NaN or inf: norms over what is left say little then."""
     return any(map(record.group, ("grad_nonfinite", "parameters_nonfinite", "nonfinite")))
-
-
-def check_positive(argument: str, value: float) -> None:
-    """Raises TypeError or ValueError unless a threshold is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument}={value!r}: takes a number above 0, not {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument}={value}: takes a number above 0")

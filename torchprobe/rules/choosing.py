@@ -90,13 +90,6 @@ def checked_stops(stop_on: Any, rules: Sequence[Rule]) -> frozenset[str]:
     return frozenset(stops)
 
 
-def checked_callback(on_alert: Any) -> Callable[[Alert], object] | None:
-    """What is called with each alert, or None. Raises TypeError for what cannot be called."""
-    if on_alert is not None:
-        check_callable("on_alert", on_alert, "a function of one alert, or torchprobe.WebhookNotifier(url)", "alert")
-    return on_alert  # type: ignore[no-any-return]
-
-
 def _checked_rule(rule: Any) -> Rule:
     if isinstance(rule, str):
         built_in = {name_of(known): known for known in _BUILT_IN}

@@ -179,14 +179,18 @@ class Overconfidence(Remembering):
         return [alert for alerts in said for alert in alerts] if said else None
 
     def _judge(self, record: Record, kept: dict[str, Any], prefix: str, where: str | None) -> Found:
-        """None when this record does not say, or when there are too few predictions."""
+        """None when this record does not say, or when there are too few predictions; keeps rows that hold enough."""
         row = [scalar(record, f"{prefix}calibration/{name}") for name in ("count", "confidence_gap", "ece")]
         if None in row or (where is None and ONE_CLASS in record.evidence):
             return None
-        rows = kept[prefix] = _enough([*kept.get(prefix, []), row], self.predictions)
-        count, gap, ece = _means(rows)
+        rows = [*kept.get(prefix, []), row]
+        enough = int(np.searchsorted(np.cumsum([one[0] for one in reversed(rows)]), self.predictions)) + 1
+        rows = kept[prefix] = rows[-enough:]
+        counts, gaps, errors = np.array(rows, np.float64).T
+        count = float(counts.sum())
         if count < self.predictions:
             return None
+        gap, ece = (float((counts * values).sum()) / count for values in (gaps, errors))
         message = f"confidence exceeds accuracy, ECE {ece:.3g}, over {count:.0f} predictions"
         ill = gap > self.gap and ece > self.ece
         return [self.alert(record.step, where, gap, self.gap, message)] if ill else []
@@ -220,16 +224,3 @@ def _past(kept: dict[str, Any], value: float, size: int) -> list[float]:
     past: list[float] = kept.get("values", [])[-size:]
     kept["values"] = [*past, value][-size:] if math.isfinite(value) else past
     return past
-
-
-def _enough(rows: list[Any], predictions: int) -> list[Any]:
-    """The last rows that hold so many predictions, all if they hold fewer."""
-    counts = np.cumsum([row[0] for row in reversed(rows)])
-    return rows[-(int(np.searchsorted(counts, predictions)) + 1) :]
-
-
-def _means(rows: list[Any]) -> tuple[float, float, float]:
-    """Count, and the means of gap and ECE by count."""
-    counts, gaps, errors = np.array(rows, np.float64).T
-    total = float(counts.sum())
-    return (total, *(float((counts * values).sum()) / max(total, 1.0) for values in (gaps, errors)))  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from torchprobe.records import OfTags, Record, groups_of
+from torchprobe.records import Record, groups_of, of_tags
 from torchprobe.rules.alert import Alert
 from torchprobe.rules.base import BuiltIn, Found, group, scalar, texts
 
@@ -67,10 +67,10 @@ class _NonFiniteWatcher:
         self._explained = False
         self._last_bad = self._last_clean = 0
         self._clean = 0  # steps running
-        self._sources = OfTags(_sources)
+        self._sources = of_tags(_sources)
 
     def __call__(self, record: Record) -> Found:
-        evidence = next((one for source in self._sources(record.values) for one in source(record)), None)
+        evidence = next((one for source in self._sources(tuple(record.values)) for one in source(record)), None)
         if evidence is not None:
             self._hold(record.step, evidence)
         elif record.step == self._last_bad:  # a second record of that step: of what was logged after it

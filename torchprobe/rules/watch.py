@@ -9,11 +9,12 @@ from itertools import count
 from time import time
 from typing import Any
 
+from torchprobe.arguments import check_callable
 from torchprobe.messages import log as _log
-from torchprobe.records import EVIDENCE, Groups, OfTags, Record, Value, groups_of
+from torchprobe.records import EVIDENCE, Groups, Record, Value, groups_of, of_tags
 from torchprobe.rules.alert import Alert, Display, TrainingAlert, log
 from torchprobe.rules.base import BuiltIn, Conditions, Memory
-from torchprobe.rules.choosing import Rule, Watcher, checked_callback, checked_rules, checked_stops, name_of, watcher_of
+from torchprobe.rules.choosing import Rule, Watcher, checked_rules, checked_stops, name_of, watcher_of
 from torchprobe.rules.non_finite import NonFinite
 
 MAX_ALERTS = 10_000  # kept in memory; all are counted and shown
@@ -57,7 +58,7 @@ class Watch:
             patience = getattr(rule, "patience", BuiltIn.patience)
             self._rules[_free(name_of(rule), self._rules)] = watcher_of(rule), Conditions(patience)
         self._resting = {name: (w.at_rest, held) for name, (w, held) in self._rules.items() if hasattr(w, "at_rest")}
-        self._concerned = OfTags(self._concerned_by)
+        self._concerned = of_tags(self._concerned_by)
         self._on_alert = on_alert
         self._stops = stops
         self._followers: dict[str, Follower] = {}
@@ -239,7 +240,9 @@ class Watch:
 def open_watch(rules: Any, on_alert: Any, stop_on: Any) -> Watch:
     """The watch of an `instrument` call. Raises TypeError or ValueError for an argument that does not fit."""
     chosen = checked_rules(rules)
-    return Watch(chosen, checked_callback(on_alert), checked_stops(stop_on, chosen))
+    if on_alert is not None:
+        check_callable("on_alert", on_alert, "a function of one alert, or torchprobe.WebhookNotifier(url)", "alert")
+    return Watch(chosen, on_alert, checked_stops(stop_on, chosen))
 
 
 def _nothing(*arguments: Any) -> None:

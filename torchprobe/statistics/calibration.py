@@ -115,7 +115,10 @@ def summarise(row: Row) -> dict[str, float]:
     average_precision, whose scores tie within a fine bin: they are left out where the order within bins, which is not
     kept, may move them by more than `RANKING_BOUND`.
     """
-    values = dict(zip(HEADER, _header(row), strict=True))
+    numbers = np.asarray(row, dtype=np.float64)  # on the host
+    if numbers.shape != (len(FIELDS),):
+        raise ValueError(f"row: got shape {numbers.shape}, takes ({len(FIELDS)},), as compute returns")
+    values: dict[str, float] = dict(zip(HEADER, numbers.tolist(), strict=False))
     counts = {name: values[name] for name in ("count", "ignored", "invalid")}
     if not values["count"]:
         return counts
@@ -273,14 +276,6 @@ def _equal_mass(fine: NDArray[np.float64]) -> NDArray[np.float64]:
     middle = np.cumsum(count) - count / 2
     group = np.minimum(middle * BINS // count.sum(), BINS - 1).astype(np.int64)
     return np.stack([np.bincount(group, column, BINS) for column in fine])
-
-
-def _header(row: Row) -> list[float]:
-    values = np.asarray(row, dtype=np.float64)
-    if values.shape != (len(FIELDS),):
-        raise ValueError(f"row: got shape {values.shape}, takes ({len(FIELDS)},), as compute returns")
-    header: list[float] = values[: len(HEADER)].tolist()  # on the host
-    return header
 
 
 def _section(row: Row, name: str) -> NDArray[np.float64]:

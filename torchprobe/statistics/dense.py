@@ -73,7 +73,8 @@ def moments(x: Tensor) -> tuple[float, ...] | None:
     if not m2 > squares / 2:  # it cancels
         mean, m2 = _deviations(x, mean, scratch)
     if m2 < max(_TINY**2, _FLAT * squares) and max_abs:  # float32 has lost its digits
-        if _varies(x):
+        low, high = x.aminmax()
+        if on_host(low) != on_host(high):
             return None
         mean, m2 = on_host(x[(0,) * x.dim()]), 0.0
     fourth = math.fsum((largest / max_abs) ** 4 * some for largest, some in fourths) if max_abs else 0.0
@@ -118,11 +119,6 @@ def _deviations(x: Tensor, near: float, scratch: Tensor) -> tuple[float, float]:
         shifts.append(on_host(deviations.sum()))
     shift = math.fsum(shifts) / x.numel()
     return on_host(pivot) + shift, max(_squares(norms) - x.numel() * shift * shift, 0.0)
-
-
-def _varies(x: Tensor) -> bool:
-    low, high = x.aminmax()
-    return on_host(low) != on_host(high)
 
 
 def _row_norms(x: Tensor) -> Tensor:

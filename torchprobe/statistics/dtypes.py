@@ -133,33 +133,26 @@ def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
             yield from _chunks(half, size)
 
 
-def example_chunks(x: Tensor, trailing: int) -> Iterator[Tensor]:
+def examples(x: Tensor, trailing: int) -> Iterator[Tensor]:
     """`x`, (..., the last `trailing` dimensions), as (n, those dimensions): each example once, in order.
 
-    A chunk has a cache's worth of elements, or one example. It shares memory with `x` where strides allow, else
-    that chunk alone is copied.
+    A chunk has a cache's worth of elements, or one example; it has none where there is none, which then needs no case
+    of its own. It shares memory with `x` where strides allow, else that chunk alone is copied.
     """
     own = x.shape[x.dim() - trailing :]
-    examples, size = math.prod(x.shape[: x.dim() - trailing]), chunk_size(x.device, x.numel())
-    if 0 in (examples, *own):
+    count, size = math.prod(x.shape[: x.dim() - trailing]), chunk_size(x.device, x.numel())
+    if not x.numel():
+        yield x.reshape(0, *own)
         return
     try:
-        rows = x.view(examples, *own)
+        rows = x.view(count, *own)
     except RuntimeError:  # strides do not allow it
-        if x.numel() > size and examples > 1:
+        if x.numel() > size and count > 1:
             for some in x if x.size(0) == 1 else x.chunk(2):
-                yield from example_chunks(some, trailing)
+                yield from examples(some, trailing)
             return
-        rows = x.reshape(examples, *own)
+        rows = x.reshape(count, *own)
     yield from rows.split(max(1, size // math.prod(own)))
-
-
-def examples(x: Tensor, trailing: int) -> Iterator[Tensor]:
-    """`example_chunks`, or one without an example where there is none, which then needs no case of its own."""
-    if x.numel():
-        yield from example_chunks(x, trailing)
-    else:
-        yield x.reshape(0, *x.shape[x.dim() - trailing :])
 
 
 def on_host(value: Tensor) -> float:

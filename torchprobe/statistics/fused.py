@@ -114,7 +114,7 @@ def added(lines: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 def codes(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor how many elements have each exponent code of float32, and how many are not 0: (n, 257), int64."""
-    return _in_order(_codes, tensors)
+    return _in_order(functools.partial(_counted, "exponents", CODES + 1), tensors)
 
 
 def counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
@@ -123,7 +123,7 @@ def counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
     grid: of each tensor the number of the first bucket, and how many fit into 1, a power of two: (n, 2), float64.
     buckets: a power of two.
     """
-    return _in_order(functools.partial(_counts, buckets=buckets), tensors, grid)
+    return _in_order(functools.partial(_counted, "bins", buckets + 1, BINS=2 * buckets), tensors, grid)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -141,27 +141,16 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _codes(tensors: Sequence[Tensor]) -> Tensor:
+def _counted(kernel: str, width: int, tensors: Sequence[Tensor], *grid: Tensor, **sizes: int) -> Tensor:
+    """Counts that a kernel adds to a row of each tensor: (n, width), int64."""
     from torchprobe.statistics import kernels
 
     x, launch = tensors[0], Launch(tensors, _PROGRAMS)
     places, _ = launch.table() if launch.addressed else (x, x)
-    out = torch.zeros(len(tensors), CODES + 1, dtype=torch.int64, device=x.device)
+    out = torch.zeros(len(tensors), width, dtype=torch.int64, device=x.device)
     if launch.programs:
         with _on(x.device):
-            kernels.exponents[(launch.programs,)](x, places, out, **launch.options)
-    return out
-
-
-def _counts(tensors: Sequence[Tensor], grid: Tensor, buckets: int) -> Tensor:
-    from torchprobe.statistics import kernels
-
-    x, launch = tensors[0], Launch(tensors, _PROGRAMS)
-    places, _ = launch.table() if launch.addressed else (x, x)
-    out = torch.zeros(len(tensors), buckets + 1, dtype=torch.int64, device=x.device)
-    if launch.programs:
-        with _on(x.device):
-            kernels.bins[(launch.programs,)](x, places, grid, out, **launch.options, BINS=2 * buckets)
+            getattr(kernels, kernel)[(launch.programs,)](x, places, *grid, out, **launch.options, **sizes)
     return out
 
 

@@ -31,7 +31,12 @@ def compute(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """
     for name, x in (("mean", mean), ("variance", variance)):
         arithmetic(x, name)
-    mean, variance, target = _broadcast(mean, variance, target)
+    try:
+        same = torch.broadcast_tensors(mean, variance, target)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (mean, variance, target))
+        raise ValueError(f"mean, variance, target: got shapes {shapes}, takes shapes that broadcast") from error
+    mean, variance, target = (x.detach().to(row_dtype(x.device)).flatten() for x in same)
     score = (target - mean) / variance.sqrt()
     valid = score.isfinite() & variance.isfinite() & (variance > 0)
     inside = [(valid & (score.abs() <= width)).sum() for width in _HALF_WIDTHS.values()]
@@ -58,12 +63,3 @@ def pit_histogram(row: Sequence[float] | NDArray[np.float64]) -> tuple[NDArray[n
     """Edges and counts of the PIT."""
     counts = np.asarray(row, dtype=np.float64)[-PIT_BINS:].astype(np.int64)
     return np.arange(PIT_BINS + 1) / PIT_BINS, counts
-
-
-def _broadcast(*tensors: Tensor) -> list[Tensor]:
-    try:
-        same = torch.broadcast_tensors(*tensors)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
-        raise ValueError(f"mean, variance, target: got shapes {shapes}, takes shapes that broadcast") from error
-    return [x.detach().to(row_dtype(x.device)).flatten() for x in same]

@@ -210,7 +210,8 @@ def _sums(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     finite = torch.nan_to_num(source, 0.0, 0.0, 0.0, out=values)
     finite_nonzero = finite.count_nonzero()
     low, high = finite.aminmax()
-    pivot = _safe(torch.where(high > 0, high, low).to(wide))  # never a 0 that stands for a non-finite element
+    pivot = torch.where(high > 0, high, low).to(wide)  # never a 0 that stands for a non-finite element
+    pivot = pivot * (pivot.abs() < math.sqrt(torch.finfo(pivot.dtype).max) * 2.0**-40)  # or it could overflow
     wide.sub_(pivot).nan_to_num_(0.0, 0.0, 0.0)
     shift, square = wide.sum(), wide.square_().sum()
     fourth = _fourth(wide.copy_(finite).square_(), finite, torch.maximum(high, -low))
@@ -227,11 +228,6 @@ def _fourth(squares: Tensor, finite: Tensor, max_abs: Tensor) -> Tensor:
     squares = (finite / scale).square() if same else squares
     total = torch.dot(squares, squares)  # which takes no room
     return total if same else total / scale**4
-
-
-def _safe(pivot: Tensor) -> Tensor:
-    """`pivot`, or 0 where subtracting it could overflow: only for float64 elements above 1e142."""
-    return pivot * (pivot.abs() < math.sqrt(torch.finfo(pivot.dtype).max) * 2.0**-40)
 
 
 def _merged(rows: Tensor) -> Tensor:

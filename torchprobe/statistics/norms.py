@@ -186,7 +186,9 @@ def _sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
     """Of real tensors sum_squares, nonfinite and, where wanted, sum_abs: shape (n, 2 or 3)."""
     device = _common_device(tensors)
     if fused.applies_to(*tensors):
-        return _fused_sums(tensors, absolute=absolute)
+        rows = fused.rows(tensors)
+        (squares, magnitudes), nonfinite = rows[:, fused.SUMS].unbind(-1), rows[:, fused.SQUARES][:, 1]
+        return torch.stack((squares, nonfinite, magnitudes) if absolute else (squares, nonfinite), dim=-1)
     found = _finite_sums(tensors, absolute=absolute) if device.type == "cpu" else {}
     rest = [i for i in range(len(tensors)) if i not in found]
     if not found:
@@ -213,12 +215,6 @@ def _finite_sums(tensors: Sequence[Tensor], *, absolute: bool) -> dict[int, Sequ
         rows = zip(small, squares, magnitudes, strict=True)
         found.update((i, (s, 0.0, m) if absolute else (s, 0.0)) for i, s, m in rows if s < math.inf)
     return found
-
-
-def _fused_sums(tensors: Sequence[Tensor], *, absolute: bool) -> Tensor:
-    rows = fused.rows(tensors)
-    (squares, magnitudes), nonfinite = rows[:, fused.SUMS].unbind(-1), rows[:, fused.SQUARES][:, 1]
-    return torch.stack((squares, nonfinite, magnitudes) if absolute else (squares, nonfinite), dim=-1)
 
 
 def _careful_sums(tensors: Sequence[Tensor], device: torch.device, *, absolute: bool) -> Tensor:

@@ -9,20 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.statistics import linear
 from torchprobe.statistics.dtypes import arithmetic, row_dtype
+from torchprobe.statistics.histograms import HEADER, linear_edges, linear_histogram
 
 BUCKETS = 64
 SIDES = ("in", "out")
 
-_HISTOGRAM = len(linear.HEADER) + BUCKETS
+_HISTOGRAM = len(HEADER) + BUCKETS
 _HEADER = ("wins", "count_in", "count_out")
 
 FIELDS = _HEADER + tuple(
-    f"{side}_{name}" for side in SIDES for name in (*linear.HEADER, *(f"bucket_{i}" for i in range(BUCKETS)))
+    f"{side}_{name}" for side in SIDES for name in (*HEADER, *(f"bucket_{i}" for i in range(BUCKETS)))
 )
 """Columns of a row: pairs in which the outside score is the higher one, ties by half; how many finite scores; and of
-each side a histogram as `linear.linear_histogram` makes it. Rows do not merge: another batch makes other pairs."""
+each side a histogram as `linear_histogram` makes it. Rows do not merge: another batch makes other pairs."""
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def compute(in_scores: Tensor, out_scores: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, probe)
     up_to = torch.searchsorted(ordered, probe, right=True)
     wins = ((below + up_to) * finite).sum() / 2
-    histograms = (linear.linear_histogram(x, BUCKETS) for x in (inside, outside))
+    histograms = (linear_histogram(x, BUCKETS) for x in (inside, outside))
     return torch.cat((torch.cat((wins[None], counts)).to(inside.dtype), *histograms))
 
 
@@ -64,5 +64,5 @@ def histograms(row: Sequence[float] | NDArray[np.float64]) -> dict[str, tuple[ND
     found = {}
     for side, (low, high, _, *counts) in zip(SIDES, sides.tolist(), strict=True):  # on the host
         if any(counts):
-            found[side] = (linear.edges(low, high, BUCKETS), np.asarray(counts, dtype=np.int64))
+            found[side] = (linear_edges(low, high, BUCKETS), np.asarray(counts, dtype=np.int64))
     return found

@@ -160,7 +160,8 @@ def _of_probabilities(probability: Tensor, top: Tensor, named: Tensor) -> tuple[
 
 def _judge_soft(predictions: Tensor, target: Tensor, from_logits: bool) -> Judged:
     """predictions and target: (n, classes), target the probabilities of the classes. Correct is argmax agreement."""
-    log, probability = _distributions(predictions, from_logits)
+    log = predictions.log_softmax(dim=-1) if from_logits else None
+    probability = predictions if log is None else log.exp()
     confidence, predicted = probability.max(dim=-1)
     brier = (probability - target).square().sum(dim=-1)
     log = probability.clamp(min=IMPOSSIBLE).log() if log is None else log.masked_fill(log == -torch.inf, _LEAST)
@@ -183,13 +184,6 @@ def _judge_binary(predictions: Tensor, target: Tensor, from_logits: bool) -> Jud
     valid = (score >= 0) & (score <= 1) & (target >= 0) & (target <= 1)
     brier = 2 * (score - target).square()
     return Judged(confidence, (score >= 0.5) == positive, brier, _bounded(nll), valid, score, positive)
-
-
-def _distributions(predictions: Tensor, from_logits: bool) -> tuple[Tensor | None, Tensor]:
-    if not from_logits:
-        return None, predictions
-    log = predictions.log_softmax(dim=-1)
-    return log, log.exp()
 
 
 def _is_distribution(probability: Tensor) -> Tensor:
@@ -225,9 +219,8 @@ def class_counts(targets: Tensor, counted: Tensor, classes: int) -> Tensor:
 
 def entropy(counts: Tensor) -> Tensor:
     """Of the distribution that counts tell, in nats: what always predicting the frequencies costs. NaN of none."""
-    p = counts / counts.sum()
-    information: Tensor = torch.special.xlogy(p, p)
-    return -information.sum()
+    information: Tensor = torch.special.entr(counts / counts.sum())
+    return information.sum()
 
 
 def same_class(counts: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ def _of_concentrations(alpha: Tensor) -> Decomposition:
 def _proper(alpha: Tensor) -> Iterator[Tensor]:
     """Chunks of examples in `row_dtype`; one that is no parameter of a Dirichlet distribution is NaN."""
     arithmetic(alpha, "alpha")
-    _check_classes("alpha", alpha)
+    if alpha.dim() == 0 or alpha.size(-1) == 0:
+        raise ValueError(f"alpha: got shape {tuple(alpha.shape)}, takes (..., classes) with at least one class")
     for chunk in examples(alpha.detach(), 1):
         yield _where(((chunk > 0) & chunk.isfinite()).all(dim=-1, keepdim=True), chunk.to(row_dtype(alpha.device)))
 
@@ -232,8 +233,3 @@ def _check_samples(name: str, x: Tensor, least: int) -> None:
     if x.dim() < least or len(x) == 0 or (least > 1 and x.size(-1) == 0):
         shape = "(samples, ..., classes)" if least > 1 else "(samples, ...)"
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes {shape} with at least one of each")
-
-
-def _check_classes(name: str, x: Tensor) -> None:
-    if x.dim() == 0 or x.size(-1) == 0:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes (..., classes) with at least one class")

@@ -40,7 +40,7 @@ class Recorder:
     def __init__(
         self, model: nn.Module, plan: Plan, sources: Sources, outlet: Outlet, meter: Meter, watch: Watch, ranks: int
     ) -> None:
-        self.guard = Guard(meter, outlet.stopped, (TrainingAlert,))
+        self.guard = Guard(meter, outlet.drain.stopped, (TrainingAlert,))
         self._plan = plan
         self._sources = sources
         self._watch = watch

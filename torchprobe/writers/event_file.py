@@ -29,7 +29,7 @@ from tensorboard.plugins.scalar import metadata as scalar_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 
 from torchprobe.messages import log as _log
-from torchprobe.records import Histogram, HParams, Image, Layout, Lines, OfTags, Outcome, Record, Text, Value, group_of
+from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Outcome, Record, Text, Value, group_of, of_tags
 from torchprobe.writers.files import FaultLog, GrowingFile, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
@@ -95,7 +95,7 @@ class EventFileWriter:
         self._restart: int | None = None
         self._started = False
         self._described: set[str] = set()
-        self._scalars = OfTags(Scalars)
+        self._scalars = of_tags(Scalars)
         self._files = 0
         self._faults = FaultLog()
         self._alone = True
@@ -121,7 +121,7 @@ class EventFileWriter:
         for record in records:
             folded, folding = folding.fold(record)
             if folded.values.keys() <= described and {*map(type, folded.values.values())} == {float}:
-                events.append(self._scalars(folded.values).event(folded))
+                events.append(self._scalars(tuple(folded.values)).event(folded))
             else:
                 events.append(encode(folded, described).SerializeToString())
                 described.update(folded.values)

@@ -60,19 +60,15 @@ class JsonLinesWriter:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = AppendFile(self._path, "ab")
-            if file.size and _torn(self._path):
-                file.append(b"\n")
+            if file.size:
+                with self._path.open("rb") as written:
+                    written.seek(-1, os.SEEK_END)
+                    if written.read() != b"\n":  # a killed process left half a line, which would spoil the next one
+                        file.append(b"\n")
         except OSError as error:
             fix = "pass the path of a file that you may write to"
             raise OSError(error.errno, f"path={str(self._path)!r}: {error.strerror}: {fix}") from error
         return file
-
-
-def _torn(path: Path) -> bool:
-    """Whether a killed process left half a line, which would spoil the next one."""
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
 
 
 def json_record(record: Record, without: tuple[type, ...] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numbers import Real
 from statistics import median
 from typing import NamedTuple, TypeAlias
 
-from torchprobe.records import Layout, Lines, Margin, OfTags, Record, Value
+from torchprobe.records import Layout, Lines, Margin, Record, Value, of_tags
 from torchprobe.writers.hparams import FINAL
 from torchprobe.writers.protocol import Writer, restart
 
@@ -63,7 +63,7 @@ class LayoutWriter:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._shown = _Shown()
-        self._banded = OfTags(banded_in)
+        self._banded = of_tags(banded_in)
 
     def write(self, records: Sequence[Record]) -> None:
         """Pass a batch on, with bands and layouts. What the wrapped writer raises, with nothing changed."""
@@ -85,7 +85,7 @@ class LayoutWriter:
     def _completed(self, record: Record) -> Record:
         shown = self._shown
         added = shown.added if record.step == shown.step else frozenset()
-        found = bands(record, self._banded(record.values))
+        found = bands(record, self._banded(tuple(record.values)))
         extra: dict[str, Value] = {tag: value for tag, value in found if tag not in added}
         shown = _with_tags(_with_tags(shown, record.values), extra)
         if shown.wanted != shown.written and LAYOUT_TAG not in added:

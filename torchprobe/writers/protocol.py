@@ -89,7 +89,9 @@ class MemoryWriter:
         """
         series = self._series(tag)
         if not series:
-            raise KeyError(_unknown_tag(tag, self.tags()))
+            near = difflib.get_close_matches(tag, self.tags(), n=5, cutoff=0.4)
+            hint = f"near ones: {', '.join(near)}" if near else f"tags written: {', '.join(self.tags()[:20]) or 'none'}"
+            raise KeyError(f"no value was written under tag {tag!r}; {hint}")
         found = [value for at, value in series if step in (None, at)]
         if not found:
             raise KeyError(f"tag {tag!r} has no value at step {step}; its steps: {[at for at, _ in series]}")
@@ -97,9 +99,3 @@ class MemoryWriter:
 
     def _series(self, tag: str) -> list[tuple[int, Value]]:
         return [(record.step, record.values[tag]) for record in self.records if tag in record.values]
-
-
-def _unknown_tag(tag: str, tags: list[str]) -> str:
-    near = difflib.get_close_matches(tag, tags, n=5, cutoff=0.4)
-    hint = f"near ones: {', '.join(near)}" if near else f"tags written: {', '.join(tags[:20]) or 'none'}"
-    return f"no value was written under tag {tag!r}; {hint}"

@@ -186,7 +186,8 @@ def _to_softmax(source: QueryKey, rows: Rows, tile: Tile, logits: Tensor, sight:
 def _indices(rows: Rows, tile: Tile, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of batch, head, query and key, four-dimensional each."""
     device = logits.device
-    batch = rows.batch_indices(tile, device)[:, None, None, None]
+    batch = torch.arange(rows.count, device=device) if rows.sequences is None else rows.sequences
     head = torch.arange(tile.heads.start, tile.heads.stop, device=device)[None, :, None, None]
     query = rows.positions(tile, device)[:, None, :, None]
-    return batch, head, query, torch.arange(logits.size(-1), device=device)[None, None, None]
+    key = torch.arange(logits.size(-1), device=device)[None, None, None]
+    return batch[tile.sequences, None, None, None], head, query, key

@@ -152,15 +152,10 @@ def _fill(columns: Tensor, block: Block, workspace: Workspace) -> None:
     if block.visible is None:
         sink.copy_(weight[..., 0])
     else:
-        sink.copy_(_of_first(weight, block.visible.first))
+        first = block.visible.first.nan_to_num(0.0).clamp(max=weight.size(-1) - 1)  # in bounds for any row
+        sink.copy_(weight.gather(-1, first.long().expand(weight.shape[:-1])[..., None])[..., 0])
         count.copy_(block.visible.count)
     totals(weight, block.distances, total, distance)
-
-
-def _of_first(weight: Tensor, first: Tensor) -> Tensor:
-    """e of the first visible key: (sequences, heads, rows)."""
-    index = first.nan_to_num(0.0).clamp(max=weight.size(-1) - 1).long()  # in bounds for rows that see nothing, too
-    return weight.gather(-1, index.expand(weight.shape[:-1])[..., None])[..., 0]
 
 
 def _sinks(source: Source, rows: Rows, tile: Tile) -> Tensor | None:

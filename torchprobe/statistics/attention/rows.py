@@ -93,12 +93,6 @@ class Rows:
         """A bound that all query indices of a tile lie below: the end of its last stratum, known on the host."""
         return -(-int(tile.rows.stop) * self.span // self.per_sequence)
 
-    def batch_indices(self, tile: Tile, device: torch.device) -> Tensor:
-        """The sequences of a tile, as indices into the batch: (sequences,)."""
-        if self.sequences is None:
-            return torch.arange(tile.sequences.start, tile.sequences.stop, device=device)
-        return self.sequences[tile.sequences]
-
     def of_sequences(self, x: Tensor, tile: Tile) -> Tensor:
         """The sequences of a tile: x (batch or 1, …) -> (sequences or 1, …), a view where it can be."""
         if x.size(0) == 1:

@@ -62,8 +62,9 @@ class QueryKey:
         whole = self.key.size(1) > 0 and heads % self.key.size(1) == 0
         _check(whole or not heads, "key", self.key, f"a number of key heads that divides the query's {heads}")
         if self.mask is not None:
-            full = (batch, heads, queries, self.key.size(2))
-            fits = _broadcasts(self.mask, full) and (self.mask.dtype == torch.bool or self.mask.is_floating_point())
+            full, sizes = (batch, heads, queries, self.key.size(2)), self.mask.shape
+            fits = len(sizes) <= 4 and all(a in (1, b) for a, b in zip(sizes[::-1], full[::-1], strict=False))
+            fits = fits and (self.mask.dtype == torch.bool or self.mask.is_floating_point())
             _check(fits, "mask", self.mask, f"a bool or floating one that broadcasts to {full}")
         if self.sinks is not None:
             _check(self.sinks.shape == (heads,), "sinks", self.sinks, f"({heads},), one logit a head")
@@ -149,11 +150,6 @@ Source: TypeAlias = QueryKey | Logits
 
 def _arithmetic(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
-    sizes = tuple(x.shape)
-    return len(sizes) <= 4 and all(a in (1, b) for a, b in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 def _check_queries(padding: Tensor | None, places: Tensor | None, batch: int, queries: int) -> None:

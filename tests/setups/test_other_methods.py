@@ -369,3 +369,19 @@ def test_what_is_not_seen_of_a_model_whose_inner_parts_alone_are_called_is_said_
         session.flush()
         lines = [line for line in session.summary().splitlines() if "instrument the module that is called" in line]
     assert [any(probe in line for line in lines) for probe in ("Calibration", "Uncertainty")] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+def test_a_part_that_is_a_script_is_passed_over():
+    model, writer, right = Trained(), MemoryWriter(), []
+    model.script = torch.jit.script(nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for _ in range(4):
+            loss = model.script(model.net(torch.randn(4, 6))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            right.append(loss.item())
+    assert dict(writer.scalars("overview/loss")) == pytest.approx(dict(enumerate(right, 1)))
+    assert "recording stopped" not in session.summary()

@@ -241,6 +241,8 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
+        if isinstance(child, torch.jit.ScriptModule):  # it takes no hooks
+            continue
         if _has_forward(child):
             yield child
         else:

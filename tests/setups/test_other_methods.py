@@ -371,6 +371,32 @@ def test_what_is_not_seen_of_a_model_whose_inner_parts_alone_are_called_is_said_
     assert [any(probe in line for line in lines) for probe in ("Calibration", "Uncertainty")] == [True, True]
 
 
+@pytest.mark.parametrize("has_forward", [True, False])
+def test_the_first_batch_of_a_validation_by_parts_is_that_of_all_parts(has_forward):
+    kind = Encoder if has_forward else type("Bare", (Encoder,), {"forward": nn.Module.forward})
+    torch.manual_seed(0)
+    model, writer, right = kind(), MemoryWriter(), {"down": {}, "up": {}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torchprobe.instrument(model, writer=writer, every=1, probes=[torchprobe.Activations()]):
+        for step in range(1, 5):
+            model.decode(model.encode(torch.randn(5, 6))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                for batch in range(3):
+                    x = torch.randn(5, 6)
+                    out = model.decode(model.encode(x))
+                    if batch == 0:
+                        right["down"][step] = rms(model, x)
+                        right["up"][step] = out.double().square().mean().sqrt().item()
+            model.train()
+    for name, expected in right.items():
+        found = dict(writer.scalars(f"val/activation_rms/{name}"))
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
+        assert set(found) >= {2, 3, 4}
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 def test_a_part_that_is_a_script_is_passed_over():
     model, writer, right = Trained(), MemoryWriter(), []

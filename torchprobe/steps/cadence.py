@@ -89,10 +89,11 @@ class Plan:
         self._awaits_validation.update(dict.fromkeys(due))
         self._open_validation()
 
-    def validated(self) -> None:
-        """A batch of validation was sampled: most probes want no more until the next sampled step."""
+    def validated(self, more: bool = False) -> None:
+        """A batch of validation was sampled, or more of it comes: most probes want no other until a sampled step."""
         self._validating = True
-        self._close_validation([r for r in self.reporters if r.probe.in_validation != "all"])
+        if not more:
+            self._close_validation([r for r in self.reporters if r.probe.in_validation != "all"])
 
     def validation_ended(self) -> None:
         """Training goes on: validation is sampled again after the next sampled step."""

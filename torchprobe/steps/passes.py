@@ -40,6 +40,7 @@ class Passes:
         self.gradients = Gradients(ref(model), guard, steps, sources, self._train)
         self._dropped = Dropped()
         self._undecided = Undecided()
+        self._validated: set[int] = set()  # parts, in the validation that runs
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
         self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
@@ -66,6 +67,8 @@ class Passes:
                 self.gradients.waiting.take_back(self._steps.current)  # its optimizer's step raised
         else:
             self._steps.look_for_optimizers()
+            if id(module) in self._validated:  # another batch
+                self._steps.validated({})
         if clock.by_forward:
             kind = TRAINING if module.training else VALIDATION
             if clock.training_pass():
@@ -125,7 +128,9 @@ class Passes:
         if self._clock.by_forward:
             self._count(passing)
         elif passing.kind is VALIDATION:
-            self._steps.validated(passing.take())
+            is_part = module is not self._sources.model()
+            self._validated.update([id(module)] if is_part else ())
+            self._steps.validated(passing.take(), more=is_part)
         elif passing.kind is UNDECIDED:
             self._undecided.add(passing, self._clock.completed)
         elif not heard:
@@ -176,6 +181,8 @@ class Passes:
         """The machine has begun a step. in_backward: by a backward pass, which may run through more passes."""
         if self._dropped.any or self._undecided.passes or self._steps.has_validated:
             self.settle(in_backward)
+        if self._validated:
+            self._validated.clear()
         if self.unheard or self.frozen:
             self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
         self._steps.begin()

@@ -214,13 +214,13 @@ class Steps:
         else:
             self.current.put(tag, value)
 
-    def validated(self, kept: dict[Any, Any], weights: int | None = None) -> None:
-        """What a pass kept that was validation. weights: the step whose weights it had, by default the last one."""
+    def validated(self, kept: dict[Any, Any], weights: int | None = None, more: bool = False) -> None:
+        """What validation kept. weights: the step whose it had, by default the last. more: of the batch may follow."""
         self.has_validated, self._weights = True, self.clock.completed if weights is None else weights
         if kept:
             for piece in self._sources.rows(kept, False, self.due_in_validation):
                 self._validates().add(piece)
-        self._plan.validated()
+        self._plan.validated(more)
         if self.by_methods or self.clock.fresh:
             self._sources.arm(self.due_in(self.clock.following), self.clock.fresh)
 

@@ -128,6 +128,7 @@ class Convolves(nn.Module):
         return torch.sparse.mm(neighbours, torch.sparse.mm(features, self.weight))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
 def test_sparse_inputs_of_a_classifier_switch_no_probe_off(layout, caplog):
     torch.manual_seed(0)

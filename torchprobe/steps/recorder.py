@@ -24,8 +24,8 @@ from torchprobe.steps.passes import Passes
 from torchprobe.steps.steps import Steps
 
 _IN_EVALUATION = (
-    "the model is in evaluation mode and is not called by its forward: what other methods of it call is seen in "
-    "training mode alone, after model.train()"
+    "the model is in evaluation mode, and neither it nor a part of it is called: what its methods call inside of parts "
+    "is seen in training mode alone, after model.train()"
 )
 _BY_PARTS = (
     "in training modules inside of the model were called and not the model itself, as by self.forward(x) or self.net(x)"

@@ -46,7 +46,6 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.records import Text as Text
     from torchprobe.rules.alert import Alert as Alert
     from torchprobe.rules.alert import TrainingAlert as TrainingAlert
-    from torchprobe.rules.alert import WebhookNotifier as WebhookNotifier
     from torchprobe.rules.course import ExplodingGradient as ExplodingGradient
     from torchprobe.rules.course import GradNormSpike as GradNormSpike
     from torchprobe.rules.course import LossSpike as LossSpike
@@ -61,6 +60,7 @@ if TYPE_CHECKING:  # `as` says to type checkers that a name is public
     from torchprobe.rules.progress import InputBound as InputBound
     from torchprobe.rules.progress import Overfitting as Overfitting
     from torchprobe.rules.progress import Stalled as Stalled
+    from torchprobe.rules.webhook import WebhookNotifier as WebhookNotifier
     from torchprobe.session import Session as Session
     from torchprobe.session import instrument as instrument
     from torchprobe.session import session_of as session_of
@@ -89,11 +89,12 @@ _NAMES = {
     "probes.uncertainty": "Uncertainty",
     "random_state": "random_state",
     "records": "Histogram Image Record Text",
-    "rules.alert": "Alert TrainingAlert WebhookNotifier",
+    "rules.alert": "Alert TrainingAlert",
     "rules.course": "ExplodingGradient GradNormSpike LossSpike NothingCaptured Overconfidence",
     "rules.layers": "AttentionCollapse AttentionLogitGrowth DeadUnits UpdateRatio VanishingGradient",
     "rules.non_finite": "NonFinite",
     "rules.progress": "InputBound Overfitting Stalled",
+    "rules.webhook": "WebhookNotifier",
     "session": "Session instrument session_of",
     "statistics": "statistics",
     "testing": "testing",

@@ -17,8 +17,9 @@ import torch
 
 from torchprobe._version import __version__
 from torchprobe.records import Image, Record, StepSnapshot, Text
-from torchprobe.rules.alert import Alert, TrainingAlert, payload
+from torchprobe.rules.alert import Alert, TrainingAlert
 from torchprobe.rules.watch import Follower
+from torchprobe.rules.webhook import payload
 from torchprobe.writers.files import FileStore, Outbox
 from torchprobe.writers.json_lines import json_record
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.checkpoint.run import Run, names
 from tests.models import mlp
 from torchprobe import CheckpointManager
 from torchprobe.checkpoint.files import stored
+from torchprobe.checkpoint.states import checked_metrics
 from torchprobe.testing import MemoryWriter
 
 
@@ -183,3 +186,7 @@ def test_a_model_and_an_optimizer_that_changed_places_are_named_by_the_model(tmp
         CheckpointManager(tmp_path).restore(optimizer, model)
     with pytest.raises(TypeError, match=r"(?s)model=SGD.*takes a torch.nn.Module, not SGD"):
         CheckpointManager(tmp_path).save_checkpoint(optimizer, model, None, 0, 1, {})
+
+
+def test_a_metric_beyond_float64_is_infinite():
+    assert checked_metrics({"loss": 10**400, "accuracy": 0.5}) == {"loss": math.inf, "accuracy": 0.5}

@@ -12,9 +12,9 @@ import pytest
 
 import torchprobe
 from torchprobe.records import Record, Text
-from torchprobe.rules.alert import payload
 from torchprobe.rules.choosing import checked_rules
 from torchprobe.rules.watch import open_watch
+from torchprobe.rules.webhook import payload
 
 DOCS = Path(torchprobe.__file__).parents[1] / "docs"
 

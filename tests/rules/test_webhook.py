@@ -12,7 +12,7 @@ from time import monotonic
 import pytest
 
 import torchprobe
-from torchprobe.rules import alert as webhook
+from torchprobe.rules import webhook
 
 ALERT = torchprobe.Alert("loss_spike", 7, None, math.inf, 6.0, "the loss")
 

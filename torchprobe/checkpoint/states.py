@@ -219,10 +219,13 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
         return {}
     if not isinstance(metrics, Mapping):
         raise TypeError(f"metrics={metrics!r}: takes a mapping of names to numbers, such as {{'val_loss': 0.3}}")
+    numbers: dict[str, float] = {}
     for name, value in metrics.items():
-        if not isinstance(name, str) or number_of(value) is None:
+        number = number_of(value)
+        if not isinstance(name, str) or number is None:
             raise TypeError(f"metrics[{name!r}]={value!r}: takes a name and a number")
-    return {name: float(value) for name, value in metrics.items()}
+        numbers[name] = number
+    return numbers
 
 
 def checked_step(step: int | None, session: Session | None) -> int:

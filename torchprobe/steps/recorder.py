@@ -142,7 +142,7 @@ class Recorder:
             self._say_unheard()
         model = self._sources.model()
         if model is not None and not model.training:
-            if not self._sources.running.compiled:
+            if self.clock.fresh and not self._sources.running.compiled:
                 self._passes.hooks.follow_parts()
             for reporter in self._steps.current.due:
                 if reporter.source in ("outputs", "output_gradients"):

@@ -143,3 +143,14 @@ def test_sparse_inputs_of_a_classifier_switch_no_probe_off(layout, caplog):
             optimizer.step(), optimizer.zero_grad()
     assert "failed" not in caplog.text
     assert writer.scalars("calibration/count") == [(1, 40.0), (2, 40.0), (3, 40.0)]
+
+
+def test_a_first_input_of_one_value_draws_no_warning(caplog):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING), torchprobe.instrument(model, writer=MemoryWriter(), every=1):
+        for _ in range(3):
+            model(torch.ones(1, 1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not [line for line in caplog.messages if "switched off" in line]

@@ -167,7 +167,7 @@ class ModuleCalls:
         if not isinstance(given, Tensor) or not _has_address(given) or given.dim() < 2:
             return
         sample = given.detach().reshape(-1)[:: 1 + given.numel() // _MANY].float()
-        self._evidence.put("input_scale", sample.std().maximum(sample.mean().abs()))
+        self._evidence.put("input_scale", sample.std(correction=0).maximum(sample.mean().abs()))
 
     def _normalised(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module.training and args and isinstance(args[0], Tensor) and _has_address(args[0]) and args[0].dim() > 1:

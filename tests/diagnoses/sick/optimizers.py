@@ -92,6 +92,18 @@ def gradients_are_zeroed_in_place_too_early(watch):
     return session
 
 
+@sick("zero_grad_before_step")
+def a_step_comes_before_backward(watch):
+    model = mlp()
+    optimizer, session = adam(model), watch(model)
+    for x, y in batches(*digits(), steps=60):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        optimizer.step()
+        loss.backward()
+    return session
+
+
 @sick("no_optimizer_step")
 def the_optimizer_never_steps(watch):
     model = mlp()

@@ -38,6 +38,13 @@ class _Seen(NamedTuple):
     norms: dict[int, Tensor]
 
 
+class _Empty(NamedTuple):
+    """What an optimizer holds that found no gradient in the open step, and no backward pass before it."""
+
+    first: str
+    parameters: set[int]
+
+
 class GradientFacts:
     """What backward passes of the open step added, and what optimizers find of it when they step."""
 
@@ -47,6 +54,7 @@ class GradientFacts:
         self._evidence = evidence
         self._before: _Seen | None = None  # of the backward pass that runs
         self._passes: list[tuple[_Seen, _Seen]] = []  # before and after each of the open step
+        self._empty: dict[str, _Empty] = {}  # by the optimizer's class
         self._holders: dict[int, tuple[ReferenceType[Optimizer], set[int]]] = {}
         self._searched: frozenset[int] = frozenset()  # parameters for whose holder all objects were looked at
         self._backwards = 0
@@ -57,6 +65,7 @@ class GradientFacts:
     def open(self) -> None:
         """A step begins."""
         self._passes, self._before, self._ran, self._half_precision = [], None, False, False
+        self._empty = {}
 
     def returned(self, half_precision: bool) -> None:
         """A training pass has returned. half_precision: whether an output is float16."""
@@ -73,6 +82,7 @@ class GradientFacts:
         before, self._before = self._before, None
         if before is not None:
             self._passes.append((before, self._look()))
+            self._comes_late()
         if not self._stepped:
             self._evidence.put("backwards_without_step", self._backwards)
 
@@ -86,10 +96,14 @@ class GradientFacts:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._holders = {key: one for key, one in self._holders.items() if one[0]() is not None}
         self._holders[id(optimizer)] = ref(optimizer), held
-        mine = [p for _, p in named if id(p) in held and p.requires_grad]
+        trained = {name: p for name, p in named if id(p) in held and p.requires_grad}
+        mine = [*trained.values()]
         reached = self._since_backward(mine, label)
+        self._empty.pop(label, None)
+        if mine and not reached and all(p.grad is None for p in mine):
+            self._empty[label] = _Empty(next(iter(trained)), {id(p) for p in mine})
         self._unheld(named, optimizer, label)
-        self._without_gradient(named, held, reached)
+        self._without_gradient(named, trained, reached)
         self._rate(optimizer, label)
         if self._half_precision and loss_scale(optimizer) is None:
             self._zeros(mine)
@@ -122,6 +136,13 @@ class GradientFacts:
             self._evidence.put(f"gradient_gone/{label}", (gone.any() & ~alive.any()).float())
         return True
 
+    def _comes_late(self) -> None:
+        """A backward pass follows the step that found nothing: what the one before it gave was zeroed first."""
+        for label, empty in self._empty.items():
+            if any(_changed(self._passes[-1], key) for key in empty.parameters):
+                self._evidence.put(f"gradient_gone/{label}", 1.0)
+                self._evidence.put(f"empty_step/{empty.first}", 0.0)
+
     # ---- held by nobody
 
     def _unheld(self, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, label: str) -> None:
@@ -141,12 +162,13 @@ class GradientFacts:
         if lost and lone & self._searched:
             self._evidence.put(f"strangers/{label}", len(lost))
 
-    def _without_gradient(self, named: list[tuple[str, nn.Parameter]], held: set[int], reached: bool) -> None:
-        mine = [(name, p) for name, p in named if id(p) in held and p.requires_grad]
-        missing = [name for name, p in mine if p.grad is None]
+    def _without_gradient(
+        self, named: list[tuple[str, nn.Parameter]], mine: dict[str, nn.Parameter], reached: bool
+    ) -> None:
+        missing = [name for name, p in mine.items() if p.grad is None]
         if mine and self._ran and is_alone():  # of shards a rank may hold nothing
             none, others = len(missing) == len(mine) and not reached, any(p.grad is not None for _, p in named)
-            self._evidence.put(f"empty_step/{mine[0][0]}", none * (1.0 if others else 2.0))
+            self._evidence.put(f"empty_step/{next(iter(mine))}", none * (1.0 if others else 2.0))
         if 0 < len(missing) < len(mine):
             owners = {owner_of(name) for name, p in named if p.grad is not None}
             for name in missing[:_NAMED]:

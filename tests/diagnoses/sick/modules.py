@@ -65,6 +65,23 @@ def layers_in_a_plain_list(watch):
     return classify(watch, model, adam(model), steps=30)
 
 
+@sick("unregistered_modules")
+def parameters_in_a_plain_list(watch):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = [nn.Parameter(torch.randn(64, 64) / 8) for _ in range(2)]
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = (x @ weight).relu()
+            return self.head(x)
+
+    model = Listed()
+    return classify(watch, model, adam(model), steps=30)
+
+
 @sick("repeated_layer")
 def one_layer_times_three(watch):
     model = nn.Sequential(nn.Linear(64, 32), nn.Sequential(*[nn.Linear(32, 32), nn.Tanh()] * 3), nn.Linear(32, 10))

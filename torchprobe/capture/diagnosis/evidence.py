@@ -90,9 +90,12 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[str, float | Tensor]]:
 
 
 def _parameters_in(value: Any) -> Iterable[nn.Parameter]:
-    """Those of modules in a plain list, tuple or dictionary."""
-    parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-    return [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+    """Those in a plain list, tuple or dictionary, and of modules there. A plain tensor with a gradient may be data."""
+    for part in value.values() if type(value) is dict else value if type(value) in (list, tuple) else ():
+        if isinstance(part, nn.Parameter):
+            yield part
+        elif isinstance(part, nn.Module):
+            yield from part.parameters()
 
 
 def _copies(module: nn.Module) -> int:

@@ -129,14 +129,15 @@ class _AtOnce(Diagnosis):
 
 @dataclass(frozen=True)
 class UnregisteredModules(_AtOnce):
-    """Modules in a plain list or dictionary get gradients, and are in no `parameters()`."""
+    """Modules or parameters in a plain list or dictionary get gradients, and are in no `parameters()`."""
 
     name = "unregistered_modules"
     fact = "unregistered"
-    message = "modules in a plain list or dictionary get gradients, but are not in parameters(): they are never trained"
+    message = "what is in a plain list or dictionary gets gradients, but is not in parameters(): it is never trained"
     advice = (
-        "Put them into `nn.ModuleList` or `nn.ModuleDict`. Only then the optimizer, `to()`, `train()` and "
-        "`state_dict()` know of them (PyTorch, torch.nn.ModuleList)."
+        "Put modules into `nn.ModuleList` or `nn.ModuleDict`, parameters into `nn.ParameterList` or "
+        "`nn.ParameterDict`. Only then the optimizer, `to()`, `train()` and `state_dict()` know of them (PyTorch, "
+        "torch.nn.ModuleList)."
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.models import FAMILIES
-from torchprobe.naming import ROOT, bare_keys, named_modules, named_parameters, owner_of, unwrapped
+from torchprobe.naming import ROOT, bare_keys, layer_of, named_modules, named_parameters, owner_of, unwrapped
 
 
 class DistributedDataParallel(nn.Module):
@@ -201,3 +201,17 @@ def test_a_copy_has_the_same_names():
 )
 def test_a_parameter_belongs_to_the_module_before_its_last_dot(parameter, owner):
     assert owner_of(parameter) == owner
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("fc.parametrizations.weight", "fc"),
+        ("a.fc.parametrizations.weight.0", "a.fc"),
+        ("parametrizations.weight", ROOT),
+        ("a.fc", "a.fc"),
+        (ROOT, ROOT),
+    ],
+)
+def test_what_makes_a_weight_belongs_to_its_layer(module, layer):
+    assert layer_of(module) == layer

@@ -137,6 +137,11 @@ def owner_of(parameter_name: str) -> str:
     return parameter_name.rpartition(".")[0] or ROOT
 
 
+def layer_of(module_name: str) -> str:
+    """The layer whose weights a module makes of other parameters, or itself: `fc.parametrizations.weight` -> `fc`."""
+    return f".{module_name}".partition(".parametrizations.")[0].lstrip(".") or ROOT
+
+
 def with_parents(name: str) -> list[str]:
     """The modules around a module or parameter, outermost first, and itself: `a.b` -> `a`, `a.b`."""
     return list(accumulate(name.split("."), "{}.{}".format))

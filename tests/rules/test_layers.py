@@ -16,6 +16,20 @@ def test_vanishing_names_each_layer():
     assert rule(record(4, train__loss=1.0)) is None
 
 
+def test_a_bias_that_rests_beside_a_weight_made_of_other_parameters_is_no_illness():
+    """As the last one of a hinge loss, whose real and made-up halves pull it both ways, under spectral normalisation."""
+    vanishing, update = torchprobe.VanishingGradient().watcher(), torchprobe.UpdateRatio().watcher()
+    weight = "parametrizations.weight"
+    assert where(vanishing(record(2, **{"grad_mean_abs__a": 0.0, f"grad_mean_abs__a.{weight}": 0.1}))) == []
+    assert where(vanishing(record(3, **{"grad_mean_abs__a": 0.0, f"grad_mean_abs__ab.{weight}": 0.1}))) == ["a"]
+    assert where(vanishing(record(4, **{"grad_mean_abs__a": 0.1, f"grad_mean_abs__a.{weight}": 0.0}))) == [
+        f"a.{weight}"
+    ]
+    ratios = {"update_ratio__a.bias": 0.0, f"update_ratio__a.{weight}.original": 0.1, "lr__SGD__group_0": 1.0}
+    assert where(update(record(2, **ratios))) == []
+    assert where(update(record(3, **{**ratios, f"update_ratio__a.{weight}.original": 0.0}))) != []
+
+
 def test_a_gradient_that_is_zero_at_the_first_step_only_is_no_illness():
     rule = torchprobe.VanishingGradient().watcher()
     assert where(rule(record(1, grad_mean_abs__a=0.0, grad_mean_abs__b=1.0))) == []

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torchprobe.naming import owner_of
+from torchprobe.naming import layer_of, owner_of
 from torchprobe.records import Record
 from torchprobe.rules.base import LOSS_TAGS, BuiltIn, Found, Remembering, first_of, group, not_finite, scalar
 
@@ -48,6 +48,8 @@ class VanishingGradient(Remembering):
         emerging = _emerging(record, kept)
         low = {layer: mean for layer, mean in layers.items() if mean < self.threshold and (mean or not begins)}
         low = {layer: mean for layer, mean in low.items() if not (mean and layer in emerging)}
+        learn = {layer_of(part) for part in layers if part not in low}
+        low = {layer: mean for layer, mean in low.items() if layer not in learn}
         if converged and max(layers.values()) < _AT_REST * self.threshold:
             return []
         message = "hardly any gradient arrives: the mean absolute gradient is below the threshold"
@@ -101,12 +103,12 @@ class UpdateRatio(Remembering):
     def _too_small(self, record: Record, ratios: Mapping[str, float], pace: float, begins: bool) -> dict[str, float]:
         modules: defaultdict[str, list[float]] = defaultdict(list)
         for name, ratio in ratios.items():
-            modules[owner_of(name)].append(ratio)
+            modules[layer_of(owner_of(name))].append(ratio)
         gradients = dict(group(record, "grad_norm"))
         return {
             name: ratio
             for name, ratio in ratios.items()
-            if max(modules[owner_of(name)]) < self.low * pace
+            if max(modules[layer_of(owner_of(name))]) < self.low * pace
             and not (gradients and name not in gradients)  # frozen
             and not (begins and gradients.get(name) == 0)
         }

@@ -21,7 +21,7 @@ _EQUAL = 0.02  # of the loss: what is called on backward is the cross-entropy, a
 
 @dataclass(frozen=True)
 class AtChance(Diagnosis):
-    """Cross-entropy is no better than the entropy of the targets seen, which always guessing their frequencies costs.
+    """Cross-entropy is hardly better than the entropy of the targets seen, which always guessing frequencies costs.
 
     The mean of the last quarter of at least `steps` losses is above `share` of that entropy, and does not fall. Left
     alone: a loss that was far above it and has just come down to it, since frequencies are what is learnt first.
@@ -33,7 +33,7 @@ class AtChance(Diagnosis):
 
     name = "at_chance"
     reads = (EVIDENCE, "overview/loss")
-    message = "the loss is no better than always guessing how often each class occurs: nothing is learnt"
+    message = "the loss is hardly better than always guessing how often each class occurs: next to nothing is learnt"
     advice = (
         "Check that labels belong to their inputs (shuffled apart, off by one), that the learning rate is neither far "
         "too high nor too low; and that a few examples alone can be fitted (Karpathy 2019, A recipe for training "

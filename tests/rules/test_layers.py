@@ -17,7 +17,7 @@ def test_vanishing_names_each_layer():
 
 
 def test_a_bias_that_rests_beside_a_weight_made_of_other_parameters_is_no_illness():
-    """As the last one of a hinge loss, whose real and made-up halves pull it both ways, under spectral normalisation."""
+    """As the last one under a hinge loss and spectral normalisation, which real and made-up data pull both ways."""
     vanishing, update = torchprobe.VanishingGradient().watcher(), torchprobe.UpdateRatio().watcher()
     weight = "parametrizations.weight"
     assert where(vanishing(record(2, **{"grad_mean_abs__a": 0.0, f"grad_mean_abs__a.{weight}": 0.1}))) == []

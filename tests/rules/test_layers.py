@@ -44,6 +44,16 @@ def test_a_converged_model_has_no_vanishing_gradient():
     assert where(rule(record(4, train__loss=1e-6, grad_mean_abs__a=1e-9, grad_mean_abs__b=1e-3))) == ["a"]
 
 
+def test_nothing_has_to_move_in_a_converged_model():
+    rule = torchprobe.UpdateRatio().watcher()
+    still = {"update_ratio__a.w": 0.0, "lr__LBFGS__group_0": 1.0}
+    assert where(rule(record(2, train__loss=1.0, grad_mean_abs__a=1.0, **still))) == ["a.w"]
+    assert where(rule(record(3, train__loss=1e-6, grad_mean_abs__a=1e-6, **still))) == []
+    assert where(rule(record(4, train__loss=1e-6, grad_mean_abs__a=1e-3, **still))) == ["a.w"]
+    assert where(rule(record(5, train__loss=0.5, grad_mean_abs__a=1e-6, **still))) == ["a.w"]
+    assert where(rule(record(6, train__loss=1e-6, **still))) == ["a.w"]
+
+
 def test_attention_collapses_unless_there_is_one_key_only():
     rule = torchprobe.AttentionCollapse().watcher()
     values = {"attention_entropy_min__a": 0.05, "attention_entropy_min__b": 0.0, "attention_entropy_normalized__a": 0.1}

@@ -41,7 +41,7 @@ class VanishingGradient(Remembering):
 
     def _look(self, record: Record, kept: dict[str, Any]) -> Found:
         """Keeps the largest loss, by which a converged model is known, and whether anything has moved."""
-        converged, begins = _has_converged(record, kept), _begins(record, kept)
+        rests, begins = _is_at_rest(record, kept, self.threshold), _begins(record, kept)
         layers = dict(group(record, "grad_mean_abs"))
         if not layers or not_finite(record):
             return None
@@ -50,7 +50,7 @@ class VanishingGradient(Remembering):
         low = {layer: mean for layer, mean in low.items() if not (mean and layer in emerging)}
         learn = {layer_of(part) for part in layers if part not in low}
         low = {layer: mean for layer, mean in low.items() if layer not in learn}
-        if converged and max(layers.values()) < _AT_REST * self.threshold:
+        if rests:
             return []
         message = "hardly any gradient arrives: the mean absolute gradient is below the threshold"
         return self.together(record.step, low, self.threshold, message)
@@ -63,8 +63,9 @@ class UpdateRatio(Remembering):
     Healthy, and left alone: a small ratio because the learning rate is 0 or small beside the largest seen (warm-up,
     the end of a schedule: the ratio is compared as if the rate were the largest); one parameter of a module that
     stands still while others move (a bias in front of BatchNorm has no gradient); a frozen one; no movement without a
-    gradient while nothing has moved yet, or behind a weight that is zero or still grows out of it (as in LoRA); a large
-    ratio at step 1, or of a parameter whose norm is still under 1 % of the model's (a bias that passes through zero).
+    gradient while nothing has moved yet, or behind a weight that is zero or still grows out of it (as in LoRA), or in a
+    converged model (LBFGS stops there); a large ratio at step 1, or of a parameter whose norm is still under 1 % of the
+    model's (a bias that passes through zero).
     """
 
     high: float = 10.0
@@ -83,9 +84,10 @@ class UpdateRatio(Remembering):
         ratios = dict(group(record, "update_ratio"))
         if not ratios or not_finite(record):
             return None
+        rests = _is_at_rest(record, kept, VanishingGradient.threshold)
         large = self._too_large(record, ratios) if record.step > 1 else {}
         emerging = _emerging(record, kept)
-        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING else {}
+        small = self._too_small(record, ratios, pace, begins) if pace > _STANDING and not rests else {}
         small = {name: ratio for name, ratio in small.items() if not (ratio and owner_of(name) in emerging)}
         too_much = "one step moved the parameter by many times its own norm"
         too_little = "the step hardly moved the parameter, nor the others of its module"
@@ -205,14 +207,17 @@ class DeadUnits(Remembering):
         return self.together(record.step, ill, self.threshold, message)
 
 
-def _has_converged(record: Record, kept: dict[str, Any]) -> bool:
-    """Whether the loss is far below the largest seen."""
+def _is_at_rest(record: Record, kept: dict[str, Any], small: float) -> bool:
+    """Whether the model has converged: the loss is far below the largest seen, and all layers' gradients are small."""
     found = first_of(record, LOSS_TAGS)
     if found is None or not math.isfinite(found[1]):
         return False
     loss = abs(found[1])
     kept["largest_loss"] = max(kept.get("largest_loss", 0.0), loss)
-    return bool(loss < _CONVERGED * kept["largest_loss"])
+    if loss >= _CONVERGED * kept["largest_loss"]:
+        return False
+    means = [mean for _, mean in group(record, "grad_mean_abs")]
+    return bool(means) and max(means) < _AT_REST * small
 
 
 def _pace(record: Record, kept: dict[str, Any]) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torchprobe
+from tests.setups.compiled import COMPILERS_WARNINGS
 from tests.setups.reference import gradients, l2
 from torchprobe.testing import MemoryWriter
 
@@ -112,6 +113,40 @@ def test_gradients_that_nobody_zeroes_still_add_up():
     sums = [sum(losses[: k + 1]) for k in range(6)]
     assert [value for _, value in writer.scalars("overview/loss")] == pytest.approx(sums, rel=1e-5)
     assert "missing_zero_grad" in [alert.rule for alert in session.alerts]
+
+
+@pytest.mark.parametrize("uses_weights", [False, True])
+@pytest.mark.parametrize("penalised", ["before the pass", "after the pass", "after backward", "never"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=COMPILERS_WARNINGS)])
+def test_a_penalty_on_such_a_parameter_is_part_of_the_loss(backend, penalised, uses_weights):
+    """One that was not heard of in the first steps leaves their losses out; a compiler's own passes are none."""
+    torch.manual_seed(0)
+    model, writer, right = Weighted(), MemoryWriter(), []
+    if backend is not None:
+        model.compile(backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def penalise(when):
+        if when == penalised:
+            penalty = (model.log_variance - 1).square().sum()
+            penalty.backward()
+            right[-1] += penalty.item()
+
+    with torchprobe.instrument(model, writer=writer):
+        for _ in range(5):
+            right.append(0.0)
+            optimizer.zero_grad()
+            penalise("before the pass")
+            loss = by_weights(model, model) if uses_weights else model(torch.randn(5, 6)).square().mean()
+            right[-1] += loss.item()
+            penalise("after the pass")
+            loss.backward()
+            penalise("after backward")
+            optimizer.step()
+    got = dict(writer.scalars("overview/loss"))
+    assert got == pytest.approx({k: right[k - 1] for k in got}, rel=1e-5)
+    unheard = {"before the pass": {1, 2}, "after the pass": {1}}.get(penalised, set())
+    assert set(range(1, 6)) - set(got) <= unheard
 
 
 @pytest.mark.parametrize("none", [True, False])

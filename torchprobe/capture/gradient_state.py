@@ -17,7 +17,7 @@ _LEARNT = 2  # backward passes that tell in what order gradients come
 _MOST_UNOWNED = 64  # backward passes in which all gradients are looked at while a parameter has no known optimizer
 
 State = tuple[int, int]
-Left = tuple[Callable[[Tensor], bool], int]  # whether a tensor is a gradient that was left, and its version
+Left = tuple[Callable[[Tensor], bool], int | None]  # whether a tensor is a gradient that was left; its version, or any
 
 
 class EarlyGradients:
@@ -52,14 +52,25 @@ class EarlyGradients:
         """Look at all gradients in the next backward passes, too."""
         self._unowned, self.learns = max(self._unowned, passes), True
 
-    def begin(self, parameters: Iterable[nn.Parameter]) -> None:
-        """A backward pass has been heard of."""
-        self.before = {id(p): (p, _state(p)) for p in parameters}
-        self._old = {key for key, (same, version) in (self._last or {}).items() if self._is_left(key, same, version)}
+    def remember(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The first step begins: what is there is of backward passes unheard, whatever is added to it."""
+        self._last = {id(p): (_recognise(p.grad), None) for p in parameters if p.grad is not None}
 
-    def _is_left(self, key: int, same: Callable[[Tensor], bool], version: int) -> bool:
+    def begin(self, parameters: Iterable[nn.Parameter], unheard: bool) -> None:
+        """A backward pass has been heard of. unheard: others ran before it, that may be where any gradient is from."""
+        self.before = {id(p): (p, _state(p)) for p in parameters}
+        last = (self._last or {}).items()
+        old = self.before if unheard else [key for key, (same, version) in last if self._is_left(key, same, version)]
+        self._old = {*old}
+
+    def _is_left(self, key: int, same: Callable[[Tensor], bool], version: int | None) -> bool:
         gradient = self.before[key][0].grad if key in self.before else None
-        return gradient is not None and same(gradient) and gradient._version == version
+        return gradient is not None and same(gradient) and version in (None, gradient._version)
+
+    def holds_old(self) -> bool:
+        """Whether it has found gradients of backward passes before."""
+        gradients = [self.before[key][0].grad for key in self._old]
+        return any(g is not None and (not g.is_cpu or holds_any(g)) for g in gradients)
 
     def end(self) -> bool:
         """It has ended. Whether more is known than before."""

@@ -244,12 +244,12 @@ class Owners:
         self._tell_others()
         backward.see_reach((), self.others, backward.grown)
 
-    def look(self, living: list[GradientState], sampled: bool = False) -> None:
-        """Remember the gradients as a backward pass finds them; all of them where the step is sampled."""
+    def look(self, living: list[GradientState], sampled: bool = False, unheard: bool = False) -> None:
+        """Remember what gradients a backward pass finds; in a sampled step all. unheard: others ran before it."""
         if sampled and len(living) > 1:
             self.early.look_again(1)
         if self.early.learns:
-            self.early.begin(self.parameters())
+            self.early.begin(self.parameters(), unheard)
         for state in living if self.others is None else [*living, self.others]:
             state.look()
 

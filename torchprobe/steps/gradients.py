@@ -107,7 +107,9 @@ class Gradients:
             states = owners.living()
             if waiting:
                 self.waiting.drop_zeroed(states)
-            owners.look(states, bool(self._steps.current.due))
+            owners.look(states, bool(self._steps.current.due), unheard=skipped > 0)
+            if self._first and owners.early.holds_old():
+                backward.lose()
             if doubtful and not in_schedule():
                 backward.doubt({state for state in states if state.filled(all_of_them=not skipped)}, states)
         self._first = False
@@ -190,10 +192,16 @@ class Gradients:
         if self._check is not None:
             self._check.forget()
 
+    def pass_returned(self) -> None:
+        """Before the first backward pass: a compiler may have run some of its own as it traced, which took numbers."""
+        if self._first and self._number is not None and self._sources.running.compiled:
+            self._number = number_of_backward()
+
     def step_begins(self) -> None:
         """Another step: gradients of the one before may still be there."""
         if self._steps.clock.fresh:
             self._number = None if compiles_backward() else number_of_backward()
+            self._owners.early.remember(self._owners.parameters())
         elif self._parameter_hooks.wanted:
             self.listen()
         waiting = self.waiting.passes

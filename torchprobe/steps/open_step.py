@@ -93,17 +93,18 @@ class OpenStep:
         """Rows as they are."""
         self.pieces += pieces
 
-    def use(self, backward: Backward) -> None:
-        """The gradients of a backward pass are used: each counts once, however many optimizers use it."""
-        if not backward.used:
-            self.forwards += backward.forwards
-            if self.due:
-                self.used.append(backward)
-        if backward.loss is None:
-            self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
-        elif backward.counted != self.number:
-            self.loss = backward.loss if self.loss is None else self.loss + backward.loss
-        backward.take_for(self.number)
+    def use(self, *backwards: Backward) -> None:
+        """The gradients of backward passes are used: each counts once, however many optimizers use it."""
+        for backward in backwards:
+            if not backward.used:
+                self.forwards += backward.forwards
+                if self.due:
+                    self.used.append(backward)
+            if backward.loss is None:
+                self.unknown |= not (backward.elsewhere or backward.inner)  # part of another one's loss, or of none
+            elif backward.counted != self.number:
+                self.loss = backward.loss if self.loss is None else self.loss + backward.loss
+            backward.take_for(self.number)
 
     def miss_loss(self) -> None:
         """Gradients are used of a loss that nobody has heard of."""

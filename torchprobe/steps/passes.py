@@ -95,8 +95,7 @@ class Passes:
         first, self._first = self._first, None
         self._steps.look_for_optimizers()
         if self._clock.by_forward and first is not None:
-            for backward in self.gradients.waiting.passes:
-                self._steps.current.use(backward)
+            self._steps.current.use(*self.gradients.waiting.passes)
             self._count(first)
 
     def _due(self, kind: str) -> frozenset[Any]:
@@ -115,6 +114,7 @@ class Passes:
             self._watch.leave(args, kwargs, output)
         if passing.due:
             self._sources.leave(passing, module, args, kwargs, output)
+            self.gradients.pass_returned()
         if type(output) is Tensor and output.grad_fn is not None and passing.kind is not VALIDATION:
             hook = PassHook(passing) if passing.due or self.gradients.compiled else passing
             compat.hear_gradient(output, hook)  # by far the most frequent, so without the call of `_hook`
@@ -213,8 +213,7 @@ class Passes:
     def count_all(self) -> None:
         """The user ends a step in which no optimizer has stepped: its passes count all the same."""
         step, first = self._steps.current, self._first
-        for backward in self.gradients.waiting.passes:
-            step.use(backward)
+        step.use(*self.gradients.waiting.passes)
         unheard = self.take_unheard()
         if unheard is not None:
             step.keep(unheard)

@@ -43,14 +43,14 @@ def by_a_head(model, call):
     return y.square().mean() + model.auxiliary(y).square().mean()
 
 
-def trained(loss_of, *, none=True, micro=1, drops=False, apart=False, clip=False, method=False, steps=5):
+def trained(loss_of, *, none=True, micro=1, drops=False, apart=False, clip=False, method=False, steps=5, every=1):
     """What was recorded, and the loss and norm of each step."""
     torch.manual_seed(0)
     model, writer, right = Weighted(), MemoryWriter(), []
     beside = [model.log_variance, model.temperature] if apart else []
     others = [p for p in model.parameters() if not any(p is one for one in beside)]
     optimizers = [torch.optim.SGD(group, lr=0.1) for group in (beside, others) if group]
-    session = torchprobe.instrument(model, writer=writer, every=1)
+    session = torchprobe.instrument(model, writer=writer, every=every)
     for k in range(steps):
         if drops and k == 2:
             loss_of(model, model.parts if method else model).backward()
@@ -98,6 +98,15 @@ def test_the_loss_is_that_of_its_step(loss_of, options):
         assert [one.get(k) for one in got] == pytest.approx(values, rel=1e-5), k
     assert [alert.rule for alert in session.alerts if alert.rule == "missing_zero_grad"] == []
     assert "left out" not in session.summary()
+
+
+@pytest.mark.parametrize("loss_of", [by_weights, by_a_head])
+@pytest.mark.parametrize("options", [one for one in OPTIONS if "apart" not in one], ids=str)
+def test_it_is_also_where_few_steps_are_sampled(loss_of, options):
+    """A head beside the output is listened at in sampled steps alone, and tells no other one whether all was zeroed."""
+    writer, right, _ = trained(loss_of, steps=12, every=None, **options)
+    got = dict(writer.scalars("overview/loss"))
+    assert got == pytest.approx({k: values[0] for k, values in enumerate(right, 1)}, rel=1e-5)
 
 
 def test_gradients_that_nobody_zeroes_still_add_up():

@@ -54,10 +54,13 @@ class Pass:
     It is the hook on the pass's outputs, so that it lives as long as their graph does, and holds nothing of it.
 
     due: whose rows the pass gives. kept: by source. sign: of NaN in its output. task: the backward pass that runs
-    through it.
+    through it. beside: it is that of a part, which is heard of in some steps only.
     """
 
-    __slots__ = ("__weakref__", "_dropped", "_handles", "_observer", "before", "due", "kept", "kind", "sign", "task")
+    __slots__ = (
+        *("__weakref__", "_dropped", "_handles", "_observer", "before", "beside"),
+        *("due", "kept", "kind", "sign", "task"),
+    )
     __torch_unserializable__ = True  # a user who pickles an output is not warned of a hook that he did not make
 
     def __init__(
@@ -69,6 +72,7 @@ class Pass:
         self.sign: Any = None
         self.task: int | None = None
         self.before: tuple[Pass, ...] = ()
+        self.beside = False
         self._handles: list[RemovableHandle] = []
         self._observer = observer  # a weak reference
         self._dropped = dropped
@@ -96,6 +100,11 @@ class Pass:
     def decide(self, kind: str) -> None:
         """It is known what the pass is."""
         self.kind = kind
+
+    def stand_beside(self) -> Pass:
+        """It is that of a part."""
+        self.beside = True
+        return self
 
     def follow(self, unheard: list[Pass]) -> None:
         """Those of parts that need no gradient came before it in a loop: what becomes of it becomes of them."""

@@ -52,7 +52,9 @@ class Gradients:
         self._opener: nn.Parameter | None = None  # at which the backward pass was heard of
         self._number: int | None = None  # of the last one, where torch counts them
         self._recomputing: list[ReferenceType[Tensor]] = []  # what that was called on in which checkpoints run again
-        self._first = True  # none was heard of
+        self._first = True  # none was heard of that is for parameters
+        self._unheard = False  # others may have run before the one that runs
+        self._passed_on = (0, True)  # how many were not heard of before the last one, and whether that is in doubt
         self.compiled = False
         self._task = compat.plain_state()[0]
 
@@ -64,8 +66,9 @@ class Gradients:
             return None
         if running is None or (running.task != task and not in_recomputation()):
             running = self.begin(None if task == -1 else task)
-        elif self._opener is not None and not running.passes:
-            self._owners.look(self._owners.living())  # gradients that were there before tell nothing
+        elif not passing.beside and all(one.beside for one in running.passes):
+            # Gradients that were there before tell nothing.
+            self._owners.look(self._owners.living(), unheard=self._unheard)
         if passing.kind is UNDECIDED:
             self._train(passing)
         running.add(passing)
@@ -88,12 +91,14 @@ class Gradients:
         """A backward pass begins; one that is thought to run has ended without a word. root: see `plain_root`."""
         if self.running is not None:
             self.end(self.running)
-        skipped, doubtful = 0, self._first
+        skipped, doubtful = self._passed_on
         if self._number is not None and task is not None:
-            skipped, self._number = task - self._number - 1, task
-            skipped -= in_recomputation() if skipped else 0  # it runs inside of those
-            if skipped or self._parameter_hooks.hooked:
-                doubtful |= self._parameter_hooks.heard(skipped)
+            before, self._number = task - self._number - 1, task
+            before -= in_recomputation() if before else 0  # it runs inside of those
+            if before or self._parameter_hooks.hooked:
+                doubtful |= self._parameter_hooks.heard(before)
+            skipped += before
+        self._unheard = skipped > 0
         root = plain_root() if root is None else root
         backward = (
             Backward(task, loss_value(root)) if root is not None and not self._recomputing else self._of_roots(task)
@@ -107,12 +112,15 @@ class Gradients:
             states = owners.living()
             if waiting:
                 self.waiting.drop_zeroed(states)
-            owners.look(states, bool(self._steps.current.due), unheard=skipped > 0)
+            owners.look(states, bool(self._steps.current.due), self._unheard)
             if self._first and owners.early.holds_old():
                 backward.lose()
             if doubtful and not in_schedule():
-                backward.doubt({state for state in states if state.filled(all_of_them=not skipped)}, states)
-        self._first = False
+                hidden = skipped and owners.early.ids
+                backward.doubt({s for s in states if hidden or s.filled(all_of_them=not skipped)}, states)
+        adds_nothing = backward.stray or backward.again
+        self._passed_on = (skipped, doubtful) if adds_nothing else (0, False)
+        self._first &= adds_nothing
         if self._steps.current.due:
             self._sources.backward_begins(self._steps.current.due, self._owners.early.ids)
         if self._watch.timing is not None:

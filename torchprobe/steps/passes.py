@@ -272,7 +272,7 @@ class Passes:
         if self._clock.training_pass():
             self._steps.train_by_methods(not self._running.compiled and self.hooks.hear_part(module))
             self.begin_step()
-        passing = self._pass_of_graph()
+        passing = self._pass_of_graph().stand_beside()
         output.register_hook(self._hook(passing))
         return passing
 

@@ -93,6 +93,28 @@ def test_nets_of_two_optimizers_that_are_frozen_before_both_step_have_their_loss
     assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
 
 
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("every", [None, 1])
+def test_passes_of_a_frozen_generator_for_its_critic_are_none_of_its_training(parts, every):
+    """As StyleGAN's code freezes it: where the critic is none of the model, nothing else tells."""
+    torch.manual_seed(0)
+    generator, critic, writer, right = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), net(), MemoryWriter(), {}
+    model = nn.ModuleList(generator) if parts else generator
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in (critic, generator)]
+    with torchprobe.instrument(model, writer=writer, every=every):
+        for k in range(1, 7):
+            for trained, optimizer in enumerate(optimizers):
+                generator.requires_grad_(bool(trained))
+                critic.requires_grad_(not trained)
+                x = 10 ** (1 - trained) * torch.randn(8, 4)
+                right[k] = nn.functional.linear(x, generator[0].weight, generator[0].bias).mean().item()
+                optimizer.zero_grad()
+                critic(generator[1](generator[0](x)) if parts else generator(x)).square().mean().backward()
+                optimizer.step()
+    found = writer.scalars("activation_mean/0")
+    assert found == [(k, pytest.approx(right[k])) for k in ([1, 2, 5] if every is None else [*right])]
+
+
 def test_a_layer_unfrozen_midway_shows_up():
     model, writer = net(), MemoryWriter()
     model[0].requires_grad_(False)

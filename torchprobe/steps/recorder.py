@@ -199,7 +199,7 @@ class Recorder:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)
             step.use(backward)
-        if self._passes.unheard or self._passes.frozen or self._sources.running.compiled:
+        if self._passes.unheard or self._passes.frozen.passes or self._sources.running.compiled:
             unheard = self._passes.take_unheard()
             if unheard is not None:
                 step.keep(unheard)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,28 @@ def test_nets_of_two_optimizers_that_are_frozen_before_both_step_have_their_loss
                 optimizer.zero_grad()
             losses.append(loss.item())
     assert writer.scalars("overview/loss") == [(k + 1, pytest.approx(loss)) for k, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("every", [None, 1])
+def test_passes_of_a_frozen_generator_for_its_critic_are_none_of_its_training(parts, every):
+    """As StyleGAN's code freezes it: where the critic is none of the model, nothing else tells."""
+    torch.manual_seed(0)
+    generator, critic, writer, right = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), net(), MemoryWriter(), {}
+    model = nn.ModuleList(generator) if parts else generator
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in (critic, generator)]
+    with torchprobe.instrument(model, writer=writer, every=every):
+        for k in range(1, 7):
+            for trained, optimizer in enumerate(optimizers):
+                generator.requires_grad_(bool(trained))
+                critic.requires_grad_(not trained)
+                x = 10 ** (1 - trained) * torch.randn(8, 4)
+                right[k] = nn.functional.linear(x, generator[0].weight, generator[0].bias).mean().item()
+                optimizer.zero_grad()
+                critic(generator[1](generator[0](x)) if parts else generator(x)).square().mean().backward()
+                optimizer.step()
+    found = writer.scalars("activation_mean/0")
+    assert found == [(k, pytest.approx(right[k])) for k in ([1, 2, 5] if every is None else [*right])]
 
 
 def test_a_layer_unfrozen_midway_shows_up():
@@ -197,3 +221,40 @@ def test_an_optimizer_of_excluded_parameters_alone_is_still_the_clock():
         assert session.step == 1
     assert steps(writer, "lr/SGD/group_0") == [1]
     assert "overview/grad_norm" not in writer.tags()
+
+
+class InBackward(torch.optim.Optimizer):
+    """An optimizer for each parameter, which steps in backward; this one stands for all of them and does nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1})
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.step_one(torch.optim.SGD([parameter], 0.1)))
+
+    def step_one(self, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+        def step(_: torch.Tensor) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def step(self, closure: object = None) -> None:
+        """For schedules of the learning rate."""
+
+
+def test_an_optimizer_that_stands_for_those_that_step_in_backward_hides_none_of_what_they_did():
+    torch.manual_seed(0)
+    model, writer, losses, ratios = net(), MemoryWriter(), [], []
+    optimizer = InBackward(model)
+    with torchprobe.instrument(model, writer=writer, every=1) as session:
+        for k in range(8):
+            before = model[0].weight.detach().clone()
+            loss = model(batch(k)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append((k + 1, pytest.approx(loss.item())))
+            ratios.append((k + 1, pytest.approx(l2(model[0].weight - before) / l2(before), rel=1e-4)))
+    assert writer.scalars("overview/loss") == losses
+    assert writer.scalars("update_ratio/0.weight") == ratios
+    assert steps(writer, "grad_norm/0.weight") == [*range(1, 9)]
+    assert not session.alerts

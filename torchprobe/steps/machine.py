@@ -49,6 +49,11 @@ class StepMachine:
         """The number of the step that a training pass belongs to."""
         return self.number + 1 if self.ended else self.number
 
+    @property
+    def stepped_by(self) -> list[Optimizer]:
+        """The optimizers that have stepped in the open step."""
+        return [optimizer for one in self._by if (optimizer := one()) is not None]
+
     def shares_passes(self, optimizer: Optimizer) -> bool:
         """Whether the open step has no passes, and this optimizer none of its own since those of the step before it."""
         return not self.passes_seen and all(one() is not optimizer for one in self._by_before)

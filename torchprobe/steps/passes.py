@@ -22,6 +22,7 @@ from torchprobe.messages import log as _log
 from torchprobe.steps.backward import Backward
 from torchprobe.steps.gradients import Gradients
 from torchprobe.steps.steps import Steps
+from torchprobe.steps.waiting import WithoutGraph
 
 _MOST_OUTPUTS = 64  # tensors of an output through which a backward pass is looked for
 
@@ -38,11 +39,10 @@ class Passes:
         self._check = sources.nan_check
         self._watch = steps.watch
         self.gradients = Gradients(ref(model), guard, steps, sources, self._train)
-        self._dropped = Dropped()
-        self._undecided = Undecided()
+        self._dropped, self._undecided = Dropped(), Undecided()
         self._validated: set[int] = set()  # parts, in the validation that runs
         self.unheard: list[Pass] = []  # training passes whose backward passes cannot be heard of
-        self.frozen: list[Pass] = []  # those of parts without a graph, until another part's comes that has one
+        self.frozen = WithoutGraph()  # those of parts, until another part's comes that has one
         self._first: Pass | None = None  # it counts if no optimizer is in sight
         self._thread, self._said, self._observer = 0, False, ref(self.gradients)  # the thread that trains
         self._running.ask(self._of_backward, self._of_graph, self._of_call)
@@ -121,8 +121,8 @@ class Passes:
             heard = True
         else:
             heard = passing.kind is not VALIDATION and self._listen(passing, output)
-        if heard and self.frozen:
-            passing.follow(self.frozen)
+        if heard and self.frozen.passes:
+            passing.follow(self.frozen.take())
         if passing.kind is TRAINING and self._check and (sign := self._check.output(output)) is not None:
             passing.saw(sign)
         if self._clock.by_forward:
@@ -134,8 +134,8 @@ class Passes:
         elif passing.kind is UNDECIDED:
             self._undecided.add(passing, self._clock.completed)
         elif not heard:
-            frozen = is_grad_enabled() and module is not self._sources.model()
-            (self.frozen if frozen else self.unheard).append(passing)
+            if not self.frozen.add(passing, module, whole=module is self._sources.model()):
+                self.unheard.append(passing)
         elif not self._clock.optimizer_seen:
             self._first = passing
 
@@ -181,10 +181,10 @@ class Passes:
         """The machine has begun a step. in_backward: by a backward pass, which may run through more passes."""
         if self._dropped.any or self._undecided.passes or self._steps.has_validated:
             self.settle(in_backward)
-        if self._validated:
-            self._validated.clear()
-        if self.unheard or self.frozen:
-            self.unheard, self.frozen = [p for p in self.unheard if p is self._running.passing], []
+        self._validated.clear()
+        if self.unheard or self.frozen.passes:
+            self.unheard = [p for p in self.unheard if p is self._running.passing]
+            self.frozen.passes.clear()
         self._steps.begin()
         self.gradients.step_begins()
 
@@ -223,7 +223,7 @@ class Passes:
 
     def take_unheard(self) -> Backward | None:
         """Passes whose backward passes could not be heard of, as one: an optimizer steps, so that there were some."""
-        passes, self.unheard, self.frozen = self.unheard + self.frozen, [], []
+        passes, self.unheard = self.unheard + (self.frozen.take() if self.frozen.passes else []), []
         if self._running.compiled and self._steps.current.due:
             passes += self._sources.take_from_graphs(self._pass_of_graph())
         return Backward.unheard(*passes) if passes else None
@@ -296,4 +296,4 @@ class Passes:
         """Take every hook off. Safe to call twice."""
         self.hooks.remove()
         self.gradients.release()
-        self.unheard, self.frozen, self._first = [], [], None
+        self.unheard, self.frozen, self._first = [], WithoutGraph(), None

@@ -12,7 +12,7 @@ from torchprobe.buffer.outlet import Outlet, Overview
 from torchprobe.buffer.step import Piece
 from torchprobe.capture.backward import loss_scale
 from torchprobe.capture.gate import Guard, Meter, protected
-from torchprobe.capture.optimizers import OptimizerHooks, parameter_ids
+from torchprobe.capture.optimizers import OptimizerHooks, held_by, parameter_ids
 from torchprobe.capture.sources import Sources
 from torchprobe.messages import log as _log
 from torchprobe.records import Value
@@ -50,7 +50,7 @@ class Recorder:
         self._passes = Passes(model, self.guard, self._steps, sources)
         self._steps.due_in(1)  # now: other hooks on the model itself come after those that begin a pass
         self._optimizer_hooks = OptimizerHooks(self._parameter_ids, self)
-        self._said_unheard = False
+        self._said_unheard = self._repeats = False
         self._own: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()  # whether passes in graphs come just before
         self.guard.tell_while_captured(self._captured)
         clock = self.clock
@@ -82,7 +82,8 @@ class Recorder:
             return False
         if not has_closure:
             self._use(optimizer, final=True, others=not own_passes)
-        if not due:
+        self._repeats = bool(due) and not has_closure and self._uses_nothing_more(optimizer)
+        if not due or self._repeats:
             return False
         self._sources.parameters.before_step(optimizer, due)
         if self._sources.diagnosis.watchers:
@@ -106,7 +107,7 @@ class Recorder:
         if has_closure:
             self._use(optimizer, final=False)
             step.extend(self._sources.parameters.gradients(optimizer, step.due, step.parts))
-        if step.due:
+        if step.due and not self._repeats:
             step.extend(self._sources.parameters.after_step(optimizer, step.due))
             step.compute_on(self._sources.parameters.same_data)
             if self._steps.by_methods and not (self._sources.running.compiled or self._sources.in_place.used):
@@ -119,6 +120,15 @@ class Recorder:
         self._steps.optimizer_stepped(optimizer)
         if self._watch.stop is not None:
             self._watch.check()
+
+    def _uses_nothing_more(self, optimizer: Optimizer) -> bool:
+        """Whether others have used up its gradients in this step, and tell all.
+
+        As optimizers that step in backward, while one that does nothing stands for them where schedules want one.
+        """
+        others = self.clock.stepped_by if self._steps.current.trained else []
+        used = {id(p) for other in others for p in held_by(other)}
+        return bool(used) and all(p.grad is None and id(p) in used for p in held_by(optimizer))
 
     def _has_own_passes(self, optimizer: Optimizer) -> bool:
         """Whether forward passes that no hook saw, in graphs, came since an optimizer stepped: this one's own.
@@ -199,7 +209,7 @@ class Recorder:
             if (backward.sign is not None or backward.flags) and not backward.used:
                 self._steps.put_signs(backward)
             step.use(backward)
-        if self._passes.unheard or self._passes.frozen or self._sources.running.compiled:
+        if self._passes.unheard or self._passes.frozen.passes or self._sources.running.compiled:
             unheard = self._passes.take_unheard()
             if unheard is not None:
                 step.keep(unheard)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from weakref import ReferenceType
+from weakref import ReferenceType, ref
 
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.optim import Optimizer
 
 from torchprobe.capture.gradient_state import GradientState
 from torchprobe.capture.parameter_hooks import ParameterHooks
+from torchprobe.capture.source import DROPPED, Pass
 from torchprobe.capture.sources import Sources
 from torchprobe.messages import log as _log
+from torchprobe.naming import all_parameters
 from torchprobe.statistics.dtypes import on_host
 from torchprobe.steps.backward import Backward, Owners
 from torchprobe.steps.open_step import OpenStep
@@ -190,3 +192,40 @@ class Waiting:
         if fell is not None and not fell.is_cpu:
             flag, fell = fell if flag is None else fell | flag.to(fell.device), None
         self._steps.skip(sign, flag, fell is not None and on_host(fell) > 0)
+
+
+class WithoutGraph:
+    """Training passes of parts whose outputs are in no graph: no backward pass tells what becomes of them.
+
+    passes: each with its part, and whether that was frozen, as far as anything was recorded of it.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[Pass, ReferenceType[nn.Module], bool]] = []
+
+    def add(self, passing: Pass, module: nn.Module, whole: bool) -> bool:
+        """One has run, of a part or of the whole model: whether it is known what is to become of it."""
+        if not is_grad_enabled():  # a checkpoint runs it again
+            return False
+        frozen = bool(passing.due) and is_frozen(module)
+        if not whole:
+            self.passes.append((passing, ref(module), frozen))
+        elif frozen:  # a generator's, while its critic is trained
+            passing.decide(DROPPED)
+        return frozen or not whole
+
+    def take(self) -> list[Pass]:
+        """Those that count with what is trained now: a part that is trained again was frozen for another net's loss."""
+        passes, self.passes = self.passes, []
+        kept: list[Pass] = []
+        for passing, part, frozen in passes:
+            if frozen and not is_frozen(part()):
+                passing.decide(DROPPED)
+            else:
+                kept.append(passing)
+        return kept
+
+
+def is_frozen(module: nn.Module | None) -> bool:
+    """Whether nothing of a module can be trained."""
+    return not any([p.requires_grad for p in all_parameters(module)])  # noqa: C419 - a generator costs a call a turn

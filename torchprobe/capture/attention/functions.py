@@ -208,6 +208,11 @@ def parameters_of(factor: Any) -> Any:
     return (node, factor.memory.offset) if isinstance(node, Node) else None
 
 
+def is_of_table(logits: Node) -> bool:
+    """Whether it is a product with parameters, or of none: what may be added to that of queries and keys."""
+    return logits.label is None or logits.label.between is None or logits.label.between.fixed
+
+
 def product_of(node: Node) -> Product | None:
     """What a call multiplies; None where it is no product, or one of an unknown form."""
     func = node.func

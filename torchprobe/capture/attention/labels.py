@@ -107,7 +107,8 @@ class Between(NamedTuple):
     """What logits are between: the dimensions of the left and of the right factor that the other has not.
 
     at: where these begin. projected: whether all that was summed over are features, so that heads are known; outer:
-    whether nothing was. caller: of the product. elsewhere: whether what both share is not the same tokens in both.
+    whether nothing was. caller: of the product. elsewhere: whether what both share is not the same tokens in both;
+    fixed: whether a factor is made of parameters alone, as a table of positions is.
     """
 
     left: tuple[Dim, ...]
@@ -117,6 +118,7 @@ class Between(NamedTuple):
     outer: bool
     caller: Any
     elsewhere: bool
+    fixed: bool
 
     def of(self, side: int) -> tuple[Dim, ...]:
         """The dimensions of the left (0) or the right (1) factor."""

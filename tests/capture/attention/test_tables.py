@@ -31,6 +31,12 @@ def picked(q: Tensor, table: Tensor, keys: int) -> Tensor:
     return torch.einsum("bhid,ijd->bhij", q, table[:, 0, 0][apart])
 
 
+def of_pairs(q: Tensor, table: Tensor, keys: int) -> Tensor:
+    """Made of a batch, as relations between words are."""
+    one = q[:, 0] * table[0, 0, 0]
+    return torch.einsum("bhid,bijd->bhij", q, one[:, :, None] + one[:, None])
+
+
 class Positions(nn.Module):
     """Self-attention with positions in its logits, all at once or step by step behind a cache."""
 
@@ -55,7 +61,7 @@ class Positions(nn.Module):
         return logits.softmax(-1) @ v
 
 
-ALL = pytest.mark.parametrize("positions", [of_a_head, by_matmul, of_a_query, picked])
+ALL = pytest.mark.parametrize("positions", [of_a_head, by_matmul, of_a_query, picked, of_pairs])
 ORDER = pytest.mark.parametrize("first", [True, False])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchprobe.capture.attention.labels import roots_of
 from torchprobe.capture.attention.tape import Node
 
 Function = Callable[..., Any]
@@ -209,8 +210,13 @@ def parameters_of(factor: Any) -> Any:
 
 
 def is_of_table(logits: Node) -> bool:
-    """Whether it is a product with parameters, or of none: what may be added to that of queries and keys."""
-    return logits.label is None or logits.label.between is None or logits.label.between.fixed
+    """Whether it is of no product, or of one with a table of positions or pairs: what is added to that of queries and
+    keys. Of a table for each query one side has heads alone."""
+    between = logits.label.between if logits.label else None
+    if between is None or between.fixed:
+        return True
+    sides = [{root.learned for root in roots_of(between.of(side))} for side in (0, 1)]
+    return {True} in sides
 
 
 def product_of(node: Node) -> Product | None:

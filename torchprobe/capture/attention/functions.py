@@ -134,7 +134,7 @@ PICKS = (
     CONVOLUTIONS
     | COPIES
     | named(*("getitem", "index_select", "gather", "take_along_dim", "rot90", "fliplr", "flipud", "scatter", "unfold"))
-    | named("index_put", "index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk")
+    | named("index_put", "index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk", "masked_select")
 )
 """What puts values where their place is not followed, or mixes neighbours."""
 

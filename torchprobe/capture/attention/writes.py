@@ -97,8 +97,12 @@ def goes_round(dim: Dim, keys: Mapping[Root, Indices], index: Any, queries: int)
     return bool((np.diff(own) != 1).any()) or len(np.setdiff1d(np.arange(own.min(initial=many), many), own)) > 0
 
 
-def leaves_out(keys: Mapping[Root, Indices]) -> bool:
-    """Whether keys side by side were further apart, or in another order, in what they were taken from."""
+def leaves_out(keys: Mapping[Root, Indices], queries: Mapping[Root, Indices]) -> bool:
+    """Whether keys side by side were further apart, or in another order, in what they were taken from, as far as that
+    is known: not of those that were picked from what the queries are."""
+    mine = {one for root, at in queries.items() if at.min() < at.max() for one in root.origins()}
+    if any(at.min() < at.max() and root not in queries and root.picked & mine for root, at in keys.items()):
+        return True
     steps = [(np.diff(at), abs(np.diff(counted))) for at, counted in _one_by_one(keys) if len(at) > 1]
     return any((each > gaps * each.min()).any() for gaps, each in steps)
 

@@ -126,6 +126,7 @@ REASONS = {
     "test_never_in_the_way.py::test_nothing_is_read_back_from_the_device": _MEMORY,
     "test_written_otherwise.py": _MEMORY,
     "test_tables.py": _MEMORY,
+    "test_fewer_keys.py": _MEMORY,
     "test_settled.py": _LATER,
 }
 

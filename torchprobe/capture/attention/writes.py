@@ -209,9 +209,16 @@ def convolved(node: Node, first: Label) -> Label | None:
         return None
     for axis in range(2, node.dims):
         if node.shape[axis] != image.shape[axis]:
-            place = Root()
+            place = _resized(dims[axis], node.shape[axis])
             dims[axis], at[place] = counted(place, node.shape[axis]), 0
     return Label(tuple(dims), at, label.between)
+
+
+def _resized(dim: Dim, size: int) -> Root:
+    """What other places than before count, each made of several: the same where queries and keys have as many."""
+    of = frozenset(one for root in roots_of([dim]) if not root.learned for one in root.lowest.origins())
+    root = dim[0].root if len(dim) == 1 else None
+    return Root(picked=of) if root is None else root.resized.setdefault(size, Root(picked=of))
 
 
 def _image(node: Node, shape: tuple[int, ...]) -> Node:

@@ -125,6 +125,8 @@ REASONS = {
     "test_attention_is_found_and_exact[fgpu-in_parts": _MEMORY,
     "test_never_in_the_way.py::test_nothing_is_read_back_from_the_device": _MEMORY,
     "test_written_otherwise.py": _MEMORY,
+    "test_tables.py": _MEMORY,
+    "test_fewer_keys.py": _MEMORY,
     "test_settled.py": _LATER,
 }
 

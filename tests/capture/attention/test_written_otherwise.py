@@ -205,7 +205,11 @@ def of_all(s):
 
 
 def scaled_after(s):
-    return (s - s.amax(-1, keepdim=True)) * 0.5
+    return ((s / 0.5 - (s / 0.5).amax(-1, keepdim=True)) * 2).mul_(0.25) / 1.0
+
+
+def scaled_by_another(s):
+    return (s - s.amax(-1, keepdim=True)) * s.new_tensor(0.5)
 
 
 def clamped_after(s):
@@ -214,7 +218,7 @@ def clamped_after(s):
 
 @pytest.mark.parametrize("queries", [1, 3, LENGTH])
 @pytest.mark.parametrize("keys", [1, LENGTH])
-@pytest.mark.parametrize("shift", [expanded, of_all, scaled_after, clamped_after])
+@pytest.mark.parametrize("shift", [expanded, of_all, scaled_after, scaled_by_another, clamped_after])
 def test_the_largest_logit_is_what_it_was_before_a_shift_or_not_written(shift, keys, queries):
     def attend(model, q, k, v):
         model.s = q[:, :, :queries] @ k[:, :, :keys].mT * SCALE
@@ -222,7 +226,7 @@ def test_the_largest_logit_is_what_it_was_before_a_shift_or_not_written(shift, k
 
     model = Written(attend)
     found = [head.get("max_logit") for head in record(model, torch.randn(2, LENGTH, WIDTH)).heads["root"]]
-    known = shift in (expanded, of_all)
+    known = shift in (expanded, of_all, scaled_after)
     assert found == (pytest.approx(model.s.amax((0, 2, 3)).tolist(), abs=1e-4) if known else [None] * HEADS)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchprobe.capture.attention.labels import roots_of
 from torchprobe.capture.attention.tape import Node
 
 Function = Callable[..., Any]
@@ -133,7 +134,7 @@ PICKS = (
     CONVOLUTIONS
     | COPIES
     | named(*("getitem", "index_select", "gather", "take_along_dim", "rot90", "fliplr", "flipud", "scatter", "unfold"))
-    | named("index_put", "index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk")
+    | named("index_put", "index_copy", "index_add", "slice_scatter", "select_scatter", "sort", "topk", "masked_select")
 )
 """What puts values where their place is not followed, or mixes neighbours."""
 
@@ -206,6 +207,16 @@ def parameters_of(factor: Any) -> Any:
     while isinstance(node, Node) and node.func is not None:
         node = node.sharing[0] if node.sharing else None
     return (node, factor.memory.offset) if isinstance(node, Node) else None
+
+
+def is_of_table(logits: Node) -> bool:
+    """Whether it is of no product, or of one with a table of positions or pairs: what is added to that of queries and
+    keys. Of a table for each query one side has heads alone."""
+    between = logits.label.between if logits.label else None
+    if between is None or between.fixed:
+        return True
+    sides = [{root.learned for root in roots_of(between.of(side))} for side in (0, 1)]
+    return {True} in sides
 
 
 def product_of(node: Node) -> Product | None:

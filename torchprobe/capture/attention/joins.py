@@ -29,6 +29,7 @@ Rule = Callable[[Node, Label], Label | None]
 def _tensors(node: Node) -> tuple[list[Node], list[Label]]:
     listed = node.argument(0, "tensors")
     nodes = [one for one in listed if isinstance(one, Node)] if isinstance(listed, list) else []
+    nodes = [one for one in nodes if one.shape != (0,)] or nodes  # as torch does: an empty memory
     return nodes, [one.label for one in nodes if one.label is not None]
 
 

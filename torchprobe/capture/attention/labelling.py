@@ -87,7 +87,8 @@ class Labelling:
         outer = all(product.factors[i].shape[axis] == 1 for i in (0, 1) for axis in product.summed(i))
         shared = ([label.dims[axis] for axis in product.shared(i)] for i, label in enumerate(labels))
         elsewhere = not any(const) and differ(*shared)
-        return Label(made.dims, {**at, **made.at}, Between(left, right, at, projected, outer, node.caller, elsewhere))
+        between = Between(left, right, at, projected, outer, node.caller, elsewhere, any(const))
+        return Label(made.dims, {**at, **made.at}, between)
 
     def _sided(self, label: Label, own: list[int], side: int, const: bool) -> Label:
         """Its own dimensions, and all that it is pinned to, as roots of this side."""
@@ -244,7 +245,9 @@ def _pointwise(node: Node, inputs: tuple[Node, ...]) -> Label | None:
     """Of several that broadcast, logits say what a dimension is, then what is no constant."""
 
     def rank(one: Node) -> tuple[bool, ...]:  # a mask comes last
-        return not _label(one).sides, one.const, not one.dtype.is_floating_point, one.shape != node.shape
+        sides, table, whole = _label(one).sides, fn.is_of_table(one), one.shape == node.shape
+        logits = not sides or table, table or not whole, not sides  # also of one query and one key
+        return *logits, one.const, not one.dtype.is_floating_point, not whole
 
     ranked = sorted((one for one in inputs if one.dims), key=rank)
     if not ranked or max(one.dims for one in ranked) > node.dims:  # the largest of all elements

@@ -28,7 +28,7 @@ class Root:
     is in the left (0) or right (1) factor of a product of two activations; fixed: which are parameters there. lost:
     what the order was lost by. written: what was written into it, at places that only the device knows. apart: whether
     parts differ in the parameters alone that made them, as heads do. picked: what it was picked of, in whichever order.
-    made: the parameters that it is features of. over: whether something stands behind what was written into it.
+    made: the parameters that it is features of. over: whether any stands behind what was written. resized: by pools.
     """
 
     learned: bool = False
@@ -45,6 +45,7 @@ class Root:
     tables: dict[Any, dict[Root, tuple[Indices, bool]]] = field(default_factory=dict)
     kept: set[Root] | None = None
     sides: dict[tuple[int, bool], Root] = field(default_factory=dict)
+    resized: dict[int, Root] = field(default_factory=dict)
 
     @property
     def lowest(self) -> Root:
@@ -107,7 +108,8 @@ class Between(NamedTuple):
     """What logits are between: the dimensions of the left and of the right factor that the other has not.
 
     at: where these begin. projected: whether all that was summed over are features, so that heads are known; outer:
-    whether nothing was. caller: of the product. elsewhere: whether what both share is not the same tokens in both.
+    whether nothing was. caller: of the product. elsewhere: whether what both share is not the same tokens in both;
+    fixed: whether a factor is made of parameters alone, as a table of positions is.
     """
 
     left: tuple[Dim, ...]
@@ -117,6 +119,7 @@ class Between(NamedTuple):
     outer: bool
     caller: Any
     elsewhere: bool
+    fixed: bool
 
     def of(self, side: int) -> tuple[Dim, ...]:
         """The dimensions of the left (0) or the right (1) factor."""

@@ -152,7 +152,7 @@ def among(queries: Values, keys: Values, size: int, length: int, known: bool, ba
     of_keys |= {also: np.arange(length)} if also else {}
     one = {(id(root), int(value[0])) for root, value in queries.items() if not root.learned and len(value)}
     alone = frozenset({*one, *((id(root), 0) for root, _ in batch)}) if cross and size == 1 < length else None
-    lost = (beside and index is None and length > 1) or (found is not None and others and leaves_out(keys))
+    lost = (beside and index is None and length > 1) or (found is not None and others and leaves_out(keys, queries))
     return Places(cross, index, of, of_keys, joined, lost, alone=alone)
 
 

@@ -141,18 +141,26 @@ def _steps(logits: Node) -> list[Node]:
 
 
 def shifts(before: list[Node], source: Node) -> Iterator[Tensor | None]:
-    """What was taken off each row so that no exponential overflows: the largest logit, or the logarithm of a sum; None
-    where it cannot be put on again."""
-    moved = False
+    """What was taken off each row, as its largest logit is against overflow; None where it cannot be put on again."""
+    scale = 1.0  # of what stands at the softmax to what it was taken off
     for node in before:
         taken = node.args[1] if node.func in fn.DIFFERENCES and len(node.args) > 1 else None
         while isinstance(taken, Node) and taken.func in fn.EXPANSIONS:
             taken = taken.inputs[0]
         if isinstance(taken, Node) and _is_of_row(taken, source):
-            known = taken.small is not None and not moved
-            yield taken.small.expand(*source.shape[:-1], 1) if known else None  # type: ignore[union-attr]
-        kept = fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES | fn.DIFFERENCES
-        moved = moved or node.func not in kept
+            small = taken.small if scale else None
+            yield None if small is None else (small * scale).expand(*source.shape[:-1], 1)
+        scale *= _scale(node)
+
+
+def _scale(node: Node) -> float:
+    """By which number a call multiplies logits; 0 where it does something else with them."""
+    if node.func in fn.SAME | fn.ADDITIONS | fn.FILLS | fn.CHOICES | fn.RESHAPES | fn.DIFFERENCES:
+        return 1.0
+    by = node.args[1] if len(node.args) == 2 else None
+    if not isinstance(by, int | float) or not by:
+        return 0.0
+    return by if node.func in fn.MULTIPLICATIONS else 1 / by if node.func in fn.DIVISIONS else 0.0
 
 
 def is_shifted(pending: Pending, label_of: Callable[[Node], Label]) -> bool:

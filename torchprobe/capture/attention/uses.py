@@ -136,8 +136,9 @@ def changes(logits: Node, shape: Shape | None = None) -> Iterator[Node]:
     node: Node | None = logits
     while node is not None:
         yield node
-        before = () if node.func is None or node.func in fn.PRODUCTS else node.inputs
-        node = next((one for one in before if one.is_logits and shape in (None, one.shape)), None)
+        before = () if node.func in fn.PRODUCTS else node.inputs
+        those = (one for one in before if one.is_logits and shape in (None, one.shape))
+        node = min(those, key=fn.is_of_table, default=None)
 
 
 def meets_scores(node: Node, pending: Pending, label_of: Callable[[Node], Label], others: bool = False) -> bool:

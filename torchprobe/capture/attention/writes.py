@@ -97,8 +97,12 @@ def goes_round(dim: Dim, keys: Mapping[Root, Indices], index: Any, queries: int)
     return bool((np.diff(own) != 1).any()) or len(np.setdiff1d(np.arange(own.min(initial=many), many), own)) > 0
 
 
-def leaves_out(keys: Mapping[Root, Indices]) -> bool:
-    """Whether keys side by side were further apart, or in another order, in what they were taken from."""
+def leaves_out(keys: Mapping[Root, Indices], queries: Mapping[Root, Indices]) -> bool:
+    """Whether keys side by side were further apart, or in another order, in what they were taken from, as far as that
+    is known: not of those that were picked from what the queries are."""
+    mine = {one for root, at in queries.items() if at.min() < at.max() for one in root.origins()}
+    if any(at.min() < at.max() and root not in queries and root.picked & mine for root, at in keys.items()):
+        return True
     steps = [(np.diff(at), abs(np.diff(counted))) for at, counted in _one_by_one(keys) if len(at) > 1]
     return any((each > gaps * each.min()).any() for gaps, each in steps)
 
@@ -205,9 +209,16 @@ def convolved(node: Node, first: Label) -> Label | None:
         return None
     for axis in range(2, node.dims):
         if node.shape[axis] != image.shape[axis]:
-            place = Root()
+            place = _resized(dims[axis], node.shape[axis])
             dims[axis], at[place] = counted(place, node.shape[axis]), 0
     return Label(tuple(dims), at, label.between)
+
+
+def _resized(dim: Dim, size: int) -> Root:
+    """What other places than before count, each made of several: the same where queries and keys have as many."""
+    of = frozenset(one for root in roots_of([dim]) if not root.learned for one in root.lowest.origins())
+    root = dim[0].root if len(dim) == 1 else None
+    return Root(picked=of) if root is None else root.resized.setdefault(size, Root(picked=of))
 
 
 def _image(node: Node, shape: tuple[int, ...]) -> Node:

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _IS_VIEW = re.compile(f"({_SHAPES}|{_CHOICES})Backward")
 _IS_SHAPE = re.compile(f"({_SHAPES})Backward")
 _LONGEST_WAY = 16
 _SELECTS = {"TopkBackward", "SortBackward", "KthvalueBackward"}
+_MIXES = {f"{name}Backward" for name in ("Logsumexp", "Log", "Log1P", "Log2", "LogSoftmax", "Softmax", "Exp")}
 _MOVES = {"TransposeBackward", "PermuteBackward", "TBackward"}
 _KINDS = {
     "NllLossBackward": "softmax",
@@ -42,12 +44,14 @@ class Judge(NamedTuple):
     way; "each" where its examples are weighed, masked or chosen afterwards; "also" where its log-probabilities are used
     in other ways as well; "" where something else is reached from the output; "blind" where the graph does not tell.
     node: of the loss. moved: whether an axis was moved on the way. selected: whether examples are chosen by value.
+    mixed: whether its classes weigh what else is learned, as the components of a mixture are.
     """
 
     kind: Literal["whole", "each", "also", "", "blind"]
     node: Any = None
     moved: bool = False
     selected: bool = False
+    mixed: bool = False
 
     @property
     def judges(self) -> str:
@@ -81,7 +85,8 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     judge = known[0] if len(known) == 1 else UNKNOWN
     if judge.kind == "whole":
         return judge if len(judges) == 1 else judge._replace(kind="also")
-    return judge._replace(selected=any(name in _SELECTS for name, _ in between(roots, place)))
+    later = _later(node, above)
+    return judge._replace(selected=any(_name(n) in _SELECTS for n in later), mixed=_is_mixed(node, above, later))
 
 
 def _judge_at(node: Any, above: Above, moved: bool = False) -> Judge:
@@ -134,23 +139,13 @@ def is_shape(name: str) -> bool:
 def between(roots: Sequence[Tensor], place: Place | None) -> list[tuple[str, int]]:
     """Names of the operations that lead from a place to roots, and how many operands with a graph each has."""
     above, start = _above(roots, place)
-    users: defaultdict[Any, list[Any]] = defaultdict(list)
-    for (node, _), some in above.items():
-        users[node] += some
-    found, todo = dict.fromkeys(users[start]), [*users[start]]
-    while todo:
-        new = [user for user in users[todo.pop()] if user not in found]
-        found |= dict.fromkeys(new)
-        todo += new
-    return [(_name(node), _operands(node)) for node in found]
+    return [(_name(node), _operands(node)) for node in _later(start, above)]
 
 
 def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -> bool:
     """Whether a sum of what stands in a place, and of nothing else, goes into one of these operations."""
     above, start = _above(roots, place)
-    users: defaultdict[Any, list[Any]] = defaultdict(list)
-    for (node, _), some in above.items():
-        users[node] += some
+    users = _by_node(above)
     todo = [(user, False) for user in users[start]]
     seen = set(todo)
     while todo:
@@ -160,6 +155,22 @@ def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -
         if not summed and _operands(node) > 1:
             continue
         new = {(user, summed or _name(node) == "SumBackward") for user in users[node]} - seen
+        seen |= new
+        todo += new
+    return False
+
+
+def _is_mixed(start: Any, above: Above, later: dict[Any, None]) -> bool:
+    """Whether something else that has a graph joins all numbers of an output, before what is no linear operation."""
+    users, size = _by_node(above), _size(start)
+    todo = [(user, False) for user in users[start]]
+    seen = set(todo)
+    while todo:
+        node, joined = todo.pop()
+        if joined and _name(node) in _MIXES:
+            return True
+        others = [used for used, _ in node.next_functions if used not in (None, start) and used not in later]
+        new = {(user, joined or (bool(others) and _size(node) >= size > 0)) for user in users[node]} - seen
         seen |= new
         todo += new
     return False
@@ -237,6 +248,31 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
         if len(seen) > _MOST_NODES:
             return {}, None
     return ({}, None) if found is None else (above, found)
+
+
+def _by_node(above: Above) -> defaultdict[Any, list[Any]]:
+    """What uses any result of a node."""
+    users: defaultdict[Any, list[Any]] = defaultdict(list)
+    for (node, _), some in above.items():
+        users[node] += some
+    return users
+
+
+def _later(start: Any, above: Above) -> dict[Any, None]:
+    """All that a node leads to, in order."""
+    users = _by_node(above)
+    found, todo = dict.fromkeys(users[start]), [*users[start]]
+    while todo:
+        new = [user for user in users[todo.pop()] if user not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return found
+
+
+def _size(node: Any) -> int:
+    """How many numbers a node gives, 0 where that is not to be seen."""
+    shape = shape_of_result(node)
+    return 0 if shape is None else math.prod(shape)
 
 
 def _operands(node: Any) -> int:

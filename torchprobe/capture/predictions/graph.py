@@ -42,7 +42,8 @@ class Judge(NamedTuple):
 
     kind: "whole" where the root is a reduced cross-entropy, and perhaps more, of the output itself, reached in no other
     way; "each" where its examples are weighed, masked or chosen afterwards; "also" where its log-probabilities are used
-    in other ways as well; "" where something else is reached from the output; "blind" where the graph does not tell.
+    in other ways as well, or where several such losses judge it, as of each time step, and then without a node; ""
+    where something else is reached from the output; "blind" where the graph does not tell.
     node: of the loss. moved: whether an axis was moved on the way. selected: whether examples are chosen by value.
     mixed: whether its classes weigh what else is learned, as the components of a mixture are.
     """
@@ -59,7 +60,7 @@ class Judge(NamedTuple):
         return "" if self.node is None else _KINDS[_name(self.node)]
 
 
-UNKNOWN, BLIND = Judge(""), Judge("blind")
+UNKNOWN, BLIND, PARTS = Judge(""), Judge("blind"), Judge("also")
 
 
 class Place(NamedTuple):
@@ -80,24 +81,21 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     above, node = _above(roots, place)
     if node is None or place is None:
         return BLIND
-    judges = [_judge_at(user, above) for user in above.get((node, place.result), [])]
+    judges = [judge for user in above.get((node, place.result), []) for judge in _judges_at(user, above)]
     known = [judge for judge in judges if judge.node is not None]
-    judge = known[0] if len(known) == 1 else UNKNOWN
+    judge = known[0] if len(known) == 1 else PARTS if {judge.kind for judge in known} == {"whole"} else UNKNOWN
     if judge.kind == "whole":
         return judge if len(judges) == 1 else judge._replace(kind="also")
     later = _later(node, above)
     return judge._replace(selected=any(_name(n) in _SELECTS for n in later), mixed=_is_mixed(node, above, later))
 
 
-def _judge_at(node: Any, above: Above, moved: bool = False) -> Judge:
-    """Of one way on from an output, past views."""
-    while _IS_VIEW.fullmatch(_name(node)):
-        moved |= _name(node) in _MOVES
-        users = _users(node, above)
-        if len(users) != 1:
-            return UNKNOWN
-        node = users[0]
-    return _judged(node, above)._replace(moved=moved)
+def _judges_at(node: Any, above: Above, moved: bool = False) -> list[Judge]:
+    """Of all ways on from an output, past views."""
+    if not _IS_VIEW.fullmatch(_name(node)):
+        return [_judged(node, above)._replace(moved=moved)]
+    moved |= _name(node) in _MOVES
+    return [judge for user in _users(node, above) for judge in _judges_at(user, above, moved)]
 
 
 class Link(NamedTuple):

@@ -36,6 +36,9 @@ _KINDS = {
 Above: TypeAlias = "dict[tuple[Any, int], list[Any]]"
 """By node and number of its result: what uses it."""
 
+Users: TypeAlias = "defaultdict[Any, list[Any]]"
+"""By node: what uses any result of it."""
+
 
 class Judge(NamedTuple):
     """Who judges an output.
@@ -81,21 +84,22 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     above, node = _above(roots, place)
     if node is None or place is None:
         return BLIND
-    judges = [judge for user in above.get((node, place.result), []) for judge in _judges_at(user, above)]
+    users = _by_node(above)
+    judges = [judge for user in above.get((node, place.result), []) for judge in _judges_at(user, users)]
     known = [judge for judge in judges if judge.node is not None]
     judge = known[0] if len(known) == 1 else PARTS if {judge.kind for judge in known} == {"whole"} else UNKNOWN
     if judge.kind == "whole":
         return judge if len(judges) == 1 else judge._replace(kind="also")
-    later = _later(node, above)
-    return judge._replace(selected=any(_name(n) in _SELECTS for n in later), mixed=_is_mixed(node, above, later))
+    later = _later(node, users)
+    return judge._replace(selected=any(_name(n) in _SELECTS for n in later), mixed=_is_mixed(node, users, later))
 
 
-def _judges_at(node: Any, above: Above, moved: bool = False) -> list[Judge]:
+def _judges_at(node: Any, users: Users, moved: bool = False) -> list[Judge]:
     """Of all ways on from an output, past views."""
     if not _IS_VIEW.fullmatch(_name(node)):
-        return [_judged(node, above)._replace(moved=moved)]
+        return [_judged(node, users)._replace(moved=moved)]
     moved |= _name(node) in _MOVES
-    return [judge for user in _users(node, above) for judge in _judges_at(user, above, moved)]
+    return [judge for user in users[node] for judge in _judges_at(user, users, moved)]
 
 
 class Link(NamedTuple):
@@ -137,7 +141,7 @@ def is_shape(name: str) -> bool:
 def between(roots: Sequence[Tensor], place: Place | None) -> list[tuple[str, int]]:
     """Names of the operations that lead from a place to roots, and how many operands with a graph each has."""
     above, start = _above(roots, place)
-    return [(_name(node), _operands(node)) for node in _later(start, above)]
+    return [(_name(node), _operands(node)) for node in _later(start, _by_node(above))]
 
 
 def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -> bool:
@@ -158,9 +162,9 @@ def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -
     return False
 
 
-def _is_mixed(start: Any, above: Above, later: dict[Any, None]) -> bool:
+def _is_mixed(start: Any, users: Users, later: dict[Any, None]) -> bool:
     """Whether something else that has a graph joins all numbers of an output, before what is no linear operation."""
-    users, size = _by_node(above), _size(start)
+    size = _size(start)
     todo = [(user, False) for user in users[start]]
     seen = set(todo)
     while todo:
@@ -205,24 +209,21 @@ def _axis(judge: Judge, output: Tensor, classes: int) -> Form:
     return SECOND if second and not (last and flat != judge.moved) else LAST
 
 
-def _judged(node: Any, above: Above) -> Judge:
+def _judged(node: Any, users: Users) -> Judge:
     if _name(node) in _KINDS:
         return _reduced(node, "whole")
-    users = _users(node, above, True) if _name(node) == "LogSoftmaxBackward" else []
-    losses = [user for user in users if _name(user) in _KINDS]
-    return _reduced(losses[0], "whole" if len(users) == 1 else "also") if len(losses) == 1 else UNKNOWN
+    ways = _past_views(node, users) if _name(node) == "LogSoftmaxBackward" else []
+    losses = [way for way in ways if _name(way) in _KINDS]
+    return _reduced(losses[0], "whole" if len(ways) == 1 else "also") if len(losses) == 1 else UNKNOWN
 
 
 def _reduced(loss: Any, kind: Literal["whole", "also"]) -> Judge:
     return Judge(kind if int(getattr(loss, "_saved_reduction", 0)) else "each", loss)
 
 
-def _users(node: Any, above: Above, past_views: bool = False) -> list[Any]:
+def _past_views(node: Any, users: Users) -> list[Any]:
     """What uses a node's results."""
-    users = [user for (used, _), some in above.items() if used is node for user in some]
-    if not past_views:
-        return users
-    return [x for user in users for x in (_users(user, above, True) if _IS_VIEW.fullmatch(_name(user)) else [user])]
+    return [x for user in users[node] for x in (_past_views(user, users) if is_shape(_name(user)) else [user])]
 
 
 def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
@@ -248,17 +249,15 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
     return ({}, None) if found is None else (above, found)
 
 
-def _by_node(above: Above) -> defaultdict[Any, list[Any]]:
-    """What uses any result of a node."""
-    users: defaultdict[Any, list[Any]] = defaultdict(list)
+def _by_node(above: Above) -> Users:
+    users: Users = defaultdict(list)
     for (node, _), some in above.items():
         users[node] += some
     return users
 
 
-def _later(start: Any, above: Above) -> dict[Any, None]:
+def _later(start: Any, users: Users) -> dict[Any, None]:
     """All that a node leads to, in order."""
-    users = _by_node(above)
     found, todo = dict.fromkeys(users[start]), [*users[start]]
     while todo:
         new = [user for user in users[todo.pop()] if user not in found]

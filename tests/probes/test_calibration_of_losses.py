@@ -128,6 +128,9 @@ PARTS = {
         F.cross_entropy(out.flatten(0, 1)[:21], ids.flatten()[:21])
         + F.nll_loss(out.flatten(0, 1)[21:].log_softmax(-1), ids.flatten()[21:])
     ),
+    "logarithms of all": lambda out, ids: sum(
+        F.nll_loss(p, y) for p, y in zip(out.log_softmax(-1).unbind(1), ids.unbind(1), strict=True)
+    ),
     "weighed steps": lambda out, ids: sum((t + 1) * F.cross_entropy(out[:, t], ids[:, t]) for t in range(7)),
     "steps, twice": lambda out, ids: sum(
         F.cross_entropy(out[:, t], ids[:, t]) + F.cross_entropy(out[:, t], ids[:, t - 1]) for t in range(7)

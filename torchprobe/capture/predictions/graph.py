@@ -86,7 +86,7 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
         return BLIND
     users = _by_node(above)
     judges = [judge for user in above.get((node, place.result), []) for judge in _judges_at(user, users)]
-    known = [judge for judge in judges if judge.node is not None]
+    known = [judge for judge in judges if judge.kind]
     judge = known[0] if len(known) == 1 else PARTS if {judge.kind for judge in known} == {"whole"} else UNKNOWN
     if judge.kind == "whole":
         return judge if len(judges) == 1 else judge._replace(kind="also")
@@ -213,8 +213,10 @@ def _judged(node: Any, users: Users) -> Judge:
     if _name(node) in _KINDS:
         return _reduced(node, "whole")
     ways = _past_views(node, users) if _name(node) == "LogSoftmaxBackward" else []
-    losses = [way for way in ways if _name(way) in _KINDS]
-    return _reduced(losses[0], "whole" if len(ways) == 1 else "also") if len(losses) == 1 else UNKNOWN
+    losses = [_reduced(way, "whole" if len(ways) == 1 else "also") for way in ways if _name(way) in _KINDS]
+    if len(losses) == 1:
+        return losses[0]
+    return PARTS if len(losses) == len(ways) and {loss.kind for loss in losses} == {"also"} else UNKNOWN
 
 
 def _reduced(loss: Any, kind: Literal["whole", "also"]) -> Judge:

@@ -49,12 +49,12 @@ class Experts(nn.Module):
 
 
 class Sampled(nn.Module):
-    """As Bayesian layers: what draws the weight has its mean, too, and is never called."""
+    """As Bayesian layers: what draws the weight has its mean, too, or a parameter made of it, and is never called."""
 
-    def __init__(self):
+    def __init__(self, held=lambda mean: mean):
         super().__init__()
         self.mean, self.sampler = nn.Parameter(torch.ones(8, 8)), nn.Module()
-        self.sampler.mean = self.mean
+        self.sampler.mean = held(self.mean)
 
 
 class Patches(nn.Module):
@@ -72,6 +72,8 @@ def test_a_layer_with_weights_of_its_own_may_have_parts_without_any():
     experts = nn.utils.parametrizations.weight_norm(Experts())
     model = nn.Sequential(Patches(), Experts(), experts, nn.Sequential(nn.Linear(8, 1), nn.Dropout()), Sampled())
     assert modules(model) == ["0.projection", "1", "2", "3.0", "4", "4.sampler"]
+    assert modules(nn.Sequential(Sampled(nn.Parameter))) == ["0", "0.sampler"]
+    assert modules(nn.Sequential(Sampled(lambda mean: nn.Parameter(mean.clone())))) == ["0.sampler"]
 
 
 def test_include_names_exactly_what_is_watched(model):

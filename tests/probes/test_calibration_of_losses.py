@@ -121,6 +121,38 @@ def test_sequences(layout, kind):
     assert writer.value("uncertainty_total/root", 1) == pytest.approx(entropy, rel=1e-5)
 
 
+PARTS = {
+    "time steps": lambda out, ids: sum(F.cross_entropy(out[:, t], ids[:, t]) for t in range(7)),
+    "sequences": lambda out, ids: sum(F.cross_entropy(one, y) for one, y in zip(out, ids, strict=True)),
+    "halves of all": lambda out, ids: (
+        F.cross_entropy(out.flatten(0, 1)[:21], ids.flatten()[:21])
+        + F.nll_loss(out.flatten(0, 1)[21:].log_softmax(-1), ids.flatten()[21:])
+    ),
+    "logarithms of all": lambda out, ids: sum(
+        F.nll_loss(p, y) for p, y in zip(out.log_softmax(-1).unbind(1), ids.unbind(1), strict=True)
+    ),
+    "weighed steps": lambda out, ids: sum((t + 1) * F.cross_entropy(out[:, t], ids[:, t]) for t in range(7)),
+    "steps, twice": lambda out, ids: sum(
+        F.cross_entropy(out[:, t], ids[:, t]) + F.cross_entropy(out[:, t], ids[:, t - 1]) for t in range(7)
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_loss_that_is_added_up_of_parts_of_the_output(parts):
+    """As in loops over time steps; not where the parts differ in their weight or ask for two things."""
+    model, writer = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11)), MemoryWriter()
+    ids = torch.randint(0, 11, (6, 7), generator=torch.Generator().manual_seed(1))
+    with watch(model, writer) as session:
+        out = model(ids)
+        PARTS[parts](out, ids).backward()
+        session.next_step()
+    if parts in ("weighed steps", "steps, twice"):
+        assert not writer.scalars("calibration/nll")
+    else:
+        assert_calibration(writer, 1, out.softmax(-1).flatten(0, 1), ids.flatten())
+
+
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), F.cross_entropy], ids=["module", "functional"])
 def test_classes_in_the_second_dimension(loss):
     model, writer, loss = nn.Conv2d(1, 5, 3), MemoryWriter(), copy.deepcopy(loss)

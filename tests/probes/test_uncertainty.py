@@ -67,6 +67,13 @@ NAMED = {
     "scores": (lambda h: {"uncertainty_logits": z}, {}),
     "bfloat16": (lambda h: {"var": z.bfloat16()}, {"aleatoric": z.mean(), "total": z.mean()}),
     "one number": (lambda h: {"epistemic": z.mean()}, {"epistemic": z.mean()}),
+    "one number alone": (lambda h: {"variance": z.mean()}, {"aleatoric": z.mean(), "total": z.mean()}),
+    "of one example": (
+        lambda h: {"mean": h[0, 0], "variance": z.mean(), "loss": z.sum()},
+        {"aleatoric": z.mean(), "total": z.mean()},
+    ),
+    "terms of a loss": (lambda h: dict.fromkeys(("loss", "invariance", "variance", "cov", "entropy"), z.mean()), {}),
+    "explained": (lambda h: {"explained_variance": z}, {}),
     "no uncertainty": (lambda h: {"attention_entropy": z, "kl_loss": z.sum(), "variable": z, "hidden": z}, {}),
 }
 

@@ -20,7 +20,7 @@ from torchprobe.capture.source import Running
 from torchprobe.naming import Modules, all_modules, named_modules, named_parameters, owner_of, unwrapped, with_parents
 from torchprobe.probes.base import Probe, Reporter
 from torchprobe.probes.checks import OF_MODULES, OF_PARAMETERS
-from torchprobe.statistics.dtypes import moved
+from torchprobe.statistics.dtypes import address, moved
 
 PARAMETRIZATIONS = "parametrizations"  # where torch keeps what makes a weight of other parameters; no layers of a model
 # A hook below one of these turns off its fused inference path, which changes padded outputs.
@@ -87,7 +87,8 @@ def interesting(module: nn.Module) -> bool:
     if PARAMETRIZATIONS not in parts and not (own and any([one is not None for one in own.values()])):  # noqa: C419
         return False
     inner = [part for name, part in parts.items() if name != PARAMETRIZATIONS and part is not None] if parts else ()
-    return {id(p) for part in inner for p in part.parameters()} <= {*map(id, own.values())} if inner else True
+    held = {address(p) for p in own.values() if p is not None} if inner else set()
+    return all([address(p) in held for part in inner for p in part.parameters()])  # noqa: C419 - costs a call
 
 
 # ---- which are, by name

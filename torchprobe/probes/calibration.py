@@ -196,7 +196,8 @@ class CalibrationReporter(Reporter):
                 return  # in training neither: perhaps it predicts no classes
             self.remark(
                 "calibration in validation: no targets were seen, as without a gradient a functional loss leaves no "
-                "trace; use a loss module, hand the model its labels=, or call session.log_predictions(probs, targets)"
+                "trace, nor does a loss module on a part of the output, or on what was computed of it; use one on the "
+                "output, hand the model its labels=, or call session.log_predictions(probs, targets)"
             )
         elif open_form is not None:
             self.remark(

@@ -52,6 +52,11 @@ def measurable(x: Tensor) -> bool:
     return (x.is_floating_point() or x.is_complex()) and x.untyped_storage().device.type != "meta"  # a fake one's is
 
 
+def address(x: Tensor) -> int:
+    """What tensors that begin in the same memory have in common; its own of one that does not say where it lies."""
+    return x.data_ptr() if type(x) in PLAIN and not x.is_meta and x.numel() else id(x)
+
+
 def real(x: Tensor) -> Tensor:
     """The elements of a strided tensor as real floats of 16 bits or more, detached; shares memory where it can.
 

@@ -215,3 +215,18 @@ def test_only_the_output_itself_or_its_values_are_judged(how):
             handed = {"cast": out.double(), "sliced": out[3:], "of another model": other(x), "scaled": out / 2}[how]
             criterion(handed, y[3:] if how == "sliced" else y)
     assert ("val/calibration/ece" in writer.tags()) == (how == "cast")
+
+
+@pytest.mark.parametrize("of", ["logits", "probabilities"])
+def test_the_mean_of_several_passes_is_judged_in_validation(of):
+    """At the passes' mean prediction, as in training."""
+    model, writer, criterion = nn.Sequential(net(), nn.Dropout(0.3)), MemoryWriter(), nn.CrossEntropyLoss()
+    given, means = [batch(1), batch(2, size=16)], []
+    with watch(model, writer):
+        step(model, criterion)
+        with torch.no_grad():
+            for x, y in given:
+                z = torch.stack([model(x) for _ in range(4)])
+                means.append(z.softmax(-1).mean(0))
+                criterion(z.mean(0) if of == "logits" else means[-1].log(), y)
+    assert_calibration(writer, 1, torch.cat(means), torch.cat([y for _, y in given]), "val/")

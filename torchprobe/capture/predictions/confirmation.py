@@ -38,6 +38,8 @@ def confirm_gradient(
     """Targets from the gradient at the output, one for each sample, in each form that the graph does not rule out.
     drawn: whether random numbers were drawn since the pass, as where actions are sampled from what it predicts.
     """
+    if waiting.pool.passes > 1:  # what else is learned may be the other passes
+        judge = judge._replace(mixed=False)
     sampled = drawn and judge.kind != "whole" and not any(call.reduced for call in waiting.candidates)
     for form, predicted in waiting.predicted.items():
         g = forms.stacked([waiting.pool.rows(gradient, form) for gradient in gradients])

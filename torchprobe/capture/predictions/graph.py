@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _IS_VIEW = re.compile(f"({_SHAPES}|{_CHOICES})Backward")
 _IS_SHAPE = re.compile(f"({_SHAPES})Backward")
 _LONGEST_WAY = 16
 _SELECTS = {"TopkBackward", "SortBackward", "KthvalueBackward"}
+_MIXES = {f"{name}Backward" for name in ("Logsumexp", "Log", "Log1P", "Log2", "LogSoftmax", "Softmax", "Exp")}
 _MOVES = {"TransposeBackward", "PermuteBackward", "TBackward"}
 _KINDS = {
     "NllLossBackward": "softmax",
@@ -34,20 +36,26 @@ _KINDS = {
 Above: TypeAlias = "dict[tuple[Any, int], list[Any]]"
 """By node and number of its result: what uses it."""
 
+Users: TypeAlias = "defaultdict[Any, list[Any]]"
+"""By node: what uses any result of it."""
+
 
 class Judge(NamedTuple):
     """Who judges an output.
 
     kind: "whole" where the root is a reduced cross-entropy, and perhaps more, of the output itself, reached in no other
     way; "each" where its examples are weighed, masked or chosen afterwards; "also" where its log-probabilities are used
-    in other ways as well; "" where something else is reached from the output; "blind" where the graph does not tell.
+    in other ways as well, or where several such losses judge it, as of each time step, and then without a node; ""
+    where something else is reached from the output; "blind" where the graph does not tell.
     node: of the loss. moved: whether an axis was moved on the way. selected: whether examples are chosen by value.
+    mixed: whether its classes weigh what else is learned, as the components of a mixture are.
     """
 
     kind: Literal["whole", "each", "also", "", "blind"]
     node: Any = None
     moved: bool = False
     selected: bool = False
+    mixed: bool = False
 
     @property
     def judges(self) -> str:
@@ -55,7 +63,7 @@ class Judge(NamedTuple):
         return "" if self.node is None else _KINDS[_name(self.node)]
 
 
-UNKNOWN, BLIND = Judge(""), Judge("blind")
+UNKNOWN, BLIND, PARTS = Judge(""), Judge("blind"), Judge("also")
 
 
 class Place(NamedTuple):
@@ -76,23 +84,22 @@ def judge_of(roots: Sequence[Tensor], place: Place | None) -> Judge:
     above, node = _above(roots, place)
     if node is None or place is None:
         return BLIND
-    judges = [_judge_at(user, above) for user in above.get((node, place.result), [])]
-    known = [judge for judge in judges if judge.node is not None]
-    judge = known[0] if len(known) == 1 else UNKNOWN
+    users = _by_node(above)
+    judges = [judge for user in above.get((node, place.result), []) for judge in _judges_at(user, users)]
+    known = [judge for judge in judges if judge.kind]
+    judge = known[0] if len(known) == 1 else PARTS if {judge.kind for judge in known} == {"whole"} else UNKNOWN
     if judge.kind == "whole":
         return judge if len(judges) == 1 else judge._replace(kind="also")
-    return judge._replace(selected=any(name in _SELECTS for name, _ in between(roots, place)))
+    later = _later(node, users)
+    return judge._replace(selected=any(_name(n) in _SELECTS for n in later), mixed=_is_mixed(node, users, later))
 
 
-def _judge_at(node: Any, above: Above, moved: bool = False) -> Judge:
-    """Of one way on from an output, past views."""
-    while _IS_VIEW.fullmatch(_name(node)):
-        moved |= _name(node) in _MOVES
-        users = _users(node, above)
-        if len(users) != 1:
-            return UNKNOWN
-        node = users[0]
-    return _judged(node, above)._replace(moved=moved)
+def _judges_at(node: Any, users: Users, moved: bool = False) -> list[Judge]:
+    """Of all ways on from an output, past views."""
+    if not _IS_VIEW.fullmatch(_name(node)):
+        return [_judged(node, users)._replace(moved=moved)]
+    moved |= _name(node) in _MOVES
+    return [judge for user in users[node] for judge in _judges_at(user, users, moved)]
 
 
 class Link(NamedTuple):
@@ -134,23 +141,13 @@ def is_shape(name: str) -> bool:
 def between(roots: Sequence[Tensor], place: Place | None) -> list[tuple[str, int]]:
     """Names of the operations that lead from a place to roots, and how many operands with a graph each has."""
     above, start = _above(roots, place)
-    users: defaultdict[Any, list[Any]] = defaultdict(list)
-    for (node, _), some in above.items():
-        users[node] += some
-    found, todo = dict.fromkeys(users[start]), [*users[start]]
-    while todo:
-        new = [user for user in users[todo.pop()] if user not in found]
-        found |= dict.fromkeys(new)
-        todo += new
-    return [(_name(node), _operands(node)) for node in found]
+    return [(_name(node), _operands(node)) for node in _later(start, _by_node(above))]
 
 
 def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -> bool:
     """Whether a sum of what stands in a place, and of nothing else, goes into one of these operations."""
     above, start = _above(roots, place)
-    users: defaultdict[Any, list[Any]] = defaultdict(list)
-    for (node, _), some in above.items():
-        users[node] += some
+    users = _by_node(above)
     todo = [(user, False) for user in users[start]]
     seen = set(todo)
     while todo:
@@ -160,6 +157,22 @@ def sums_before(roots: Sequence[Tensor], place: Place | None, names: set[str]) -
         if not summed and _operands(node) > 1:
             continue
         new = {(user, summed or _name(node) == "SumBackward") for user in users[node]} - seen
+        seen |= new
+        todo += new
+    return False
+
+
+def _is_mixed(start: Any, users: Users, later: dict[Any, None]) -> bool:
+    """Whether something else that has a graph joins all numbers of an output, before what is no linear operation."""
+    size = _size(start)
+    todo = [(user, False) for user in users[start]]
+    seen = set(todo)
+    while todo:
+        node, joined = todo.pop()
+        if joined and _name(node) in _MIXES:
+            return True
+        others = [used for used, _ in node.next_functions if used not in (None, start) and used not in later]
+        new = {(user, joined or (bool(others) and _size(node) >= size > 0)) for user in users[node]} - seen
         seen |= new
         todo += new
     return False
@@ -196,24 +209,23 @@ def _axis(judge: Judge, output: Tensor, classes: int) -> Form:
     return SECOND if second and not (last and flat != judge.moved) else LAST
 
 
-def _judged(node: Any, above: Above) -> Judge:
+def _judged(node: Any, users: Users) -> Judge:
     if _name(node) in _KINDS:
         return _reduced(node, "whole")
-    users = _users(node, above, True) if _name(node) == "LogSoftmaxBackward" else []
-    losses = [user for user in users if _name(user) in _KINDS]
-    return _reduced(losses[0], "whole" if len(users) == 1 else "also") if len(losses) == 1 else UNKNOWN
+    ways = _past_views(node, users) if _name(node) == "LogSoftmaxBackward" else []
+    losses = [_reduced(way, "whole" if len(ways) == 1 else "also") for way in ways if _name(way) in _KINDS]
+    if len(losses) == 1:
+        return losses[0]
+    return PARTS if len(losses) == len(ways) and {loss.kind for loss in losses} == {"also"} else UNKNOWN
 
 
 def _reduced(loss: Any, kind: Literal["whole", "also"]) -> Judge:
     return Judge(kind if int(getattr(loss, "_saved_reduction", 0)) else "each", loss)
 
 
-def _users(node: Any, above: Above, past_views: bool = False) -> list[Any]:
+def _past_views(node: Any, users: Users) -> list[Any]:
     """What uses a node's results."""
-    users = [user for (used, _), some in above.items() if used is node for user in some]
-    if not past_views:
-        return users
-    return [x for user in users for x in (_users(user, above, True) if _IS_VIEW.fullmatch(_name(user)) else [user])]
+    return [x for user in users[node] for x in (_past_views(user, users) if is_shape(_name(user)) else [user])]
 
 
 def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
@@ -237,6 +249,29 @@ def _above(roots: Sequence[Tensor], place: Place | None) -> tuple[Above, Any]:
         if len(seen) > _MOST_NODES:
             return {}, None
     return ({}, None) if found is None else (above, found)
+
+
+def _by_node(above: Above) -> Users:
+    users: Users = defaultdict(list)
+    for (node, _), some in above.items():
+        users[node] += some
+    return users
+
+
+def _later(start: Any, users: Users) -> dict[Any, None]:
+    """All that a node leads to, in order."""
+    found, todo = dict.fromkeys(users[start]), [*users[start]]
+    while todo:
+        new = [user for user in users[todo.pop()] if user not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return found
+
+
+def _size(node: Any) -> int:
+    """How many numbers a node gives, 0 where that is not to be seen."""
+    shape = shape_of_result(node)
+    return 0 if shape is None else math.prod(shape)
 
 
 def _operands(node: Any) -> int:

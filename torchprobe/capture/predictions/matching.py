@@ -21,6 +21,11 @@ NO_VARIANCE = (
     "the model predicts numbers without a variance, so that there is no interval to judge: return one beside the mean, "
     "such as a field called variance, or train with nn.GaussianNLLLoss()"
 )
+EACH = (
+    "calibration without gradients: a loss module with reduction='none' judged the model's output, which does not tell "
+    "what counts, as examples may be masked afterwards: use one that returns a mean, with ignore_index= or of what "
+    "counts alone, or call session.log_predictions(probs, targets)"
+)
 _ROUNDED = 1e-5
 _EQUAL = 1e-3  # of the largest value: as far as two ways to compute one number in float32 lie apart
 
@@ -30,7 +35,7 @@ class _Match(NamedTuple):
 
     form: of the output, None of numbers. rows: those that are read, None for all. certain: a flag that only the device
     knows; None where it is sure. kept: a flag for each row, where not all were judged. own: a flag, where it may have
-    been the mean of several passes that was judged: whether it was this one's own prediction.
+    been the mean of several passes that was judged: whether it was this one's own prediction. predicted: by all passes.
     """
 
     form: forms.Form | None
@@ -38,6 +43,7 @@ class _Match(NamedTuple):
     certain: Tensor | None = None
     kept: Tensor | None = None
     own: Tensor | None = None
+    predicted: Tensor | None = None
 
 
 def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
@@ -58,8 +64,8 @@ def hear(phases: Sequence[Phase], call: Call, training: bool) -> None:
             how = call.weight, call.smoothing, call.reduced, match.own, match.certain
             one.candidates.append(Candidate(match.form, _targets(call, match), *how))
         else:
-            p = _probabilities(call, match.rows)
-            _judge_classes(phase, one, match.form, p, _targets(call, match), match.certain)
+            p = _probabilities(call, match.rows) if match.predicted is None else match.predicted
+            _judge_classes(phase, one, match.form, p, _targets(call, match), match.certain, call.reduced)
         return
 
 
@@ -91,10 +97,14 @@ def _same_values(waiting: Waiting, call: Call) -> _Match | None:
         if form.kind == call.form.kind and _sizes(call.input.shape, call.form) == _sizes(waiting.shape, form):
             rows, members = waiting.pool.index(call.input, form), waiting.pool.members(form)
             p = _probabilities(call, rows)
-            means = [predicted.mean] if members is None else [predicted.mean, members.mean]
-            flags = [_equal(call, p, mean) for mean in means]
-            match = _by_values(form, rows, flags)
-            return match and match._replace(own=flags[0] if waiting.pool.passes > 1 else None)
+            of_all = (None, None) if members is None else (members.mean, members.of_mean_logits)
+            own, of_mean, of_logits = (_equal(call, p, x) for x in (predicted.mean, *of_all))
+            match = _by_values(form, rows, [own, of_mean, of_logits])
+            if match is not None and waiting.pool.passes > 1:
+                match = match._replace(own=own)
+            if match is None or members is None or own is None or of_mean is None or of_logits is None:
+                return match
+            return match._replace(predicted=torch.where(own | of_mean, p, members.mean))
     return None
 
 
@@ -152,17 +162,27 @@ def settle(phase: Phase) -> None:
         for call in first:
             flags = [flag for flag in (call.certain, call.own) if flag is not None]
             certain = torch.stack(flags).all() if flags else None
-            _judge_classes(phase, one, call.form, one.predicted[call.form].mean, call.targets, certain)
+            p = one.predicted[call.form].mean
+            _judge_classes(phase, one, call.form, p, call.targets, certain, call.reduced)
 
 
 def _judge_classes(
-    phase: Phase, waiting: Waiting, form: forms.Form, p: Tensor, targets: Tensor, certain: Tensor | None
+    phase: Phase,
+    waiting: Waiting,
+    form: forms.Form,
+    p: Tensor,
+    targets: Tensor,
+    certain: Tensor | None,
+    reduced: bool,
 ) -> None:
     for other in (forms.LAST, forms.SECOND, forms.BINARY, forms.YES):
         phase.settle_form(other.key, other == form, certain)
     phase.settle_form(NUMBERS, False, certain)
     if certain is None:
         phase.has_judged(waiting)
+    if not reduced:
+        phase.say("loss", EACH)
+        return
     row = calibration.compute(p, targets, ignore_index=forms.IGNORED)
     phase.calibration.add(f"{SURE}|found", _if_certain(row, certain), waiting.pool.sampled(form))
 
@@ -183,6 +203,8 @@ def _judge_numbers(phase: Phase, waiting: Waiting, call: Call, certain: Tensor |
         phase.uncertainty.add(f"{SURE}||{waiting.pool.where}", _if_certain(row, certain))
     if variance is None:
         phase.say("calibration", NO_VARIANCE)
+    elif not call.reduced:
+        phase.say("loss", "" if waiting.in_graph else EACH)
     elif call.target.is_floating_point() and _broadcast(call.input, variance, call.target):
         if certain is None:
             phase.has_judged(waiting)

@@ -25,7 +25,8 @@ _LOGARITHMS = {"log", "logvar", "logvars", "logvariance", "logstd", "logsigma"}
 _EVIDENCE = {"evidence", "evidences"}
 _ENTROPY = {"entropy", "entropies"}
 _ROUNDED = 1e-2
-_OTHERWISE = {"attention", "attn", "attentions", "loss", "losses", "target", "targets", "label", "labels", "weights"}
+_OTHERWISE = {"attention", "attn", "attentions", "explained", "loss", "losses", "target", "targets", "label", "labels"}
+_OTHERWISE |= {"weights"}
 _MEANS = {"mean", "means", "mu", "loc", "gamma", "prediction", "predictions", "pred", "preds"}
 _LOGITS = {"logits", "logit"}
 _PROBABILITIES = {"probs", "probabilities", "probability"}
@@ -188,10 +189,14 @@ def _among(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> Tensor | 
 
 
 def _fits(name: str, meaning: Meaning, fields: Mapping[str, Tensor]) -> bool:
-    """Whether a field has a value for each example, as far as the others tell: none for a batch, or for a task."""
+    """Whether a field has a value for each example, as far as the others tell: none for a batch, or for a task. Among
+    numbers alone, as the terms of a loss, it is of one example where its mean is there, too.
+    """
     field, others = fields[name], [x for other, x in fields.items() if other != name and x.dim() > 0]
-    if not others or meaning.quantity in ("epistemic", "aleatoric"):
+    if meaning.quantity in ("epistemic", "aleatoric"):
         return True
+    if not others:
+        return field.dim() > 0 or len(fields) == 1 or _mean_for(fields, field) is not None
     return field.dim() > 0 and any(x.shape[0] == field.shape[0] for x in others)
 
 

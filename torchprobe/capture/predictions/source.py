@@ -111,7 +111,8 @@ class PredictionSource:
                 total = Phase(training, phases[-1].moment)
                 for phase in phases:
                     total.take_from(phase)
-                self._reporting.remark(total.lines.get("passes", ""))
+                for kind in ("passes", "loss"):
+                    self._reporting.remark(total.lines.get(kind, ""))
                 for reporter in total.moment.reporters:
                     pieces += self._pieces(reporter, total, loop)
         return pieces

@@ -90,7 +90,8 @@ def read_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     if isinstance(module, _ELEMENTS):
         same = x.shape == y.shape
         return Call(x, y, BINARY, isinstance(module, nn.BCELoss), reduced=reduced) if same else None
-    return Call(x, y, None, variance=given.get("var") if isinstance(module, nn.GaussianNLLLoss) else None)
+    variance = given.get("var") if isinstance(module, nn.GaussianNLLLoss) else None
+    return Call(x, y, None, variance=variance, reduced=reduced)
 
 
 def _of_classes(x: Tensor, y: Tensor, ignore_index: int) -> Call | None:

@@ -95,6 +95,8 @@ def is_trusted(judge: Judge, steady: Tensor, count: Count) -> Tensor:
         return torch.ones_like(steady)
     if judge.kind == "also":
         return steady
+    if judge.mixed:
+        return torch.zeros_like(steady)
     if judge.kind == "blind":
         return steady & (count.is_usual | count.is_plain)
     return steady & count.is_plain

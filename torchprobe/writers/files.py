@@ -67,6 +67,14 @@ def check_path(argument: str, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
 
 
+def check_part(argument: str, part: str) -> None:
+    """Raise TypeError or ValueError for what can be no part of a file's name."""
+    if not isinstance(part, str):
+        raise TypeError(f"{argument}={part!r}: takes a string, not {type(part).__name__}")
+    if re.search(rf"[/\\\\]|{NO_NAME.pattern}", part) or bytes_of(part) > LONGEST // 2:
+        raise ValueError(f"{argument}={part!r}: takes a short part of a file's name, without a path separator")
+
+
 def place_of(log_dir: str | os.PathLike[str]) -> Place:
     """The place that a path or URL names.
 

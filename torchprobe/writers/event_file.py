@@ -30,7 +30,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 
 from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Outcome, Record, Text, Value, group_of, of_tags
-from torchprobe.writers.files import FaultLog, GrowingFile, check_part, place_of
+from torchprobe.writers.files import LONGEST, NO_NAME, FaultLog, GrowingFile, bytes_of, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
@@ -54,6 +54,7 @@ _PLUGINS: Mapping[type, tuple[str, int]] = {
     Outcome: ("hparams", DATA_CLASS_TENSOR),
     Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
 }
+_NO_SUFFIX = re.compile(rf"[/\\]|{NO_NAME.pattern}")
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
@@ -89,7 +90,7 @@ class EventFileWriter:
     ) -> None:
         self._folding = Folding(_checked("most_tags", most_tags, "a number of tags"))
         self._place = place_of(log_dir)
-        check_part("filename_suffix", filename_suffix)
+        _check_suffix(filename_suffix)
         self._suffix = filename_suffix
         self._start_step = _checked("restart_step", restart_step, "a step")
         self._restart: int | None = None
@@ -190,6 +191,13 @@ def _checked(argument: str, value: int | None, takes: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{argument}={value!r}: takes {takes} or None, not {type(value).__name__}")
     return value
+
+
+def _check_suffix(suffix: str) -> None:
+    if not isinstance(suffix, str):
+        raise TypeError(f"filename_suffix={suffix!r}: takes a string, not {type(suffix).__name__}")
+    if _NO_SUFFIX.search(suffix) or bytes_of(suffix) > LONGEST // 2:
+        raise ValueError(f"filename_suffix={suffix!r}: takes a short part of a file's name, without a path separator")
 
 
 class Scalars:

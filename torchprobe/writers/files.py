@@ -27,6 +27,7 @@ MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LOCAL = ("file", "local")
+_GONE = {errno.ESTALE: "replaced by another file", errno.EBADF: "closed by the program"}
 
 
 Place: TypeAlias = "LocalPlace | RemotePlace"
@@ -65,14 +66,6 @@ def check_path(argument: str, path: str | os.PathLike[str]) -> None:
         sizes = f"{LONGEST} bytes a name and {LONGEST_PATH} in all"
         takes = f"a path without NUL and half surrogate pairs, {sizes}, such as 'runs/exp1'"
         raise ValueError(f"{argument}={text[:300]!r}: takes {takes}; it has up to {longest} bytes a name")
-
-
-def check_part(argument: str, part: str) -> None:
-    """Raise TypeError or ValueError for what can be no part of a file's name."""
-    if not isinstance(part, str):
-        raise TypeError(f"{argument}={part!r}: takes a string, not {type(part).__name__}")
-    if re.search(rf"[/\\\\]|{NO_NAME.pattern}", part) or bytes_of(part) > LONGEST // 2:
-        raise ValueError(f"{argument}={part!r}: takes a short part of a file's name, without a path separator")
 
 
 def place_of(log_dir: str | os.PathLike[str]) -> Place:
@@ -133,9 +126,11 @@ class AppendFile:
             gone = "moved away" if self._has_inode and os.fstat(self._descriptor).st_nlink else "deleted"
             return gone if self.path.parent.is_dir() else f"{gone} with its directory"
         except OSError as error:
-            if error.errno != errno.ESTALE:
+            if error.errno not in _GONE:
                 raise
-            return "replaced by another file"
+            if error.errno == errno.EBADF:
+                self.close()  # before the next file gets this descriptor's number
+            return _GONE[error.errno]
         if self._has_inode and not os.path.samestat(there, held):
             return "replaced by another file"
         size = held.st_size if self._has_inode else there.st_size
@@ -145,7 +140,11 @@ class AppendFile:
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
-        self._raw.close()
+        try:
+            self._raw.close()
+        except OSError as error:
+            if error.errno != errno.EBADF:  # the program has closed it
+                raise
 
     def _write_all(self, data: memoryview) -> None:
         # A nearly full disk takes a part and says so only at the next write.

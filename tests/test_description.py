@@ -67,6 +67,16 @@ def test_the_model_is_described(tmp_path):
     assert tree["lazy"]["shapes"] == {"weight": None, "bias": None}
 
 
+@pytest.mark.parametrize("argv", [None, [], [None, 3], [b"x"]])
+def test_a_program_without_a_command_line_is_watched(tmp_path, monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", argv)
+    if argv is None:
+        monkeypatch.delattr(sys, "argv")
+    facts = record(tmp_path)
+    words = [str(word) for word in argv or ()]
+    assert (facts["script"], facts["options"]) == (words[0] if words else "", words[1:])
+
+
 def test_versions_script_options_and_hparams(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--lr", "-1e-3", "--api-key=abc", "--token", "t0p", "x"])
     facts = record(tmp_path, hparams={"lr": 0.1, "wandb_token": "t0p", "note": "a", "limit": math.inf})

@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
     },
     "finding": {"capture", "session", "writers"},
-    "checkpoint": {"arguments", "distributed", "naming", "random_state", "records", "session", "state"},
+    "checkpoint": {"arguments", "distributed", "naming", "random_state", "records", "session", "state", "writers"},
     "integrations": {"session"},
     "cli": {"_version", "finding", "reports", "session", "writers"},
     "__main__": {"cli"},

@@ -46,12 +46,13 @@ def described(model: nn.Module, hparams: Mapping[str, Any] | None, ranks: int) -
 
     Called once, in the drain thread, where git is asked for the commit and whether files that it knows have changed.
     """
+    argv = [str(word) for word in getattr(sys, "argv", ())]  # a program that Python is a part of may have none
     facts = {
         **_of_model(model),
         "ranks": ranks,
         "versions": {name: version for name, version in versions().items() if name in _KNOWN},
-        "script": Path(sys.argv[0]).name if sys.argv else "",
-        "options": [*hidden_options(sys.argv[1:])],
+        "script": Path(argv[0]).name if argv else "",
+        "options": [*hidden_options(argv[1:])],
         "hparams": {name: hidden_value(name, value) for name, value in (hparams or {}).items()},
     }
     script = getattr(sys.modules.get("__main__"), "__file__", None)

@@ -143,14 +143,14 @@ class TrainingLogger(LogCalls):
         Pictures: with a prefix, else as histograms.
         """
         p, y = checked_predictions(probs, targets)
-        pictures = bool(prefix) or self._histograms_due(self._steps.clock.following)
+        pictures = bool(checked("prefix", prefix, str)) or self._histograms_due(self._steps.clock.following)
         self._add("log_calibration", prefix, self._calibration, lambda: [(_JUDGED, _calibration_row(p, y, pictures))])
 
     def log_hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, Number] | None = None) -> None:
         """Hyperparameters (bools, numbers, strings) and metrics beside them: the HParams page, and a table as text."""
         lines = [f"| {name} | `{value}` |" for name, value in checked_hparams(hparams).items()]
         table = Text("\n".join(["| hyperparameter | value |", "| --- | --- |", *lines]))
-        values = [*self._metrics.tagged(metrics or {}, ""), ("hparams", table)]
+        values = [*self._metrics.tagged({} if metrics is None else metrics, ""), ("hparams", table)]
         self._sink.begin(hparams)
         self._log("log_hparams", values, _VALIDATION)
 
@@ -185,7 +185,7 @@ class TrainingLogger(LogCalls):
         self, call: str, prefix: str, reporter: Reporter, rows: Callable[[], Iterable[tuple[str, Tensor]]]
     ) -> None:
         """Rows of shape (several, fields) of each name, together with those of earlier calls."""
-        start = f"{prefix}/" if prefix else ""
+        start = f"{prefix}/" if checked("prefix", prefix, str) else ""
 
         def fill(step: OpenStep) -> None:
             for name, some in rows():

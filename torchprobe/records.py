@@ -198,8 +198,6 @@ def storable(value: object) -> Value | None:
         return value if _holds_numbers(value) else None
     if isinstance(value, Text):
         return value if isinstance(value.markdown, str) else None
-    if isinstance(value, HParams | Outcome | Layout):
-        return value
     return number_of(value)
 
 

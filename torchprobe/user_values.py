@@ -85,6 +85,8 @@ def _is_scalar(value: Tensor | np.ndarray) -> bool:
 
 
 def _as_float(value: float | np.generic | np.ndarray) -> float:
+    if isinstance(value, np.ndarray) and np.ma.is_masked(value):
+        return math.nan  # its item() is what the mask hides
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
     try:
         return float(number)

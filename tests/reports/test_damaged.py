@@ -160,6 +160,58 @@ def test_no_control_character_reaches_the_terminal(tmp_path, capsys):
         assert not {c for c in told.out + told.err if c != "\n" and unicodedata.category(c) == "Cc"}
 
 
+TURNING = "a\u202eb\u2066c\u2028d\u2029e"
+
+
+def test_what_turns_or_ends_a_line_is_shown_as_an_escape_and_an_emoji_as_it_is(tmp_path, capsys):
+    folder = write_run(tmp_path / TURNING, {f"train/{TURNING}": [1.0], "train/👩\u200d🔬": [1.0]})
+    assert main(["report", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert not {*TURNING[1::2]} & {*told}
+    assert "👩\u200d🔬" in told
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", TURNING, "exp[/red]", "[bold]b", "[link=file:etc]c"])
+def test_the_lines_of_a_command_show_places_as_they_are_called(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "300")
+    write_run(tmp_path / "older", {"overview/loss": [1.0]})
+    folder = write_run(tmp_path / name, {"overview/loss": [1.0]})
+    [file] = folder.glob("*tfevents*")
+    os.utime(file, (4e9, 4e9))
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"{shown}; name another one" in capsys.readouterr().out
+    assert main(["report", str(folder), "--html", str(folder / "x.html")]) == 0
+    told = capsys.readouterr().out
+    assert f"{shown}/x.html shows" in told
+    assert told.rstrip("\n").isprintable()
+    with pytest.raises(SystemExit):
+        main(["compare", str(folder), str(folder), name])
+    assert f"unrecognized arguments: {shown}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("facts", ['{"hparams": {"clip": Infinity, "x": NaN}}', '{"a": 1e999}', "[" * 10**5])
+def test_a_description_that_is_no_json_costs_itself_alone(tmp_path, capsys, facts):
+    page = Text(f"|  |  |\n\n```json\n{facts}\n```\n")
+    folder = write_run(tmp_path, {"overview/loss": [1.0], "torchprobe/run": [page]})
+    for options in ([], ["--json"], ["--html", str(tmp_path / "x.html")]):
+        assert main(["report", str(folder), *options]) == 0
+    told = capsys.readouterr().out
+    assert "overview/loss" in told
+
+
+def test_a_byte_that_is_wrong_in_a_value_costs_its_record_alone(tmp_path):
+    folder = write_run(tmp_path, {"overview/loss": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    [file] = folder.glob("*tfevents*")
+    data = file.read_bytes()
+    at = data.index(Event(step=3, wall_time=1002.0).SerializeToString())
+    file.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    run = read_run(folder)
+    assert run.scalars["overview/loss"].steps.tolist() == [1, 2, 4, 5]
+    assert run.scalars["overview/loss"].values.tolist() == [1.0, 2.0, 4.0, 5.0]
+    assert run.unread == [f"a record of {file.name}"]
+
+
 def test_what_came_after_the_step_at_which_a_run_was_taken_up_again_is_gone(tmp_path):
     write_run(tmp_path, {"train/loss": [4.0, 3.0, 9.0], "train/later": [None, None, 1.0]})
     event = Event(step=3, wall_time=9.0, session_log=SessionLog(status=SessionLog.START))

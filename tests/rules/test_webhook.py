@@ -179,3 +179,34 @@ def test_what_goes_wrong_on_the_way_does_not_show_the_address(url, caplog):
 )
 def test_addresses_that_are_taken(url):
     torchprobe.WebhookNotifier(url)
+
+
+def test_alerts_behind_an_answer_that_never_ends_are_counted_at_the_end(caplog):
+    over = threading.Event()
+
+    class Drips(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not over.wait(0.01):  # each byte comes well within the timeout
+                self.wfile.write(b"A")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drips)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        notify = torchprobe.WebhookNotifier(f"http://127.0.0.1:{server.server_port}/secret", timeout=0.2, retries=0)
+        for _ in range(3):
+            notify(ALERT)
+        notify.close()
+        assert (notify.sent, notify.dropped) == (0, 2)  # of the first nobody knows yet
+        [line] = caplog.messages
+        assert "the answer to an earlier one does not come to an end" in line
+        assert "secret" not in line
+    finally:
+        over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -206,6 +206,28 @@ def test_a_session_goes_on_and_says_so(do, tmp_path, caplog):
     assert len(lines(caplog, file)) == 1
 
 
+def close_what_is_open_in(folder):
+    """As a daemon does with all that it finds open."""
+    opened = {int(link.name): link.resolve().parent for link in Path("/proc/self/fd").iterdir()}
+    for descriptor, place in opened.items():
+        if place == folder.resolve():
+            os.close(descriptor)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="nothing here tells what is open")
+@pytest.mark.parametrize("make", [EventFileWriter, lambda folder: JsonLinesWriter(folder / "run.jsonl")])
+def test_a_descriptor_that_the_program_has_closed_is_opened_again(tmp_path, make, caplog):
+    writer = make(tmp_path)
+    for step in (1, 2, 3):
+        writer.write([Record(step, 1.0 * step, {"loss": 1.0})])
+        close_what_is_open_in(tmp_path)
+    writer.close()
+    written = b"".join(file.read_bytes() for file in sorted(tmp_path.iterdir()))
+    assert written.count(b"loss") == 3
+    [line] = caplog.records
+    assert " was closed by the program: writing goes on in " in line.getMessage()
+
+
 def test_a_program_that_goes_to_another_directory_takes_no_run_along(tmp_path, monkeypatch, caplog):
     """Before the first write and after it, with flight recordings."""
     monkeypatch.chdir(tmp_path)

@@ -144,12 +144,13 @@ class Decoder:
 
     def _take(self, values: dict[str, Value], items: Iterable[Any], owner: str, prefix: str = "") -> None:
         """Take values in under their tags. Most are floats under tags of ASCII, for which little is asked."""
+        plain = prefix.isascii()
         for item in items:
             if type(item) is not tuple or len(item) != 2:  # a user's report may yield anything
                 self._say_odd(owner, "", f"{reprlib.repr(item)} is no (tag, value) pair")
                 continue
             tag, value = item
-            if type(value) is float and type(tag) is str and tag and tag.isascii():
+            if plain and type(value) is float and type(tag) is str and tag and tag.isascii():
                 values[prefix + tag] = value
                 continue
             tag = prefix + tag if isinstance(tag, str) and type(tag) is not UserTag else tag

@@ -28,6 +28,7 @@ from torchprobe.checkpoint.states import Target, apply, check_names, model_state
 from torchprobe.messages import log as _log
 from torchprobe.random_state import random_states
 from torchprobe.session import Session, session_of
+from torchprobe.writers.files import check_path, located
 
 Checkpoint = dict[str, Any]
 _DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError, BadZipFile)
@@ -67,13 +68,16 @@ class CheckpointManager:
         if not isinstance(directory, str | os.PathLike):
             kind = type(directory).__name__
             raise TypeError(f"directory={directory!r}: takes a path, such as 'checkpoints', not {kind}")
-        if "\0" in os.fsdecode(directory):
-            raise ValueError(f"directory={directory!r}: takes a path without NUL characters, such as 'checkpoints'")
+        if isinstance(located(directory), str):
+            raise ValueError(
+                f"directory={directory!r}: takes a local path, such as 'checkpoints', and no URL of a store"
+            )
+        check_path("directory", directory)
         check_count("max_keep", max_keep, "checkpoints")
         states.check_best(metric, mode)
         if session is not None and not isinstance(session, Session):
             raise TypeError(f"session={session!r}: takes what torchprobe.instrument returned, or None")
-        self.directory = Path(directory)
+        self.directory = Path(located(directory))
         self._max_keep = max_keep
         self._metric = metric
         self._mode = mode

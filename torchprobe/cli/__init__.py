@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torchprobe._version import __version__
 from torchprobe.cli import check, demo, report, view
@@ -36,7 +37,7 @@ _COMMANDS = (demo, view, report, check)
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each command sets `run` to the function that carries it out."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchprobe",
         description="See attention, uncertainty, gradients and training health of a PyTorch model in TensorBoard.",
         epilog=_EXAMPLES,
@@ -47,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """As everywhere, but for what an argument may hold that a terminal would obey."""
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong option."""
+        super().error(_visible(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code: int = arguments.run(arguments)
         print(end="", flush=True)
     except CommandError as error:
-        from torchprobe.reports.events import visible  # numpy is not needed for --help
-
-        print(f"torchprobe {arguments.command}: error: {visible(str(error))}", file=sys.stderr)
+        print(f"torchprobe {arguments.command}: error: {_visible(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.filename is not None or error.errno not in _OUTPUT_ENDS:
@@ -78,3 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return 130
     return exit_code
+
+
+def _visible(text: str) -> str:
+    from torchprobe.reports.events import visible  # numpy is not needed for --help
+
+    return visible(text)

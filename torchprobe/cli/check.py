@@ -72,11 +72,13 @@ def run(options: argparse.Namespace) -> int:
 
 def verdict(session: Session) -> str:
     """Alerts of a run with their advice, or that there are none, and what may be meant as it is."""
+    from torchprobe.reports.events import visible  # imports numpy
+
     alerts = [alert for alert in session.alerts if not alert.ended]
     lines = [f"torchprobe check: {session.step} steps, {len(alerts) or 'no'} alert{'s' * (len(alerts) != 1)}"]
     lines += [f"\n{alert}\n    {alert.advice}" for alert in alerts]
     lines += [f"\nremark: {remark}\n    {remark.advice}" for remark in session.remarks]
-    return "\n".join(lines)
+    return "\n".join(visible(line) for text in lines for line in text.split("\n"))
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or write the page. Returns the exit code."""
+    from torchprobe.reports.events import visible
     from torchprobe.reports.summary import summarise
 
     places = arguments.runs or [Path("runs")]
@@ -86,14 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.html is None:
         _print(found, summary, folders)
     else:
-        print(f"{arguments.html} shows {found.path}")
+        print(f"{visible(str(arguments.html))} shows {visible(str(found.path))}")
     return 0
 
 
 def _print(found: Run, summary: Mapping[str, Any], folders: Sequence[Path | str]) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from torchprobe.reports.comparison import runs_table
+    from torchprobe.reports.events import visible
     from torchprobe.reports.terminal import rendered
 
     console = Console()
@@ -102,7 +105,7 @@ def _print(found: Run, summary: Mapping[str, Any], folders: Sequence[Path | str]
         latest = folders[-_MOST_LISTED:]
         console.print(runs_table(_rows(latest, None)))
         rest = f"{len(folders) - len(latest)} older ones are not listed. " if len(folders) > len(latest) else ""
-        console.print(f"{rest}Above is {found.path}; name another one for its report.", style="dim")
+        console.print(Text(f"{rest}Above is {visible(str(found.path))}; name another one for its report.", style="dim"))
 
 
 def _list(folders: Sequence[Path | str], arguments: argparse.Namespace) -> int:

@@ -54,9 +54,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C. Returns the exit code."""
+    from torchprobe.reports.events import visible  # imports numpy
+
     _check_has_runs(arguments.directory)
     address = _serve(arguments.directory, arguments.host, arguments.port)
-    print(f"TensorBoard shows {arguments.directory} at {address}", flush=True)
+    print(f"TensorBoard shows {visible(str(arguments.directory))} at {address}", flush=True)
     print("Ctrl-C ends it.", flush=True)
     try:
         if not arguments.no_browser and _has_display():

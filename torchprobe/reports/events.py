@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import bidirectional, category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +18,21 @@ from torchprobe.writers.hparams import FINAL, START_TAG, read_hparams
 from torchprobe.writers.tfrecord import records_of
 
 EVENTS = "*tfevents*"
-_UNSEEN = ("Cc", "Cs")  # categories of Unicode
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # what comes after, or up to there
 _MOST_PICTURES = 40  # of a tag: of more every second one is left out
 _PLUGIN = "torchprobe"  # what our own matrices are marked with
-_FRAME = 16  # bytes around a record of an event file
 
 
 def visible(text: str) -> str:
-    """Text from a file in one line: control characters, which a terminal would obey, and halves of pairs as escapes."""
+    """Text from a file in one line: what a terminal would obey, ends of lines, and halves of pairs as escapes."""
     if text.isprintable():
         return text
-    return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _is_obeyed(c) else c for c in text)
+
+
+def _is_obeyed(character: str) -> bool:
+    return category(character) in _UNSEEN or bidirectional(character) in _TURNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class EventFiles:
         with file.open("rb") as opened:
             opened.seek(offset)
             for record in records_of(opened):
-                offset += len(record) + _FRAME
+                offset = opened.tell()
                 try:
                     self.contents.take(Event.FromString(record))
                 except Exception:  # damaged, or of another program: it is named, and all else is read

@@ -123,17 +123,25 @@ def run_of(files: EventFiles) -> Run:
 
 def _flight(file: Path) -> dict[str, Any]:
     """What is known of a recording, with its file's name. Raises for one that is half written or foreign."""
-    content = json.loads(
-        file.read_text(encoding="utf-8"),
-        parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
-        parse_constant=lambda text: None,
-    )
+    content = json_of(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise TypeError("no recording")
     known = {key: content[key] for key, kind in _FLIGHT.items() if isinstance(content.get(key), kind)}
     if "alerts" in known:
         known["alerts"] = [alert for alert in known["alerts"] if isinstance(alert, dict)]
     return {"file": str(file), **known}
+
+
+def json_of(text: str) -> Any:
+    """What a text of others says, where numbers that JSON lacks are None. Raises ValueError for what is no JSON."""
+    try:
+        return json.loads(
+            text,
+            parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
+            parse_constant=lambda text: None,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 
 from torchprobe.reports.events import Series, visible
 from torchprobe.reports.evidence import both_parts, final_and_best, layers, number, performance
-from torchprobe.reports.run import Run
+from torchprobe.reports.run import Run, json_of
 from torchprobe.reports.verdict import episodes, next_steps, verdict
 
 ROUNDING = 1e-6  # of a value: float32 numbers that are nearer to each other are the same
@@ -71,7 +70,7 @@ def _facts(run: Run) -> dict[str, Any] | None:
     pages = _texts(run, "torchprobe/run")
     block = pages[-1][1].rpartition("```json\n")[2].partition("\n```")[0] if pages else ""
     try:
-        facts = json.loads(block)
+        facts = json_of(block)
     except ValueError:
         return None
     return facts if isinstance(facts, dict) else None
@@ -123,7 +122,9 @@ def _alerts(run: Run) -> list[dict[str, Any]]:
     lines = [entry for _, text in _texts(run, "alerts") for entry in _plain(text)]
     found = []
     for rule, series in sorted(run.group("alerts").items(), key=lambda item: (item[1].steps[0], item[0])):
-        said = [(line, advice) for line, advice in lines if line.startswith(rule)]
+        said = [
+            (line, advice) for line, advice in lines if line.startswith((f"{rule}, step ", f"{rule} has ended, step "))
+        ]
         last = said[-1][0] if said else None
         advice = next((advice for _, advice in reversed(said) if advice), None)
         steps = series.steps.tolist()
@@ -140,7 +141,7 @@ def _plain(markdown: str) -> Iterator[tuple[str, str]]:
 
 
 def _unescaped(markdown: str) -> str:
-    return markdown.replace("\\", "").replace("&lt;", "<")
+    return re.sub(r"\\([_*])", r"\1", markdown).replace("&lt;", "<")
 
 
 def _last(named: Mapping[str, Series]) -> dict[str, float | None]:

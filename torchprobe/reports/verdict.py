@@ -10,7 +10,7 @@ from typing import Any
 MOST = 3  # things to look at
 _SAID = re.compile(
     r"(?P<rule>.+?)(?P<ended> has ended)?, step (?P<step>\d+)"
-    r"(?: at (?P<where>\S+)(?: to (?P<last>\S+) \((?P<members>\d+) in all\))?)?: (?P<message>.*)",
+    r"(?: at (?P<where>.+?)(?: to (?P<last>.+?) \((?P<members>\d+) in all\))?)?: (?P<message>.*)",
     re.DOTALL,
 )
 _GRAVEST = ("non_finite", "exploding_gradient")  # first; then bugs that have a name, and rules of a user's own

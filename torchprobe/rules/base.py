@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-from torchprobe.arguments import check_count, check_positive
+from torchprobe.arguments import check_callable, check_count, check_positive
 from torchprobe.records import EVIDENCE, Record, Text
 from torchprobe.rules.alert import Alert
 
@@ -40,6 +40,8 @@ class BuiltIn:
                 check_positive(field.name, getattr(self, field.name))
             elif isinstance(field.default, int):
                 check_count(field.name, getattr(self, field.name))
+            elif callable(field.default):
+                check_callable(field.name, getattr(self, field.name), "a function without arguments")
 
     def watcher(self) -> Any:
         """Sees the records of one run: the rule itself, unless it has to remember something."""

@@ -70,13 +70,17 @@ class WebhookNotifier:
     def close(self) -> None:
         """Send what waits, for up to `timeout` seconds and without further retries; a later alert starts anew."""
         with self._lock:
-            thread, self._thread = self._thread, None
+            thread, self._thread, waiting = self._thread, None, self._queue
         if thread is not None:
             self._deadline = monotonic() + self._timeout
             self._closing.set()
             with contextlib.suppress(queue.Full):  # then it is awake
-                self._queue.put_nowait(None)
+                waiting.put_nowait(None)
             thread.join(2 * self._timeout)  # an attempt that is under way may take all of it
+            with contextlib.suppress(queue.Empty):
+                while thread.is_alive():
+                    if waiting.get_nowait() is not None:
+                        self._drop("the answer to an earlier one does not come to an end")
 
     def _start_anew(self) -> None:
         self._queue: queue.Queue[Alert | None] = queue.Queue(MAX_WAITING)

@@ -30,7 +30,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 
 from torchprobe.messages import log as _log
 from torchprobe.records import Histogram, HParams, Image, Layout, Lines, Outcome, Record, Text, Value, group_of, of_tags
-from torchprobe.writers.files import FaultLog, GrowingFile, place_of
+from torchprobe.writers.files import LONGEST, NO_NAME, FaultLog, GrowingFile, bytes_of, place_of
 from torchprobe.writers.folding import MOST_TAGS, Folding, Names
 from torchprobe.writers.hparams import plugin_data
 from torchprobe.writers.tfrecord import frame
@@ -54,6 +54,7 @@ _PLUGINS: Mapping[type, tuple[str, int]] = {
     Outcome: ("hparams", DATA_CLASS_TENSOR),
     Layout: (layout_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR),
 }
+_NO_SUFFIX = re.compile(rf"[/\\]|{NO_NAME.pattern}")
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
@@ -75,9 +76,8 @@ class EventFileWriter:
     A batch is on disk (in the page cache, not synced), or in the store, when `write` returns. One that does not
     fit leaves the file as it was and raises OSError: write the same batch again later.
 
-    Raises TypeError for a `log_dir` that is no path and `most_tags` that is no whole number, ValueError for a URL of an
-    unknown kind, ImportError for one whose package is missing, OSError for a directory that cannot be made or written
-    to.
+    Raises TypeError or ValueError for an argument that does not fit, ImportError for a URL whose package is missing,
+    OSError for a directory that cannot be made or written to.
     """
 
     def __init__(
@@ -88,10 +88,11 @@ class EventFileWriter:
         restart_step: int | None = None,
         most_tags: int | None = MOST_TAGS,
     ) -> None:
-        self._folding = Folding(_checked(most_tags))
+        self._folding = Folding(_checked("most_tags", most_tags, "a number of tags"))
         self._place = place_of(log_dir)
+        _check_suffix(filename_suffix)
         self._suffix = filename_suffix
-        self._start_step = restart_step
+        self._start_step = _checked("restart_step", restart_step, "a step")
         self._restart: int | None = None
         self._started = False
         self._described: set[str] = set()
@@ -186,10 +187,17 @@ def encode(record: Record, described: Collection[str] = ()) -> Event:
     return event
 
 
-def _checked(most_tags: int | None) -> int | None:
-    if most_tags is not None and (isinstance(most_tags, bool) or not isinstance(most_tags, int)):
-        raise TypeError(f"most_tags={most_tags!r}: takes a number of tags or None, not {type(most_tags).__name__}")
-    return most_tags
+def _checked(argument: str, value: int | None, takes: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{argument}={value!r}: takes {takes} or None, not {type(value).__name__}")
+    return value
+
+
+def _check_suffix(suffix: str) -> None:
+    if not isinstance(suffix, str):
+        raise TypeError(f"filename_suffix={suffix!r}: takes a string, not {type(suffix).__name__}")
+    if _NO_SUFFIX.search(suffix) or bytes_of(suffix) > LONGEST // 2:
+        raise ValueError(f"filename_suffix={suffix!r}: takes a short part of a file's name, without a path separator")
 
 
 class Scalars:

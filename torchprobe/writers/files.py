@@ -27,6 +27,7 @@ MAX_WAITING = 5  # files: the first ones, which are nearest to a cause
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0  # seconds between attempts while the place is out of reach
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LOCAL = ("file", "local")
+_GONE = {errno.ESTALE: "replaced by another file", errno.EBADF: "closed by the program"}
 
 
 Place: TypeAlias = "LocalPlace | RemotePlace"
@@ -125,9 +126,11 @@ class AppendFile:
             gone = "moved away" if self._has_inode and os.fstat(self._descriptor).st_nlink else "deleted"
             return gone if self.path.parent.is_dir() else f"{gone} with its directory"
         except OSError as error:
-            if error.errno != errno.ESTALE:
+            if error.errno not in _GONE:
                 raise
-            return "replaced by another file"
+            if error.errno == errno.EBADF:
+                self.close()  # before the next file gets this descriptor's number
+            return _GONE[error.errno]
         if self._has_inode and not os.path.samestat(there, held):
             return "replaced by another file"
         size = held.st_size if self._has_inode else there.st_size
@@ -137,7 +140,11 @@ class AppendFile:
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
-        self._raw.close()
+        try:
+            self._raw.close()
+        except OSError as error:
+            if error.errno != errno.EBADF:  # the program has closed it
+                raise
 
     def _write_all(self, data: memoryview) -> None:
         # A nearly full disk takes a part and says so only at the next write.

@@ -28,15 +28,27 @@ def _checksum(data: bytes) -> bytes:
     return struct.pack("<I", rotated + _MASK_DELTA & 0xFFFFFFFF)
 
 
-def records_of(file: BinaryIO) -> Iterator[bytes]:
-    """The whole records from where the file stands, up to its end or to the first that is torn or damaged."""
+def records_of(file: BinaryIO) -> Iterator[bytes | None]:
+    """The whole records from where the file stands, up to its end or to one that is torn; the file stands behind each.
+
+    None for one that is damaged, where another one follows it: what comes last may be half written yet.
+    """
     start, end = file.tell(), file.seek(0, os.SEEK_END)
     file.seek(start)
-    while len(header := file.read(12)) == 12 and _checksum(header[:8]) == header[8:]:
+    while _is_sound(header := file.read(12)):
         (length,) = struct.unpack("<Q", header[:8])
         if length + 4 > end:  # no room is made for what cannot be there
             return
         body = file.read(length + 4)
-        if len(body) < length + 4 or _checksum(body[:-4]) != body[-4:]:
+        if len(body) == length + 4 and _checksum(body[:-4]) == body[-4:]:
+            yield body[:-4]
+            continue
+        behind, follows = file.tell(), _is_sound(file.read(12))
+        file.seek(behind)
+        if not follows:
             return
-        yield body[:-4]
+        yield None
+
+
+def _is_sound(header: bytes) -> bool:
+    return len(header) == 12 and _checksum(header[:8]) == header[8:]

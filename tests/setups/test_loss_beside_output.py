@@ -52,13 +52,14 @@ def trained(loss_of, *, none=True, micro=1, drops=False, apart=False, clip=False
     optimizers = [torch.optim.SGD(group, lr=0.1) for group in (beside, others) if group]
     session = torchprobe.instrument(model, writer=writer, every=every)
     for k in range(steps):
+        call = model.parts if method is True or (method and k % 3 == 1) else model
         if drops and k == 2:
-            loss_of(model, model.parts if method else model).backward()
+            loss_of(model, call).backward()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=none)
         losses = []
         for _ in range(micro):
-            loss = loss_of(model, model.parts if method else model)
+            loss = loss_of(model, call)
             loss.backward()
             losses.append(loss.item())
         before = l2(*gradients(model).values())
@@ -85,6 +86,8 @@ OPTIONS = [
     {"clip": True},
     {"method": True},
     {"method": True, "micro": 2},
+    {"method": "now and then"},
+    {"method": "now and then", "micro": 3, "none": False},
 ]
 
 

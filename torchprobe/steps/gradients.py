@@ -66,13 +66,18 @@ class Gradients:
             return None
         if running is None or (running.task != task and not in_recomputation()):
             running = self.begin(None if task == -1 else task)
-        elif not passing.beside and all(one.beside for one in running.passes):
-            # Gradients that were there before tell nothing.
+        elif self._tells_more(passing, running):
             self._owners.look(self._owners.living(), unheard=self._unheard)
         if passing.kind is UNDECIDED:
             self._train(passing)
         running.add(passing)
         return task
+
+    def _tells_more(self, passing: Pass, running: Backward) -> bool:
+        """Whether it was heard of at a parameter or part so far: gradients that were there before this tell nothing."""
+        if not running.passes:
+            return self._opener is not None
+        return not passing.beside and all(one.beside for one in running.passes)
 
     def _reached(self, parameter: nn.Parameter) -> None:
         if self.running is None:  # no gradient has reached an output

@@ -64,11 +64,22 @@ class Sum(nn.Module):
 
 
 class Model(nn.Module):
-    """The root: takes a keyword argument too."""
+    """The root: takes a keyword argument too. What the loss uses beside the output: weights of its terms, a head."""
 
-    def __init__(self, body: nn.Module, head: Dense) -> None:
+    def __init__(self, body: nn.Module, head: Dense, beside: str) -> None:
         super().__init__()
         self.body, self.head = body, head
+        if "weights" in beside:
+            self.weights = nn.Parameter(torch.zeros(WIDTH))
+        if "head" in beside:
+            self.auxiliary = nn.Linear(WIDTH, 1)
+
+    def loss(self, y: Tensor) -> Tensor:
+        """Of an output."""
+        terms = y.square().mean(0)
+        if hasattr(self, "weights"):
+            terms = terms * (-self.weights).exp() + self.weights.square()
+        return terms.mean() + (self.auxiliary(y).square().mean() if hasattr(self, "auxiliary") else 0)
 
     def forward(self, x: Tensor, *, shift: Tensor | None = None) -> Tensor:
         hidden = first(self.body(x))
@@ -201,10 +212,10 @@ class Truth:
 class Program:
     """A model and its loop; `run` gives the truth of each step, and wraps nothing."""
 
-    def __init__(self, recipe: Recipe, optimizer: str, seed: int) -> None:
+    def __init__(self, recipe: Recipe, optimizer: str, seed: int, beside: str) -> None:
         torch.manual_seed(seed)
         self.seen: list[tuple[Dense, Tensor]] = []
-        self.model = Model(built(recipe, self.seen), Dense(self.seen))
+        self.model = Model(built(recipe, self.seen), Dense(self.seen), beside)
         self.optimizer: torch.optim.Optimizer = {
             "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
             "adam": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
@@ -217,7 +228,7 @@ class Program:
     def loss(self, turn: Turn) -> Tensor:
         """Of a new batch."""
         shift = torch.ones(WIDTH) if turn.shift else None
-        return self.model(torch.randn(ROWS, WIDTH), shift=shift).square().mean() * turn.scale
+        return self.model.loss(self.model(torch.randn(ROWS, WIDTH), shift=shift)) * turn.scale
 
     def run(self, turn: Turn) -> Truth:
         """One iteration."""
@@ -273,15 +284,23 @@ class Watched:
     random_state: Tensor
 
 
-def run(recipe: Recipe, optimizer: str, seed: int, turns: list[Turn], sessions: list[int]) -> Watched:
+def run(
+    recipe: Recipe,
+    optimizer: str,
+    seed: int,
+    turns: list[Turn],
+    sessions: list[int],
+    beside: str = "",
+    every: int | None = 1,
+) -> Watched:
     """Run a program; sessions: how many turns each session sees, one after the other. With none it runs bare."""
-    program = Program(recipe, optimizer, seed)
+    program = Program(recipe, optimizer, seed, beside)
     truths: list[Truth] = []
     written: list[dict[str, float]] = []
     remaining = iter(turns)
     for length in sessions:
         writer = MemoryWriter()
-        with torchprobe.instrument(program.model, writer=writer, every=1) as session:
+        with torchprobe.instrument(program.model, writer=writer, every=every) as session:
             here = [program.run(turn) for _, turn in zip(range(length), remaining, strict=False)]
         assert "is left out" not in session.summary()
         truths += here

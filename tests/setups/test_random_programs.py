@@ -32,3 +32,20 @@ def test_values_are_those_of_their_step_and_training_is_bitwise_the_same(recipe,
     for truth, written in zip(watched.truths, watched.written, strict=True):
         for tag, value in truth.tags():
             assert written.get(tag) == pytest.approx(value, rel=2e-5, abs=2e-6), tag
+
+
+@PROGRAMS
+@given(
+    RECIPES,
+    st.sampled_from(["sgd", "adam"]),
+    st.integers(0, 2**20),
+    st.lists(TURNS, min_size=6, max_size=9),
+    st.sampled_from(["", "weights", "head", "weights and head"]),
+)
+def test_the_loss_is_that_of_its_step_where_few_are_sampled(recipe, optimizer, seed, turns, beside):
+    bare = run(recipe, optimizer, seed, turns, [], beside)
+    assume(all(weight.abs().max() < 1e4 for weight in bare.weights))
+    watched = run(recipe, optimizer, seed, turns, [len(turns)], beside, every=None)
+    assert all(map(torch.equal, bare.weights, watched.weights))
+    losses = [written.get("overview/loss") for written in watched.written]
+    assert losses == pytest.approx([truth.loss for truth in watched.truths], rel=2e-5, abs=2e-6)

@@ -23,6 +23,12 @@ def is_distribution(p: Sequence[float]) -> bool:
     return all(0 <= x < math.inf for x in p) and abs(math.fsum(p) - 1) <= 0.05
 
 
+def are_answers(rows: Sequence[Sequence[float]]) -> bool:
+    """Whether most rows of numbers from 0 to 1 are no distributions: those that are then add up to 1 by chance."""
+    inside = [row for row in rows if all(0 <= x <= 1 for x in row)]
+    return sum(not is_distribution(row) for row in inside) > sum(is_distribution(row) for row in rows)
+
+
 def log(p: float) -> float:
     return -LARGEST_NLL if p < 2.0**-126 else math.log(p)
 

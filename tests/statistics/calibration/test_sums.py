@@ -87,7 +87,9 @@ def test_soft_labels(p, from_logits, piece, seed, in_chunks_of):
         row = calibration.compute(p, targets, from_logits=from_logits)
     rows = p.double().reshape(-1, p.size(-1)).tolist()
     goals = targets.to(torch.float64 if p.dtype == torch.float64 else torch.float32).reshape(-1, p.size(-1)).tolist()
-    assert_like(row, [reference.judge(x, y, from_logits) for x, y in zip(rows, goals, strict=True)])
+    examples = [reference.judge(x, y, from_logits) for x, y in zip(rows, goals, strict=True)]
+    answers = not from_logits and reference.are_answers(rows)
+    assert_like(row, [None] * len(rows) if answers else examples)
 
 
 @given(

@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.setups.random_programs import RECIPES, TURNS, run
+from tests.setups.random_models import RECIPES
+from tests.setups.random_programs import TURNS, run
 
 PROGRAMS = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]

@@ -224,7 +224,7 @@ def _reduced(loss: Any, kind: Literal["whole", "also"]) -> Judge:
 
 
 def _past_views(node: Any, users: Users) -> list[Any]:
-    """What uses a node's results."""
+    """What uses a node's results, past changes of shape alone: a choice is another part of them."""
     return [x for user in users[node] for x in (_past_views(user, users) if is_shape(_name(user)) else [user])]
 
 
